@@ -1,0 +1,592 @@
+"""A folder of LoRA files -> layers, labels, splits, features and packed weights.
+
+``python data.py inspect PATH [--json]`` tells what a folder holds.
+
+Indexing reads safetensors headers only and finds every fault that a header can show. One pass then reads each file once: it hashes
+the contents, refuses NaN and infinity, computes all hand-crafted features and packs the flattened weights, into files of a
+cache folder that is named by the contents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import lora_files
+import representations
+import store
+from lora_files import Layer, Layout, LoraFileError
+from representations import REPRESENTATIONS, matrix_features, pair_features
+
+CHUNK_NUMBERS = 2**22  # weights held at once on the pass; their float64 copies take ten times 32 MiB
+PREFERRED_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_FINDINGS = 20
+
+
+class CollectionError(ValueError):
+    """A collection cannot be used; ``findings`` are lines of the form ``<path>: what is wrong. what to do.``"""
+
+    def __init__(self, findings: list[str]):
+        super().__init__("\n".join(findings))
+        self.findings = findings
+
+    def shown(self) -> list[str]:
+        """The first findings, and how many more there are."""
+        rest = len(self.findings) - MAX_FINDINGS
+        return self.findings[:MAX_FINDINGS] + ([f"{rest} more faults like these."] if rest > 0 else [])
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """One indexed file: its path relative to the collection, label, layout, and what says that it is unchanged."""
+
+    path: str
+    label: str
+    layout: Layout
+    stat: tuple[int, int, int]  # size, mtime in ns, inode
+    adapter_config: dict | None
+
+
+@dataclass(frozen=True)
+class Collection:
+    """An indexed collection: N files that hold the same L layers of P modules; a class is a distinct label.
+
+    Layers stand in the network's order, under the names that the first file gives them.
+    """
+
+    name: str
+    root: Path
+    files: tuple[LoraFile, ...]
+    label_source: str
+    ignored: Counter = field(default_factory=Counter)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The L matrices of a LoRA; shapes are the first file's (ranks may differ between files)."""
+        return self.files[0].layout.layers
+
+    @cached_property
+    def modules(self) -> list[str]:
+        """Canonical ids of the P modules, in order; each has a down and an up."""
+        return [layer.module for layer in self.layers if layer.role == "down"]
+
+    @cached_property
+    def pair_of_layer(self) -> np.ndarray:
+        """The position in `modules` of each layer's module, int64[L]."""
+        position = {module: p for p, module in enumerate(self.modules)}
+        return np.array([position[layer.module] for layer in self.layers])
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """The distinct labels, sorted."""
+        return sorted({file.label for file in self.files})
+
+    @cached_property
+    def y(self) -> np.ndarray:
+        """Class of each file, int64[N]."""
+        position = {label: c for c, label in enumerate(self.classes)}
+        return np.array([position[file.label] for file in self.files])
+
+    @cached_property
+    def class_counts(self) -> dict[str, int]:
+        """Number of LoRAs of each class."""
+        return dict(zip(self.classes, np.bincount(self.y).tolist(), strict=True))
+
+    @cached_property
+    def mixed_ranks(self) -> str:
+        """Why weights cannot be flattened to one width, in words; empty where they can."""
+        shapes = [layer.shape for layer in self.layers]
+        for file in self.files:
+            for layer, shape in zip(file.layout.layers, shapes, strict=True):
+                if layer.shape != shape:
+                    return f"ranks differ between LoRAs ({layer.name} is {list(shape)} and, in {file.path}, {list(layer.shape)})"
+        return ""
+
+    @property
+    def weights_per_layer(self) -> list[int]:
+        """Flattened width of each layer."""
+        return [math.prod(layer.shape) for layer in self.layers]
+
+
+# --------------------------------------------------------------------------------------------------------
+# Index: headers and labels
+# --------------------------------------------------------------------------------------------------------
+
+
+def index_collection(root: Path, name: str | None = None) -> Collection:
+    """Read all headers and labels of a folder.
+
+    Labels come from ``metadata.json`` beside each weight file (``category_label``) if any has one, else from the first folder of
+    its path. Nothing of the weights is read.
+
+    Raises:
+        CollectionError: No LoRA is there, or files are faulty, unlabelled, or disagree about the layers.
+    """
+    if not root.is_dir():
+        raise CollectionError([f"{root}: no such folder. give a folder of LoRAs."])
+    ignored: Counter = Counter()
+    paths, findings = _find_weight_files(root, ignored)
+    labels, label_source = _read_labels(root, paths, findings)
+    files = []
+    for path in paths:
+        try:
+            layout = lora_files.parse_layout(lora_files.read_header(path))
+            adapter_config = _read_json(path.parent / "adapter_config.json")
+        except (LoraFileError, OSError) as error:
+            findings.append(f"{path}: {error}")
+            continue
+        ignored.update(layout.ignored)
+        stat = path.stat()
+        identity = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        relative = path.relative_to(root).as_posix()
+        files.append(LoraFile(relative, labels.get(path, ""), layout, identity, adapter_config))
+    findings += _layer_differences(root, files)
+    if not files and not findings:
+        findings.append(f"{root}: no *.safetensors file in it. give a folder laid out as <class>/<lora>.safetensors.")
+    if findings:
+        raise CollectionError(findings)
+    return Collection(name or root.resolve().name, root, tuple(files), label_source, ignored)
+
+
+def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[Path], list[str]]:
+    """Weight files below a folder in the order of their paths, and what is wrong with the folders."""
+    paths, findings = [], []
+    for table in ("metadata.csv", "metadata.jsonl"):
+        if (root / table).exists():
+            findings.append(
+                f"{root / table}: tables of labels are not read yet. label by folders or by metadata.json beside each file."
+            )
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(sub for sub in subfolders if not sub.startswith("."))
+        for sub in subfolders:
+            ignored["linked folders"] += Path(folder, sub).is_symlink()
+        weights = sorted(name for name in names if name.endswith(".safetensors") and not name.startswith("."))
+        preferred = [name for name in PREFERRED_FILES if name in weights]
+        if preferred:
+            ignored["*.safetensors beside " + preferred[0]] += len(weights) - 1
+            weights = preferred[:1]
+        paths += [Path(folder, name) for name in weights]
+        if not weights:
+            pickles = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
+            findings += [
+                f"{Path(folder, n)}: a pickle checkpoint: never loaded. convert it to safetensors." for n in pickles
+            ]
+    for pattern in [pattern for pattern, count in ignored.items() if count == 0]:
+        del ignored[pattern]
+    return sorted(paths, key=lambda path: path.relative_to(root).as_posix()), findings
+
+
+def _read_labels(root: Path, paths: list[Path], findings: list[str]) -> tuple[dict[Path, str], str]:
+    """Label of each weight file and where the labels come from; appends what is missing to the findings."""
+    documents = {}
+    for path in paths:
+        try:
+            documents[path] = _read_json(path.parent / "metadata.json")
+        except LoraFileError as error:
+            findings.append(f"{path.parent / 'metadata.json'}: {error}")
+    if any(document and "category_label" in document for document in documents.values()):
+        labels = {path: (document or {}).get("category_label") for path, document in documents.items()}
+        for path, label in labels.items():
+            if not isinstance(label, str | int) or label == "":
+                findings.append(
+                    f"{path}: no label: metadata.json beside it has no category_label. add one, as other files here have."
+                )
+        return {path: str(label) for path, label in labels.items()}, "category_label in metadata.json"
+    labels = {}
+    for path in paths:
+        parts = path.relative_to(root).parts
+        if len(parts) in (2, 3):
+            labels[path] = parts[0]
+        else:
+            findings.append(
+                f"{path}: no label: no metadata.json with category_label beside it, and it does not lie in <class>/ or <class>/<lora>/. "
+                "move it into the folder of its class."
+            )
+    return labels, "the folder names"
+
+
+def _read_json(path: Path) -> dict | None:
+    """A JSON object, or None where there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise LoraFileError(f"not readable as JSON ({error}). mend or remove it.") from error
+    if not isinstance(value, dict):
+        raise LoraFileError("holds no JSON object. mend or remove it.")
+    return value
+
+
+def _layer_differences(root: Path, files: list[LoraFile]) -> list[str]:
+    """Where files differ in their layers, or in more than the rank, in words."""
+    holders = defaultdict(list)
+    for file in files:
+        holders[tuple((layer.module, layer.role, layer.free_shape) for layer in file.layout.layers)].append(file.path)
+    if len(holders) < 2:
+        return []
+    common = max(holders, key=lambda signature: len(holders[signature]))
+    free_shapes = {layer[:2]: layer[2] for layer in common}
+    findings = []
+    for signature, paths in holders.items():
+        if signature == common:
+            continue
+        these = {layer[:2]: layer[2] for layer in signature}
+        where = f"{root / paths[0]}: " + (f"and {len(paths) - 1} more: " if len(paths) > 1 else "")
+        if these.keys() == free_shapes.keys():
+            key = next(key for key in these if these[key] != free_shapes[key])
+            findings.append(
+                f"{where}{' '.join(key)} is {these[key]} wide, but {free_shapes[key]} in {len(holders[common])} files: mixed base models. "
+                "keep one base model to a collection."
+            )
+            continue
+        missing = [" ".join(key) for key in free_shapes if key not in these]
+        extra = [" ".join(key) for key in these if key not in free_shapes]
+        told = [
+            f"{word} {len(keys)} layers ({keys[0]} ...)" for word, keys in (("lacks", missing), ("adds", extra)) if keys
+        ]
+        findings.append(
+            f"{where}{' and '.join(told)} compared with {len(holders[common])} files. keep LoRAs of the same layers to a collection."
+        )
+    return findings
+
+
+def check_classes(collection: Collection) -> None:
+    """Refuse labels that make no classification task.
+
+    Raises:
+        CollectionError: Fewer than two classes, a class of fewer than three LoRAs, or a label for each LoRA.
+    """
+    counts = collection.class_counts
+    told = ", ".join(f"{label}: {count}" for label, count in list(counts.items())[:12]) + (
+        ", ..." if len(counts) > 12 else ""
+    )
+    source = f"{collection.root}: labels from {collection.label_source} give "
+    if len(counts) < 2:
+        raise CollectionError([f"{source}fewer than two classes ({told}). at least two concepts are needed."])
+    if len(counts) == len(collection.files):
+        raise CollectionError(
+            [f"{source}as many labels as LoRAs ({len(counts)}): looks like an id. choose labels that repeat."]
+        )
+    if min(counts.values()) < 3:
+        raise CollectionError(
+            [
+                f"{source}a class with fewer than three LoRAs ({told}). train, validation and test need one each: add some or leave it out."
+            ]
+        )
+
+
+# --------------------------------------------------------------------------------------------------------
+# Split
+# --------------------------------------------------------------------------------------------------------
+
+
+def split_rows(y: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Stratified rows for ``train``, ``validation`` and ``test`` (70/10/20), fixed by labels and seed alone.
+
+    Validation has max(round(0.1 N), C) rows and test max(round(0.2 N), C); every class has at least one row in each part.
+    (scikit-learn's stratified splitters can leave a rare class out of a part, which is why the counts are allotted here.)
+
+    Args:
+        y: Class of each sample, every class at least three times, int64[N].
+        seed: Of the draw.
+
+    Returns:
+        Sorted row indices of each part.
+    """
+    sizes = np.bincount(y)
+    test = _allot(max(round(0.2 * len(y)), len(sizes)), sizes, most=sizes - 2)
+    validation = _allot(max(round(0.1 * len(y)), len(sizes)), sizes, most=sizes - test - 1)
+    key = hashlib.sha256(f"{seed}/split".encode()).digest()
+    generator = np.random.default_rng(int.from_bytes(key, "little"))
+    parts: dict[str, list[np.ndarray]] = {"train": [], "validation": [], "test": []}
+    for c in range(len(sizes)):
+        rows = generator.permutation(np.flatnonzero(y == c))
+        ends = np.cumsum([test[c], validation[c]])
+        for name, part in zip(("test", "validation", "train"), np.split(rows, ends), strict=True):
+            parts[name].append(part)
+    return {name: np.sort(np.concatenate(part)) for name, part in parts.items()}
+
+
+def _allot(total: int, sizes: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """Share ``total`` among classes in proportion to their sizes, each between 1 and ``most``, by largest remainder."""
+    ideal = total * sizes / sizes.sum()
+    shares = np.clip(np.floor(ideal).astype(int), 1, most)
+    while shares.sum() != total:
+        step = 1 if shares.sum() < total else -1
+        movable = shares < most if step == 1 else shares > 1
+        need = np.where(movable, step * (ideal - shares), -np.inf)
+        shares[np.argmax(need)] += step
+    return shares
+
+
+# --------------------------------------------------------------------------------------------------------
+# The one pass over the weights
+# --------------------------------------------------------------------------------------------------------
+
+WEIGHTS = "weights"  # the name under which the packed weights are kept, beside the features
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """Features and packed weights of a collection, in a cache folder named by the fingerprint of its contents."""
+
+    fingerprint: str
+    folder: Path
+    suffix: str
+
+    def load(self, name: str) -> np.ndarray:
+        """Features float32[N, L or P, F] of a representation, or the packed weights float32[N, sum of layers]; memory-mapped."""
+        return np.load(self.path(name), mmap_mode="r")
+
+    def path(self, name: str) -> Path:
+        """Where the array of this name lies."""
+        return self.folder / "features" / f"{name}-{self.suffix}.npy"
+
+
+def extract(
+    collection: Collection,
+    names: Iterable[str],
+    cache: Path,
+    device: torch.device,
+    progress: Callable[[Iterable, str], Iterable] = lambda items, _: items,
+) -> Extracted:
+    """Compute, or find in the cache, the named arrays of a collection.
+
+    Args:
+        collection: What to read.
+        names: Matrix-wise and pair-wise representations, and ``WEIGHTS`` for the packed weights.
+        cache: Folder that holds a folder for each fingerprint.
+        device: Where features are computed.
+        progress: Wraps the iteration over chunks of files; is given the number of files in each.
+
+    Raises:
+        CollectionError: A weight is NaN or infinite, or a file has changed since it was indexed. Nothing is left behind.
+    """
+    names = list(names)
+    suffix = f"{store.code_digest(representations, lora_files, sys.modules[__name__])[:8]}-{device.type}"
+    known = cache / "collections" / f"{_identity(collection)}.json"
+    if known.exists():
+        fingerprint = json.loads(known.read_text())["fingerprint"]
+        found = Extracted(fingerprint, cache / fingerprint, suffix)
+        if all(found.path(name).exists() for name in names):
+            return found
+    with _scratch_folder(cache) as scratch:
+        arrays = _allocate(collection, names, scratch)
+        fingerprint = _pass_over_weights(collection, arrays, device, progress)
+        done = Extracted(fingerprint, cache / fingerprint, suffix)
+        done.path("").parent.mkdir(parents=True, exist_ok=True)
+        for name, array in arrays.items():
+            array.flush()
+            os.replace(scratch / f"{name}.npy", done.path(name))
+    store.write_atomically(known, store.canonical_json({"fingerprint": fingerprint}))
+    return done
+
+
+def _identity(collection: Collection) -> str:
+    """Stands for the files as the file system tells them apart; a cache is trusted on this."""
+    return store.digest(
+        [str(collection.root.resolve())]
+        + [[file.path, file.label, *file.stat, file.adapter_config] for file in collection.files]
+    )
+
+
+@contextmanager
+def _scratch_folder(cache: Path) -> Iterator[Path]:
+    """A folder on the cache's file system; it is removed afterwards, and so on failure is every parent made for it."""
+    made = [folder for folder in (cache, *cache.absolute().parents) if not folder.exists()]
+    cache.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=cache, prefix="pass-"))
+    try:
+        yield scratch
+    except BaseException:
+        shutil.rmtree(scratch)
+        for folder in made:
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+    shutil.rmtree(scratch)
+
+
+def _allocate(collection: Collection, names: list[str], folder: Path) -> dict[str, np.memmap]:
+    """An array on disk for each name."""
+    arrays = {}
+    for name in names:
+        if name == WEIGHTS:
+            shape: tuple[int, ...] = (len(collection.files), sum(collection.weights_per_layer))
+        else:
+            representation = REPRESENTATIONS[name]
+            items = collection.layers if representation.kind == "matrix" else collection.modules
+            shape = (len(collection.files), len(items), len(representation.feature_names))
+        arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, shape)
+    return arrays
+
+
+def _pass_over_weights(collection: Collection, arrays: dict, device: torch.device, progress: Callable) -> str:
+    """Read each file once, fill the arrays, and return the fingerprint of the contents."""
+    matrix_names = [name for name in arrays if name != WEIGHTS and REPRESENTATIONS[name].kind == "matrix"]
+    pair_names = [name for name in arrays if name != WEIGHTS and REPRESENTATIONS[name].kind == "pair"]
+    fingerprint = hashlib.sha256()
+    findings: list[str] = []
+    per_chunk = max(1, CHUNK_NUMBERS // sum(collection.weights_per_layer))
+    starts = range(0, len(collection.files), per_chunk)
+    chunks = [range(start, min(start + per_chunk, len(collection.files))) for start in starts]
+    for rows in progress(chunks, "features"):
+        weights, scales = [], []
+        for row in rows:
+            file = collection.files[row]
+            matrices, scale, contents = _read_file(collection.root, file, findings)
+            weights.append(matrices)
+            scales.append(scale)
+            fingerprint.update(store.digest([file.path, file.label, contents, file.adapter_config]).encode())
+        if findings:
+            continue  # go on reading, to tell of every fault at once
+        if WEIGHTS in arrays:
+            for row, matrices in zip(rows, weights, strict=True):
+                arrays[WEIGHTS][row] = torch.cat([matrix.flatten() for matrix in matrices]).numpy()
+        _fill_matrix_features(matrix_names, arrays, rows, weights, device)
+        _fill_pair_features(pair_names, arrays, rows, weights, scales, collection, device)
+    if findings:
+        raise CollectionError(findings)
+    return fingerprint.hexdigest()[:16]
+
+
+def _read_file(root: Path, file: LoraFile, findings: list[str]) -> tuple[list[torch.Tensor], dict[str, float], str]:
+    """Matrices, scale of each module's update, and a digest of the contents; appends faults to the findings."""
+    path = root / file.path
+    data = path.read_bytes()
+    header_end = 8 + int.from_bytes(data[:8], "little")
+    if len(data) != file.stat[0] or lora_files.parse_layout(data[8:header_end]) != file.layout:
+        raise CollectionError([f"{path}: changed while it was being read. start again."])
+    matrices, alphas = lora_files.load_matrices(data, file.layout)
+    # The sum of magnitudes is finite only if all are; a float64 sum of float32 numbers cannot overflow.
+    bad = [
+        layer.name
+        for layer, matrix in zip(file.layout.layers, matrices, strict=True)
+        if not math.isfinite(matrix.abs().sum(dtype=torch.float64))
+    ]
+    if bad:
+        findings.append(
+            f"{path}: NaN or infinity in {len(bad)} tensors, first in {bad[0]}. train it again or leave it out."
+        )
+    scales = lora_files.update_scales(file.layout, alphas, file.adapter_config)
+    return matrices, scales, hashlib.sha256(data).hexdigest()
+
+
+def _fill_matrix_features(names: list[str], arrays: dict, rows: range, weights: list, device: torch.device) -> None:
+    """Matrix-wise features of a chunk of files; all matrices of one shape, whatever file and layer, at once."""
+    if not names:
+        return
+    places = defaultdict(list)
+    for row, matrices in zip(rows, weights, strict=True):
+        for layer, matrix in enumerate(matrices):
+            places[tuple(matrix.shape)].append((row, layer, matrix))
+    for group in places.values():
+        row, layer, matrices = zip(*group, strict=True)
+        features = matrix_features(torch.stack(matrices).to(device), names)
+        for name in names:
+            arrays[name][list(row), list(layer)] = features[name].cpu().numpy()
+
+
+def _fill_pair_features(
+    names: list[str],
+    arrays: dict,
+    rows: range,
+    weights: list,
+    scales: list,
+    collection: Collection,
+    device: torch.device,
+) -> None:
+    """Pair-wise features of a chunk of files, module by module (each has a sketch of its own), ranks apart."""
+    if not names:
+        return
+    down_of, up_of = {}, {}
+    for position, layer in enumerate(collection.layers):
+        (down_of if layer.role == "down" else up_of)[layer.module] = position
+    for p, module in enumerate(collection.modules):
+        by_rank = defaultdict(list)
+        for i, matrices in enumerate(weights):
+            by_rank[len(matrices[down_of[module]])].append(i)
+        for chosen in by_rank.values():
+            down = torch.stack([weights[i][down_of[module]] for i in chosen]).to(device)
+            up = torch.stack([weights[i][up_of[module]] for i in chosen]).to(device)
+            scale = torch.tensor([scales[i][module] for i in chosen], device=device)
+            features = pair_features(down, up, module, scale, names)
+            for name in names:
+                arrays[name][[rows[i] for i in chosen], p] = features[name].cpu().numpy()
+
+
+def layer_columns(collection: Collection) -> list[slice]:
+    """The columns of each layer in the packed weights."""
+    ends = np.cumsum([0, *collection.weights_per_layer]).tolist()
+    return [slice(start, end) for start, end in pairwise(ends)]
+
+
+# --------------------------------------------------------------------------------------------------------
+# python data.py inspect
+# --------------------------------------------------------------------------------------------------------
+
+
+def inspection(collection: Collection) -> dict:
+    """What ``inspect --json`` prints."""
+    return {
+        "num_samples": len(collection.files),
+        "classes": collection.class_counts,
+        "layers": [
+            {"name": layer.name, "module": layer.module, "role": layer.role, "shape": list(layer.shape)}
+            for layer in collection.layers
+        ],
+        "dtypes": dict(Counter(layer.dtype for file in collection.files for layer in file.layout.layers)),
+        "label_source": collection.label_source,
+        "mixed_ranks": bool(collection.mixed_ranks),
+        "ignored": dict(collection.ignored),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(description="Look at a folder of LoRAs before an experiment.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser("inspect", help="tell what a folder of LoRAs holds; only headers are read")
+    inspect.add_argument("path", type=Path, help="folder of LoRAs")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    args = parser.parse_args(arguments)
+    try:
+        found = inspection(index_collection(args.path))
+    except CollectionError as error:
+        print("\n".join(f"error: {line}" for line in error.shown()), file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+        return 0
+    print(
+        f"{args.path}: {found['num_samples']} LoRAs of {len(found['layers'])} layers; labels from {found['label_source']}"
+    )
+    print("dtypes:  " + ", ".join(f"{dtype} ({count} tensors)" for dtype, count in found["dtypes"].items()))
+    print("classes: " + ", ".join(f"{label} ({count})" for label, count in found["classes"].items()))
+    print("ignored: " + (", ".join(f"{pattern} ({count})" for pattern, count in found["ignored"].items()) or "nothing"))
+    print(f"{'depth':>5}  {'role':4}  {'shape':>12}  layer")
+    for depth, layer in enumerate(found["layers"]):
+        print(f"{depth:5}  {layer['role']:4}  {'x'.join(map(str, layer['shape'])):>12}  {layer['name']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,354 @@
+"""One LoRA file: which layers it holds, in the network's order, and what is wrong with it, in words.
+
+A LoRA replaces the update of a weight matrix by two factors: ``down`` (A), float[rank, in], and ``up`` (B), float[out, rank].
+Every trainer names them differently. Here each key is parsed into a canonical module and a role, so that one network has one
+set of layer names whatever wrote the file; a layer is still shown under the name it has in the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_safetensors
+
+MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors library itself
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+
+# Each pattern gives the module `m`, the role `r`, and where a file can hold several adapters, the adapter `a`.
+KEY_FAMILIES = {
+    "numbered": r"^lora\.(?P<r>down|up)\.weight\.(?P<m>\d+)$",
+    "diffusers": r"^(?P<m>.+)\.lora\.(?P<r>down|up)\.weight$",
+    "diffusers text encoder": r"^(?P<m>.+)\.lora_linear_layer\.(?P<r>down|up)\.weight$",
+    "diffusers legacy": r"^(?P<m>.+?)(?:\.processor)?\.to_(?P<p>q|k|v|out)_lora\.(?P<r>down|up)\.weight$",
+    "PEFT": r"^(?P<m>.+)\.lora_(?P<r>A|B)\.weight$",
+    "PEFT with adapter name": r"^(?P<m>.+)\.lora_(?P<r>A|B)\.(?P<a>[^.]+)\.weight$",
+    "PEFT bare": r"^(?P<m>.+)\.lora_(?P<r>A|B)$",
+    "kohya": r"^(?P<m>.+)\.lora_(?P<r>down|up)\.weight$",
+    "XLabs": r"^(?P<m>.+\.processor\.(?:qkv|proj)_lora[12]?)\.(?P<r>down|up)\.weight$",
+    "cloneofsimo": r"^(?P<m>(?:unet|text_encoder):\d+):(?P<r>down|up)$",
+}
+SCALE = re.compile(r"^(?P<m>.+)\.alpha$")
+REFUSED_FAMILIES = {
+    "a LoHa": r"\.hada_(w[12]_[ab]|t[12])$",
+    "a LoKr": r"\.lokr_(w[12](_[ab])?|t[12])$",
+    "an OFT": r"\.oft_blocks$",
+    "a full-difference": r"\.(diff|diff_b)$",
+    "a Tucker-decomposed LoCon": r"\.lora_mid\.weight$",
+    "a mangled kohya": r"^lora_(unet|te\d?)_.+_lora_(down|up)\.weight$",
+}
+IGNORED = {
+    "*.dora_scale": r"\.dora_scale$",
+    "*.lora_magnitude_vector": r"\.lora_magnitude_vector(\.[^.]+)?(\.weight)?$",
+    "*.lora_A.bias, *.lora_B.bias": r"\.lora_[AB]\.bias$",
+    "embeddings <...>": r"^<.+>$",
+}
+_FAMILIES = {name: re.compile(pattern) for name, pattern in KEY_FAMILIES.items()}
+_REFUSED = {name: re.compile(pattern) for name, pattern in REFUSED_FAMILIES.items()}
+_IGNORED = {name: re.compile(pattern) for name, pattern in IGNORED.items()}
+
+
+class LoraFileError(ValueError):
+    """A file cannot be used; the message says what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One matrix of a LoRA: the down or the up factor of a module.
+
+    ``name`` is the key in the file, ``module`` the canonical module, ``role`` "down" or "up"; ``shape`` (rows, cols) with a
+    convolution's kernel folded into the columns; ``dtype`` as safetensors writes it.
+    """
+
+    name: str
+    module: str
+    role: str
+    shape: tuple[int, int]
+    dtype: str
+
+    @property
+    def rank(self) -> int:
+        """The side that the two factors of a module share."""
+        return self.shape[0] if self.role == "down" else self.shape[1]
+
+    @property
+    def free_shape(self) -> int:
+        """The other side, which the base model fixes: in for down, out for up."""
+        return self.shape[1] if self.role == "down" else self.shape[0]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a header promises: layers in the network's order, the key of each module's alpha, and what was ignored."""
+
+    layers: tuple[Layer, ...]
+    alphas: dict[str, str] = field(default_factory=dict)
+    ignored: Counter = field(default_factory=Counter)
+
+
+def canonical_module(raw: str) -> str:
+    """The one id of a module in every style of naming.
+
+    Wrappers (``base_model.model.``, ``diffusion_model.``) are stripped, kohya's component prefixes spelled out,
+    ``.processor`` dropped and dots (and cloneofsimo's colon) become underscores. The inverse is ambiguous.
+
+    Example:
+        >>> canonical_module("lora_unet_mid_block_attentions_0_proj_in") == canonical_module("unet.mid_block.attentions.0.proj_in")
+        True
+    """
+    while True:
+        stripped = raw.removeprefix("base_model.model.").removeprefix("diffusion_model.")
+        if stripped == raw:
+            break
+        raw = stripped
+    for kohya, component in (
+        ("lora_unet_", "unet_"),
+        ("lora_transformer_", "transformer_"),
+        ("lora_te_", "text_encoder_"),
+        ("lora_te1_", "text_encoder_"),
+        ("lora_te2_", "text_encoder_2_"),
+    ):
+        if raw.startswith(kohya):
+            raw = component + raw.removeprefix(kohya)
+    return raw.replace(".processor", "").replace(".", "_").replace(":", "_")
+
+
+_WORD = re.compile(r"conv_in|conv_out|single_transformer_blocks|transformer_blocks|[^\W\d_]+|\d+")
+# Words of one row stand in the row's order, wherever the alphabet would put them.
+_ORDERED_WORDS = (
+    ("conv_in", "down", "mid", "up", "conv_out"),
+    ("transformer_blocks", "single_transformer_blocks"),
+    ("q", "k", "v", "out"),
+)
+_RANK_OF_WORD = {word: (row[0], i) for row in _ORDERED_WORDS for i, word in enumerate(row)}
+
+
+def depth_key(module: str, role: str) -> tuple:
+    """Sort key that puts layers in the network's order; a file's own order is alphabetical and means nothing.
+
+    Natural sort of the canonical id, text encoders before unet or transformer; conv_in, down, mid, up, out;
+    transformer_blocks before single_transformer_blocks; q, k, v, out; down before up.
+    """
+    parts = []
+    for word in _WORD.findall(module):
+        if word.isdigit():
+            parts.append((1, int(word), "", 0))  # numbers after words: text_encoder before text_encoder_2
+        else:
+            parts.append((0, 0, *_RANK_OF_WORD.get(word, (word, 0))))
+    return (not module.startswith("text_encoder"), parts, role == "up")
+
+
+@dataclass(frozen=True)
+class _Key:
+    """A parsed key: its module as the file spells it and as everyone does, its role, and the adapter it belongs to."""
+
+    module: str
+    role: str
+    adapter: str
+
+
+def parse_key(key: str) -> _Key | None:
+    """Module, role and adapter of a weight's key; None for a key that is no LoRA weight.
+
+    Raises:
+        LoraFileError: The key belongs to a family that is not a LoRA of two factors.
+    """
+    for name, pattern in _REFUSED.items():
+        if pattern.search(key):
+            raise LoraFileError(
+                f"holds {name} adapter ({key}), which is not a product of two factors. convert it to a plain LoRA or leave it out."
+            )
+    for name, pattern in _FAMILIES.items():
+        if match := pattern.match(key):
+            parts = match.groupdict()
+            module = parts["m"]
+            if name == "diffusers legacy":
+                module += ".to_out.0" if parts["p"] == "out" else f".to_{parts['p']}"
+            role = {"A": "down", "B": "up"}.get(parts["r"], parts["r"])
+            return _Key(canonical_module(module), role, parts.get("a") or "")
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------
+# Headers
+# --------------------------------------------------------------------------------------------------------
+
+
+def read_header(path: Path) -> bytes:
+    """The JSON header of a safetensors file, checked against the size of the file; no tensor is read.
+
+    Raises:
+        LoraFileError: The file is something else, or not all of it is here.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        start = file.read(64)
+        if start.startswith(b"version https://git-lfs"):
+            raise LoraFileError("a Git LFS pointer, not weights. fetch the weights with `git lfs pull`.")
+        if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+            raise LoraFileError("a web page saved as weights. download the file itself.")
+        if start.startswith(b"PK\x03\x04"):
+            raise LoraFileError("a pickle checkpoint: never loaded. convert it to safetensors.")
+        if size < 8:
+            raise LoraFileError(f"incomplete download: has {size} bytes, a header alone needs 8. download it again.")
+        length = int.from_bytes(start[:8], "little")
+        if length > MAX_HEADER_BYTES:
+            raise LoraFileError(f"not a safetensors file: its header would be {length} bytes. download it again.")
+        if 8 + length > size:
+            raise LoraFileError(
+                f"incomplete download: has {size} bytes, header promises {8 + length}. download it again."
+            )
+        file.seek(8)
+        header = file.read(length)
+    try:
+        entries = json.loads(header)
+        data = max((entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"), default=0)
+        if 8 + length + data > size:
+            raise LoraFileError(
+                f"incomplete download: has {size} bytes, header promises {8 + length + data}. download it again."
+            )
+        with safe_open(path, "pt"):
+            pass  # the library checks that the tensors tile the data exactly
+    except (
+        SafetensorError,
+        UnicodeDecodeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+    ) as error:
+        if isinstance(error, LoraFileError):
+            raise
+        raise LoraFileError(f"not a readable safetensors file ({error}). download it again.") from error
+    return header
+
+
+@lru_cache(maxsize=64)
+def parse_layout(header: bytes) -> Layout:
+    """Layers, alphas and ignored tensors that a safetensors header promises.
+
+    Files of one collection mostly share their header to the byte, which is why the last results are kept.
+
+    Raises:
+        LoraFileError: No LoRA pair, a missing partner, ranks that differ, two adapters, or a family that is refused.
+    """
+    entries = json.loads(header)
+    entries.pop("__metadata__", None)
+    layers: dict[tuple[str, str], Layer] = {}
+    alphas: dict[str, str] = {}
+    ignored: Counter = Counter()
+    adapters: dict[str, str] = {}
+    for key, entry in entries.items():
+        if parsed := parse_key(key):
+            adapters.setdefault(parsed.adapter, key)
+            if (parsed.module, parsed.role) in layers:
+                first = layers[parsed.module, parsed.role].name
+                raise LoraFileError(
+                    f"two tensors are the {parsed.role} of module {parsed.module}: {first} and {key}. keep one."
+                )
+            shape = _matrix_shape(key, parsed.role, entry)
+            layers[parsed.module, parsed.role] = Layer(key, parsed.module, parsed.role, shape, entry["dtype"])
+        elif match := SCALE.match(key):
+            alphas[canonical_module(match["m"])] = key
+        else:
+            ignored[_ignored_as(key)] += 1
+    if len(adapters) > 1:
+        raise LoraFileError(
+            f"holds several adapters ({', '.join(list(adapters.values())[:3])}). save one adapter to a file."
+        )
+    if not layers:
+        raise LoraFileError(f"no LoRA pair; the first keys are {', '.join(list(entries)[:3]) or 'none'}. is it a LoRA?")
+    _check_pairs(layers)
+    ordered = sorted(layers.values(), key=lambda layer: depth_key(layer.module, layer.role))
+    return Layout(tuple(ordered), alphas, ignored)
+
+
+def _matrix_shape(key: str, role: str, entry: dict) -> tuple[int, int]:
+    """Rows and columns of a factor; a convolution's kernel is part of the columns."""
+    shape = entry["shape"]
+    if entry["dtype"] not in FLOAT_TYPES:
+        raise LoraFileError(f"{key} is of type {entry['dtype']}. save it as one of {', '.join(FLOAT_TYPES)}.")
+    if len(shape) not in (2, 4) or prod(shape) == 0 or (len(shape) == 4 and role == "up" and shape[2:] != [1, 1]):
+        raise LoraFileError(f"{key} has shape {shape}: neither a matrix nor a convolution's factor. is it a LoRA?")
+    return shape[0], prod(shape[1:])
+
+
+def _ignored_as(key: str) -> str:
+    """The pattern under which a tensor that is no LoRA weight is counted."""
+    for name, pattern in _IGNORED.items():
+        if pattern.search(key):
+            return name
+    if "lora" in key.lower():
+        raise LoraFileError(
+            f"{key} names a LoRA in a way that is not known here. rename its keys or leave the file out."
+        )
+    return "tensors that are no LoRA"
+
+
+def _check_pairs(layers: dict[tuple[str, str], Layer]) -> None:
+    """Every module has both factors, and they agree on the rank."""
+    for (module, role), layer in layers.items():
+        partner = layers.get((module, "up" if role == "down" else "down"))
+        if partner is None:
+            missing = "up" if role == "down" else "down"
+            raise LoraFileError(
+                f"module {module} has a {role} {list(layer.shape)} but no {missing}. save both factors."
+            )
+        if layer.rank != partner.rank:
+            down, up = (layer, partner) if role == "down" else (partner, layer)
+            raise LoraFileError(
+                f"ranks differ in module {module}: down {list(down.shape)}, up {list(up.shape)}. save both factors of one LoRA."
+            )
+
+
+# --------------------------------------------------------------------------------------------------------
+# Weights
+# --------------------------------------------------------------------------------------------------------
+
+
+def load_matrices(data: bytes, layout: Layout) -> tuple[list[torch.Tensor], dict[str, float]]:
+    """The matrices of a file in the layout's order, and alpha by module.
+
+    Args:
+        data: The whole file.
+        layout: What its header promises.
+
+    Returns:
+        Matrices float32[rows, cols] (float64 on disk is rounded), and the alphas that the file holds.
+    """
+    tensors = load_safetensors(data)
+    matrices = [tensors[layer.name].to(torch.float32).reshape(layer.shape) for layer in layout.layers]
+    return matrices, {module: float(tensors[key].item()) for module, key in layout.alphas.items()}
+
+
+def update_scales(layout: Layout, alphas: dict[str, float], adapter_config: dict | None) -> dict[str, float]:
+    """The factor s of each module's update s·up·down.
+
+    kohya stores alpha in the file, s = alpha / rank; PEFT stores ``lora_alpha`` in ``adapter_config.json``, s = lora_alpha / r
+    or lora_alpha / sqrt(r) with ``use_rslora``, where ``alpha_pattern`` overrides single modules. A missing or zero alpha means s = 1.
+    """
+    config = adapter_config or {}
+    patterns = config.get("alpha_pattern") or {}
+    scales = {}
+    for layer in layout.layers:
+        if layer.role == "up":
+            continue
+        if layer.module in alphas:
+            alpha, root = alphas[layer.module], 1.0
+        else:
+            # PEFT's rule: a pattern names the end of a module's path.
+            spelled = layer.name.split(".lora_")[0]
+            overrides = [value for name, value in patterns.items() if re.match(rf"(.*\.)?({name})$", spelled)]
+            alpha = float(overrides[0] if overrides else config.get("lora_alpha") or 0)
+            root = 0.5 if config.get("use_rslora") else 1.0
+        scales[layer.module] = alpha / layer.rank**root if alpha else 1.0
+    return scales

@@ -1,0 +1,580 @@
+"""Ways of describing a weight matrix: pure functions from matrices to features, and the one table of them.
+
+Matrix-wise functions take ``float[N, rows, cols]`` and return ``float32[N, F]``; pair-wise functions take the
+two factors of an update ΔW = s·up·down. ``REPRESENTATIONS`` lists them all with their feature names. To add a
+matrix-wise one, write the function and give it a row there.
+
+Shapes: ``N`` samples, ``F`` features, ``r`` rank, ``n = rows * cols`` values of one matrix,
+``k = min(rows, cols)`` singular values (or ``k`` components of a PCA).
+
+Numbers: any float dtype comes in, all is computed in float64 on the input's device, float32 leaves. Moments
+are population moments, kurtosis is Pearson's (normal: 3), quantiles interpolate linearly. What is undefined
+is 0 (a ratio at norm 0, a correlation or a skewness of a constant, everything spectral of a zero matrix); so
+are missing entries (the tenth of four singular values). Every function refuses, with a ValueError that states
+the mend, what has the wrong shape or dtype, is empty, or holds NaN, Inf or values beyond float32's range.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+TOP = 10  # leading singular values and Fourier magnitudes that become features
+BINS = 50  # histogram bins of the entropy
+SKETCH = 8  # rows and columns of an update's sketch
+QUANTILES = (0.05, 0.10, 0.25, 0.50, 0.75, 0.90, 0.95)
+ROUNDING = 1e-12  # a value below this share of its scale is float64 rounding, hence zero
+BLOCK = 2**20  # values worked on at a time (8 MiB in float64): it bounds memory and was the fastest on a CPU
+
+
+class Shared:
+    """A batch of matrices and what several features need of it: one sort, SVD and FFT, each when first asked.
+
+    Args:
+        w: Weight matrices, float[N, rows, cols]. Left untouched.
+    """
+
+    def __init__(self, w: Tensor):
+        _check("w", w, "[N, rows, cols]")
+        self.weights = w.detach()
+        self.features: dict[str, Tensor] = {}
+
+    def feature(self, name: str) -> Tensor:
+        """The matrix-wise representation of this name, computed once, float32[N, F]."""
+        if name not in self.features:
+            self.features[name] = REPRESENTATIONS[name].function(self)
+        return self.features[name]
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """The weights, float64[N, rows, cols]."""
+        return self.weights.double()
+
+    @cached_property
+    def sorted(self) -> Tensor:
+        """Values of each matrix, ascending, float64[N, n]; sorted in their own dtype, which is cheaper."""
+        return self.weights.flatten(1).sort(dim=1).values.double()
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Mean of the values, float64[N, 1]; of a constant exactly that, so that its centred values are 0."""
+        low, high = self.sorted[:, :1], self.sorted[:, -1:]
+        return torch.where(low == high, low, self.sorted.mean(1, keepdim=True))
+
+    @cached_property
+    def centred(self) -> Tensor:
+        """Values less their mean, ascending, float64[N, n]."""
+        return self.sorted - self.mean
+
+    @cached_property
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Standard deviation, skewness and kurtosis (all 0 for a constant), each float64[N, 1]."""
+        square = self.centred.square()
+        variance = square.mean(1, keepdim=True)
+        third = (square * self.centred).mean(1, keepdim=True)
+        fourth = square.square().mean(1, keepdim=True)
+        return variance.sqrt(), _ratio(third, variance**1.5), _ratio(fourth, variance.square())
+
+    @cached_property
+    def quantiles(self) -> Tensor:
+        """The seven ``QUANTILES``, float64[N, 7]."""
+        at = torch.tensor(QUANTILES, dtype=torch.float64, device=self.sorted.device) * (self.sorted.shape[1] - 1)
+        return torch.lerp(self.sorted[:, at.floor().long()], self.sorted[:, at.ceil().long()], at.frac())
+
+    @cached_property
+    def singular_values(self) -> Tensor:
+        """All singular values, descending, float64[N, k]."""
+        return singular_values(self.matrix)
+
+    @cached_property
+    def magnitudes(self) -> Tensor:
+        """Magnitudes of all coefficients of the 2-D FFT, in no particular order, float64[N, n].
+
+        A real matrix's coefficients come in conjugate pairs of equal magnitude: half of them are computed,
+        and columns with a partner left out are taken twice. On a CPU that is several times faster than fft2.
+        """
+        half = torch.fft.rfft2(self.matrix).abs()  # (N, rows, cols // 2 + 1)
+        # Column 0 is its own partner, and so is the last where cols is even.
+        partners = half[:, :, 1 : (self.matrix.shape[2] + 1) // 2]
+        return torch.cat([half, partners], dim=2).flatten(1)
+
+
+def shared(w: Tensor | Shared) -> Shared:
+    """The batch wrapped for sharing; an already wrapped batch as it is."""
+    return w if isinstance(w, Shared) else Shared(w)
+
+
+def singular_values(a: Tensor) -> Tensor:
+    """Singular values, by way of the small triangle of a QR factorisation, which has the same ones.
+
+    Values of at most 1e-12 of the largest become 0: they are noise, which standardising would blow up.
+
+    Args:
+        a: Matrices, float[N, rows, cols].
+
+    Returns:
+        The k = min(rows, cols) singular values, descending, float64[N, k].
+
+    Example:
+        >>> singular_values(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]]]))
+        tensor([[4., 3.]], dtype=torch.float64)
+    """
+    rows, cols = a.shape[1:]
+    if min(rows, cols) == 1:  # a vector's only singular value is its norm; rank-one LoRAs are all vectors
+        return torch.linalg.vector_norm(a.double(), dim=(1, 2))[:, None]
+    small = a.double() if rows == cols else _triangle(a.double())
+    return _without_rounding(torch.linalg.svdvals(small))
+
+
+def effective_rank(s: Tensor) -> Tensor:
+    """Exponentiated entropy of the normalised spectrum (Roy & Vetterli, 2007).
+
+    ``exp(-sum_i p_i log p_i)`` with ``p_i = s_i / sum_j s_j`` and ``0 log 0 = 0``.
+    1 for a rank-one matrix, k for k equal singular values, unchanged when the
+    matrix is rescaled. A zero matrix has effective rank 0 by convention.
+
+    Args:
+        s: Nonnegative singular values, any order, float[N, k].
+
+    Returns:
+        Effective rank, dimensionless, in {0} or [1, k], float[N].
+
+    Example:
+        >>> effective_rank(torch.tensor([[3.0, 0.0], [2.0, 2.0], [0.0, 0.0]]))
+        tensor([1., 2., 0.])
+    """
+    total = s.sum(1, keepdim=True)
+    return torch.where(total[:, 0] > 0, _entropy(_ratio(s, total)).exp(), 0)
+
+
+def stats(w: Tensor | Shared) -> Tensor:
+    """Seven statistics of the values (networks described by such: Unterthiner et al., 2020).
+
+    Mean, std, median, min, max, skewness ``m3 / m2^1.5``, kurtosis ``m4 / m2^2``. Blind to the order of the
+    entries. Skewness and kurtosis of a constant are 0 by convention.
+
+    Shapes: w float[N, rows, cols] or its `Shared`; features in the table's order, float32[N, 7].
+    """
+    m = shared(w)
+    std, skewness, kurtosis = m.moments
+    median = m.quantiles[:, QUANTILES.index(0.50), None]
+    return _leave(m.mean, std, median, m.sorted[:, :1], m.sorted[:, -1:], skewness, kurtosis)
+
+
+def spectral(w: Tensor | Shared) -> Tensor:
+    """Leading singular values and the shape of the spectrum (effective rank: Roy & Vetterli, 2007).
+
+    σ1..σ10; each over the sum of *all*; effective rank; condition number σ1/σmin, σmin the smallest above
+    σ1·max(rows, cols)·eps(float32); the gaps σ1-σ2..σ9-σ10; nuclear norm. Unchanged by rotations; shares,
+    effective rank and condition number also by rescaling. σ is 0 beyond the rank, and a zero matrix has 0
+    everywhere.
+
+    Shapes: w float[N, rows, cols] or its `Shared`; features in the table's order, float32[N, 32].
+    """
+    m = shared(w)
+    s = m.singular_values
+    leading, nuclear = _leading(s), s.sum(1, keepdim=True)
+    cutoff = s[:, :1] * max(m.weights.shape[1:]) * torch.finfo(torch.float32).eps
+    smallest = torch.where(s > cutoff, s, math.inf).amin(1, keepdim=True)  # Inf, hence condition 0, if all are 0
+    gaps = leading[:, :-1] - leading[:, 1:]
+    rank = effective_rank(s)[:, None]
+    return _leave(leading, _ratio(leading, nuclear), rank, s[:, :1] / smallest, gaps, nuclear)
+
+
+def matrix_norms(w: Tensor | Shared) -> Tensor:
+    """Five matrix norms and two ratios of them (Golub & Van Loan, Matrix Computations, section 2.3).
+
+    Frobenius, nuclear ``sum s``, spectral ``max s``, L1 (largest column sum of magnitudes), L∞ (largest row
+    sum); nuclear/Frobenius in [1, sqrt(k)], spectral/Frobenius in [1/sqrt(k), 1]. Rescaling scales the norms
+    and leaves the ratios. For a rank-one matrix both ratios are 1; for a zero matrix 0 by convention.
+
+    Shapes: w float[N, rows, cols] or its `Shared`; features in the table's order, float32[N, 7].
+    """
+    m = shared(w)
+    frobenius = torch.linalg.vector_norm(m.matrix, dim=(1, 2))[:, None]
+    nuclear, largest = m.singular_values.sum(1, keepdim=True), m.singular_values[:, :1]
+    magnitudes = m.matrix.abs()
+    columns, rows = (magnitudes.sum(dim).amax(1, keepdim=True) for dim in (1, 2))
+    ratios = _ratio(nuclear, frobenius), _ratio(largest, frobenius)
+    return _leave(frobenius, nuclear, largest, columns, rows, *ratios)
+
+
+def distribution(w: Tensor | Shared) -> Tensor:
+    """How the values are spread (quantiles as in Unterthiner et al., 2020).
+
+    Quantiles 5, 10, 25, 50, 75, 90, 95 %; interquartile range; mean absolute deviation about the mean;
+    std/abs(mean); skewness; kurtosis. Blind to the order of the entries. Skewness and kurtosis of a constant
+    are 0 by convention, and so is std/abs(mean) where the mean is 0 up to float64 rounding.
+
+    Shapes: w float[N, rows, cols] or its `Shared`; features in the table's order, float32[N, 12].
+    """
+    m = shared(w)
+    std, skewness, kurtosis = m.moments
+    interquartile = m.quantiles[:, QUANTILES.index(0.75), None] - m.quantiles[:, QUANTILES.index(0.25), None]
+    deviation = m.centred.abs().mean(1, keepdim=True)
+    # A mean of 0 comes out as about 1e-17 of the values: std over that would be noise.
+    mean = torch.where(m.mean.abs() > ROUNDING * std, m.mean.abs(), 0)
+    return _leave(m.quantiles, interquartile, deviation, _ratio(std, mean), skewness, kurtosis)
+
+
+def frequency(w: Tensor | Shared) -> Tensor:
+    """Magnitudes of the 2-D Fourier transform (fine-tuning in that domain: Gao et al., 2024).
+
+    Of the magnitudes of all rows·cols coefficients: the ten largest, mean, std, max, and the ten largest's
+    share of the energy ``sum |c|^2``. Unchanged by circular shifts of rows or columns. A constant has a
+    single magnitude, that of its sum, and share 1; a zero matrix has share 0 by convention.
+
+    Shapes: w float[N, rows, cols] or its `Shared`; features in the table's order, float32[N, 14].
+    """
+    c = shared(w).magnitudes
+    largest = _without_rounding(c.topk(min(TOP, c.shape[1]), dim=1).values)  # (N, at most 10), descending
+    std, mean = torch.std_mean(c, dim=1, correction=0, keepdim=True)
+    share = _ratio(largest.square().sum(1, keepdim=True), c.square().sum(1, keepdim=True))
+    return _leave(_leading(largest), mean, std, largest[:, :1], share)
+
+
+def info_theoretic(w: Tensor | Shared) -> Tensor:
+    """Entropy of the histogram of the values (Shannon, 1948).
+
+    ``-sum_i p_i log p_i`` in nats over 50 equal bins from min to max, the last one closed; and the same over
+    log 50. log 50 and 1 for evenly filled bins; unchanged by rescaling. A constant has 0 by convention.
+
+    Shapes: w float[N, rows, cols] or its `Shared`; features in the table's order, float32[N, 2].
+    """
+    values = shared(w).sorted
+    low, high = values[:, :1], values[:, -1:]
+    # The edges of numpy.histogram, operation for operation, so that its counts come out, exactly.
+    edges = torch.arange(BINS, dtype=torch.float64, device=values.device) * ((high - low) / BINS) + low  # (N, 50)
+    below = torch.searchsorted(values, edges)  # how many values lie below each bin
+    counts = below.diff(dim=1, append=torch.full_like(below[:, :1], values.shape[1]))
+    entropy = torch.where(low == high, 0, _entropy(counts.double() / values.shape[1])[:, None])
+    return _leave(entropy, entropy / math.log(BINS))
+
+
+def ensemble(w: Tensor | Shared) -> Tensor:
+    """Spectral, matrix_norms, distribution, frequency and info_theoretic, side by side in this order.
+
+    Shapes: w float[N, rows, cols] or its `Shared`; features in the table's order, float32[N, 67].
+    """
+    m = shared(w)
+    return torch.cat([m.feature(name) for name in ENSEMBLE], dim=1)
+
+
+def coupling(down: Tensor, up: Tensor, scale: Tensor | None = None) -> Tensor:
+    """How the two factors of an update relate (LoRA: Hu et al., 2022).
+
+    Of down and upᵀ, the narrower padded with zero columns: Pearson correlation and cosine of the entries;
+    Frobenius norm of the update s·up·down, which is never formed; Pearson correlation of the r singular
+    values. Only the norm is unchanged when (up, down) becomes (up·G⁻¹, G·down). Correlations of constants and
+    of single values, and the cosine of a zero factor, are 0 by convention.
+
+    Args:
+        down: First factors, float[N, r, in].
+        up: Second factors, float[N, out, r].
+        scale: s = alpha / rank of each update, float[N]; None: 1.
+
+    Returns:
+        Features in the table's order, float32[N, 4].
+    """
+    down, up, scale = (x.double() for x in _pair(down, up, scale))
+    rank, width = down.shape[1], max(down.shape[2], up.shape[1])
+    a, b = (pad(x, (0, width - x.shape[2])).flatten(1) for x in (down, up.mT))  # (N, r * width)
+    down_r, up_r = (torch.linalg.qr(x, mode="r").R for x in (down.mT, up))  # downᵀ = Q·down_r, up = Q'·up_r
+    norm = scale.abs() * torch.linalg.vector_norm(up_r @ down_r.mT, dim=(1, 2))
+    # A factor narrower than r has fewer than r singular values; the missing ones are 0.
+    s, t = (pad(singular_values(x), (0, rank - min(x.shape[1:]))) for x in (down_r, up_r))
+    return _leave(_pearson(a, b), _cosine(a, b), norm[:, None], _pearson(s, t))
+
+
+def update_sketch(down: Tensor, up: Tensor, module_id: str, scale: Tensor | None = None) -> Tensor:
+    """A fixed random projection of the update, whatever its factors (invariance: Putterman et al., 2024).
+
+    ``PᵀΔWQ = s·(Pᵀup)(down·Q)``, P [out, 8] and Q [in, 8] Gaussian of variance 1/8, decided by the module's
+    name alone: a module is seen from the same side in every adapter. Linear in ΔW; the expected square of its
+    norm is ΔW's. Unchanged when (up, down) becomes (up·G⁻¹, G·down).
+
+    Args:
+        down: First factors, float[N, r, in].
+        up: Second factors, float[N, out, r].
+        module_id: Canonical name of the module that all N updates are of.
+        scale: s = alpha / rank of each update, float[N]; None: 1.
+
+    Returns:
+        The 8 x 8 sketch, row by row, float32[N, 64].
+    """
+    down, up, scale = (x.double() for x in _pair(down, up, scale))
+    p = _gaussian(module_id, "P", up.shape[1]).to(up.device)
+    q = _gaussian(module_id, "Q", down.shape[2]).to(down.device)
+    return _leave((scale[:, None, None] * (p.mT @ up) @ (down @ q)).flatten(1))
+
+
+def matrix_features(w: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+    """Several matrix-wise representations out of one sort, one SVD and one FFT per matrix.
+
+    Args:
+        w: Weight matrices, float[N, rows, cols].
+        names: Names of the table's rows of kind "matrix"; another is a ValueError.
+
+    Returns:
+        Features by name, in the order asked for, each float32[N, F].
+    """
+    names = _checked_names(names, "matrix")
+    _check("w", w, "[N, rows, cols]")
+    parts = []
+    for block in w.split(max(1, BLOCK // w[0].numel())):
+        m = Shared(block)
+        parts.append({name: m.feature(name) for name in names})
+    return {name: torch.cat([part[name] for part in parts]) for name in names}
+
+
+def pair_features(
+    down: Tensor, up: Tensor, module_id: str, scale: Tensor | None, names: Iterable[str]
+) -> dict[str, Tensor]:
+    """Several pair-wise representations of the updates of one module.
+
+    Args:
+        down: First factors, float[N, r, in].
+        up: Second factors, float[N, out, r].
+        module_id: Canonical name of the module that all N updates are of.
+        scale: s = alpha / rank of each update, float[N]; None: 1.
+        names: Names of the table's rows of kind "pair"; another is a ValueError.
+
+    Returns:
+        Features by name, in the order asked for, each float32[N, F].
+    """
+    functions = {name: REPRESENTATIONS[name].function for name in _checked_names(names, "pair")}
+    pair = _pair(down, up, scale)
+    length = max(1, BLOCK // (down[0].numel() + up[0].numel()))
+    blocks = list(zip(*(x.split(length) for x in pair), strict=True))
+    found = {}
+    for name, function in functions.items():
+        takes_module = (module_id,) if name == "update_sketch" else ()
+        found[name] = torch.cat([function(d, u, *takes_module, s) for d, u, s in blocks])
+    return found
+
+
+class PCA:
+    """Principal components of centred, unscaled rows (Pearson, 1901), through the smaller Gram matrix.
+
+    Eigenvectors of XᵀX [F, F] or, for more columns than rows, those of XXᵀ [N, N] mapped back (Sirovich,
+    1987). Only a block of x at a time is held in float64. Of each component the entry of largest magnitude is
+    positive. A component whose variance is rounding, at most max(N, F)·eps(float64) of the largest, is zero
+    by convention.
+
+    Args:
+        n_components: Components wanted; k is the least of it, N - 1 and F.
+
+    Attributes:
+        mean_: Column means, float64[F].
+        components_: Orthonormal (or zero) rows, of falling variance, float64[k, F].
+        explained_variance_: Variance along each, over N - 1, float64[k].
+    """
+
+    def __init__(self, n_components: int = 100):
+        self.n_components = n_components
+
+    def fit(self, x: Tensor) -> "PCA":
+        """Learn mean and components of train rows x, float[N, F] with N at least 2, and return self."""
+        _check("x", x, "[N, F]")
+        rows, columns = x.shape
+        if rows < 2:
+            raise ValueError("PCA needs at least 2 train rows to see any variance; use more train samples")
+        length = max(1, 8 * BLOCK // rows)
+        self.mean_ = torch.cat([block.double().mean(0) for block in x.split(length, dim=1)])
+        wide = columns > rows
+        gram = torch.zeros(min(x.shape), min(x.shape), dtype=torch.float64, device=x.device)
+        for block in self._centred(x, by_columns=wide):
+            gram += block @ block.mT if wide else block.mT @ block
+        values, vectors = torch.linalg.eigh(gram)  # ascending
+        k = min(self.n_components, rows - 1, columns)
+        values, directions = values.flip(0)[:k], vectors.flip(1)[:, :k].mT
+        cutoff = values[0] * max(x.shape) * torch.finfo(torch.float64).eps
+        values = torch.where(values > cutoff, values, 0)  # not >=, or constant rows fail
+        if wide:  # from (k, N) to (k, F)
+            blocks = self._centred(x, by_columns=True)
+            directions = torch.cat([directions @ block for block in blocks], dim=1)
+            directions = _ratio(directions, values.sqrt()[:, None])
+        peak = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+        self.components_ = torch.where(values[:, None] > 0, directions * peak.sign(), 0)
+        self.explained_variance_ = values / (rows - 1)
+        return self
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Scores ``(x - mean_) @ components_.T`` of rows x, float[N, F] with the fitted F: float32[N, k]."""
+        _check("x", x, "[N, F]")
+        if x.shape[1] != len(self.mean_):
+            raise ValueError(f"PCA was fitted on {len(self.mean_)} columns, got {x.shape[1]}; pass the same ones")
+        blocks = self._centred(x, by_columns=False)
+        return _leave(torch.cat([block @ self.components_.mT for block in blocks]))
+
+    def _centred(self, x: Tensor, by_columns: bool) -> Iterator[Tensor]:
+        """Blocks of whole columns, or of whole rows, of x less its mean, in float64."""
+        length = max(1, 8 * BLOCK // x.shape[0 if by_columns else 1])
+        blocks = x.split(length, dim=1 if by_columns else 0)
+        means = self.mean_.split(length) if by_columns else [self.mean_] * len(blocks)
+        for block, mean in zip(blocks, means, strict=True):
+            yield block.double() - mean
+
+
+def _check(name: str, x: Tensor, shape: str) -> None:
+    """Refuse what is not a finite floating tensor with such a shape, in words that state the mend."""
+    if x.ndim != shape.count(",") + 1:
+        raise ValueError(f"{name} must be float{shape}, got shape {list(x.shape)}; reshape it")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {x.dtype}; convert it with .float()")
+    if x.numel() == 0:
+        raise ValueError(f"{name} holds no values, shape {list(x.shape)}; skip empty batches")
+    # NaN and Inf survive min and max: one pass, no copy. As float32, so that no power overflows float64.
+    if not torch.stack(torch.aminmax(x)).float().isfinite().all():
+        bad = x.numel() - int(x.float().isfinite().sum())
+        total = x.numel()
+        raise ValueError(f"{name}: {bad} of {total} values are NaN, Inf or beyond float32; drop their samples")
+
+
+def _checked_names(names: Iterable[str], kind: str) -> list[str]:
+    """The names, if the table has all of them as this kind."""
+    names, known = list(names), [row.name for row in REPRESENTATIONS.values() if row.kind == kind]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{unknown} not of kind {kind!r}; choose from {', '.join(known)}")
+    return names
+
+
+def _pair(down: Tensor, up: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The checked factors and scales; scale 1 where none is given."""
+    if scale is None:
+        scale = torch.ones(len(down), dtype=torch.float64, device=down.device)
+    _check("down", down, "[N, r, in]")
+    _check("up", up, "[N, out, r]")
+    _check("scale", scale, "[N]")
+    if not len(down) == len(up) == len(scale) or down.shape[1] != up.shape[2]:
+        shapes = f"{list(down.shape)}, {list(up.shape)} and {list(scale.shape)}"
+        raise ValueError(
+            f"N or r differ: down [N, r, in], up [N, out, r] and scale [N] are {shapes}; "
+            "pass both factors as stored, neither swapped nor transposed"
+        )
+    return down.detach(), up.detach(), scale.detach()
+
+
+def _leave(*columns: Tensor) -> Tensor:
+    """Columns side by side in float32; beyond its range, its largest number, so that all is finite."""
+    largest = torch.finfo(torch.float32).max
+    return torch.cat(columns, dim=1).clamp(-largest, largest).float()
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """Quotient a / b, and 0 where b is 0."""
+    return torch.where(b == 0, 0, a / torch.where(b == 0, 1, b))
+
+
+def _entropy(p: Tensor) -> Tensor:
+    """Shannon entropy, in nats, of the rows of p [N, F]: [N]."""
+    return -torch.xlogy(p, p).sum(1)
+
+
+def _triangle(a: Tensor) -> Tensor:
+    """R of the QR factorisation of a [N, rows, cols], or of its transpose if that is taller: [N, k, k]."""
+    return torch.linalg.qr(a if a.shape[1] >= a.shape[2] else a.mT, mode="r").R
+
+
+def _without_rounding(descending: Tensor) -> Tensor:
+    """Rows [N, F] with what is at most 1e-12 of the first entry set to 0."""
+    return torch.where(descending > ROUNDING * descending[:, :1], descending, 0)
+
+
+def _leading(descending: Tensor) -> Tensor:
+    """The first ten columns, zero columns for missing ones."""
+    return pad(descending[:, :TOP], (0, max(0, TOP - descending.shape[1])))
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine between the rows of a and b [N, F]: [N, 1]; 0 where one is zero."""
+    norms = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
+    return _ratio((a * b).sum(1), norms)[:, None]
+
+
+def _pearson(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson correlation of the rows of a and b [N, F]: [N, 1]; 0 where one is constant up to rounding."""
+    centred = []
+    for x in (a, b):
+        low, high = x.aminmax(dim=1, keepdim=True)
+        constant = high - low <= ROUNDING * torch.maximum(low.abs(), high.abs())
+        centred.append(torch.where(constant, 0, x - x.mean(1, keepdim=True)))
+    return _cosine(*centred)
+
+
+def _gaussian(module_id: str, side: str, length: int) -> Tensor:
+    """The fixed projection of one side of a module, normal with variance 1/8, float64[length, 8]."""
+    seed = int.from_bytes(hashlib.sha256(f"{module_id}/{side}".encode()).digest(), "big")
+    drawn = np.random.Generator(np.random.PCG64(seed)).standard_normal((length, SKETCH))
+    return torch.from_numpy(drawn / math.sqrt(SKETCH))
+
+
+@dataclass(frozen=True)
+class Representation:
+    """One row of the table.
+
+    Attributes:
+        name: As on the command line and in the results.
+        kind: "matrix" (of one matrix), "pair" (of an update's two factors), "weights" (of all weights in a
+            collection) or "autoencoder" (learned from those).
+        feature_names: What the columns hold; their number is the width. Empty where the data decides it.
+        source: Where the idea is from.
+        function: What computes it; None for kinds "weights" and "autoencoder".
+    """
+
+    name: str
+    kind: str
+    feature_names: tuple[str, ...]
+    source: str
+    function: Callable[..., Tensor] | None = None
+
+
+def _numbered(prefix: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{prefix}_{i}" for i in range(1, count + 1))
+
+
+_STATS = ("mean", "std", "median", "min", "max", "skewness", "kurtosis")
+_SIGMAS = (*_numbered("sigma", 10), *_numbered("sigma_share", 10))
+_SPECTRAL = (*_SIGMAS, "effective_rank", "condition_number", *_numbered("gap", 9), "nuclear_norm")
+_NORMS = ("frobenius", "nuclear", "spectral", "l1", "linf", "nuclear_to_frobenius", "spectral_to_frobenius")
+_SPREAD = ("interquartile_range", "mean_absolute_deviation", "std_to_mean", "skewness", "kurtosis")
+_DISTRIBUTION = (*(f"quantile_{100 * q:02.0f}" for q in QUANTILES), *_SPREAD)
+_COUPLING = ("entries_correlation", "entries_cosine", "update_norm", "singular_values_correlation")
+_FREQUENCY = (*_numbered("magnitude", 10), "mean", "std", "max", "energy_share_of_10")
+_INFO = ("entropy", "normalised_entropy")
+_SKETCH = _numbered("sketch", SKETCH * SKETCH)
+
+ENSEMBLE = {
+    "spectral": _SPECTRAL,
+    "matrix_norms": _NORMS,
+    "distribution": _DISTRIBUTION,
+    "frequency": _FREQUENCY,
+    "info_theoretic": _INFO,
+}
+_ALL = tuple(f"{part}.{feature}" for part, features in ENSEMBLE.items() for feature in features)
+
+REPRESENTATIONS: dict[str, Representation] = {
+    row.name: row
+    for row in (
+        Representation("flat_vec", "weights", (), "Eilertsen et al., 2020, Classifying the classifier"),
+        Representation("stats", "matrix", _STATS, "Unterthiner et al., 2020", stats),
+        Representation("pca", "weights", (), "Pearson, 1901"),
+        Representation("spectral", "matrix", _SPECTRAL, "Roy & Vetterli, 2007", spectral),
+        Representation("matrix_norms", "matrix", _NORMS, "Golub & Van Loan, section 2.3", matrix_norms),
+        Representation("distribution", "matrix", _DISTRIBUTION, "Unterthiner et al., 2020", distribution),
+        Representation("coupling", "pair", _COUPLING, "LoRA: Hu et al., 2022", coupling),
+        Representation("frequency", "matrix", _FREQUENCY, "FourierFT: Gao et al., 2024", frequency),
+        Representation("info_theoretic", "matrix", _INFO, "Shannon, 1948", info_theoretic),
+        Representation("ensemble", "matrix", _ALL, "the five that it joins", ensemble),
+        Representation("vae", "autoencoder", (), "Kingma & Welling, 2014"),
+        Representation("contrastive", "autoencoder", (), "SimCLR: Chen et al., 2020"),
+        Representation("denoising", "autoencoder", (), "Vincent et al., 2008"),
+        Representation("update_sketch", "pair", _SKETCH, "Putterman et al., 2024", update_sketch),
+    )
+}
