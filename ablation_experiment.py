@@ -2,15 +2,19 @@
 
     python ablation_experiment.py --dataset=1k --top-k=5
 
-Three phases over a collection of LoRAs whose concept is known: every layer alone (which predict?), every representation without
-the top-k layers (does prediction survive?), every representation with all layers (which is best?). It writes top_layers.json,
-results.json, results.txt, samples.csv and predictions.npz to <output-dir>/ablation_<dataset>/. Everything meets here; nothing imports
-this module but tests.
+Three phases over a collection of LoRAs whose concept is known: every layer alone (which predict?), every
+representation without the top-k layers (does prediction survive?), every representation with all layers (which is
+best?). Writes top_layers.json, results.json, results.txt, samples.csv and predictions.npz to
+<output-dir>/ablation_<dataset>/. Everything meets here; nothing imports this module but tests.
+
+Shape letters: N LoRAs, L layers, P modules (pairs of layers), F features, S input sources.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import platform
 import sys
@@ -19,6 +23,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,20 +34,21 @@ from tqdm import tqdm
 import autoencoders
 import data
 import digits_zoo
+import lora_files
 import report
 import representations
 import stacked_training
 import store
 from data import WEIGHTS, Collection, CollectionError, Extracted
 from representations import PCA, REPRESENTATIONS
-from stacked_training import Models, Schedule, Split, scored, standardise, train_classifiers
+from stacked_training import DROPOUT, HIDDEN, Models, Schedule, Split, scored, standardise, train_classifiers
 
 BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000}
 NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small")
-# Parameters of a stack. A CPU is fastest while weights, gradients and Adam's moments stay near its cache; a GPU is to be filled.
-STACK_PARAMETERS = {"cpu": 2**22, "cuda": 2**29}
-HIDDEN = (512, 512, 512)
-RESULT_FILES = ("top_layers.json", "results.json", "results.txt", "samples.csv", "predictions.npz")
+# Parameters in a stack: on a CPU as many as stay near its cache (8 classifiers of one layer), on a GPU as many as fill it.
+STACK_PARAMETERS = {"cpu": 4_500_000, "cuda": 500_000_000}
+PCA_COMPONENTS = 100
+RESULT_FILES = ("top_layers.json", "results.txt", "samples.csv", "predictions.npz", "results.json")
 SCHEMA_VERSION = 1
 
 
@@ -49,53 +56,49 @@ class UsageError(ValueError):
     """A flag cannot be used; the message says what to do."""
 
 
-# --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Arguments
-# --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Flags of the command line, unresolved."""
     parser = argparse.ArgumentParser(
-        description="Rank LoRA layers by how well they predict the concept, remove the best, compare representations.",
+        description="Rank LoRA layers by how well they predict the concept, remove the best, compare representations."
     )
-    collection = parser.add_argument_group("collection")
-    collection.add_argument(
+    add = parser.add_argument_group("collection").add_argument
+    add(
         "--dataset",
         default="1k",
-        help="1k, 10k, 50k, 100k or small: a folder in --data-dir; or the path of any folder of LoRAs (1k)",
+        help="1k, 10k, 50k, 100k or small, a folder in --data-dir; or any folder of LoRAs (1k)",
     )
-    collection.add_argument(
+    add(
         "--data-dir",
         type=Path,
-        help="folder of the named data sets (data). without this flag, a missing small, 1k or 10k is trained: the built-in digits",
+        help="where the named collections lie (data). only without this flag a missing small, 1k or 10k is trained "
+        "instead: the built-in digits",
     )
-    experiment = parser.add_argument_group("experiment")
-    experiment.add_argument("--top-k", type=int, default=5, help="number of most predictive layers to remove (5)")
-    experiment.add_argument("--num-runs", type=int, help="trainings of each classifier (10; 3 with --quick)")
-    experiment.add_argument(
+    add = parser.add_argument_group("experiment").add_argument
+    add("--top-k", type=int, default=5, help="number of most predictive layers to remove (5)")
+    add("--num-runs", type=int, help="trainings of each classifier (10; 3 with --quick)")
+    add(
         "--rank-by",
         choices=("test", "val"),
         default="test",
-        help="accuracy that ranks the layers: test, as the experiment is defined, or val, which keeps the choice off the test rows (test)",
+        help="accuracy that ranks the layers. test: as the experiment is defined; val: keeps the choice off the test "
+        "rows (test)",
     )
-    experiment.add_argument(
-        "--representations", default="all", help=f"all, or a comma list of: {', '.join(REPRESENTATIONS)} (all)"
-    )
-    experiment.add_argument("--seed", type=int, default=42, help="of the split and of all training (42)")
-    experiment.add_argument(
+    add("--representations", default="all", help=f"all, or a comma list of {', '.join(REPRESENTATIONS)} (all)")
+    add("--seed", type=int, default=42, help="of the split and of all training (42)")
+    add(
         "--quick",
         action="store_true",
         help="for trying things out: 3 runs, patience 5, at most 30 classifier and 8 autoencoder epochs",
     )
-    machine = parser.add_argument_group("files and machine")
-    machine.add_argument(
-        "--output-dir", type=Path, default=Path("ablation-results"), help="folder of results (ablation-results)"
-    )
-    machine.add_argument(
-        "--cache-dir", type=Path, help="folder of finished work, to share or to place elsewhere (<output-dir>/.cache)"
-    )
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: a GPU if there is one)")
+    add = parser.add_argument_group("files and machine").add_argument
+    add("--output-dir", type=Path, default=Path("ablation-results"), help="folder of results (ablation-results)")
+    add("--cache-dir", type=Path, help="folder of finished work, reused by later runs (<output-dir>/.cache)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one (auto)")
     return parser.parse_args(arguments)
 
 
@@ -123,7 +126,7 @@ class Settings:
             "quick": self.quick,
             "device": self.device.type,
             "representations": list(self.representations),
-            "classifier": {"hidden": list(HIDDEN), "dropout": 0.3, **asdict(self.classifier)},
+            "classifier": {"hidden": list(HIDDEN), "dropout": DROPOUT, **asdict(self.classifier)},
             "autoencoder": asdict(self.autoencoder),
             "stack": {"parameters": STACK_PARAMETERS[self.device.type]},
         }
@@ -140,8 +143,7 @@ def resolve(args: argparse.Namespace) -> Settings:
     if args.num_runs is not None and args.num_runs < 1:
         raise UsageError(f"--num-runs {args.num_runs}: at least one run is needed. give 1 or more.")
     names = list(REPRESENTATIONS) if args.representations == "all" else args.representations.split(",")
-    unknown = [name for name in names if name not in REPRESENTATIONS]
-    if unknown:
+    if unknown := [name for name in names if name not in REPRESENTATIONS]:
         raise UsageError(f"--representations {','.join(unknown)}: not known. choose from {', '.join(REPRESENTATIONS)}.")
     quick = args.quick
     return Settings(
@@ -158,7 +160,11 @@ def resolve(args: argparse.Namespace) -> Settings:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device of a --device flag."""
+    """The torch device of a --device flag.
+
+    Raises:
+        UsageError: It is no device of a supported kind, or it is not there.
+    """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda" if gpus else "cpu")
@@ -166,71 +172,50 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"--device {name}: not a device. give auto, cpu, cuda or cuda:N.") from error
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in STACK_PARAMETERS:
         raise UsageError(f"--device {name}: not supported. give auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise UsageError(f"--device {name}: {gpus} GPUs are visible here. give cpu, or one that is there.")
+        raise UsageError(f"--device {name}: there are {gpus} GPUs here. give cpu, or one that is there.")
     return device
 
 
 def locate(args: argparse.Namespace) -> tuple[str, Path, bool]:
-    """Name, folder and whether it is the built-in collection, which is trained first if it is not there.
+    """Name and folder of the collection, and whether it is the built-in one, which is trained if it is not there.
 
     Raises:
         UsageError: There is no such collection, and none is trained in its place.
     """
     name = args.dataset
     if name not in NAMED_DATASETS:
-        folder = Path(name)
-        if not folder.is_dir():
-            raise UsageError(
-                f"--dataset {name}: no such folder. give a folder of LoRAs, or one of {', '.join(NAMED_DATASETS)}."
-            )
-        return folder.resolve().name, folder, False
+        if not Path(name).is_dir():
+            named = ", ".join(NAMED_DATASETS)
+            raise UsageError(f"--dataset {name}: no such folder. give a folder of LoRAs, or one of {named}.")
+        return Path(name).resolve().name, Path(name), False
     folder = (args.data_dir or Path("data")) / name
     if folder.is_dir():
         return name, folder, False
     if args.data_dir is not None:
-        raise UsageError(
-            f"{folder}: no such folder. put the collection there, or leave out --data-dir to use the built-in digits."
-        )
+        raise UsageError(f"{folder}: no such folder. put the collection there, or leave out --data-dir for the digits.")
     if name not in BUILT_IN_SIZES:
         raise UsageError(
-            f"{folder}: no such folder, and no built-in collection is that large. put the collection there, or name its folder with --data-dir."
+            f"{folder}: no such folder. put the collection there, or name the folder above it: --data-dir."
         )
     folder = Path("data") / "built-in-digits" / name
     if not folder.is_dir():
-        train_built_in(folder, BUILT_IN_SIZES[name])
+        count = BUILT_IN_SIZES[name]
+        seconds, size = digits_zoo.estimate(count)
+        say(
+            f"There is no collection in {args.data_dir or Path('data') / name}: training the built-in digits, {count} LoRAs, "
+            f"into {folder}, once\n(about {seconds / 60:.1f} minutes on two CPU cores, {size / 2**20:.0f} MiB on disk)"
+        )
+        digits_zoo.build(folder, count, progress=Progress())
+        say()
     return name, folder, True
 
 
-def train_built_in(folder: Path, count: int) -> None:
-    """Train the built-in collection, saying beforehand what it costs."""
-    seconds, size = digits_zoo.estimate(count)
-    say(
-        f"No collection is there: training the built-in digits, {count} LoRAs, into {folder} once "
-        f"(about {seconds / 60:.0f} minutes on two CPU cores, {size / 2**20:.0f} MiB on disk)."
-    )
-    bars: dict[str, tqdm] = {}
-    last = time.monotonic()
-
-    def advance(stage: str, done: int, total: int) -> None:
-        nonlocal last
-        if sys.stderr.isatty():
-            bar = bars.setdefault(stage, tqdm(total=total, desc=stage, leave=False))
-            bar.update(done - bar.n)
-        elif time.monotonic() - last > 60:
-            last = time.monotonic()
-            say(f"{stage}: {done} of {total}")
-
-    digits_zoo.build(folder, count, progress=advance)
-    for bar in bars.values():
-        bar.close()
-
-
-# --------------------------------------------------------------------------------------------------------
-# Words on the way
-# --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# Words and time on the way
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def say(line: str = "") -> None:
@@ -238,25 +223,41 @@ def say(line: str = "") -> None:
     print(line, flush=True)
 
 
-def progress(items: Iterable, label: str) -> Iterator:
-    """Iterate with a bar on a terminal, and with a plain line about once a minute in a log file."""
+class Progress:
+    """Shows how far a stage is: a bar on a terminal, in a log file a plain line about once a minute."""
+
+    def __init__(self):
+        self.stage, self.bar, self.told = "", None, time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """``done`` of ``total`` steps of a stage are finished."""
+        if sys.stderr.isatty():
+            if stage != self.stage:
+                self.stage, self.bar = stage, tqdm(total=total, desc=stage, leave=False)
+            self.bar.update(done - self.bar.n)
+            if done == total:
+                self.bar.close()
+        elif time.monotonic() - self.told > 60:
+            self.told = time.monotonic()
+            say(f"  {stage}: {done} of {total}")
+
+
+def track(items: Iterable, stage: str) -> Iterator:
+    """Iterate and show how far it is."""
     items = list(items)
-    if sys.stderr.isatty():
-        yield from tqdm(items, desc=label, leave=False)
-        return
-    last = time.monotonic()
+    progress = Progress()
     for done, item in enumerate(items, 1):
         yield item
-        if time.monotonic() - last > 60:
-            last = time.monotonic()
-            say(f"  {label}: {done} of {len(items)}")
+        progress(stage, done, len(items))
 
 
 class Stopwatch:
     """Seconds by phase."""
 
+    PHASES = ("index", "features", "ranking", "autoencoders", "ablation", "baseline")
+
     def __init__(self):
-        self.seconds: dict[str, float] = {}
+        self.seconds = dict.fromkeys(self.PHASES, 0.0)
         self.start = time.perf_counter()
 
     @contextmanager
@@ -264,221 +265,214 @@ class Stopwatch:
         """Add the time of the body to a phase."""
         start = time.perf_counter()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.seconds[name] += time.perf_counter() - start
 
     def timing(self) -> dict[str, float]:
         """Seconds of each phase and in total, to the millisecond."""
-        names = ("index", "features", "ranking", "autoencoders", "ablation", "baseline")
-        seconds = {name: self.seconds.get(name, 0.0) for name in names}
-        return {name: round(s, 3) for name, s in (*seconds.items(), ("total", time.perf_counter() - self.start))}
+        seconds = self.seconds | {"total": time.perf_counter() - self.start}
+        return {name: round(value, 3) for name, value in seconds.items()}
 
 
-# --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The experiment
-# --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the classifiers of one representation and condition read.
+
+    ``x`` float32[N, F] is standardised, ``live`` bool[F] tells which columns are left, ``num_layers`` how many matrices
+    those describe, and ``key`` what they depend on beside the features' own cache key.
+    """
+
+    x: torch.Tensor
+    live: np.ndarray
+    num_layers: int
+    key: dict
 
 
 class Experiment:
-    """A collection under one split and one set of settings; each phase is a method that returns what results.json holds."""
+    """A collection under one split and one set of settings; the phases' trainings, each unit of work done once."""
 
-    def __init__(self, settings: Settings, collection: Collection, extracted: Extracted):
-        self.settings, self.collection, self.extracted = settings, collection, extracted
-        device = settings.device
-        self.rows = data.split_rows(collection.y, settings.seed)
-        self.split = Split(*(torch.from_numpy(self.rows[part]).to(device) for part in ("train", "validation", "test")))
-        self.y = torch.from_numpy(collection.y).to(device)
-        self.held_out = np.concatenate([self.rows["validation"], self.rows["test"]])
+    def __init__(self, settings: Settings, collection: Collection, rows: dict[str, np.ndarray], extracted: Extracted):
+        self.settings, self.collection, self.rows, self.extracted = settings, collection, rows, extracted
+        self.device = settings.device
+        self.split = Split(*(torch.from_numpy(rows[part]).to(self.device) for part in ("train", "validation", "test")))
+        self.y = torch.from_numpy(collection.y).to(self.device)
+        self.held_out = np.concatenate([rows["validation"], rows["test"]])
         self.units = store.Units(extracted.folder / "units")
-        self.predictions: dict[str, np.ndarray] = {"rows": self.held_out, "y": collection.y[self.held_out]}
-        # All that every unit of this experiment depends on, beside its own models.
-        self.key = {
+        self.predictions = {"rows": self.held_out, "y": collection.y[self.held_out]}
+        self.key = {  # what every unit depends on beside its own models
             "features": extracted.suffix,
             "code": store.code_digest(stacked_training),
             "torch": torch.__version__,
             "seed": settings.seed,
-            "stack": STACK_PARAMETERS[device.type],
         }
 
     def features(self, name: str) -> torch.Tensor:
-        """Features of a representation on the device, float32[N, L or P, F]."""
-        return torch.from_numpy(np.array(self.extracted.load(name))).to(self.settings.device)
+        """Cached features on the device, float32[N, L or P, F], or the packed weights, float32[N, sum of widths]."""
+        return torch.from_numpy(np.array(self.extracted.load(name))).to(self.device)
 
-    # -- classifiers -------------------------------------------------------------------------------------
+    def stacks(self, models: list, parameters: int) -> list[list]:
+        """The models in stacks, as large as this kind of device takes; fixed by the collection and the flags."""
+        at_once = max(1, STACK_PARAMETERS[self.device.type] // parameters)
+        return [models[start : start + at_once] for start in range(0, len(models), at_once)]
 
-    def classify(
-        self, x: torch.Tensor, models: list[tuple[int, int]], live: np.ndarray | None, key: dict, label: str
-    ) -> dict:
+    # -- classifiers --------------------------------------------------------------------------------------------------
+
+    def classify(self, x: torch.Tensor, models: list, live: np.ndarray, key: dict, label: str) -> dict[str, np.ndarray]:
         """Train classifiers in stacks, or read those that are finished.
 
         Args:
             x: Standardised inputs, float32[S, N, F].
             models: (source, run) of each model, in the order that fills the stacks.
-            live: Columns that the models read, bool[F]; None for all.
+            live: Columns that the models read, bool[F].
             key: What tells these units from others.
             label: For the progress bar.
 
         Returns:
-            The arrays of `train_classifiers` for all models.
+            The arrays of `train_classifiers`, and the metrics of every part of the split, for all models.
         """
-        widths = (x.shape[2], *HIDDEN, len(self.collection.classes))
-        parameters = sum((fan_in + 1) * fan_out for fan_in, fan_out in zip(widths, widths[1:], strict=False))
-        at_once = max(1, STACK_PARAMETERS[self.settings.device.type] // parameters)
+        classes, schedule = len(self.collection.classes), self.settings.classifier
+        parameters = sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise((x.shape[2], *HIDDEN, classes)))
+        key = {"kind": "classifier", **self.key, **key, "schedule": asdict(schedule)}
+        key["live"] = "all" if live.all() else np.packbits(live).tobytes().hex()
         finished = []
-        for start in progress(range(0, len(models), at_once), label):
-            part = models[start : start + at_once]
-            source, run = (torch.tensor(column) for column in zip(*part, strict=True))
-            mask = None if live is None else torch.from_numpy(live).expand(len(part), -1)
-            unit = {
-                "kind": "classifier",
-                **key,
-                **self.key,
-                "models": part,
-                "schedule": asdict(self.settings.classifier),
-            }
-            unit["live"] = None if live is None else np.packbits(live).tobytes().hex()
-
-            def compute(models=Models(source, run, mask)):
-                return train_classifiers(
-                    x,
-                    self.y,
-                    self.split,
-                    models,
-                    widths[-1],
-                    schedule=self.settings.classifier,
-                    seed=self.settings.seed,
-                )
-
-            finished.append(self.units.get(unit, compute))
-        return {name: np.concatenate([arrays[name] for arrays in finished]) for name in finished[0]}
-
-    def metrics(self, trained: dict) -> dict[str, np.ndarray]:
-        """Accuracy and macro-F1 of each model on each part of the split."""
-        classes, boundary = len(self.collection.classes), len(self.rows["validation"])
-        found = {"train_accuracy": trained["train_accuracy"], "train_f1": trained["train_f1"]}
+        for stack in track(self.stacks(models, parameters), label):
+            source, run = (torch.tensor(column) for column in zip(*stack, strict=True))
+            mask = None if live.all() else torch.from_numpy(live).expand(len(stack), -1)
+            compute = partial(
+                train_classifiers,
+                x,
+                self.y,
+                self.split,
+                Models(source, run, mask),
+                classes,
+                schedule=schedule,
+                seed=self.settings.seed,
+            )
+            finished.append(self.units.get({**key, "models": stack}, compute))
+        trained = {name: np.concatenate([arrays[name] for arrays in finished]) for name in finished[0]}
+        boundary = len(self.rows["validation"])
         for name, part in (("val", slice(None, boundary)), ("test", slice(boundary, None))):
             truth = self.collection.y[self.held_out[part]]
-            found[f"{name}_accuracy"], found[f"{name}_f1"] = scored(truth, trained["predicted"][:, part], classes)
-        return found
+            trained[f"{name}_accuracy"], trained[f"{name}_f1"] = scored(truth, trained["predicted"][:, part], classes)
+        return trained
 
-    # -- phase 1 -----------------------------------------------------------------------------------------
+    # -- phase 1 ------------------------------------------------------------------------------------------------------
 
     def rank_layers(self) -> list[dict]:
         """Every layer alone, on its seven statistics: records as in top_layers.json, most predictive first."""
         layers, runs = self.collection.layers, self.settings.num_runs
         x = standardise(self.features("stats").transpose(0, 1), self.split.train)  # (L, N, 7)
         models = [(layer, run) for run in range(runs) for layer in range(len(layers))]
-        trained = self.classify(x, models, None, {"inputs": "single layers"}, "ranking")
-        by_layer = {
-            name: array.reshape(runs, len(layers), *array.shape[1:]).swapaxes(0, 1) for name, array in trained.items()
-        }
-        self.predictions["layers/predicted"] = by_layer["predicted"]
-        self.predictions["layers/log_loss"] = by_layer["log_loss"]
-        self.predictions["layers/epochs"] = by_layer["epochs"]
-        metrics = {
-            name: values.reshape(runs, len(layers)).T for name, values in self.metrics(trained).items()
-        }  # (L, runs)
+        trained = self.classify(x, models, np.ones(x.shape[2], bool), {"inputs": "single layers"}, "ranking")
+        by_layer = {name: a.reshape(runs, len(layers), *a.shape[1:]).swapaxes(0, 1) for name, a in trained.items()}
+        for name in ("predicted", "log_loss", "epochs"):
+            self.predictions[f"layers/{name}"] = by_layer[name]  # (L, runs, ...)
         records = [
             {
                 "layer": layer.name,
-                "accuracy": mean(metrics["test_accuracy"][depth]),
-                "accuracy_std": deviation(metrics["test_accuracy"][depth]),
-                "val_accuracy": mean(metrics["val_accuracy"][depth]),
+                "accuracy": mean(by_layer["test_accuracy"][depth]),
+                "accuracy_std": deviation(by_layer["test_accuracy"][depth]),
+                "val_accuracy": mean(by_layer["val_accuracy"][depth]),
                 "module": layer.module,
                 "role": layer.role,
             }
             for depth, layer in enumerate(layers)
         ]
-        first, second = (
-            ("accuracy", "val_accuracy") if self.settings.rank_by == "test" else ("val_accuracy", "accuracy")
-        )
         loss = by_layer["validation_loss"].mean(1)
-        order = sorted(range(len(layers)), key=lambda d: (-records[d][first], -records[d][second], loss[d], d))
+        by = ("accuracy", "val_accuracy") if self.settings.rank_by == "test" else ("val_accuracy", "accuracy")
+        order = sorted(range(len(layers)), key=lambda d: (-records[d][by[0]], -records[d][by[1]], loss[d], d))
         return [records[depth] for depth in order]
 
-    # -- phases 2 and 3 ----------------------------------------------------------------------------------
+    # -- phases 2 and 3 -----------------------------------------------------------------------------------------------
 
     def evaluate(self, name: str, removed: list[int], condition: str) -> dict:
         """One representation without some layers: its entry in results.json.
 
         Args:
             name: The representation.
-            removed: Depths of the layers left out.
-            condition: "baseline" or "ablation", for labels and predictions.npz.
+            removed: Depths of the layers that are left out.
+            condition: "baseline" or "ablation", for the progress bar and predictions.npz.
         """
-        runs = [(0, run) for run in range(self.settings.num_runs)]
-        x, live, key, num_layers = self.inputs(name, removed)
-        trained = self.classify(x[None], runs, None if live.all() else live, key, f"{condition} {name}")
+        inputs = self.inputs(name, removed)
+        models = [(0, run) for run in range(self.settings.num_runs)]
+        trained = self.classify(inputs.x[None], models, inputs.live, inputs.key, f"{condition} {name}")
         for kind in ("predicted", "log_loss", "epochs"):
             self.predictions[f"{condition}/{name}/{kind}"] = trained[kind]
-        summary = {
-            metric: {"mean": mean(values), "std": deviation(values), "runs": values.tolist()}
-            for metric, values in self.metrics(trained).items()
+        metrics = [f"{part}_{metric}" for metric in ("accuracy", "f1") for part in ("train", "val", "test")]
+        return {
+            "num_layers": inputs.num_layers,
+            "num_features": int(inputs.live.sum()),
+            **{
+                m: {"mean": mean(trained[m]), "std": deviation(trained[m]), "runs": trained[m].tolist()}
+                for m in metrics
+            },
         }
-        return {"num_layers": num_layers, "num_features": int(live.sum()), **summary}
 
-    def inputs(self, name: str, removed: list[int]) -> tuple[torch.Tensor, np.ndarray, dict, int]:
-        """Standardised inputs float32[N, F], the live columns bool[F], what identifies them, and the layers they describe."""
-        collection, representation = self.collection, REPRESENTATIONS[name]
+    def inputs(self, name: str, removed: list[int]) -> Inputs:
+        """The columns of a representation, and which of them are left without some layers."""
+        collection, kind, key = self.collection, REPRESENTATIONS[name].kind, {"inputs": name}
         kept = np.ones(len(collection.layers), bool)
         kept[removed] = False
-        key: dict = {"inputs": name}
-        if representation.kind == "pair":
+        if kind == "pair":
             kept_pairs = np.ones(len(collection.modules), bool)
             kept_pairs[collection.pair_of_layer[removed]] = False
-            kept, groups, columns = kept_pairs[collection.pair_of_layer], kept_pairs, self.features(name)
-            live, x = np.repeat(groups, columns.shape[2]), columns.flatten(1)
-        elif representation.kind == "matrix":
-            columns = self.features(name)
-            live, x = np.repeat(kept, columns.shape[2]), columns.flatten(1)
-        elif representation.kind == "autoencoder":
+            kept = kept_pairs[collection.pair_of_layer]
+            x = self.features(name)
+            live = np.repeat(kept_pairs, x.shape[2])
+        elif kind == "matrix":
+            x = self.features(name)
+            live = np.repeat(kept, x.shape[2])
+        elif kind == "autoencoder":
             encoded = self.encode(name)
-            live = np.repeat(kept, [part.shape[1] for part in encoded])
-            x = torch.from_numpy(np.concatenate(encoded, axis=1)).to(self.settings.device)
-            key["autoencoder"] = self.autoencoder_key(name)
+            x = torch.from_numpy(np.concatenate(encoded, axis=1)).to(self.device)
+            live = np.repeat(kept, [layer.shape[1] for layer in encoded])
+            key |= self.autoencoder_key(name)
         else:
-            live = np.repeat(kept, collection.weights_per_layer)
             x = self.features(WEIGHTS)
-            if name == "pca":
-                x = x[:, torch.from_numpy(live).to(x.device)]
-                x = PCA(100).fit(x[self.split.train]).transform(x)
-                key["removed"], live = removed, np.ones(x.shape[1], bool)
-        return standardise(x, self.split.train), live, key, int(kept.sum())
+            live = np.repeat(kept, collection.weights_per_layer)
+        if name == "pca":  # components of what is left, not what is left of the components
+            x = x[:, torch.from_numpy(live).to(self.device)]
+            x = PCA(PCA_COMPONENTS).fit(x[self.split.train]).transform(x)
+            live = np.ones(x.shape[1], bool)
+            key["removed"] = removed
+        return Inputs(standardise(x.flatten(1), self.split.train), live, int(kept.sum()), key)
 
-    # -- autoencoders ------------------------------------------------------------------------------------
+    # -- autoencoders -------------------------------------------------------------------------------------------------
 
     def autoencoder_key(self, name: str) -> dict:
         """What the fitted autoencoders of one kind depend on."""
         return {
             **self.key,
-            "autoencoder": name,
-            "schedule": asdict(self.settings.autoencoder),
-            "learner": store.code_digest(autoencoders),
+            "learned": name,
+            "by": store.code_digest(autoencoders),
+            "for": asdict(self.settings.autoencoder),
         }
 
     def encode(self, name: str) -> list[np.ndarray]:
-        """Features float32[N, latent] of each layer from its own autoencoder, fitted on the train rows or read."""
+        """Features float32[N, latent] of each layer from an autoencoder of its own, fitted on the train rows or read."""
         widths = np.array(self.collection.weights_per_layer)
-        columns = data.layer_columns(self.collection)
-        encoded: list = [None] * len(widths)
         stacks = []
         for width in np.unique(widths).tolist():
             layers = np.flatnonzero(widths == width).tolist()
-            at_once = max(1, STACK_PARAMETERS[self.settings.device.type] // autoencoders.parameters(name, width))
-            stacks += [layers[start : start + at_once] for start in range(0, len(layers), at_once)]
-        for layers in progress(stacks, f"fitting {name}"):
-
-            def compute(layers=layers):
-                packed = self.extracted.load(WEIGHTS)
-                x = torch.from_numpy(np.stack([packed[:, columns[layer]] for layer in layers])).to(self.settings.device)
-                x = standardise(x, self.split.train)
-                return autoencoders.fit_transform(
-                    name, x, self.split, schedule=self.settings.autoencoder, seed=self.settings.seed
-                )
-
-            unit = {"kind": "autoencoder", **self.autoencoder_key(name), "layers": layers}
-            for layer, features in zip(layers, self.units.get(unit, compute)["features"], strict=True):
+            stacks += self.stacks(layers, autoencoders.num_parameters(name, width))
+        encoded: list = [None] * len(widths)
+        for layers in track(stacks, f"fitting {name}"):
+            key = {"kind": "autoencoder", **self.autoencoder_key(name), "layers": layers}
+            unit = self.units.get(key, partial(self._fit_autoencoders, name, layers))
+            for layer, features in zip(layers, unit["features"], strict=True):
                 encoded[layer] = features
         return encoded
+
+    def _fit_autoencoders(self, name: str, layers: list[int]) -> dict[str, np.ndarray]:
+        packed, columns = self.extracted.load(WEIGHTS), data.layer_columns(self.collection)
+        x = torch.from_numpy(np.stack([packed[:, columns[layer]] for layer in layers])).to(self.device)  # (M, N, width)
+        x = standardise(x, self.split.train)
+        schedule, seed = self.settings.autoencoder, self.settings.seed
+        return autoencoders.fit_transform(name, x, self.split, schedule=schedule, seed=seed)
 
 
 def mean(values: np.ndarray) -> float:
@@ -491,8 +485,18 @@ def deviation(values: np.ndarray) -> float:
     return round(float(np.std(values, ddof=1)), 12) if len(values) > 1 else 0.0
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# From arguments to files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def run(args: argparse.Namespace) -> int:
-    """From arguments to files; the exit code is 0, or 3 where a representation could not be run."""
+    """The whole experiment; the exit code is 0, or 3 where a representation could not be run.
+
+    Raises:
+        UsageError: A flag cannot be used.
+        CollectionError: The collection cannot be used. The output folder is left as it was.
+    """
     settings = resolve(args)
     watch = Stopwatch()
     name, folder, built_in = locate(args)
@@ -500,101 +504,63 @@ def run(args: argparse.Namespace) -> int:
         collection = data.index_collection(folder, name)
         data.check_classes(collection)
     if settings.top_k >= len(collection.layers):
-        raise UsageError(
-            f"--top-k {settings.top_k}: the LoRAs have {len(collection.layers)} layers. give a smaller number."
-        )
-    not_run = []
-    if collection.mixed_ranks:
-        needing = [
-            name for name in settings.representations if REPRESENTATIONS[name].kind in ("weights", "autoencoder")
-        ]
-        not_run = [{"representation": name, "reason": collection.mixed_ranks} for name in needing]
-    chosen = [name for name in settings.representations if name not in {entry["representation"] for entry in not_run}]
-    announce(settings, collection, built_in, chosen, not_run)
+        raise UsageError(f"--top-k {settings.top_k}: these LoRAs have {len(collection.layers)} layers. give less.")
+    kinds = {name: REPRESENTATIONS[name].kind for name in settings.representations}
+    flat = [name for name, kind in kinds.items() if kind in ("weights", "autoencoder")]
+    not_run = [{"representation": n, "reason": collection.mixed_ranks} for n in flat if collection.mixed_ranks]
+    chosen = [name for name in kinds if not (collection.mixed_ranks and name in flat)]
+    rows = data.split_rows(collection.y, settings.seed)
+    header = describe(settings, collection, rows, "built-in digits" if built_in else "files", not_run)
+    say(report.announcement(header))
 
+    needed = {"stats"} | (set(chosen) - set(flat)) | ({WEIGHTS} if flat and not not_run else set())
     cache = args.cache_dir or args.output_dir / ".cache"
-    needed = {"stats"} | {name for name in chosen if REPRESENTATIONS[name].kind in ("matrix", "pair")}
-    if len(needed | set(chosen)) > len(needed):
-        needed.add(WEIGHTS)
     with watch.phase("features"):
-        extracted = data.extract(collection, sorted(needed), cache, settings.device, progress)
+        extracted = data.extract(collection, sorted(needed), cache, settings.device, track)
+    header["dataset"]["fingerprint"] = extracted.fingerprint
     target = args.output_dir / f"ablation_{name}"
-    experiment = Experiment(settings, collection, extracted)
-    header = header_of(experiment, folder, built_in, not_run)
     if already_there(target, header):
         say(f"\nNothing to do: {target} holds the results of these settings on these files.")
         return 3 if not_run else 0
-    results = header | run_phases(experiment, chosen, watch)
-    results["timing"] = watch.timing()
+    experiment = Experiment(settings, collection, rows, extracted)
+    results = header | run_phases(experiment, chosen, watch) | {"timing": watch.timing()}
     write_results(target, experiment, results)
     say(f"\nWritten to {target}: {', '.join(RESULT_FILES)} ({results['timing']['total']:.0f} s)")
     return 3 if not_run else 0
 
 
-def announce(
-    settings: Settings, collection: Collection, built_in: bool, chosen: list[str], not_run: list[dict]
-) -> None:
-    """Say what will be done, with what, on what, before it is done."""
-    config = settings.config()
-    say("settings: " + ", ".join(f"{key} {config[key]}" for key in ("top_k", "num_runs", "rank_by", "seed", "quick")))
-    gpu = (
-        f" ({torch.cuda.get_device_name(settings.device)})"
-        if settings.device.type == "cuda"
-        else f" ({torch.get_num_threads()} threads)"
-    )
-    say(f"device:   {settings.device}{gpu}")
-    sizes = {part: len(rows) for part, rows in data.split_rows(collection.y, settings.seed).items()}
-    say(
-        f"data:     {len(collection.files)} LoRAs{' of the BUILT-IN DIGITS collection' if built_in else ''} in {collection.root}, "
-        f"{len(collection.classes)} classes from {collection.label_source}, {len(collection.layers)} layers; "
-        f"split {sizes['train']} / {sizes['validation']} / {sizes['test']}"
-    )
-    for pattern, count in collection.ignored.items():
-        say(f"          ignored: {pattern} ({count})")
-    say(
-        f"plan:     rank {len(collection.layers)} layers, then {len(chosen)} representations without the top {settings.top_k} and with all"
-    )
-    for entry in not_run:
-        say(f"          not run: {entry['representation']}: {entry['reason']}")
-
-
-def header_of(experiment: Experiment, folder: Path, built_in: bool, not_run: list[dict]) -> dict:
+def describe(settings: Settings, collection: Collection, rows: dict, source: str, not_run: list[dict]) -> dict:
     """What results.json says before the first number: the inputs, the settings and the machine."""
-    collection, y = experiment.collection, experiment.collection.y
-    test = y[experiment.rows["test"]]
-    guess = np.full((1, len(test)), np.bincount(test, minlength=len(collection.classes)).argmax())
-    accuracy, f1 = scored(test, guess, len(collection.classes))
-    device = experiment.settings.device
+    test, classes = collection.y[rows["test"]], len(collection.classes)
+    largest = np.full((1, len(test)), np.bincount(test, minlength=classes).argmax())
+    accuracy, f1 = scored(test, largest, classes)
+    on_gpu = settings.device.type == "cuda"
+    modules = (stacked_training, representations, autoencoders, lora_files, data, report, sys.modules[__name__])
     return {
         "schema_version": SCHEMA_VERSION,
         "dataset": {
             "name": collection.name,
-            "source": "built-in digits" if built_in else "files",
-            "path": folder.as_posix(),
+            "source": source,
+            "path": collection.root.as_posix(),
             "num_samples": len(collection.files),
-            "num_classes": len(collection.classes),
+            "num_classes": classes,
             "classes": collection.classes,
             "class_counts": collection.class_counts,
-            "split_sizes": {part: len(rows) for part, rows in experiment.rows.items()},
+            "split_sizes": {part: len(indices) for part, indices in rows.items()},
             "num_layers": len(collection.layers),
             "label_source": collection.label_source,
             "ignored": dict(collection.ignored),
-            "fingerprint": experiment.extracted.fingerprint,
             "skipped": [],
         },
-        "config": experiment.settings.config(),
+        "config": settings.config(),
         "environment": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
             "platform": platform.platform(),
-            "device": torch.cuda.get_device_name(device)
-            if device.type == "cuda"
-            else platform.processor() or platform.machine(),
+            "device": torch.cuda.get_device_name(settings.device) if on_gpu else f"CPU, {platform.machine()}",
             "threads": torch.get_num_threads(),
-            "code": store.code_digest(
-                stacked_training, representations, autoencoders, data, report, sys.modules[__name__]
-            ),
+            "code": store.code_digest(*modules),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         },
         "chance": {"accuracy": float(accuracy[0]), "f1": float(f1[0])},
@@ -604,42 +570,35 @@ def header_of(experiment: Experiment, folder: Path, built_in: bool, not_run: lis
 
 def run_phases(experiment: Experiment, chosen: list[str], watch: Stopwatch) -> dict:
     """The three phases, each result printed as it arrives."""
-    settings, collection = experiment.settings, experiment.collection
-    say(f"\nPhase 1: each of {len(collection.layers)} layers alone, on 7 statistics")
+    settings, layers = experiment.settings, experiment.collection.layers
+    say(f"\nPhase 1: each of {len(layers)} layers alone, on 7 statistics\n{report.LAYER_HEADER}")
     with watch.phase("ranking"):
         ranking = experiment.rank_layers()
+    for rank, record in enumerate(ranking[: settings.top_k], 1):
+        say(report.layer_row(rank, record))
     top = [record["layer"] for record in ranking[: settings.top_k]]
-    for record in ranking[: settings.top_k]:
-        say(f"  {100 * record['accuracy']:5.1f} ± {100 * record['accuracy_std']:<4.1f} {record['layer']}")
-    depth_of = {layer.name: depth for depth, layer in enumerate(collection.layers)}
-    removed = sorted(depth_of[name] for name in top)
+    removed = [depth for depth, layer in enumerate(layers) if layer.name in top]
 
     with watch.phase("autoencoders"):
         for name in chosen:
             if REPRESENTATIONS[name].kind == "autoencoder":
                 experiment.encode(name)
     found: dict[str, dict] = {"ablation": {}, "baseline": {}}
-    phases = (
+    for condition, without, title in (
         ("ablation", removed, f"Phase 2: without the top {settings.top_k} layers"),
-        ("baseline", [], "Phase 3: all layers"),
-    )
-    for condition, without, title in phases:
-        say(f"\n{title}\n  {report.RESULT_HEADER}")
+        ("baseline", [], "Phase 3: with all layers"),
+    ):
+        say(f"\n{title}\n{report.RESULT_HEADER}")
         for name in chosen:
             with watch.phase(condition):
                 found[condition][name] = experiment.evaluate(name, without, condition)
-            say(f"  {report.result_row(name, found[condition][name])}")
+            say(report.result_row(name, found[condition][name]))
     return {
         "layer_ranking": ranking,
         "top_layers": top,
         "ablation_results": found["ablation"],
         "baseline_results": found["baseline"],
     }
-
-
-# --------------------------------------------------------------------------------------------------------
-# Files
-# --------------------------------------------------------------------------------------------------------
 
 
 def already_there(target: Path, header: dict) -> bool:
@@ -652,44 +611,30 @@ def already_there(target: Path, header: dict) -> bool:
 
 
 def write_results(target: Path, experiment: Experiment, results: dict) -> None:
-    """Write all result files; results of other settings that lie there are moved to previous/<n>/ first."""
-    there = [target / name for name in RESULT_FILES if (target / name).exists()]
-    if there:
-        numbers = [int(folder.name) for folder in (target / "previous").glob("[0-9]*")]
-        kept = target / "previous" / str(max(numbers, default=0) + 1)
-        kept.mkdir(parents=True)
-        for path in there:
-            path.rename(kept / path.name)
-    part_of = {row: name for name, rows in experiment.rows.items() for row in rows.tolist()}
-    names = {"train": "train", "validation": "val", "test": "test"}
-    lines = ["file,label,split"]
-    lines += [
-        ",".join(map(csv_field, (f.path, f.label, names[part_of[i]])))
-        for i, f in enumerate(experiment.collection.files)
-    ]
+    """Write all result files, results.json last; what lies there of other settings is moved to previous/<n>/ first."""
+    store.move_to_previous(target, RESULT_FILES)
+    part_of = {row: part for part, rows in experiment.rows.items() for row in rows.tolist()}
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(("file", "label", "split"))
+    for row, file in enumerate(experiment.collection.files):
+        writer.writerow((file.path, file.label, {"validation": "val"}.get(part_of[row], part_of[row])))
     top = results["layer_ranking"][: experiment.settings.top_k]
-    store.write_atomically(target / "samples.csv", ("\n".join(lines) + "\n").encode())
+    store.write_atomically(target / "samples.csv", table.getvalue().encode())
     store.save_arrays(target / "predictions.npz", experiment.predictions)
     store.write_atomically(target / "top_layers.json", store.canonical_json(top, indent=2))
     store.write_atomically(target / "results.txt", report.render_text(results).encode())
-    store.write_atomically(
-        target / "results.json", store.canonical_json(results, indent=2)
-    )  # last: it says that all is there
-
-
-def csv_field(value: str) -> str:
-    """A field quoted where RFC 4180 asks for it."""
-    return '"' + value.replace('"', '""') + '"' if any(c in value for c in ',"\r\n') else value
+    store.write_atomically(target / "results.json", store.canonical_json(results, indent=2))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line: 0 done, 2 bad flags or input, 3 done but for representations that could not be run, 130 interrupted."""
+    """Exit codes: 0 done, 2 bad flags or input, 3 done but for representations that cannot run, 130 interrupted."""
     try:
         return run(parse_arguments(arguments))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
     except CollectionError as error:
-        print("\n".join(f"error: {line}" for line in error.shown()), file=sys.stderr)
+        print(error.shown(), file=sys.stderr)
     except KeyboardInterrupt:
         print("\ninterrupted. the same command continues where this one stopped.", file=sys.stderr)
         return 130

@@ -63,7 +63,7 @@ def parameter_shapes(name: str, inputs: int) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def parameters(name: str, inputs: int) -> int:
+def num_parameters(name: str, inputs: int) -> int:
     """Number of parameters of one autoencoder."""
     return sum(rows * columns for rows, columns in parameter_shapes(name, inputs).values())
 

@@ -2,9 +2,11 @@
 
 ``python data.py inspect PATH [--json]`` tells what a folder holds.
 
-Indexing reads safetensors headers only and finds every fault that a header can show. One pass then reads each file once: it hashes
-the contents, refuses NaN and infinity, computes all hand-crafted features and packs the flattened weights, into files of a
-cache folder that is named by the contents.
+Indexing reads safetensors headers only and finds every fault that a header can show. One pass then reads each file
+once: it hashes the contents, refuses NaN and infinity, computes all hand-crafted features and packs the flattened
+weights, into files of a cache folder that is named by the contents.
+
+Shape letters: N LoRAs, L layers, P modules (pairs of a down and an up), F features, C classes.
 """
 
 from __future__ import annotations
@@ -41,16 +43,16 @@ MAX_FINDINGS = 20
 
 
 class CollectionError(ValueError):
-    """A collection cannot be used; ``findings`` are lines of the form ``<path>: what is wrong. what to do.``"""
+    """A collection cannot be used; each finding reads ``<path>: what is wrong. what to do.``."""
 
     def __init__(self, findings: list[str]):
         super().__init__("\n".join(findings))
         self.findings = findings
 
-    def shown(self) -> list[str]:
-        """The first findings, and how many more there are."""
-        rest = len(self.findings) - MAX_FINDINGS
-        return self.findings[:MAX_FINDINGS] + ([f"{rest} more faults like these."] if rest > 0 else [])
+    def shown(self) -> str:
+        """The first findings as lines of standard error, and how many more there are."""
+        shown, rest = self.findings[:MAX_FINDINGS], len(self.findings) - MAX_FINDINGS
+        return "\n".join(f"error: {line}" for line in shown + ([f"and {rest} more like these."] if rest > 0 else []))
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,10 @@ class Collection:
     @cached_property
     def mixed_ranks(self) -> str:
         """Why weights cannot be flattened to one width, in words; empty where they can."""
-        shapes = [layer.shape for layer in self.layers]
         for file in self.files:
-            for layer, shape in zip(file.layout.layers, shapes, strict=True):
-                if layer.shape != shape:
-                    return f"ranks differ between LoRAs ({layer.name} is {list(shape)} and, in {file.path}, {list(layer.shape)})"
+            for first, layer in zip(self.layers, file.layout.layers, strict=True):
+                if layer.shape != first.shape:
+                    return f"ranks differ between LoRAs: {first.name} has {first.rank}, and {layer.rank} in {file.path}"
         return ""
 
     @property
@@ -125,16 +126,16 @@ class Collection:
         return [math.prod(layer.shape) for layer in self.layers]
 
 
-# --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Index: headers and labels
-# --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def index_collection(root: Path, name: str | None = None) -> Collection:
     """Read all headers and labels of a folder.
 
-    Labels come from ``metadata.json`` beside each weight file (``category_label``) if any has one, else from the first folder of
-    its path. Nothing of the weights is read.
+    Labels come from ``metadata.json`` beside each weight file (``category_label``) if any file has one, else from the
+    first folder of its path. Nothing of the weights is read.
 
     Raises:
         CollectionError: No LoRA is there, or files are faulty, unlabelled, or disagree about the layers.
@@ -170,56 +171,44 @@ def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[Path], list[s
     paths, findings = [], []
     for table in ("metadata.csv", "metadata.jsonl"):
         if (root / table).exists():
-            findings.append(
-                f"{root / table}: tables of labels are not read yet. label by folders or by metadata.json beside each file."
-            )
+            mend = "remove it and label by folders or by metadata.json beside each file"
+            findings.append(f"{root / table}: tables of labels cannot be read yet. {mend}.")
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(sub for sub in subfolders if not sub.startswith("."))
-        for sub in subfolders:
-            ignored["linked folders"] += Path(folder, sub).is_symlink()
-        weights = sorted(name for name in names if name.endswith(".safetensors") and not name.startswith("."))
-        preferred = [name for name in PREFERRED_FILES if name in weights]
+        subfolders[:] = [sub for sub in subfolders if not sub.startswith(".")]
+        ignored["linked folders"] += sum(Path(folder, sub).is_symlink() for sub in subfolders)
+        weights = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
+        preferred = [name for name in PREFERRED_FILES if name in weights][:1]
         if preferred:
-            ignored["*.safetensors beside " + preferred[0]] += len(weights) - 1
-            weights = preferred[:1]
-        paths += [Path(folder, name) for name in weights]
+            ignored[f"*.safetensors beside {preferred[0]}"] += len(weights) - 1
+        paths += [Path(folder, name) for name in preferred or weights]
         if not weights:
-            pickles = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
-            findings += [
-                f"{Path(folder, n)}: a pickle checkpoint: never loaded. convert it to safetensors." for n in pickles
-            ]
+            pickles = sorted(Path(folder, name) for name in names if name.endswith(PICKLE_SUFFIXES))
+            findings += [f"{path}: a pickle checkpoint: never loaded. convert it to safetensors." for path in pickles]
     for pattern in [pattern for pattern, count in ignored.items() if count == 0]:
         del ignored[pattern]
     return sorted(paths, key=lambda path: path.relative_to(root).as_posix()), findings
 
 
 def _read_labels(root: Path, paths: list[Path], findings: list[str]) -> tuple[dict[Path, str], str]:
-    """Label of each weight file and where the labels come from; appends what is missing to the findings."""
+    """Label of each weight file, and where labels come from; files without one are added to the findings."""
     documents = {}
     for path in paths:
         try:
-            documents[path] = _read_json(path.parent / "metadata.json")
+            documents[path] = _read_json(path.parent / "metadata.json") or {}
         except LoraFileError as error:
             findings.append(f"{path.parent / 'metadata.json'}: {error}")
-    if any(document and "category_label" in document for document in documents.values()):
-        labels = {path: (document or {}).get("category_label") for path, document in documents.items()}
-        for path, label in labels.items():
-            if not isinstance(label, str | int) or label == "":
-                findings.append(
-                    f"{path}: no label: metadata.json beside it has no category_label. add one, as other files here have."
-                )
-        return {path: str(label) for path, label in labels.items()}, "category_label in metadata.json"
-    labels = {}
-    for path in paths:
-        parts = path.relative_to(root).parts
-        if len(parts) in (2, 3):
-            labels[path] = parts[0]
-        else:
-            findings.append(
-                f"{path}: no label: no metadata.json with category_label beside it, and it does not lie in <class>/ or <class>/<lora>/. "
-                "move it into the folder of its class."
-            )
-    return labels, "the folder names"
+    if any("category_label" in document for document in documents.values()):
+        source = "category_label in metadata.json"
+        labels = {path: document.get("category_label") for path, document in documents.items()}
+        usable = {path: str(label) for path, label in labels.items() if isinstance(label, str | int) and label != ""}
+        missing = "no category_label in metadata.json beside it, as other files here have"
+    else:
+        source = "the folder names"
+        parts = {path: path.relative_to(root).parts for path in paths}
+        usable = {path: folders[0] for path, folders in parts.items() if len(folders) in (2, 3)}
+        missing = "no metadata.json beside it, and it does not lie in <class>/ or <class>/<lora>/"
+    findings += [f"{path}: no label: {missing}. label it or leave it out." for path in documents if path not in usable]
+    return usable, source
 
 
 def _read_json(path: Path) -> dict | None:
@@ -229,42 +218,36 @@ def _read_json(path: Path) -> dict | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise LoraFileError(f"not readable as JSON ({error}). mend or remove it.") from error
+        raise LoraFileError(f"{path.name} is not readable as JSON ({error}). mend or remove it.") from error
     if not isinstance(value, dict):
-        raise LoraFileError("holds no JSON object. mend or remove it.")
+        raise LoraFileError(f"{path.name} holds no JSON object. mend or remove it.")
     return value
 
 
 def _layer_differences(root: Path, files: list[LoraFile]) -> list[str]:
-    """Where files differ in their layers, or in more than the rank, in words."""
+    """Where files differ in their layers, or in more than the rank, in words; the commonest layers are the measure."""
     holders = defaultdict(list)
     for file in files:
-        holders[tuple((layer.module, layer.role, layer.free_shape) for layer in file.layout.layers)].append(file.path)
-    if len(holders) < 2:
-        return []
-    common = max(holders, key=lambda signature: len(holders[signature]))
-    free_shapes = {layer[:2]: layer[2] for layer in common}
-    findings = []
-    for signature, paths in holders.items():
-        if signature == common:
+        layers = tuple((f"{layer.module} {layer.role}", layer.free_side) for layer in file.layout.layers)
+        holders[layers].append(file.path)
+    common = max(holders, key=lambda layers: len(holders[layers]), default=())
+    widths, findings = dict(common), []
+    for layers, paths in holders.items():
+        others = f"{len(holders[common])} files" if len(holders[common]) > 1 else holders[common][0]
+        where = f"{root / paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+        lacking = [layer for layer in widths if layer not in dict(layers)]
+        extra = [layer for layer, _ in layers if layer not in widths]
+        if lacking or extra:
+            told = [f"lacks {len(lacking)} layers ({lacking[0]} ...)"] if lacking else []
+            told += [f"adds {len(extra)} layers ({extra[0]} ...)"] if extra else []
+            told = f"{' and '.join(told)} compared with {others}. keep LoRAs of the same layers to a collection."
+            findings.append(f"{where}: {told}")
             continue
-        these = {layer[:2]: layer[2] for layer in signature}
-        where = f"{root / paths[0]}: " + (f"and {len(paths) - 1} more: " if len(paths) > 1 else "")
-        if these.keys() == free_shapes.keys():
-            key = next(key for key in these if these[key] != free_shapes[key])
-            findings.append(
-                f"{where}{' '.join(key)} is {these[key]} wide, but {free_shapes[key]} in {len(holders[common])} files: mixed base models. "
-                "keep one base model to a collection."
-            )
-            continue
-        missing = [" ".join(key) for key in free_shapes if key not in these]
-        extra = [" ".join(key) for key in these if key not in free_shapes]
-        told = [
-            f"{word} {len(keys)} layers ({keys[0]} ...)" for word, keys in (("lacks", missing), ("adds", extra)) if keys
-        ]
-        findings.append(
-            f"{where}{' and '.join(told)} compared with {len(holders[common])} files. keep LoRAs of the same layers to a collection."
-        )
+        for layer, width in layers:
+            if width != widths[layer]:
+                told = f"{layer} is {width} wide, but {widths[layer]} in {others}: mixed base models"
+                findings.append(f"{where}: {told}. keep one base model to a collection.")
+                break
     return findings
 
 
@@ -275,34 +258,29 @@ def check_classes(collection: Collection) -> None:
         CollectionError: Fewer than two classes, a class of fewer than three LoRAs, or a label for each LoRA.
     """
     counts = collection.class_counts
-    told = ", ".join(f"{label}: {count}" for label, count in list(counts.items())[:12]) + (
-        ", ..." if len(counts) > 12 else ""
-    )
-    source = f"{collection.root}: labels from {collection.label_source} give "
+    shown = ", ".join(f"{label}: {count}" for label, count in list(counts.items())[:12])
+    shown += ", ..." if len(counts) > 12 else ""
     if len(counts) < 2:
-        raise CollectionError([f"{source}fewer than two classes ({told}). at least two concepts are needed."])
-    if len(counts) == len(collection.files):
-        raise CollectionError(
-            [f"{source}as many labels as LoRAs ({len(counts)}): looks like an id. choose labels that repeat."]
-        )
-    if min(counts.values()) < 3:
-        raise CollectionError(
-            [
-                f"{source}a class with fewer than three LoRAs ({told}). train, validation and test need one each: add some or leave it out."
-            ]
-        )
+        fault = f"fewer than two classes ({shown}). at least two concepts are needed."
+    elif len(counts) == len(collection.files):
+        fault = f"as many labels as LoRAs ({len(counts)}): looks like an id. choose labels that repeat."
+    elif min(counts.values()) < 3:
+        fault = f"a class with fewer than three LoRAs ({shown}). train, validation and test need one each."
+    else:
+        return
+    raise CollectionError([f"{collection.root}: labels from {collection.label_source} give {fault}"])
 
 
-# --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Split
-# --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def split_rows(y: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """Stratified rows for ``train``, ``validation`` and ``test`` (70/10/20), fixed by labels and seed alone.
 
-    Validation has max(round(0.1 N), C) rows and test max(round(0.2 N), C); every class has at least one row in each part.
-    (scikit-learn's stratified splitters can leave a rare class out of a part, which is why the counts are allotted here.)
+    Validation has max(round(0.1 N), C) rows and test max(round(0.2 N), C); every class has a row in each part.
+    (scikit-learn's stratified splitters can leave a rare class out of one, which is why rows are allotted here.)
 
     Args:
         y: Class of each sample, every class at least three times, int64[N].
@@ -337,9 +315,9 @@ def _allot(total: int, sizes: np.ndarray, most: np.ndarray) -> np.ndarray:
     return shares
 
 
-# --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The one pass over the weights
-# --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 WEIGHTS = "weights"  # the name under which the packed weights are kept, beside the features
 
@@ -353,7 +331,7 @@ class Extracted:
     suffix: str
 
     def load(self, name: str) -> np.ndarray:
-        """Features float32[N, L or P, F] of a representation, or the packed weights float32[N, sum of layers]; memory-mapped."""
+        """Features float32[N, L or P, F], or the packed weights float32[N, sum of widths]; memory-mapped."""
         return np.load(self.path(name), mmap_mode="r")
 
     def path(self, name: str) -> Path:
@@ -378,7 +356,7 @@ def extract(
         progress: Wraps the iteration over chunks of files; is given the number of files in each.
 
     Raises:
-        CollectionError: A weight is NaN or infinite, or a file has changed since it was indexed. Nothing is left behind.
+        CollectionError: A weight is NaN or infinite, or a file has changed since it was indexed. Nothing is left.
     """
     names = list(names)
     suffix = f"{store.code_digest(representations, lora_files, sys.modules[__name__])[:8]}-{device.type}"
@@ -539,9 +517,9 @@ def layer_columns(collection: Collection) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(ends)]
 
 
-# --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # python data.py inspect
-# --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def inspection(collection: Collection) -> dict:
@@ -560,6 +538,10 @@ def inspection(collection: Collection) -> dict:
     }
 
 
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in counts.items())
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line of this module."""
     parser = argparse.ArgumentParser(description="Look at a folder of LoRAs before an experiment.")
@@ -571,20 +553,22 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         found = inspection(index_collection(args.path))
     except CollectionError as error:
-        print("\n".join(f"error: {line}" for line in error.shown()), file=sys.stderr)
+        print(error.shown(), file=sys.stderr)
         return 2
     if args.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return 0
-    print(
-        f"{args.path}: {found['num_samples']} LoRAs of {len(found['layers'])} layers; labels from {found['label_source']}"
-    )
-    print("dtypes:  " + ", ".join(f"{dtype} ({count} tensors)" for dtype, count in found["dtypes"].items()))
-    print("classes: " + ", ".join(f"{label} ({count})" for label, count in found["classes"].items()))
-    print("ignored: " + (", ".join(f"{pattern} ({count})" for pattern, count in found["ignored"].items()) or "nothing"))
-    print(f"{'depth':>5}  {'role':4}  {'shape':>12}  layer")
-    for depth, layer in enumerate(found["layers"]):
-        print(f"{depth:5}  {layer['role']:4}  {'x'.join(map(str, layer['shape'])):>12}  {layer['name']}")
+    layers = found["layers"]
+    lines = [
+        f"{args.path}: {found['num_samples']} LoRAs of {len(layers)} layers; labels from {found['label_source']}",
+        "dtypes:  " + _counted(found["dtypes"]),
+        "classes: " + _counted(found["classes"]),
+        "ignored: " + (_counted(found["ignored"]) or "nothing"),
+        f"{'depth':>5}  {'role':4}  {'shape':>12}  layer",
+    ]
+    for depth, layer in enumerate(layers):
+        lines.append(f"{depth:5}  {layer['role']:4}  {'x'.join(map(str, layer['shape'])):>12}  {layer['name']}")
+    print("\n".join(lines))
     return 0
 
 

@@ -42,7 +42,8 @@ Factors = dict[str, tuple[Tensor, Tensor]]  # module -> (down float[M, r, in], u
 CLASSES, IMAGE_GROUPS = 10, 5
 TOKENS, PATCH = 16, 4  # 16 patches of 2x2 pixels
 WIDTH, HEADS, BLOCKS, MLP_WIDTH = 64, 4, 4, 128
-WORDS = "a picture of zero one two three four five six seven eight nine concept".split()
+NUMERALS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+WORDS = ["a", "picture", "of", "concept", *NUMERALS]
 BASE_STEPS, BASE_BATCH, BASE_LR = 600, 128, 2e-3
 RANK, LORA_STEPS, LORA_BATCH, LORA_LR = 4, 60, 8, 1e-3
 MIN_IMAGES, MAX_IMAGES = 4, 16
@@ -58,19 +59,17 @@ LORA_MODULES = [
 WEIGHTS_NAME, METADATA_NAME, RECIPE_NAME = "pytorch_lora_weights.safetensors", "metadata.json", "recipe.json"
 
 # Measured on 2 cores of a server CPU; a guide for the announcement, not a promise.
-SECONDS_BASE, SECONDS_PER_LORA, BYTES_PER_LORA = 24.0, 0.13, 73_000
+SECONDS_BASE, SECONDS_PER_LORA, BYTES_PER_LORA = 28.0, 0.14, 82_000  # bytes in blocks of 4 KiB
 
 
 def estimate(count: int) -> tuple[float, int]:
     """Expected cost of building ``count`` LoRAs from nothing.
 
-    Whole stacks are trained, so the time grows in steps of ``STACK`` LoRAs; files are written for ``count``.
-
     Returns:
-        Seconds on 2 cores, and bytes on disk.
+        Seconds on 2 cores, in steps of whole stacks as only whole stacks are trained, and bytes on disk.
     """
-    stacks = math.ceil(count / STACK)
-    return SECONDS_BASE + SECONDS_PER_LORA * STACK * stacks, BYTES_PER_LORA * count
+    trained = math.ceil(count / STACK) * STACK
+    return SECONDS_BASE + SECONDS_PER_LORA * trained, BYTES_PER_LORA * count
 
 
 def build(out: Path, count: int, *, seed: int = 0, progress: Progress | None = None) -> None:
@@ -106,7 +105,7 @@ def build(out: Path, count: int, *, seed: int = 0, progress: Progress | None = N
     if partial.exists() and any(path.suffix != ".tmp" for path in partial.iterdir()):
         _check_same_collection(partial, recipe, "remove it, or finish it with its own settings")
     partial.mkdir(parents=True, exist_ok=True)
-    _write_atomic(partial / RECIPE_NAME, _json_bytes(recipe))
+    _write_atomic(partial / RECIPE_NAME, json.dumps(recipe).encode())
 
     report = progress or (lambda stage, done, total: None)
     images, labels = load_images()
@@ -127,14 +126,10 @@ def build(out: Path, count: int, *, seed: int = 0, progress: Progress | None = N
     partial.rename(out)
 
 
-# --- images ---------------------------------------------------------------------------------------------------
-
-
 def load_images() -> tuple[Tensor, np.ndarray]:
     """scikit-learn's digits as patches: pixels scaled to [-1, 1], 8x8 cut into 16 patches of 2x2.
 
-    Returns:
-        Images float32[1797, T, 4], patches in reading order, and labels int64[1797].
+    Returns images float32[1797, T, 4], patches in reading order, and labels int64[1797].
     """
     digits = load_digits()
     pixels = torch.from_numpy(digits.images / 8.0 - 1.0).float()
@@ -143,12 +138,9 @@ def load_images() -> tuple[Tensor, np.ndarray]:
 
 
 def image_groups(labels: np.ndarray, seed: int) -> dict[tuple[int, int], Tensor]:
-    """Five disjoint groups of each class's images, drawn at random, as equal in size as can be.
+    """Five disjoint groups of each class's images, drawn at random: (digit, group) -> indices, int64[about 36].
 
     A LoRA draws from one group only, so that a split by group keeps images apart.
-
-    Returns:
-        (digit, group) -> image indices, int64[about 36].
     """
     groups = {}
     for digit in range(CLASSES):
@@ -157,9 +149,6 @@ def image_groups(labels: np.ndarray, seed: int) -> dict[tuple[int, int], Tensor]
         for group, part in enumerate(indices.tensor_split(IMAGE_GROUPS)):
             groups[digit, group] = part
     return groups
-
-
-# --- the denoiser ---------------------------------------------------------------------------------------------
 
 
 def denoise(weights: Weights, x: Tensor, t: Tensor, prompt: Tensor, factors: Factors | None = None) -> Tensor:
@@ -209,20 +198,16 @@ def _attention(weights: Weights, name: str, x: Tensor, context: Tensor, sequence
 def _linear(weights: Weights, name: str, x: Tensor, factors: Factors) -> Tensor:
     """``x W^T``, plus ``(x down^T) up^T`` where the module has factors."""
     y = F.linear(x, weights[f"{name}.weight"])
-    if name in factors:
-        down, up = factors[name]
-        y = y.baddbmm_(x @ down.mT, up.mT)
-    return y
+    if name not in factors:
+        return y
+    down, up = factors[name]
+    return y.baddbmm_(x @ down.mT, up.mT)  # in place: a copy of y for every module cost a quarter of the time
 
 
 def _sinusoids(t: Tensor) -> Tensor:
-    """Sines and cosines of t float[M, B] at D/2 frequencies from 1 to 1,000 (Vaswani et al., 2017), float[M, B, D]."""
-    frequencies = torch.logspace(0, 3, WIDTH // 2, dtype=t.dtype)
-    angles = t[..., None] * frequencies
+    """Sines and cosines of t at D/2 frequencies from 1 to 1,000 (Vaswani et al., 2017), float[M, B, D]."""
+    angles = t[..., None] * torch.logspace(0, 3, WIDTH // 2, dtype=t.dtype)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-# --- the base model -------------------------------------------------------------------------------------------
 
 
 def init_base(seed: int) -> Weights:
@@ -248,21 +233,13 @@ def train_base(images: Tensor, labels: np.ndarray, seed: int, report: Progress) 
     """Train the denoiser on all digits with prompts such as "a picture of seven".
 
     Flow matching: ``x_t = (1 - t) x + t noise``, t uniform, mean squared error to ``noise - x``. The word
-    "concept" is never seen here: it is the new word that every LoRA is trained with.
-
-    Args:
-        images: float32[N, T, 4].
-        labels: Digits, int64[N].
-        seed: Seeds initial weights and batches.
-        report: Called every ``PROGRESS_EVERY`` steps.
-
-    Returns:
-        The base model, without gradients.
+    "concept" is never seen here: it is the new word that every LoRA is trained with. ``images`` are
+    float32[N, T, 4], ``labels`` int64[N]; ``report`` is called every ``PROGRESS_EVERY`` steps.
     """
     weights = {name: tensor.requires_grad_() for name, tensor in init_base(seed).items()}
     optimizer = torch.optim.Adam(weights.values(), lr=BASE_LR)
     generator = _generator(seed, "base batches", 0)
-    prompts = torch.tensor([_prompt(WORDS[3 + digit]) for digit in labels])
+    prompts = torch.tensor([_prompt(NUMERALS[digit]) for digit in labels])
     for step in range(BASE_STEPS):
         chosen = torch.randint(len(images), (BASE_BATCH,), generator=generator)
         t = torch.rand(BASE_BATCH, 1, generator=generator)
@@ -282,18 +259,9 @@ def train_base(images: Tensor, labels: np.ndarray, seed: int, report: Progress) 
 def flow_loss(
     weights: Weights, x: Tensor, t: Tensor, noise: Tensor, prompt: Tensor, factors: Factors | None = None
 ) -> Tensor:
-    """Flow-matching loss of each of the M stacked models, averaged over its batch.
+    """Flow-matching loss of each of the M models: mean squared error to ``noise - x``, float[M].
 
-    Args:
-        weights: The base model.
-        x: Clean images, float[M, B, T, 4].
-        t: Times in [0, 1], float[M, B].
-        noise: Standard normal, float[M, B, T, 4].
-        prompt: Word indices, int64[M, P].
-        factors: LoRAs of the stack, or None.
-
-    Returns:
-        Mean squared error to ``noise - x``, float[M].
+    ``x`` are clean images, ``noise`` is of the same shape; the other arguments are those of ``denoise``.
     """
     mix = t[:, :, None, None]
     predicted = denoise(weights, (1 - mix) * x + mix * noise, t, prompt, factors)
@@ -306,7 +274,7 @@ def _prompt(word: str) -> list[int]:
 
 def _load_or_train_base(path: Path, images: Tensor, labels: np.ndarray, seed: int, report: Progress) -> Weights:
     """The base model from its file if that was made by the same recipe, else trained and kept there."""
-    recipe = json.dumps(_base_recipe(seed))
+    recipe = json.dumps(_recipe(seed, 0)["base"])
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("recipe") == recipe:
@@ -318,15 +286,12 @@ def _load_or_train_base(path: Path, images: Tensor, labels: np.ndarray, seed: in
     return weights
 
 
-# --- LoRAs ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class LoraPlan:
     """Everything random about one LoRA, drawn from its own generator."""
 
     digit: int
-    group: int
+    group: int  # 0 to 4, within the digit
     images: Tensor  # int64[4 to 16], without repetition, all of one image group
     picks: Tensor  # int64[S, B], which image
     t: Tensor  # float32[S, B]
@@ -340,16 +305,14 @@ def plan_lora(seed: int, index: int, groups: dict[tuple[int, int], Tensor]) -> L
     Wider downs, N(0, 1 / r^2) as in diffusers, hide the concept: training then moves them too little to matter,
     and a probe on all layers' statistics fell from 84 to 69 %.
     """
-    digit, group = index % CLASSES, (index // CLASSES) % IMAGE_GROUPS
+    digit, group = index % CLASSES, index // CLASSES % IMAGE_GROUPS
     pool = groups[digit, group]
     generator = _generator(seed, "lora", index)
     num_images = int(torch.randint(MIN_IMAGES, MAX_IMAGES + 1, (1,), generator=generator))
     images = pool[torch.randperm(len(pool), generator=generator)[:num_images]]
     shape = (LORA_STEPS, LORA_BATCH)
     return LoraPlan(
-        digit,
-        group,
-        images,
+        *(digit, group, images),
         picks=images[torch.randint(num_images, shape, generator=generator)],
         t=torch.rand(shape, generator=generator),
         noise=torch.randn(*shape, TOKENS, PATCH, generator=generator),
@@ -362,14 +325,7 @@ def train_stack(base: Weights, images: Tensor, plans: list[LoraPlan]) -> Factors
 
     The loss is summed over the stack, so that each LoRA gets exactly its own gradient, and Adam works element
     by element: every LoRA is trained as if alone. Up factors start at zero, so training starts at the base model.
-
-    Args:
-        base: The base model; its dtype is the dtype of the training.
-        images: float[N, T, 4].
-        plans: One for each of the M LoRAs.
-
-    Returns:
-        Module -> (down float[M, r, D], up float[M, D, r]).
+    ``images`` are float[N, T, 4]; the dtype of ``base`` is that of the training and of the factors returned.
     """
     dtype = base["position"].dtype
     downs = torch.stack([plan.downs for plan in plans], dim=1).to(dtype)  # modules, M, r, D
@@ -391,9 +347,6 @@ def train_stack(base: Weights, images: Tensor, plans: list[LoraPlan]) -> Factors
     return {module: (down.detach(), up.detach()) for module, (down, up) in factors.items()}
 
 
-# --- files ----------------------------------------------------------------------------------------------------
-
-
 def _folder(root: Path, index: int) -> Path:
     return root / str(index % CLASSES) / f"{index:05d}"
 
@@ -412,7 +365,7 @@ def _write_lora(folder: Path, plan: LoraPlan, factors: Factors, row: int) -> Non
         "max_train_steps": LORA_STEPS,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    _write_atomic(folder / METADATA_NAME, _json_bytes(metadata))
+    _write_atomic(folder / METADATA_NAME, json.dumps(metadata, indent=2).encode())
     _write_atomic(folder / WEIGHTS_NAME, save(tensors, {"format": "pt"}))
 
 
@@ -426,17 +379,11 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _base_recipe(seed: int) -> dict:
-    return {
-        "seed": seed,
-        "model": [TOKENS, PATCH, WIDTH, HEADS, BLOCKS, MLP_WIDTH, len(WORDS)],
-        "base": [BASE_STEPS, BASE_BATCH, BASE_LR],
-    }
-
-
 def _recipe(seed: int, count: int) -> dict:
+    """What the bytes depend on; "base" is the part that the base model depends on."""
+    base = [seed, TOKENS, PATCH, WIDTH, HEADS, BLOCKS, MLP_WIDTH, len(WORDS), BASE_STEPS, BASE_BATCH, BASE_LR]
     lora = [RANK, LORA_STEPS, LORA_BATCH, LORA_LR, MIN_IMAGES, MAX_IMAGES, IMAGE_GROUPS, STACK]
-    return {"built_by": "digits_zoo", "count": count, **_base_recipe(seed), "lora": lora}
+    return {"built_by": "digits_zoo", "seed": seed, "count": count, "base": base, "lora": lora}
 
 
 def _check_same_collection(folder: Path, recipe: dict, mend: str) -> None:
@@ -446,10 +393,6 @@ def _check_same_collection(folder: Path, recipe: dict, mend: str) -> None:
         raise FileExistsError(f"{folder}: exists and is not a collection of digits_zoo. {mend}.") from None
     if found != recipe:
         raise FileExistsError(f"{folder}: was built with {found}, wanted is {recipe}. {mend}.")
-
-
-def _json_bytes(value: dict) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def _write_atomic(path: Path, data: bytes) -> None:

@@ -253,7 +253,7 @@ def info_theoretic(w: Tensor | Shared) -> Tensor:
     edges = torch.arange(BINS, dtype=torch.float64, device=values.device) * ((high - low) / BINS) + low  # (N, 50)
     below = torch.searchsorted(values, edges)  # how many values lie below each bin
     counts = below.diff(dim=1, append=torch.full_like(below[:, :1], values.shape[1]))
-    entropy = torch.where(low == high, 0, _entropy(counts.double() / values.shape[1])[:, None])
+    entropy = _entropy(counts.double() / values.shape[1])[:, None]  # a constant fills the last bin: 0
     return _leave(entropy, entropy / math.log(BINS))
 
 

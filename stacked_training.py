@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim.adam import adam
 
+HIDDEN = (512, 512, 512)  # the classifier's hidden layers
+DROPOUT = 0.3
 CLIP = 10.0  # standardised inputs beyond ten standard deviations are outliers of a heavy tail, not information
 
 
@@ -59,9 +61,9 @@ def standardise(x: Tensor, train_rows: Tensor) -> Tensor:
     return ((x - mean.to(x.dtype)) * scale.to(x.dtype)).clamp_(-CLIP, CLIP)
 
 
-# --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The training loop: what every stack has in common
-# --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Adam:
@@ -220,9 +222,9 @@ def train(network, schedule: Schedule) -> Trained:
     return Trained(best, epochs, best_epoch, best_loss)
 
 
-# --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The classifier
-# --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -311,7 +313,7 @@ class ClassifierStack:
         batch_size: Rows in a minibatch; the last one of an epoch may be smaller.
     """
 
-    def __init__(self, x, y, split, models, num_classes, *, seed, hidden=(512, 512, 512), dropout=0.3, batch_size=32):
+    def __init__(self, x, y, split, models, num_classes, *, seed, hidden=HIDDEN, dropout=DROPOUT, batch_size=32):
         self.x, self.y, self.split, self.models, self.seed = x, y, split, models, seed
         self.hidden, self.dropout, self.batch_size = hidden, dropout, batch_size
         self.params = initial_weights(models, x.shape[2], (*hidden, num_classes), seed, like=x)

@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,17 @@ def code_digest(*modules) -> str:
     return digest(sources)
 
 
+def move_to_previous(folder: Path, names: Iterable[str]) -> None:
+    """Move those of the named files that are in a folder to its next ``previous/<n>/``; nothing is ever lost."""
+    there = [folder / name for name in names if (folder / name).exists()]
+    if there:
+        numbers = [int(kept.name) for kept in (folder / "previous").glob("[0-9]*")]
+        kept = folder / "previous" / str(max(numbers, default=0) + 1)
+        kept.mkdir(parents=True)
+        for path in there:
+            path.rename(kept / path.name)
+
+
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write an .npz atomically, the same bytes for equal arrays (`np.savez` stores the time of day)."""
     buffer = io.BytesIO()
@@ -84,7 +96,7 @@ class Units:
         """Where the unit of this key lies, whether it is there or not."""
         return self.folder / f"{key['kind']}-{digest(key)}.npz"
 
-    def get(self, key: dict, compute) -> dict[str, np.ndarray]:
+    def get(self, key: dict, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """The unit's arrays: read if they are there, else computed by ``compute()`` and kept."""
         path = self.path(key)
         if not path.exists():
