@@ -45,7 +45,7 @@ from stacked_training import DROPOUT, HIDDEN, Models, Schedule, Split, scored, s
 
 BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000}
 NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small")
-# Parameters in a stack: on a CPU as many as stay near its cache (8 classifiers of one layer), on a GPU as many as fill it.
+# Parameters in a stack. A CPU takes what stays near its cache: 8 classifiers of a layer. A GPU is to be filled.
 STACK_PARAMETERS = {"cpu": 4_500_000, "cuda": 500_000_000}
 PCA_COMPONENTS = 100
 RESULT_FILES = ("top_layers.json", "results.txt", "samples.csv", "predictions.npz", "results.json")
@@ -205,8 +205,8 @@ def locate(args: argparse.Namespace) -> tuple[str, Path, bool]:
         count = BUILT_IN_SIZES[name]
         seconds, size = digits_zoo.estimate(count)
         say(
-            f"There is no collection in {args.data_dir or Path('data') / name}: training the built-in digits, {count} LoRAs, "
-            f"into {folder}, once\n(about {seconds / 60:.1f} minutes on two CPU cores, {size / 2**20:.0f} MiB on disk)"
+            f"There is no {Path('data') / name}: training the built-in digits, {count} LoRAs, into {folder}, once "
+            f"(about {seconds / 60:.1f} minutes on two CPU cores, {size / 2**20:.0f} MiB on disk)"
         )
         digits_zoo.build(folder, count, progress=Progress())
         say()
@@ -445,15 +445,11 @@ class Experiment:
 
     def autoencoder_key(self, name: str) -> dict:
         """What the fitted autoencoders of one kind depend on."""
-        return {
-            **self.key,
-            "learned": name,
-            "by": store.code_digest(autoencoders),
-            "for": asdict(self.settings.autoencoder),
-        }
+        schedule = asdict(self.settings.autoencoder)
+        return {**self.key, "learned": name, "learner": store.code_digest(autoencoders), "fit": schedule}
 
     def encode(self, name: str) -> list[np.ndarray]:
-        """Features float32[N, latent] of each layer from an autoencoder of its own, fitted on the train rows or read."""
+        """Features float32[N, latent] of each layer from an autoencoder of its own, fitted on train rows or read."""
         widths = np.array(self.collection.weights_per_layer)
         stacks = []
         for width in np.unique(widths).tolist():
@@ -504,7 +500,7 @@ def run(args: argparse.Namespace) -> int:
         collection = data.index_collection(folder, name)
         data.check_classes(collection)
     if settings.top_k >= len(collection.layers):
-        raise UsageError(f"--top-k {settings.top_k}: these LoRAs have {len(collection.layers)} layers. give less.")
+        raise UsageError(f"--top-k {settings.top_k}: these LoRAs have {len(collection.layers)} layers. give fewer.")
     kinds = {name: REPRESENTATIONS[name].kind for name in settings.representations}
     flat = [name for name, kind in kinds.items() if kind in ("weights", "autoencoder")]
     not_run = [{"representation": n, "reason": collection.mixed_ranks} for n in flat if collection.mixed_ranks]

@@ -1,14 +1,14 @@
 """The learned representations: one autoencoder per layer, fitted on train rows, then applied to every row.
 
-The autoencoders of layers of equal width are one stack (see stacked_training.py): every parameter has a leading model axis, and all
-models of a stack share their initial weights, minibatches, noise and dropout masks.
+Autoencoders of layers of equal width are one stack (see stacked_training.py): every parameter has a leading model
+axis, and all models of a stack share their initial weights, minibatches, noise and dropout masks.
 
-A hidden block is a linear map, batch norm, ReLU and, where the kind has it, dropout. Widths, with ``in`` the number of weights of
-the layer and ``latent`` as in `latent_width`:
+A hidden block is a linear map, batch norm, ReLU and, where the kind has it, dropout. Widths, with ``in`` the number of
+weights of the layer and ``latent`` as in `latent_width`:
 
     vae          in - 512 - 256 - (mean, log variance: latent) - 256 - 512 - in
     contrastive  in - 512 - 512 - latent - 512 - 512 - in;  projection head  latent - 64 - 64
-    denoising    in - 512 - 256 - latent - 256 - 512 - in, with a skip over the second hidden block of encoder and decoder
+    denoising    in - 512 - 256 - latent - 256 - 512 - in;  a skip over the second hidden block of either side
 
 Shape letters: M models, N samples, B minibatch, D latent.
 """
@@ -16,6 +16,7 @@ Shape letters: M models, N samples, B minibatch, D latent.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -212,7 +213,7 @@ class AutoencoderStack:
                 yield self._denoising_losses(clean, draws)
 
     def validation_losses(self) -> Tensor:
-        """Losses [M] over the validation rows: the VAE at z = mean, contrastive on two fixed views, denoising without noise."""
+        """Losses [M] over the validation rows: VAE at z = mean, contrastive on fixed views, denoising from clean."""
         rows = self.split.validation
         if self.name == "vae":
             return self._vae_losses(self.x[self.model[:, None], rows], None)
@@ -230,14 +231,14 @@ def _batches(rows: int, size: int) -> list[slice]:
     """Slices of about ``size`` rows, as equal as can be, so that none holds a single row."""
     count = max(1, round(rows / size))
     ends = [round(i * rows / count) for i in range(count + 1)]
-    return [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+    return [slice(start, end) for start, end in pairwise(ends)]
 
 
 def nt_xent(projected: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """Normalised temperature-scaled cross-entropy between two views (SimCLR; Chen et al., 2020).
 
-    The mean over all 2B views i of ``-log(exp(s_ij / t) / sum_{k != i} exp(s_ik / t))``, with s the cosine similarity and j the other
-    view of the same sample. Never of a view with itself. 0 for a single sample, which has no negatives.
+    The mean over all 2B views i of ``-log(exp(s_ij / t) / sum_{k != i} exp(s_ik / t))``, with s the cosine similarity
+    and j the other view of the same sample; never of a view with itself. 0 for a single sample, which has no negatives.
 
     Args:
         projected: First views of B samples, then their second views in the same order, float[M, 2B, d].
@@ -266,8 +267,8 @@ def fit_transform(name: str, x: Tensor, split: Split, *, schedule: Schedule, see
         seed: Of all random streams.
 
     Returns:
-        ``features`` float32[M, N, D] of clean inputs in evaluation mode at the best epoch; ``epochs``, ``best_epoch`` int64[M];
-        ``validation_loss`` float64[M].
+        ``features`` float32[M, N, D] of clean inputs in evaluation mode at the best epoch; ``epochs``, ``best_epoch``
+        int64[M]; ``validation_loss`` float64[M].
     """
     trained = train(AutoencoderStack(name, x, split, seed, schedule.batch_size), schedule)
     fitted = AutoencoderStack(name, x, split, seed)

@@ -1,8 +1,8 @@
 """One LoRA file: which layers it holds, in the network's order, and what is wrong with it, in words.
 
-A LoRA replaces the update of a weight matrix by two factors: ``down`` (A), float[rank, in], and ``up`` (B), float[out, rank].
-Every trainer names them differently. Here each key is parsed into a canonical module and a role, so that one network has one
-set of layer names whatever wrote the file; a layer is still shown under the name it has in the file.
+A LoRA writes the update of a weight matrix as a product of two factors: ``down`` (A), float[rank, in], and ``up`` (B),
+float[out, rank]. Every trainer names them differently. Here each key is parsed into a canonical module and a role, so
+that one network has one set of layers whatever wrote the file; a layer is shown under the name it has in the file.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class LoraFileError(ValueError):
 class Layer:
     """One matrix of a LoRA: the down or the up factor of a module.
 
-    ``name`` is the key in the file, ``module`` the canonical module, ``role`` "down" or "up"; ``shape`` (rows, cols) with a
-    convolution's kernel folded into the columns; ``dtype`` as safetensors writes it.
+    ``name`` is the key in the file, ``module`` the canonical module, ``role`` "down" or "up"; ``shape`` (rows, cols)
+    with a convolution's kernel folded into the columns; ``dtype`` as safetensors writes it.
     """
 
     name: str
@@ -101,8 +101,10 @@ def canonical_module(raw: str) -> str:
     ``.processor`` dropped and dots (and cloneofsimo's colon) become underscores. The inverse is ambiguous.
 
     Example:
-        >>> canonical_module("lora_unet_mid_block_attentions_0_proj_in") == canonical_module("unet.mid_block.attentions.0.proj_in")
-        True
+        >>> canonical_module("unet.mid_block.attentions.0.proj_in")
+        'unet_mid_block_attentions_0_proj_in'
+        >>> canonical_module("lora_unet_mid_block_attentions_0_proj_in")
+        'unet_mid_block_attentions_0_proj_in'
     """
     while True:
         stripped = raw.removeprefix("base_model.model.").removeprefix("diffusion_model.")
@@ -163,9 +165,7 @@ def parse_key(key: str) -> _Key | None:
     """
     for name, pattern in _REFUSED.items():
         if pattern.search(key):
-            raise LoraFileError(
-                f"holds {name} adapter ({key}), which is not a product of two factors. convert it to a plain LoRA or leave it out."
-            )
+            raise LoraFileError(f"{name} adapter ({key}), not a product of two factors. convert it or leave it out.")
     for name, pattern in _FAMILIES.items():
         if match := pattern.match(key):
             parts = match.groupdict()
@@ -305,9 +305,8 @@ def _check_pairs(layers: dict[tuple[str, str], Layer]) -> None:
             )
         if layer.rank != partner.rank:
             down, up = (layer, partner) if role == "down" else (partner, layer)
-            raise LoraFileError(
-                f"ranks differ in module {module}: down {list(down.shape)}, up {list(up.shape)}. save both factors of one LoRA."
-            )
+            shapes = f"down {list(down.shape)}, up {list(up.shape)}"
+            raise LoraFileError(f"ranks differ in module {module}: {shapes}. save both factors of one LoRA.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -333,8 +332,9 @@ def load_matrices(data: bytes, layout: Layout) -> tuple[list[torch.Tensor], dict
 def update_scales(layout: Layout, alphas: dict[str, float], adapter_config: dict | None) -> dict[str, float]:
     """The factor s of each module's update s·up·down.
 
-    kohya stores alpha in the file, s = alpha / rank; PEFT stores ``lora_alpha`` in ``adapter_config.json``, s = lora_alpha / r
-    or lora_alpha / sqrt(r) with ``use_rslora``, where ``alpha_pattern`` overrides single modules. A missing or zero alpha means s = 1.
+    kohya stores alpha in the file, s = alpha / rank. PEFT stores ``lora_alpha`` in ``adapter_config.json``,
+    s = lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``; ``alpha_pattern`` overrides single modules.
+    A missing or zero alpha means s = 1.
     """
     config = adapter_config or {}
     patterns = config.get("alpha_pattern") or {}

@@ -1,4 +1,4 @@
-"""The results in words: rows as they arrive, and results.json -> results.txt with nothing that the JSON does not hold."""
+"""The results in words: rows as they arrive, and results.json -> results.txt, which holds nothing else."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _collection(results: dict) -> list[str]:
     names = ", ".join(dataset["classes"][:12]) + (", ..." if len(dataset["classes"]) > 12 else "")
     built_in = dataset["source"] == "built-in digits"
     return [
-        f"data      the BUILT-IN DIGITS collection, trained by this program: no LoRAs of yours are read"
+        "data      the BUILT-IN DIGITS collection, trained by this program: no LoRAs of yours are read"
     ] * built_in + [
         f"data      {dataset['num_samples']} LoRAs of {dataset['num_layers']} layers in {dataset['path']}",
         f"classes   {dataset['num_classes']} from {dataset['label_source']}, {per_class} LoRAs each: {names}",
@@ -117,10 +117,9 @@ def _not_run(results: dict) -> list[str]:
 def _notes(results: dict) -> list[str]:
     split, config, skipped = results["dataset"]["split_sizes"], results["config"], results["dataset"]["skipped"]
     lines = [
-        "Accuracies and macro-F1 are in percent of the test rows, changes in points. ± is the sample standard deviation",
-        f"over {config['num_runs']} runs, which differ in initial weights, minibatch order and dropout; the split, and the "
-        "fitted",
-        "autoencoders, are the same in all runs.",
+        "Accuracies and macro-F1 in percent, on the test rows; changes in points. ± is the sample standard deviation over",
+        f"{config['num_runs']} runs, which differ in initial weights, minibatch order and dropout; the split and the fitted",
+        "autoencoders are the same in all runs.",
     ]
     if config["rank_by"] == "test":
         lines.append(

@@ -410,9 +410,9 @@ def train_classifiers(
         **network: ``hidden`` and ``dropout`` of `ClassifierStack`.
 
     Returns:
-        Arrays by name. ``predicted`` int32[M, V + T] and ``log_loss`` float32[M, V + T] of the validation rows, then the
-        test rows; ``train_accuracy``, ``train_f1`` float64[M]; ``epochs``, ``best_epoch`` int64[M]; ``validation_loss``
-        float64[M] at the best epoch.
+        Arrays by name. ``predicted`` int32[M, V + T] and ``log_loss`` float32[M, V + T] of the validation rows, then
+        the test rows; ``train_accuracy``, ``train_f1`` float64[M]; ``epochs``, ``best_epoch`` int64[M];
+        ``validation_loss`` float64[M] at the best epoch.
     """
     stack = ClassifierStack(x, y, split, models, num_classes, seed=seed, batch_size=schedule.batch_size, **network)
     trained = train(stack, schedule)
