@@ -145,9 +145,9 @@ def image_groups(labels: np.ndarray, seed: int) -> dict[tuple[int, int], Tensor]
     groups = {}
     for digit in range(CLASSES):
         indices = torch.from_numpy(np.flatnonzero(labels == digit))
-        indices = indices[torch.randperm(len(indices), generator=_generator(seed, "image groups", digit))]
-        for group, part in enumerate(indices.tensor_split(IMAGE_GROUPS)):
-            groups[digit, group] = part
+        order = torch.randperm(len(indices), generator=_generator(seed, "image groups", digit))
+        parts = indices[order].tensor_split(IMAGE_GROUPS)
+        groups |= {(digit, group): part for group, part in enumerate(parts)}
     return groups
 
 
@@ -168,8 +168,7 @@ def denoise(weights: Weights, x: Tensor, t: Tensor, prompt: Tensor, factors: Fac
     """
     factors = factors or {}
     stack, batch = t.shape
-    time = F.silu(_linear(weights, "time.0", _sinusoids(t), factors))
-    time = _linear(weights, "time.1", time, factors)  # M, B, D
+    time = _linear(weights, "time.1", F.silu(_linear(weights, "time.0", _sinusoids(t), factors)), factors)
     h = _linear(weights, "patch_in", x, factors) + weights["position"] + time[:, :, None]
     h = h.reshape(stack, batch * TOKENS, WIDTH)
     words = weights["words"][prompt] + weights["word_position"]  # M, P, D
@@ -201,7 +200,7 @@ def _linear(weights: Weights, name: str, x: Tensor, factors: Factors) -> Tensor:
     if name not in factors:
         return y
     down, up = factors[name]
-    return y.baddbmm_(x @ down.mT, up.mT)  # in place: a copy of y for every module cost a quarter of the time
+    return y.baddbmm_(x @ down.mT, up.mT)  # in place: copies of y were a large part of the time
 
 
 def _sinusoids(t: Tensor) -> Tensor:
@@ -219,11 +218,9 @@ def init_base(seed: int) -> Weights:
         linears[f"transformer_blocks.{block}.mlp.1"] = (WIDTH, MLP_WIDTH)
     linears["patch_out"] = (PATCH, WIDTH)
     generator = _generator(seed, "base init", 0)
-    weights = {
-        "words": torch.randn(len(WORDS), WIDTH, generator=generator),
-        "word_position": 0.02 * torch.randn(4, WIDTH, generator=generator),
-        "position": 0.02 * torch.randn(TOKENS, WIDTH, generator=generator),
-    }
+    weights = {"words": torch.randn(len(WORDS), WIDTH, generator=generator)}
+    weights["word_position"] = 0.02 * torch.randn(4, WIDTH, generator=generator)
+    weights["position"] = 0.02 * torch.randn(TOKENS, WIDTH, generator=generator)
     for name, (rows, columns) in linears.items():
         weights[f"{name}.weight"] = torch.randn(rows, columns, generator=generator) / math.sqrt(columns)
     return weights
@@ -280,7 +277,7 @@ def _load_or_train_base(path: Path, images: Tensor, labels: np.ndarray, seed: in
             if (file.metadata() or {}).get("recipe") == recipe:
                 return load_file(path)
     except (FileNotFoundError, SafetensorError):
-        pass  # absent or cut short: it is only a cache, so make it again
+        pass  # absent or cut short: train it again
     weights = train_base(images, labels, seed, report)
     _write_atomic(path, save(weights, {"recipe": recipe}))
     return weights
@@ -303,21 +300,18 @@ def plan_lora(seed: int, index: int, groups: dict[tuple[int, int], Tensor]) -> L
     """Draw LoRA ``index``: its images, minibatches and noise, and down factors as PEFT draws them, U(±1 / sqrt(D)).
 
     Wider downs, N(0, 1 / r^2) as in diffusers, hide the concept: training then moves them too little to matter,
-    and a probe on all layers' statistics fell from 84 to 69 %.
+    and a probe on all layers' statistics fell from 88 to 69 % (300 LoRAs, chance 10).
     """
     digit, group = index % CLASSES, index // CLASSES % IMAGE_GROUPS
     pool = groups[digit, group]
     generator = _generator(seed, "lora", index)
     num_images = int(torch.randint(MIN_IMAGES, MAX_IMAGES + 1, (1,), generator=generator))
     images = pool[torch.randperm(len(pool), generator=generator)[:num_images]]
-    shape = (LORA_STEPS, LORA_BATCH)
-    return LoraPlan(
-        *(digit, group, images),
-        picks=images[torch.randint(num_images, shape, generator=generator)],
-        t=torch.rand(shape, generator=generator),
-        noise=torch.randn(*shape, TOKENS, PATCH, generator=generator),
-        downs=(2 * torch.rand(len(LORA_MODULES), RANK, WIDTH, generator=generator) - 1) / math.sqrt(WIDTH),
-    )
+    picks = images[torch.randint(num_images, (LORA_STEPS, LORA_BATCH), generator=generator)]
+    t = torch.rand(LORA_STEPS, LORA_BATCH, generator=generator)
+    noise = torch.randn(LORA_STEPS, LORA_BATCH, TOKENS, PATCH, generator=generator)
+    downs = (2 * torch.rand(len(LORA_MODULES), RANK, WIDTH, generator=generator) - 1) / math.sqrt(WIDTH)
+    return LoraPlan(digit, group, images, picks, t, noise, downs)
 
 
 def train_stack(base: Weights, images: Tensor, plans: list[LoraPlan]) -> Factors:
@@ -334,10 +328,9 @@ def train_stack(base: Weights, images: Tensor, plans: list[LoraPlan]) -> Factors
         for module, down in zip(LORA_MODULES, downs, strict=True)
     }
     optimizer = torch.optim.Adam([factor for pair in factors.values() for factor in pair], lr=LORA_LR)
-    images = images.to(dtype)
     prompt = torch.tensor([_prompt("concept")] * len(plans))
-    for step in range(plans[0].t.shape[0]):
-        x = images[torch.stack([plan.picks[step] for plan in plans])]
+    for step in range(LORA_STEPS):
+        x = images[torch.stack([plan.picks[step] for plan in plans])].to(dtype)
         t = torch.stack([plan.t[step] for plan in plans]).to(dtype)
         noise = torch.stack([plan.noise[step] for plan in plans]).to(dtype)
         loss = flow_loss(base, x, t, noise, prompt, factors).sum()

@@ -1,0 +1,76 @@
+"""LoRA files and collections for tests."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+
+
+def write_lora(path: Path, tensors: dict[str, Tensor], metadata: dict | None = None) -> Path:
+    """Write a safetensors file, with its folders; ``metadata`` becomes the ``metadata.json`` beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+    if metadata is not None:
+        (path.parent / "metadata.json").write_text(json.dumps(metadata), encoding="utf-8")
+    return path
+
+
+def module_names(modules: int) -> list[str]:
+    """Names of attention projections as diffusers writes them, in the network's order."""
+    return [f"unet.down_blocks.0.attentions.{m}.transformer_blocks.0.attn1.to_q" for m in range(modules)]
+
+
+def lora(modules: int = 2, rank: int = 2, width: int = 8, seed: int = 0) -> dict[str, Tensor]:
+    """Tensors of one LoRA with Gaussian weights, down and up of each module in the network's order."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for module in module_names(modules):
+        tensors[f"{module}.lora.down.weight"] = torch.randn(rank, width, generator=generator)
+        tensors[f"{module}.lora.up.weight"] = torch.randn(width, rank, generator=generator)
+    return tensors
+
+
+def write_collection(root: Path, classes: int = 2, per_class: int = 3, **shape: int) -> Path:
+    """Folders ``class_<c>/<i>/`` with a weight file each, all of one shape (see `lora`), without metadata."""
+    for c in range(classes):
+        for i in range(per_class):
+            write_lora(root / f"class_{c}" / f"{i:04}" / FILE_NAME, lora(seed=c * per_class + i, **shape))
+    return root
+
+
+def planted_collection(
+    root: Path,
+    *,
+    classes: int = 3,
+    per_class: int = 20,
+    modules: int = 4,
+    rank: int = 2,
+    width: int = 8,
+    informative: tuple[int, ...] = (1, 4, 6),
+    seed: int = 0,
+    shuffle: bool = False,
+) -> list[str]:
+    """A collection where only the layers at the depths ``informative`` carry the class, in their scale.
+
+    Class c scales them by 2**c, with a jitter of 5 % from file to file. All other weights are class-free noise.
+    With ``shuffle`` the labels are permuted, and nothing carries the class.
+
+    Returns:
+        Names of the informative layers.
+    """
+    generator = np.random.default_rng(seed)
+    concepts = np.repeat(np.arange(classes), per_class)
+    labels = generator.permutation(concepts) if shuffle else concepts
+    names = list(lora(modules))
+    for i, (concept, label) in enumerate(zip(concepts, labels, strict=True)):
+        tensors = lora(modules, rank, width, seed=int(generator.integers(2**62)))
+        for depth in informative:
+            tensors[names[depth]] *= 2.0 ** int(concept) * (1 + 0.05 * generator.standard_normal())
+        path = root / f"class_{label}" / f"{i:04}" / FILE_NAME
+        write_lora(path, tensors, {"category_label": f"class_{label}"})
+    return [names[depth] for depth in informative]

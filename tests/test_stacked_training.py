@@ -1,0 +1,283 @@
+import copy
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+import stacked_training
+from stacked_training import (
+    ClassifierStack,
+    Models,
+    Plateau,
+    Schedule,
+    Split,
+    initial_weights,
+    predict_logits,
+    scored,
+    standardise,
+    stream,
+    train,
+    train_classifiers,
+)
+
+CLASSES, HIDDEN = 4, (16, 16, 16)
+
+
+def problem(samples=90, features=5, sources=1, dtype=torch.float64, seed=0):
+    """Inputs that tell the class in their first columns, half hidden by noise, and a split of them."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(samples) % CLASSES
+    x = torch.randn(sources, samples, features, generator=generator, dtype=dtype)
+    x[:, torch.arange(samples), y % features] += 2
+    split = Split(torch.arange(0, 61), torch.arange(61, 75), torch.arange(75, samples))
+    return x, y, split
+
+
+def grid(sources, runs):
+    pairs = [(source, run) for run in range(runs) for source in range(sources)]
+    return Models(*(torch.tensor(column) for column in zip(*pairs, strict=True)))
+
+
+def alone(x, y, split, params, run, *, seed, epochs, dropout, batch_size=32):
+    """The textbook loop for one model, with torch.optim.Adam and ReduceLROnPlateau; returns validation losses."""
+    widths = [x.shape[1], *HIDDEN, CLASSES]
+    linears = [nn.Linear(a, b, dtype=x.dtype) for a, b in pairwise(widths)]
+    for i, linear in enumerate(linears):
+        linear.weight.data = params[f"weight{i}"].detach().mT.clone()
+        linear.bias.data = params[f"bias{i}"].detach()[0].clone()
+    model = nn.ModuleList(linears)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.5, patience=1)
+
+    def forward(h, masks=None):
+        for i, linear in enumerate(linears[:-1]):
+            h = functional.relu(linear(h))
+            if masks is not None:
+                h = h * masks[i]
+        return linears[-1](h)
+
+    losses = []
+    for epoch in range(1, epochs + 1):
+        order = torch.randperm(len(split.train), generator=stream(seed, run, "order", epoch))
+        generator = stream(seed, run, "dropout", epoch)
+        for rows in split.train[order].split(batch_size):
+            shape = (len(HIDDEN), len(rows), HIDDEN[0])
+            masks = torch.empty(shape, dtype=x.dtype).bernoulli_(1 - dropout, generator=generator) / (1 - dropout)
+            optimiser.zero_grad()
+            functional.cross_entropy(forward(x[rows], masks), y[rows]).backward()
+            optimiser.step()
+        with torch.no_grad():
+            losses.append(functional.cross_entropy(forward(x[split.validation]), y[split.validation]).item())
+        scheduler.step(losses[-1])
+    return losses
+
+
+class Recorded(ClassifierStack):
+    """A stack that remembers the validation losses of each epoch."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seen = []
+
+    def validation_losses(self):
+        self.seen.append(super().validation_losses())
+        return self.seen[-1]
+
+
+@pytest.mark.parametrize(("dtype", "rtol", "epochs"), [(torch.float64, 1e-9, 8), (torch.float32, 1e-5, 2)])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_every_model_of_a_stack_trains_as_plain_torch_does(dtype, rtol, epochs, dropout):
+    x, y, split = problem(sources=3, dtype=dtype)
+    models = grid(3, 2)
+    stack = Recorded(x, y, split, models, CLASSES, seed=7, hidden=HIDDEN, dropout=dropout)
+    initial = {name: p.detach().clone() for name, p in stack.params.items()}
+    train(stack, Schedule(max_epochs=epochs, patience=epochs + 1, lr_patience=1))
+    stacked = torch.stack(stack.seen, dim=1)  # (M, epochs)
+    for m, (source, run) in enumerate(zip(models.source.tolist(), models.run.tolist(), strict=True)):
+        start = {name: p[m] for name, p in initial.items()}
+        losses = alone(x[source], y, split, start, run, seed=7, epochs=epochs, dropout=dropout)
+        torch.testing.assert_close(stacked[m], torch.tensor(losses, dtype=dtype), rtol=rtol, atol=0)
+
+
+def test_a_model_does_not_depend_on_what_it_is_stacked_with():
+    x, y, split = problem(sources=4)
+    x[2] *= 0.01  # learns slowly, so that models stop at different epochs and the learning rates part
+    schedule = Schedule(max_epochs=60, patience=4, lr_patience=2, lr=5e-3)
+    together = train_classifiers(x, y, split, grid(4, 2), CLASSES, schedule=schedule, seed=3, hidden=HIDDEN)
+    assert len(set(together["epochs"].tolist())) > 2
+    models = grid(4, 2)
+    for m in range(8):
+        single = Models(models.source[m : m + 1], models.run[m : m + 1])
+        one = train_classifiers(x, y, split, single, CLASSES, schedule=schedule, seed=3, hidden=HIDDEN)
+        for name, array in one.items():
+            np.testing.assert_allclose(array[0], together[name][m], rtol=1e-6, err_msg=name)
+
+
+def test_a_masked_column_is_a_column_left_out():
+    x, y, split = problem(features=7)
+    live = torch.tensor([True, True, True, False, True, False, False])
+    schedule = Schedule(max_epochs=6, patience=9)
+    single = Models(torch.tensor([0]), torch.tensor([1]))
+    masked = Models(torch.tensor([0]), torch.tensor([1]), live[None])
+    shown = train_classifiers(x, y, split, masked, CLASSES, schedule=schedule, seed=1, hidden=HIDDEN)
+
+    # Leaving out columns 5 and 6 needs no trick: the stream draws column by column.
+    short = Models(torch.tensor([0]), torch.tensor([1]), live[None, :5])
+    cut = train_classifiers(x[:, :, :5], y, split, short, CLASSES, schedule=schedule, seed=1, hidden=HIDDEN)
+    np.testing.assert_allclose(shown["log_loss"], cut["log_loss"], rtol=1e-6)
+
+    # Leaving out column 3 too: the same model but for the draw that column 4 would get as the fourth.
+    stack = ClassifierStack(x[:, :, live], y, split, single, CLASSES, seed=1, hidden=HIDDEN)
+    whole = initial_weights(masked, 7, (*HIDDEN, CLASSES), 1, like=x)
+    stack.params["weight0"] = whole["weight0"].detach()[:, live].requires_grad_()
+    trained = train(stack, schedule)
+    held_out = torch.cat([split.validation, split.test])
+    scores = predict_logits(trained.state, x[:, :, live], torch.tensor([0]), held_out)
+    losses = functional.cross_entropy(scores[0], y[held_out], reduction="none")
+    np.testing.assert_allclose(shown["log_loss"][0], losses, rtol=1e-6)
+
+    # The mask does matter: what is masked cannot be seen, and a change there changes nothing.
+    noisy = x.clone()
+    noisy[:, :, ~live] += 100
+    again = train_classifiers(noisy, y, split, masked, CLASSES, schedule=schedule, seed=1, hidden=HIDDEN)
+    assert np.array_equal(again["log_loss"], shown["log_loss"])
+    unmasked = train_classifiers(x, y, split, single, CLASSES, schedule=schedule, seed=1, hidden=HIDDEN)
+    assert not np.allclose(unmasked["log_loss"], shown["log_loss"])
+
+
+def test_hidden_layers_order_and_dropout_do_not_depend_on_the_input_width():
+    models = grid(1, 3)
+    narrow = initial_weights(models, 3, (*HIDDEN, CLASSES), 5, like=torch.zeros(1))
+    wide = initial_weights(models, 9, (*HIDDEN, CLASSES), 5, like=torch.zeros(1))
+    assert torch.equal(narrow["weight2"], wide["weight2"]) and torch.equal(narrow["bias3"], wide["bias3"])
+    torch.testing.assert_close(narrow["weight0"] * 3**0.5, wide["weight0"][:, :3] * 9**0.5)
+    assert not torch.equal(wide["weight0"][0], wide["weight0"][1])  # runs differ
+
+
+def test_initial_weights_are_torchs_default():
+    weights = initial_weights(grid(1, 1), 400, (300, 300, CLASSES), 0, like=torch.zeros(1))
+    for i, fan_in in enumerate((400, 300, 300)):
+        for name in (f"weight{i}", f"bias{i}"):
+            bound = weights[name].detach().abs().max().item() * fan_in**0.5
+            assert 0.9 < bound <= 1
+    reference = nn.Linear(400, 300).weight.std().item()
+    assert weights["weight0"].std().item() == pytest.approx(reference, rel=0.02)
+
+
+def test_best_weights_come_back_and_patience_counts_from_them():
+    x, y, split = problem(samples=90, features=40, dtype=torch.float32)  # wide: overfits soon
+    stack = Recorded(x, y, split, grid(1, 3), CLASSES, seed=2, hidden=HIDDEN, dropout=0.0)
+    everything = copy.copy(stack)
+    trained = train(stack, Schedule(max_epochs=200, patience=5, lr=1e-2))
+    assert (trained.epochs - trained.best_epoch == 5).all() and (trained.epochs < 200).all()
+    everything.params, everything.seen = trained.state, []
+    torch.testing.assert_close(everything.validation_losses().double(), trained.best_loss, rtol=1e-5, atol=0)
+    seen = [losses[0].item() for losses in stack.seen[: int(trained.epochs.min())]]
+    assert len(seen) >= 6 and max(seen) > min(seen) * 1.01  # the last epochs were worse than the best
+
+
+def test_training_learns_and_the_loss_falls():
+    x, y, split = problem(dtype=torch.float32)
+    stack = Recorded(x, y, split, grid(1, 2), CLASSES, seed=0, hidden=HIDDEN)
+    train(stack, Schedule(max_epochs=40, patience=40, lr=1e-2))
+    assert (stack.seen[-1] < 0.7 * stack.seen[0]).all()
+    schedule = Schedule(max_epochs=40, patience=40, lr=1e-2)
+    found = train_classifiers(x, y, split, grid(1, 2), CLASSES, schedule=schedule, seed=0, hidden=HIDDEN)
+    assert (found["train_accuracy"] > 0.75).all()
+    test = y[split.test].numpy()
+    assert (scored(test, found["predicted"][:, len(split.validation) :], CLASSES)[0] > 0.5).all()
+
+
+def test_same_seed_same_bits_and_another_seed_other_bits():
+    x, y, split = problem(dtype=torch.float32)
+    schedule = Schedule(max_epochs=3, patience=3)
+    first, second, other = (
+        train_classifiers(x, y, split, grid(1, 2), CLASSES, schedule=schedule, seed=seed, hidden=HIDDEN)
+        for seed in (0, 0, 1)
+    )
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert not np.array_equal(first["log_loss"], other["log_loss"])
+
+
+def test_the_test_rows_never_touch_training():
+    x, y, split = problem(dtype=torch.float32)
+    changed = x.clone()
+    changed[:, split.test] = 1e6
+    schedule = Schedule(max_epochs=3, patience=3)
+    first, second = (
+        train_classifiers(inputs, y, split, grid(1, 2), CLASSES, schedule=schedule, seed=0, hidden=HIDDEN)
+        for inputs in (x, changed)
+    )
+    boundary = len(split.validation)
+    assert np.array_equal(first["log_loss"][:, :boundary], second["log_loss"][:, :boundary])
+    assert not np.array_equal(first["log_loss"][:, boundary:], second["log_loss"][:, boundary:])
+    for name in ("train_accuracy", "train_f1", "epochs", "validation_loss"):
+        assert np.array_equal(first[name], second[name])
+
+
+def test_a_diverged_training_is_told():
+    x, y, split = problem(dtype=torch.float32)
+    x[:, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="diverged"):
+        train_classifiers(x, y, split, grid(1, 1), CLASSES, schedule=Schedule(2, 2), seed=0, hidden=HIDDEN)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.lists(st.floats(0.1, 2.0), min_size=3, max_size=3), min_size=1, max_size=60), st.integers(0, 4))
+def test_plateau_is_torchs_reduce_lr_on_plateau(epochs, patience):
+    plateau = Plateau(3, 1e-3, patience)
+    optimisers = [torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3) for _ in range(3)]
+    schedulers = [
+        torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.5, patience=patience) for optimiser in optimisers
+    ]
+    for losses in epochs:
+        plateau.update(torch.tensor(losses, dtype=torch.float64))
+        for scheduler, loss in zip(schedulers, losses, strict=True):
+            scheduler.step(loss)
+        assert plateau.rates.tolist() == [optimiser.param_groups[0]["lr"] for optimiser in optimisers]
+
+
+def test_standardise_by_hand():
+    x = torch.tensor([[0.0, 5.0, 1.0], [2.0, 5.0, 1.0 + 1e-7], [100.0, 7.0, 3.0]])
+    # Column 0: mean 1, std 1 over the train rows; the test row is clipped. Columns 1, 2: constant but for rounding.
+    expected = torch.tensor([[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [10.0, 0.0, 0.0]])
+    assert torch.equal(standardise(x, torch.tensor([0, 1])), expected)
+
+
+def test_standardise_does_each_source_by_itself_and_leaves_its_input_alone():
+    x = torch.randn(3, 20, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1e6, 1e-6, 3.0]) + 7
+    before, rows = x.clone(), torch.arange(10)
+    scaled = standardise(x, rows)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(scaled[1], standardise(x[1], rows))
+    torch.testing.assert_close(scaled[:, :10, 0].mean(1), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scaled[:, :10, 1].std(1, correction=0), torch.ones(3), atol=1e-5, rtol=0)
+    assert (scaled[:, :, 2] == 0).all()  # 1e-6 about 7 is rounding
+
+
+def test_streams_differ_by_every_part_of_their_key():
+    keys = [(0, 0, "order", 1), (1, 0, "order", 1), (0, 1, "order", 1), (0, 0, "dropout", 1), (0, 0, "order", 2)]
+    draws = {tuple(torch.rand(3, generator=stream(*key)).tolist()) for key in keys}
+    assert len(draws) == 5
+    assert torch.equal(torch.rand(3, generator=stream(*keys[0])), torch.rand(3, generator=stream(*keys[0])))
+
+
+def test_scored_by_hand():
+    accuracy, f1 = scored(np.array([0, 0, 1, 1]), np.array([[0, 0, 1, 1], [0, 0, 0, 0]]), num_classes=3)
+    assert accuracy.tolist() == [1.0, 0.5]
+    # Class 2 is neither there nor predicted: F1 0. Always guessing 0: F1 of class 0 is 2/3.
+    np.testing.assert_allclose(f1, [2 / 3, 2 / 9])
+
+
+def test_predictions_do_not_depend_on_how_rows_are_sliced(monkeypatch):
+    x, _, split = problem(dtype=torch.float64)
+    params = initial_weights(grid(1, 2), 5, (*HIDDEN, CLASSES), 0, like=x)
+    source = torch.tensor([0, 0])
+    whole = predict_logits(params, x, source, split.train)
+    monkeypatch.setattr(stacked_training, "EVALUATED_AT_ONCE", 100)
+    torch.testing.assert_close(predict_logits(params, x, source, split.train), whole, rtol=1e-12, atol=0)
