@@ -351,6 +351,8 @@ class Experiment:
                 classes,
                 schedule=schedule,
                 seed=self.settings.seed,
+                hidden=HIDDEN,
+                dropout=DROPOUT,
             )
             finished.append(self.units.get({**key, "models": stack}, compute))
         trained = {name: np.concatenate([arrays[name] for arrays in finished]) for name in finished[0]}

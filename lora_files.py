@@ -120,10 +120,10 @@ def canonical_module(raw: str) -> str:
     ):
         if raw.startswith(kohya):
             raw = component + raw.removeprefix(kohya)
-    return raw.replace(".processor", "").replace(".", "_").replace(":", "_")
+    return re.sub(r"\.processor(?=\.|$)", "", raw).replace(".", "_").replace(":", "_")
 
 
-_WORD = re.compile(r"conv_in|conv_out|single_transformer_blocks|transformer_blocks|[^\W\d_]+|\d+")
+_WORD = re.compile(r"conv_in|conv_out|single_transformer_blocks|transformer_blocks|[^\W\d_]+|\d{1,18}")
 # Words of one row stand in the row's order, wherever the alphabet would put them.
 _ORDERED_WORDS = (
     ("conv_in", "down", "mid", "up", "conv_out"),
@@ -141,11 +141,11 @@ def depth_key(module: str, role: str) -> tuple:
     """
     parts = []
     for word in _WORD.findall(module):
-        if word.isdigit():
+        if word.isdecimal():
             parts.append((1, int(word), "", 0))  # numbers after words: text_encoder before text_encoder_2
         else:
             parts.append((0, 0, *_RANK_OF_WORD.get(word, (word, 0))))
-    return (not module.startswith("text_encoder"), parts, role == "up")
+    return (not module.startswith("text_encoder"), parts, module, role == "up")
 
 
 @dataclass(frozen=True)
@@ -161,11 +161,11 @@ def parse_key(key: str) -> _Key | None:
     """Module, role and adapter of a weight's key; None for a key that is no LoRA weight.
 
     Raises:
-        LoraFileError: The key belongs to a family that is not a LoRA of two factors.
+        LoraFileError: The key belongs to a family that is refused.
     """
     for name, pattern in _REFUSED.items():
         if pattern.search(key):
-            raise LoraFileError(f"{name} adapter ({key}), not a product of two factors. convert it or leave it out.")
+            raise LoraFileError(f"{name} adapter ({key}), which cannot be read. convert it or leave it out.")
     for name, pattern in _FAMILIES.items():
         if match := pattern.match(key):
             parts = match.groupdict()
@@ -217,17 +217,9 @@ def read_header(path: Path) -> bytes:
             )
         with safe_open(path, "pt"):
             pass  # the library checks that the tensors tile the data exactly
-    except (
-        SafetensorError,
-        UnicodeDecodeError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-    ) as error:
-        if isinstance(error, LoraFileError):
-            raise
+    except LoraFileError:
+        raise
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise LoraFileError(f"not a readable safetensors file ({error}). download it again.") from error
     return header
 
@@ -249,7 +241,10 @@ def parse_layout(header: bytes) -> Layout:
     adapters: dict[str, str] = {}
     for key, entry in entries.items():
         if parsed := parse_key(key):
-            adapters.setdefault(parsed.adapter, key)
+            if parsed.adapter:
+                adapters.setdefault(parsed.adapter, key)
+            if len(adapters) > 1:
+                raise LoraFileError(f"holds several adapters ({', '.join(adapters.values())}). save one to a file.")
             if (parsed.module, parsed.role) in layers:
                 first = layers[parsed.module, parsed.role].name
                 raise LoraFileError(
@@ -258,13 +253,14 @@ def parse_layout(header: bytes) -> Layout:
             shape = _matrix_shape(key, parsed.role, entry)
             layers[parsed.module, parsed.role] = Layer(key, parsed.module, parsed.role, shape, entry["dtype"])
         elif match := SCALE.match(key):
+            if prod(entry["shape"]) != 1:
+                raise LoraFileError(f"{key} has shape {entry['shape']}, not that of a number. save alpha as one.")
             alphas[canonical_module(match["m"])] = key
         else:
             ignored[_ignored_as(key)] += 1
-    if len(adapters) > 1:
-        raise LoraFileError(
-            f"holds several adapters ({', '.join(list(adapters.values())[:3])}). save one adapter to a file."
-        )
+    for module in alphas.keys() - {layer.module for layer in layers.values()}:
+        ignored["*.alpha without its module"] += 1
+        del alphas[module]
     if not layers:
         raise LoraFileError(f"no LoRA pair; the first keys are {', '.join(list(entries)[:3]) or 'none'}. is it a LoRA?")
     _check_pairs(layers)
@@ -335,20 +331,32 @@ def update_scales(layout: Layout, alphas: dict[str, float], adapter_config: dict
     kohya stores alpha in the file, s = alpha / rank. PEFT stores ``lora_alpha`` in ``adapter_config.json``,
     s = lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``; ``alpha_pattern`` overrides single modules.
     A missing or zero alpha means s = 1.
+
+    Raises:
+        LoraFileError: An alpha is no finite number, or a pattern no regular expression.
     """
     config = adapter_config or {}
-    patterns = config.get("alpha_pattern") or {}
     scales = {}
     for layer in layout.layers:
         if layer.role == "up":
             continue
-        if layer.module in alphas:
-            alpha, root = alphas[layer.module], 1.0
-        else:
-            # PEFT's rule: a pattern names the end of a module's path.
-            spelled = layer.name.split(".lora_")[0]
-            overrides = [value for name, value in patterns.items() if re.match(rf"(.*\.)?({name})$", spelled)]
-            alpha = float(overrides[0] if overrides else config.get("lora_alpha") or 0)
-            root = 0.5 if config.get("use_rslora") else 1.0
+        alpha, root, source = alphas.get(layer.module), 1.0, "the file"
+        if alpha is None:
+            root, source = 0.5 if config.get("use_rslora") else 1.0, "adapter_config.json"
+            try:
+                alpha = _configured_alpha(config, layer)
+            except (ValueError, TypeError, AttributeError, re.error) as error:
+                raise LoraFileError(f"{source} has an unusable alpha ({error}). mend or remove it.") from error
+        if not abs(alpha) <= torch.finfo(torch.float32).max:  # not >, which NaN would pass
+            raise LoraFileError(f"alpha of module {layer.module} in {source} is {alpha}. train it again or leave it out.")
         scales[layer.module] = alpha / layer.rank**root if alpha else 1.0
     return scales
+
+
+def _configured_alpha(config: dict, layer: Layer) -> float:
+    """``lora_alpha``, or that of the first pattern that names the end of the module's path (PEFT's rule)."""
+    path = re.split(r"\.lora[._]", layer.name)[0].removeprefix("base_model.model.")
+    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return float(alpha)
+    return float(config.get("lora_alpha") or 0)

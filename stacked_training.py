@@ -292,7 +292,7 @@ class StackedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, gradient: Tensor) -> Tensor:
-        """x float[M, B, in], weight and gradient float[M, in, out], bias float[M, 1, out] -> float[M, B, out]."""
+        """Inputs x float[M, B, in], weight and gradient float[M, in, out], bias float[M, 1, out] -> float[M, B, out]."""
         ctx.save_for_backward(x, weight)
         ctx.gradient = gradient
         return torch.baddbmm(bias, x, weight)

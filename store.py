@@ -57,7 +57,7 @@ def move_to_previous(folder: Path, names: Iterable[str]) -> None:
     """Move those of the named files that are in a folder to its next ``previous/<n>/``; nothing is ever lost."""
     there = [folder / name for name in names if (folder / name).exists()]
     if there:
-        numbers = [int(kept.name) for kept in (folder / "previous").glob("[0-9]*")]
+        numbers = [int(kept.name) for kept in (folder / "previous").glob("[0-9]*") if kept.name.isdecimal()]
         kept = folder / "previous" / str(max(numbers, default=0) + 1)
         kept.mkdir(parents=True)
         for path in there:
@@ -70,7 +70,7 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in arrays.items():
             member = io.BytesIO()
-            np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+            np.lib.format.write_array(member, np.asarray(array, order="C"), allow_pickle=False)
             entry = zipfile.ZipInfo(f"{name}.npy")  # dated 1980-01-01
             entry.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(entry, member.getvalue())

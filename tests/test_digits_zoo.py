@@ -24,7 +24,7 @@ def loras_of(folder):
 @pytest.fixture
 def small(monkeypatch):
     """The same program with fewer steps and smaller stacks."""
-    settings = {"BASE_STEPS": 4, "BASE_BATCH": 16, "LORA_STEPS": 3, "STACK": 4, "PROGRESS_EVERY": 2}
+    settings = {"BASE_STEPS": 4, "BASE_BATCH": 16, "LORA_STEPS": 3, "LORA_BATCH": 3, "STACK": 4, "PROGRESS_EVERY": 2}
     for name, value in settings.items():
         monkeypatch.setattr(zoo, name, value)
 
@@ -34,7 +34,7 @@ def base():
     """A base model that has learned something, briefly trained."""
     images, labels = zoo.load_images()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zoo, "BASE_STEPS", 100)
+        patch.setattr(zoo, "BASE_STEPS", 80)
         patch.setattr(zoo, "BASE_BATCH", 64)
         return zoo.train_base(images, labels, 0, lambda *_: None)
 

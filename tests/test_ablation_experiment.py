@@ -1,0 +1,393 @@
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from making import FILE_NAME, planted_collection, write_collection
+from safetensors.torch import load_file, save_file
+
+import ablation_experiment
+import autoencoders
+import digits_zoo
+import store
+from ablation_experiment import RESULT_FILES, main
+from representations import REPRESENTATIONS
+
+ROOT = Path(ablation_experiment.__file__).parent
+
+
+def run(tmp_path, dataset, *flags, out="out", expected=0):
+    """Run the program on a folder; its results.json, or None where it is expected to fail."""
+    folder = tmp_path / out
+    assert main(["--dataset", str(dataset), "--output-dir", str(folder), "--device=cpu", *flags]) == expected
+    path = folder / f"ablation_{Path(dataset).name}" / "results.json"
+    return json.loads(path.read_text()) if expected != 2 else None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow_networks():
+    """Hidden layers a quarter as wide: the same program, in a fraction of the time."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(ablation_experiment, "HIDDEN", (128, 128, 128))
+    patch.setattr(autoencoders, "HIDDEN", {name: (64, 32) for name in autoencoders.HIDDEN})
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """180 LoRAs of 3 classes and 8 layers, three of which carry the class; and their names."""
+    root = tmp_path_factory.mktemp("collections") / "planted"
+    return root, planted_collection(root, per_class=60)
+
+
+@pytest.fixture(scope="module")
+def everything(planted, tmp_path_factory):
+    """All fourteen representations on the planted collection, run once for all tests that look at the results."""
+    out = tmp_path_factory.mktemp("everything")
+    return out / "out" / "ablation_planted", run(out, planted[0], "--top-k=3", "--quick")
+
+
+# -- what the experiment finds --------------------------------------------------------------------------
+
+
+def test_planted_layers_are_ranked_first_and_stats_fall_to_chance_without_them(planted, everything):
+    _, results = everything
+    assert sorted(results["top_layers"]) == sorted(planted[1])
+    ranking = results["layer_ranking"]
+    assert min(layer["accuracy"] for layer in ranking[:3]) > 0.8
+    tolerance = 3 * (1 / 3 * 2 / 3 / 36) ** 0.5  # three standard errors of chance on 36 test rows
+    assert max(layer["accuracy"] for layer in ranking[3:]) < 1 / 3 + tolerance
+    assert results["baseline_results"]["stats"]["test_accuracy"]["mean"] > 0.9
+    assert abs(results["ablation_results"]["stats"]["test_accuracy"]["mean"] - 1 / 3) < tolerance
+
+
+def test_shuffled_labels_give_chance(tmp_path):
+    planted_collection(tmp_path / "shuffled", per_class=60, shuffle=True)
+    results = run(tmp_path, tmp_path / "shuffled", "--top-k=3", "--quick", "--representations=stats,update_sketch")
+    accuracies = [layer["accuracy"] for layer in results["layer_ranking"]]
+    assert abs(np.mean(accuracies) - 1 / 3) < 0.1
+    for name in ("stats", "update_sketch"):
+        assert abs(results["baseline_results"][name]["test_accuracy"]["mean"] - 1 / 3) < 0.25
+
+
+def test_changing_the_test_files_leaves_every_train_and_validation_figure_unchanged(planted, everything, tmp_path):
+    root, flags = tmp_path / "planted", ("--top-k=3", "--quick", "--rank-by=val")
+    shutil.copytree(planted[0], root)
+    before = run(tmp_path, root, *flags, out="before")
+    table = csv.DictReader((tmp_path / "before" / "ablation_planted" / "samples.csv").open())
+    generator = torch.Generator().manual_seed(0)
+    for row in table:
+        if row["split"] == "test":
+            tensors = load_file(root / row["file"])
+            noise = {name: 3 * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
+            save_file(noise, root / row["file"])
+    after = run(tmp_path, root, *flags, out="after")
+    assert before["dataset"]["fingerprint"] != after["dataset"]["fingerprint"]
+    assert before["top_layers"] == after["top_layers"]
+    for condition in ("baseline_results", "ablation_results"):
+        assert list(before[condition]) == list(REPRESENTATIONS)
+        for name in REPRESENTATIONS:
+            for metric in ("train_accuracy", "val_accuracy", "train_f1", "val_f1"):
+                assert before[condition][name][metric] == after[condition][name][metric], (name, metric)
+    for was, now in zip(before["layer_ranking"], after["layer_ranking"], strict=True):
+        assert was["val_accuracy"] == now["val_accuracy"]
+    stats = "baseline_results", "stats", "test_accuracy", "mean"
+    assert value(before, *stats) > 0.9 > value(after, *stats)
+
+
+def value(results, *path):
+    for key in path:
+        results = results[key]
+    return results
+
+
+def test_rank_by_names_the_accuracy_that_ranks(everything, planted, tmp_path):
+    by_test = everything[1]["layer_ranking"]
+    flags = ("--top-k=3", "--quick", "--rank-by=val", "--representations=stats")
+    by_val = run(tmp_path, planted[0], *flags)["layer_ranking"]
+    assert [layer["accuracy"] for layer in by_test] == sorted((layer["accuracy"] for layer in by_test), reverse=True)
+    assert [layer["val_accuracy"] for layer in by_val] == sorted(
+        (layer["val_accuracy"] for layer in by_val), reverse=True
+    )
+    assert {layer["layer"]: layer for layer in by_val} == {layer["layer"]: layer for layer in by_test}
+
+
+def test_a_layer_is_removed_with_its_columns_and_a_pair_with_either_of_its_layers(planted, everything):
+    _, results = everything
+    baseline, ablation = results["baseline_results"], results["ablation_results"]
+    # Depths 1, 4 and 6 of 8 belong to modules 0, 2 and 3 of 4: one pair is left.
+    for name, representation in REPRESENTATIONS.items():
+        if representation.kind == "pair":
+            assert baseline[name]["num_features"] == 4 * len(representation.feature_names)
+            assert ablation[name]["num_features"] == len(representation.feature_names)
+            assert (baseline[name]["num_layers"], ablation[name]["num_layers"]) == (8, 2)
+        else:
+            assert (baseline[name]["num_layers"], ablation[name]["num_layers"]) == (8, 5)
+        if representation.kind == "matrix":
+            assert ablation[name]["num_features"] == 5 * len(representation.feature_names)
+    assert baseline["flat_vec"]["num_features"] == 8 * 16 and ablation["flat_vec"]["num_features"] == 5 * 16
+    assert baseline["pca"]["num_features"] == 100 and ablation["pca"]["num_features"] == 5 * 16
+    assert baseline["vae"]["num_features"] == 8 * 2 and ablation["contrastive"]["num_features"] == 5 * 4
+
+
+# -- the files ------------------------------------------------------------------------------------------
+
+
+def test_results_hold_what_the_design_names(everything):
+    folder, results = everything
+    assert sorted(path.name for path in folder.iterdir()) == sorted(RESULT_FILES)
+    assert {"schema_version", "dataset", "config", "layer_ranking", "top_layers", "ablation_results",
+            "baseline_results", "environment", "timing", "representations_not_run"} <= results.keys()  # fmt: skip
+    assert {"name", "source", "path", "num_samples", "num_classes", "classes", "class_counts", "split_sizes",
+            "num_layers", "fingerprint", "skipped"} <= results["dataset"].keys()  # fmt: skip
+    assert list(results["timing"]) == ["index", "features", "ranking", "autoencoders", "ablation", "baseline", "total"]
+    assert results["dataset"]["source"] == "files" and results["config"]["quick"] and results["config"]["num_runs"] == 3
+    top = json.loads((folder / "top_layers.json").read_text())
+    assert top == results["layer_ranking"][:3] and len(results["layer_ranking"]) == 8
+    assert list(top[0]) == ["layer", "accuracy", "accuracy_std", "val_accuracy", "module", "role"]
+    entry = results["baseline_results"]["stats"]
+    assert list(entry) == ["num_layers", "num_features", "train_accuracy", "val_accuracy", "test_accuracy", "train_f1",
+                           "val_f1", "test_f1"]  # fmt: skip
+    for metric in list(entry)[2:]:
+        assert entry[metric]["mean"] == pytest.approx(np.mean(entry[metric]["runs"]))
+        assert entry[metric]["std"] == pytest.approx(np.std(entry[metric]["runs"], ddof=1))
+
+
+def test_samples_and_predictions_belong_to_the_figures(everything, planted):
+    folder, results = everything
+    rows = list(csv.DictReader((folder / "samples.csv").open()))
+    assert len(rows) == 180 and all((planted[0] / row["file"]).exists() for row in rows)
+    assert [sum(row["split"] == part for row in rows) for part in ("train", "val", "test")] == [126, 18, 36]
+    predictions = store.load_arrays(folder / "predictions.npz")
+    labels = [rows[i]["label"] for i in predictions["rows"]]
+    assert [results["dataset"]["classes"][c] for c in predictions["y"]] == labels
+    assert [rows[i]["split"] for i in predictions["rows"]] == ["val"] * 18 + ["test"] * 36
+    right = (predictions["ablation/spectral/predicted"] == predictions["y"])[:, 18:].mean(1)
+    assert right.tolist() == results["ablation_results"]["spectral"]["test_accuracy"]["runs"]
+    assert predictions["layers/predicted"].shape == (8, 3, 54) and predictions["layers/epochs"].max() <= 30
+
+
+def test_results_txt_tells_what_was_run_and_chance(everything):
+    text = (everything[0] / "results.txt").read_text()
+    for expected in ("--quick", "180 LoRAs of 8 layers", "126 train, 18 validation, 36 test", "accuracy 33.3",
+                     "3 of 4 pairs", "18 validation rows", "--rank-by=val"):  # fmt: skip
+        assert expected in text
+    assert all(f"\n{name} " in text for name in REPRESENTATIONS)
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_two_runs_with_separate_caches_give_the_same_bytes(everything, planted, tmp_path):
+    folder, _ = everything
+    run(tmp_path, planted[0], "--top-k=3", "--quick")
+    again = tmp_path / "out" / "ablation_planted"
+    for name in RESULT_FILES:
+        first, second = (folder / name).read_bytes(), (again / name).read_bytes()
+        if name == "results.json":
+            first, second = json.loads(first), json.loads(second)
+            for results in (first, second):
+                del results["environment"], results["timing"]
+        assert first == second, name
+
+
+# -- doing things once ----------------------------------------------------------------------------------
+
+
+QUICK = ("--quick", "--representations=stats,vae")
+
+
+def test_a_rerun_does_nothing_and_other_settings_keep_the_old_results(tmp_path, monkeypatch, capsys):
+    root = write_collection(tmp_path / "small", classes=2, per_class=10)
+    first = run(tmp_path, root, "--top-k=1", *QUICK)
+    folder = tmp_path / "out" / "ablation_small"
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+
+    def not_again(*_, **__):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(ablation_experiment, "train_classifiers", not_again)
+    monkeypatch.setattr(ablation_experiment.autoencoders, "fit_transform", not_again)
+    capsys.readouterr()
+    assert run(tmp_path, root, "--top-k=1", *QUICK) == first
+    assert "Nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+    # A lost results file is written again from finished units alone.
+    (folder / "results.json").unlink()
+    again = run(tmp_path, root, "--top-k=1", *QUICK)
+    same = [key for key in first if key not in ("environment", "timing")]
+    assert {key: first[key] for key in same} == {key: again[key] for key in same}
+    monkeypatch.undo()
+
+    other = run(tmp_path, root, "--top-k=2", *QUICK)
+    assert other["config"]["top_k"] == 2
+    kept = json.loads((folder / "previous" / "2" / "results.json").read_text())
+    assert kept["config"]["top_k"] == 1 and not (folder / "previous" / "3").exists()
+    assert other["layer_ranking"] == first["layer_ranking"] and other["baseline_results"] == first["baseline_results"]
+
+
+def test_an_interrupted_run_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
+    root = write_collection(tmp_path / "small", classes=2, per_class=10)
+    whole = run(tmp_path, root, "--top-k=1", *QUICK, out="whole")
+    trained, real = [], ablation_experiment.train_classifiers
+
+    def stop_at_third(*args, **kwargs):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(ablation_experiment, "train_classifiers", stop_at_third)
+    assert main(["--dataset", str(root), "--output-dir", str(tmp_path / "out"), "--top-k=1", *QUICK]) == 130
+    assert "continues" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "ablation_small").exists()
+    finished = []
+    monkeypatch.setattr(ablation_experiment, "train_classifiers", lambda *a, **k: finished.append(1) or real(*a, **k))
+    results = run(tmp_path, root, "--top-k=1", *QUICK)
+    units = len(list((tmp_path / "out" / ".cache").rglob("classifier-*.npz")))
+    assert len(finished) == units - 2
+    for name in RESULT_FILES[:-1]:
+        one, other = (tmp_path / out / "ablation_small" / name for out in ("out", "whole"))
+        assert one.read_bytes() == other.read_bytes()
+    assert results["layer_ranking"] == whole["layer_ranking"]
+
+
+# -- what cannot be run, and what is refused --------------------------------------------------------------
+
+
+def test_mixed_ranks_leave_out_what_needs_equal_shapes_and_exit_with_3(tmp_path, capsys):
+    root = write_collection(tmp_path / "mixed", classes=2, per_class=8, rank=2)
+    write_collection(tmp_path / "other", classes=2, per_class=2, rank=4)
+    for path in sorted((tmp_path / "other").glob("*/*")):
+        shutil.move(path, root / path.parent.name / f"rank4-{path.name}")
+    results = run(tmp_path, root, "--top-k=1", "--quick", expected=3)
+    left_out = [entry["representation"] for entry in results["representations_not_run"]]
+    assert left_out == ["flat_vec", "pca", "vae", "contrastive", "denoising"]
+    assert all("ranks differ" in entry["reason"] for entry in results["representations_not_run"])
+    assert list(results["baseline_results"]) == [name for name in REPRESENTATIONS if name not in left_out]
+    text = (tmp_path / "out" / "ablation_mixed" / "results.txt").read_text()
+    assert "Not run" in text and "ranks differ" in text
+    run(tmp_path, root, "--top-k=1", "--quick", expected=3)
+    assert "Nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--top-k=0"], "--top-k 0"),
+        (["--top-k=4"], "--top-k 4: these LoRAs have 4 layers"),
+        (["--num-runs=0"], "--num-runs 0"),
+        (["--representations=stats,astrology"], "astrology: not known. choose from flat_vec"),
+        (["--device=cuda:99"], "GPUs here"),
+        (["--device=quantum"], "--device quantum: not a device"),
+        (["--device=mps"], "--device mps: not supported"),
+    ],
+)
+def test_flags_are_refused_in_one_line(tmp_path, capsys, flags, words):
+    root = write_collection(tmp_path / "small", classes=2, per_class=3)
+    assert main(["--dataset", str(root), "--output-dir", str(tmp_path / "out"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and words in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_are_checked_before_the_collection_is_touched(tmp_path, capsys):
+    assert main(["--dataset", str(tmp_path / "nowhere"), "--num-runs=-1"]) == 2
+    assert "--num-runs" in capsys.readouterr().err
+
+
+def test_a_refused_collection_leaves_the_output_folder_as_it_was(tmp_path, capsys):
+    root = write_collection(tmp_path / "bad", classes=2, per_class=4)
+    path = root / "class_1" / "0002" / FILE_NAME
+    tensors = load_file(path)
+    name = sorted(tensors)[1]
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, path)
+    flags = ["--dataset", str(root), "--output-dir", str(tmp_path / "out" / "deep"), "--top-k=1", *QUICK]
+    assert main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}: ") and "NaN" in error and name in error
+    assert not (tmp_path / "out").exists()
+    out = tmp_path / "out" / "deep"
+    (out / ".cache").mkdir(parents=True)
+    (out / "mine.txt").write_text("kept")
+    assert main(flags) == 2
+    assert sorted(p.name for p in out.rglob("*")) == [".cache", "mine.txt"]
+
+
+# -- named and built-in collections -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick_zoo(tmp_path, monkeypatch):
+    """An empty working folder, and a built-in collection that trains in a moment."""
+    monkeypatch.chdir(tmp_path)
+    built = []
+
+    def build(out, count, **_):
+        built.append((out, count))
+        write_collection(out, classes=2, per_class=5)
+
+    monkeypatch.setattr(digits_zoo, "build", build)
+    return built
+
+
+def test_the_built_in_collection_is_announced_trained_once_and_named_everywhere(quick_zoo, capsys):
+    flags = ["--dataset=small", "--top-k=1", "--quick", "--representations=stats"]
+    assert main(flags) == 0
+    out = capsys.readouterr().out
+    assert quick_zoo == [(Path("data/built-in-digits/small"), 100)]
+    assert "training the built-in digits, 100 LoRAs" in out and "MiB" in out and "BUILT-IN DIGITS" in out
+    results = json.loads(Path("ablation-results/ablation_small/results.json").read_text())
+    assert results["dataset"]["source"] == "built-in digits" and results["dataset"]["name"] == "small"
+    assert "BUILT-IN DIGITS" in Path("ablation-results/ablation_small/results.txt").read_text()
+    assert main(flags) == 0 and len(quick_zoo) == 1
+
+
+def test_a_collection_of_ones_own_comes_before_the_built_in_one(quick_zoo):
+    write_collection(Path("data/1k"), classes=2, per_class=4)
+    assert main(["--top-k=1", "--quick", "--representations=stats"]) == 0  # --dataset=1k is the default
+    results = json.loads(Path("ablation-results/ablation_1k/results.json").read_text())
+    assert quick_zoo == [] and results["dataset"]["source"] == "files" and results["dataset"]["path"] == "data/1k"
+
+
+@pytest.mark.parametrize("flags", [["--dataset=50k"], ["--dataset=100k"], ["--dataset=1k", "--data-dir=data"],
+                                   ["--dataset=small", "--data-dir=elsewhere"], ["--dataset=no/such/folder"]])  # fmt: skip
+def test_nobody_ends_up_on_built_in_data_unnoticed(quick_zoo, capsys, flags):
+    assert main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "no such folder" in error and quick_zoo == []
+
+
+# -- the command line -------------------------------------------------------------------------------------
+
+
+def test_quick_gives_way_to_an_explicit_flag():
+    def resolved(*flags):
+        return ablation_experiment.resolve(ablation_experiment.parse_arguments([*flags, "--device=cpu"]))
+
+    quick, full = resolved("--quick"), resolved()
+    assert (quick.num_runs, quick.classifier.patience, quick.classifier.max_epochs) == (3, 5, 30)
+    assert (quick.autoencoder.patience, quick.autoencoder.max_epochs) == (5, 8)
+    assert (full.num_runs, full.classifier.patience, full.classifier.max_epochs) == (10, 20, 1000)
+    assert (full.autoencoder.patience, full.autoencoder.max_epochs) == (15, 100)
+    assert full.classifier.lr == 1e-3 and full.classifier.lr_patience == 10 and full.autoencoder.lr_patience is None
+    assert resolved("--quick", "--num-runs=7").num_runs == 7
+
+
+def test_a_log_file_gets_plain_lines(tmp_path):
+    root = write_collection(tmp_path / "small", classes=2, per_class=5)
+    command = [sys.executable, ROOT / "ablation_experiment.py", "--dataset", root, "--output-dir", tmp_path / "out"]
+    done = subprocess.run(
+        [*map(str, command), "--top-k=1", *QUICK], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "" and "\r" not in done.stdout
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:5]] == ["settings", "device", "data", "classes", "split"]
+    rows = [line for line in lines if line.startswith(("stats ", "vae "))]
+    assert len(rows) == 4 and len({line.index("±") for line in rows}) == 1

@@ -1,0 +1,568 @@
+import json
+import os
+import random
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from making import lora, module_names, write_lora
+from safetensors.torch import save
+
+import lora_files
+from lora_files import LoraFileError, canonical_module, depth_key, load_matrices, parse_key, parse_layout, read_header
+
+Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def layout_of(tensors: dict) -> lora_files.Layout:
+    return parse_layout(header_of(save(tensors)))
+
+
+def header_of(data: bytes) -> bytes:
+    return data[8 : 8 + int.from_bytes(data[:8], "little")]
+
+
+def file_of(header: bytes, body: bytes = b"") -> bytes:
+    return len(header).to_bytes(8, "little") + header + body
+
+
+def pair(module: str = Q, rank: int = 2, down: str = "lora.down", up: str = "lora.up") -> dict:
+    """A diffusers pair of a module from 6 to 8 features."""
+    return {f"{module}.{down}.weight": torch.ones(rank, 6), f"{module}.{up}.weight": torch.ones(8, rank)}
+
+
+def refusal(tensors: dict) -> str:
+    with pytest.raises(LoraFileError) as error:
+        layout_of(tensors)
+    return str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Keys
+# ----------------------------------------------------------------------------------------------------------------------
+
+TEXT = "text_encoder.text_model.encoder.layers.3.self_attn.q_proj"
+BLOCK = "unet_down_blocks_0_attentions_1_transformer_blocks_0_attn1"
+KEYS = {
+    "numbered": [
+        ("lora.down.weight.7", "7", "down"),
+        ("lora.up.weight.12", "12", "up"),
+    ],
+    "diffusers": [
+        ("unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q.lora.down.weight", f"{BLOCK}_to_q", "down"),
+        ("unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_out.0.lora.up.weight", f"{BLOCK}_to_out_0", "up"),
+        ("unet.up_blocks.1.attentions.1.proj_in.lora.down.weight", "unet_up_blocks_1_attentions_1_proj_in", "down"),
+    ],
+    "diffusers text encoder": [
+        (f"{TEXT}.lora_linear_layer.down.weight", TEXT.replace(".", "_"), "down"),
+        (f"{TEXT}.lora_linear_layer.up.weight", TEXT.replace(".", "_"), "up"),
+    ],
+    "diffusers legacy": [
+        ("unet.mid_block.attn1.processor.to_q_lora.down.weight", "unet_mid_block_attn1_to_q", "down"),
+        ("unet.mid_block.attn1.processor.to_out_lora.up.weight", "unet_mid_block_attn1_to_out_0", "up"),
+        ("unet.mid_block.attn1.to_v_lora.up.weight", "unet_mid_block_attn1_to_v", "up"),
+        ("unet.up_blocks.1.attn2.processor.to_k_lora.down.weight", "unet_up_blocks_1_attn2_to_k", "down"),
+    ],
+    "PEFT": [
+        ("base_model.model.unet.up_blocks.0.to_k.lora_A.weight", "unet_up_blocks_0_to_k", "down"),
+        ("transformer.single_transformer_blocks.3.proj_out.lora_B.weight", "transformer_single_transformer_blocks_3_proj_out", "up"),
+        ("diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight", "double_blocks_0_img_attn_qkv", "down"),
+    ],
+    "PEFT with adapter name": [
+        ("base_model.model.down_blocks.0.to_q.lora_A.default.weight", "down_blocks_0_to_q", "down"),
+        ("base_model.model.down_blocks.0.to_q.lora_B.default.weight", "down_blocks_0_to_q", "up"),
+    ],
+    "PEFT bare": [
+        ("base_model.model.diffusion_model.blocks.2.to_q.lora_A", "blocks_2_to_q", "down"),
+        ("blocks.2.to_q.lora_B", "blocks_2_to_q", "up"),
+    ],
+    "kohya": [
+        ("lora_unet_up_blocks_2_to_q.lora_down.weight", "unet_up_blocks_2_to_q", "down"),
+        ("lora_te_text_model_q_proj.lora_up.weight", "text_encoder_text_model_q_proj", "up"),
+        ("lora_te1_text_model_q_proj.lora_down.weight", "text_encoder_text_model_q_proj", "down"),
+        ("lora_te2_text_model_q_proj.lora_up.weight", "text_encoder_2_text_model_q_proj", "up"),
+    ],
+    "XLabs": [
+        ("double_blocks.4.processor.qkv_lora1.down.weight", "double_blocks_4_qkv_lora1", "down"),
+        ("double_blocks.4.processor.proj_lora2.up.weight", "double_blocks_4_proj_lora2", "up"),
+        ("single_blocks.4.processor.qkv_lora.up.weight", "single_blocks_4_qkv_lora", "up"),
+    ],
+    "cloneofsimo": [
+        ("unet:3:down", "unet_3", "down"),
+        ("text_encoder:11:up", "text_encoder_11", "up"),
+    ],
+}  # fmt: skip
+
+
+def test_every_family_has_examples():
+    assert set(KEYS) == set(lora_files.KEY_FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "module", "role"), [(name, *example) for name, examples in KEYS.items() for example in examples]
+)
+def test_a_key_gives_module_and_role(family, key, module, role):
+    parsed = parse_key(key)
+    assert (parsed.module, parsed.role) == (module, role)
+    assert parsed.adapter == ("default" if family == "PEFT with adapter name" else "")
+    assert lora_files._FAMILIES[family].match(key)
+
+
+@pytest.mark.parametrize("key", ["unet.down_blocks.0.weight", "down.weight", "unet.up_blocks.1.up.weight", "alpha"])
+def test_block_names_are_not_roles(key):
+    assert parse_key(key) is None
+
+
+@pytest.mark.parametrize("block", ["down_blocks", "up_blocks"])
+@pytest.mark.parametrize("role", ["down", "up"])
+def test_the_role_is_a_whole_path_part(block, role):
+    assert parse_key(f"unet.{block}.1.attentions.0.proj.lora.{role}.weight").role == role
+
+
+def test_only_a_whole_path_part_is_the_processor():
+    assert canonical_module("unet.attn1.processor.to_q") == "unet_attn1_to_q"
+    assert canonical_module("unet.processors.0.to_q") == "unet_processors_0_to_q"
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("LoHa", "lora_unet_a.hada_w1_a"),
+        ("LoHa", "lora_unet_a.hada_t2"),
+        ("LoKr", "lora_unet_a.lokr_w1"),
+        ("LoKr", "lora_unet_a.lokr_w2_b"),
+        ("OFT", "lora_unet_a.oft_blocks"),
+        ("full-difference", "diffusion_model.a.diff"),
+        ("full-difference", "diffusion_model.a.diff_b"),
+        ("Tucker", "lora_unet_a.lora_mid.weight"),
+        ("mangled kohya", "lora_unet_down_blocks_0_to_q_lora_down.weight"),
+        ("mangled kohya", "lora_te1_text_model_q_proj_lora_up.weight"),
+    ],
+)
+def test_other_families_are_refused_by_name(name, key):
+    message = refusal(pair() | {key: torch.ones(2, 2)})
+    assert name in message
+    assert key in message
+
+
+def test_what_is_not_a_lora_weight_is_counted():
+    tensors = pair() | {
+        "a.dora_scale": torch.ones(3),
+        "b.dora_scale": torch.ones(3),
+        "a.lora_magnitude_vector": torch.ones(3),
+        "a.lora_magnitude_vector.default.weight": torch.ones(3),
+        "a.lora_A.bias": torch.ones(3),
+        "<concept>": torch.ones(3),
+        "classifier.modules_to_save.default.weight": torch.ones(3),
+        "b.alpha": torch.tensor(1.0),
+    }
+    layout = layout_of(tensors)
+    assert len(layout.layers) == 2
+    assert layout.ignored == {
+        "*.dora_scale": 2,
+        "*.lora_magnitude_vector": 2,
+        "*.lora_A.bias, *.lora_B.bias": 1,
+        "embeddings <...>": 1,
+        "tensors that are no LoRA": 1,
+        "*.alpha without its module": 1,
+    }
+    assert layout.alphas == {}
+
+
+def test_an_unknown_lora_key_is_refused_not_ignored():
+    key = "unet.conv.lora_embedding_A.default"
+    assert key in refusal(pair() | {key: torch.ones(2, 6)})
+
+
+def test_one_file_may_mix_families():
+    convolution = {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(8, 2, 1, 1)}  # fmt: skip  # noqa: E501
+    layout = layout_of(pair() | convolution)
+    assert [layer.module for layer in layout.layers] == ["unet_conv_in", "unet_conv_in", *[canonical_module(Q)] * 2]
+    assert [layer.shape for layer in layout.layers] == [(2, 36), (8, 2), (2, 6), (8, 2)]
+
+
+@pytest.mark.parametrize("other", [Q, "unet.conv_in"])
+def test_a_second_adapter_name_is_an_error(other):
+    first = pair(down="lora_A.default", up="lora_B.default")
+    message = refusal(first | pair(other, down="lora_A.style", up="lora_B.style"))
+    assert "several adapters" in message
+    assert "default" in message
+    assert "style" in message
+
+
+def test_a_key_without_adapter_name_is_no_second_adapter():
+    layout = layout_of(pair(down="lora_A.default", up="lora_B.default") | pair("unet.conv_in"))
+    assert len(layout.layers) == 4
+
+
+def test_two_keys_of_one_module_and_role_are_an_error():
+    kohya = "lora_" + Q.replace(".", "_") + ".lora_down.weight"
+    message = refusal(pair() | {kohya: torch.ones(2, 6)})
+    assert kohya in message
+    assert f"{Q}.lora.down.weight" in message
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One network in every style; its order
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Modules of a network in its order; to_q, to_k, to_v and to_out.0 are what the legacy style can write.
+NETWORK = [
+    f"unet.{block}.attentions.{i}.transformer_blocks.0.{attention}.{projection}"
+    for block in ("down_blocks.0", "down_blocks.2", "down_blocks.10", "mid_block", "up_blocks.1", "up_blocks.11")
+    for i in (0, 2, 10)
+    for attention in ("attn1", "attn2")
+    for projection in ("to_q", "to_k", "to_v", "to_out.0")
+]
+
+
+def legacy(module: str, role: str) -> str:
+    *path, projection = module.removesuffix(".0").split(".")
+    return f"{'.'.join(path)}.processor.{projection}_lora.{role}.weight"
+
+
+AB = {"down": "A", "up": "B"}
+STYLES = {
+    "diffusers": lambda module, role: f"{module}.lora.{role}.weight",
+    "diffusers text encoder": lambda module, role: f"{module}.lora_linear_layer.{role}.weight",
+    "diffusers legacy": legacy,
+    "PEFT": lambda module, role: f"base_model.model.{module}.lora_{AB[role]}.weight",
+    "PEFT with adapter name": lambda module, role: f"{module}.lora_{AB[role]}.default.weight",
+    "PEFT bare": lambda module, role: f"diffusion_model.{module}.lora_{AB[role]}",
+    "kohya": lambda module, role: f"lora_{module.replace('.', '_')}.lora_{role}.weight",
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_one_network_is_the_same_in_every_style(style):
+    keys = [STYLES[style](module, role) for module in NETWORK for role in ("down", "up")]
+    entries = {key: {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 0]} for key in sorted(keys)}
+    layers = parse_layout(json.dumps(entries).encode()).layers
+    assert [layer.name for layer in layers] == keys
+    assert [layer.module for layer in layers[::2]] == [module.replace(".", "_") for module in NETWORK]
+    assert [layer.role for layer in layers] == ["down", "up"] * len(NETWORK)
+
+
+ORDER = [
+    "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
+    "text_encoder.text_model.encoder.layers.0.self_attn.k_proj",
+    "text_encoder.text_model.encoder.layers.0.self_attn.v_proj",
+    "text_encoder.text_model.encoder.layers.0.self_attn.out_proj",
+    "text_encoder.text_model.encoder.layers.2.mlp.fc1",
+    "text_encoder.text_model.encoder.layers.10.mlp.fc1",
+    "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj",
+    "transformer.transformer_blocks.2.attn.to_q",
+    "transformer.transformer_blocks.10.attn.to_q",
+    "transformer.single_transformer_blocks.0.attn.to_q",
+    "transformer.single_transformer_blocks.0.attn.to_k",
+    "unet.conv_in",
+    "unet.down_blocks.0.attentions.0.proj_in",
+    "unet.down_blocks.0.attentions.0.proj_out",
+    "unet.down_blocks.2.attentions.0.proj_in",
+    "unet.down_blocks.10.attentions.0.proj_in",
+    "unet.mid_block.attentions.0.proj_in",
+    "unet.up_blocks.0.attentions.0.proj_in",
+    "unet.conv_out",
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_layers_stand_in_the_network_order(seed):
+    tensors = {name: tensor for module in ORDER for name, tensor in pair(module).items()}
+    names = list(tensors)
+    keys = random.Random(seed).sample(names, len(names))
+    layers = layout_of({key: tensors[key] for key in keys}).layers
+    assert [layer.name for layer in layers] == names
+
+
+def test_numbered_and_cloneofsimo_are_in_the_order_of_their_numbers():
+    numbered = {f"lora.{role}.weight.{i}": torch.ones(2, 2) for i in (10, 2, 1) for role in ("up", "down")}
+    layers = layout_of(numbered).layers
+    assert [(layer.module, layer.role) for layer in layers][::2] == [("1", "down"), ("2", "down"), ("10", "down")]
+    keys = [f"{part}:{i}:{role}" for part in ("unet", "text_encoder") for i in (10, 2) for role in ("up", "down")]
+    layers = layout_of({key: torch.ones(2, 2) for key in keys}).layers
+    assert [layer.module for layer in layers[::2]] == ["text_encoder_2", "text_encoder_10", "unet_2", "unet_10"]
+
+
+def test_equal_looking_modules_keep_their_pairs_together():
+    modules = ["unet_1_a", "unet_01_a", "unet__1_a"]
+    ordered = sorted(((m, r) for r in ("up", "down") for m in modules), key=lambda layer: depth_key(*layer))
+    assert [role for _, role in ordered] == ["down", "up"] * 3
+    assert ordered == sorted(reversed(ordered), key=lambda layer: depth_key(*layer))
+
+
+@pytest.mark.parametrize("module", ["unet_²", "unet_" + "9" * 5000, "", "_", "\n"])
+def test_any_module_has_a_place(module):
+    assert sorted([(module, "up"), (module, "down")], key=lambda layer: depth_key(*layer))[0] == (module, "down")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scales, shapes, dtypes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def scales_of(tensors: dict, config: dict | None = None) -> dict:
+    data = save(tensors)
+    layout = parse_layout(header_of(data))
+    _, alphas = load_matrices(data, layout)
+    return lora_files.update_scales(layout, alphas, config)
+
+
+def peft(*modules: str, rank: int = 4) -> dict:
+    return {k: v for m in modules for k, v in pair(f"base_model.model.{m}", rank, "lora_A", "lora_B").items()}
+
+
+@pytest.mark.parametrize(
+    ("alpha", "scale"),
+    [
+        (torch.tensor(2.0), 0.5),
+        (torch.tensor([8.0]), 2.0),
+        (torch.tensor(2), 0.5),
+        (torch.tensor(0.0), 1.0),
+        (None, 1.0),
+    ],  # fmt: skip  # noqa: E501
+)
+def test_kohya_alpha_over_rank(alpha, scale):
+    tensors = pair("lora_unet_a", 4, "lora_down", "lora_up")
+    assert scales_of(tensors if alpha is None else tensors | {"lora_unet_a.alpha": alpha}) == {"unet_a": scale}
+
+
+def test_alpha_of_each_module_is_its_own_and_half_precision_is_read():
+    tensors = pair("lora_unet_a", 4, "lora_down", "lora_up") | pair("lora_unet_b", 2, "lora_down", "lora_up")
+    tensors |= {"lora_unet_a.alpha": torch.tensor(1.0).bfloat16(), "lora_unet_b.alpha": torch.tensor(1.0).half()}
+    assert scales_of(tensors) == {"unet_a": 0.25, "unet_b": 0.5}
+
+
+def test_an_alpha_that_is_no_number_is_refused_from_the_header():
+    tensors = pair("lora_unet_a", 4, "lora_down", "lora_up")
+    assert "lora_unet_a.alpha" in refusal(tensors | {"lora_unet_a.alpha": torch.ones(2)})
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 1e300])
+def test_an_alpha_that_is_not_finite_is_refused(alpha):
+    tensors = pair("lora_unet_a", 4, "lora_down", "lora_up")
+    with pytest.raises(LoraFileError, match="unet_a"):
+        scales_of(tensors | {"lora_unet_a.alpha": torch.tensor(alpha, dtype=torch.float64)})
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        (None, 1.0),
+        ({}, 1.0),
+        ({"lora_alpha": 8, "r": 4}, 2.0),
+        ({"lora_alpha": 0, "r": 4}, 1.0),
+        ({"lora_alpha": None}, 1.0),
+        ({"lora_alpha": 8, "r": 4, "use_rslora": True}, 4.0),
+        ({"lora_alpha": 8, "r": 4, "alpha_pattern": {"a.to_q": 2}}, 0.5),
+        ({"lora_alpha": 8, "r": 4, "alpha_pattern": {"to_q": 2}, "use_rslora": True}, 1.0),
+        ({"lora_alpha": 8, "r": 4, "alpha_pattern": {r"^unet\.a\.to_[qk]": 2}}, 0.5),
+        ({"lora_alpha": 8, "r": 4, "alpha_pattern": {"o_q": 2, "a": 2, "b.to_q": 2}}, 2.0),
+        ({"lora_alpha": 8, "r": 16, "rank_pattern": {"to_q": 4}}, 2.0),
+    ],
+)
+def test_peft_scale(config, scale):
+    assert scales_of(peft("unet.a.to_q"), config) == {"unet_a_to_q": scale}
+
+
+def test_alpha_pattern_is_of_single_modules_in_every_style():
+    config = {"lora_alpha": 8, "alpha_pattern": {"b.to_q": 2}}
+    assert scales_of(peft("unet.a.to_q", "unet.b.to_q"), config) == {"unet_a_to_q": 2.0, "unet_b_to_q": 0.5}
+    assert scales_of(pair("unet.a.to_q", 4) | pair("unet.b.to_q", 4), config) == {"unet_a_to_q": 2.0, "unet_b_to_q": 0.5}  # fmt: skip  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"lora_alpha": "much"},
+        {"lora_alpha": [1]},
+        {"lora_alpha": float("nan")},
+        {"alpha_pattern": [1]},
+        {"alpha_pattern": {"(": 1}},
+        {"alpha_pattern": {"to_q": "x"}},
+    ],  # fmt: skip  # noqa: E501
+)
+def test_an_unusable_adapter_config_is_refused(config):
+    with pytest.raises(LoraFileError, match="adapter_config"):
+        scales_of(peft("unet.a.to_q"), config)
+
+
+def test_convolutions_are_read_as_matrices():
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(2, 3, 3, 3, generator=generator), torch.randn(5, 2, 1, 1, generator=generator)
+    data = save({"unet.conv_in.lora.down.weight": down, "unet.conv_in.lora.up.weight": up})
+    layout = parse_layout(header_of(data))
+    (read_down, read_up), _ = load_matrices(data, layout)
+    assert [layer.shape for layer in layout.layers] == [(2, 27), (5, 2)]
+    assert [layer.rank for layer in layout.layers] == [2, 2]
+    assert [layer.free_side for layer in layout.layers] == [27, 5]
+    assert torch.equal(read_down, down.reshape(2, 27))
+    assert torch.equal(read_up, up.reshape(5, 2))
+
+
+@pytest.mark.parametrize(
+    ("down", "up"),
+    [((2, 6, 3), (8, 2)), ((2,), (8, 2)), ((0, 6), (8, 0)), ((2, 6), (8, 2, 3, 3)), ((2, 6, 1, 1, 1), (8, 2))],
+)
+def test_other_shapes_are_refused(down, up):
+    message = refusal({f"{Q}.lora.down.weight": torch.ones(down), f"{Q}.lora.up.weight": torch.ones(up)})
+    assert Q in message
+    assert "shape" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float32])
+def test_every_float_type_is_read_as_float32(dtype):
+    tensors = {key: tensor.to(dtype) for key, tensor in lora(1).items()}
+    data = save(tensors)
+    layout = parse_layout(header_of(data))
+    matrices, _ = load_matrices(data, layout)
+    assert {layer.dtype for layer in layout.layers} <= set(lora_files.FLOAT_TYPES)
+    for layer, matrix in zip(layout.layers, matrices, strict=True):
+        assert matrix.dtype == torch.float32
+        assert torch.equal(matrix, tensors[layer.name].float())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn])
+def test_other_types_are_refused(dtype):
+    message = refusal({key: tensor.to(dtype) for key, tensor in pair().items()})
+    assert Q in message
+    assert "type" in message
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is wrong with a file
+# ----------------------------------------------------------------------------------------------------------------------
+
+WHOLE = save(lora(1))
+
+
+def fault(path, data: bytes) -> str:
+    path.write_bytes(data)
+    with pytest.raises(LoraFileError) as error:
+        parse_layout(read_header(path))
+    return str(error.value)
+
+
+def test_a_whole_file_is_read(tmp_path):
+    layout = parse_layout(read_header(write_lora(tmp_path / "a" / "x.safetensors", lora(2))))
+    assert [layer.name for layer in layout.layers] == list(lora(2))
+    assert [layer.module for layer in layout.layers[::2]] == [name.replace(".", "_") for name in module_names(2)]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer.*git lfs pull"),
+        (b"<!DOCTYPE html><html></html>", "web page"),
+        (b"\n <!doctype HTML>", "web page"),
+        (b"<html><body>404</body></html>", "web page"),
+        (b"PK\x03\x04" + bytes(100), "pickle.*never loaded.*safetensors"),
+        (b"", "incomplete download: has 0 bytes"),
+        (b"1234567", "incomplete download: has 7 bytes"),
+        ((2**63).to_bytes(8, "little") + b"{}", "not a safetensors file"),
+        ((100).to_bytes(8, "little") + b"{}", "incomplete download: has 10 bytes, header promises 108"),
+        (WHOLE[:-1], f"incomplete download: has {len(WHOLE) - 1} bytes, header promises {len(WHOLE)}"),
+        (file_of(b""), "not a readable safetensors file"),
+        (file_of(b"\xff\xfe garbage"), "not a readable safetensors file"),
+        (file_of(b"not json"), "not a readable safetensors file"),
+        (file_of(b"[1, 2]"), "not a readable safetensors file"),
+        (file_of(b'{"a": 1}'), "not a readable safetensors file"),
+        (file_of(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}'), "not a readable safetensors file"),
+        (file_of(b'{"a": {"dtype": "F9", "shape": [1], "data_offsets": [0, 4]}}', bytes(4)), "not a readable"),
+        (file_of(b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', bytes(4)), "not a readable"),
+        (file_of(b"[" * 200_000), "not a readable safetensors file"),
+        (WHOLE + b"more", "not a readable safetensors file"),
+        (file_of(b"{}"), "no LoRA pair"),
+    ],
+)
+def test_what_a_header_shows(tmp_path, data, words):
+    message = fault(tmp_path / "x.safetensors", data)
+    assert re.search(words, message)
+    assert "\n" not in message
+
+
+def test_every_truncation_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(WHOLE)
+    for length in range(len(WHOLE) - 1, -1, -1):
+        os.truncate(path, length)
+        with pytest.raises(LoraFileError, match="incomplete download"):
+            read_header(path)
+
+
+ENTRY = {"dtype": "F32", "shape": [2, 8], "data_offsets": [0, 64]}
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 2**70),
+    st.floats(),
+    st.text(max_size=6),
+    st.lists(st.integers(-1, 99), max_size=3),  # fmt: skip  # noqa: E501
+)
+
+
+@st.composite
+def mutated_headers(draw) -> bytes:
+    """The header of a whole file with a few bytes changed, or with a few of its values."""
+    header = header_of(WHOLE)
+    if draw(st.booleans()):
+        for _ in range(draw(st.integers(1, 4))):
+            at, byte = draw(st.integers(0, len(header) - 1)), draw(st.binary(max_size=2))
+            header = header[:at] + byte + header[at + draw(st.integers(0, 2)) :]
+        return header
+    entries = json.loads(header)
+    for _ in range(draw(st.integers(1, 3))):
+        key = draw(st.sampled_from(sorted(entries)))
+        if draw(st.booleans()) and isinstance(entries[key], dict):
+            entries[key][draw(st.sampled_from([*ENTRY, "more"]))] = draw(ODD)
+        else:
+            entries[draw(st.one_of(st.just(key), st.text(max_size=8), st.just("__metadata__")))] = draw(ODD)
+    return json.dumps(entries).encode()
+
+
+@settings(deadline=None, max_examples=300)
+@given(header=mutated_headers())
+def test_a_mutated_header_is_refused_or_valid(tmp_path_factory, header):
+    path = tmp_path_factory.getbasetemp() / "mutated.safetensors"
+    path.write_bytes(file_of(header, WHOLE[8 + len(header_of(WHOLE)) :]))
+    try:
+        layout = parse_layout(read_header(path))
+    except LoraFileError as error:
+        assert str(error)
+        return
+    matrices, _ = load_matrices(path.read_bytes(), layout)
+    assert [tuple(matrix.shape) for matrix in matrices] == [layer.shape for layer in layout.layers]
+    assert [layer.role for layer in layout.layers] == ["down", "up"] * (len(matrices) // 2)
+
+
+@settings(deadline=None, max_examples=200)
+@given(keys=st.lists(st.text(max_size=12).flatmap(lambda m: st.sampled_from([f"{m}.lora.down.weight", f"{m}.lora_B.weight", f"{m}.alpha", m])), max_size=5))  # fmt: skip  # noqa: E501
+def test_any_keys_are_refused_or_valid(keys):
+    entries = {key: {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]} for key in keys}
+    try:
+        layout = parse_layout(json.dumps(entries).encode())
+    except LoraFileError:
+        return
+    assert layout.layers
+
+
+@pytest.mark.parametrize("kept", ["down", "up"])
+def test_a_missing_partner_is_named(kept):
+    tensors = pair("unet.a") | {key: tensor for key, tensor in pair().items() if kept in key.split(".")}
+    message = refusal(tensors)
+    assert canonical_module(Q) in message
+    assert f"has a {kept} {'[2, 6]' if kept == 'down' else '[8, 2]'}" in message
+
+
+def test_ranks_that_differ_are_shown():
+    message = refusal({f"{Q}.lora.down.weight": torch.ones(2, 6), f"{Q}.lora.up.weight": torch.ones(8, 3)})
+    assert canonical_module(Q) in message
+    assert "down [2, 6], up [8, 3]" in message
+
+
+def test_without_a_pair_the_first_keys_are_shown():
+    message = refusal({"model.a.weight": torch.ones(2, 2), "model.b.weight": torch.ones(2, 2)})
+    assert "no LoRA pair" in message
+    assert "model.a.weight, model.b.weight" in message
