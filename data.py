@@ -148,22 +148,28 @@ def index_collection(root: Path, name: str | None = None) -> Collection:
     files = []
     for path in paths:
         try:
+            stat = _stat(path)
             layout = lora_files.parse_layout(lora_files.read_header(path))
             adapter_config = _read_json(path.parent / "adapter_config.json")
+            if adapter_config:
+                lora_files.update_scales(layout, {}, adapter_config)  # refuses what cannot be used
         except (LoraFileError, OSError) as error:
             findings.append(f"{path}: {error}")
             continue
         ignored.update(layout.ignored)
-        stat = path.stat()
-        identity = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
         relative = path.relative_to(root).as_posix()
-        files.append(LoraFile(relative, labels.get(path, ""), layout, identity, adapter_config))
+        files.append(LoraFile(relative, labels.get(path, ""), layout, stat, adapter_config))
     findings += _layer_differences(root, files)
     if not files and not findings:
         findings.append(f"{root}: no *.safetensors file in it. give a folder laid out as <class>/<lora>.safetensors.")
     if findings:
-        raise CollectionError(findings)
-    return Collection(name or root.resolve().name, root, tuple(files), label_source, ignored)
+        raise CollectionError(list(dict.fromkeys(findings)))  # files of a folder share its metadata and its faults
+    return Collection(name or root.resolve().name, root, tuple(files), label_source, +ignored)
+
+
+def _stat(path: Path) -> tuple[int, int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[Path], list[str]]:
@@ -173,7 +179,8 @@ def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[Path], list[s
         if (root / table).exists():
             mend = "remove it and label by folders or by metadata.json beside each file"
             findings.append(f"{root / table}: tables of labels cannot be read yet. {mend}.")
-    for folder, subfolders, names in os.walk(root):
+    errors: list[OSError] = []
+    for folder, subfolders, names in os.walk(root, onerror=errors.append):
         subfolders[:] = [sub for sub in subfolders if not sub.startswith(".")]
         ignored["linked folders"] += sum(Path(folder, sub).is_symlink() for sub in subfolders)
         weights = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
@@ -181,11 +188,12 @@ def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[Path], list[s
         if preferred:
             ignored[f"*.safetensors beside {preferred[0]}"] += len(weights) - 1
         paths += [Path(folder, name) for name in preferred or weights]
-        if not weights:
-            pickles = sorted(Path(folder, name) for name in names if name.endswith(PICKLE_SUFFIXES))
+        pickles = sorted(Path(folder, name) for name in names if name.endswith(PICKLE_SUFFIXES))
+        if weights:
+            ignored["pickles beside *.safetensors"] += len(pickles)
+        else:
             findings += [f"{path}: a pickle checkpoint: never loaded. convert it to safetensors." for path in pickles]
-    for pattern in [pattern for pattern, count in ignored.items() if count == 0]:
-        del ignored[pattern]
+    findings += [f"{error.filename}: cannot be listed ({error.strerror}). mend its permissions." for error in errors]
     return sorted(paths, key=lambda path: path.relative_to(root).as_posix()), findings
 
 
@@ -217,7 +225,7 @@ def _read_json(path: Path) -> dict | None:
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LoraFileError(f"{path.name} is not readable as JSON ({error}). mend or remove it.") from error
     if not isinstance(value, dict):
         raise LoraFileError(f"{path.name} holds no JSON object. mend or remove it.")
@@ -233,21 +241,19 @@ def _layer_differences(root: Path, files: list[LoraFile]) -> list[str]:
     common = max(holders, key=lambda layers: len(holders[layers]), default=())
     widths, findings = dict(common), []
     for layers, paths in holders.items():
+        found = dict(layers)
         others = f"{len(holders[common])} files" if len(holders[common]) > 1 else holders[common][0]
         where = f"{root / paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-        lacking = [layer for layer in widths if layer not in dict(layers)]
-        extra = [layer for layer, _ in layers if layer not in widths]
+        lacking = [layer for layer in widths if layer not in found]
+        extra = [layer for layer in found if layer not in widths]
         if lacking or extra:
             told = [f"lacks {len(lacking)} layers ({lacking[0]} ...)"] if lacking else []
             told += [f"adds {len(extra)} layers ({extra[0]} ...)"] if extra else []
             told = f"{' and '.join(told)} compared with {others}. keep LoRAs of the same layers to a collection."
             findings.append(f"{where}: {told}")
-            continue
-        for layer, width in layers:
-            if width != widths[layer]:
-                told = f"{layer} is {width} wide, but {widths[layer]} in {others}: mixed base models"
-                findings.append(f"{where}: {told}. keep one base model to a collection.")
-                break
+        elif other := next((layer for layer in found if found[layer] != widths[layer]), None):
+            told = f"{other} is {found[other]} wide, but {widths[other]} in {others}: mixed base models"
+            findings.append(f"{where}: {told}. keep one base model to a collection.")
     return findings
 
 
@@ -258,8 +264,8 @@ def check_classes(collection: Collection) -> None:
         CollectionError: Fewer than two classes, a class of fewer than three LoRAs, or a label for each LoRA.
     """
     counts = collection.class_counts
-    shown = ", ".join(f"{label}: {count}" for label, count in list(counts.items())[:12])
-    shown += ", ..." if len(counts) > 12 else ""
+    rarest = [f"{label}: {counts[label]}" for label in sorted(counts, key=counts.get)]
+    shown = ", ".join(rarest[:12]) + (", ..." if len(rarest) > 12 else "")
     if len(counts) < 2:
         fault = f"fewer than two classes ({shown}). at least two concepts are needed."
     elif len(counts) == len(collection.files):
@@ -356,7 +362,7 @@ def extract(
         progress: Wraps the iteration over chunks of files; is given the number of files in each.
 
     Raises:
-        CollectionError: A weight is NaN or infinite, or a file has changed since it was indexed. Nothing is left.
+        CollectionError: Weights are NaN or infinite, or files have changed since they were indexed. Nothing is left.
     """
     names = list(names)
     suffix = f"{store.code_digest(representations, lora_files, sys.modules[__name__])[:8]}-{device.type}"
@@ -382,7 +388,7 @@ def _identity(collection: Collection) -> str:
     """Stands for the files as the file system tells them apart; a cache is trusted on this."""
     return store.digest(
         [str(collection.root.resolve())]
-        + [[file.path, file.label, *file.stat, file.adapter_config] for file in collection.files]
+        + [[file.path, file.label, *file.stat, str(file.adapter_config)] for file in collection.files]
     )
 
 
@@ -430,10 +436,14 @@ def _pass_over_weights(collection: Collection, arrays: dict, device: torch.devic
         weights, scales = [], []
         for row in rows:
             file = collection.files[row]
-            matrices, scale, contents = _read_file(collection.root, file, findings)
+            try:
+                matrices, scale, contents = _read_file(collection.root / file.path, file)
+            except (LoraFileError, OSError) as error:
+                findings.append(f"{collection.root / file.path}: {error}")
+                continue
             weights.append(matrices)
             scales.append(scale)
-            fingerprint.update(store.digest([file.path, file.label, contents, file.adapter_config]).encode())
+            fingerprint.update(store.digest([file.path, file.label, contents, str(file.adapter_config)]).encode())
         if findings:
             continue  # go on reading, to tell of every fault at once
         if WEIGHTS in arrays:
@@ -446,24 +456,17 @@ def _pass_over_weights(collection: Collection, arrays: dict, device: torch.devic
     return fingerprint.hexdigest()[:16]
 
 
-def _read_file(root: Path, file: LoraFile, findings: list[str]) -> tuple[list[torch.Tensor], dict[str, float], str]:
-    """Matrices, scale of each module's update, and a digest of the contents; appends faults to the findings."""
-    path = root / file.path
+def _read_file(path: Path, file: LoraFile) -> tuple[list[torch.Tensor], dict[str, float], str]:
+    """Matrices, scale of each module's update, and a digest of the contents; a LoraFileError if it changed or is not finite."""
     data = path.read_bytes()
-    header_end = 8 + int.from_bytes(data[:8], "little")
-    if len(data) != file.stat[0] or lora_files.parse_layout(data[8:header_end]) != file.layout:
-        raise CollectionError([f"{path}: changed while it was being read. start again."])
+    if _stat(path) != file.stat:
+        raise LoraFileError("changed since it was indexed. start again.")
     matrices, alphas = lora_files.load_matrices(data, file.layout)
     # The sum of magnitudes is finite only if all are; a float64 sum of float32 numbers cannot overflow.
-    bad = [
-        layer.name
-        for layer, matrix in zip(file.layout.layers, matrices, strict=True)
-        if not math.isfinite(matrix.abs().sum(dtype=torch.float64))
-    ]
+    sums = [matrix.abs().sum(dtype=torch.float64) for matrix in matrices]
+    bad = [layer.name for layer, total in zip(file.layout.layers, sums, strict=True) if not math.isfinite(total)]
     if bad:
-        findings.append(
-            f"{path}: NaN or infinity in {len(bad)} tensors, first in {bad[0]}. train it again or leave it out."
-        )
+        raise LoraFileError(f"NaN or infinity in {len(bad)} tensors, first in {bad[0]}. train again or leave it out.")
     scales = lora_files.update_scales(file.layout, alphas, file.adapter_config)
     return matrices, scales, hashlib.sha256(data).hexdigest()
 
@@ -484,13 +487,7 @@ def _fill_matrix_features(names: list[str], arrays: dict, rows: range, weights: 
 
 
 def _fill_pair_features(
-    names: list[str],
-    arrays: dict,
-    rows: range,
-    weights: list,
-    scales: list,
-    collection: Collection,
-    device: torch.device,
+    names: list, arrays: dict, rows: range, weights: list, scales: list, collection: Collection, device: torch.device
 ) -> None:
     """Pair-wise features of a chunk of files, module by module (each has a sketch of its own), ranks apart."""
     if not names:
@@ -558,16 +555,17 @@ def main(arguments: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return 0
-    layers = found["layers"]
+    layers, wide = found["layers"], max(len(layer["name"]) for layer in found["layers"])
     lines = [
         f"{args.path}: {found['num_samples']} LoRAs of {len(layers)} layers; labels from {found['label_source']}",
         "dtypes:  " + _counted(found["dtypes"]),
         "classes: " + _counted(found["classes"]),
         "ignored: " + (_counted(found["ignored"]) or "nothing"),
-        f"{'depth':>5}  {'role':4}  {'shape':>12}  layer",
+        f"{'depth':>5}  {'role':4}  {'shape':>12}  {'layer':{wide}}  module",
     ]
     for depth, layer in enumerate(layers):
-        lines.append(f"{depth:5}  {layer['role']:4}  {'x'.join(map(str, layer['shape'])):>12}  {layer['name']}")
+        shape = "x".join(map(str, layer["shape"]))
+        lines.append(f"{depth:5}  {layer['role']:4}  {shape:>12}  {layer['name']:{wide}}  {layer['module']}")
     print("\n".join(lines))
     return 0
 

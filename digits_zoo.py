@@ -49,7 +49,6 @@ RANK, LORA_STEPS, LORA_BATCH, LORA_LR = 4, 60, 8, 1e-3
 MIN_IMAGES, MAX_IMAGES = 4, 16
 STACK = 100  # LoRAs trained as one tensor program; part of the recipe, as sums may round by stack size
 PROGRESS_EVERY = 50  # base steps
-
 LORA_MODULES = [
     f"transformer_blocks.{block}.{attention}.{projection}"
     for block in range(BLOCKS)

@@ -106,10 +106,7 @@ def canonical_module(raw: str) -> str:
         >>> canonical_module("lora_unet_mid_block_attentions_0_proj_in")
         'unet_mid_block_attentions_0_proj_in'
     """
-    while True:
-        stripped = raw.removeprefix("base_model.model.").removeprefix("diffusion_model.")
-        if stripped == raw:
-            break
+    while (stripped := raw.removeprefix("base_model.model.").removeprefix("diffusion_model.")) != raw:
         raw = stripped
     for kohya, component in (
         ("lora_unet_", "unet_"),
@@ -284,21 +281,17 @@ def _ignored_as(key: str) -> str:
         if pattern.search(key):
             return name
     if "lora" in key.lower():
-        raise LoraFileError(
-            f"{key} names a LoRA in a way that is not known here. rename its keys or leave the file out."
-        )
+        raise LoraFileError(f"{key} names a LoRA in an unknown way. rename its keys or leave the file out.")
     return "tensors that are no LoRA"
 
 
 def _check_pairs(layers: dict[tuple[str, str], Layer]) -> None:
     """Every module has both factors, and they agree on the rank."""
     for (module, role), layer in layers.items():
-        partner = layers.get((module, "up" if role == "down" else "down"))
+        other = "up" if role == "down" else "down"
+        partner = layers.get((module, other))
         if partner is None:
-            missing = "up" if role == "down" else "down"
-            raise LoraFileError(
-                f"module {module} has a {role} {list(layer.shape)} but no {missing}. save both factors."
-            )
+            raise LoraFileError(f"module {module} has a {role} {list(layer.shape)} but no {other}. save both factors.")
         if layer.rank != partner.rank:
             down, up = (layer, partner) if role == "down" else (partner, layer)
             shapes = f"down {list(down.shape)}, up {list(up.shape)}"
@@ -340,15 +333,14 @@ def update_scales(layout: Layout, alphas: dict[str, float], adapter_config: dict
     for layer in layout.layers:
         if layer.role == "up":
             continue
-        alpha, root, source = alphas.get(layer.module), 1.0, "the file"
-        if alpha is None:
-            root, source = 0.5 if config.get("use_rslora") else 1.0, "adapter_config.json"
-            try:
-                alpha = _configured_alpha(config, layer)
-            except (ValueError, TypeError, AttributeError, re.error) as error:
-                raise LoraFileError(f"{source} has an unusable alpha ({error}). mend or remove it.") from error
+        from_file = layer.module in alphas
+        try:
+            alpha = alphas[layer.module] if from_file else _configured_alpha(config, layer)
+        except (ValueError, TypeError, AttributeError, re.error) as error:
+            raise LoraFileError(f"adapter_config.json has an unusable alpha ({error}). mend or remove it.") from error
         if not abs(alpha) <= torch.finfo(torch.float32).max:  # not >, which NaN would pass
-            raise LoraFileError(f"alpha of module {layer.module} in {source} is {alpha}. train it again or leave it out.")
+            raise LoraFileError(f"alpha of module {layer.module} is {alpha}. mend it or leave the file out.")
+        root = 0.5 if config.get("use_rslora") and not from_file else 1.0
         scales[layer.module] = alpha / layer.rank**root if alpha else 1.0
     return scales
 

@@ -117,9 +117,9 @@ def _not_run(results: dict) -> list[str]:
 def _notes(results: dict) -> list[str]:
     split, config, skipped = results["dataset"]["split_sizes"], results["config"], results["dataset"]["skipped"]
     lines = [
-        "Accuracies and macro-F1 in percent, on the test rows; changes in points. ± is the sample standard deviation over",
-        f"{config['num_runs']} runs, which differ in initial weights, minibatch order and dropout; the split and the fitted",
-        "autoencoders are the same in all runs.",
+        "Accuracies and macro-F1 in percent, on the test rows; changes in points. ± is the sample standard deviation",
+        f"over {config['num_runs']} runs, which differ in initial weights, minibatch order and dropout. The split and",
+        "the fitted autoencoders are the same in all runs.",
     ]
     if config["rank_by"] == "test":
         lines.append(

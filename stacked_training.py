@@ -284,15 +284,15 @@ def initial_weights(models: Models, features: int, widths: tuple[int, ...], seed
 
 
 class StackedLinear(torch.autograd.Function):
-    """``x @ weight + bias`` for every model, with the weights' gradient written over that of the step before.
+    """``x @ weight + bias`` of every model, the weights' gradient written over that of the step before.
 
-    A fresh gradient as large as the weights would be returned to the system and faulted in again at every step, which
-    on a CPU takes longer than the products. The price: a layer may stand only once in a graph.
+    A fresh gradient as large as the weights is memory that the system hands out anew at every step, which on a CPU
+    takes longer than the product. The price: a weight may stand only once in a graph.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, gradient: Tensor) -> Tensor:
-        """Inputs x float[M, B, in], weight and gradient float[M, in, out], bias float[M, 1, out] -> float[M, B, out]."""
+        """``x`` float[M, B, in], ``weight`` and ``gradient`` float[M, in, out], ``bias`` float[M, 1, out]."""
         ctx.save_for_backward(x, weight)
         ctx.gradient = gradient
         return torch.baddbmm(bias, x, weight)
@@ -306,15 +306,19 @@ class StackedLinear(torch.autograd.Function):
         return below, ctx.gradient, above.sum(1, keepdim=True), None
 
 
-def logits(params: dict[str, Tensor], x: Tensor, masks: Tensor | None = None) -> Tensor:
+def logits(
+    params: dict[str, Tensor], x: Tensor, masks: Tensor | None = None, gradients: list[Tensor] | None = None
+) -> Tensor:
     """ReLU MLP of every model: x float[M, B, F] -> float[M, B, C].
 
-    ``masks`` float[layers, M or 1, B, H] multiplies the hidden activations (inverted dropout), None in evaluation.
+    In training, ``masks`` float[layers, M or 1, B, H] multiplies the hidden activations (inverted dropout) and
+    ``gradients`` holds memory for the gradient of each weight.
     """
     layers = len(params) // 2
     h = x
     for i in range(layers):
-        h = torch.baddbmm(params[f"bias{i}"], h, params[f"weight{i}"])  # (M, B, H or C)
+        weight, bias = params[f"weight{i}"], params[f"bias{i}"]
+        h = torch.baddbmm(bias, h, weight) if gradients is None else StackedLinear.apply(h, weight, bias, gradients[i])
         if i < layers - 1:
             h = functional.relu(h)
             if masks is not None:
@@ -345,10 +349,11 @@ class ClassifierStack:
         self._place()
 
     def _place(self) -> None:
-        """Put what each step needs on the device: source, live columns, and the position of each model's run."""
+        """Put what each step needs on the device: sources, live columns, positions of runs, memory for gradients."""
         device = self.x.device
         self.runs, position = torch.unique(self.models.run, return_inverse=True)
         self.position, self.source = position.to(device), self.models.source.to(device)
+        self.gradients = [torch.empty_like(p) for name, p in self.params.items() if name.startswith("weight")]
         live = self.models.live
         self.live = None if live is None or live.all() else live.to(device, self.x.dtype)[:, None]  # (M, 1, F)
 
@@ -373,7 +378,7 @@ class ClassifierStack:
             x = self.x[self.source[:, None], rows]  # (M, B, F)
             if self.live is not None:
                 x = x * self.live
-            yield self._losses(logits(self.params, x, masks), self.y[rows])
+            yield self._losses(logits(self.params, x, masks, self.gradients), self.y[rows])
 
     def validation_losses(self) -> Tensor:
         """Mean cross-entropy [M] over the validation rows."""

@@ -98,7 +98,7 @@ def test_changing_the_test_files_leaves_every_train_and_validation_figure_unchan
     for was, now in zip(before["layer_ranking"], after["layer_ranking"], strict=True):
         assert was["val_accuracy"] == now["val_accuracy"]
     stats = "baseline_results", "stats", "test_accuracy", "mean"
-    assert value(before, *stats) > 0.9 > value(after, *stats)
+    assert value(before, *stats) > 0.75 > value(after, *stats)
 
 
 def value(results, *path):

@@ -21,6 +21,15 @@ def loras_of(folder):
     return {name: data for name, data in files_of(folder).items() if name != zoo.RECIPE_NAME}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small tensors gain nothing from threads, and on a busy machine waiting for the second one is most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def small(monkeypatch):
     """The same program with fewer steps and smaller stacks."""

@@ -1,0 +1,673 @@
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from making import FILE_NAME, lora, module_names, planted_collection, write_collection, write_lora
+from safetensors.torch import load_file, save_file
+
+import data
+from data import CollectionError, check_classes, extract, index_collection, split_rows
+from representations import REPRESENTATIONS, matrix_features, pair_features
+
+CPU = torch.device("cpu")
+MATRIX = [name for name, row in REPRESENTATIONS.items() if row.kind == "matrix"]
+PAIR = [name for name, row in REPRESENTATIONS.items() if row.kind == "pair"]
+
+
+def findings(root) -> list[str]:
+    with pytest.raises(CollectionError) as error:
+        index_collection(root)
+    return error.value.findings
+
+
+def files_in(root) -> list:
+    return sorted(root.rglob("*.safetensors"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Labels and layouts
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_labels_from_folders_of_folders(tmp_path):
+    collection = index_collection(write_collection(tmp_path / "zoo", classes=2, per_class=3))
+    assert collection.class_counts == {"class_0": 3, "class_1": 3}
+    assert collection.y.tolist() == [0, 0, 0, 1, 1, 1]
+    assert collection.label_source == "the folder names"
+    assert collection.name == "zoo"
+    assert collection.files[4].path == f"class_1/0001/{FILE_NAME}"
+
+
+def test_labels_from_folders_of_files(tmp_path):
+    for label in ("b", "a"):
+        for i in range(3):
+            write_lora(tmp_path / label / f"{i}.safetensors", lora(seed=i))
+    collection = index_collection(tmp_path)
+    assert [file.path for file in collection.files] == [f"{label}/{i}.safetensors" for label in "ab" for i in range(3)]
+    assert [file.label for file in collection.files] == ["a"] * 3 + ["b"] * 3
+    assert collection.classes == ["a", "b"]
+
+
+def test_labels_from_metadata_win_over_folders(tmp_path):
+    for i, label in enumerate(["cat", "dog", 3, 3]):
+        write_lora(tmp_path / f"{i}" / FILE_NAME, lora(), {"category_label": label, "rank": 2})
+    collection = index_collection(tmp_path)
+    assert [file.label for file in collection.files] == ["cat", "dog", "3", "3"]
+    assert collection.label_source == "category_label in metadata.json"
+
+
+def test_metadata_without_the_field_leaves_the_folders(tmp_path):
+    write_lora(tmp_path / "a" / "0" / FILE_NAME, lora(), {"rank": 2, "loss": float("nan")})
+    write_lora(tmp_path / "b" / "0" / FILE_NAME, lora())
+    assert [file.label for file in index_collection(tmp_path).files] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "metadata", [None, {}, {"category_label": ""}, {"category_label": None}, {"category_label": [1]}]
+)
+def test_a_missing_label_is_named(tmp_path, metadata):
+    write_lora(tmp_path / "a" / FILE_NAME, lora(), {"category_label": "cat"})
+    bad = write_lora(tmp_path / "b" / FILE_NAME, lora(), metadata)
+    assert [finding.split(": no label: no category_label")[0] for finding in findings(tmp_path)] == [str(bad)]
+
+
+@pytest.mark.parametrize("place", ["x.safetensors", "a/b/c/x.safetensors"])
+def test_a_file_at_another_depth_has_no_label(tmp_path, place):
+    write_collection(tmp_path)
+    write_lora(tmp_path / place, lora())
+    (finding,) = findings(tmp_path)
+    assert finding.startswith(f"{tmp_path / place}: no label")
+    assert "<class>/<lora>/" in finding
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '"x"', "\xff", "[" * 100_000])
+def test_unreadable_metadata_is_told_once(tmp_path, content):
+    for i in range(3):
+        write_lora(tmp_path / "a" / f"{i}.safetensors", lora())
+    (tmp_path / "a" / "metadata.json").write_bytes(content.encode("latin-1"))
+    (finding,) = findings(tmp_path)
+    assert finding.startswith(f"{tmp_path / 'a' / 'metadata.json'}: metadata.json")
+
+
+def test_metadata_that_is_a_folder_is_a_finding(tmp_path):
+    path = write_lora(tmp_path / "a" / "0" / FILE_NAME, lora())
+    (path.parent / "metadata.json").mkdir()
+    assert "metadata.json is not readable" in findings(tmp_path)[0]
+
+
+@pytest.mark.parametrize("table", ["metadata.csv", "metadata.jsonl"])
+def test_tables_of_labels_are_refused_in_words(tmp_path, table):
+    write_collection(tmp_path)
+    (tmp_path / table).write_text("file_name,label\n")
+    (finding,) = findings(tmp_path)
+    assert finding.startswith(f"{tmp_path / table}: tables of labels cannot be read yet. remove it")
+
+
+def test_the_preferred_file_wins_and_the_rest_is_counted(tmp_path):
+    write_collection(tmp_path, classes=2, per_class=3)
+    folder = tmp_path / "class_0" / "0000"
+    for name in ("adapter_model.safetensors", "epoch-1.safetensors"):
+        write_lora(folder / name, lora(3))
+    (folder / "optimizer.bin").write_bytes(b"x")
+    (folder / "._x.safetensors").write_bytes(b"x")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "x.safetensors").write_bytes(b"x")
+    write_lora(tmp_path / "class_1" / "0000" / FILE_NAME, lora() | {"a.dora_scale": torch.ones(2)})
+    collection = index_collection(tmp_path)
+    assert [file.path for file in collection.files if "0000" in file.path] == [
+        f"class_{c}/0000/{FILE_NAME}" for c in (0, 1)
+    ]
+    assert collection.ignored == {
+        f"*.safetensors beside {FILE_NAME}": 2,
+        "pickles beside *.safetensors": 1,
+        "*.dora_scale": 1,
+    }
+
+
+def test_linked_folders_are_counted_and_linked_files_read(tmp_path):
+    root = write_collection(tmp_path / "zoo")
+    (root / "linked").symlink_to(root / "class_0")
+    link = root / "class_1" / "0009" / FILE_NAME
+    link.parent.mkdir()
+    link.symlink_to(root / "class_0" / "0000" / FILE_NAME)
+    collection = index_collection(root)
+    assert collection.class_counts == {"class_0": 3, "class_1": 4}
+    assert collection.ignored == {"linked folders": 1}
+
+
+@pytest.mark.parametrize("suffix", data.PICKLE_SUFFIXES)
+def test_pickles_are_never_loaded(tmp_path, suffix):
+    write_collection(tmp_path)
+    path = tmp_path / "class_0" / "0009" / f"pytorch_lora_weights{suffix}"
+    path.parent.mkdir()
+    path.write_bytes(b"\x80\x04.")
+    (finding,) = findings(tmp_path)
+    assert finding == f"{path}: a pickle checkpoint: never loaded. convert it to safetensors."
+
+
+def test_nothing_there(tmp_path):
+    assert "no such folder" in findings(tmp_path / "nowhere")[0]
+    assert "no *.safetensors file" in findings(tmp_path)[0]
+    (tmp_path / "file").write_text("")
+    assert "no such folder" in findings(tmp_path / "file")[0]
+
+
+def test_a_folder_that_cannot_be_listed_is_a_finding(tmp_path, monkeypatch):
+    write_collection(tmp_path)
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("class_1"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    (finding,) = findings(tmp_path)
+    assert finding.startswith(f"{tmp_path / 'class_1'}: ")
+    assert "Permission denied" in finding
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Findings over the whole collection
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_faults_of_several_files_are_told_together(tmp_path):
+    paths = files_in(write_collection(tmp_path, classes=2, per_class=4))
+    paths[0].write_bytes(paths[0].read_bytes()[:-4])
+    paths[2].write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    save_file({"model.weight": torch.ones(2, 2)}, paths[5])
+    (paths[6].parent / "adapter_config.json").write_text("{")
+    told = findings(tmp_path)
+    assert [finding.split(": ")[0] for finding in told] == [str(paths[i]) for i in (0, 2, 5, 6)]
+    words = ["incomplete download", "Git LFS", "no LoRA pair", "adapter_config.json is not readable"]
+    assert all(word in finding for word, finding in zip(words, told, strict=True))
+
+
+@pytest.mark.parametrize("config", [{"lora_alpha": "x"}, {"lora_alpha": float("nan")}, {"alpha_pattern": {"(": 1}}])
+def test_an_unusable_adapter_config_is_found_before_the_weights_are_read(tmp_path, config):
+    path = files_in(write_collection(tmp_path))[1]
+    (path.parent / "adapter_config.json").write_text(json.dumps(config))
+    (finding,) = findings(tmp_path)
+    assert finding.startswith(f"{path}: ")
+    assert "alpha" in finding
+
+
+def test_at_most_twenty_findings_are_shown_with_the_count_of_the_rest(tmp_path):
+    for path in files_in(write_collection(tmp_path, classes=2, per_class=13)):
+        path.write_bytes(b"")
+    with pytest.raises(CollectionError) as error:
+        index_collection(tmp_path)
+    lines = error.value.shown().splitlines()
+    assert len(error.value.findings) == 26
+    assert len(lines) == data.MAX_FINDINGS + 1
+    assert all(line.startswith(f"error: {tmp_path}") for line in lines[:-1])
+    assert "6 more" in lines[-1]
+    assert len(CollectionError(["x: y"] * 20).shown().splitlines()) == 20
+
+
+def test_files_that_lack_or_add_layers(tmp_path):
+    paths = files_in(write_collection(tmp_path, classes=2, per_class=4, modules=3))
+    for path in paths[:2]:
+        write_lora(path, lora(2))
+    write_lora(paths[5], lora(4))
+    lacks, adds = findings(tmp_path)
+    missing, extra = (module_names(4)[i].replace(".", "_") for i in (2, 3))
+    assert lacks.startswith(f"{paths[0]} and 1 more: lacks 2 layers ({missing} down ...) compared with 5 files.")
+    assert adds.startswith(f"{paths[5]}: adds 2 layers ({extra} down ...) compared with 5 files.")
+
+
+def test_mixed_base_models(tmp_path):
+    paths = files_in(write_collection(tmp_path, classes=2, per_class=4, width=8))
+    write_lora(paths[3], lora(width=12))
+    (finding,) = findings(tmp_path)
+    assert finding.startswith(f"{paths[3]}: ")
+    assert "is 12 wide, but 8 in 7 files: mixed base models" in finding
+
+
+def test_mixed_ranks_are_accepted_and_said(tmp_path):
+    root = write_collection(tmp_path)
+    assert index_collection(root).mixed_ranks == ""
+    write_lora(files_in(root)[4], lora(rank=3))
+    collection = index_collection(root)
+    assert "has 2, and 3 in class_1/0001/" in collection.mixed_ranks
+    assert [layer.rank for layer in collection.files[4].layout.layers] == [3] * 4
+
+
+def test_ranks_that_differ_between_modules_alone_are_not_mixed(tmp_path):
+    tensors = lora(1, rank=2) | {f"x.{key}": tensor for key, tensor in lora(1, rank=5).items()}
+    for i in range(3):
+        write_lora(tmp_path / "a" / f"{i}.safetensors", tensors)
+    assert index_collection(tmp_path).mixed_ranks == ""
+
+
+def test_one_network_in_two_styles_is_one_collection(tmp_path):
+    root = write_collection(tmp_path, modules=12)
+    modules = [f"lora_{name.replace('.', '_')}" for name in module_names(12)]
+    renamed = {
+        f"{module}.lora_{role}.weight": torch.ones(2, 8) if role == "down" else torch.ones(8, 2)
+        for module in modules
+        for role in ("up", "down")
+    }
+    write_lora(files_in(root)[2], renamed)
+    collection = index_collection(root)
+    assert [layer.name for layer in collection.layers] == list(lora(12))
+    for file in collection.files:
+        assert [layer.module for layer in file.layout.layers[::2]] == collection.modules
+    assert collection.pair_of_layer.tolist() == [m for m in range(12) for _ in range(2)]
+    assert collection.weights_per_layer == [16] * 24
+
+
+def counts(tmp_path, **per_class) -> data.Collection:
+    for label, count in per_class.items():
+        for i in range(count):
+            write_lora(tmp_path / label / f"{i}.safetensors", lora(1))
+    return index_collection(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("per_class", "words"),
+    [
+        ({"a": 5}, "fewer than two classes (a: 5)"),
+        ({"a": 5, "b": 2}, "fewer than three LoRAs (b: 2, a: 5)"),
+        ({"a": 3, "b": 3} | {f"c{i}": 3 for i in range(12)} | {"z": 1}, "fewer than three LoRAs (z: 1, a: 3"),
+        ({"a": 1, "b": 1, "c": 1}, "as many labels as LoRAs (3): looks like an id"),
+    ],
+)
+def test_labels_that_make_no_task(tmp_path, per_class, words):
+    with pytest.raises(CollectionError, match=re.escape(words)):
+        check_classes(counts(tmp_path, **per_class))
+
+
+def test_two_classes_of_three_are_enough(tmp_path):
+    check_classes(counts(tmp_path, a=3, b=3))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# inspect
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_as_json(tmp_path, capsys):
+    root = write_collection(tmp_path, classes=2, per_class=3)
+    write_lora(files_in(root)[0], lora() | {"a.dora_scale": torch.ones(2)})
+    assert data.main(["inspect", str(root), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_samples"] == 6
+    assert found["classes"] == {"class_0": 3, "class_1": 3}
+    assert found["ignored"] == {"*.dora_scale": 1}
+    first, second, *_ = found["layers"]
+    name = module_names(1)[0]
+    expected = {"module": name.replace(".", "_"), "role": "down", "shape": [2, 8]}
+    assert first == {"name": f"{name}.lora.down.weight"} | expected
+    assert second == {"name": f"{name}.lora.up.weight"} | expected | {"role": "up", "shape": [8, 2]}
+    assert len(found["layers"]) == 4
+
+
+def test_inspect_as_text(tmp_path, capsys):
+    assert data.main(["inspect", str(write_collection(tmp_path, modules=1))]) == 0
+    out = capsys.readouterr().out
+    name = module_names(1)[0]
+    assert "6 LoRAs of 2 layers; labels from the folder names" in out
+    assert "class_0 (3), class_1 (3)" in out
+    assert "F32 (12)" in out
+    assert "ignored: nothing" in out
+    assert re.search(rf"\n +0  down +2x8  {re.escape(name)}\.lora\.down\.weight +{name.replace('.', '_')}\n", out)
+
+
+def test_inspect_of_a_faulty_folder(tmp_path, capsys):
+    assert data.main(["inspect", str(tmp_path / "nowhere")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == f"error: {tmp_path / 'nowhere'}: no such folder. give a folder of LoRAs.\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Split
+# ----------------------------------------------------------------------------------------------------------------------
+
+SIZES = st.one_of(
+    st.lists(st.integers(3, 60), min_size=1, max_size=30),
+    st.lists(st.sampled_from([3, 4, 5, 1000]), min_size=2, max_size=40),
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(sizes=SIZES, seed=st.integers(0, 2**32), shuffled=st.randoms(use_true_random=False))
+def test_split_has_its_sizes_and_every_class(sizes, seed, shuffled):
+    y = np.repeat(np.arange(len(sizes)), sizes).tolist()
+    shuffled.shuffle(y)
+    y = np.array(y)
+    rows = split_rows(y, seed)
+    assert list(rows) == ["train", "validation", "test"]
+    assert len(rows["validation"]) == max(round(0.1 * len(y)), len(sizes))
+    assert len(rows["test"]) == max(round(0.2 * len(y)), len(sizes))
+    assert sorted(np.concatenate(list(rows.values()))) == list(range(len(y)))
+    for part in rows.values():
+        assert (np.diff(part) > 0).all()
+        assert (np.bincount(y[part], minlength=len(sizes)) >= 1).all()
+
+
+@settings(deadline=None, max_examples=50)
+@given(sizes=st.lists(st.integers(20, 400), min_size=2, max_size=12), seed=st.integers(0, 99))
+def test_split_is_proportional_to_the_nearest_row(sizes, seed):
+    y = np.repeat(np.arange(len(sizes)), sizes)
+    rows = split_rows(y, seed)
+    for part in ("validation", "test"):
+        share = len(rows[part]) / len(y) * np.array(sizes)
+        assert (np.abs(np.bincount(y[rows[part]]) - share) <= 1).all()
+
+
+def test_split_is_fixed_by_the_seed():
+    y = np.arange(300) % 3
+    first, again, other = split_rows(y, 1), split_rows(y.copy(), 1), split_rows(y, 2)
+    for part in first:
+        np.testing.assert_array_equal(first[part], again[part])
+        assert set(first[part]) != set(other[part])
+
+
+def test_split_of_a_thousand_is_exact():
+    y = np.arange(1000) % 10
+    rows = split_rows(y, 42)
+    assert {part: np.bincount(y[found]).tolist() for part, found in rows.items()} == {
+        "train": [70] * 10,
+        "validation": [10] * 10,
+        "test": [20] * 10,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The pass over the weights
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def extracted(root, cache, names=("stats",)) -> data.Extracted:
+    return extract(index_collection(root), names, cache, CPU)
+
+
+def test_features_are_those_of_each_file_alone(tmp_path):
+    planted_collection(tmp_path / "zoo", per_class=3)
+    collection = index_collection(tmp_path / "zoo")
+    found = extract(collection, [*MATRIX, *PAIR], tmp_path / "cache", CPU)
+    arrays = {name: found.load(name) for name in [*MATRIX, *PAIR]}
+    for row, file in enumerate(collection.files):
+        tensors = load_file(collection.root / file.path)
+        for column, layer in enumerate(collection.layers):
+            alone = matrix_features(tensors[layer.name][None], MATRIX)
+            for name in MATRIX:
+                np.testing.assert_allclose(arrays[name][row, column], alone[name][0], rtol=1e-5, atol=1e-6)
+        for p, (down, up) in enumerate(zip(collection.layers[::2], collection.layers[1::2], strict=True)):
+            alone = pair_features(tensors[down.name][None], tensors[up.name][None], down.module, None, PAIR)
+            for name in PAIR:
+                np.testing.assert_allclose(arrays[name][row, p], alone[name][0], rtol=1e-5, atol=1e-6)
+    for name, array in arrays.items():
+        items = collection.layers if REPRESENTATIONS[name].kind == "matrix" else collection.modules
+        assert array.shape == (9, len(items), len(REPRESENTATIONS[name].feature_names))
+        assert array.dtype == np.float32
+
+
+def test_scales_reach_the_pair_features(tmp_path):
+    """Three files of equal weights and rank 2: alpha 6 in the file, lora_alpha 10 beside it, none."""
+    name = "lora_unet_a"
+    weights = {f"{name}.lora_down.weight": torch.randn(2, 6), f"{name}.lora_up.weight": torch.randn(5, 2)}
+    write_lora(tmp_path / "zoo" / "a" / "0" / FILE_NAME, weights | {f"{name}.alpha": torch.tensor(6.0)})
+    path = write_lora(tmp_path / "zoo" / "a" / "1" / FILE_NAME, weights)
+    (path.parent / "adapter_config.json").write_text(json.dumps({"lora_alpha": 10, "r": 2}))
+    write_lora(tmp_path / "zoo" / "a" / "2" / FILE_NAME, weights)
+    found = extracted(tmp_path / "zoo", tmp_path / "cache", PAIR)
+    sketch, coupling = found.load("update_sketch"), found.load("coupling")
+    np.testing.assert_allclose(sketch[0, 0], 3 * sketch[2, 0], rtol=1e-5)
+    np.testing.assert_allclose(sketch[1, 0], 5 * sketch[2, 0], rtol=1e-5)
+    norm = float(torch.linalg.norm(weights[f"{name}.lora_up.weight"] @ weights[f"{name}.lora_down.weight"]))
+    np.testing.assert_allclose(coupling[:, 0, 2], norm * np.array([3.0, 5.0, 1.0]), rtol=1e-5)
+
+
+def test_packed_weights_are_the_matrices_in_layer_order(tmp_path):
+    root = write_collection(tmp_path / "zoo", modules=11, rank=2, width=5)
+    collection = index_collection(root)
+    packed = extract(collection, [data.WEIGHTS], tmp_path / "cache", CPU).load(data.WEIGHTS)
+    columns = data.layer_columns(collection)
+    assert packed.shape == (6, 11 * 20)
+    for row, file in enumerate(collection.files):
+        tensors = load_file(root / file.path)
+        for layer, name in enumerate(lora(11)):
+            np.testing.assert_array_equal(packed[row, columns[layer]], tensors[name].flatten())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_float_types_are_packed_as_float32(tmp_path, dtype):
+    tensors = {name: tensor.to(dtype) for name, tensor in lora().items()}
+    write_lora(tmp_path / "zoo" / "a" / "x.safetensors", tensors)
+    packed = extracted(tmp_path / "zoo", tmp_path / "cache", [data.WEIGHTS]).load(data.WEIGHTS)
+    np.testing.assert_array_equal(packed[0], torch.cat([tensor.float().flatten() for tensor in tensors.values()]))
+
+
+def later(path) -> None:
+    """Give a file a time of its own: two writes may fall into one tick of the file system's clock."""
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+
+def spoil(path, number: float, tensors: int = 1) -> str:
+    """Put a number into the last tensors of a file; the first one's name."""
+    loaded = load_file(path)
+    names = list(lora())[-tensors:]
+    for name in names:
+        loaded[name][0, 0] = number
+    save_file(loaded, path)
+    later(path)
+    return names[0]
+
+
+@pytest.mark.parametrize("chunk", [1, 2**22])
+def test_nan_and_infinity_are_told_of_every_file_and_nothing_is_left(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(data, "CHUNK_NUMBERS", chunk)
+    root = write_collection(tmp_path / "zoo")
+    paths = files_in(root)
+    first, second = spoil(paths[1], float("nan"), 2), spoil(paths[4], float("-inf"))
+    with pytest.raises(CollectionError) as error:
+        extracted(root, tmp_path / "out" / "deep" / "cache", ["stats", "coupling", data.WEIGHTS])
+    told = error.value.findings
+    assert [finding.split(". ")[0] for finding in told] == [
+        f"{paths[1]}: NaN or infinity in 2 tensors, first in {first}",
+        f"{paths[4]}: NaN or infinity in 1 tensors, first in {second}",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_collection_leaves_the_cache_as_it_was(tmp_path):
+    root = write_collection(tmp_path / "zoo")
+    extracted(root, tmp_path / "cache")
+    before = sorted(tmp_path.joinpath("cache").rglob("*"))
+    spoil(files_in(root)[0], float("nan"))
+    with pytest.raises(CollectionError):
+        extracted(root, tmp_path / "cache")
+    assert sorted(tmp_path.joinpath("cache").rglob("*")) == before
+
+
+def test_values_beyond_float32_are_refused(tmp_path):
+    tensors = {name: tensor.double() for name, tensor in lora().items()}
+    next(iter(tensors.values()))[0, 0] = 1e300
+    path = write_lora(tmp_path / "zoo" / "a" / "x.safetensors", tensors)
+    with pytest.raises(CollectionError, match=re.escape(f"{path}: NaN or infinity in 1 tensors")):
+        extracted(tmp_path / "zoo", tmp_path / "cache")
+
+
+def test_an_alpha_that_is_not_finite_is_told(tmp_path):
+    tensors = {"a.lora_down.weight": torch.ones(2, 3), "a.lora_up.weight": torch.ones(3, 2)}
+    for i, alpha in enumerate([1.0, float("nan"), float("inf")]):
+        write_lora(tmp_path / "zoo" / "a" / f"{i}.safetensors", tensors | {"a.alpha": torch.tensor(alpha)})
+    with pytest.raises(CollectionError) as error:
+        extracted(tmp_path / "zoo", tmp_path / "cache")
+    assert [finding.split(": ")[0][-13:] for finding in error.value.findings] == ["1.safetensors", "2.safetensors"]
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("change", ["gone", "truncated", "garbage", "other layers", "other weights"])
+def test_a_file_that_changes_after_the_index_is_refused(tmp_path, change):
+    root = write_collection(tmp_path / "zoo")
+    collection = index_collection(root)
+    path = files_in(root)[2]
+    whole = path.read_bytes()
+    if change == "gone":
+        path.unlink()
+    elif change == "other layers":
+        write_lora(path, lora(3))
+    else:
+        kept = {"truncated": whole[:5], "garbage": bytes(len(whole)), "other weights": whole[:-4] + b"abcd"}
+        path.write_bytes(kept[change])
+        later(path)
+    with pytest.raises(CollectionError, match=re.escape(str(path)) + ".*(changed|No such)"):
+        extract(collection, ["stats"], tmp_path / "cache", CPU)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list:
+    """Counts the passes over weights."""
+    counted, original = [], data._pass_over_weights
+
+    def counting(*args):
+        counted.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(data, "_pass_over_weights", counting)
+    return counted
+
+
+def test_the_second_time_no_weight_is_read(tmp_path, passes):
+    root = write_collection(tmp_path / "zoo")
+    first = extracted(root, tmp_path / "cache", ["stats", data.WEIGHTS])
+    kept = first.load("stats").copy()
+    again = extracted(root, tmp_path / "cache", ["stats"])
+    assert len(passes) == 1
+    assert again.fingerprint == first.fingerprint
+    np.testing.assert_array_equal(again.load("stats"), kept)
+    extracted(root, tmp_path / "cache", ["stats", "coupling"])
+    assert len(passes) == 2
+    extracted(root, tmp_path / "cache", ["stats", "coupling", data.WEIGHTS])
+    assert len(passes) == 2
+    assert [path.name for path in (tmp_path / "cache").glob("pass-*")] == []
+
+
+def change_contents(root):
+    path = files_in(root)[3]
+    size = path.stat().st_size
+    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+    later(path)
+    assert path.stat().st_size == size
+
+
+def change_label(root):
+    (root / "class_0" / "0002").rename(root / "class_1" / "0007")
+
+
+def add_file(root):
+    write_lora(root / "class_1" / "0009" / FILE_NAME, lora(seed=9))
+
+
+def change_scale(root):
+    (files_in(root)[0].parent / "adapter_config.json").write_text('{"lora_alpha": 8}')
+
+
+@pytest.mark.parametrize("change", [change_contents, change_label, add_file, change_scale])
+def test_the_cache_is_not_used_after_a_change(tmp_path, passes, change):
+    root = write_collection(tmp_path / "zoo")
+    names = ["stats", "coupling", "update_sketch"]
+    before = extracted(root, tmp_path / "cache", names)
+    change(root)
+    after = extracted(root, tmp_path / "cache", names)
+    assert len(passes) == 2
+    assert after.fingerprint != before.fingerprint
+    assert after.folder != before.folder
+    fresh = extracted(root, tmp_path / "fresh", names)
+    assert fresh.fingerprint == after.fingerprint
+    for name in names:
+        np.testing.assert_array_equal(after.load(name), fresh.load(name))
+
+
+def test_code_that_changed_is_not_trusted(tmp_path, passes, monkeypatch):
+    root = write_collection(tmp_path / "zoo")
+    extracted(root, tmp_path / "cache")
+    monkeypatch.setattr(data.store, "code_digest", lambda *_: "0123456789abcdef")
+    extracted(root, tmp_path / "cache")
+    assert len(passes) == 2
+
+
+def test_two_collections_never_share(tmp_path):
+    planted_collection(tmp_path / "a", per_class=3, seed=0)
+    planted_collection(tmp_path / "b", per_class=3, seed=1)
+    a, b = extracted(tmp_path / "a", tmp_path / "cache"), extracted(tmp_path / "b", tmp_path / "cache")
+    assert a.folder != b.folder
+    assert not np.array_equal(a.load("stats"), b.load("stats"))
+    alone = extracted(tmp_path / "b", tmp_path / "other")
+    np.testing.assert_array_equal(alone.load("stats"), b.load("stats"))
+
+
+def test_the_fingerprint_is_of_contents_not_of_the_place(tmp_path):
+    root = write_collection(tmp_path / "zoo")
+    shutil.copytree(root, tmp_path / "copy")
+    one, two = extracted(root, tmp_path / "cache"), extracted(tmp_path / "copy", tmp_path / "cache")
+    assert one.fingerprint == two.fingerprint
+
+
+def test_the_chunk_size_changes_nothing(tmp_path, monkeypatch):
+    planted_collection(tmp_path / "zoo", per_class=4)
+    write_lora(files_in(tmp_path / "zoo")[5], lora(4))
+    names = [*MATRIX, *PAIR, data.WEIGHTS]
+    whole = extracted(tmp_path / "zoo", tmp_path / "whole", names)
+    for numbers in (1, 400):
+        monkeypatch.setattr(data, "CHUNK_NUMBERS", numbers)
+        parts = extracted(tmp_path / "zoo", tmp_path / str(numbers), names)
+        assert parts.fingerprint == whole.fingerprint
+        for name in names:
+            np.testing.assert_array_equal(parts.load(name), whole.load(name), err_msg=name)
+
+
+def test_progress_is_given_chunks_of_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK_NUMBERS", 4 * 64)
+    root = write_collection(tmp_path / "zoo", classes=2, per_class=5, modules=2)
+    seen = []
+
+    def progress(chunks, what):
+        seen.append((what, [len(chunk) for chunk in chunks]))
+        return chunks
+
+    extract(index_collection(root), ["stats"], tmp_path / "cache", CPU, progress)
+    assert seen == [("features", [4, 4, 2])]
+
+
+def test_mixed_ranks_have_matrix_and_pair_features(tmp_path):
+    root = write_collection(tmp_path / "zoo")
+    paths = files_in(root)
+    for i, rank in ((1, 1), (4, 5)):
+        write_lora(paths[i], lora(rank=rank, seed=i))
+    collection = index_collection(root)
+    found = extract(collection, ["spectral", *PAIR], tmp_path / "cache", CPU)
+    for i, path in enumerate(paths):
+        tensors = load_file(path)
+        down, up = (tensors[name][None] for name in list(lora())[2:])
+        np.testing.assert_allclose(
+            found.load("spectral")[i, 3], matrix_features(up, ["spectral"])["spectral"][0], rtol=1e-5, atol=1e-6
+        )
+        alone = pair_features(down, up, collection.modules[1], None, PAIR)
+        for name in PAIR:
+            np.testing.assert_allclose(found.load(name)[i, 1], alone[name][0], rtol=1e-5, atol=1e-6)
+
+
+def test_planted_layers_alone_carry_the_class(tmp_path):
+    names = planted_collection(tmp_path / "zoo", per_class=20)
+    planted_collection(tmp_path / "shuffled", per_class=20, shuffle=True)
+    for root, expected in ((tmp_path / "zoo", names), (tmp_path / "shuffled", [])):
+        collection = index_collection(root)
+        assert collection.class_counts == {f"class_{c}": 20 for c in range(3)}
+        deviations = extracted(root, tmp_path / "cache").load("stats")[:, :, 1]
+        means = np.stack([deviations[collection.y == c].mean(0) for c in range(3)])  # (C, L)
+        apart = means.max(0) / means.min(0)
+        assert [layer.name for layer, ratio in zip(collection.layers, apart, strict=True) if ratio > 3] == expected
+        assert ((apart > 3) | (apart < 1.6)).all()
