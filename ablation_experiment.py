@@ -45,8 +45,8 @@ from stacked_training import DROPOUT, HIDDEN, Models, Schedule, Split, scored, s
 
 BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000}
 NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small")
-# Parameters in a stack. A CPU takes what stays near its cache: 8 classifiers of a layer. A GPU is to be filled.
-STACK_PARAMETERS = {"cpu": 4_500_000, "cuda": 500_000_000}
+# Parameters in a stack. For a CPU 16 classifiers of one layer; a GPU is to be filled.
+STACK_PARAMETERS = {"cpu": 9_000_000, "cuda": 500_000_000}
 PCA_COMPONENTS = 100
 RESULT_FILES = ("top_layers.json", "results.txt", "samples.csv", "predictions.npz", "results.json")
 SCHEMA_VERSION = 1
@@ -208,7 +208,10 @@ def locate(args: argparse.Namespace) -> tuple[str, Path, bool]:
             f"There is no {Path('data') / name}: training the built-in digits, {count} LoRAs, into {folder}, once "
             f"(about {seconds / 60:.1f} minutes on two CPU cores, {size / 2**20:.0f} MiB on disk)"
         )
-        digits_zoo.build(folder, count, progress=Progress())
+        try:
+            digits_zoo.build(folder, count, progress=Progress())
+        except FileExistsError as error:  # something else lies where the half-built collection would
+            raise UsageError(str(error)) from error
         say()
     return name, folder, True
 

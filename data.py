@@ -457,7 +457,7 @@ def _pass_over_weights(collection: Collection, arrays: dict, device: torch.devic
 
 
 def _read_file(path: Path, file: LoraFile) -> tuple[list[torch.Tensor], dict[str, float], str]:
-    """Matrices, scale of each module's update, and a digest of the contents; a LoraFileError if it changed or is not finite."""
+    """Matrices, scale of each module's update, and a digest of the contents; refuses what changed or is not finite."""
     data = path.read_bytes()
     if _stat(path) != file.stat:
         raise LoraFileError("changed since it was indexed. start again.")
