@@ -387,9 +387,10 @@ class Experiment:
             }
             for depth, layer in enumerate(layers)
         ]
+        # Ties: by validation accuracy, validation loss, depth; never by test accuracy where validation is to choose.
+        by = ["accuracy"] * (self.settings.rank_by == "test") + ["val_accuracy"]
         loss = by_layer["validation_loss"].mean(1)
-        by = ("accuracy", "val_accuracy") if self.settings.rank_by == "test" else ("val_accuracy", "accuracy")
-        order = sorted(range(len(layers)), key=lambda d: (-records[d][by[0]], -records[d][by[1]], loss[d], d))
+        order = sorted(range(len(layers)), key=lambda d: (*(-records[d][name] for name in by), loss[d], d))
         return [records[depth] for depth in order]
 
     # -- phases 2 and 3 -----------------------------------------------------------------------------------------------
