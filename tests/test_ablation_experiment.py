@@ -34,7 +34,7 @@ def narrow_networks():
     """Hidden layers a quarter as wide: the same program, in a fraction of the time."""
     patch = pytest.MonkeyPatch()
     patch.setattr(ablation_experiment, "HIDDEN", (128, 128, 128))
-    patch.setattr(autoencoders, "HIDDEN", {name: (64, 32) for name in autoencoders.HIDDEN})
+    patch.setattr(autoencoders, "HIDDEN", dict.fromkeys(autoencoders.HIDDEN, (64, 32)))
     yield
     patch.undo()
 
@@ -355,8 +355,16 @@ def test_a_collection_of_ones_own_comes_before_the_built_in_one(quick_zoo):
     assert quick_zoo == [] and results["dataset"]["source"] == "files" and results["dataset"]["path"] == "data/1k"
 
 
-@pytest.mark.parametrize("flags", [["--dataset=50k"], ["--dataset=100k"], ["--dataset=1k", "--data-dir=data"],
-                                   ["--dataset=small", "--data-dir=elsewhere"], ["--dataset=no/such/folder"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--dataset=50k"],
+        ["--dataset=100k"],
+        ["--dataset=1k", "--data-dir=data"],
+        ["--dataset=small", "--data-dir=elsewhere"],
+        ["--dataset=no/such/folder"],
+    ],
+)
 def test_nobody_ends_up_on_built_in_data_unnoticed(quick_zoo, capsys, flags):
     assert main(flags) == 2
     error = capsys.readouterr().err
