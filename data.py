@@ -376,7 +376,7 @@ def extract(
         arrays = _allocate(collection, names, scratch)
         fingerprint = _pass_over_weights(collection, arrays, device, progress)
         done = Extracted(fingerprint, cache / fingerprint, suffix)
-        done.path("").parent.mkdir(parents=True, exist_ok=True)
+        (done.folder / "features").mkdir(parents=True, exist_ok=True)
         for name, array in arrays.items():
             array.flush()
             os.replace(scratch / f"{name}.npy", done.path(name))
