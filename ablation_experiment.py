@@ -142,7 +142,11 @@ def resolve(args: argparse.Namespace) -> Settings:
         raise UsageError(f"--top-k {args.top_k}: at least one layer is to be removed. give 1 or more.")
     if args.num_runs is not None and args.num_runs < 1:
         raise UsageError(f"--num-runs {args.num_runs}: at least one run is needed. give 1 or more.")
-    names = list(REPRESENTATIONS) if args.representations == "all" else args.representations.split(",")
+    names = (
+        list(REPRESENTATIONS)
+        if args.representations == "all"
+        else [name.strip() for name in args.representations.split(",")]
+    )
     if unknown := [name for name in names if name not in REPRESENTATIONS]:
         raise UsageError(f"--representations {','.join(unknown)}: not known. choose from {', '.join(REPRESENTATIONS)}.")
     quick = args.quick

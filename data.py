@@ -489,23 +489,21 @@ def _fill_matrix_features(names: list[str], arrays: dict, rows: range, weights: 
 def _fill_pair_features(
     names: list, arrays: dict, rows: range, weights: list, scales: list, collection: Collection, device: torch.device
 ) -> None:
-    """Pair-wise features of a chunk of files, module by module (each has a sketch of its own), ranks apart."""
+    """Pair-wise features of a chunk of files; all pairs of one shape, whatever file and module, at once."""
     if not names:
         return
-    down_of, up_of = {}, {}
-    for position, layer in enumerate(collection.layers):
-        (down_of if layer.role == "down" else up_of)[layer.module] = position
-    for p, module in enumerate(collection.modules):
-        by_rank = defaultdict(list)
-        for i, matrices in enumerate(weights):
-            by_rank[len(matrices[down_of[module]])].append(i)
-        for chosen in by_rank.values():
-            down = torch.stack([weights[i][down_of[module]] for i in chosen]).to(device)
-            up = torch.stack([weights[i][up_of[module]] for i in chosen]).to(device)
-            scale = torch.tensor([scales[i][module] for i in chosen], device=device)
-            features = pair_features(down, up, module, scale, names)
-            for name in names:
-                arrays[name][[rows[i] for i in chosen], p] = features[name].cpu().numpy()
+    position = {(layer.module, layer.role): depth for depth, layer in enumerate(collection.layers)}
+    places = defaultdict(list)
+    for row, matrices, scale in zip(rows, weights, scales, strict=True):
+        for pair, module in enumerate(collection.modules):
+            down, up = (matrices[position[module, role]] for role in ("down", "up"))
+            places[tuple(down.shape), tuple(up.shape)].append((row, pair, down, up, module, scale[module]))
+    for group in places.values():
+        row, pair, down, up, module, scale = zip(*group, strict=True)
+        factors = (torch.stack(down).to(device), torch.stack(up).to(device))
+        features = pair_features(*factors, module, torch.tensor(scale, device=device), names)
+        for name in names:
+            arrays[name][list(row), list(pair)] = features[name].cpu().numpy()
 
 
 def layer_columns(collection: Collection) -> list[slice]:

@@ -11,9 +11,12 @@ def announcement(header: dict) -> str:
     """What will be done, with what, on what: the settings, the device, the collection and the plan."""
     config, dataset, environment = header["config"], header["dataset"], header["environment"]
     shown = ", ".join(f"{key} {config[key]}" for key in ("top_k", "num_runs", "rank_by", "seed", "quick"))
+    classifier, autoencoder = config["classifier"], config["autoencoder"]
     threads = f", {environment['threads']} threads" if config["device"] == "cpu" else ""
     lines = [
         f"settings  {shown}",
+        f"          at most {classifier['max_epochs']} epochs, patience {classifier['patience']}; autoencoders "
+        f"{autoencoder['max_epochs']}, {autoencoder['patience']}",
         f"device    {environment['device']}{threads}",
         *_collection(header),
         f"plan      rank {dataset['num_layers']} layers; then "

@@ -16,9 +16,9 @@ the mend, what has the wrong shape or dtype, is empty, or holds NaN, Inf or valu
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -292,7 +292,7 @@ def coupling(down: Tensor, up: Tensor, scale: Tensor | None = None) -> Tensor:
     return _leave(_pearson(a, b), _cosine(a, b), norm[:, None], _pearson(s, t))
 
 
-def update_sketch(down: Tensor, up: Tensor, module_id: str, scale: Tensor | None = None) -> Tensor:
+def update_sketch(down: Tensor, up: Tensor, module_id: str | Sequence[str], scale: Tensor | None = None) -> Tensor:
     """A fixed random projection of the update, whatever its factors (invariance: Putterman et al., 2024).
 
     ``PᵀΔWQ = s·(Pᵀup)(down·Q)``, P [out, 8] and Q [in, 8] Gaussian of variance 1/8, decided by the module's
@@ -302,15 +302,16 @@ def update_sketch(down: Tensor, up: Tensor, module_id: str, scale: Tensor | None
     Args:
         down: First factors, float[N, r, in].
         up: Second factors, float[N, out, r].
-        module_id: Canonical name of the module that all N updates are of.
+        module_id: Canonical name of the module that all N updates are of, or N names.
         scale: s = alpha / rank of each update, float[N]; None: 1.
 
     Returns:
         The 8 x 8 sketch, row by row, float32[N, 64].
     """
     down, up, scale = (x.double() for x in _pair(down, up, scale))
-    p = _gaussian(module_id, "P", up.shape[1]).to(up.device)
-    q = _gaussian(module_id, "Q", down.shape[2]).to(down.device)
+    modules, of_module = np.unique(module_id, return_inverse=True)
+    p = torch.stack([_gaussian(module, "P", up.shape[1]) for module in modules]).to(up.device)[of_module]
+    q = torch.stack([_gaussian(module, "Q", down.shape[2]) for module in modules]).to(down.device)[of_module]
     return _leave((scale[:, None, None] * (p.mT @ up) @ (down @ q)).flatten(1))
 
 
@@ -334,14 +335,14 @@ def matrix_features(w: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def pair_features(
-    down: Tensor, up: Tensor, module_id: str, scale: Tensor | None, names: Iterable[str]
+    down: Tensor, up: Tensor, module_id: str | Sequence[str], scale: Tensor | None, names: Iterable[str]
 ) -> dict[str, Tensor]:
-    """Several pair-wise representations of the updates of one module.
+    """Several pair-wise representations of updates of equal shape, whatever their modules.
 
     Args:
         down: First factors, float[N, r, in].
         up: Second factors, float[N, out, r].
-        module_id: Canonical name of the module that all N updates are of.
+        module_id: Canonical name of the module that all N updates are of, or N names.
         scale: s = alpha / rank of each update, float[N]; None: 1.
         names: Names of the table's rows of kind "pair"; another is a ValueError.
 
@@ -351,12 +352,14 @@ def pair_features(
     functions = {name: REPRESENTATIONS[name].function for name in _checked_names(names, "pair")}
     pair = _pair(down, up, scale)
     length = max(1, BLOCK // (down[0].numel() + up[0].numel()))
-    blocks = list(zip(*(x.split(length) for x in pair), strict=True))
-    found = {}
-    for name, function in functions.items():
-        takes_module = (module_id,) if name == "update_sketch" else ()
-        found[name] = torch.cat([function(d, u, *takes_module, s) for d, u, s in blocks])
-    return found
+    modules = [module_id] * len(down) if isinstance(module_id, str) else module_id
+    found: dict[str, list[Tensor]] = {name: [] for name in functions}
+    for start, *block in zip(range(0, len(down), length), *(x.split(length) for x in pair), strict=True):
+        d, u, s = block
+        for name, function in functions.items():
+            takes_module = (modules[start : start + length],) if name == "update_sketch" else ()
+            found[name].append(function(d, u, *takes_module, s))
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 class PCA:
@@ -508,6 +511,7 @@ def _pearson(a: Tensor, b: Tensor) -> Tensor:
     return _cosine(*centred)
 
 
+@lru_cache(maxsize=4096)
 def _gaussian(module_id: str, side: str, length: int) -> Tensor:
     """The fixed projection of one side of a module, normal with variance 1/8, float64[length, 8]."""
     seed = int.from_bytes(hashlib.sha256(f"{module_id}/{side}".encode()).digest(), "big")

@@ -396,6 +396,6 @@ def test_a_log_file_gets_plain_lines(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr == "" and "\r" not in done.stdout
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[:5]] == ["settings", "device", "data", "classes", "split"]
+    assert [line.split()[0] for line in lines[:6]] == ["settings", "at", "device", "data", "classes", "split"]
     rows = [line for line in lines if line.startswith(("stats ", "vae "))]
     assert len(rows) == 4 and len({line.index("±") for line in rows}) == 1

@@ -393,6 +393,19 @@ def test_update_sketch_keeps_norms_on_average_and_knows_its_module():
     assert share == pytest.approx(1, abs=0.3)
 
 
+def test_pairs_of_several_modules_at_once_are_those_of_one_at_a_time(monkeypatch):
+    down, up, scale = gaussian(6, 2, 20), gaussian(6, 30, 2, seed=1), torch.arange(6.0)
+    modules = ["b", "a", "b", "c", "a", "a"]
+    expected = torch.cat(
+        [update_sketch(down[i : i + 1], up[i : i + 1], modules[i], scale[i : i + 1]) for i in range(6)]
+    )
+    close(update_sketch(down, up, modules, scale), expected)
+    monkeypatch.setattr(representations, "BLOCK", 250)  # two pairs to a block
+    found = pair_features(down, up, modules, scale, ["update_sketch", "coupling"])
+    close(found["update_sketch"], expected)
+    close(found["coupling"], coupling(down, up, scale))
+
+
 def test_update_sketch_ignores_every_seed_flag():
     down, up = gaussian(2, 3, 4), gaussian(2, 5, 3, seed=1)
     torch.manual_seed(1)
