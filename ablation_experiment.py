@@ -16,10 +16,11 @@ import argparse
 import csv
 import io
 import json
+import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -45,15 +46,76 @@ from stacked_training import DROPOUT, HIDDEN, Models, Schedule, Split, scored, s
 
 BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000}
 NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small")
-# Parameters in a stack. For a CPU 16 classifiers of one layer; a GPU is to be filled.
-STACK_PARAMETERS = {"cpu": 9_000_000, "cuda": 500_000_000}
+# Parameters in a stack: of 16 classifiers of one layer for a CPU; of 187 for a GPU, which wants to be filled.
+STACK_PARAMETERS = {"cpu": 9_000_000, "cuda": 100_000_000}
 PCA_COMPONENTS = 100
 RESULT_FILES = ("top_layers.json", "results.txt", "samples.csv", "predictions.npz", "results.json")
+LOG_SECONDS = 60  # between lines of progress in a log file
 SCHEMA_VERSION = 1
 
 
 class UsageError(ValueError):
     """A flag cannot be used; the message says what to do."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Words and time on the way
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def say(line: str = "") -> None:
+    """Print a line at once, also into a log file."""
+    print(line, flush=True)
+
+
+class Progress:
+    """Shows how far a stage is: a bar on a terminal, in a log file a plain line about once a minute."""
+
+    def __init__(self):
+        self.stage, self.bar, self.told = "", None, time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """``done`` of ``total`` steps of a stage are finished."""
+        if sys.stderr.isatty():
+            if stage != self.stage:
+                self.stage, self.bar = stage, tqdm(total=total, desc=stage, leave=False)
+            self.bar.update(done - self.bar.n)
+            if done == total:
+                self.bar.close()
+                self.stage = ""
+        elif time.monotonic() - self.told > LOG_SECONDS:
+            self.told = time.monotonic()
+            say(f"  {stage}: {done} of {total}")
+
+    def track(self, items: Iterable, stage: str) -> Iterator:
+        """Iterate and show how far it is."""
+        items = list(items)
+        for done, item in enumerate(items):
+            self(stage, done, len(items))
+            yield item
+        self(stage, len(items), len(items))
+
+
+class Stopwatch:
+    """Seconds by phase."""
+
+    PHASES = ("index", "features", "ranking", "autoencoders", "ablation", "baseline")
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(self.PHASES, 0.0)
+        self.start = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the body to a phase."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+    def timing(self) -> dict[str, float]:
+        """Seconds of each phase and in total, to the millisecond."""
+        seconds = self.seconds | {"total": time.perf_counter() - self.start}
+        return {name: round(value, 3) for name, value in seconds.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -142,11 +204,13 @@ def resolve(args: argparse.Namespace) -> Settings:
         raise UsageError(f"--top-k {args.top_k}: at least one layer is to be removed. give 1 or more.")
     if args.num_runs is not None and args.num_runs < 1:
         raise UsageError(f"--num-runs {args.num_runs}: at least one run is needed. give 1 or more.")
-    names = (
-        list(REPRESENTATIONS)
-        if args.representations == "all"
-        else [name.strip() for name in args.representations.split(",")]
-    )
+    if not args.dataset:
+        raise UsageError("--dataset: empty. give a folder of LoRAs, or leave it out.")
+    check_writable("--output-dir", args.output_dir)
+    if args.cache_dir is not None:
+        check_writable("--cache-dir", args.cache_dir)
+    asked = ",".join(REPRESENTATIONS) if args.representations == "all" else args.representations
+    names = [name.strip() for name in asked.split(",")]
     if unknown := [name for name in names if name not in REPRESENTATIONS]:
         raise UsageError(f"--representations {','.join(unknown)}: not known. choose from {', '.join(REPRESENTATIONS)}.")
     quick = args.quick
@@ -161,6 +225,13 @@ def resolve(args: argparse.Namespace) -> Settings:
         classifier=Schedule(max_epochs=30 if quick else 1000, patience=5 if quick else 20, lr_patience=10),
         autoencoder=Schedule(max_epochs=8 if quick else 100, patience=5 if quick else 15),
     )
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to, before any work is done for it."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"{flag} {folder}: {there} is not a folder that can be written to. give another.")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -183,8 +254,8 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def locate(args: argparse.Namespace) -> tuple[str, Path, bool]:
-    """Name and folder of the collection, and whether it is the built-in one, which is trained if it is not there.
+def locate(args: argparse.Namespace, progress: Progress) -> tuple[str, Path]:
+    """Name and folder of the collection; the built-in one is trained if it is to be used and not there.
 
     Raises:
         UsageError: There is no such collection, and none is trained in its place.
@@ -194,90 +265,30 @@ def locate(args: argparse.Namespace) -> tuple[str, Path, bool]:
         if not Path(name).is_dir():
             named = ", ".join(NAMED_DATASETS)
             raise UsageError(f"--dataset {name}: no such folder. give a folder of LoRAs, or one of {named}.")
-        return Path(name).resolve().name, Path(name), False
+        if name.rstrip("/").endswith(".partial") and digits_zoo.is_built_here(Path(name)):
+            raise UsageError(f"--dataset {name}: a half-built collection. finish it with the command that began it.")
+        return Path(os.path.abspath(name)).name, Path(name)
     folder = (args.data_dir or Path("data")) / name
     if folder.is_dir():
-        return name, folder, False
-    if args.data_dir is not None:
+        return name, folder
+    if args.data_dir is not None or os.path.lexists(folder):  # a link to nowhere is no reason to train digits
         raise UsageError(f"{folder}: no such folder. put the collection there, or leave out --data-dir for the digits.")
     if name not in BUILT_IN_SIZES:
         raise UsageError(
             f"{folder}: no such folder. put the collection there, or name the folder above it: --data-dir."
         )
-    folder = Path("data") / "built-in-digits" / name
-    if not folder.is_dir():
-        count = BUILT_IN_SIZES[name]
+    built_in, count = Path("data") / "built-in-digits" / name, BUILT_IN_SIZES[name]
+    if not built_in.is_dir():
         seconds, size = digits_zoo.estimate(count)
         say(
-            f"There is no {Path('data') / name}: training the built-in digits, {count} LoRAs, into {folder}, once "
+            f"There is no {folder}: training the built-in digits, {count} LoRAs, into {built_in}, once "
             f"(about {seconds / 60:.1f} minutes on two CPU cores, {size / 2**20:.0f} MiB on disk)"
         )
-        try:
-            digits_zoo.build(folder, count, progress=Progress())
-        except FileExistsError as error:  # something else lies where the half-built collection would
-            raise UsageError(str(error)) from error
-        say()
-    return name, folder, True
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Words and time on the way
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def say(line: str = "") -> None:
-    """Print a line at once, also into a log file."""
-    print(line, flush=True)
-
-
-class Progress:
-    """Shows how far a stage is: a bar on a terminal, in a log file a plain line about once a minute."""
-
-    def __init__(self):
-        self.stage, self.bar, self.told = "", None, time.monotonic()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """``done`` of ``total`` steps of a stage are finished."""
-        if sys.stderr.isatty():
-            if stage != self.stage:
-                self.stage, self.bar = stage, tqdm(total=total, desc=stage, leave=False)
-            self.bar.update(done - self.bar.n)
-            if done == total:
-                self.bar.close()
-        elif time.monotonic() - self.told > 60:
-            self.told = time.monotonic()
-            say(f"  {stage}: {done} of {total}")
-
-
-def track(items: Iterable, stage: str) -> Iterator:
-    """Iterate and show how far it is."""
-    items = list(items)
-    progress = Progress()
-    for done, item in enumerate(items, 1):
-        yield item
-        progress(stage, done, len(items))
-
-
-class Stopwatch:
-    """Seconds by phase."""
-
-    PHASES = ("index", "features", "ranking", "autoencoders", "ablation", "baseline")
-
-    def __init__(self):
-        self.seconds = dict.fromkeys(self.PHASES, 0.0)
-        self.start = time.perf_counter()
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the body to a phase."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
-
-    def timing(self) -> dict[str, float]:
-        """Seconds of each phase and in total, to the millisecond."""
-        seconds = self.seconds | {"total": time.perf_counter() - self.start}
-        return {name: round(value, 3) for name, value in seconds.items()}
+    try:
+        digits_zoo.build(built_in, count, progress=progress)  # returns at once where it is whole
+    except FileExistsError as error:
+        raise UsageError(str(error)) from error
+    return name, built_in
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -289,32 +300,35 @@ class Stopwatch:
 class Inputs:
     """What the classifiers of one representation and condition read.
 
-    ``x`` float32[N, F] is standardised, ``live`` bool[F] tells which columns are left, ``num_layers`` how many matrices
-    those describe, and ``key`` what they depend on beside the features' own cache key.
+    ``x`` float32[N, F] is standardised, ``live`` bool[F] tells which columns are left, and ``num_layers`` how many
+    matrices those describe.
     """
 
     x: torch.Tensor
     live: np.ndarray
     num_layers: int
-    key: dict
 
 
 class Experiment:
     """A collection under one split and one set of settings; the phases' trainings, each unit of work done once."""
 
-    def __init__(self, settings: Settings, collection: Collection, rows: dict[str, np.ndarray], extracted: Extracted):
+    def __init__(
+        self, settings: Settings, collection: Collection, rows: dict, extracted: Extracted, progress: Progress
+    ):
         self.settings, self.collection, self.rows, self.extracted = settings, collection, rows, extracted
-        self.device = settings.device
-        self.split = Split(*(torch.from_numpy(rows[part]).to(self.device) for part in ("train", "validation", "test")))
+        self.device, self.progress = settings.device, progress
+        self.split = Split(*(torch.from_numpy(rows[part]) for part in ("train", "validation", "test"))).to(self.device)
         self.y = torch.from_numpy(collection.y).to(self.device)
         self.held_out = np.concatenate([rows["validation"], rows["test"]])
         self.units = store.Units(extracted.folder / "units")
         self.predictions = {"rows": self.held_out, "y": collection.y[self.held_out]}
-        self.key = {  # what every unit depends on beside its own models
-            "features": extracted.suffix,
+        self.encoded: dict[str, list[np.ndarray]] = {}
+        self.key = {  # what every unit depends on beside its inputs and models
             "code": store.code_digest(stacked_training),
             "torch": torch.__version__,
+            "device": self.device.type,
             "seed": settings.seed,
+            "labels and split": store.array_digest(collection.y, *rows.values()),
         }
 
     def features(self, name: str) -> torch.Tensor:
@@ -328,14 +342,13 @@ class Experiment:
 
     # -- classifiers --------------------------------------------------------------------------------------------------
 
-    def classify(self, x: torch.Tensor, models: list, live: np.ndarray, key: dict, label: str) -> dict[str, np.ndarray]:
+    def classify(self, x: torch.Tensor, models: list, live: np.ndarray, label: str) -> dict[str, np.ndarray]:
         """Train classifiers in stacks, or read those that are finished.
 
         Args:
             x: Standardised inputs, float32[S, N, F].
             models: (source, run) of each model, in the order that fills the stacks.
             live: Columns that the models read, bool[F].
-            key: What tells these units from others.
             label: For the progress bar.
 
         Returns:
@@ -343,10 +356,11 @@ class Experiment:
         """
         classes, schedule = len(self.collection.classes), self.settings.classifier
         parameters = sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise((x.shape[2], *HIDDEN, classes)))
-        key = {"kind": "classifier", **self.key, **key, "schedule": asdict(schedule)}
-        key["live"] = "all" if live.all() else np.packbits(live).tobytes().hex()
+        inputs = store.array_digest(x.cpu().numpy(), live)  # the numbers themselves, whatever code made them
+        key = {"kind": "classifier", **self.key, "inputs": inputs, "schedule": asdict(schedule)}
+        key |= {"hidden": HIDDEN, "dropout": DROPOUT}
         finished = []
-        for stack in track(self.stacks(models, parameters), label):
+        for stack in self.progress.track(self.stacks(models, parameters), label):
             source, run = (torch.tensor(column) for column in zip(*stack, strict=True))
             mask = None if live.all() else torch.from_numpy(live).expand(len(stack), -1)
             compute = partial(
@@ -376,7 +390,7 @@ class Experiment:
         layers, runs = self.collection.layers, self.settings.num_runs
         x = standardise(self.features("stats").transpose(0, 1), self.split.train)  # (L, N, 7)
         models = [(layer, run) for run in range(runs) for layer in range(len(layers))]
-        trained = self.classify(x, models, np.ones(x.shape[2], bool), {"inputs": "single layers"}, "ranking")
+        trained = self.classify(x, models, np.ones(x.shape[2], bool), "ranking")
         by_layer = {name: a.reshape(runs, len(layers), *a.shape[1:]).swapaxes(0, 1) for name, a in trained.items()}
         for name in ("predicted", "log_loss", "epochs"):
             self.predictions[f"layers/{name}"] = by_layer[name]  # (L, runs, ...)
@@ -409,7 +423,7 @@ class Experiment:
         """
         inputs = self.inputs(name, removed)
         models = [(0, run) for run in range(self.settings.num_runs)]
-        trained = self.classify(inputs.x[None], models, inputs.live, inputs.key, f"{condition} {name}")
+        trained = self.classify(inputs.x[None], models, inputs.live, f"{condition} {name}")
         for kind in ("predicted", "log_loss", "epochs"):
             self.predictions[f"{condition}/{name}/{kind}"] = trained[kind]
         metrics = [f"{part}_{metric}" for metric in ("accuracy", "f1") for part in ("train", "val", "test")]
@@ -424,7 +438,7 @@ class Experiment:
 
     def inputs(self, name: str, removed: list[int]) -> Inputs:
         """The columns of a representation, and which of them are left without some layers."""
-        collection, kind, key = self.collection, REPRESENTATIONS[name].kind, {"inputs": name}
+        collection, kind = self.collection, REPRESENTATIONS[name].kind
         kept = np.ones(len(collection.layers), bool)
         kept[removed] = False
         if kind == "pair":
@@ -440,7 +454,6 @@ class Experiment:
             encoded = self.encode(name)
             x = torch.from_numpy(np.concatenate(encoded, axis=1)).to(self.device)
             live = np.repeat(kept, [layer.shape[1] for layer in encoded])
-            key |= self.autoencoder_key(name)
         else:
             x = self.features(WEIGHTS)
             live = np.repeat(kept, collection.weights_per_layer)
@@ -448,29 +461,27 @@ class Experiment:
             x = x[:, torch.from_numpy(live).to(self.device)]
             x = PCA(PCA_COMPONENTS).fit(x[self.split.train]).transform(x)
             live = np.ones(x.shape[1], bool)
-            key["removed"] = removed
-        return Inputs(standardise(x.flatten(1), self.split.train), live, int(kept.sum()), key)
+        return Inputs(standardise(x.flatten(1), self.split.train), live, int(kept.sum()))
 
     # -- autoencoders -------------------------------------------------------------------------------------------------
 
-    def autoencoder_key(self, name: str) -> dict:
-        """What the fitted autoencoders of one kind depend on."""
-        schedule = asdict(self.settings.autoencoder)
-        return {**self.key, "learned": name, "learner": store.code_digest(autoencoders), "fit": schedule}
-
     def encode(self, name: str) -> list[np.ndarray]:
         """Features float32[N, latent] of each layer from an autoencoder of its own, fitted on train rows or read."""
+        if name in self.encoded:
+            return self.encoded[name]
+        key = {"kind": "autoencoder", **self.key, "weights": self.extracted.suffix, "learned": name}
+        key |= {"learner": store.code_digest(autoencoders), "schedule": asdict(self.settings.autoencoder)}
         widths = np.array(self.collection.weights_per_layer)
         stacks = []
         for width in np.unique(widths).tolist():
             layers = np.flatnonzero(widths == width).tolist()
             stacks += self.stacks(layers, autoencoders.num_parameters(name, width))
         encoded: list = [None] * len(widths)
-        for layers in track(stacks, f"fitting {name}"):
-            key = {"kind": "autoencoder", **self.autoencoder_key(name), "layers": layers}
-            unit = self.units.get(key, partial(self._fit_autoencoders, name, layers))
+        for layers in self.progress.track(stacks, f"fitting {name}"):
+            unit = self.units.get({**key, "layers": layers}, partial(self._fit_autoencoders, name, layers))
             for layer, features in zip(layers, unit["features"], strict=True):
                 encoded[layer] = features
+        self.encoded[name] = encoded
         return encoded
 
     def _fit_autoencoders(self, name: str, layers: list[int]) -> dict[str, np.ndarray]:
@@ -503,50 +514,64 @@ def run(args: argparse.Namespace) -> int:
         UsageError: A flag cannot be used.
         CollectionError: The collection cannot be used. The output folder is left as it was.
     """
-    settings = resolve(args)
-    watch = Stopwatch()
-    name, folder, built_in = locate(args)
+    settings, watch, progress = resolve(args), Stopwatch(), Progress()
+    say(report.settings_lines(settings.config(), environment(settings.device), args.output_dir))
+    name, folder = locate(args, progress)
     with watch.phase("index"):
-        collection = data.index_collection(folder, name)
+        collection = data.index_collection(folder, name, progress.track)
         data.check_classes(collection)
     if settings.top_k >= len(collection.layers):
         raise UsageError(f"--top-k {settings.top_k}: these LoRAs have {len(collection.layers)} layers. give fewer.")
-    kinds = {name: REPRESENTATIONS[name].kind for name in settings.representations}
-    flat = [name for name, kind in kinds.items() if kind in ("weights", "autoencoder")]
-    not_run = [{"representation": n, "reason": collection.mixed_ranks} for n in flat if collection.mixed_ranks]
-    chosen = [name for name in kinds if not (collection.mixed_ranks and name in flat)]
+    flat = [n for n in settings.representations if REPRESENTATIONS[n].kind in ("weights", "autoencoder")]
+    not_run = {n: collection.mixed_ranks for n in flat if collection.mixed_ranks}
+    chosen = [n for n in settings.representations if n not in not_run]
     rows = data.split_rows(collection.y, settings.seed)
-    header = describe(settings, collection, rows, "built-in digits" if built_in else "files", not_run)
-    say(report.announcement(header))
+    header = describe(settings, collection, rows)
+    say(report.collection_lines(header, len(chosen)))
+    for left_out, reason in not_run.items():
+        say(report.not_run_line(left_out, reason))
 
-    needed = {"stats"} | (set(chosen) - set(flat)) | ({WEIGHTS} if flat and not not_run else set())
+    needed = {"stats"} | {n for n in chosen if n not in flat} | ({WEIGHTS} if set(chosen) & set(flat) else set())
     cache = args.cache_dir or args.output_dir / ".cache"
     with watch.phase("features"):
-        extracted = data.extract(collection, sorted(needed), cache, settings.device, track)
+        extracted = data.extract(collection, sorted(needed), cache, settings.device, progress.track)
     header["dataset"]["fingerprint"] = extracted.fingerprint
     target = args.output_dir / f"ablation_{name}"
-    if already_there(target, header):
+    if there := finished_results(target, header):
         say(f"\nNothing to do: {target} holds the results of these settings on these files.")
-        return 3 if not_run else 0
-    experiment = Experiment(settings, collection, rows, extracted)
-    results = header | run_phases(experiment, chosen, watch) | {"timing": watch.timing()}
+        return 3 if there["representations_not_run"] else 0
+    experiment = Experiment(settings, collection, rows, extracted, progress)
+    results = header | run_phases(experiment, chosen, not_run, watch) | {"timing": watch.timing()}
     write_results(target, experiment, results)
     say(f"\nWritten to {target}: {', '.join(RESULT_FILES)} ({results['timing']['total']:.0f} s)")
     return 3 if not_run else 0
 
 
-def describe(settings: Settings, collection: Collection, rows: dict, source: str, not_run: list[dict]) -> dict:
+def environment(device: torch.device) -> dict:
+    """The machine and the program, as results.json tells them."""
+    modules = (stacked_training, representations, autoencoders, lora_files, data, report, sys.modules[__name__])
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "code": store.code_digest(*modules),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndarray]) -> dict:
     """What results.json says before the first number: the inputs, the settings and the machine."""
     test, classes = collection.y[rows["test"]], len(collection.classes)
     largest = np.full((1, len(test)), np.bincount(test, minlength=classes).argmax())
     accuracy, f1 = scored(test, largest, classes)
-    on_gpu = settings.device.type == "cuda"
-    modules = (stacked_training, representations, autoencoders, lora_files, data, report, sys.modules[__name__])
     return {
         "schema_version": SCHEMA_VERSION,
         "dataset": {
             "name": collection.name,
-            "source": source,
+            "source": "built-in digits" if digits_zoo.is_built_here(collection.root) else "files",
             "path": collection.root.as_posix(),
             "num_samples": len(collection.files),
             "num_classes": classes,
@@ -559,23 +584,13 @@ def describe(settings: Settings, collection: Collection, rows: dict, source: str
             "skipped": [],
         },
         "config": settings.config(),
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "platform": platform.platform(),
-            "device": torch.cuda.get_device_name(settings.device) if on_gpu else f"CPU, {platform.machine()}",
-            "threads": torch.get_num_threads(),
-            "code": store.code_digest(*modules),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        },
+        "environment": environment(settings.device),
         "chance": {"accuracy": float(accuracy[0]), "f1": float(f1[0])},
-        "representations_not_run": not_run,
     }
 
 
-def run_phases(experiment: Experiment, chosen: list[str], watch: Stopwatch) -> dict:
-    """The three phases, each result printed as it arrives."""
+def run_phases(experiment: Experiment, chosen: list[str], not_run: dict[str, str], watch: Stopwatch) -> dict:
+    """The three phases, each result printed as it arrives; adds what turns out not to be possible to ``not_run``."""
     settings, layers = experiment.settings, experiment.collection.layers
     say(f"\nPhase 1: each of {len(layers)} layers alone, on 7 statistics\n{report.LAYER_HEADER}")
     with watch.phase("ranking"):
@@ -584,11 +599,16 @@ def run_phases(experiment: Experiment, chosen: list[str], watch: Stopwatch) -> d
         say(report.layer_row(rank, record))
     top = [record["layer"] for record in ranking[: settings.top_k]]
     removed = [depth for depth, layer in enumerate(layers) if layer.name in top]
+    pairs_left = set(experiment.collection.pair_of_layer) - set(experiment.collection.pair_of_layer[removed])
 
-    with watch.phase("autoencoders"):
-        for name in chosen:
-            if REPRESENTATIONS[name].kind == "autoencoder":
-                experiment.encode(name)
+    for name in chosen:
+        kind = REPRESENTATIONS[name].kind
+        if kind == "pair" and not pairs_left:
+            not_run[name] = f"the top {settings.top_k} layers leave no pair whole"
+            say(report.not_run_line(name, not_run[name]))
+        elif kind == "autoencoder":
+            with watch.phase("autoencoders"):
+                attempt(name, not_run, partial(experiment.encode, name))
     found: dict[str, dict] = {"ablation": {}, "baseline": {}}
     for condition, without, title in (
         ("ablation", removed, f"Phase 2: without the top {settings.top_k} layers"),
@@ -596,24 +616,41 @@ def run_phases(experiment: Experiment, chosen: list[str], watch: Stopwatch) -> d
     ):
         say(f"\n{title}\n{report.RESULT_HEADER}")
         for name in chosen:
-            with watch.phase(condition):
-                found[condition][name] = experiment.evaluate(name, without, condition)
-            say(report.result_row(name, found[condition][name]))
+            if name not in not_run:
+                with watch.phase(condition):
+                    entry = attempt(name, not_run, partial(experiment.evaluate, name, without, condition))
+                if entry:
+                    found[condition][name] = entry
+                    say(report.result_row(name, entry))
     return {
         "layer_ranking": ranking,
         "top_layers": top,
-        "ablation_results": found["ablation"],
+        "ablation_results": {name: entry for name, entry in found["ablation"].items() if name not in not_run},
         "baseline_results": found["baseline"],
+        "representations_not_run": [{"representation": name, "reason": not_run[name]} for name in not_run],
     }
 
 
-def already_there(target: Path, header: dict) -> bool:
-    """Whether a folder holds whole results of the same inputs, settings and program."""
-    if not all((target / name).exists() for name in RESULT_FILES):
-        return False
-    there = json.loads((target / "results.json").read_text(encoding="utf-8"))
-    same = all(there.get(key) == header[key] for key in ("schema_version", "dataset", "config"))
-    return same and there["environment"]["code"] == header["environment"]["code"]
+def attempt(name: str, not_run: dict[str, str], work: Callable):
+    """The work's result; where its training diverges, None, and the reason is noted so that the others go on."""
+    try:
+        return work()
+    except FloatingPointError as error:
+        not_run[name] = str(error)
+        say(report.not_run_line(name, not_run[name]))
+        return None
+
+
+def finished_results(target: Path, header: dict) -> dict | None:
+    """The results in a folder, if they are whole and of the same contents, settings and program."""
+    try:
+        there = json.loads((target / "results.json").read_text(encoding="utf-8"))
+        datasets = [{**results["dataset"], "path": ""} for results in (there, header)]  # where it lies may change
+        same = all(there[key] == header[key] for key in ("schema_version", "config"))
+        same = same and datasets[0] == datasets[1] and there["environment"]["code"] == header["environment"]["code"]
+    except (FileNotFoundError, ValueError, LookupError, TypeError):  # none, or not written by this program
+        return None
+    return there if same and all((target / name).exists() for name in RESULT_FILES) else None
 
 
 def write_results(target: Path, experiment: Experiment, results: dict) -> None:
@@ -641,6 +678,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
     except CollectionError as error:
         print(error.shown(), file=sys.stderr)
+    except (OSError, FloatingPointError) as error:
+        print(f"error: {error}. the same command continues where this one stopped.", file=sys.stderr)
     except KeyboardInterrupt:
         print("\ninterrupted. the same command continues where this one stopped.", file=sys.stderr)
         return 130

@@ -270,12 +270,12 @@ def fit_transform(name: str, x: Tensor, split: Split, *, schedule: Schedule, see
         ``features`` float32[M, N, D] of clean inputs in evaluation mode at the best epoch; ``epochs``, ``best_epoch``
         int64[M]; ``validation_loss`` float64[M].
     """
-    trained = train(AutoencoderStack(name, x, split, seed, schedule.batch_size), schedule)
-    fitted = AutoencoderStack(name, x, split, seed)
-    fitted.params = {key: trained.state[key] for key in fitted.params}
-    fitted.buffers = {key: trained.state[key] for key in fitted.buffers}
+    stack = AutoencoderStack(name, x, split, seed, schedule.batch_size)
+    trained = train(stack, schedule)
+    stack.params = {key: trained.state[key] for key in stack.params}
+    stack.buffers = {key: trained.state[key] for key in stack.buffers}
     with torch.no_grad():
-        features = torch.cat([fitted.encode(part) for part in x.split(1024, dim=1)], dim=1)
+        features = torch.cat([stack.encode(part) for part in x.split(1024, dim=1)], dim=1)
     return {
         "features": features.float().cpu().numpy(),
         "epochs": trained.epochs.numpy(),

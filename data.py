@@ -131,8 +131,10 @@ class Collection:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def index_collection(root: Path, name: str | None = None) -> Collection:
-    """Read all headers and labels of a folder.
+def index_collection(
+    root: Path, name: str | None = None, progress: Callable[[Iterable, str], Iterable] = lambda items, _: items
+) -> Collection:
+    """Read all headers and labels of a folder; ``progress`` wraps the iteration over files.
 
     Labels come from ``metadata.json`` beside each weight file (``category_label``) if any file has one, else from the
     first folder of its path. Nothing of the weights is read.
@@ -146,7 +148,7 @@ def index_collection(root: Path, name: str | None = None) -> Collection:
     paths, findings = _find_weight_files(root, ignored)
     labels, label_source = _read_labels(root, paths, findings)
     files = []
-    for path in paths:
+    for path in progress(paths, "index"):
         try:
             stat = _stat(path)
             layout = lora_files.parse_layout(lora_files.read_header(path))
@@ -157,11 +159,15 @@ def index_collection(root: Path, name: str | None = None) -> Collection:
             findings.append(f"{path}: {error}")
             continue
         ignored.update(layout.ignored)
-        relative = path.relative_to(root).as_posix()
-        files.append(LoraFile(relative, labels.get(path, ""), layout, stat, adapter_config))
+        relative, label = path.relative_to(root).as_posix(), labels.get(path, "")
+        if any("\ud800" <= character <= "\udfff" for character in relative + label):
+            findings.append(f"{str(path)!a}: its name or label {label!a} is not plain Unicode text. rename it.")
+            continue
+        files.append(LoraFile(relative, label, layout, stat, adapter_config))
     findings += _layer_differences(root, files)
     if not files and not findings:
-        findings.append(f"{root}: no *.safetensors file in it. give a folder laid out as <class>/<lora>.safetensors.")
+        links = f" ({ignored['linked folders']} linked folders are not followed)" if ignored["linked folders"] else ""
+        findings.append(f"{root}: no *.safetensors file in it{links}. lay them out as <class>/<lora>.safetensors.")
     if findings:
         raise CollectionError(list(dict.fromkeys(findings)))  # files of a folder share its metadata and its faults
     return Collection(name or root.resolve().name, root, tuple(files), label_source, +ignored)
@@ -181,9 +187,10 @@ def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[Path], list[s
             findings.append(f"{root / table}: tables of labels cannot be read yet. {mend}.")
     errors: list[OSError] = []
     for folder, subfolders, names in os.walk(root, onerror=errors.append):
+        ignored["hidden folders"] += sum(sub.startswith(".") for sub in subfolders)
         subfolders[:] = [sub for sub in subfolders if not sub.startswith(".")]
         ignored["linked folders"] += sum(Path(folder, sub).is_symlink() for sub in subfolders)
-        weights = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
+        weights = [name for name in names if name.lower().endswith(".safetensors") and not name.startswith(".")]
         preferred = [name for name in PREFERRED_FILES if name in weights][:1]
         if preferred:
             ignored[f"*.safetensors beside {preferred[0]}"] += len(weights) - 1
@@ -209,7 +216,7 @@ def _read_labels(root: Path, paths: list[Path], findings: list[str]) -> tuple[di
         source = "category_label in metadata.json"
         labels = {path: document.get("category_label") for path, document in documents.items()}
         usable = {path: str(label) for path, label in labels.items() if isinstance(label, str | int) and label != ""}
-        missing = "no category_label in metadata.json beside it, as other files here have"
+        missing = "no category_label (a text or a whole number) in metadata.json beside it, as other files here have"
     else:
         source = "the folder names"
         parts = {path: path.relative_to(root).parts for path in paths}
@@ -365,21 +372,27 @@ def extract(
         CollectionError: Weights are NaN or infinite, or files have changed since they were indexed. Nothing is left.
     """
     names = list(names)
-    suffix = f"{store.code_digest(representations, lora_files, sys.modules[__name__])[:8]}-{device.type}"
+    code = store.code_digest(representations, lora_files, sys.modules[__name__])
+    suffix = f"{store.digest([code, torch.__version__])[:8]}-{device.type}"
     known = cache / "collections" / f"{_identity(collection)}.json"
+    missing = names
     if known.exists():
         fingerprint = json.loads(known.read_text())["fingerprint"]
         found = Extracted(fingerprint, cache / fingerprint, suffix)
-        if all(found.path(name).exists() for name in names):
+        missing = [name for name in names if not found.path(name).exists()]
+        if not missing:
             return found
     with _scratch_folder(cache) as scratch:
-        arrays = _allocate(collection, names, scratch)
+        arrays = _allocate(collection, missing, scratch)
         fingerprint = _pass_over_weights(collection, arrays, device, progress)
         done = Extracted(fingerprint, cache / fingerprint, suffix)
         (done.folder / "features").mkdir(parents=True, exist_ok=True)
         for name, array in arrays.items():
             array.flush()
             os.replace(scratch / f"{name}.npy", done.path(name))
+    if not all(done.path(name).exists() for name in names):  # other contents than those found before
+        known.unlink()
+        return extract(collection, names, cache, device, progress)
     store.write_atomically(known, store.canonical_json({"fingerprint": fingerprint}))
     return done
 

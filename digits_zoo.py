@@ -125,6 +125,14 @@ def build(out: Path, count: int, *, seed: int = 0, progress: Progress | None = N
     partial.rename(out)
 
 
+def is_built_here(folder: Path) -> bool:
+    """Whether a folder is, or is on the way to, a collection of this module's."""
+    try:
+        return json.loads((folder / RECIPE_NAME).read_bytes()).get("built_by") == "digits_zoo"
+    except (OSError, ValueError, AttributeError):  # no recipe, or somebody else's
+        return False
+
+
 def load_images() -> tuple[Tensor, np.ndarray]:
     """scikit-learn's digits as patches: pixels scaled to [-1, 1], 8x8 cut into 16 patches of 2x2.
 

@@ -36,7 +36,7 @@ KEY_FAMILIES = {
     "XLabs": r"^(?P<m>.+\.processor\.(?:qkv|proj)_lora[12]?)\.(?P<r>down|up)\.weight$",
     "cloneofsimo": r"^(?P<m>(?:unet|text_encoder):\d+):(?P<r>down|up)$",
 }
-SCALE = re.compile(r"^(?P<m>.+)\.alpha$")
+SCALE = r"^(?P<m>.+)\.alpha$"
 REFUSED_FAMILIES = {
     "a LoHa": r"\.hada_(w[12]_[ab]|t[12])$",
     "a LoKr": r"\.lokr_(w[12](_[ab])?|t[12])$",
@@ -51,9 +51,6 @@ IGNORED = {
     "*.lora_A.bias, *.lora_B.bias": r"\.lora_[AB]\.bias$",
     "embeddings <...>": r"^<.+>$",
 }
-_FAMILIES = {name: re.compile(pattern) for name, pattern in KEY_FAMILIES.items()}
-_REFUSED = {name: re.compile(pattern) for name, pattern in REFUSED_FAMILIES.items()}
-_IGNORED = {name: re.compile(pattern) for name, pattern in IGNORED.items()}
 
 
 class LoraFileError(ValueError):
@@ -160,11 +157,11 @@ def parse_key(key: str) -> _Key | None:
     Raises:
         LoraFileError: The key belongs to a family that is refused.
     """
-    for name, pattern in _REFUSED.items():
-        if pattern.search(key):
+    for name, pattern in REFUSED_FAMILIES.items():
+        if re.search(pattern, key):
             raise LoraFileError(f"{name} adapter ({key}), which cannot be read. convert it or leave it out.")
-    for name, pattern in _FAMILIES.items():
-        if match := pattern.match(key):
+    for name, pattern in KEY_FAMILIES.items():
+        if match := re.match(pattern, key):
             parts = match.groupdict()
             module = parts["m"]
             if name == "diffusers legacy":
@@ -249,7 +246,7 @@ def parse_layout(header: bytes) -> Layout:
                 )
             shape = _matrix_shape(key, parsed.role, entry)
             layers[parsed.module, parsed.role] = Layer(key, parsed.module, parsed.role, shape, entry["dtype"])
-        elif match := SCALE.match(key):
+        elif match := re.match(SCALE, key):
             if prod(entry["shape"]) != 1:
                 raise LoraFileError(f"{key} has shape {entry['shape']}, not that of a number. save alpha as one.")
             alphas[canonical_module(match["m"])] = key
@@ -277,8 +274,8 @@ def _matrix_shape(key: str, role: str, entry: dict) -> tuple[int, int]:
 
 def _ignored_as(key: str) -> str:
     """The pattern under which a tensor that is no LoRA weight is counted."""
-    for name, pattern in _IGNORED.items():
-        if pattern.search(key):
+    for name, pattern in IGNORED.items():
+        if re.search(pattern, key):
             return name
     if "lora" in key.lower():
         raise LoraFileError(f"{key} names a LoRA in an unknown way. rename its keys or leave the file out.")

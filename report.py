@@ -7,25 +7,33 @@ LAYER_HEADER = f"{'rank':>4}  {'test accuracy':>13}  {'validation':>10}  {'role'
 RESULT_HEADER = f"{'representation':<15} {'features':>8} {'test accuracy':>13}  {'test F1':>13}"
 
 
-def announcement(header: dict) -> str:
-    """What will be done, with what, on what: the settings, the device, the collection and the plan."""
-    config, dataset, environment = header["config"], header["dataset"], header["environment"]
+def settings_lines(config: dict, environment: dict, output_dir: object) -> str:
+    """The resolved settings and the device."""
     shown = ", ".join(f"{key} {config[key]}" for key in ("top_k", "num_runs", "rank_by", "seed", "quick"))
     classifier, autoencoder = config["classifier"], config["autoencoder"]
     threads = f", {environment['threads']} threads" if config["device"] == "cpu" else ""
-    lines = [
-        f"settings  {shown}",
-        f"          at most {classifier['max_epochs']} epochs, patience {classifier['patience']}; autoencoders "
-        f"{autoencoder['max_epochs']}, {autoencoder['patience']}",
-        f"device    {environment['device']}{threads}",
-        *_collection(header),
-        f"plan      rank {dataset['num_layers']} layers; then "
-        f"{len(config['representations']) - len(header['representations_not_run'])} representations "
-        f"without the top {config['top_k']}, and with all",
-    ]
+    return "\n".join(
+        [
+            f"settings  {shown}, output_dir {output_dir}",
+            f"          at most {classifier['max_epochs']} epochs, patience {classifier['patience']}; autoencoders "
+            f"{autoencoder['max_epochs']} and {autoencoder['patience']}",
+            f"device    {environment['device']}{threads}",
+        ]
+    )
+
+
+def collection_lines(header: dict, representations: int) -> str:
+    """The collection in one paragraph, and what will be done with it."""
+    dataset, top_k = header["dataset"], header["config"]["top_k"]
+    lines = _collection(header)
     lines += [f"ignored   {pattern} ({count})" for pattern, count in dataset["ignored"].items()]
-    lines += [f"not run   {entry['representation']}: {entry['reason']}" for entry in header["representations_not_run"]]
-    return "\n".join(lines)
+    phases = f"{representations} representations without the top {top_k}, and with all layers"
+    return "\n".join([*lines, f"plan      rank {dataset['num_layers']} layers; then {phases}"])
+
+
+def not_run_line(representation: str, reason: str) -> str:
+    """Why a representation is left out."""
+    return f"{representation:<15} not run: {reason}"
 
 
 def layer_row(rank: int, record: dict) -> str:
@@ -114,7 +122,7 @@ def _representations(results: dict) -> list[str]:
 
 def _not_run(results: dict) -> list[str]:
     entries = results["representations_not_run"]
-    return ["Not run"] * bool(entries) + [f"{entry['representation']:<15} {entry['reason']}" for entry in entries]
+    return ["Not run"] * bool(entries) + [not_run_line(**entry) for entry in entries]
 
 
 def _notes(results: dict) -> list[str]:

@@ -45,8 +45,8 @@ def stream(*key: object) -> torch.Generator:
 def standardise(x: Tensor, train_rows: Tensor) -> Tensor:
     """Scale each column to mean 0 and standard deviation 1 over the train rows, then clip to ±10.
 
-    A column whose train standard deviation is at most 1e-6 of its largest train magnitude carries nothing but
-    rounding: it is 0 everywhere, in all rows.
+    A column whose train standard deviation is at most 1e-6 of its largest train magnitude, or too small a number to
+    divide by, carries nothing but rounding: it is 0 everywhere, in all rows.
 
     Args:
         x: float32[..., N, F].
@@ -57,7 +57,8 @@ def standardise(x: Tensor, train_rows: Tensor) -> Tensor:
     """
     train = x[..., train_rows, :].double()
     std, mean = torch.std_mean(train, dim=-2, correction=0, keepdim=True)
-    constant = std <= 1e-6 * train.abs().amax(-2, keepdim=True)
+    smallest = torch.finfo(torch.float32).tiny
+    constant = std <= (1e-6 * train.abs().amax(-2, keepdim=True)).clamp(min=smallest)
     scale = torch.where(constant, 0.0, 1.0 / torch.where(constant, 1.0, std))
     return ((x - mean.to(x.dtype)) * scale.to(x.dtype)).clamp_(-CLIP, CLIP)
 

@@ -9,7 +9,9 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -26,7 +28,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; results are to be shared
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 
@@ -47,10 +49,23 @@ def digest(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def code_digest(*modules) -> str:
+def code_digest(*modules: ModuleType) -> str:
     """Stands for the source of modules: what they compute is not trusted once they have changed."""
-    sources = [Path(module.__file__).read_text(encoding="utf-8") for module in modules]
-    return digest(sources)
+    return digest([_source(module) for module in modules])
+
+
+@cache  # the source that is running, also when the file is edited under a long run
+def _source(module: ModuleType) -> str:
+    return Path(module.__file__).read_text(encoding="utf-8")
+
+
+def array_digest(*arrays: np.ndarray) -> str:
+    """Sixteen hexadecimal digits that stand for the shapes and contents of arrays."""
+    contents = hashlib.sha256()
+    for array in arrays:
+        contents.update(f"{array.dtype.str}{array.shape}".encode())
+        contents.update(np.ascontiguousarray(array).data)
+    return contents.hexdigest()[:16]
 
 
 def move_to_previous(folder: Path, names: Iterable[str]) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import ablation_experiment
 import autoencoders
 import digits_zoo
+import report
 import store
 from ablation_experiment import RESULT_FILES, main
 from representations import REPRESENTATIONS
@@ -182,6 +183,17 @@ def test_results_txt_tells_what_was_run_and_chance(everything):
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_results_txt_is_rendered_from_results_json_alone(everything):
+    folder, results = everything
+    assert report.render_text(results) == (folder / "results.txt").read_text()
+    results = json.loads(json.dumps(results))
+    results["config"]["rank_by"], results["config"]["quick"] = "val", False
+    results["dataset"]["split_sizes"]["validation"] = 50
+    text = report.render_text(results)
+    assert "ranked by validation accuracy" in text
+    assert not any(words in text for words in ("--rank-by=val", "--quick", "Early stopping"))
+
+
 def test_two_runs_with_separate_caches_give_the_same_bytes(everything, planted, tmp_path):
     folder, _ = everything
     run(tmp_path, planted[0], "--top-k=3", "--quick")
@@ -230,6 +242,70 @@ def test_a_rerun_does_nothing_and_other_settings_keep_the_old_results(tmp_path, 
     assert other["layer_ranking"] == first["layer_ranking"] and other["baseline_results"] == first["baseline_results"]
 
 
+def test_a_path_spelled_otherwise_is_the_same_collection(tmp_path, monkeypatch, capsys):
+    root = write_collection(tmp_path / "small", classes=2, per_class=5)
+    run(tmp_path, root, "--top-k=1", *QUICK)
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path, "small/", "--top-k=1", *QUICK)
+    assert "Nothing to do" in capsys.readouterr().out
+
+
+def test_results_that_cannot_be_read_are_kept_and_written_anew(tmp_path):
+    root = write_collection(tmp_path / "small", classes=2, per_class=5)
+    run(tmp_path, root, "--top-k=1", *QUICK)
+    path = tmp_path / "out" / "ablation_small" / "results.json"
+    path.write_text("{broken")
+    assert run(tmp_path, root, "--top-k=1", *QUICK)["config"]["top_k"] == 1
+    assert (path.parent / "previous" / "1" / "results.json").read_text() == "{broken"
+
+
+def test_finished_units_are_trusted_only_for_the_very_inputs_and_network(tmp_path, monkeypatch):
+    root = write_collection(tmp_path / "small", classes=2, per_class=10)
+    flags = ("--top-k=1", "--quick", "--representations=pca")
+
+    def units():
+        return {path.name for path in (tmp_path / "out").rglob("classifier-*.npz")}
+
+    first, before = run(tmp_path, root, *flags), units()
+    for name, value in (("PCA_COMPONENTS", 3), ("DROPOUT", 0.1), ("HIDDEN", (32, 32, 32))):
+        monkeypatch.setattr(ablation_experiment, name, value)
+        shutil.rmtree(tmp_path / "out" / "ablation_small")
+        results = run(tmp_path, root, *flags)
+        assert units() > before, name
+        before = units()
+    assert first["baseline_results"]["pca"]["num_features"] == 13
+    assert results["baseline_results"]["pca"]["num_features"] == 3
+    run(tmp_path, root, *flags, "--seed=1")
+    assert len(units() - before) >= 3  # another split, other streams: nothing is shared
+
+
+def test_a_cache_folder_of_ones_own_serves_another_output_folder(tmp_path, monkeypatch):
+    root = write_collection(tmp_path / "small", classes=2, per_class=5)
+    cache = f"--cache-dir={tmp_path / 'cache'}"
+    first = run(tmp_path, root, "--top-k=1", cache, *QUICK, out="one")
+    monkeypatch.setattr(ablation_experiment, "train_classifiers", None)
+    monkeypatch.setattr(ablation_experiment.autoencoders, "fit_transform", None)
+    second = run(tmp_path, root, "--top-k=1", cache, *QUICK, out="two")
+    assert first["baseline_results"] == second["baseline_results"]
+    assert not (tmp_path / "one" / ".cache").exists() and (tmp_path / "cache").exists()
+
+
+def test_a_killed_run_loses_nothing_that_was_finished(tmp_path):
+    root = write_collection(tmp_path / "small", classes=2, per_class=10)
+    command = [sys.executable, ROOT / "ablation_experiment.py", "--dataset", root, "--output-dir", tmp_path / "out"]
+    command = [*map(str, command), "--top-k=1", "--num-runs=40", "--quick", "--representations=stats"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not list((tmp_path / "out").rglob("classifier-*.npz")):
+        assert running.poll() is None
+    running.kill()
+    running.wait()
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("classifier-*.npz")}
+    assert not (tmp_path / "out" / "ablation_small").exists()
+    assert subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert len(list((tmp_path / "out").rglob("classifier-*.npz"))) > len(finished)
+
+
 def test_an_interrupted_run_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
     whole = run(tmp_path, root, "--top-k=1", *QUICK, out="whole")
@@ -275,6 +351,50 @@ def test_mixed_ranks_leave_out_what_needs_equal_shapes_and_exit_with_3(tmp_path,
     assert "Nothing to do" in capsys.readouterr().out
 
 
+def test_pairs_need_a_pair_that_is_left_whole(tmp_path):
+    root = write_collection(tmp_path / "single", classes=2, per_class=6, modules=1)
+    flags = ("--top-k=1", "--quick", "--representations=stats,coupling,update_sketch")
+    results = run(tmp_path, root, *flags, expected=3)
+    reason = "the top 1 layers leave no pair whole"
+    left_out = [{"representation": name, "reason": reason} for name in ("coupling", "update_sketch")]
+    assert results["representations_not_run"] == left_out
+    assert list(results["baseline_results"]) == list(results["ablation_results"]) == ["stats"]
+    assert run(tmp_path, root, *flags, expected=3) == results
+
+
+def test_a_diverging_representation_is_named_and_the_others_go_on(tmp_path, monkeypatch):
+    def diverge(*_, **__):
+        raise FloatingPointError("training diverged")
+
+    root = write_collection(tmp_path / "small", classes=2, per_class=6)
+    monkeypatch.setattr(ablation_experiment.autoencoders, "fit_transform", diverge)
+    results = run(tmp_path, root, "--top-k=1", *QUICK, expected=3)
+    assert results["representations_not_run"] == [{"representation": "vae", "reason": "training diverged"}]
+    assert list(results["baseline_results"]) == list(results["ablation_results"]) == ["stats"]
+
+
+def test_ties_by_validation_never_look_at_the_test_rows(tmp_path, monkeypatch):
+    root = write_collection(tmp_path / "small", classes=2, per_class=5)
+
+    def trained(x, y, split, models, num_classes, **_):
+        count, held_out = len(models.run), torch.cat([split.validation, split.test])
+        predicted = np.tile(y[held_out].numpy(), (count, 1))
+        predicted[:, len(split.validation) :] = 0  # half of the test rows are wrong
+        predicted[1, :] = y[held_out]  # but in the second layer, as good in validation
+        loss = np.array([0.1, 0.2, 0.2, 0.3])[models.source]
+        return {"predicted": predicted, "log_loss": np.zeros(predicted.shape), "train_accuracy": np.ones(count),
+                "train_f1": np.ones(count), "epochs": np.ones(count), "best_epoch": np.ones(count),
+                "validation_loss": loss}  # fmt: skip
+
+    monkeypatch.setattr(ablation_experiment, "train_classifiers", trained)
+    flags = ("--top-k=1", "--quick", "--num-runs=1", "--representations=stats")
+    by_test = run(tmp_path, root, *flags, out="test")["layer_ranking"]
+    by_val = run(tmp_path, root, *flags, "--rank-by=val", out="val")["layer_ranking"]
+    names = [layer["layer"] for layer in by_val]  # by loss, then depth
+    assert [layer["layer"] for layer in by_test] == [names[1], names[0], names[2], names[3]]
+    assert by_val[1]["accuracy"] > by_val[0]["accuracy"]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -285,6 +405,8 @@ def test_mixed_ranks_leave_out_what_needs_equal_shapes_and_exit_with_3(tmp_path,
         (["--device=cuda:99"], "GPUs here"),
         (["--device=quantum"], "--device quantum: not a device"),
         (["--device=mps"], "--device mps: not supported"),
+        (["--dataset="], "--dataset: empty"),
+        (["--cache-dir=/dev/null/cache"], "--cache-dir /dev/null/cache: /dev/null is not a folder"),
     ],
 )
 def test_flags_are_refused_in_one_line(tmp_path, capsys, flags, words):
@@ -329,8 +451,10 @@ def quick_zoo(tmp_path, monkeypatch):
     built = []
 
     def build(out, count, **_):
-        built.append((out, count))
-        write_collection(out, classes=2, per_class=5)
+        if not out.exists():
+            built.append((out, count))
+            write_collection(out, classes=2, per_class=5)
+            (out / "recipe.json").write_text(json.dumps({"built_by": "digits_zoo"}))
 
     monkeypatch.setattr(digits_zoo, "build", build)
     return built
@@ -346,6 +470,24 @@ def test_the_built_in_collection_is_announced_trained_once_and_named_everywhere(
     assert results["dataset"]["source"] == "built-in digits" and results["dataset"]["name"] == "small"
     assert "BUILT-IN DIGITS" in Path("ablation-results/ablation_small/results.txt").read_text()
     assert main(flags) == 0 and len(quick_zoo) == 1
+
+
+def test_the_built_in_collection_is_known_by_its_path_too(quick_zoo, capsys):
+    root = write_collection(Path("elsewhere/small"), classes=2, per_class=5)
+    (root / "recipe.json").write_text(json.dumps({"built_by": "digits_zoo"}))
+    assert main(["--dataset=elsewhere/small", "--top-k=1", "--quick", "--representations=stats"]) == 0
+    results = json.loads(Path("ablation-results/ablation_small/results.json").read_text())
+    assert results["dataset"]["source"] == "built-in digits" and "BUILT-IN" in capsys.readouterr().out
+    root.rename("elsewhere/small.partial")
+    assert main(["--dataset=elsewhere/small.partial", "--top-k=1"]) == 2
+    assert "half-built" in capsys.readouterr().err
+
+
+def test_a_link_to_nowhere_is_no_reason_to_train_digits(quick_zoo, capsys):
+    Path("data").mkdir()
+    Path("data/small").symlink_to("scratch/that/is/not/mounted")
+    assert main(["--dataset=small"]) == 2
+    assert "data/small: no such folder" in capsys.readouterr().err and quick_zoo == []
 
 
 def test_a_collection_of_ones_own_comes_before_the_built_in_one(quick_zoo):
@@ -399,3 +541,17 @@ def test_a_log_file_gets_plain_lines(tmp_path):
     assert [line.split()[0] for line in lines[:6]] == ["settings", "at", "device", "data", "classes", "split"]
     rows = [line for line in lines if line.startswith(("stats ", "vae "))]
     assert len(rows) == 4 and len({line.index("±") for line in rows}) == 1
+
+
+def test_progress_is_lines_in_a_log_and_a_bar_on_a_terminal(monkeypatch, capsys):
+    clock = iter([0.0, 10.0, 70.0, 80.0, 90.0, 140.0, 150.0])
+    with monkeypatch.context() as patch:
+        patch.setattr(ablation_experiment.time, "monotonic", lambda: next(clock))
+        progress = ablation_experiment.Progress()
+        assert list(progress.track("ab", "stage")) == ["a", "b"]
+        progress("later", 7, 9)
+    assert capsys.readouterr().out == "  stage: 1 of 2\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(ablation_experiment.Progress().track("abc", "stage")) == ["a", "b", "c"]
+    shown = capsys.readouterr()
+    assert "stage:   0%" in shown.err and shown.out == ""

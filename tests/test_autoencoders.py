@@ -115,11 +115,12 @@ def literal_nt_xent(projected, temperature):
     return total / count
 
 
+@pytest.mark.parametrize(("dtype", "rtol", "epochs"), [(torch.float64, 1e-9, 3), (torch.float32, 1e-5, 1)])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_autoencoder_of_a_stack_trains_as_plain_torch_does(name):
-    x, split = weights()
+def test_every_autoencoder_of_a_stack_trains_as_plain_torch_does(name, dtype, rtol, epochs):
+    x, split = weights(dtype=dtype)
     stack = AutoencoderStack(name, x, split, seed=4)
-    plain = [Plain(name, x.shape[2]) for _ in x]
+    plain = [Plain(name, x.shape[2]).to(dtype) for _ in x]
     for m, model in enumerate(plain):
         model.load(stack.params, m)
     seen = []
@@ -129,11 +130,11 @@ def test_every_autoencoder_of_a_stack_trains_as_plain_torch_does(name):
             seen.append(super().validation_losses())
             return seen[-1]
 
-    train(Recorded(name, x, split, seed=4), Schedule(max_epochs=3, patience=9))
+    train(Recorded(name, x, split, seed=4), Schedule(max_epochs=epochs, patience=9))
     views = torch.randn((2, 9, x.shape[2]), generator=stream(4, name, "validation views"), dtype=x.dtype)
     for m, model in enumerate(plain):
         optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
-        for epoch in (1, 2, 3):
+        for epoch in range(1, epochs + 1):
             model.train()
             draws = Draws(4, name, epoch, x)
             batches = draws.order(split.train).split(32)
@@ -145,7 +146,7 @@ def test_every_autoencoder_of_a_stack_trains_as_plain_torch_does(name):
             model.eval()
             with torch.no_grad():
                 loss = model.loss(x[m, split.validation], None, views)
-            torch.testing.assert_close(seen[epoch - 1][m], loss, rtol=1e-9, atol=0)
+            torch.testing.assert_close(seen[epoch - 1][m], loss, rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -154,6 +155,7 @@ def test_a_layers_features_do_not_depend_on_its_stack(name):
     x[1] *= 0.05
     schedule = Schedule(max_epochs=12, patience=2, lr=1e-2)
     together = fit_transform(name, x, split, schedule=schedule, seed=1)
+    assert len(set(together["epochs"].tolist())) > 1  # some leave the stack before others
     for m in range(len(x)):
         one = fit_transform(name, x[m : m + 1], split, schedule=schedule, seed=1)
         np.testing.assert_allclose(one["features"][0], together["features"][m], rtol=1e-5, atol=1e-6)

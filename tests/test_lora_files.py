@@ -107,7 +107,7 @@ def test_a_key_gives_module_and_role(family, key, module, role):
     parsed = parse_key(key)
     assert (parsed.module, parsed.role) == (module, role)
     assert parsed.adapter == ("default" if family == "PEFT with adapter name" else "")
-    assert lora_files._FAMILIES[family].match(key)
+    assert re.match(lora_files.KEY_FAMILIES[family], key)
 
 
 @pytest.mark.parametrize("key", ["unet.down_blocks.0.weight", "down.weight", "unet.up_blocks.1.up.weight", "alpha"])

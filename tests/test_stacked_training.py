@@ -150,6 +150,20 @@ def test_a_masked_column_is_a_column_left_out():
     assert not np.allclose(unmasked["log_loss"], shown["log_loss"])
 
 
+def test_masks_stay_with_their_models_when_others_stop():
+    x, y, split = problem(features=6)
+    live = torch.ones(4, 6, dtype=torch.bool)
+    live[1, :4] = live[2, 3:] = live[3, ::2] = False
+    schedule = Schedule(max_epochs=60, patience=3, lr_patience=1, lr=1e-2)
+    models = Models(torch.zeros(4, dtype=torch.long), torch.tensor([0, 0, 1, 2]), live)
+    together = train_classifiers(x, y, split, models, CLASSES, schedule=schedule, seed=3, hidden=HIDDEN)
+    assert len(set(together["epochs"].tolist())) > 2
+    for m in range(4):
+        single = Models(models.source[[m]], models.run[[m]], live[[m]])
+        one = train_classifiers(x, y, split, single, CLASSES, schedule=schedule, seed=3, hidden=HIDDEN)
+        np.testing.assert_allclose(one["log_loss"][0], together["log_loss"][m], rtol=1e-6)
+
+
 def test_hidden_layers_order_and_dropout_do_not_depend_on_the_input_width():
     models = grid(1, 3)
     narrow = initial_weights(models, 3, (*HIDDEN, CLASSES), 5, like=torch.zeros(1))
@@ -247,6 +261,13 @@ def test_standardise_by_hand():
     # Column 0: mean 1, std 1 over the train rows; the test row is clipped. Columns 1, 2: constant but for rounding.
     expected = torch.tensor([[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [10.0, 0.0, 0.0]])
     assert torch.equal(standardise(x, torch.tensor([0, 1])), expected)
+
+
+def test_standardise_gives_finite_numbers_for_the_smallest_of_weights():
+    x = torch.tensor([[1e-40, 1e-38], [2e-40, 3e-38], [3e-40, 2e-38]])
+    scaled = standardise(x, torch.tensor([0, 1]))
+    assert (scaled[:, 0] == 0).all()  # a deviation of 5e-41 has no finite float32 reciprocal
+    assert scaled.isfinite().all()
 
 
 def test_standardise_does_each_source_by_itself_and_leaves_its_input_alone():
