@@ -213,17 +213,18 @@ def test_two_runs_with_separate_caches_give_the_same_bytes(everything, planted, 
 QUICK = ("--quick", "--representations=stats,vae")
 
 
+def not_again(*_, **__):
+    raise AssertionError("trained again")
+
+
 def test_a_rerun_does_nothing_and_other_settings_keep_the_old_results(tmp_path, monkeypatch, capsys):
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
     first = run(tmp_path, root, "--top-k=1", *QUICK)
     folder = tmp_path / "out" / "ablation_small"
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
 
-    def not_again(*_, **__):
-        raise AssertionError("trained again")
-
     monkeypatch.setattr(ablation_experiment, "train_classifiers", not_again)
-    monkeypatch.setattr(ablation_experiment.autoencoders, "fit_transform", not_again)
+    monkeypatch.setattr(autoencoders, "fit_transform", not_again)
     capsys.readouterr()
     assert run(tmp_path, root, "--top-k=1", *QUICK) == first
     assert "Nothing to do" in capsys.readouterr().out
@@ -283,8 +284,8 @@ def test_a_cache_folder_of_ones_own_serves_another_output_folder(tmp_path, monke
     root = write_collection(tmp_path / "small", classes=2, per_class=5)
     cache = f"--cache-dir={tmp_path / 'cache'}"
     first = run(tmp_path, root, "--top-k=1", cache, *QUICK, out="one")
-    monkeypatch.setattr(ablation_experiment, "train_classifiers", None)
-    monkeypatch.setattr(ablation_experiment.autoencoders, "fit_transform", None)
+    monkeypatch.setattr(ablation_experiment, "train_classifiers", not_again)
+    monkeypatch.setattr(autoencoders, "fit_transform", not_again)
     second = run(tmp_path, root, "--top-k=1", cache, *QUICK, out="two")
     assert first["baseline_results"] == second["baseline_results"]
     assert not (tmp_path / "one" / ".cache").exists() and (tmp_path / "cache").exists()
@@ -367,7 +368,7 @@ def test_a_diverging_representation_is_named_and_the_others_go_on(tmp_path, monk
         raise FloatingPointError("training diverged")
 
     root = write_collection(tmp_path / "small", classes=2, per_class=6)
-    monkeypatch.setattr(ablation_experiment.autoencoders, "fit_transform", diverge)
+    monkeypatch.setattr(autoencoders, "fit_transform", diverge)
     results = run(tmp_path, root, "--top-k=1", *QUICK, expected=3)
     assert results["representations_not_run"] == [{"representation": "vae", "reason": "training diverged"}]
     assert list(results["baseline_results"]) == list(results["ablation_results"]) == ["stats"]
@@ -380,8 +381,8 @@ def test_ties_by_validation_never_look_at_the_test_rows(tmp_path, monkeypatch):
         count, held_out = len(models.run), torch.cat([split.validation, split.test])
         predicted = np.tile(y[held_out].numpy(), (count, 1))
         predicted[:, len(split.validation) :] = 0  # half of the test rows are wrong
-        predicted[1, :] = y[held_out]  # but in the second layer, as good in validation
-        loss = np.array([0.1, 0.2, 0.2, 0.3])[models.source]
+        predicted[1:2] = y[held_out]  # but in the second layer, as good in validation
+        loss = np.array([0.1, 0.2, 0.2, 0.3])[models.source.numpy()]
         return {"predicted": predicted, "log_loss": np.zeros(predicted.shape), "train_accuracy": np.ones(count),
                 "train_f1": np.ones(count), "epochs": np.ones(count), "best_epoch": np.ones(count),
                 "validation_loss": loss}  # fmt: skip

@@ -126,6 +126,7 @@ def test_the_preferred_file_wins_and_the_rest_is_counted(tmp_path):
     assert collection.ignored == {
         f"*.safetensors beside {FILE_NAME}": 2,
         "pickles beside *.safetensors": 1,
+        "hidden folders": 1,
         "*.dora_scale": 1,
     }
 
