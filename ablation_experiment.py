@@ -512,9 +512,10 @@ def run(args: argparse.Namespace) -> int:
         UsageError: A flag cannot be used.
         CollectionError: The collection cannot be used. The output folder is left as it was.
     """
-    settings, watch, progress = resolve(args), Stopwatch(), Progress()
+    settings, progress = resolve(args), Progress()
     say(report.settings_lines(settings.config(), environment(settings.device), args.output_dir))
     name, folder = locate(args, progress)
+    watch = Stopwatch()
     with watch.phase("index"):
         collection = data.index_collection(folder, name, progress.track)
         data.check_classes(collection)
