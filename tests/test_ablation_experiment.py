@@ -295,11 +295,11 @@ def test_a_killed_run_loses_nothing_that_was_finished(tmp_path):
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
     command = [sys.executable, ROOT / "ablation_experiment.py", "--dataset", root, "--output-dir", tmp_path / "out"]
     command = [*map(str, command), "--top-k=1", "--num-runs=40", "--quick", "--representations=stats"]
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while not list((tmp_path / "out").rglob("classifier-*.npz")):
-        assert running.poll() is None
-    running.kill()
-    running.wait()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        assert any(line.startswith("Phase 1") for line in running.stdout)  # reads on until it is there
+        while not list((tmp_path / "out").rglob("classifier-*.npz")):
+            assert running.poll() is None
+        running.kill()
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("classifier-*.npz")}
     assert not (tmp_path / "out" / "ablation_small").exists()
     assert subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 0
