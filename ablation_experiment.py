@@ -263,8 +263,8 @@ def locate(args: argparse.Namespace, progress: Progress) -> tuple[str, Path]:
     name = args.dataset
     if name not in NAMED_DATASETS:
         if not Path(name).is_dir():
-            named = ", ".join(NAMED_DATASETS)
-            raise UsageError(f"--dataset {name}: no such folder. give a folder of LoRAs, or one of {named}.")
+            fault = "a file, not a folder" if Path(name).exists() else "no such folder"
+            raise UsageError(f"--dataset {name}: {fault}. give a folder of LoRAs, or {', '.join(NAMED_DATASETS)}.")
         if name.rstrip("/").endswith(".partial") and digits_zoo.is_built_here(Path(name)):
             raise UsageError(f"--dataset {name}: a half-built collection. finish it with the command that began it.")
         return Path(os.path.abspath(name)).name, Path(name)

@@ -188,7 +188,7 @@ def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[Path], list[s
     errors: list[OSError] = []
     for folder, subfolders, names in os.walk(root, onerror=errors.append):
         ignored["hidden folders"] += sum(sub.startswith(".") for sub in subfolders)
-        subfolders[:] = [sub for sub in subfolders if not sub.startswith(".")]
+        subfolders[:] = sorted(sub for sub in subfolders if not sub.startswith("."))
         ignored["linked folders"] += sum(Path(folder, sub).is_symlink() for sub in subfolders)
         weights = [name for name in names if name.lower().endswith(".safetensors") and not name.startswith(".")]
         preferred = [name for name in PREFERRED_FILES if name in weights][:1]
@@ -569,6 +569,7 @@ def main(arguments: list[str] | None = None) -> int:
     layers, wide = found["layers"], max(len(layer["name"]) for layer in found["layers"])
     lines = [
         f"{args.path}: {found['num_samples']} LoRAs of {len(layers)} layers; labels from {found['label_source']}",
+        *["ranks differ between LoRAs: the shapes are those of the first file"] * found["mixed_ranks"],
         "dtypes:  " + _counted(found["dtypes"]),
         "classes: " + _counted(found["classes"]),
         "ignored: " + (_counted(found["ignored"]) or "nothing"),

@@ -178,7 +178,8 @@ def denoise(weights: Weights, x: Tensor, t: Tensor, prompt: Tensor, factors: Fac
     time = _linear(weights, "time.1", F.silu(_linear(weights, "time.0", _sinusoids(t), factors)), factors)
     h = _linear(weights, "patch_in", x, factors) + weights["position"] + time[:, :, None]
     h = h.reshape(stack, batch * TOKENS, WIDTH)
-    words = weights["words"][prompt] + weights["word_position"]  # M, P, D
+    # Not weights["words"][prompt]: the gradient of indexing is summed by threads in whatever order they come.
+    words = F.embedding(prompt, weights["words"]) + weights["word_position"]  # M, P, D
     for block in range(BLOCKS):
         name = f"transformer_blocks.{block}"
         norm = F.layer_norm(h, (WIDTH,))

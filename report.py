@@ -44,7 +44,8 @@ def layer_row(rank: int, record: dict) -> str:
 
 def result_row(name: str, entry: dict) -> str:
     """One aligned row of a representation's metrics, in percent."""
-    return f"{name:<15} {entry['num_features']:>8} {_metric(entry['test_accuracy'])}  {_metric(entry['test_f1'])}"
+    row = f"{name:<15} {entry['num_features']:>8} {_metric(entry['test_accuracy'])}  {_metric(entry['test_f1'])}"
+    return row.rstrip()
 
 
 def _metric(values: dict) -> str:
@@ -110,7 +111,7 @@ def _representations(results: dict) -> list[str]:
         all_layers, left = baseline[name], ablation[name]
         change = 100 * (left["test_accuracy"]["mean"] - all_layers["test_accuracy"]["mean"])
         right = f"{left['num_features']:>9} {_metric(left['test_accuracy'])}  {_metric(left['test_f1'])}"
-        rows.append(f"{result_row(name, all_layers)} {right}  {change:>+7.1f}")
+        rows.append(f"{result_row(name, all_layers):<52} {right}  {change:>+7.1f}")
     return [
         f"2 and 3. Every representation with all {total} layers, and without the top {k} ({total - k} left)",
         f"(pair-wise ones lose a pair when either of its layers is removed: {pairs} of {total // 2} pairs)",

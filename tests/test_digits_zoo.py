@@ -238,6 +238,15 @@ def test_layout_keys_shapes_and_metadata(small, tmp_path):
     assert all(tensor.dtype == torch.float32 and tensor.abs().max() > 0 for tensor in tensors.values())
 
 
+def test_the_base_model_is_the_same_with_several_threads(monkeypatch):
+    monkeypatch.setattr(digits_zoo, "BASE_STEPS", 25)
+    images, labels = digits_zoo.load_images()
+    torch.set_num_threads(2)  # sums whose order depends on the threads would differ
+    first, *others = (digits_zoo.train_base(images, labels, 0, lambda *_: None) for _ in range(3))
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
 def test_same_seed_same_bytes_other_seed_other_bytes(small, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         zoo.build(tmp_path / name / "zoo", 5, seed=seed)  # own parents, so each trains its own base model
