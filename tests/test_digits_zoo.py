@@ -239,10 +239,10 @@ def test_layout_keys_shapes_and_metadata(small, tmp_path):
 
 
 def test_the_base_model_is_the_same_with_several_threads(monkeypatch):
-    monkeypatch.setattr(digits_zoo, "BASE_STEPS", 25)
-    images, labels = digits_zoo.load_images()
+    monkeypatch.setattr(zoo, "BASE_STEPS", 25)
+    images, labels = zoo.load_images()
     torch.set_num_threads(2)  # sums whose order depends on the threads would differ
-    first, *others = (digits_zoo.train_base(images, labels, 0, lambda *_: None) for _ in range(3))
+    first, *others = (zoo.train_base(images, labels, 0, lambda *_: None) for _ in range(3))
     for other in others:
         assert all(torch.equal(first[name], other[name]) for name in first)
 
