@@ -677,7 +677,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
     except CollectionError as error:
         print(error.shown(), file=sys.stderr)
-    except (OSError, FloatingPointError) as error:
+    except FloatingPointError as error:  # of the ranking, without which there is no experiment
+        print(f"error: {error}. try another --seed.", file=sys.stderr)
+    except OSError as error:
         print(f"error: {error}. the same command continues where this one stopped.", file=sys.stderr)
     except KeyboardInterrupt:
         print("\ninterrupted. the same command continues where this one stopped.", file=sys.stderr)
