@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stacked_training import Schedule, Split, stream, train
+from stacked_training import Schedule, Split, dropout_mask, rows_at_once, stream, train
 
 KL_WEIGHT = 0.1
 TEMPERATURE = 0.5
@@ -73,23 +73,86 @@ class Draws:
     """The random numbers of one epoch, each kind from a stream of its own, the same for all models of a stack."""
 
     def __init__(self, seed: int, name: str, epoch: int, like: Tensor):
+        self.order_generator = stream(seed, name, "order", epoch)
         self.generators = {
-            purpose: stream(seed, name, purpose, epoch) for purpose in ("order", "noise", "latent", "dropout")
+            purpose: stream(seed, name, purpose, epoch, device=like.device)
+            for purpose in ("noise", "latent", "dropout")
         }
         self.like = like
 
     def order(self, rows: Tensor) -> Tensor:
         """The rows in this epoch's order."""
-        return rows[torch.randperm(len(rows), generator=self.generators["order"]).to(rows.device)]
+        return rows[torch.randperm(len(rows), generator=self.order_generator).to(rows.device)]
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
         """Standard normal numbers."""
-        return torch.randn(shape, generator=self.generators[purpose], dtype=self.like.dtype).to(self.like.device)
+        generator = self.generators[purpose]
+        return torch.randn(shape, generator=generator, dtype=self.like.dtype, device=self.like.device)
 
-    def dropout_mask(self, rate: float, *shape: int) -> Tensor:
-        """Zeros at a rate, else 1 / (1 - rate)."""
-        mask = torch.empty(shape, dtype=self.like.dtype).bernoulli_(1 - rate, generator=self.generators["dropout"])
-        return mask.div_(1 - rate).to(self.like.device)
+    def dropout_mask(self, rate: float, *shape: int) -> Tensor | None:
+        """Zeros at a rate, else 1 / (1 - rate); None for rate 0."""
+        return dropout_mask(rate, shape, self.generators["dropout"], self.like.dtype) if rate else None
+
+
+class StackedLinear(torch.autograd.Function):
+    """``added + x @ weight`` of every model, the weights' gradient written over that of the step before.
+
+    A fresh gradient as large as the weights is memory that the system hands out anew at every step, which on a CPU
+    takes longer than the product. The price: a weight may stand only once in a graph.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, added: Tensor, gradient: Tensor) -> Tensor:
+        """``x`` float[M, B, in], ``weight`` and ``gradient`` float[M, in, out], ``added`` float[M, 1 or B, out]."""
+        ctx.save_for_backward(x, weight)
+        ctx.gradient, ctx.added_shape = gradient, added.shape
+        return torch.baddbmm(added, x, weight)
+
+    @staticmethod
+    def backward(ctx, above: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        """Gradients of x (where it has one), weight and what was added."""
+        x, weight = ctx.saved_tensors
+        below = torch.bmm(above, weight.mT) if ctx.needs_input_grad[0] else None
+        torch.bmm(x.mT, above, out=ctx.gradient)
+        return below, ctx.gradient, above.sum_to_size(ctx.added_shape), None
+
+
+class HiddenBlock(torch.autograd.Function):
+    """A hidden block in training: linear map, batch norm over the minibatch (Ioffe & Szegedy, 2015), ReLU, dropout.
+
+    One step of the graph instead of a dozen, with the weights' gradient kept as in `StackedLinear`. The bias before a
+    batch norm changes nothing, so its gradient is 0; autograd would give rounding, of which Adam makes whole steps.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale, shift, mask: Tensor | None, gradient: Tensor):
+        """``x`` float[M, B, in], ``mask`` float[B, out]; returns the block's output, batch mean and variance."""
+        h = torch.baddbmm(bias, x, weight)  # (M, B, out)
+        mean = h.mean(1, keepdim=True)
+        h -= mean
+        variance = h.square().mean(1, keepdim=True)
+        inverse = (variance + NORM_EPS).rsqrt()
+        h *= inverse
+        out = torch.addcmul(shift, h, scale).relu_()
+        if mask is not None:
+            out *= mask
+        ctx.save_for_backward(x, weight, h, inverse, scale, out)
+        ctx.mask, ctx.gradient = mask, gradient
+        ctx.mark_non_differentiable(mean, variance)
+        return out, mean, variance
+
+    @staticmethod
+    def backward(ctx, above: Tensor, *_):
+        """Gradients of x (where it has one), weight, bias, scale and shift."""
+        x, weight, h, inverse, scale, out = ctx.saved_tensors
+        error = above * out.sign()
+        if ctx.mask is not None:
+            error *= ctx.mask
+        for_shift, for_scale = error.sum(1, keepdim=True), (error * h).sum(1, keepdim=True)
+        error.sub_(for_shift / h.shape[1]).addcmul_(h, for_scale / -h.shape[1]).mul_(scale * inverse)
+        below = torch.bmm(error, weight.mT) if ctx.needs_input_grad[0] else None
+        torch.bmm(x.mT, error, out=ctx.gradient)
+        return below, ctx.gradient, torch.zeros_like(for_shift), for_scale, for_shift, None, None
 
 
 class AutoencoderStack:
@@ -126,38 +189,44 @@ class AutoencoderStack:
             torch.randn(shape, generator=views, dtype=x.dtype).to(x.device) if name == "contrastive" else None
         )
 
+        self._place()
+
     def take(self, index: Tensor) -> None:
         """Keep the models at these positions, in this order."""
         self.model = self.model[index.to(self.model.device)]
         self.params = {key: p.detach()[index].requires_grad_() for key, p in self.params.items()}
         self.buffers = {key: b[index] for key, b in self.buffers.items()}
+        self._place()
+
+    def _place(self) -> None:
+        """Make room for the gradients of the matrices."""
+        self.kept = {k: torch.empty_like(p) for k, p in self.params.items() if k.endswith((".weight", ".skip"))}
 
     # -- the network -------------------------------------------------------------------------------------
 
     def _linear(self, layer: str, h: Tensor) -> Tensor:
-        return torch.baddbmm(self.params[f"{layer}.bias"], h, self.params[f"{layer}.weight"])
+        weight = f"{layer}.weight"
+        return StackedLinear.apply(h, self.params[weight], self.params[f"{layer}.bias"], self.kept[weight])
 
     def _hidden(self, layer: str, x: Tensor, draws: Draws | None, dropout: float) -> Tensor:
-        """A hidden block, float[M, B, in] -> float[M, B, out]; without draws in evaluation mode."""
-        h = self._linear(layer, x)
-        h = functional.relu(self._batch_norm(layer, h, training=draws is not None))
-        if draws is not None and dropout:
-            h = h * draws.dropout_mask(dropout, *h.shape[1:])
-        skip = self.params.get(f"{layer}.skip")
-        return h if skip is None else torch.baddbmm(h, x, skip)
+        """A hidden block, float[M, B, in] -> float[M, B, out]; without draws in evaluation mode.
 
-    def _batch_norm(self, layer: str, h: Tensor, training: bool) -> Tensor:
-        """Batch norm (Ioffe & Szegedy, 2015) of each model's own minibatch; running statistics as torch keeps them."""
+        Batch norm's running statistics are kept as torch keeps them.
+        """
+        weight, bias, scale, shift = (self.params[f"{layer}.{part}"] for part in ("weight", "bias", "scale", "shift"))
         mean, variance = self.buffers[f"{layer}.mean"], self.buffers[f"{layer}.variance"]
-        if training:
-            rows = h.shape[1]
-            running_mean, running_variance = mean, variance
-            variance, mean = torch.var_mean(h, dim=1, correction=0, keepdim=True)  # (M, 1, out)
-            running_mean.lerp_(mean.detach(), NORM_MOMENTUM)
-            running_variance.lerp_(variance.detach() * (rows / (rows - 1)), NORM_MOMENTUM)
-        return (h - mean) * (variance + NORM_EPS).rsqrt() * self.params[f"{layer}.scale"] + self.params[
-            f"{layer}.shift"
-        ]
+        if draws is None:
+            scale = scale * (variance + NORM_EPS).rsqrt()
+            h = torch.addcmul(shift, torch.baddbmm(bias - mean, x, weight), scale).relu_()
+        else:
+            rows = x.shape[1]
+            mask = draws.dropout_mask(dropout, rows, weight.shape[2])
+            kept = self.kept[f"{layer}.weight"]
+            h, batch_mean, batch_variance = HiddenBlock.apply(x, weight, bias, scale, shift, mask, kept)
+            mean.lerp_(batch_mean, NORM_MOMENTUM)
+            variance.lerp_(batch_variance * (rows / (rows - 1)), NORM_MOMENTUM)
+        skip = f"{layer}.skip"
+        return StackedLinear.apply(x, self.params[skip], h, self.kept[skip]) if skip in self.params else h
 
     def _encode_hidden(self, x: Tensor, draws: Draws | None) -> Tensor:
         return self._hidden("encode1", self._hidden("encode0", x, draws, self.dropout), draws, self.dropout)
@@ -197,6 +266,11 @@ class AutoencoderStack:
         return (self._decode(z, draws) - clean).square().mean((1, 2))
 
     # -- what `train` asks for -----------------------------------------------------------------------------
+
+    def gradients(self, epoch: int) -> Iterator[tuple[Tensor, ...]]:
+        """Gradients of the models' losses over each minibatch."""
+        for losses in self.minibatch_losses(epoch):
+            yield torch.autograd.grad(losses.sum(), list(self.params.values()))
 
     def minibatch_losses(self, epoch: int) -> Iterator[Tensor]:
         """Training losses [M] of each minibatch of an epoch."""
@@ -275,7 +349,8 @@ def fit_transform(name: str, x: Tensor, split: Split, *, schedule: Schedule, see
     stack.params = {key: trained.state[key] for key in stack.params}
     stack.buffers = {key: trained.state[key] for key in stack.buffers}
     with torch.no_grad():
-        features = torch.cat([stack.encode(part) for part in x.split(1024, dim=1)], dim=1)
+        at_once = rows_at_once(len(x) * max(x.shape[2], *HIDDEN[name]))
+        features = torch.cat([stack.encode(part) for part in x.split(at_once, dim=1)], dim=1)
     return {
         "features": features.float().cpu().numpy(),
         "epochs": trained.epochs.numpy(),

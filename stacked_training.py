@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,25 +28,34 @@ from torch.optim.adam import adam
 
 HIDDEN = (512, 512, 512)  # the classifier's hidden layers
 DROPOUT = 0.3
-EVALUATED_AT_ONCE = 2**24  # floats of inputs or activations, 64 MiB
+NUMBERS_AT_ONCE = 2**24  # worked on at a time where there may be many: 64 MiB in float32
 CLIP = 10.0  # standardised inputs beyond ten standard deviations are outliers of a heavy tail, not information
 
 
-def stream(*key: object) -> torch.Generator:
-    """A CPU generator seeded by the SHA-256 of its key, such as ``(seed, run, "order", epoch)``.
+def stream(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator seeded by the SHA-256 of its key, such as ``(seed, run, "order", epoch)``.
 
-    Streams with different keys are independent, so that adding a purpose never shifts another one, and
-    the numbers are the same whatever device trains.
+    Streams with different keys are independent, so that adding a purpose never shifts another one. Numbers from a
+    CPU generator are the same whatever device trains; those drawn at every step (dropout, noise) come from the device
+    itself, which would else wait for them.
     """
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def dropout_mask(rate: float, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Inverted dropout: 0 with probability ``rate``, else 1 / (1 - rate), the rate in steps of 1/65536.
+
+    Sixteen random bits decide each entry; on a CPU that takes a tenth of the time of a Bernoulli draw for each.
+    """
+    kept, count = round((1 - rate) * 2**16), math.prod(shape)
+    bits = torch.empty(-(-count // 4), dtype=torch.int64, device=generator.device)
+    numbers = bits.random_(-(2**63), None, generator=generator).view(torch.int16)[:count].view(shape)
+    return (numbers <= kept - 1 - 2**15).to(dtype).mul_(2**16 / kept)
 
 
 def standardise(x: Tensor, train_rows: Tensor) -> Tensor:
     """Scale each column to mean 0 and standard deviation 1 over the train rows, then clip to ±10.
-
-    A column whose train standard deviation is at most 1e-6 of its largest train magnitude, or too small a number to
-    divide by, carries nothing but rounding: it is 0 everywhere, in all rows.
 
     Args:
         x: float32[..., N, F].
@@ -55,12 +64,84 @@ def standardise(x: Tensor, train_rows: Tensor) -> Tensor:
     Returns:
         A new tensor, float32[..., N, F].
     """
-    train = x[..., train_rows, :].double()
-    std, mean = torch.std_mean(train, dim=-2, correction=0, keepdim=True)
-    smallest = torch.finfo(torch.float32).tiny
-    constant = std <= (1e-6 * train.abs().amax(-2, keepdim=True)).clamp(min=smallest)
-    scale = torch.where(constant, 0.0, 1.0 / torch.where(constant, 1.0, std))
-    return ((x - mean.to(x.dtype)) * scale.to(x.dtype)).clamp_(-CLIP, CLIP)
+    at_once = rows_at_once(x.numel() // x.shape[-2])
+    return scaled(x, *mean_and_scale(x[..., rows, :] for rows in train_rows.split(at_once)))
+
+
+def rows_at_once(numbers_in_a_row: int) -> int:
+    """How many rows to work on at a time, so that copies of them stay small."""
+    return max(1, NUMBERS_AT_ONCE // numbers_in_a_row)
+
+
+def mean_and_scale(blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal standard deviation of each column, in one pass (Chan, Golub & LeVeque, 1979).
+
+    A column whose standard deviation is at most 1e-6 of its largest magnitude, or too small a number to divide by,
+    carries nothing but rounding: its scale is 0.
+
+    Args:
+        blocks: Rows in blocks, float[..., n, F] each.
+
+    Returns:
+        Mean and scale, float64[..., 1, F].
+    """
+    count, mean, squares, largest = 0, 0.0, 0.0, 0.0
+    for block in blocks:
+        block = block.double()
+        rows, block_mean = block.shape[-2], block.mean(-2, keepdim=True)
+        apart = block_mean - mean
+        mean = mean + apart * (rows / (count + rows))
+        squares = squares + (block - block_mean).square().sum(-2, keepdim=True)
+        squares = squares + apart.square() * (rows * count / (count + rows))
+        largest = block.abs().amax(-2, keepdim=True).clamp(min=largest)
+        count += rows
+    std = (squares / count).sqrt()
+    constant = std <= (1e-6 * largest).clamp(min=torch.finfo(torch.float32).tiny)
+    return mean, torch.where(constant, 0.0, 1.0 / torch.where(constant, 1.0, std))
+
+
+def scaled(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """``(x - mean) * scale``, clipped to ±10: a new tensor."""
+    return x.sub(mean.to(x.dtype)).mul_(scale.to(x.dtype)).clamp_(-CLIP, CLIP)
+
+
+class Streamed:
+    """Standardised rows of a matrix too large for the device, read from storage as they are asked for.
+
+    Stands for a tensor float32[1, N, F] of classifier inputs; see `gather`.
+
+    Args:
+        read: From row indices int64[n] to those rows, float32[n, F].
+        shape: (N, F).
+        train_rows: Row indices to learn mean and scale from, int64[n], on the device.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, read: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int], train_rows: Tensor):
+        self.read, self.shape, self.device = read, (1, *shape), train_rows.device
+        self.mean, self.scale = mean_and_scale(self._raw(rows) for rows in train_rows.split(rows_at_once(shape[1])))
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """Standardised rows, int64[..., n] -> float32[..., n, F]."""
+        return scaled(self._raw(rows.flatten()), self.mean, self.scale).view(*rows.shape, -1)
+
+    def resident(self) -> Tensor:
+        """All rows on the device, float32[1, N, F]."""
+        x = torch.empty(self.shape, device=self.device)
+        for rows in torch.arange(self.shape[1]).split(rows_at_once(self.shape[2])):
+            x[0, rows] = self.rows(rows)
+        return x
+
+    def _raw(self, rows: Tensor) -> Tensor:
+        return torch.from_numpy(self.read(rows.cpu().numpy())).to(self.device)
+
+
+def gather(x: Tensor | Streamed, source: Tensor, rows: Tensor) -> Tensor:
+    """Rows of each model's source: x float[S, N, F], source int64[M], rows int64[M or 1, B] -> float[M, B, F]."""
+    if isinstance(x, Streamed):
+        return x.rows(rows).expand(len(source), -1, -1)
+    return x[source[:, None], rows]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -80,17 +161,17 @@ class Adam:
         self.square = {name: torch.zeros_like(p) for name, p in params.items()}
         self.steps = 0
 
-    def step(self, params: dict[str, Tensor], grads: tuple[Tensor, ...], rates: Tensor) -> None:
+    def step(self, params: dict[str, Tensor], gradients: Sequence[Tensor], rates: Tensor) -> None:
         """One update in place; ``rates`` float64[M] must be sorted so that equal rates are neighbours."""
         values, counts = torch.unique_consecutive(rates, return_counts=True)
         end = 0
         for rate, count in zip(values.tolist(), counts.tolist(), strict=True):
             part = slice(end, end := end + count)
-            done = torch.full((len(params),), float(self.steps), device=grads[0].device)
+            done = torch.full((len(params),), float(self.steps), device=gradients[0].device)
             with torch.no_grad():
                 adam(
                     [p[part] for p in params.values()],
-                    [g[part] for g in grads],
+                    [g[part] for g in gradients],
                     [m[part] for m in self.mean.values()],
                     [v[part] for v in self.square.values()],
                     [],  # no running maxima: not AMSGrad
@@ -178,9 +259,10 @@ def train(network, schedule: Schedule) -> Trained:
     best epoch is copied then and there, never referenced.
 
     Args:
-        network: An object with ``params`` and ``buffers`` (dicts of tensors [M, ...]), ``minibatch_losses(epoch)``
-            (yields the training losses [M] of each minibatch, differentiable), ``validation_losses()`` ([M]) and
-            ``take(index)`` (keeps the models at these positions, in this order).
+        network: An object with ``params`` and ``buffers`` (dicts of tensors [M, ...]), ``gradients(epoch)`` (yields
+            the gradient of each minibatch's training losses, a tensor for each of ``params``; it may be written over
+            by the next), ``validation_losses()`` ([M]) and ``take(index)`` (keeps the models at these positions, in
+            this order).
         schedule: Epochs, patience, learning rate and its decay.
 
     Raises:
@@ -197,9 +279,8 @@ def train(network, schedule: Schedule) -> Trained:
     )
 
     for epoch in range(1, schedule.max_epochs + 1):
-        for losses in network.minibatch_losses(epoch):
-            grads = torch.autograd.grad(losses.sum(), list(network.params.values()))
-            optimiser.step(network.params, grads, plateau.rates)
+        for gradients in network.gradients(epoch):
+            optimiser.step(network.params, gradients, plateau.rates)
         with torch.no_grad():
             losses = network.validation_losses().double().cpu()
         if not torch.isfinite(losses).all():
@@ -281,45 +362,17 @@ def initial_weights(models: Models, features: int, widths: tuple[int, ...], seed
     scale = live.sum(1).rsqrt()[:, None, None]  # (M, 1, 1)
     params["weight0"] = params["weight0"] * (live[:, :, None] * scale)
     params["bias0"] = params["bias0"] * scale
-    return {name: p.requires_grad_() for name, p in params.items()}
+    return params
 
 
-class StackedLinear(torch.autograd.Function):
-    """``x @ weight + bias`` of every model, the weights' gradient written over that of the step before.
-
-    A fresh gradient as large as the weights is memory that the system hands out anew at every step, which on a CPU
-    takes longer than the product. The price: a weight may stand only once in a graph.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, gradient: Tensor) -> Tensor:
-        """``x`` float[M, B, in], ``weight`` and ``gradient`` float[M, in, out], ``bias`` float[M, 1, out]."""
-        ctx.save_for_backward(x, weight)
-        ctx.gradient = gradient
-        return torch.baddbmm(bias, x, weight)
-
-    @staticmethod
-    def backward(ctx, above: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
-        """Gradients of x (where it has one), weight and bias."""
-        x, weight = ctx.saved_tensors
-        below = torch.bmm(above, weight.mT) if ctx.needs_input_grad[0] else None
-        torch.bmm(x.mT, above, out=ctx.gradient)
-        return below, ctx.gradient, above.sum(1, keepdim=True), None
-
-
-def logits(
-    params: dict[str, Tensor], x: Tensor, masks: Tensor | None = None, gradients: list[Tensor] | None = None
-) -> Tensor:
+def logits(params: dict[str, Tensor], x: Tensor, masks: Tensor | None = None) -> Tensor:
     """ReLU MLP of every model: x float[M, B, F] -> float[M, B, C].
 
-    In training, ``masks`` float[layers, M or 1, B, H] multiplies the hidden activations (inverted dropout) and
-    ``gradients`` holds memory for the gradient of each weight.
+    In training, ``masks`` float[layers, M or 1, B, H] multiplies the hidden activations (inverted dropout).
     """
-    layers = len(params) // 2
-    h = x
+    layers, h = len(params) // 2, x
     for i in range(layers):
-        weight, bias = params[f"weight{i}"], params[f"bias{i}"]
-        h = torch.baddbmm(bias, h, weight) if gradients is None else StackedLinear.apply(h, weight, bias, gradients[i])
+        h = torch.baddbmm(params[f"bias{i}"], h, params[f"weight{i}"])
         if i < layers - 1:
             h = functional.relu(h)
             if masks is not None:
@@ -331,7 +384,7 @@ class ClassifierStack:
     """M multilayer perceptrons on rows of shared inputs: hidden ReLU layers with dropout, softmax, cross-entropy.
 
     Args:
-        x: Standardised inputs, float[S, N, F].
+        x: Standardised inputs, float[S, N, F], or `Streamed`.
         y: Class of each sample, int64[N].
         split: Train and validation rows; the test rows are not read.
         models: What each model reads and its run.
@@ -344,7 +397,7 @@ class ClassifierStack:
 
     def __init__(self, x, y, split, models, num_classes, *, seed, hidden=HIDDEN, dropout=DROPOUT, batch_size=32):
         self.x, self.y, self.split, self.models, self.seed = x, y, split, models, seed
-        self.hidden, self.dropout, self.batch_size = hidden, dropout, batch_size
+        self.hidden, self.dropout, self.batch_size, self.num_classes = hidden, dropout, batch_size, num_classes
         self.params = initial_weights(models, x.shape[2], (*hidden, num_classes), seed, like=x)
         self.buffers: dict[str, Tensor] = {}
         self._place()
@@ -354,7 +407,7 @@ class ClassifierStack:
         device = self.x.device
         self.runs, position = torch.unique(self.models.run, return_inverse=True)
         self.position, self.source = position.to(device), self.models.source.to(device)
-        self.gradients = [torch.empty_like(p) for name, p in self.params.items() if name.startswith("weight")]
+        self.room: dict = {}  # memory of the training step by size of the minibatch
         live = self.models.live
         self.live = None if live is None or live.all() else live.to(device, self.x.dtype)[:, None]  # (M, 1, F)
 
@@ -362,24 +415,65 @@ class ClassifierStack:
         """Keep the models at these positions, in this order."""
         live = self.models.live
         self.models = Models(self.models.source[index], self.models.run[index], None if live is None else live[index])
-        self.params = {name: p.detach()[index].requires_grad_() for name, p in self.params.items()}
+        self.params = {name: p[index] for name, p in self.params.items()}
         self._place()
 
-    def minibatch_losses(self, epoch: int) -> Iterator[Tensor]:
-        """Mean cross-entropy [M] of each minibatch of an epoch, in the order of each model's run."""
+    def gradients(self, epoch: int) -> Iterator[list[Tensor]]:
+        """Gradients of the models' mean cross-entropy over each minibatch, in the order of each model's run."""
+        for x, y, masks in self.minibatches(epoch):
+            yield self.backpropagate(x, y, masks)
+
+    def minibatches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Inputs float[M, B, F], classes int64[M, B] and dropout masks float[layers, M or 1, B, H]."""
         train, runs = self.split.train, self.runs.tolist()
         order = torch.stack(
             [torch.randperm(len(train), generator=stream(self.seed, run, "order", epoch)) for run in runs]
         ).to(train.device)  # (R, n)
-        dropout = [stream(self.seed, run, "dropout", epoch) for run in runs]
+        dropout = [stream(self.seed, run, "dropout", epoch, device=self.x.device) for run in runs]
         for start in range(0, len(train), self.batch_size):
             rows = train[order[:, start : start + self.batch_size]]  # (R, B)
             masks = self._dropout_masks(dropout, rows.shape[1])  # (layers, M or 1, B, H)
             rows = rows[self.position]  # (M, B)
-            x = self.x[self.source[:, None], rows]  # (M, B, F)
-            if self.live is not None:
-                x = x * self.live
-            yield self._losses(logits(self.params, x, masks, self.gradients), self.y[rows])
+            x = gather(self.x, self.source, rows)  # (M, B, F)
+            yield x if self.live is None else x * self.live, self.y[rows], masks
+
+    def backpropagate(self, x: Tensor, y: Tensor, masks: Tensor | None) -> list[Tensor]:
+        """Gradient of the sum of the models' mean cross-entropies, for each of ``params``.
+
+        What autograd gives for `logits`, by hand, so that everything is written where the step before left its own:
+        memory that the system hands out anew at each step takes a CPU longer to map than to fill.
+        """
+        weights = [self.params[f"weight{i}"] for i in range(len(self.hidden) + 1)]
+        outputs, errors, gradients = self._room(x.shape[1])
+        inputs = [x]
+        for i, (weight, out) in enumerate(zip(weights, outputs, strict=True)):
+            h = torch.baddbmm(self.params[f"bias{i}"], inputs[i], weight, out=out)
+            if i < len(self.hidden):
+                h.relu_()
+                if masks is not None:
+                    h.mul_(masks[i])
+                inputs.append(h)
+        error = torch.softmax(h, 2)  # (M, B, C)
+        error.scatter_add_(2, y[:, :, None], error.new_full((1, 1, 1), -1.0).expand(*y.shape, 1)).div_(x.shape[1])
+        for i in reversed(range(len(weights))):
+            torch.bmm(inputs[i].mT, error, out=gradients[f"weight{i}"])
+            torch.sum(error, 1, keepdim=True, out=gradients[f"bias{i}"])
+            if i > 0:
+                error = torch.bmm(error, weights[i].mT, out=errors[i - 1])
+                error.mul_(inputs[i].sign_())  # the activation has served: its sign is what ReLU and dropout let pass
+                if masks is not None:
+                    error.mul_(masks[i - 1])
+        return list(gradients.values())
+
+    def _room(self, rows: int) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+        """Memory for outputs and errors float[M, rows, H or C] of each layer, and for gradients."""
+        if not self.room:
+            self.room["gradients"] = {name: torch.empty_like(p) for name, p in self.params.items()}
+        if rows not in self.room:
+            models, like = len(self.source), self.params["weight0"]
+            outputs = [like.new_empty(models, rows, width) for width in (*self.hidden, self.num_classes)]
+            self.room[rows] = outputs, [torch.empty_like(out) for out in outputs[:-1]]
+        return *self.room[rows], self.room["gradients"]
 
     def validation_losses(self) -> Tensor:
         """Mean cross-entropy [M] over the validation rows."""
@@ -396,28 +490,24 @@ class ClassifierStack:
     def _dropout_masks(self, generators: list[torch.Generator], rows: int) -> Tensor | None:
         if self.dropout == 0:
             return None
-        keep, shape = 1 - self.dropout, (len(self.hidden), rows, self.hidden[0])
-        masks = torch.stack(
-            [torch.empty(shape, dtype=self.x.dtype).bernoulli_(keep, generator=g).div_(keep) for g in generators],
-            dim=1,
-        ).to(self.x.device)  # (layers, R, B, H)
+        shape = (len(self.hidden), rows, self.hidden[0])
+        drawn = [dropout_mask(self.dropout, shape, generator, self.x.dtype) for generator in generators]
+        masks = torch.stack(drawn, dim=1)  # (layers, R, B, H)
         return masks if len(generators) == 1 else masks[:, self.position]
 
 
-def predict_logits(params: dict[str, Tensor], x: Tensor, source: Tensor, rows: Tensor) -> Tensor:
+def predict_logits(params: dict[str, Tensor], x: Tensor | Streamed, source: Tensor, rows: Tensor) -> Tensor:
     """Scores float[M, n, C] of the given rows, in evaluation mode.
 
     Dead columns need no mask here: their first-layer weights are 0 from the start and never move. The rows go through
     in slices, so that the copies of a wide input stay small.
     """
-    widest = max(x.shape[2], params["weight0"].shape[2])
-    at_once = max(1, EVALUATED_AT_ONCE // (len(source) * widest))
-    with torch.no_grad():
-        return torch.cat([logits(params, x[source[:, None], part]) for part in rows.split(at_once)], dim=1)
+    at_once = rows_at_once(len(source) * max(x.shape[2], params["weight0"].shape[2]))
+    return torch.cat([logits(params, gather(x, source, part[None])) for part in rows.split(at_once)], dim=1)
 
 
 def train_classifiers(
-    x: Tensor,
+    x: Tensor | Streamed,
     y: Tensor,
     split: Split,
     models: Models,
@@ -430,7 +520,7 @@ def train_classifiers(
     """Train a stack of classifiers and tell what each of them predicts.
 
     Args:
-        x: Standardised inputs on the training device, float[S, N, F].
+        x: Standardised inputs on the training device, float[S, N, F], or `Streamed`.
         y: Class of each sample, same device, int64[N].
         split: Rows to train on, to stop early by, and to test on; same device.
         models: What each model reads and its run.

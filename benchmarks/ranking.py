@@ -1,10 +1,15 @@
 """Phase 1, stacked against one at a time: the same classifiers on the same data, epochs and cores, in one run.
 
-    python benchmarks/ranking.py [--layers 16] [--epochs 5] [--repeats 5]
+    python benchmarks/ranking.py [--layers 16] [--runs 1] [--epochs 5] [--repeats 5]
+    python benchmarks/ranking.py --layers 128 --runs 10 --device cuda
 
 The rival is the textbook loop: one nn.Sequential, one DataLoader and one default torch.optim.Adam at a time. Both do
 the forward and backward pass of every minibatch, the update, and validation once an epoch; neither stops early. They
-alternate, and the last line is the ratio of their median times per model and step.
+alternate, and the last line is the ratio of their median times per model and step. The loop trains at most
+``--textbook`` of the classifiers: each takes as long as the next.
+
+How near is the stacked step to what it cannot do without? Its arithmetic is compared with a large matrix product
+(the floor on a CPU), its optimiser's traffic of 7 floats a parameter with a large copy (the floor on a GPU).
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,15 +32,18 @@ from ablation_experiment import STACK_PARAMETERS
 from stacked_training import DROPOUT, HIDDEN, ClassifierStack, Models, Schedule, Split, train
 
 SAMPLES, FEATURES, CLASSES, BATCH = 1000, 7, 10, 32
+WIDTHS = (FEATURES, *HIDDEN, CLASSES)
+PARAMETERS = sum((a + 1) * b for a, b in pairwise(WIDTHS))
+# Multiplications and additions of a minibatch: forward, weight gradients, and input gradients of all layers but one.
+OPERATIONS = 2 * BATCH * (3 * sum(a * b for a, b in pairwise(WIDTHS)) - WIDTHS[0] * WIDTHS[1])
 
 
-def textbook(x: torch.Tensor, y: torch.Tensor, split: Split, epochs: int) -> None:
+def textbook(x: torch.Tensor, y: torch.Tensor, split: Split, layers: list[int], epochs: int) -> None:
     """Train one classifier per layer, one after the other."""
-    for layer in range(len(x)):
-        sizes = (FEATURES, *HIDDEN)
+    for layer in layers:
         blocks = [
             module
-            for fan_in, fan_out in pairwise(sizes)
+            for fan_in, fan_out in pairwise(WIDTHS[:-1])
             for module in (nn.Linear(fan_in, fan_out), nn.ReLU(), nn.Dropout(DROPOUT))
         ]
         model = nn.Sequential(*blocks, nn.Linear(HIDDEN[-1], CLASSES)).to(x.device)
@@ -53,51 +62,77 @@ def textbook(x: torch.Tensor, y: torch.Tensor, split: Split, epochs: int) -> Non
                 scheduler.step(criterion(model(x[layer, split.validation]), y[split.validation]).item())
 
 
-def stacked(x: torch.Tensor, y: torch.Tensor, split: Split, epochs: int) -> None:
-    """Train the same classifiers in stacks of the size that the program uses."""
-    parameters = sum((a + 1) * b for a, b in zip((FEATURES, *HIDDEN), (*HIDDEN, CLASSES), strict=True))
-    size = STACK_PARAMETERS[x.device.type] // parameters
-    for source in torch.arange(len(x)).split(size):
-        models = Models(source, torch.zeros_like(source))
-        train(
-            ClassifierStack(x, y, split, models, CLASSES, seed=0), Schedule(epochs, epochs + 1, BATCH, lr_patience=10)
-        )
+def stacked(x: torch.Tensor, y: torch.Tensor, split: Split, models: list[tuple[int, int]], epochs: int) -> None:
+    """Train classifiers, (layer, run) each, in stacks of the size that the program uses."""
+    size = STACK_PARAMETERS[x.device.type] // PARAMETERS
+    schedule = Schedule(epochs, epochs + 1, BATCH, lr_patience=10)
+    for start in range(0, len(models), size):
+        source, run = (torch.tensor(column) for column in zip(*models[start : start + size], strict=True))
+        train(ClassifierStack(x, y, split, Models(source, run), CLASSES, seed=0), schedule)
+
+
+def seconds(function: Callable[[], None], device: torch.device) -> float:
+    """Time of a call, the device's work included."""
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def limits(device: torch.device) -> tuple[float, float]:
+    """What this machine does at best: operations a second of a large matrix product, bytes a second of a large copy."""
+    size = 4096
+    a, b = torch.randn(2, size, size, device=device)
+    source, target = torch.empty(2, 2**28 if device.type == "cuda" else 2**26, device=device)
+    products = [seconds(lambda: a @ b, device) for _ in range(6)]
+    copies = [seconds(lambda: target.copy_(source), device) for _ in range(6)]
+    return 2 * size**3 / statistics.median(products), 2 * 4 * source.numel() / statistics.median(copies)
 
 
 def main() -> None:
     """Alternate the two and print the ratio."""
     parser = argparse.ArgumentParser(description="Time the stacked ranking against the textbook loop.")
-    parser.add_argument("--layers", type=int, default=16, help="classifiers to train (16)")
+    parser.add_argument("--layers", type=int, default=16, help="layers to rank (16)")
+    parser.add_argument("--runs", type=int, default=1, help="classifiers of each layer (1)")
+    parser.add_argument("--textbook", type=int, default=16, help="classifiers that the textbook loop trains (16)")
     parser.add_argument("--epochs", type=int, default=5, help="epochs of each (5)")
     parser.add_argument("--repeats", type=int, default=5, help="alternations; the medians count (5)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as the program does
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(args.layers, SAMPLES, FEATURES, generator=generator).to(device)
     y = torch.randint(0, CLASSES, (SAMPLES,), generator=generator).to(device)
     split = Split(torch.arange(0, 700), torch.arange(700, 800), torch.arange(800, SAMPLES)).to(device)
+    models = [(layer, run) for run in range(args.runs) for layer in range(args.layers)]
+    one_by_one = [layer for layer, _ in models[: args.textbook]]
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {on}; {args.layers} layers, {args.epochs} epochs of {-(-700 // BATCH)} steps")
+    steps = args.epochs * -(-700 // BATCH)
+    print(f"torch {torch.__version__}, {on}; {len(models)} classifiers, {args.epochs} epochs, {steps} steps each")
 
-    model_steps = args.layers * args.epochs * -(-700 // BATCH)
+    textbook(x, y, split, one_by_one[:4], 1)  # warm up
+    stacked(x, y, split, models, 1)
     times: dict[str, list[float]] = {"textbook": [], "stacked": []}
-    for function in (textbook, stacked):
-        function(x[:8], y, split, 1)  # warm up
     for _ in range(args.repeats):
-        for function in (textbook, stacked):
-            start = time.perf_counter()
-            function(x, y, split, args.epochs)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times[function.__name__].append(1e3 * (time.perf_counter() - start) / model_steps)
-        print(
-            "  ".join(f"{name} {seconds[-1]:.3f} ms" for name, seconds in times.items()),
-            "per model and step",
-            flush=True,
-        )
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    print(f"median: textbook {medians['textbook']:.3f} ms, stacked {medians['stacked']:.3f} ms per model and step")
+        took = seconds(lambda: textbook(x, y, split, one_by_one, args.epochs), device)
+        times["textbook"].append(1e3 * took / steps / len(one_by_one))
+        took = seconds(lambda: stacked(x, y, split, models, args.epochs), device)
+        times["stacked"].append(1e3 * took / steps / len(models))
+        latest = "  ".join(f"{name} {values[-1]:.4f} ms" for name, values in times.items())
+        print(f"{latest} per model and step", flush=True)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    latest = ", ".join(f"{name} {value:.4f} ms" for name, value in medians.items())
+    print(f"median: {latest} per model and step")
+    operations, bytes_copied = limits(device)
+    step = medians["stacked"] / 1e3
+    print(
+        f"the stacked step: {OPERATIONS / step / 1e9:.0f} GFLOP/s, {OPERATIONS / step / operations:.0%} of a large "
+        f"matrix product; {7 * 4 * PARAMETERS / step / 1e9:.1f} GB/s of optimiser traffic, "
+        f"{7 * 4 * PARAMETERS / step / bytes_copied:.0%} of a large copy"
+    )
     print(f"ratio: {medians['textbook'] / medians['stacked']:.2f}")
 
 
