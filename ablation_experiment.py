@@ -16,6 +16,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import os
 import platform
 import sys
@@ -42,12 +43,14 @@ import stacked_training
 import store
 from data import WEIGHTS, Collection, CollectionError, Extracted
 from representations import PCA, REPRESENTATIONS
-from stacked_training import DROPOUT, HIDDEN, Models, Schedule, Split, scored, standardise, train_classifiers
+from stacked_training import DROPOUT, HIDDEN, Models, Schedule, Split, Streamed, scored, standardise, train_classifiers
 
 BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000}
 NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small")
-# Parameters in a stack: of 16 classifiers of one layer for a CPU; of 187 for a GPU, which wants to be filled.
-STACK_PARAMETERS = {"cpu": 9_000_000, "cuda": 100_000_000}
+# Parameters in a stack: of 8 classifiers of one layer for a CPU, near whose caches they stay; of 559 for a GPU.
+STACK_PARAMETERS = {"cpu": 4_300_000, "cuda": 300_000_000}
+RUNS_IN_STACK = 10  # of one representation, so that more runs find the first ones finished
+MEMORY_SHARE = 0.6  # of the device's memory that resident weights may take
 PCA_COMPONENTS = 100
 RESULT_FILES = ("top_layers.json", "results.txt", "samples.csv", "predictions.npz", "results.json")
 LOG_SECONDS = 60  # between lines of progress in a log file
@@ -296,15 +299,41 @@ def locate(args: argparse.Namespace, progress: Progress) -> tuple[str, Path]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the classifiers of one representation and condition read.
+    """What classifiers read: ``x`` float32[S, N, F], standardised, of which columns ``live`` bool[F] are left.
 
-    ``x`` float32[N, F] is standardised, ``live`` bool[F] tells which columns are left, and ``num_layers`` how many
-    matrices those describe.
+    ``identity`` stands for the numbers of ``x`` in the keys of finished units.
     """
 
-    x: torch.Tensor
+    x: torch.Tensor | Streamed
     live: np.ndarray
-    num_layers: int
+    identity: str
+
+    @classmethod
+    def of(cls, x: torch.Tensor, live: np.ndarray | None = None) -> Inputs:
+        """Inputs known by their very numbers, whatever code made them."""
+        live = np.ones(x.shape[2], bool) if live is None else live
+        return cls(x, live, store.array_digest(x.cpu().numpy()))
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Some rows and columns of the packed weights, given out in blocks of rows: what PCA asks of a matrix."""
+
+    packed: store.Shards
+    rows: np.ndarray
+    columns: np.ndarray
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return len(self.rows), len(self.columns)
+
+    def split(self, length: int) -> Iterator[torch.Tensor]:
+        """Blocks float32[length, F] on the device; the last may be shorter."""
+        for start in range(0, len(self.rows), length):
+            block = self.packed.read(self.rows[start : start + length], self.columns)
+            yield torch.from_numpy(block).to(self.device)
 
 
 class Experiment:
@@ -321,6 +350,7 @@ class Experiment:
         self.units = store.Units(extracted.folder / "units")
         self.predictions = {"rows": self.held_out, "y": collection.y[self.held_out]}
         self.encoded: dict[str, list[np.ndarray]] = {}
+        self.smaller_stacks: dict[str, int] = {}  # made so for want of memory
         self.key = {  # what every unit depends on beside its inputs and models
             "code": store.code_digest(stacked_training),
             "torch": torch.__version__,
@@ -330,40 +360,65 @@ class Experiment:
         }
 
     def features(self, name: str) -> torch.Tensor:
-        """Cached features on the device, float32[N, L or P, F], or the packed weights, float32[N, sum of widths]."""
+        """Cached features on the device, float32[N, L or P, F]."""
         return torch.from_numpy(np.array(self.extracted.load(name))).to(self.device)
 
-    def stacks(self, models: list, parameters: int) -> list[list]:
-        """The models in stacks, as large as this kind of device takes; fixed by the collection and the flags."""
-        at_once = max(1, STACK_PARAMETERS[self.device.type] // parameters)
-        return [models[start : start + at_once] for start in range(0, len(models), at_once)]
+    def in_stacks(
+        self, models: list, parameters: int, key: dict, compute: Callable[[list], dict], label: str
+    ) -> Iterator[tuple[list, dict[str, np.ndarray]]]:
+        """Each stack of models with the arrays that ``compute(stack)`` gives for it, read where they are finished.
+
+        A stack is as large as this kind of device takes; which models share one is fixed by the collection and the
+        flags. Where the device's memory does not do, a smaller one is tried, which the output and the results tell.
+        """
+        at_once, start = max(1, STACK_PARAMETERS[self.device.type] // parameters), 0
+        while start < len(models):
+            self.progress(label, start, len(models))
+            stack = models[start : start + at_once]
+            arrays = self._computed({**key, "models": stack}, partial(compute, stack), len(stack) > 1)
+            if arrays is None:
+                at_once = self.smaller_stacks[label] = len(stack) // 2
+                say(f"  {label}: {len(stack)} models do not fit the memory of {self.device}: trying {at_once} at once")
+                continue
+            yield stack, arrays
+            start += len(stack)
+        self.progress(label, start, start)
+
+    def _computed(self, key: dict, compute: Callable[[], dict], may_fail: bool) -> dict[str, np.ndarray] | None:
+        """A unit of work; None where memory runs out and that may happen."""
+        try:
+            return self.units.get(key, compute)
+        except torch.OutOfMemoryError:
+            if not may_fail:
+                raise
+        torch.cuda.empty_cache()  # here, and not while the exception still holds what was allocated
+        return None
 
     # -- classifiers --------------------------------------------------------------------------------------------------
 
-    def classify(self, x: torch.Tensor, models: list, live: np.ndarray, label: str) -> dict[str, np.ndarray]:
+    def classify(self, inputs: Inputs, models: list, label: str) -> dict[str, np.ndarray]:
         """Train classifiers in stacks, or read those that are finished.
 
         Args:
-            x: Standardised inputs, float32[S, N, F].
+            inputs: What they read.
             models: (source, run) of each model, in the order that fills the stacks.
-            live: Columns that the models read, bool[F].
             label: For the progress bar.
 
         Returns:
             The arrays of `train_classifiers`, and the metrics of every part of the split, for all models.
         """
         classes, schedule = len(self.collection.classes), self.settings.classifier
-        parameters = sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise((x.shape[2], *HIDDEN, classes)))
-        inputs = store.array_digest(x.cpu().numpy(), live)  # the numbers themselves, whatever code made them
-        key = {"kind": "classifier", **self.key, "inputs": inputs, "schedule": asdict(schedule)}
+        widths = (inputs.x.shape[2], *HIDDEN, classes)
+        parameters = sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise(widths))
+        live = store.array_digest(inputs.live)
+        key = {"kind": "classifier", **self.key, "inputs": inputs.identity, "live": live, "schedule": asdict(schedule)}
         key |= {"hidden": HIDDEN, "dropout": DROPOUT}
-        finished = []
-        for stack in self.progress.track(self.stacks(models, parameters), label):
+
+        def compute(stack: list) -> dict[str, np.ndarray]:
             source, run = (torch.tensor(column) for column in zip(*stack, strict=True))
-            mask = None if live.all() else torch.from_numpy(live).expand(len(stack), -1)
-            compute = partial(
-                train_classifiers,
-                x,
+            mask = None if inputs.live.all() else torch.from_numpy(inputs.live).expand(len(stack), -1)
+            return train_classifiers(
+                inputs.x,
                 self.y,
                 self.split,
                 Models(source, run, mask),
@@ -373,7 +428,8 @@ class Experiment:
                 hidden=HIDDEN,
                 dropout=DROPOUT,
             )
-            finished.append(self.units.get({**key, "models": stack}, compute))
+
+        finished = [arrays for _, arrays in self.in_stacks(models, parameters, key, compute, label)]
         trained = {name: np.concatenate([arrays[name] for arrays in finished]) for name in finished[0]}
         boundary = len(self.rows["validation"])
         for name, part in (("val", slice(None, boundary)), ("test", slice(boundary, None))):
@@ -388,7 +444,7 @@ class Experiment:
         layers, runs = self.collection.layers, self.settings.num_runs
         x = standardise(self.features("stats").transpose(0, 1), self.split.train)  # (L, N, 7)
         models = [(layer, run) for run in range(runs) for layer in range(len(layers))]
-        trained = self.classify(x, models, np.ones(x.shape[2], bool), "ranking")
+        trained = self.classify(Inputs.of(x), models, "ranking")
         by_layer = {name: a.reshape(runs, len(layers), *a.shape[1:]).swapaxes(0, 1) for name, a in trained.items()}
         for name in ("predicted", "log_loss", "epochs"):
             self.predictions[f"layers/{name}"] = by_layer[name]  # (L, runs, ...)
@@ -419,14 +475,24 @@ class Experiment:
             removed: Depths of the layers that are left out.
             condition: "baseline" or "ablation", for the progress bar and predictions.npz.
         """
-        inputs = self.inputs(name, removed)
-        models = [(0, run) for run in range(self.settings.num_runs)]
-        trained = self.classify(inputs.x[None], models, inputs.live, f"{condition} {name}")
+        kept = np.ones(len(self.collection.layers), bool)
+        kept[removed] = False
+        if REPRESENTATIONS[name].kind == "pair":  # a pair with one layer left is none
+            kept_pairs = np.ones(len(self.collection.modules), bool)
+            kept_pairs[self.collection.pair_of_layer[removed]] = False
+            kept = kept_pairs[self.collection.pair_of_layer]
+        inputs = self.inputs(name, kept)
+        runs = range(self.settings.num_runs)
+        parts = [
+            self.classify(inputs, [(0, run) for run in runs[start : start + RUNS_IN_STACK]], f"{condition} {name}")
+            for start in runs[::RUNS_IN_STACK]
+        ]
+        trained = {kind: np.concatenate([part[kind] for part in parts]) for kind in parts[0]}
         for kind in ("predicted", "log_loss", "epochs"):
             self.predictions[f"{condition}/{name}/{kind}"] = trained[kind]
         metrics = [f"{part}_{metric}" for metric in ("accuracy", "f1") for part in ("train", "val", "test")]
         return {
-            "num_layers": inputs.num_layers,
+            "num_layers": int(kept.sum()),
             "num_features": int(inputs.live.sum()),
             **{
                 m: {"mean": mean(trained[m]), "std": deviation(trained[m]), "runs": trained[m].tolist()}
@@ -434,32 +500,39 @@ class Experiment:
             },
         }
 
-    def inputs(self, name: str, removed: list[int]) -> Inputs:
-        """The columns of a representation, and which of them are left without some layers."""
-        collection, kind = self.collection, REPRESENTATIONS[name].kind
-        kept = np.ones(len(collection.layers), bool)
-        kept[removed] = False
-        if kind == "pair":
-            kept_pairs = np.ones(len(collection.modules), bool)
-            kept_pairs[collection.pair_of_layer[removed]] = False
-            kept = kept_pairs[collection.pair_of_layer]
-            x = self.features(name)
-            live = np.repeat(kept_pairs, x.shape[2])
-        elif kind == "matrix":
-            x = self.features(name)
-            live = np.repeat(kept, x.shape[2])
-        elif kind == "autoencoder":
+    def inputs(self, name: str, kept: np.ndarray) -> Inputs:
+        """A representation's columns, of which those of the layers ``kept`` bool[L] are live."""
+        kind, widths = REPRESENTATIONS[name].kind, self.collection.weights_per_layer
+        if name == "flat_vec":
+            return self.flat_weights(np.repeat(kept, widths))
+        if name == "pca":  # components of what is left, not what is left of the components
+            return Inputs.of(self._standardised(self.principal_components(np.repeat(kept, widths))))
+        if kind == "autoencoder":
             encoded = self.encode(name)
             x = torch.from_numpy(np.concatenate(encoded, axis=1)).to(self.device)
-            live = np.repeat(kept, [layer.shape[1] for layer in encoded])
-        else:
-            x = self.features(WEIGHTS)
-            live = np.repeat(kept, collection.weights_per_layer)
-        if name == "pca":  # components of what is left, not what is left of the components
-            x = x[:, torch.from_numpy(live).to(self.device)]
-            x = PCA(PCA_COMPONENTS).fit(x[self.split.train]).transform(x)
-            live = np.ones(x.shape[1], bool)
-        return Inputs(standardise(x.flatten(1), self.split.train), live, int(kept.sum()))
+            return Inputs.of(self._standardised(x), np.repeat(kept, [layer.shape[1] for layer in encoded]))
+        if kind == "pair":
+            kept = kept[[layer.role == "down" for layer in self.collection.layers]]
+        x = self.features(name)
+        return Inputs.of(self._standardised(x.flatten(1)), np.repeat(kept, x.shape[2]))
+
+    def _standardised(self, x: torch.Tensor) -> torch.Tensor:
+        return standardise(x, self.split.train)[None]
+
+    def flat_weights(self, live: np.ndarray) -> Inputs:
+        """The packed weights, on the device as a whole if they fit it, else read as they are asked for."""
+        packed = self.extracted.weights()
+        x = Streamed(packed.read, packed.shape, self.split.train)
+        if 4 * math.prod(packed.shape) < MEMORY_SHARE * memory_of(self.device):
+            x = x.resident()
+        return Inputs(x, live, store.digest([WEIGHTS, self.extracted.suffix]))
+
+    def principal_components(self, live: np.ndarray) -> torch.Tensor:
+        """PCA of the live columns of the weights, fitted on train rows: scores float32[N, k]."""
+        everywhere = (np.flatnonzero(live), self.device)
+        train = StoredRows(self.extracted.weights(), self.rows["train"], *everywhere)
+        rows = StoredRows(self.extracted.weights(), np.arange(len(self.collection.files)), *everywhere)
+        return PCA(PCA_COMPONENTS).fit(train).transform(rows)
 
     # -- autoencoders -------------------------------------------------------------------------------------------------
 
@@ -470,24 +543,29 @@ class Experiment:
         key = {"kind": "autoencoder", **self.key, "weights": self.extracted.suffix, "learned": name}
         key |= {"learner": store.code_digest(autoencoders), "schedule": asdict(self.settings.autoencoder)}
         widths = np.array(self.collection.weights_per_layer)
-        stacks = []
-        for width in np.unique(widths).tolist():
-            layers = np.flatnonzero(widths == width).tolist()
-            stacks += self.stacks(layers, autoencoders.num_parameters(name, width))
         encoded: list = [None] * len(widths)
-        for layers in self.progress.track(stacks, f"fitting {name}"):
-            unit = self.units.get({**key, "layers": layers}, partial(self._fit_autoencoders, name, layers))
-            for layer, features in zip(layers, unit["features"], strict=True):
-                encoded[layer] = features
+        for width in np.unique(widths).tolist():
+            layers, parameters = np.flatnonzero(widths == width).tolist(), autoencoders.num_parameters(name, width)
+            fit, label = partial(self._fit_autoencoders, name), f"fitting {name}, {width} weights a layer"
+            for stack, unit in self.in_stacks(layers, parameters, key, fit, label):
+                for layer, features in zip(stack, unit["features"], strict=True):
+                    encoded[layer] = features
         self.encoded[name] = encoded
         return encoded
 
     def _fit_autoencoders(self, name: str, layers: list[int]) -> dict[str, np.ndarray]:
-        packed, columns = self.extracted.load(WEIGHTS), data.layer_columns(self.collection)
-        x = torch.from_numpy(np.stack([packed[:, columns[layer]] for layer in layers])).to(self.device)  # (M, N, width)
-        x = standardise(x, self.split.train)
+        packed, columns = self.extracted.weights(), data.layer_columns(self.collection)
+        x = torch.from_numpy(np.stack([packed.read(None, columns[layer]) for layer in layers]))  # (M, N, width)
+        x = standardise(x.to(self.device), self.split.train)
         schedule, seed = self.settings.autoencoder, self.settings.seed
         return autoencoders.fit_transform(name, x, self.split, schedule=schedule, seed=seed)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that a device has, used or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def mean(values: np.ndarray) -> float:
@@ -541,6 +619,7 @@ def run(args: argparse.Namespace) -> int:
         return 3 if there["representations_not_run"] else 0
     experiment = Experiment(settings, collection, rows, extracted, progress)
     results = header | run_phases(experiment, chosen, not_run, watch) | {"timing": watch.timing()}
+    results["config"]["stack"]["smaller"] = experiment.smaller_stacks
     write_results(target, experiment, results)
     say(f"\nWritten to {target}: {', '.join(RESULT_FILES)} ({results['timing']['total']:.0f} s)")
     return 3 if not_run else 0
@@ -645,7 +724,8 @@ def finished_results(target: Path, header: dict) -> dict | None:
     try:
         there = json.loads((target / "results.json").read_text(encoding="utf-8"))
         datasets = [{**results["dataset"], "path": ""} for results in (there, header)]  # where it lies may change
-        same = all(there[key] == header[key] for key in ("schema_version", "config"))
+        configs = [{**results["config"], "stack": ""} for results in (there, header)]  # a stack may have been smaller
+        same = there["schema_version"] == header["schema_version"] and configs[0] == configs[1]
         same = same and datasets[0] == datasets[1] and there["environment"]["code"] == header["environment"]["code"]
     except (FileNotFoundError, ValueError, LookupError, TypeError):  # none, or not written by this program
         return None
@@ -677,6 +757,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
     except CollectionError as error:
         print(error.shown(), file=sys.stderr)
+    except torch.OutOfMemoryError as error:
+        print(
+            f"error: one model alone does not fit the device's memory: {error} try another --device.", file=sys.stderr
+        )
     except FloatingPointError as error:  # of the ranking, without which there is no experiment
         print(f"error: {error}. try another --seed.", file=sys.stderr)
     except OSError as error:

@@ -19,12 +19,12 @@ import os
 import shutil
 import sys
 import tempfile
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import pairwise
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,10 @@ import store
 from lora_files import Layer, Layout, LoraFileError
 from representations import REPRESENTATIONS, matrix_features, pair_features
 
-CHUNK_NUMBERS = 2**22  # weights held at once on the pass; their float64 copies take ten times 32 MiB
+CHUNK_NUMBERS = 2**22  # weights worked on at once on the pass; their float64 copies take ten times 32 MiB
+SHARD_NUMBERS = 2**26  # weights of the files whose features, and packed weights, are held and then written: 256 MiB
+READERS = 2  # threads that read and hash
+READ_AHEAD = 32  # files, fewer where they are large
 PREFERRED_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_FINDINGS = 20
@@ -114,7 +117,7 @@ class Collection:
     @cached_property
     def mixed_ranks(self) -> str:
         """Why weights cannot be flattened to one width, in words; empty where they can."""
-        for file in self.files:
+        for file in (self.files[positions[0]] for positions in _by_layout(self.files)):
             for first, layer in zip(self.layers, file.layout.layers, strict=True):
                 if layer.shape != first.shape:
                     return f"ranks differ between LoRAs: {first.name} has {first.rank}, and {layer.rank} in {file.path}"
@@ -149,21 +152,21 @@ def index_collection(
     labels, label_source = _read_labels(root, paths, findings)
     files = []
     for path in progress(paths, "index"):
+        full, label = os.path.join(root, path), labels.get(path, "")
         try:
-            stat = _stat(path)
-            layout = lora_files.parse_layout(lora_files.read_header(path))
-            adapter_config = _read_json(path.parent / "adapter_config.json")
+            stat = _stat(full)
+            layout = lora_files.parse_layout(lora_files.read_header(full))
+            adapter_config = _read_json(os.path.join(os.path.dirname(full), "adapter_config.json"))
             if adapter_config:
                 lora_files.update_scales(layout, {}, adapter_config)  # refuses what cannot be used
         except (LoraFileError, OSError) as error:
-            findings.append(f"{path}: {error}")
+            findings.append(f"{full}: {error}")
             continue
         ignored.update(layout.ignored)
-        relative, label = path.relative_to(root).as_posix(), labels.get(path, "")
-        if any("\ud800" <= character <= "\udfff" for character in relative + label):
-            findings.append(f"{str(path)!a}: its name or label {label!a} is not plain Unicode text. rename it.")
+        if any("\ud800" <= character <= "\udfff" for character in path + label):
+            findings.append(f"{full!a}: its name or label {label!a} is not plain Unicode text. rename it.")
             continue
-        files.append(LoraFile(relative, label, layout, stat, adapter_config))
+        files.append(LoraFile(path, label, layout, stat, adapter_config))
     findings += _layer_differences(root, files)
     if not files and not findings:
         links = f" ({ignored['linked folders']} linked folders are not followed)" if ignored["linked folders"] else ""
@@ -173,13 +176,13 @@ def index_collection(
     return Collection(name or root.resolve().name, root, tuple(files), label_source, +ignored)
 
 
-def _stat(path: Path) -> tuple[int, int, int]:
-    stat = path.stat()
+def _stat(path: Path | str) -> tuple[int, int, int]:
+    stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
-def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[Path], list[str]]:
-    """Weight files below a folder in the order of their paths, and what is wrong with the folders."""
+def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[str], list[str]]:
+    """Weight files below a folder, as sorted paths relative to it, and what is wrong with the folders."""
     paths, findings = [], []
     for table in ("metadata.csv", "metadata.jsonl"):
         if (root / table).exists():
@@ -189,68 +192,87 @@ def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[Path], list[s
     for folder, subfolders, names in os.walk(root, onerror=errors.append):
         ignored["hidden folders"] += sum(sub.startswith(".") for sub in subfolders)
         subfolders[:] = sorted(sub for sub in subfolders if not sub.startswith("."))
-        ignored["linked folders"] += sum(Path(folder, sub).is_symlink() for sub in subfolders)
+        ignored["linked folders"] += sum(os.path.islink(os.path.join(folder, sub)) for sub in subfolders)
         weights = [name for name in names if name.lower().endswith(".safetensors") and not name.startswith(".")]
         preferred = [name for name in PREFERRED_FILES if name in weights][:1]
         if preferred:
             ignored[f"*.safetensors beside {preferred[0]}"] += len(weights) - 1
-        paths += [Path(folder, name) for name in preferred or weights]
-        pickles = sorted(Path(folder, name) for name in names if name.endswith(PICKLE_SUFFIXES))
+        inside = folder[len(os.fspath(root)) :].lstrip(os.sep)
+        paths += [os.path.join(inside, name) for name in preferred or weights]
+        pickles = sorted(os.path.join(folder, name) for name in names if name.endswith(PICKLE_SUFFIXES))
         if weights:
             ignored["pickles beside *.safetensors"] += len(pickles)
         else:
             findings += [f"{path}: a pickle checkpoint: never loaded. convert it to safetensors." for path in pickles]
     findings += [f"{error.filename}: cannot be listed ({error.strerror}). mend its permissions." for error in errors]
-    return sorted(paths, key=lambda path: path.relative_to(root).as_posix()), findings
+    return sorted(paths), findings
 
 
-def _read_labels(root: Path, paths: list[Path], findings: list[str]) -> tuple[dict[Path, str], str]:
+def _read_labels(root: Path, paths: list[str], findings: list[str]) -> tuple[dict[str, str], str]:
     """Label of each weight file, and where labels come from; files without one are added to the findings."""
     documents = {}
-    for path in paths:
+    for folder in dict.fromkeys(os.path.dirname(path) for path in paths):
+        path = os.path.join(root, folder, "metadata.json")
         try:
-            documents[path] = _read_json(path.parent / "metadata.json") or {}
+            document = _read_json(path) or {}
+            documents[folder] = {key: document[key] for key in ("category_label",) if key in document}
         except LoraFileError as error:
-            findings.append(f"{path.parent / 'metadata.json'}: {error}")
+            findings.append(f"{path}: {error}")
+    paths = [path for path in paths if os.path.dirname(path) in documents]
     if any("category_label" in document for document in documents.values()):
         source = "category_label in metadata.json"
-        labels = {path: document.get("category_label") for path, document in documents.items()}
+        labels = {path: documents[os.path.dirname(path)].get("category_label") for path in paths}
         usable = {path: str(label) for path, label in labels.items() if isinstance(label, str | int) and label != ""}
         missing = "no category_label (a text or a whole number) in metadata.json beside it, as other files here have"
     else:
         source = "the folder names"
-        parts = {path: path.relative_to(root).parts for path in paths}
+        parts = {path: path.split(os.sep) for path in paths}
         usable = {path: folders[0] for path, folders in parts.items() if len(folders) in (2, 3)}
         missing = "no metadata.json beside it, and it does not lie in <class>/ or <class>/<lora>/"
-    findings += [f"{path}: no label: {missing}. label it or leave it out." for path in documents if path not in usable]
+    unlabelled = [root / path for path in paths if path not in usable]
+    findings += [f"{path}: no label: {missing}. label it or leave it out." for path in unlabelled]
     return usable, source
 
 
-def _read_json(path: Path) -> dict | None:
-    """A JSON object, or None where there is no such file."""
-    if not path.exists():
-        return None
+def _read_json(path: str) -> dict | None:
+    """A JSON object, or None where there is no such file; equal texts give the same object, not to be changed."""
+    name = os.path.basename(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            value = _parsed_json(file.read())
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError, RecursionError) as error:
-        raise LoraFileError(f"{path.name} is not readable as JSON ({error}). mend or remove it.") from error
+        raise LoraFileError(f"{name} is not readable as JSON ({error}). mend or remove it.") from error
     if not isinstance(value, dict):
-        raise LoraFileError(f"{path.name} holds no JSON object. mend or remove it.")
+        raise LoraFileError(f"{name} holds no JSON object. mend or remove it.")
     return value
+
+
+_parsed_json = lru_cache(maxsize=64)(json.loads)
+
+
+def _by_layout(files: Sequence[LoraFile]) -> list[list[int]]:
+    """Positions of the files that share a layout, for each layout; there are far fewer of them than files."""
+    positions = defaultdict(list)
+    for i, file in enumerate(files):
+        positions[id(file.layout)].append(i)
+    return list(positions.values())
 
 
 def _layer_differences(root: Path, files: list[LoraFile]) -> list[str]:
     """Where files differ in their layers, or in more than the rank, in words; the commonest layers are the measure."""
     holders = defaultdict(list)
-    for file in files:
-        layers = tuple((f"{layer.module} {layer.role}", layer.free_side) for layer in file.layout.layers)
-        holders[layers].append(file.path)
+    for positions in _by_layout(files):
+        layout = files[positions[0]].layout
+        layers = tuple((f"{layer.module} {layer.role}", layer.free_side) for layer in layout.layers)
+        holders[layers] += [files[i].path for i in positions]
     common = max(holders, key=lambda layers: len(holders[layers]), default=())
     widths, findings = dict(common), []
     for layers, paths in holders.items():
         found = dict(layers)
-        others = f"{len(holders[common])} files" if len(holders[common]) > 1 else holders[common][0]
-        where = f"{root / paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+        others = f"{len(holders[common])} files" if len(holders[common]) > 1 else min(holders[common])
+        where = f"{root / min(paths)}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
         lacking = [layer for layer in widths if layer not in found]
         extra = [layer for layer in found if layer not in widths]
         if lacking or extra:
@@ -344,12 +366,17 @@ class Extracted:
     suffix: str
 
     def load(self, name: str) -> np.ndarray:
-        """Features float32[N, L or P, F], or the packed weights float32[N, sum of widths]; memory-mapped."""
-        return np.load(self.path(name), mmap_mode="r")
+        """Features of all LoRAs, float32[N, L or P, F]; memory-mapped where they are one shard."""
+        shards = store.map_shards(self.path(name))
+        return shards[0] if len(shards) == 1 else np.concatenate(shards)
+
+    def weights(self) -> store.Shards:
+        """The packed weights, float32[N, W], which no memory need hold whole; see `Layout.columns`."""
+        return store.Shards(self.path(WEIGHTS))
 
     def path(self, name: str) -> Path:
-        """Where the array of this name lies."""
-        return self.folder / "features" / f"{name}-{self.suffix}.npy"
+        """The folder in which the shards of this name lie."""
+        return self.folder / "features" / f"{name}-{self.suffix}"
 
 
 def extract(
@@ -383,13 +410,15 @@ def extract(
         if not missing:
             return found
     with _scratch_folder(cache) as scratch:
-        arrays = _allocate(collection, missing, scratch)
-        fingerprint = _pass_over_weights(collection, arrays, device, progress)
+        fingerprint = _pass_over_weights(collection, missing, scratch, device, progress)
         done = Extracted(fingerprint, cache / fingerprint, suffix)
         (done.folder / "features").mkdir(parents=True, exist_ok=True)
-        for name, array in arrays.items():
-            array.flush()
-            os.replace(scratch / f"{name}.npy", done.path(name))
+        for name in missing:
+            try:
+                (scratch / name).rename(done.path(name))
+            except OSError:
+                if not done.path(name).exists():  # else another process has finished the same
+                    raise
     if not all(done.path(name).exists() for name in names):  # other contents than those found before
         known.unlink()
         return extract(collection, names, cache, device, progress)
@@ -422,107 +451,143 @@ def _scratch_folder(cache: Path) -> Iterator[Path]:
     shutil.rmtree(scratch)
 
 
-def _allocate(collection: Collection, names: list[str], folder: Path) -> dict[str, np.memmap]:
-    """An array on disk for each name."""
-    arrays = {}
-    for name in names:
-        if name == WEIGHTS:
-            shape: tuple[int, ...] = (len(collection.files), sum(collection.weights_per_layer))
-        else:
-            representation = REPRESENTATIONS[name]
-            items = collection.layers if representation.kind == "matrix" else collection.modules
-            shape = (len(collection.files), len(items), len(representation.feature_names))
-        arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, shape)
-    return arrays
-
-
-def _pass_over_weights(collection: Collection, arrays: dict, device: torch.device, progress: Callable) -> str:
-    """Read each file once, fill the arrays, and return the fingerprint of the contents."""
-    matrix_names = [name for name in arrays if name != WEIGHTS and REPRESENTATIONS[name].kind == "matrix"]
-    pair_names = [name for name in arrays if name != WEIGHTS and REPRESENTATIONS[name].kind == "pair"]
+def _pass_over_weights(
+    collection: Collection, names: list[str], folder: Path, device: torch.device, progress: Callable
+) -> str:
+    """Read each file once, write the shards of each array as they are finished, and return the fingerprint."""
+    count, width = len(collection.files), max(file.layout.width for file in collection.files)
+    per_shard = min(count, max(1, SHARD_NUMBERS // width))
+    per_chunk = max(1, CHUNK_NUMBERS // width)
+    chunks = [
+        range(start, min(start + per_chunk, first + per_shard, count))
+        for first in range(0, count, per_shard)
+        for start in range(first, min(first + per_shard, count), per_chunk)
+    ]
+    arrays = _allocate(collection, names, per_shard)
     fingerprint = hashlib.sha256()
     findings: list[str] = []
-    per_chunk = max(1, CHUNK_NUMBERS // sum(collection.weights_per_layer))
-    starts = range(0, len(collection.files), per_chunk)
-    chunks = [range(start, min(start + per_chunk, len(collection.files))) for start in starts]
+    ahead = min(READ_AHEAD, max(READERS, per_chunk))
+    read = _in_threads(partial(_read_file, collection.root), collection.files, ahead)
     for rows in progress(chunks, "features"):
         weights, scales = [], []
-        for row in rows:
-            file = collection.files[row]
+        for file in collection.files[rows.start : rows.stop]:
             try:
-                matrices, scale, contents = _read_file(collection.root / file.path, file)
+                flat, scale, contents = next(read).result()
             except (LoraFileError, OSError) as error:
                 findings.append(f"{collection.root / file.path}: {error}")
                 continue
-            weights.append(matrices)
+            weights.append(flat)
             scales.append(scale)
             fingerprint.update(store.digest([file.path, file.label, contents, str(file.adapter_config)]).encode())
         if findings:
             continue  # go on reading, to tell of every fault at once
-        if WEIGHTS in arrays:
-            for row, matrices in zip(rows, weights, strict=True):
-                arrays[WEIGHTS][row] = torch.cat([matrix.flatten() for matrix in matrices]).numpy()
-        _fill_matrix_features(matrix_names, arrays, rows, weights, device)
-        _fill_pair_features(pair_names, arrays, rows, weights, scales, collection, device)
+        first = rows.start // per_shard * per_shard
+        chunk = {name: array[rows.start - first : rows.stop - first] for name, array in arrays.items()}
+        _fill(chunk, collection, rows, weights, scales, device)
+        if rows.stop in (first + per_shard, count):
+            for name, array in arrays.items():
+                store.save_array(store.shard_path(folder / name, first), array[: rows.stop - first])
     if findings:
         raise CollectionError(findings)
     return fingerprint.hexdigest()[:16]
 
 
-def _read_file(path: Path, file: LoraFile) -> tuple[list[torch.Tensor], dict[str, float], str]:
-    """Matrices, scale of each module's update, and a digest of the contents; refuses what changed or is not finite."""
-    data = path.read_bytes()
+def _allocate(collection: Collection, names: list[str], rows: int) -> dict[str, np.ndarray]:
+    """An array for a shard of each name: features [rows, L or P, F], or packed weights [rows, W]."""
+    shapes = {}
+    for name in names:
+        if name == WEIGHTS:
+            shapes[name] = (rows, collection.files[0].layout.width)
+        else:
+            representation = REPRESENTATIONS[name]
+            items = collection.layers if representation.kind == "matrix" else collection.modules
+            shapes[name] = (rows, len(items), len(representation.feature_names))
+    return {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+
+
+def _in_threads(work: Callable, items: Iterable, ahead: int) -> Iterator[Future]:
+    """The outcome of ``work(item)`` for each item, in order; threads are at most ``ahead`` items ahead."""
+    with ThreadPoolExecutor(READERS) as pool:
+        waiting: deque[Future] = deque()
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+
+
+def _read_file(root: Path, file: LoraFile) -> tuple[np.ndarray, dict[str, float], str]:
+    """Weights float32[W], scale of each module's update, and a digest of the contents.
+
+    Refuses what changed or is not finite. Only numpy and hashlib work here: in several threads torch would start
+    several teams of threads.
+    """
+    path = root / file.path
+    data = np.fromfile(path, np.uint8)
     if _stat(path) != file.stat:
         raise LoraFileError("changed since it was indexed. start again.")
-    matrices, alphas = lora_files.load_matrices(data, file.layout)
-    # The sum of magnitudes is finite only if all are; a float64 sum of float32 numbers cannot overflow.
-    sums = [matrix.abs().sum(dtype=torch.float64) for matrix in matrices]
-    bad = [layer.name for layer, total in zip(file.layout.layers, sums, strict=True) if not math.isfinite(total)]
-    if bad:
-        raise LoraFileError(f"NaN or infinity in {len(bad)} tensors, first in {bad[0]}. train again or leave it out.")
+    weights, alphas = lora_files.load_weights(data, file.layout)
+    lora_files.check_finite(weights, file.layout)
     scales = lora_files.update_scales(file.layout, alphas, file.adapter_config)
-    return matrices, scales, hashlib.sha256(data).hexdigest()
+    return weights, scales, hashlib.sha256(data).hexdigest()
 
 
-def _fill_matrix_features(names: list[str], arrays: dict, rows: range, weights: list, device: torch.device) -> None:
-    """Matrix-wise features of a chunk of files; all matrices of one shape, whatever file and layer, at once."""
-    if not names:
-        return
-    places = defaultdict(list)
-    for row, matrices in zip(rows, weights, strict=True):
-        for layer, matrix in enumerate(matrices):
-            places[tuple(matrix.shape)].append((row, layer, matrix))
-    for group in places.values():
-        row, layer, matrices = zip(*group, strict=True)
-        features = matrix_features(torch.stack(matrices).to(device), names)
-        for name in names:
-            arrays[name][list(row), list(layer)] = features[name].cpu().numpy()
-
-
-def _fill_pair_features(
-    names: list, arrays: dict, rows: range, weights: list, scales: list, collection: Collection, device: torch.device
+def _fill(
+    arrays: dict, collection: Collection, rows: range, weights: list[np.ndarray], scales: list[dict], device
 ) -> None:
-    """Pair-wise features of a chunk of files; all pairs of one shape, whatever file and module, at once."""
-    if not names:
-        return
-    position = {(layer.module, layer.role): depth for depth, layer in enumerate(collection.layers)}
-    places = defaultdict(list)
-    for row, matrices, scale in zip(rows, weights, scales, strict=True):
-        for pair, module in enumerate(collection.modules):
-            down, up = (matrices[position[module, role]] for role in ("down", "up"))
-            places[tuple(down.shape), tuple(up.shape)].append((row, pair, down, up, module, scale[module]))
-    for group in places.values():
-        row, pair, down, up, module, scale = zip(*group, strict=True)
-        factors = (torch.stack(down).to(device), torch.stack(up).to(device))
-        features = pair_features(*factors, module, torch.tensor(scale, device=device), names)
+    """Compute or copy the rows of some consecutive files, into arrays of just these."""
+    files = collection.files[rows.start : rows.stop]
+    # Matrices [n, rows, cols] of each layer, with the n rows of the arrays that they are of.
+    matrices: list[list[tuple[list[int], torch.Tensor]]] = [[] for _ in collection.layers]
+    for members in _by_layout(files):
+        layout = files[members[0]].layout
+        flat = np.stack([weights[i] for i in members])
+        if WEIGHTS in arrays:
+            arrays[WEIGHTS][members] = flat
+        on_device = torch.from_numpy(flat).to(device)
+        for depth, (layer, columns) in enumerate(zip(layout.layers, layout.columns, strict=True)):
+            matrices[depth].append((members, on_device[:, columns].unflatten(1, layer.shape)))
+    _fill_matrix_features(arrays, matrices)
+    _fill_pair_features(arrays, collection, matrices, scales)
+
+
+def _fill_matrix_features(arrays: dict, matrices: list) -> None:
+    """Matrix-wise features of a chunk of files; all matrices of one shape, whatever file and layer, at once."""
+    names = [name for name in arrays if name != WEIGHTS and REPRESENTATIONS[name].kind == "matrix"]
+    groups = defaultdict(list)
+    for depth, of_layer in enumerate(matrices):
+        for members, batch in of_layer:
+            groups[batch.shape[1:]].append((members, depth, batch))
+    for group in groups.values() if names else ():
+        row = [i for members, _, _ in group for i in members]
+        depths = [depth for members, depth, _ in group for _ in members]
+        features = matrix_features(torch.cat([batch for _, _, batch in group]), names)
         for name in names:
-            arrays[name][list(row), list(pair)] = features[name].cpu().numpy()
+            arrays[name][row, depths] = features[name].cpu().numpy()
+
+
+def _fill_pair_features(arrays: dict, collection: Collection, matrices: list, scales: list[dict]) -> None:
+    """Pair-wise features of a chunk of files; all pairs of one shape, whatever file and module, at once."""
+    names = [name for name in arrays if name != WEIGHTS and REPRESENTATIONS[name].kind == "pair"]
+    groups = defaultdict(list)
+    for p, module in enumerate(collection.modules):
+        # In the network's order a module's up follows its down.
+        for (members, downs), (_, ups) in zip(matrices[2 * p], matrices[2 * p + 1], strict=True):
+            groups[downs.shape[1:], ups.shape[1:]].append((members, p, module, downs, ups))
+    for group in groups.values() if names else ():
+        row = [i for members, *_ in group for i in members]
+        position, module = zip(*((p, module) for members, p, module, *_ in group for _ in members), strict=True)
+        downs, ups = (torch.cat([entry[k] for entry in group]) for k in (3, 4))
+        scale = torch.tensor([scales[i][m] for i, m in zip(row, module, strict=True)], device=downs.device)
+        features = pair_features(downs, ups, module, scale, names)
+        for name in names:
+            arrays[name][row, position] = features[name].cpu().numpy()
 
 
 def layer_columns(collection: Collection) -> list[slice]:
     """The columns of each layer in the packed weights."""
-    ends = np.cumsum([0, *collection.weights_per_layer]).tolist()
-    return [slice(start, end) for start, end in pairwise(ends)]
+    return list(collection.files[0].layout.columns)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -532,6 +597,10 @@ def layer_columns(collection: Collection) -> list[slice]:
 
 def inspection(collection: Collection) -> dict:
     """What ``inspect --json`` prints."""
+    dtypes: Counter = Counter()
+    for positions in _by_layout(collection.files):
+        for layer in collection.files[positions[0]].layout.layers:
+            dtypes[layer.dtype] += len(positions)
     return {
         "num_samples": len(collection.files),
         "classes": collection.class_counts,
@@ -539,7 +608,7 @@ def inspection(collection: Collection) -> dict:
             {"name": layer.name, "module": layer.module, "role": layer.role, "shape": list(layer.shape)}
             for layer in collection.layers
         ],
-        "dtypes": dict(Counter(layer.dtype for file in collection.files for layer in file.layout.layers)),
+        "dtypes": dict(dtypes),
         "label_source": collection.label_source,
         "mixed_ranks": bool(collection.mixed_ranks),
         "ignored": dict(collection.ignored),

@@ -10,18 +10,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
 from math import prod
 from pathlib import Path
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as load_safetensors
 
 MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors library itself
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+INTEGER_TYPES = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")  # of an alpha
 
 # Each pattern gives the module `m`, the role `r`, and where a file can hold several adapters, the adapter `a`.
 KEY_FAMILIES = {
@@ -90,6 +93,17 @@ class Layout:
     alphas: dict[str, str] = field(default_factory=dict)
     ignored: Counter = field(default_factory=Counter)
 
+    @property
+    def columns(self) -> tuple[slice, ...]:
+        """Where each layer lies among the flattened weights."""
+        ends = accumulate((prod(layer.shape) for layer in self.layers), initial=0)
+        return tuple(slice(start, end) for start, end in pairwise(ends))
+
+    @cached_property
+    def width(self) -> int:
+        """Number of weights."""
+        return sum(prod(layer.shape) for layer in self.layers)
+
 
 def canonical_module(raw: str) -> str:
     """The one id of a module in every style of naming.
@@ -127,6 +141,7 @@ _ORDERED_WORDS = (
 _RANK_OF_WORD = {word: (row[0], i) for row in _ORDERED_WORDS for i, word in enumerate(row)}
 
 
+@lru_cache(maxsize=2**16)
 def depth_key(module: str, role: str) -> tuple:
     """Sort key that puts layers in the network's order; a file's own order is alphabetical and means nothing.
 
@@ -151,6 +166,7 @@ class _Key:
     adapter: str
 
 
+@lru_cache(maxsize=2**16)  # headers differ more than keys do
 def parse_key(key: str) -> _Key | None:
     """Module, role and adapter of a weight's key; None for a key that is no LoRA weight.
 
@@ -176,14 +192,17 @@ def parse_key(key: str) -> _Key | None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def read_header(path: Path) -> bytes:
+_checked: set[tuple[bytes, int]] = set()  # headers that the library has accepted, with the size of the file
+
+
+def read_header(path: Path | str) -> bytes:
     """The JSON header of a safetensors file, checked against the size of the file; no tensor is read.
 
     Raises:
         LoraFileError: The file is something else, or not all of it is here.
     """
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
         start = file.read(64)
         if start.startswith(b"version https://git-lfs"):
             raise LoraFileError("a Git LFS pointer, not weights. fetch the weights with `git lfs pull`.")
@@ -197,36 +216,75 @@ def read_header(path: Path) -> bytes:
         if length > MAX_HEADER_BYTES:
             raise LoraFileError(f"not a safetensors file: its header would be {length} bytes. download it again.")
         if 8 + length > size:
-            raise LoraFileError(
-                f"incomplete download: has {size} bytes, header promises {8 + length}. download it again."
-            )
-        file.seek(8)
-        header = file.read(length)
-    try:
-        entries = json.loads(header)
-        data = max((entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"), default=0)
-        if 8 + length + data > size:
-            raise LoraFileError(
-                f"incomplete download: has {size} bytes, header promises {8 + length + data}. download it again."
-            )
-        with safe_open(path, "pt"):
-            pass  # the library checks that the tensors tile the data exactly
-    except LoraFileError:
-        raise
-    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise LoraFileError(f"not a readable safetensors file ({error}). download it again.") from error
+            raise _incomplete(size, 8 + length)
+        header = start[8 : 8 + length]
+        header += file.read(length - len(header))
+    if (header, size) not in _checked:
+        _check_header(path, header, size)
+        if len(_checked) >= 64:  # files of one collection mostly share their header to the byte
+            _checked.clear()
+        _checked.add((header, size))
     return header
 
 
-@lru_cache(maxsize=64)
+def _incomplete(size: int, promised: int) -> LoraFileError:
+    return LoraFileError(f"incomplete download: has {size} bytes, header promises {promised}. download it again.")
+
+
+def _check_header(path: Path | str, header: bytes, size: int) -> None:
+    """Refuse a header that the library refuses; it checks that the tensors tile the data exactly."""
+    try:
+        with safe_open(path, "np"):
+            return
+    except (SafetensorError, ValueError) as error:
+        fault = error
+    try:
+        entries = json.loads(header)
+        data = max((entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"), default=0)
+        short = 8 + len(header) + data > size
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        fault, short = error, False
+    if short:
+        raise _incomplete(size, 8 + len(header) + data) from fault
+    raise LoraFileError(f"not a readable safetensors file ({fault}). download it again.") from fault
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A parsed header: the layout, and where in the data its weights lie.
+
+    ``runs`` are (type, first byte, columns of the flattened weights) of neighbouring tensors; ``alphas`` (module,
+    type, first byte).
+    """
+
+    layout: Layout
+    runs: list[tuple[str, int, slice]]
+    alphas: list[tuple[str, str, int]]
+
+
 def parse_layout(header: bytes) -> Layout:
     """Layers, alphas and ignored tensors that a safetensors header promises.
 
-    Files of one collection mostly share their header to the byte, which is why the last results are kept.
+    Equal ones are mostly the same object, also where the headers differ in their metadata or in the order of keys.
 
     Raises:
         LoraFileError: No LoRA pair, a missing partner, ranks that differ, two adapters, or a family that is refused.
     """
+    return _parse(_without_metadata(header)).layout
+
+
+def _without_metadata(header: bytes) -> str:
+    """The header less ``__metadata__``, which writers put first and where kohya tells of each training at length."""
+    text = header.decode()
+    if opening := re.match(r'\{\s*"__metadata__"\s*:\s*', text):
+        _, end = json.JSONDecoder().raw_decode(text, opening.end())
+        text = "{" + text[end:].lstrip(", \t\r\n")
+    return text
+
+
+@lru_cache(maxsize=64)
+def _parse(header: str) -> _Stored:
+    """What `parse_layout` and `load_weights` need of a header without metadata."""
     entries = json.loads(header)
     entries.pop("__metadata__", None)
     layers: dict[tuple[str, str], Layer] = {}
@@ -245,11 +303,13 @@ def parse_layout(header: bytes) -> Layout:
                     f"two tensors are the {parsed.role} of module {parsed.module}: {first} and {key}. keep one."
                 )
             shape = _matrix_shape(key, parsed.role, entry)
-            layers[parsed.module, parsed.role] = Layer(key, parsed.module, parsed.role, shape, entry["dtype"])
+            layers[parsed.module, parsed.role] = _layer(key, parsed.module, parsed.role, shape, entry["dtype"])
         elif match := re.match(SCALE, key):
             if prod(entry["shape"]) != 1:
                 raise LoraFileError(f"{key} has shape {entry['shape']}, not that of a number. save alpha as one.")
-            alphas[canonical_module(match["m"])] = key
+            if entry["dtype"] not in FLOAT_TYPES + INTEGER_TYPES:
+                raise LoraFileError(f"{key} is of type {entry['dtype']}. save it as one of {', '.join(FLOAT_TYPES)}.")
+            alphas[sys.intern(canonical_module(match["m"]))] = sys.intern(key)
         else:
             ignored[_ignored_as(key)] += 1
     for module in alphas.keys() - {layer.module for layer in layers.values()}:
@@ -259,7 +319,33 @@ def parse_layout(header: bytes) -> Layout:
         raise LoraFileError(f"no LoRA pair; the first keys are {', '.join(list(entries)[:3]) or 'none'}. is it a LoRA?")
     _check_pairs(layers)
     ordered = sorted(layers.values(), key=lambda layer: depth_key(layer.module, layer.role))
-    return Layout(tuple(ordered), alphas, ignored)
+    layout = _layout(tuple(ordered), tuple(sorted(alphas.items())), tuple(sorted(ignored.items())))
+    places = [(entries[key], module) for module, key in layout.alphas.items()]
+    stored = [(module, entry["dtype"], entry["data_offsets"][0]) for entry, module in places]
+    return _Stored(layout, _runs(layout, entries), stored)
+
+
+# Of tens of thousands of files each layer, and mostly each layout, is held once.
+_layer = lru_cache(maxsize=2**16)(Layer)
+
+
+@lru_cache(maxsize=2**10)
+def _layout(layers: tuple[Layer, ...], alphas: tuple[tuple[str, str], ...], ignored: tuple) -> Layout:
+    return Layout(layers, dict(alphas), Counter(dict(ignored)))
+
+
+def _runs(layout: Layout, entries: dict) -> list[tuple[str, int, slice]]:
+    """Runs of weights that lie in the data as they do in the layout; keys are mostly sorted, so there are few."""
+    runs: list[tuple[str, int, slice]] = []
+    end = None
+    for layer, columns in zip(layout.layers, layout.columns, strict=True):
+        start, stop = entries[layer.name]["data_offsets"]
+        if start == end and layer.dtype == runs[-1][0]:
+            _, start, before = runs.pop()
+            columns = slice(before.start, columns.stop)
+        runs.append((layer.dtype, start, columns))
+        end = stop
+    return runs
 
 
 def _matrix_shape(key: str, role: str, entry: dict) -> tuple[int, int]:
@@ -300,19 +386,47 @@ def _check_pairs(layers: dict[tuple[str, str], Layer]) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_matrices(data: bytes, layout: Layout) -> tuple[list[torch.Tensor], dict[str, float]]:
-    """The matrices of a file in the layout's order, and alpha by module.
+def load_weights(data: bytes | np.ndarray, layout: Layout) -> tuple[np.ndarray, dict[str, float]]:
+    """The flattened matrices of a file in the layout's order, and alpha by module.
 
     Args:
-        data: The whole file.
+        data: The whole file, bytes or uint8[size].
         layout: What its header promises.
 
     Returns:
-        Matrices float32[rows, cols] (float64 on disk is rounded), and the alphas that the file holds.
+        Weights float32[layout.width] (float64 on disk is rounded), and the alphas that the file holds.
+
+    Raises:
+        LoraFileError: The header promises another layout.
     """
-    tensors = load_safetensors(data)
-    matrices = [tensors[layer.name].to(torch.float32).reshape(layer.shape) for layer in layout.layers]
-    return matrices, {module: float(tensors[key].item()) for module, key in layout.alphas.items()}
+    end = 8 + int.from_bytes(bytes(data[:8]), "little")
+    stored = _parse(_without_metadata(bytes(data[8:end])))
+    if stored.layout != layout:
+        raise LoraFileError("changed since it was indexed. start again.")
+    weights = np.empty(layout.width, np.float32)
+    for dtype, start, columns in stored.runs:
+        with np.errstate(over="ignore"):  # infinity is the caller's to find
+            weights[columns] = _numbers(data, dtype, end + start, columns.stop - columns.start)
+    return weights, {module: float(_numbers(data, dtype, end + start, 1)[0]) for module, dtype, start in stored.alphas}
+
+
+def check_finite(weights: np.ndarray, layout: Layout) -> None:
+    """Refuse NaN and infinity in flattened weights.
+
+    Raises:
+        LoraFileError: There is one; the message says in how many layers.
+    """
+    if not np.isfinite(weights).all():
+        named = zip(layout.layers, layout.columns, strict=True)
+        bad = [layer.name for layer, columns in named if not np.isfinite(weights[columns]).all()]
+        raise LoraFileError(f"NaN or infinity in {len(bad)} tensors, first in {bad[0]}. train again or leave it out.")
+
+
+def _numbers(data: bytes | np.ndarray, dtype: str, start: int, count: int) -> np.ndarray:
+    """``count`` numbers of a safetensors type from a byte on; bfloat16, which numpy lacks, as float32."""
+    if dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(data, "<u2", count, start).astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(data, f"<{dtype[0].lower()}{int(dtype[1:]) // 8}", count, start)
 
 
 def update_scales(layout: Layout, alphas: dict[str, float], adapter_config: dict | None) -> dict[str, float]:
@@ -326,6 +440,8 @@ def update_scales(layout: Layout, alphas: dict[str, float], adapter_config: dict
         LoraFileError: An alpha is no finite number, or a pattern no regular expression.
     """
     config = adapter_config or {}
+    if not alphas and not config:
+        return {layer.module: 1.0 for layer in layout.layers if layer.role == "down"}
     scales = {}
     for layer in layout.layers:
         if layer.role == "up":
@@ -335,7 +451,7 @@ def update_scales(layout: Layout, alphas: dict[str, float], adapter_config: dict
             alpha = alphas[layer.module] if from_file else _configured_alpha(config, layer)
         except (ValueError, TypeError, AttributeError, re.error) as error:
             raise LoraFileError(f"adapter_config.json has an unusable alpha ({error}). mend or remove it.") from error
-        if not abs(alpha) <= torch.finfo(torch.float32).max:  # not >, which NaN would pass
+        if not abs(alpha) <= FLOAT32_MAX:  # not >, which NaN would pass
             raise LoraFileError(f"alpha of module {layer.module} is {alpha}. mend it or leave the file out.")
         root = 0.5 if config.get("use_rslora") and not from_file else 1.0
         scales[layer.module] = alpha / layer.rank**root if alpha else 1.0
@@ -344,8 +460,9 @@ def update_scales(layout: Layout, alphas: dict[str, float], adapter_config: dict
 
 def _configured_alpha(config: dict, layer: Layer) -> float:
     """``lora_alpha``, or that of the first pattern that names the end of the module's path (PEFT's rule)."""
-    path = re.split(r"\.lora[._]", layer.name)[0].removeprefix("base_model.model.")
-    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+    patterns = (config.get("alpha_pattern") or {}).items()
+    path = re.split(r"\.lora[._]", layer.name)[0].removeprefix("base_model.model.") if patterns else ""
+    for pattern, alpha in patterns:
         if re.match(rf"(.*\.)?({pattern})$", path):
             return float(alpha)
     return float(config.get("lora_alpha") or 0)

@@ -16,9 +16,12 @@ the mend, what has the wrong shape or dtype, is empty, or holds NaN, Inf or valu
 
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,7 +33,11 @@ BINS = 50  # histogram bins of the entropy
 SKETCH = 8  # rows and columns of an update's sketch
 QUANTILES = (0.05, 0.10, 0.25, 0.50, 0.75, 0.90, 0.95)
 ROUNDING = 1e-12  # a value below this share of its scale is float64 rounding, hence zero
-BLOCK = 2**20  # values worked on at a time (8 MiB in float64): it bounds memory and was the fastest on a CPU
+BLOCK = 2**18  # values worked on at a time: 2 MiB in float64 stay in a CPU's cache
+PCA_BLOCK = 2**24  # values of x that PCA works on at a time
+GRAM_ROWS = 8_000  # up to this many rows or columns PCA forms a Gram matrix (512 MB)
+OVERSAMPLING, CONVERGED = 28, 8e-4  # beyond, it iterates: columns above k, share of the variance that may be left
+SINGLE = 10 * torch.finfo(torch.float32).eps  # rounding, as a share, of sums of products in float32
 
 
 class Shared:
@@ -58,8 +65,8 @@ class Shared:
 
     @cached_property
     def sorted(self) -> Tensor:
-        """Values of each matrix, ascending, float64[N, n]; sorted in their own dtype, which is cheaper."""
-        return self.weights.flatten(1).sort(dim=1).values.double()
+        """Values of each matrix, ascending, float64[N, n]; sorted before they are widened, which is cheaper."""
+        return _sorted_rows(self.weights.flatten(1)).double()
 
     @cached_property
     def mean(self) -> Tensor:
@@ -93,16 +100,22 @@ class Shared:
         return singular_values(self.matrix)
 
     @cached_property
-    def magnitudes(self) -> Tensor:
-        """Magnitudes of all coefficients of the 2-D FFT, in no particular order, float64[N, n].
+    def magnitudes(self) -> tuple[Tensor, Tensor]:
+        """Magnitudes of the coefficients of the 2-D FFT, in no particular order: float64[N, a] and float64[N, b].
 
-        A real matrix's coefficients come in conjugate pairs of equal magnitude: half of them are computed,
-        and columns with a partner left out are taken twice. On a CPU that is several times faster than fft2.
+        A real matrix's coefficients come in conjugate pairs of equal magnitude: half of them are computed. The
+        first are those that occur once, the second those that occur twice, so that n = a + 2b.
         """
-        half = torch.fft.rfft2(self.matrix).abs()  # (N, rows, cols // 2 + 1)
-        # Column 0 is its own partner, and so is the last where cols is even.
-        partners = half[:, :, 1 : (self.matrix.shape[2] + 1) // 2]
-        return torch.cat([half, partners], dim=2).flatten(1)
+        rows, cols = self.matrix.shape[1:]
+        wide = (
+            self.matrix if rows <= cols else self.matrix.mT
+        )  # the long side is halved; its FFT is the same, transposed
+        half = torch.fft.rfft2(wide)  # (N, short, long // 2 + 1)
+        size = (half.real.square() + half.imag.square()).sqrt()  # thrice as fast as abs; no float32 overflows squared
+        # Column 0 is its own partner, and so is the last where the long side is even.
+        paired = (max(rows, cols) + 1) // 2
+        once = torch.cat([size[:, :, :1], size[:, :, paired:]], dim=2)
+        return once.flatten(1), size[:, :, 1:paired].flatten(1)
 
 
 def shared(w: Tensor | Shared) -> Shared:
@@ -232,10 +245,18 @@ def frequency(w: Tensor | Shared) -> Tensor:
 
     Shapes: w float[N, rows, cols] or its `Shared`; features in the table's order, float32[N, 14].
     """
-    c = shared(w).magnitudes
-    largest = _without_rounding(c.topk(min(TOP, c.shape[1]), dim=1).values)  # (N, at most 10), descending
-    std, mean = torch.std_mean(c, dim=1, correction=0, keepdim=True)
-    share = _ratio(largest.square().sum(1, keepdim=True), c.square().sum(1, keepdim=True))
+    once, twice = shared(w).magnitudes
+    n = once.shape[1] + 2 * twice.shape[1]
+
+    def average(of_once: Tensor, of_twice: Tensor) -> Tensor:
+        return (of_once.sum(1, keepdim=True) + 2 * of_twice.sum(1, keepdim=True)) / n
+
+    pairs = twice.topk(min(TOP // 2, twice.shape[1]), dim=1).values
+    candidates = torch.cat([once, pairs, pairs], dim=1)
+    largest = _without_rounding(candidates.topk(min(TOP, n), dim=1).values)  # (N, at most 10), descending
+    mean = average(once, twice)
+    std = average((once - mean).square(), (twice - mean).square()).sqrt()
+    share = _ratio(largest.square().sum(1, keepdim=True), n * average(once.square(), twice.square()))
     return _leave(_leading(largest), mean, std, largest[:, :1], share)
 
 
@@ -309,10 +330,16 @@ def update_sketch(down: Tensor, up: Tensor, module_id: str | Sequence[str], scal
         The 8 x 8 sketch, row by row, float32[N, 64].
     """
     down, up, scale = (x.double() for x in _pair(down, up, scale))
-    modules, of_module = np.unique(module_id, return_inverse=True)
-    p = torch.stack([_gaussian(module, "P", up.shape[1]) for module in modules]).to(up.device)[of_module]
-    q = torch.stack([_gaussian(module, "Q", down.shape[2]) for module in modules]).to(down.device)[of_module]
-    return _leave((scale[:, None, None] * (p.mT @ up) @ (down @ q)).flatten(1))
+    rows = defaultdict(list)
+    for row, module in enumerate([module_id] * len(down) if isinstance(module_id, str) else module_id):
+        rows[module].append(row)
+    sketch = torch.empty(len(down), SKETCH, SKETCH, dtype=torch.float64, device=down.device)
+    for module, of_module in rows.items():  # one product for all updates of a module: no projection is copied
+        at = torch.tensor(of_module, device=down.device)
+        p = _gaussian(module, "P", up.shape[1]).to(up.device)
+        q = _gaussian(module, "Q", down.shape[2]).to(down.device)
+        sketch[at] = (up[at].mT @ p).mT @ (down[at] @ q)
+    return _leave((scale[:, None, None] * sketch).flatten(1))
 
 
 def matrix_features(w: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
@@ -328,7 +355,7 @@ def matrix_features(w: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
     names = _checked_names(names, "matrix")
     _check("w", w, "[N, rows, cols]")
     parts = []
-    for block in w.split(max(1, BLOCK // w[0].numel())):
+    for block in w.split(_block_length(w)):
         m = Shared(block)
         parts.append({name: m.feature(name) for name in names})
     return {name: torch.cat([part[name] for part in parts]) for name in names}
@@ -351,7 +378,7 @@ def pair_features(
     """
     functions = {name: REPRESENTATIONS[name].function for name in _checked_names(names, "pair")}
     pair = _pair(down, up, scale)
-    length = max(1, BLOCK // (down[0].numel() + up[0].numel()))
+    length = _block_length(down, up)
     modules = [module_id] * len(down) if isinstance(module_id, str) else module_id
     found: dict[str, list[Tensor]] = {name: [] for name in functions}
     for start, *block in zip(range(0, len(down), length), *(x.split(length) for x in pair), strict=True):
@@ -362,13 +389,28 @@ def pair_features(
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-class PCA:
-    """Principal components of centred, unscaled rows (Pearson, 1901), through the smaller Gram matrix.
+class Rows(Protocol):
+    """Rows too many for memory, as PCA takes them: a shape (N, F), and a split that yields blocks of rows in order."""
 
-    Eigenvectors of XᵀX [F, F] or, for more columns than rows, those of XXᵀ [N, N] mapped back (Sirovich,
-    1987). Only a block of x at a time is held in float64. Of each component the entry of largest magnitude is
-    positive. A component whose variance is rounding, at most max(N, F)·eps(float64) of the largest, is zero
-    by convention.
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+
+    def split(self, length: int) -> Iterable[Tensor]:
+        """Blocks of ``length`` rows, the last maybe shorter, float[rows, F], on the device to compute on."""
+
+
+class PCA:
+    """Principal components of centred, unscaled rows (Pearson, 1901).
+
+    Where x has at most ``GRAM_ROWS`` rows or columns: exact, by the smaller Gram matrix in float64, XᵀX [F, F] or, for
+    more columns than rows, XXᵀ [N, N] mapped back (Sirovich, 1987). Otherwise by block Lanczos from a random block
+    (see `_krylov`): x is read by row blocks only, once for the mean and once for each of about 4 (spectra that fall)
+    to 20 (pure noise of 70,000 rows) products with XᵀX in float32. It stops where the variance explained by the k
+    components falls short of the best by an estimated 8e-4 of it; on all spectra tried it was less than 1e-3.
+
+    Of each component the entry of largest magnitude is positive. A component whose variance is rounding is zero by
+    convention: at most max(N, F)·eps(float64) of the largest, or ``SINGLE`` after products in float32.
 
     Args:
         n_components: Components wanted; k is the least of it, N - 1 and F.
@@ -377,52 +419,148 @@ class PCA:
         mean_: Column means, float64[F].
         components_: Orthonormal (or zero) rows, of falling variance, float64[k, F].
         explained_variance_: Variance along each, over N - 1, float64[k].
+        passes_: How many times x was read.
     """
 
     def __init__(self, n_components: int = 100):
         self.n_components = n_components
 
-    def fit(self, x: Tensor) -> "PCA":
-        """Learn mean and components of train rows x, float[N, F] with N at least 2, and return self."""
-        _check("x", x, "[N, F]")
+    def fit(self, x: Tensor | Rows) -> "PCA":
+        """Learn mean and components of train rows x, float[N, F] with N at least 2, and return self.
+
+        Of `Rows` with at most GRAM_ROWS rows and more columns than rows, all are gathered into one tensor.
+        """
+        _check_rows(x)
         rows, columns = x.shape
         if rows < 2:
             raise ValueError("PCA needs at least 2 train rows to see any variance; use more train samples")
-        length = max(1, 8 * BLOCK // rows)
-        self.mean_ = torch.cat([block.double().mean(0) for block in x.split(length, dim=1)])
-        wide = columns > rows
-        gram = torch.zeros(min(x.shape), min(x.shape), dtype=torch.float64, device=x.device)
-        for block in self._centred(x, by_columns=wide):
-            gram += block @ block.mT if wide else block.mT @ block
-        values, vectors = torch.linalg.eigh(gram)  # ascending
+        wide, small = columns > rows, min(rows, columns) <= GRAM_ROWS
+        if wide and small and not isinstance(x, Tensor):
+            x = torch.cat(list(x.split(_block_rows(columns))))
+        total, largest = 0, 0.0
+        for block in _checked_blocks(x):
+            total = total + block.double().sum(0)
+            largest = max(largest, block.abs().max().item())
+        self.mean_ = total / rows
+        self.passes_ = 1
         k = min(self.n_components, rows - 1, columns)
-        values, directions = values.flip(0)[:k], vectors.flip(1)[:, :k].mT
-        cutoff = values[0] * max(x.shape) * torch.finfo(torch.float64).eps
-        values = torch.where(values > cutoff, values, 0)  # not >=, or constant rows fail
-        if wide:  # from (k, N) to (k, F)
-            blocks = self._centred(x, by_columns=True)
-            directions = torch.cat([directions @ block for block in blocks], dim=1)
-            directions = _ratio(directions, values.sqrt()[:, None])
+        values, directions = self._gram(x, k, wide) if small else self._krylov(x, k, largest or 1.0)
         peak = directions.gather(1, directions.abs().argmax(1, keepdim=True))
         self.components_ = torch.where(values[:, None] > 0, directions * peak.sign(), 0)
         self.explained_variance_ = values / (rows - 1)
         return self
 
-    def transform(self, x: Tensor) -> Tensor:
-        """Scores ``(x - mean_) @ components_.T`` of rows x, float[N, F] with the fitted F: float32[N, k]."""
-        _check("x", x, "[N, F]")
+    def transform(self, x: Tensor | Rows) -> Tensor:
+        """Scores ``(x - mean_) @ components_.T`` of rows x, float[N, F] with the fitted F: float32[N, k]; one pass."""
+        _check_rows(x)
         if x.shape[1] != len(self.mean_):
             raise ValueError(f"PCA was fitted on {len(self.mean_)} columns, got {x.shape[1]}; pass the same ones")
-        blocks = self._centred(x, by_columns=False)
-        return _leave(torch.cat([block @ self.components_.mT for block in blocks]))
+        scores = [(block.double() - self.mean_) @ self.components_.mT for block in _checked_blocks(x)]
+        return _leave(torch.cat(scores))
 
-    def _centred(self, x: Tensor, by_columns: bool) -> Iterator[Tensor]:
-        """Blocks of whole columns, or of whole rows, of x less its mean, in float64."""
-        length = max(1, 8 * BLOCK // x.shape[0 if by_columns else 1])
-        blocks = x.split(length, dim=1 if by_columns else 0)
-        means = self.mean_.split(length) if by_columns else [self.mean_] * len(blocks)
-        for block, mean in zip(blocks, means, strict=True):
+    def _gram(self, x: Tensor | Rows, k: int, wide: bool) -> tuple[Tensor, Tensor]:
+        """Leading k eigenvalues of XᵀX, falling, 0 where rounding, and their vectors, float64[k, F]; exact."""
+        side = min(x.shape)
+        gram = torch.zeros(side, side, dtype=torch.float64, device=self.mean_.device)
+        for block in self._centred_columns(x) if wide else (b.double() - self.mean_ for b in _checked_blocks(x)):
+            gram += block @ block.mT if wide else block.mT @ block
+        self.passes_ += 1
+        values, vectors = torch.linalg.eigh(gram)  # ascending
+        values, directions = values.flip(0)[:k], vectors.flip(1)[:, :k].mT
+        values = _without_rounding(values[None], max(x.shape) * torch.finfo(torch.float64).eps)[0]
+        if wide:  # from (k, N) to (k, F)
+            directions = torch.cat([directions @ block for block in self._centred_columns(x)], dim=1)
+            directions = _ratio(directions, values.sqrt()[:, None])
+            self.passes_ += 1
+        return values, directions
+
+    def _centred_columns(self, x: Tensor) -> Iterator[Tensor]:
+        """Blocks of whole columns of x less its mean, in float64."""
+        length = _block_rows(len(x))
+        for block, mean in zip(x.split(length, dim=1), self.mean_.split(length), strict=True):
             yield block.double() - mean
+
+    def _krylov(self, x: Tensor | Rows, k: int, scale: float) -> tuple[Tensor, Tensor]:
+        """Leading k eigenpairs of XᵀX, as `_gram` returns them, by block Lanczos (Golub & Underwood, 1977).
+
+        Rayleigh-Ritz on the Krylov space span(Q, AQ, A²Q, ...), A = XᵀX, of a random block Q of k + 28 columns, which
+        needs no gaps in the spectrum (Musco & Musco, 2015). Each block is made orthogonal to all before it, so the
+        basis, float32[F, k + 28] a pass, is what takes memory. See `_converged` for when it stops. Works on x / scale,
+        the largest magnitude, so that squares neither overflow float32 nor vanish in it.
+        """
+        columns = x.shape[1]
+        width = min(k + OVERSAMPLING, columns)
+        generator = torch.Generator().manual_seed(0)
+        q = torch.randn(columns, width, generator=generator).to(self.mean_.device)
+        q = torch.linalg.qr(q).Q
+        basis: list[Tensor] = []
+        core = torch.zeros(0, 0, dtype=torch.float64, device=q.device)  # basisᵀ·A·basis
+        explained: list[float] = []
+        while True:
+            basis.append(q)
+            product = self._gram_times(x, q, scale)
+            column = torch.cat([b.mT @ product for b in basis]).double()
+            core = pad(core, (0, width, 0, width))
+            core[:, -width:], core[-width:] = column, column.mT
+            explained.append(torch.linalg.eigvalsh(core)[-k:].sum().item())
+            if _converged(explained) or (len(basis) + 1) * width > columns:
+                break
+            q = product
+            for _ in range(2):  # a second time, for what rounding has left of the first
+                for b in basis:
+                    q -= b @ (b.mT @ q)
+                q = torch.linalg.qr(q).Q
+        values, vectors = torch.linalg.eigh(core)
+        leading = vectors.flip(1)[:, :k].split(width)
+        directions = sum(b.double() @ part for b, part in zip(basis, leading, strict=True))  # (F, k)
+        # Orthonormal up to float32 by now; the factorisation makes it up to float64.
+        return scale**2 * _without_rounding(values.flip(0)[None, :k], SINGLE)[0], torch.linalg.qr(directions).Q.mT
+
+    def _gram_times(self, x: Tensor | Rows, q: Tensor, scale: float) -> Tensor:
+        """XᵀX·q / scale² of the centred rows X, in float32 [F, b], in one pass over x."""
+        product = torch.zeros_like(q)
+        for block in x.split(_block_rows(x.shape[1])):
+            mean = self.mean_ if block.dtype == torch.float64 else self.mean_.float()
+            centred = (block - mean).float()
+            product.addmm_(centred.mT, centred @ q / scale / scale)
+        self.passes_ += 1
+        return product
+
+
+def _converged(explained: list[float]) -> bool:
+    """Whether sums of Ritz values, one a step, are within CONVERGED of their limit.
+
+    Their gains fall about geometrically, so what is left is estimated from the last two (Aitken, 1926); where strong
+    directions have just been found and weak ones have not, that is too little, hence never less than the last gain,
+    and twice in a row.
+    """
+    gains = [after - before for before, after in pairwise(explained)]
+    left = []
+    for before, gain in pairwise(gains):
+        further = gain**2 / (before - gain) if gain < before else math.inf
+        left.append(max(gain, further) if gain > SINGLE * explained[-1] else 0.0)
+    return len(left) > 1 and max(left[-2:]) <= CONVERGED * explained[-1]
+
+
+def _block_rows(row: int) -> int:
+    """How many rows (or columns) of this many numbers PCA takes at a time."""
+    return max(1, PCA_BLOCK // row)
+
+
+def _check_rows(x: Tensor | Rows) -> None:
+    """Refuse what is not a matrix; `Rows` are looked at block by block on the way."""
+    if isinstance(x, Tensor):
+        _check("x", x, "[N, F]")
+    elif len(x.shape) != 2 or 0 in x.shape:
+        raise ValueError(f"x must be float[N, F] and hold values, got shape {list(x.shape)}; reshape it")
+
+
+def _checked_blocks(x: Tensor | Rows) -> Iterator[Tensor]:
+    """Blocks of rows; those of a tensor have been checked as a whole."""
+    for block in x.split(_block_rows(x.shape[1])):
+        if not isinstance(x, Tensor):
+            _check("x", block, "[N, F]")
+        yield block
 
 
 def _check(name: str, x: Tensor, shape: str) -> None:
@@ -470,6 +608,20 @@ def _leave(*columns: Tensor) -> Tensor:
     return torch.cat(columns, dim=1).clamp(-largest, largest).float()
 
 
+def _block_length(*of: Tensor) -> int:
+    """How many samples to work on at a time; a GPU has no such cache, and wants fewer and larger operations."""
+    values = BLOCK if of[0].device.type == "cpu" else 16 * BLOCK
+    return max(1, values // sum(x[0].numel() for x in of))
+
+
+def _sorted_rows(x: Tensor) -> Tensor:
+    """Rows of x [N, F], ascending, in x's dtype or float32; on a CPU by numpy, 20 times as fast as torch's sort."""
+    if x.device.type != "cpu":
+        return x.sort(dim=1).values
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()  # numpy has no bfloat16
+    return torch.from_numpy(np.sort(wide.numpy(), axis=1))
+
+
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
     """Quotient a / b, and 0 where b is 0."""
     return torch.where(b == 0, 0, a / torch.where(b == 0, 1, b))
@@ -485,9 +637,9 @@ def _triangle(a: Tensor) -> Tensor:
     return torch.linalg.qr(a if a.shape[1] >= a.shape[2] else a.mT, mode="r").R
 
 
-def _without_rounding(descending: Tensor) -> Tensor:
-    """Rows [N, F] with what is at most 1e-12 of the first entry set to 0."""
-    return torch.where(descending > ROUNDING * descending[:, :1], descending, 0)
+def _without_rounding(descending: Tensor, share: float = ROUNDING) -> Tensor:
+    """Rows [N, F] with what is at most this share of the first entry set to 0."""
+    return torch.where(descending > share * descending[:, :1], descending, 0)  # not >=, or rows of zeros fail
 
 
 def _leading(descending: Tensor) -> Tensor:
@@ -503,12 +655,11 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
     """Pearson correlation of the rows of a and b [N, F]: [N, 1]; 0 where one is constant up to rounding."""
-    centred = []
+    constant = torch.zeros(len(a), 1, dtype=torch.bool, device=a.device)
     for x in (a, b):
-        low, high = x.aminmax(dim=1, keepdim=True)
-        constant = high - low <= ROUNDING * torch.maximum(low.abs(), high.abs())
-        centred.append(torch.where(constant, 0, x - x.mean(1, keepdim=True)))
-    return _cosine(*centred)
+        low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)  # three times as fast as aminmax along rows
+        constant |= high - low <= ROUNDING * torch.maximum(low.abs(), high.abs())
+    return torch.where(constant, 0, _cosine(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)))
 
 
 @lru_cache(maxsize=4096)

@@ -8,21 +8,38 @@ import json
 import os
 import secrets
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import BinaryIO
 
 import numpy as np
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that a reader, or a crash, sees all of it or nothing."""
+    with _written_atomically(path) as file:
+        file.write(data)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an .npy atomically, without a second copy of the array and without mapping the file.
+
+    The unwritten pages of a mapped file count as memory of the process; those of a plain write do not.
+    """
+    with _written_atomically(path) as file:
+        np.lib.format.write_array(file, np.asarray(array, order="C"), allow_pickle=False)
+
+
+@contextmanager
+def _written_atomically(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -89,6 +106,84 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an .npz; nothing pickled is ever loaded."""
     with np.load(path, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
+
+
+def shard_path(folder: Path, first_row: int) -> Path:
+    """Where the shard that begins with a row lies."""
+    return folder / f"{first_row:08}.npy"
+
+
+def map_shards(folder: Path) -> list[np.ndarray]:
+    """The shards of a folder in the order of their rows, memory-mapped."""
+    return [np.load(path, mmap_mode="r") for path in sorted(folder.glob("[0-9]*.npy"))]
+
+
+class Shards:
+    """An array float32[N, W] that is never held whole: consecutive rows in each .npy file of a folder.
+
+    Rows are read, not mapped: the pages of a mapped file count as memory of the process.
+    """
+
+    def __init__(self, folder: Path):
+        mapped = map_shards(folder)
+        self.files = [(Path(array.filename), array.offset) for array in mapped]
+        self.starts = np.cumsum([0, *(len(array) for array in mapped)])  # first row of each shard, and N
+        self.shape = (int(self.starts[-1]), mapped[0].shape[1])
+
+    def read(self, rows: np.ndarray | None = None, columns: slice | np.ndarray | None = None) -> np.ndarray:
+        """Some rows and columns.
+
+        Args:
+            rows: In any order, also repeated, int[n]; None: all.
+            columns: A slice without a step, or in any order int[w]; None: all.
+
+        Returns:
+            A copy, float32[n, w].
+
+        Raises:
+            IndexError: There is no such row or column.
+        """
+        rows = np.arange(self.shape[0]) if rows is None else np.asarray(rows)
+        picked = None if columns is None or isinstance(columns, slice) else np.asarray(columns)
+        if picked is None:
+            span = range(self.shape[1])[columns or slice(None)]
+            found = np.empty((len(rows), len(span)), np.float32)
+        else:
+            span = range(picked.min(initial=self.shape[1]), picked.max(initial=-1) + 1)
+            found = np.empty((len(rows), len(picked)), np.float32)
+        if not found.size:
+            return found
+        if rows.min() < 0 or rows.max() >= self.shape[0] or span.start < 0 or span.stop > self.shape[1]:
+            asked = f"rows {rows.min()} to {rows.max()}, columns {span.start} to {span.stop - 1}"
+            raise IndexError(f"{asked} of an array {self.shape}")
+        shard_of_row = np.searchsorted(self.starts, rows, side="right") - 1
+        if picked is not None:
+            picked, buffer = picked - span.start, np.empty(len(span), np.float32)
+        for shard in np.unique(shard_of_row).tolist():
+            path, start = self.files[shard]
+            at = np.flatnonzero(shard_of_row == shard)
+            numbers = (rows[at] - self.starts[shard]) * self.shape[1] + span.start  # that lie before what is read
+            with open(path, "rb", buffering=0) as file:
+                for i, offset in zip(at.tolist(), (start + 4 * numbers).tolist(), strict=True):
+                    _read_into(found[i] if picked is None else buffer, file, offset)
+                    if picked is not None:
+                        np.take(buffer, picked, out=found[i])
+        return found
+
+    def split(self, length: int) -> Iterator[np.ndarray]:
+        """All rows in order, in blocks of ``length`` (the last may be shorter), each float32[length, W]."""
+        for start in range(0, self.shape[0], length):
+            yield self.read(np.arange(start, min(start + length, self.shape[0])))
+
+
+def _read_into(array: np.ndarray, file: BinaryIO, offset: int) -> None:
+    """Fill a contiguous array from a place in a file."""
+    wanted = memoryview(array).cast("B")
+    while wanted:
+        count = os.preadv(file.fileno(), [wanted], offset)
+        if not count:
+            raise OSError(f"{file.name}: cut short. remove the cache folder that it lies in.")
+        wanted, offset = wanted[count:], offset + count
 
 
 class Units:

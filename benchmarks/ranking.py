@@ -1,6 +1,6 @@
 """Phase 1, stacked against one at a time: the same classifiers on the same data, epochs and cores, in one run.
 
-    python benchmarks/ranking.py [--layers 16] [--runs 1] [--epochs 5] [--repeats 5]
+    python benchmarks/ranking.py [--layers 16] [--runs 1] [--epochs 10] [--repeats 5]
     python benchmarks/ranking.py --layers 128 --runs 10 --device cuda
 
 The rival is the textbook loop: one nn.Sequential, one DataLoader and one default torch.optim.Adam at a time. Both do
@@ -96,13 +96,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16, help="layers to rank (16)")
     parser.add_argument("--runs", type=int, default=1, help="classifiers of each layer (1)")
     parser.add_argument("--textbook", type=int, default=16, help="classifiers that the textbook loop trains (16)")
-    parser.add_argument("--epochs", type=int, default=5, help="epochs of each (5)")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of each (10)")
     parser.add_argument("--repeats", type=int, default=5, help="alternations; the medians count (5)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # as the program does
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(args.layers, SAMPLES, FEATURES, generator=generator).to(device)
     y = torch.randint(0, CLASSES, (SAMPLES,), generator=generator).to(device)

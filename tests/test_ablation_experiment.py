@@ -18,6 +18,7 @@ import report
 import store
 from ablation_experiment import RESULT_FILES, main
 from representations import REPRESENTATIONS
+from stacked_training import Streamed
 
 ROOT = Path(ablation_experiment.__file__).parent
 
@@ -331,6 +332,79 @@ def test_an_interrupted_run_continues_where_it_stopped(tmp_path, monkeypatch, ca
         one, other = (tmp_path / out / "ablation_small" / name for out in ("out", "whole"))
         assert one.read_bytes() == other.read_bytes()
     assert results["layer_ranking"] == whole["layer_ranking"]
+
+
+def test_a_higher_top_k_and_more_runs_train_only_what_is_new(tmp_path, monkeypatch):
+    root = write_collection(tmp_path / "small", classes=2, per_class=10)
+    seen, real = [], ablation_experiment.train_classifiers
+
+    def counted(x, y, split, models, *args, **kwargs):
+        seen.extend(zip(models.source.tolist(), models.run.tolist(), strict=True))
+        return real(x, y, split, models, *args, **kwargs)
+
+    monkeypatch.setattr(ablation_experiment, "train_classifiers", counted)
+    flags = ("--quick", "--num-runs=2", "--representations=stats,flat_vec")
+    # So small that no stack holds more than one run of a representation, nor more than two runs of the layers.
+    monkeypatch.setitem(ablation_experiment.STACK_PARAMETERS, "cpu", 160_000)
+    monkeypatch.setattr(ablation_experiment, "RUNS_IN_STACK", 2)
+    run(tmp_path, root, "--top-k=1", *flags)
+    assert len(seen) == 4 * 2 + 2 * 2 * 2
+    seen.clear()
+    run(tmp_path, root, "--top-k=2", *flags)
+    assert seen == [(0, 0), (0, 1)] * 2  # both representations without another layer
+    seen.clear()
+    more = run(tmp_path, root, "--top-k=2", *flags, "--num-runs=3")
+    assert [run for _, run in seen] == [2] * len(seen) and len(seen) == 4 + 2 * 2
+    monkeypatch.setattr(ablation_experiment, "train_classifiers", real)
+    fresh = run(tmp_path, root, "--top-k=2", *flags, "--num-runs=3", out="fresh")
+    assert fresh["layer_ranking"] == more["layer_ranking"] and fresh["baseline_results"] == more["baseline_results"]
+
+
+def test_a_stack_that_does_not_fit_memory_is_made_smaller_and_told(tmp_path, monkeypatch, capsys):
+    root = write_collection(tmp_path / "small", classes=2, per_class=10)
+    flags = ("--top-k=1", "--quick", "--representations=stats,vae")
+    whole, real, learn = run(tmp_path, root, *flags), ablation_experiment.train_classifiers, autoencoders.fit_transform
+
+    def train_two(x, y, split, models, *args, **kwargs):
+        if len(models.run) > 2:
+            raise torch.OutOfMemoryError("Tried to allocate a lot.")
+        return real(x, y, split, models, *args, **kwargs)
+
+    def learn_one(name, x, *args, **kwargs):
+        if len(x) > 1:
+            raise torch.OutOfMemoryError("Tried to allocate a lot.")
+        return learn(name, x, *args, **kwargs)
+
+    monkeypatch.setattr(ablation_experiment, "train_classifiers", train_two)
+    monkeypatch.setattr(autoencoders, "fit_transform", learn_one)
+    smaller = run(tmp_path, root, *flags, out="smaller")
+    made = smaller["config"]["stack"]["smaller"]
+    assert made["fitting vae, 16 weights a layer"] == 1 and made["baseline stats"] == 1 and made["ranking"] <= 2
+    assert "12 models do not fit the memory of cpu: trying 6 at once" in capsys.readouterr().out
+    for name in ("stats", "vae"):  # as far as a matrix product does not depend on how many are done at once
+        metrics = [value(results, "baseline_results", name, "train_accuracy", "mean") for results in (whole, smaller)]
+        assert metrics[0] == pytest.approx(metrics[1], abs=0.1)
+    assert run(tmp_path, root, *flags, out="smaller") == smaller  # nothing to do
+    assert "Nothing to do" in capsys.readouterr().out
+
+    monkeypatch.setattr(autoencoders, "fit_transform", out_of_memory)
+    run(tmp_path, root, *flags, "--seed=1", out="never", expected=2)
+    assert "one model alone does not fit the device's memory" in capsys.readouterr().err
+
+
+def out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
+
+
+def test_weights_that_do_not_fit_the_device_are_streamed_and_give_the_same(tmp_path, monkeypatch):
+    root = write_collection(tmp_path / "small", classes=2, per_class=10)
+    flags = ("--top-k=1", "--quick", "--representations=flat_vec,pca")
+    resident = run(tmp_path, root, *flags)
+    monkeypatch.setattr(ablation_experiment, "memory_of", lambda _: 1000)
+    monkeypatch.setattr(Streamed, "resident", not_again)
+    streamed = run(tmp_path, root, *flags, out="streamed")
+    for key in ("layer_ranking", "baseline_results", "ablation_results"):
+        assert resident[key] == streamed[key]
 
 
 # -- what cannot be run, and what is refused --------------------------------------------------------------

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 from data import CollectionError, check_classes, extract, index_collection, split_rows
+from lora_files import LoraFileError
 from representations import REPRESENTATIONS, matrix_features, pair_features
 
 CPU = torch.device("cpu")
@@ -265,6 +266,16 @@ def test_one_network_in_two_styles_is_one_collection(tmp_path):
     assert collection.weights_per_layer == [16] * 24
 
 
+def test_files_share_what_is_equal_in_them(tmp_path):
+    """Tens of thousands of files whose headers differ in the metadata of their trainings hold one layout."""
+    for i in range(6):
+        path = write_lora(tmp_path / "a" / f"{i}" / FILE_NAME, lora(seed=i))
+        save_file(load_file(path), path, metadata={"training": "x" * i})
+        (path.parent / "adapter_config.json").write_text('{"lora_alpha": 8}')
+    files = index_collection(tmp_path).files
+    assert len({id(file.layout) for file in files}) == len({id(file.adapter_config) for file in files}) == 1
+
+
 def counts(tmp_path, **per_class) -> data.Collection:
     for label, count in per_class.items():
         for i in range(count):
@@ -388,6 +399,10 @@ def test_split_of_a_thousand_is_exact():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def loaded(found: data.Extracted, name: str) -> np.ndarray:
+    return found.weights().read() if name == data.WEIGHTS else found.load(name)
+
+
 def extracted(root, cache, names=("stats",)) -> data.Extracted:
     return extract(index_collection(root), names, cache, CPU)
 
@@ -432,7 +447,7 @@ def test_scales_reach_the_pair_features(tmp_path):
 def test_packed_weights_are_the_matrices_in_layer_order(tmp_path):
     root = write_collection(tmp_path / "zoo", modules=11, rank=2, width=5)
     collection = index_collection(root)
-    packed = extract(collection, [data.WEIGHTS], tmp_path / "cache", CPU).load(data.WEIGHTS)
+    packed = extract(collection, [data.WEIGHTS], tmp_path / "cache", CPU).weights().read()
     columns = data.layer_columns(collection)
     assert packed.shape == (6, 11 * 20)
     for row, file in enumerate(collection.files):
@@ -445,7 +460,7 @@ def test_packed_weights_are_the_matrices_in_layer_order(tmp_path):
 def test_other_float_types_are_packed_as_float32(tmp_path, dtype):
     tensors = {name: tensor.to(dtype) for name, tensor in lora().items()}
     write_lora(tmp_path / "zoo" / "a" / "x.safetensors", tensors)
-    packed = extracted(tmp_path / "zoo", tmp_path / "cache", [data.WEIGHTS]).load(data.WEIGHTS)
+    packed = extracted(tmp_path / "zoo", tmp_path / "cache", [data.WEIGHTS]).weights().read()
     np.testing.assert_array_equal(packed[0], torch.cat([tensor.float().flatten() for tensor in tensors.values()]))
 
 
@@ -576,7 +591,11 @@ def change_scale(root):
     (files_in(root)[0].parent / "adapter_config.json").write_text('{"lora_alpha": 8}')
 
 
-@pytest.mark.parametrize("change", [change_contents, change_label, add_file, change_scale])
+def remove_file(root):
+    shutil.rmtree(files_in(root)[2].parent)
+
+
+@pytest.mark.parametrize("change", [change_contents, change_label, add_file, remove_file, change_scale])
 def test_the_cache_is_not_used_after_a_change(tmp_path, passes, change):
     root = write_collection(tmp_path / "zoo")
     names = ["stats", "coupling", "update_sketch"]
@@ -610,6 +629,32 @@ def test_two_collections_never_share(tmp_path):
     np.testing.assert_array_equal(alone.load("stats"), b.load("stats"))
 
 
+def test_two_collections_of_one_name_never_share(tmp_path):
+    """Equal names, files, sizes and times, other numbers: the case that a key of names alone would get wrong."""
+    roots = [tmp_path / place / "zoo" for place in "ab"]
+    for root, seed in zip(roots, (0, 1), strict=True):
+        planted_collection(root, per_class=3, seed=seed)
+        for path in files_in(root):
+            os.utime(path, ns=(0, 10**18))
+    a, b = (extracted(root, tmp_path / "cache", ["stats", data.WEIGHTS]) for root in roots)
+    assert a.fingerprint != b.fingerprint
+    for name in ("stats", data.WEIGHTS):
+        assert not np.array_equal(loaded(a, name), loaded(b, name))
+        alone = extracted(roots[1], tmp_path / "other", ["stats", data.WEIGHTS])
+        np.testing.assert_array_equal(loaded(alone, name), loaded(b, name))
+
+
+def test_nothing_is_packed_unless_it_is_asked_for(tmp_path):
+    root = write_collection(tmp_path / "zoo")
+    found = extracted(root, tmp_path / "cache", ["stats", "coupling"])
+    features = found.folder / "features"
+    assert {path.name.split("-")[0] for path in features.iterdir()} == {"stats", "coupling"}
+    largest = max(path.stat().st_size for path in tmp_path.joinpath("cache").rglob("*"))
+    extracted(root, tmp_path / "cache", [data.WEIGHTS])
+    assert {path.name.split("-")[0] for path in features.iterdir()} == {"stats", "coupling", data.WEIGHTS}
+    assert largest < 2**14
+
+
 def test_the_fingerprint_is_of_contents_not_of_the_place(tmp_path):
     root = write_collection(tmp_path / "zoo")
     shutil.copytree(root, tmp_path / "copy")
@@ -627,7 +672,54 @@ def test_the_chunk_size_changes_nothing(tmp_path, monkeypatch):
         parts = extracted(tmp_path / "zoo", tmp_path / str(numbers), names)
         assert parts.fingerprint == whole.fingerprint
         for name in names:
-            np.testing.assert_array_equal(parts.load(name), whole.load(name), err_msg=name)
+            np.testing.assert_array_equal(loaded(parts, name), loaded(whole, name), err_msg=name)
+
+
+@pytest.mark.parametrize(("shard", "chunk"), [(1, 1), (5 * 128, 2 * 128), (5 * 128, 2**22), (4 * 128, 4 * 128)])
+def test_several_shards_give_the_arrays_of_one(tmp_path, monkeypatch, shard, chunk):
+    planted_collection(tmp_path / "zoo", per_class=4)  # 12 files of 128 numbers
+    names = [*MATRIX, *PAIR, data.WEIGHTS]
+    whole = extracted(tmp_path / "zoo", tmp_path / "whole", names)
+    assert [path.name for path in whole.path("stats").iterdir()] == ["00000000.npy"]
+    monkeypatch.setattr(data, "SHARD_NUMBERS", shard)
+    monkeypatch.setattr(data, "CHUNK_NUMBERS", chunk)
+    parts = extracted(tmp_path / "zoo", tmp_path / "parts", names)
+    firsts = [f"{first:08}.npy" for first in range(0, 12, max(1, shard // 128))]
+    for name in names:
+        assert sorted(path.name for path in parts.path(name).iterdir()) == firsts
+        np.testing.assert_array_equal(loaded(parts, name), loaded(whole, name), err_msg=name)
+
+
+def test_shards_are_written_as_they_are_finished(tmp_path, monkeypatch):
+    """So a killed pass leaves whole shards behind, and memory holds one."""
+    monkeypatch.setattr(data, "SHARD_NUMBERS", 4 * 64)
+    monkeypatch.setattr(data, "CHUNK_NUMBERS", 2 * 64)
+    root = write_collection(tmp_path / "zoo", classes=2, per_class=5)
+    there = []
+
+    def progress(chunks, _):
+        for chunk in chunks:
+            there.append(len(list(tmp_path.rglob("*.npy"))))
+            yield chunk
+
+    extract(index_collection(root), ["stats", data.WEIGHTS], tmp_path / "cache", CPU, progress)
+    assert there == [0, 0, 2, 2, 4]
+
+
+def test_files_come_in_order_and_threads_are_not_too_far_ahead():
+    begun = []
+
+    def work(i):
+        begun.append(i)
+        if i == 3:
+            raise LoraFileError("bad")
+        return i
+
+    outcomes = []
+    for i, future in enumerate(data._in_threads(work, range(50), ahead=5)):
+        assert len(begun) <= i + 6
+        outcomes.append("bad" if future.exception() else future.result())
+    assert outcomes == [0, 1, 2, "bad", *range(4, 50)]
 
 
 def test_progress_is_given_chunks_of_files(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from making import lora, module_names, write_lora
 from safetensors.torch import save
 
 import lora_files
-from lora_files import LoraFileError, canonical_module, depth_key, load_matrices, parse_key, parse_layout, read_header
+from lora_files import LoraFileError, canonical_module, depth_key, load_weights, parse_key, parse_layout, read_header
 
 Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
@@ -311,7 +311,7 @@ def test_any_module_has_a_place(module):
 def scales_of(tensors: dict, config: dict | None = None) -> dict:
     data = save(tensors)
     layout = parse_layout(header_of(data))
-    _, alphas = load_matrices(data, layout)
+    _, alphas = load_weights(data, layout)
     return lora_files.update_scales(layout, alphas, config)
 
 
@@ -343,6 +343,11 @@ def test_alpha_of_each_module_is_its_own_and_half_precision_is_read():
 def test_an_alpha_that_is_no_number_is_refused_from_the_header():
     tensors = pair("lora_unet_a", 4, "lora_down", "lora_up")
     assert "lora_unet_a.alpha" in refusal(tensors | {"lora_unet_a.alpha": torch.ones(2)})
+
+
+def test_an_alpha_of_a_type_that_is_no_number_is_refused():
+    tensors = pair("lora_unet_a", 4, "lora_down", "lora_up")
+    assert "of type BOOL" in refusal(tensors | {"lora_unet_a.alpha": torch.tensor(True)})
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 1e300])
@@ -402,12 +407,12 @@ def test_convolutions_are_read_as_matrices():
     down, up = torch.randn(2, 3, 3, 3, generator=generator), torch.randn(5, 2, 1, 1, generator=generator)
     data = save({"unet.conv_in.lora.down.weight": down, "unet.conv_in.lora.up.weight": up})
     layout = parse_layout(header_of(data))
-    (read_down, read_up), _ = load_matrices(data, layout)
+    weights, _ = load_weights(data, layout)
     assert [layer.shape for layer in layout.layers] == [(2, 27), (5, 2)]
     assert [layer.rank for layer in layout.layers] == [2, 2]
     assert [layer.free_side for layer in layout.layers] == [27, 5]
-    assert torch.equal(read_down, down.reshape(2, 27))
-    assert torch.equal(read_up, up.reshape(5, 2))
+    assert layout.columns == (slice(0, 54), slice(54, 64))
+    assert weights.tolist() == torch.cat([down.flatten(), up.flatten()]).tolist()
 
 
 @pytest.mark.parametrize(
@@ -425,11 +430,77 @@ def test_every_float_type_is_read_as_float32(dtype):
     tensors = {key: tensor.to(dtype) for key, tensor in lora(1).items()}
     data = save(tensors)
     layout = parse_layout(header_of(data))
-    matrices, _ = load_matrices(data, layout)
+    weights, _ = load_weights(data, layout)
     assert {layer.dtype for layer in layout.layers} <= set(lora_files.FLOAT_TYPES)
-    for layer, matrix in zip(layout.layers, matrices, strict=True):
-        assert matrix.dtype == torch.float32
-        assert torch.equal(matrix, tensors[layer.name].float())
+    assert weights.dtype == "float32"
+    for layer, columns in zip(layout.layers, layout.columns, strict=True):
+        assert weights[columns].tolist() == tensors[layer.name].float().flatten().tolist()
+
+
+def test_types_may_differ_within_a_file():
+    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float16, torch.float32]
+    tensors = {key: tensor.to(dtype) for dtype, (key, tensor) in zip(dtypes, lora(3).items(), strict=True)}
+    tensors["x.alpha"] = torch.tensor(3, dtype=torch.uint8)  # nothing after it is aligned
+    data = save(tensors)
+    weights, _ = load_weights(data, layout_of(tensors))
+    assert weights.tolist() == torch.cat([tensor.float().flatten() for tensor in list(tensors.values())[:-1]]).tolist()
+
+
+def reordered(data: bytes, seed: int) -> bytes:
+    """The same tensors, in another order of keys and of data, behind a header that ends at an odd byte."""
+    header = header_of(data)
+    entries, keys, body, moved = json.loads(header), list(json.loads(header)), b"", {}
+    random.Random(seed).shuffle(keys)
+    for key in keys:
+        start, end = entries[key]["data_offsets"]
+        moved[key] = entries[key] | {"data_offsets": [len(body), len(body) + end - start]}
+        body += data[8 + len(header) + start : 8 + len(header) + end]
+    new = json.dumps(moved).encode()
+    return file_of(new + b" " * (len(new) % 2 == 0), body)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_order_of_keys_and_data_changes_nothing(tmp_path, seed):
+    data = save(lora(12) | {f"{module_names(1)[0]}.alpha": torch.tensor(3.0)})
+    layout = parse_layout(header_of(data))
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(reordered(data, seed))
+    assert parse_layout(read_header(path)) is layout  # one object, however many files
+    weights, alphas = load_weights(path.read_bytes(), layout)
+    assert weights.tolist() == torch.cat([tensor.flatten() for tensor in lora(12).values()]).tolist()
+    assert list(alphas.values()) == [3.0]
+
+
+def test_metadata_of_the_training_leaves_the_layout():
+    layout = parse_layout(header_of(save(lora(2))))
+    for metadata in ({"a": "1"}, {"ss": '}, "x": {', "t": "\\u007b\u00fc"}, {"long": "x" * 10_000}):
+        data = save(lora(2), metadata=metadata)
+        assert parse_layout(header_of(data)) is layout
+        assert parse_layout(header_of(data).replace(b'{"__metadata__":', b'{ "__metadata__" : ')) is layout
+        assert load_weights(data, layout)[0].tolist() == load_weights(save(lora(2)), layout)[0].tolist()
+    entries = json.loads(header_of(save(lora(2))))
+    assert parse_layout(json.dumps(entries | {"__metadata__": {"at": "the end"}}).encode()) is layout
+    with pytest.raises(LoraFileError, match="no LoRA pair"):
+        parse_layout(b'{"__metadata__":{"a":"b"}}')
+
+
+def test_another_layout_is_not_read_as_this_one():
+    with pytest.raises(LoraFileError, match="changed"):
+        load_weights(save(lora(3)), parse_layout(header_of(save(lora(2)))))
+
+
+def test_an_equal_header_is_checked_once_for_each_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(lora_files, "_checked", set())
+    opened, original = [], lora_files.safe_open
+    monkeypatch.setattr(lora_files, "safe_open", lambda *args: opened.append(1) or original(*args))
+    paths = [write_lora(tmp_path / f"{i}.safetensors", lora(seed=i)) for i in range(3)]
+    for path in paths * 2:
+        read_header(path)
+    assert len(opened) == 1
+    for spoilt in (paths[0].read_bytes() + b"x", paths[0].read_bytes()[:-1]):
+        paths[0].write_bytes(spoilt)
+        with pytest.raises(LoraFileError):
+            read_header(paths[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn])
@@ -540,9 +611,9 @@ def test_a_mutated_header_is_refused_or_valid(tmp_path_factory, header):
     except LoraFileError as error:
         assert str(error)
         return
-    matrices, _ = load_matrices(path.read_bytes(), layout)
-    assert [tuple(matrix.shape) for matrix in matrices] == [layer.shape for layer in layout.layers]
-    assert [layer.role for layer in layout.layers] == ["down", "up"] * (len(matrices) // 2)
+    weights, _ = load_weights(path.read_bytes(), layout)
+    assert len(weights) == layout.width == sum(rows * columns for rows, columns in (x.shape for x in layout.layers))
+    assert [layer.role for layer in layout.layers] == ["down", "up"] * (len(layout.layers) // 2)
 
 
 @settings(deadline=None, max_examples=200)

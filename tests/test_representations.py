@@ -28,7 +28,15 @@ from representations import (
 
 MATRIX = [name for name, row in REPRESENTATIONS.items() if row.kind == "matrix"]
 PAIR = [name for name, row in REPRESENTATIONS.items() if row.kind == "pair"]
-SHAPES = {"tall": (40, 6), "wide": (6, 40), "square": (12, 12), "1xn": (1, 64), "nx1": (63, 1), "2x3": (2, 3)}
+SHAPES = {
+    "tall": (40, 6),
+    "wide": (6, 40),
+    "square": (12, 12),
+    "1xn": (1, 64),
+    "nx1": (63, 1),
+    "2x3": (2, 3),
+    "9x4": (9, 4),  # an odd long side
+}
 WIDTHS = {
     "stats": 7,
     "spectral": 32,
@@ -273,7 +281,7 @@ def test_coupling_is_numpys_on_the_formed_update(shape):
 
 @pytest.mark.parametrize("shape", [(30, 8), (8, 30), (12, 12), (5, 400), (300, 7)])
 def test_pca_is_scikit_learns(shape, monkeypatch):
-    monkeypatch.setattr(representations, "BLOCK", 16)  # many blocks
+    monkeypatch.setattr(representations, "PCA_BLOCK", 16)  # many blocks
     x, new = gaussian(*shape) * torch.linspace(3, 0.1, shape[1]) + 5, gaussian(4, shape[1], seed=9)
     k = min(6, shape[0] - 1, shape[1])
     ours, theirs = PCA(6).fit(x), SklearnPCA(k, svd_solver="full").fit(x.double().numpy())
@@ -282,6 +290,81 @@ def test_pca_is_scikit_learns(shape, monkeypatch):
     signs = np.sign((ours.components_.numpy() * theirs.components_).sum(1))
     close(ours.components_.numpy() * signs[:, None], theirs.components_, rtol=1e-6, atol=1e-9)
     close(ours.transform(new).numpy() * signs, theirs.transform(new.double().numpy()), rtol=1e-4, atol=1e-5)
+
+
+class RowBlocks:
+    """What PCA takes in place of a tensor: a shape, and blocks of rows; counts how many rows it gave at once."""
+
+    def __init__(self, x):
+        self.x, self.shape, self.largest = x, tuple(x.shape), 0
+
+    def split(self, length):
+        for block in self.x.split(length):
+            self.largest = max(self.largest, len(block))
+            yield block
+
+
+def spectrum(kind, n, columns):
+    """n rows whose centred matrix has, up to the noise, singular values of this kind."""
+    noise = gaussian(n, columns, seed=3)
+    if kind == "noise":
+        return noise
+    if kind in ("planted", "strong"):  # three directions above the noise; in the second case far above it
+        strength = {"planted": 0.3, "strong": 3.0}[kind]
+        return noise + strength * low_rank(1, n, columns, 3, seed=5)[0]
+    u, _, v = torch.linalg.svd(noise, full_matrices=False)
+    return u @ torch.diag(torch.arange(1.0, len(v) + 1) ** -0.1) @ v  # "slow": falls by half over all
+
+
+@pytest.mark.parametrize("shape", [(300, 420), (420, 300)])
+@pytest.mark.parametrize("kind", ["noise", "planted", "strong", "slow"])
+def test_pca_of_many_rows_explains_what_an_exact_one_does(kind, shape, monkeypatch):
+    monkeypatch.setattr(representations, "GRAM_ROWS", 100)
+    monkeypatch.setattr(representations, "PCA_BLOCK", 64 * shape[1])
+    x, k = spectrum(kind, *shape) + 2, 10
+    pca, rows = PCA(k).fit(x), RowBlocks(x)
+    centred = x.double() - x.double().mean(0)
+    best = torch.linalg.eigvalsh(centred.mT @ centred)[-k:].sum()
+    explained = (centred @ pca.components_.mT).square().sum()
+    assert 1 - 1e-3 < explained / best < 1 + 1e-9
+    close(pca.explained_variance_.sum() * (shape[0] - 1), explained, rtol=1e-5)
+    close(pca.components_ @ pca.components_.mT, torch.eye(k), atol=1e-9)
+    assert (pca.components_.gather(1, pca.components_.abs().argmax(1, keepdim=True)) > 0).all()
+    # The same from rows that are only ever there in blocks, bit for bit, and again.
+    again = PCA(k).fit(rows)
+    assert torch.equal(again.components_, pca.components_) and again.passes_ == pca.passes_
+    assert torch.equal(again.transform(rows), pca.transform(x)) and rows.largest == 64
+
+
+@pytest.mark.parametrize("shape", [(30, 80), (80, 30)])
+def test_pca_of_few_rows_or_columns_is_exact_for_row_blocks_too(shape):
+    x = gaussian(*shape)
+    assert torch.equal(PCA(5).fit(RowBlocks(x)).components_, PCA(5).fit(x).components_)
+
+
+def test_pca_of_many_rows_keeps_the_conventions(monkeypatch):
+    monkeypatch.setattr(representations, "GRAM_ROWS", 20)
+    two = PCA(6).fit(low_rank(1, 90, 70, 2)[0] + 3)
+    assert (two.components_[2:] == 0).all() and (two.components_[:2].norm(dim=1) - 1).abs().max() < 1e-9
+    assert two.passes_ < 8
+    x = gaussian(90, 70)
+    for scale in (2.0**-70, 2.0**70):  # neither do squares overflow float32, nor vanish in it
+        assert torch.equal(PCA(6).fit(scale * x).components_, PCA(6).fit(x).components_)
+        close(PCA(6).fit(scale * x).explained_variance_ / scale**2, PCA(6).fit(x).explained_variance_, rtol=1e-9)
+    constant = PCA(6).fit(torch.full((90, 70), 0.1) + torch.arange(70))
+    assert (constant.components_ == 0).all() and (constant.explained_variance_ == 0).all()
+
+
+def test_pca_refuses_row_blocks_that_it_cannot_use(monkeypatch):
+    monkeypatch.setattr(representations, "GRAM_ROWS", 20)
+    x = gaussian(90, 70)
+    pca = PCA(3).fit(x)
+    x[40, 3] = math.nan
+    for refused in (PCA(3).fit, pca.transform):
+        with pytest.raises(ValueError, match="1 of 6300 values are NaN"):
+            refused(RowBlocks(x))
+    with pytest.raises(ValueError, match=r"must be float\[N, F\] and hold values, got shape \[5\]"):
+        PCA(3).fit(RowBlocks(torch.ones(5)))
 
 
 # 3. Property
@@ -567,11 +650,11 @@ def test_one_sort_one_svd_one_fft_for_all(monkeypatch):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, **k: calls.append(name) or original(*a, **k))
 
-    counted(torch.Tensor, "sort")
+    counted(representations, "_sorted_rows")
     counted(torch.linalg, "svdvals")
     counted(torch.fft, "rfft2")
     matrix_features(gaussian(3, 4, 9), MATRIX)
-    assert sorted(calls) == ["rfft2", "sort", "svdvals"]
+    assert sorted(calls) == ["_sorted_rows", "rfft2", "svdvals"]
 
 
 def test_a_wrapped_batch_stands_for_the_batch():

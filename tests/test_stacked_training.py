@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 from torch.nn import functional
 
@@ -343,6 +344,16 @@ def test_streams_differ_by_every_part_of_their_key():
     draws = {tuple(torch.rand(3, generator=stream(*key)).tolist()) for key in keys}
     assert len(draws) == 5
     assert torch.equal(torch.rand(3, generator=stream(*keys[0])), torch.rand(3, generator=stream(*keys[0])))
+
+
+def test_scored_is_scikit_learns_accuracy_and_macro_f1():
+    generator = np.random.default_rng(0)
+    truth, predicted = generator.integers(0, 5, 30), generator.integers(0, 6, (4, 30))  # class 5 is never there
+    accuracy, f1 = scored(truth, predicted, num_classes=7)
+    for m, row in enumerate(predicted):
+        assert accuracy[m] == pytest.approx(accuracy_score(truth, row))
+        reference = f1_score(truth, row, labels=np.arange(7), average="macro", zero_division=0)
+        assert f1[m] == pytest.approx(reference, rel=1e-12)
 
 
 def test_scored_by_hand():

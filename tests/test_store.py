@@ -67,6 +67,62 @@ def test_a_write_replaces_the_file_and_obeys_the_umask(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("array", [np.arange(12.0).reshape(3, 4), np.arange(12).reshape(3, 4).T, np.zeros((0, 2))])
+def test_a_saved_array_is_read_by_numpy(tmp_path, array):
+    store.save_array(tmp_path / "deep" / "x.npy", array)
+    found = np.load(tmp_path / "deep" / "x.npy")
+    assert found.dtype == array.dtype
+    np.testing.assert_array_equal(found, array)
+
+
+def test_a_failed_array_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="pickle"):
+        store.save_array(tmp_path / "x.npy", np.array([{}], dtype=object))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def sharded(tmp_path) -> tuple[store.Shards, np.ndarray]:
+    """An array of 11 rows in shards of 4, 4 and 3, and the whole."""
+    whole = np.random.default_rng(0).standard_normal((11, 7), dtype=np.float32)
+    for first in (0, 4, 8):
+        store.save_array(store.shard_path(tmp_path / "x", first), whole[first : first + 4])
+    return store.Shards(tmp_path / "x"), whole
+
+
+@pytest.mark.parametrize("columns", [None, slice(None), slice(2, 5), slice(0, 0), [6, 0, 3, 3], [1, 2, 3], []])
+@pytest.mark.parametrize("rows", [None, [], [10, 0, 4, 3, 4, 10], [5], list(range(11))])
+def test_shards_read_as_numpy_indexes(sharded, rows, columns):
+    shards, whole = sharded
+    asked = columns if columns is None or isinstance(columns, slice) else np.array(columns, int)
+    found = shards.read(None if rows is None else np.array(rows, int), asked)
+    expected = whole[slice(None) if rows is None else rows][:, slice(None) if columns is None else asked]
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_shards_in_blocks_of_rows(sharded):
+    shards, whole = sharded
+    assert shards.shape == (11, 7)
+    for length in (1, 3, 4, 20):
+        blocks = list(shards.split(length))
+        assert {len(block) for block in blocks[:-1]} <= {length}
+        np.testing.assert_array_equal(np.concatenate(blocks), whole)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [([11], None), ([-1], None), ([0], np.array([7])), ([0], np.array([-1]))])
+def test_what_is_not_in_the_shards_is_refused(sharded, rows, columns):
+    with pytest.raises(IndexError):
+        sharded[0].read(np.array(rows), columns)
+
+
+def test_a_shard_that_was_cut_short_is_told(sharded, tmp_path):
+    path = store.shard_path(tmp_path / "x", 8)
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(OSError, match="cut short"):
+        sharded[0].read()
+
+
 def test_a_unit_is_computed_once(tmp_path):
     calls = []
 

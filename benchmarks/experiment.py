@@ -1,0 +1,120 @@
+"""The whole experiment, phase by phase: seconds, share of the time, peak memory of host and device.
+
+    python benchmarks/experiment.py 1000                # on Stable-Diffusion-1.5-like LoRAs, written first
+    python benchmarks/experiment.py --dataset=1k        # on a collection that is there, or the built-in digits
+    python benchmarks/experiment.py 1000 --again        # and once more with one more layer removed, `stats` only
+
+Everything after these arguments goes to the experiment, such as ``--quick`` or ``--device=cpu``. It runs in a fresh
+output folder, so nothing is reused. Peak host memory is the resident set (Linux), with pages of mapped files that the
+system could drop at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from sd15_zoo import write_zoo
+
+import ablation_experiment
+import digits_zoo
+
+
+def host_peak() -> int:
+    """Largest resident set since `forget_peaks`, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
+def forget_peaks() -> None:
+    """Begin to measure peaks anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+class Metered(ablation_experiment.Stopwatch):
+    """The experiment's stopwatch, which also notes the peak memory of each phase."""
+
+    latest: Metered
+
+    def __init__(self):
+        super().__init__()
+        Metered.latest, self.host, self.device = self, dict.fromkeys(self.PHASES, 0), dict.fromkeys(self.PHASES, 0)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the body to a phase, and take in its peaks."""
+        forget_peaks()
+        with super().phase(name):
+            yield
+        self.host[name] = max(self.host[name], host_peak())
+        if torch.cuda.is_available():
+            self.device[name] = max(self.device[name], torch.cuda.max_memory_allocated())
+
+    def table(self, total: float) -> str:
+        """Seconds, share and peaks by phase."""
+        lines = [f"{'phase':<14}{'seconds':>9}{'share':>8}{'host peak':>12}{'device peak':>13}"]
+        for name in self.PHASES:
+            share, host, device = self.seconds[name] / total, self.host[name] / 2**30, self.device[name] / 2**30
+            lines.append(f"{name:<14}{self.seconds[name]:>9.1f}{share:>8.1%}{host:>8.2f} GiB{device:>9.2f} GiB")
+        rest = total - sum(self.seconds.values())
+        return "\n".join([*lines, f"{'the rest':<14}{rest:>9.1f}{rest / total:>8.1%}", f"{'total':<14}{total:>9.1f}"])
+
+
+def measured(arguments: list[str]) -> float:
+    """Run the experiment, print its table of phases, and return its seconds."""
+    print(f"$ python ablation_experiment.py {' '.join(arguments)}", flush=True)
+    start = time.perf_counter()
+    code = ablation_experiment.main(arguments)
+    total = time.perf_counter() - start
+    if code not in (0, 3):
+        sys.exit(code)
+    print(f"\n{Metered.latest.table(total)}\n", flush=True)
+    return total
+
+
+def main() -> None:
+    """Write the collection where it is to be written, run, and print the figure."""
+    parser = argparse.ArgumentParser(description="Time the whole experiment phase by phase.")
+    parser.add_argument("count", type=int, nargs="?", help="SD1.5-like LoRAs to write and use; none with --dataset")
+    parser.add_argument("--dataset", help="a collection that is there instead, or 1k, 10k, small")
+    parser.add_argument("--top-k", type=int, default=5, help="layers to remove (5)")
+    parser.add_argument("--again", action="store_true", help="then run with one more layer removed, stats only")
+    args, rest = parser.parse_known_args()
+    if (args.count is None) == (args.dataset is None):
+        parser.error("give either a number of LoRAs to write or a --dataset")
+    ablation_experiment.Stopwatch = Metered
+    on = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU only, {torch.get_num_threads()} threads"
+    print(f"python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores, {on}")
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = args.dataset
+        if args.count:
+            dataset = str(Path(folder, "zoo"))
+            start = time.perf_counter()
+            write_zoo(Path(dataset), args.count)
+            print(f"{args.count} LoRAs written in {time.perf_counter() - start:.0f} s")
+        elif dataset in ablation_experiment.BUILT_IN_SIZES and not Path("data", dataset).is_dir():
+            digits_zoo.build(Path("data/built-in-digits", dataset), ablation_experiment.BUILT_IN_SIZES[dataset])
+        fixed = [f"--dataset={dataset}", f"--output-dir={folder}/results", *rest]
+        first = measured([*fixed, f"--top-k={args.top_k}"])
+        if args.again:
+            second = measured([*fixed, f"--top-k={args.top_k + 1}", "--representations=stats"])
+            print(f"figure: {second / first:.3f} of the first run's time")
+        else:
+            print(f"figure: {first:.1f} seconds")
+
+
+if __name__ == "__main__":
+    main()
