@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,13 +43,15 @@ import stacked_training
 import store
 from data import WEIGHTS, Collection, CollectionError, Extracted
 from representations import PCA, REPRESENTATIONS
-from stacked_training import DROPOUT, HIDDEN, Models, Schedule, Split, Streamed, scored, standardise, train_classifiers
+from stacked_training import DROPOUT, HIDDEN, Models, Schedule, Split, Stored, scored, standardise, train_classifiers
 
 BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000}
 NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small")
-# Parameters in a stack: of 8 classifiers of one layer for a CPU, near whose caches they stay; of 559 for a GPU.
+# Parameters in a stack: of 8 classifiers of one layer for a CPU, near whose caches they stay; of 561 for a GPU.
 STACK_PARAMETERS = {"cpu": 4_300_000, "cuda": 300_000_000}
-RUNS_IN_STACK = 10  # of one representation, so that more runs find the first ones finished
+# Autoencoders stop at very different epochs: of a larger stack more are left at the end.
+AUTOENCODER_PARAMETERS = {"cpu": 29_000_000, "cuda": 300_000_000}
+RUNS_IN_STACK = {"cpu": 2, "cuda": 10}  # of one representation, so that more runs find the first ones finished
 MEMORY_SHARE = 0.6  # of the device's memory that resident weights may take
 PCA_COMPONENTS = 100
 RESULT_FILES = ("top_layers.json", "results.txt", "samples.csv", "predictions.npz", "results.json")
@@ -193,7 +195,11 @@ class Settings:
             "representations": list(self.representations),
             "classifier": {"hidden": list(HIDDEN), "dropout": DROPOUT, **asdict(self.classifier)},
             "autoencoder": asdict(self.autoencoder),
-            "stack": {"parameters": STACK_PARAMETERS[self.device.type]},
+            "stack": {
+                "parameters": STACK_PARAMETERS[self.device.type],
+                "autoencoder_parameters": AUTOENCODER_PARAMETERS[self.device.type],
+                "runs": RUNS_IN_STACK[self.device.type],
+            },
         }
 
 
@@ -301,10 +307,10 @@ def locate(args: argparse.Namespace, progress: Progress) -> tuple[str, Path]:
 class Inputs:
     """What classifiers read: ``x`` float32[S, N, F], standardised, of which columns ``live`` bool[F] are left.
 
-    ``identity`` stands for the numbers of ``x`` in the keys of finished units.
+    ``identity`` stands for ``x`` in the keys of finished units: its numbers, or what they are computed from.
     """
 
-    x: torch.Tensor | Streamed
+    x: torch.Tensor | Stored
     live: np.ndarray
     identity: str
 
@@ -349,10 +355,9 @@ class Experiment:
         self.held_out = np.concatenate([rows["validation"], rows["test"]])
         self.units = store.Units(extracted.folder / "units")
         self.predictions = {"rows": self.held_out, "y": collection.y[self.held_out]}
-        self.encoded: dict[str, list[np.ndarray]] = {}
         self.smaller_stacks: dict[str, int] = {}  # made so for want of memory
         self.key = {  # what every unit depends on beside its inputs and models
-            "code": store.code_digest(stacked_training),
+            "code": store.code_digest(stacked_training, store),
             "torch": torch.__version__,
             "device": self.device.type,
             "seed": settings.seed,
@@ -361,17 +366,18 @@ class Experiment:
 
     def features(self, name: str) -> torch.Tensor:
         """Cached features on the device, float32[N, L or P, F]."""
-        return torch.from_numpy(np.array(self.extracted.load(name))).to(self.device)
+        features = self.extracted.load(name)
+        return torch.from_numpy(features if features.flags.writeable else np.array(features)).to(self.device)
 
     def in_stacks(
-        self, models: list, parameters: int, key: dict, compute: Callable[[list], dict], label: str
+        self, models: list, at_once: int, key: dict, compute: Callable[[list], dict], label: str
     ) -> Iterator[tuple[list, dict[str, np.ndarray]]]:
         """Each stack of models with the arrays that ``compute(stack)`` gives for it, read where they are finished.
 
-        A stack is as large as this kind of device takes; which models share one is fixed by the collection and the
-        flags. Where the device's memory does not do, a smaller one is tried, which the output and the results tell.
+        A stack holds ``at_once`` models; which share one is fixed by the collection, the flags and the kind of device.
+        Where the device's memory does not do, a smaller one is tried, which the output and the results tell.
         """
-        at_once, start = max(1, STACK_PARAMETERS[self.device.type] // parameters), 0
+        at_once, start = min(at_once, self.smaller_stacks.get(label, at_once)), 0
         while start < len(models):
             self.progress(label, start, len(models))
             stack = models[start : start + at_once]
@@ -410,6 +416,7 @@ class Experiment:
         classes, schedule = len(self.collection.classes), self.settings.classifier
         widths = (inputs.x.shape[2], *HIDDEN, classes)
         parameters = sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise(widths))
+        at_once = max(1, STACK_PARAMETERS[self.device.type] // parameters)
         live = store.array_digest(inputs.live)
         key = {"kind": "classifier", **self.key, "inputs": inputs.identity, "live": live, "schedule": asdict(schedule)}
         key |= {"hidden": HIDDEN, "dropout": DROPOUT}
@@ -429,7 +436,7 @@ class Experiment:
                 dropout=DROPOUT,
             )
 
-        finished = [arrays for _, arrays in self.in_stacks(models, parameters, key, compute, label)]
+        finished = [arrays for _, arrays in self.in_stacks(models, at_once, key, compute, label)]
         trained = {name: np.concatenate([arrays[name] for arrays in finished]) for name in finished[0]}
         boundary = len(self.rows["validation"])
         for name, part in (("val", slice(None, boundary)), ("test", slice(boundary, None))):
@@ -482,10 +489,10 @@ class Experiment:
             kept_pairs[self.collection.pair_of_layer[removed]] = False
             kept = kept_pairs[self.collection.pair_of_layer]
         inputs = self.inputs(name, kept)
-        runs = range(self.settings.num_runs)
+        runs, at_once = range(self.settings.num_runs), RUNS_IN_STACK[self.device.type]
         parts = [
-            self.classify(inputs, [(0, run) for run in runs[start : start + RUNS_IN_STACK]], f"{condition} {name}")
-            for start in runs[::RUNS_IN_STACK]
+            self.classify(inputs, [(0, run) for run in runs[start : start + at_once]], f"{condition} {name}")
+            for start in runs[::at_once]
         ]
         trained = {kind: np.concatenate([part[kind] for part in parts]) for kind in parts[0]}
         for kind in ("predicted", "log_loss", "epochs"):
@@ -506,7 +513,8 @@ class Experiment:
         if name == "flat_vec":
             return self.flat_weights(np.repeat(kept, widths))
         if name == "pca":  # components of what is left, not what is left of the components
-            return Inputs.of(self._standardised(self.principal_components(np.repeat(kept, widths))))
+            scores = torch.from_numpy(self.principal_components(np.repeat(kept, widths)))
+            return Inputs.of(self._standardised(scores.to(self.device)))
         if kind == "autoencoder":
             encoded = self.encode(name)
             x = torch.from_numpy(np.concatenate(encoded, axis=1)).to(self.device)
@@ -520,43 +528,58 @@ class Experiment:
         return standardise(x, self.split.train)[None]
 
     def flat_weights(self, live: np.ndarray) -> Inputs:
-        """The packed weights, on the device as a whole if they fit it, else read as they are asked for."""
-        packed = self.extracted.weights()
-        x = Streamed(packed.read, packed.shape, self.split.train)
-        if 4 * math.prod(packed.shape) < MEMORY_SHARE * memory_of(self.device):
-            x = x.resident()
-        return Inputs(x, live, store.digest([WEIGHTS, self.extracted.suffix]))
+        """The packed weights; held on the device where they fit it, and read only if a stack is to be trained."""
+        return Inputs(self._packed, live, self._packed_identity)
 
-    def principal_components(self, live: np.ndarray) -> torch.Tensor:
-        """PCA of the live columns of the weights, fitted on train rows: scores float32[N, k]."""
-        everywhere = (np.flatnonzero(live), self.device)
-        train = StoredRows(self.extracted.weights(), self.rows["train"], *everywhere)
-        rows = StoredRows(self.extracted.weights(), np.arange(len(self.collection.files)), *everywhere)
-        return PCA(PCA_COMPONENTS).fit(train).transform(rows)
+    @cached_property
+    def _packed(self) -> Stored:
+        packed = self.extracted.weights()
+        fits = 4 * math.prod(packed.shape) < MEMORY_SHARE * memory_of(self.device)
+        return Stored(packed.read, packed.shape, self.split.train, hold=fits)
+
+    @property
+    def _packed_identity(self) -> str:
+        return store.digest([WEIGHTS, self.extracted.suffix, store.code_digest(sys.modules[__name__])])
+
+    def principal_components(self, live: np.ndarray) -> np.ndarray:
+        """PCA of the live columns of the weights, fitted on train rows, computed or read: scores float32[N, k]."""
+        key = {"kind": "pca", **self.key, "weights": self._packed_identity, "live": store.array_digest(live)}
+
+        def compute() -> dict[str, np.ndarray]:
+            packed, columns = self.extracted.weights(), np.flatnonzero(live)
+            train = StoredRows(packed, self.rows["train"], columns, self.device)
+            rows = StoredRows(packed, np.arange(packed.shape[0]), columns, self.device)
+            return {"scores": PCA(PCA_COMPONENTS).fit(train).transform(rows).cpu().numpy()}
+
+        return self.units.get({**key, "components": PCA_COMPONENTS}, compute)["scores"]
 
     # -- autoencoders -------------------------------------------------------------------------------------------------
 
     def encode(self, name: str) -> list[np.ndarray]:
         """Features float32[N, latent] of each layer from an autoencoder of its own, fitted on train rows or read."""
-        if name in self.encoded:
-            return self.encoded[name]
         key = {"kind": "autoencoder", **self.key, "weights": self.extracted.suffix, "learned": name}
         key |= {"learner": store.code_digest(autoencoders), "schedule": asdict(self.settings.autoencoder)}
         widths = np.array(self.collection.weights_per_layer)
         encoded: list = [None] * len(widths)
         for width in np.unique(widths).tolist():
-            layers, parameters = np.flatnonzero(widths == width).tolist(), autoencoders.num_parameters(name, width)
+            layers = np.flatnonzero(widths == width).tolist()
+            # A parameter is held five times: itself, its gradient, two moments, the best so far; a weight once.
+            parameters = autoencoders.num_parameters(name, width) + len(self.collection.files) * width // 5
+            stacks = math.ceil(len(layers) * parameters / AUTOENCODER_PARAMETERS[self.device.type])
+            at_once = math.ceil(len(layers) / min(stacks, len(layers)))  # stacks of about equal size
             fit, label = partial(self._fit_autoencoders, name), f"fitting {name}, {width} weights a layer"
-            for stack, unit in self.in_stacks(layers, parameters, key, fit, label):
+            for stack, unit in self.in_stacks(layers, at_once, key, fit, label):
                 for layer, features in zip(stack, unit["features"], strict=True):
                     encoded[layer] = features
-        self.encoded[name] = encoded
         return encoded
 
     def _fit_autoencoders(self, name: str, layers: list[int]) -> dict[str, np.ndarray]:
-        packed, columns = self.extracted.weights(), data.layer_columns(self.collection)
-        x = torch.from_numpy(np.stack([packed.read(None, columns[layer]) for layer in layers]))  # (M, N, width)
-        x = standardise(x.to(self.device), self.split.train)
+        packed, columns = self.extracted.weights(), self.collection.files[0].layout.columns
+        shape = len(layers), packed.shape[0], self.collection.weights_per_layer[layers[0]]
+        x = torch.empty(shape, device=self.device)
+        for m, layer in enumerate(layers):
+            weights = torch.from_numpy(packed.read(None, columns[layer])).to(self.device)
+            x[m] = standardise(weights, self.split.train)
         schedule, seed = self.settings.autoencoder, self.settings.seed
         return autoencoders.fit_transform(name, x, self.split, schedule=schedule, seed=seed)
 
@@ -591,6 +614,9 @@ def run(args: argparse.Namespace) -> int:
         CollectionError: The collection cannot be used. The output folder is left as it was.
     """
     settings, progress = resolve(args), Progress()
+    # Classifiers that are sure of their train rows are full of numbers below 1e-38, over which a CPU takes many times
+    # as long: they count as 0. Said before anything is computed, as threads that run already would not hear of it.
+    torch.set_flush_denormal(True)
     say(report.settings_lines(settings.config(), environment(settings.device), args.output_dir))
     name, folder = locate(args, progress)
     watch = Stopwatch()
@@ -627,7 +653,7 @@ def run(args: argparse.Namespace) -> int:
 
 def environment(device: torch.device) -> dict:
     """The machine and the program, as results.json tells them."""
-    modules = (stacked_training, representations, autoencoders, lora_files, data, report, sys.modules[__name__])
+    modules = (stacked_training, representations, autoencoders, lora_files, data, store, report, sys.modules[__name__])
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -710,13 +736,15 @@ def run_phases(experiment: Experiment, chosen: list[str], not_run: dict[str, str
 
 
 def attempt(name: str, not_run: dict[str, str], work: Callable):
-    """The work's result; where its training diverges, None, and the reason is noted so that the others go on."""
+    """The work's result; None where training diverges or memory does not do, and the reason is noted."""
     try:
         return work()
     except FloatingPointError as error:
         not_run[name] = str(error)
-        say(report.not_run_line(name, not_run[name]))
-        return None
+    except torch.OutOfMemoryError as error:
+        not_run[name] = f"out of memory with one model at a time: {error}"
+    say(report.not_run_line(name, not_run[name]))
+    return None
 
 
 def finished_results(target: Path, header: dict) -> dict | None:
@@ -757,11 +785,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
     except CollectionError as error:
         print(error.shown(), file=sys.stderr)
-    except torch.OutOfMemoryError as error:
+    except torch.OutOfMemoryError as error:  # of the ranking, and so is the next one
         print(
             f"error: one model alone does not fit the device's memory: {error} try another --device.", file=sys.stderr
         )
-    except FloatingPointError as error:  # of the ranking, without which there is no experiment
+    except FloatingPointError as error:
         print(f"error: {error}. try another --seed.", file=sys.stderr)
     except OSError as error:
         print(f"error: {error}. the same command continues where this one stopped.", file=sys.stderr)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stacked_training import Schedule, Split, dropout_mask, rows_at_once, stream, train
+from stacked_training import Schedule, Split, dropout_masks, rows_at_once, stream, train
 
 KL_WEIGHT = 0.1
 TEMPERATURE = 0.5
@@ -91,7 +91,7 @@ class Draws:
 
     def dropout_mask(self, rate: float, *shape: int) -> Tensor | None:
         """Zeros at a rate, else 1 / (1 - rate); None for rate 0."""
-        return dropout_mask(rate, shape, self.generators["dropout"], self.like.dtype) if rate else None
+        return dropout_masks(rate, shape, [self.generators["dropout"]], self.like.dtype)[0] if rate else None
 
 
 class StackedLinear(torch.autograd.Function):
@@ -327,7 +327,7 @@ def nt_xent(projected: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     itself = torch.eye(count, dtype=torch.bool, device=views.device)
     partner = torch.arange(count, device=views.device).roll(count // 2)
     scores = similarity.masked_fill(itself, -torch.inf).log_softmax(2)
-    return -scores[:, torch.arange(count), partner].mean(1)
+    return -scores[:, torch.arange(count, device=views.device), partner].mean(1)
 
 
 def fit_transform(name: str, x: Tensor, split: Split, *, schedule: Schedule, seed: int) -> dict[str, np.ndarray]:

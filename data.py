@@ -36,7 +36,7 @@ import store
 from lora_files import Layer, Layout, LoraFileError
 from representations import REPRESENTATIONS, matrix_features, pair_features
 
-CHUNK_NUMBERS = 2**22  # weights worked on at once on the pass; their float64 copies take ten times 32 MiB
+CHUNK_NUMBERS = 2**22  # weights worked on at once on the pass, 16 MiB
 SHARD_NUMBERS = 2**26  # weights of the files whose features, and packed weights, are held and then written: 256 MiB
 READERS = 2  # threads that read and hash
 READ_AHEAD = 32  # files, fewer where they are large
@@ -399,7 +399,7 @@ def extract(
         CollectionError: Weights are NaN or infinite, or files have changed since they were indexed. Nothing is left.
     """
     names = list(names)
-    code = store.code_digest(representations, lora_files, sys.modules[__name__])
+    code = store.code_digest(representations, lora_files, store, sys.modules[__name__])
     suffix = f"{store.digest([code, torch.__version__])[:8]}-{device.type}"
     known = cache / "collections" / f"{_identity(collection)}.json"
     missing = names
@@ -420,7 +420,7 @@ def extract(
                 if not done.path(name).exists():  # else another process has finished the same
                     raise
     if not all(done.path(name).exists() for name in names):  # other contents than those found before
-        known.unlink()
+        known.unlink(missing_ok=True)
         return extract(collection, names, cache, device, progress)
     store.write_atomically(known, store.canonical_json({"fingerprint": fingerprint}))
     return done
@@ -583,11 +583,6 @@ def _fill_pair_features(arrays: dict, collection: Collection, matrices: list, sc
         features = pair_features(downs, ups, module, scale, names)
         for name in names:
             arrays[name][row, position] = features[name].cpu().numpy()
-
-
-def layer_columns(collection: Collection) -> list[slice]:
-    """The columns of each layer in the packed weights."""
-    return list(collection.files[0].layout.columns)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -201,7 +201,7 @@ def read_header(path: Path | str) -> bytes:
     Raises:
         LoraFileError: The file is something else, or not all of it is here.
     """
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(64)
         if start.startswith(b"version https://git-lfs"):

@@ -520,8 +520,7 @@ class PCA:
         """XᵀX·q / scale² of the centred rows X, in float32 [F, b], in one pass over x."""
         product = torch.zeros_like(q)
         for block in x.split(_block_rows(x.shape[1])):
-            mean = self.mean_ if block.dtype == torch.float64 else self.mean_.float()
-            centred = (block - mean).float()
+            centred = (block.double() - self.mean_).float()  # a mean far above the deviation would drown it in float32
             product.addmm_(centred.mT, centred @ q / scale / scale)
         self.passes_ += 1
         return product

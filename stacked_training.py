@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -43,14 +44,21 @@ def stream(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))
 
 
-def dropout_mask(rate: float, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+def dropout_masks(
+    rate: float, shape: tuple[int, ...], generators: Sequence[torch.Generator], dtype: torch.dtype
+) -> Tensor:
     """Inverted dropout: 0 with probability ``rate``, else 1 / (1 - rate), the rate in steps of 1/65536.
 
     Sixteen random bits decide each entry; on a CPU that takes a tenth of the time of a Bernoulli draw for each.
+
+    Returns:
+        A mask from each generator, [generators, *shape].
     """
     kept, count = round((1 - rate) * 2**16), math.prod(shape)
-    bits = torch.empty(-(-count // 4), dtype=torch.int64, device=generator.device)
-    numbers = bits.random_(-(2**63), None, generator=generator).view(torch.int16)[:count].view(shape)
+    bits = torch.empty(len(generators), -(-count // 4), dtype=torch.int64, device=generators[0].device)
+    for row, generator in zip(bits, generators, strict=True):
+        row.random_(-(2**63), None, generator=generator)
+    numbers = bits.view(torch.int16)[:, :count].reshape(-1, *shape)
     return (numbers <= kept - 1 - 2**15).to(dtype).mul_(2**16 / kept)
 
 
@@ -105,41 +113,57 @@ def scaled(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     return x.sub(mean.to(x.dtype)).mul_(scale.to(x.dtype)).clamp_(-CLIP, CLIP)
 
 
-class Streamed:
-    """Standardised rows of a matrix too large for the device, read from storage as they are asked for.
+class Stored:
+    """Standardised rows of a matrix in storage, of which nothing is read until the first is asked for.
 
-    Stands for a tensor float32[1, N, F] of classifier inputs; see `gather`.
+    Stands for a tensor float32[1, N, F] of classifier inputs; see `gather`. The matrix is then held on the device as a
+    whole, or, where it is too large for that, each minibatch is read as it comes: the numbers are the same.
 
     Args:
         read: From row indices int64[n] to those rows, float32[n, F].
         shape: (N, F).
         train_rows: Row indices to learn mean and scale from, int64[n], on the device.
+        hold: Whether to hold it, as far as the device's memory then does.
     """
 
     dtype = torch.float32
 
-    def __init__(self, read: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int], train_rows: Tensor):
-        self.read, self.shape, self.device = read, (1, *shape), train_rows.device
-        self.mean, self.scale = mean_and_scale(self._raw(rows) for rows in train_rows.split(rows_at_once(shape[1])))
+    def __init__(
+        self, read: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int], train_rows: Tensor, hold: bool
+    ):
+        self.read, self.shape, self.train_rows, self.hold = read, (1, *shape), train_rows, hold
+        self.device = train_rows.device
 
     def rows(self, rows: Tensor) -> Tensor:
         """Standardised rows, int64[..., n] -> float32[..., n, F]."""
-        return scaled(self._raw(rows.flatten()), self.mean, self.scale).view(*rows.shape, -1)
+        return self._read(rows) if self._held is None else self._held[rows]
 
-    def resident(self) -> Tensor:
-        """All rows on the device, float32[1, N, F]."""
-        x = torch.empty(self.shape, device=self.device)
-        for rows in torch.arange(self.shape[1]).split(rows_at_once(self.shape[2])):
-            x[0, rows] = self.rows(rows)
+    @cached_property
+    def _held(self) -> Tensor | None:
+        if not self.hold:
+            return None
+        try:
+            x = torch.empty(self.shape[1:], device=self.device)
+        except torch.OutOfMemoryError:  # others may use the device too
+            return None
+        for rows in torch.arange(len(x)).split(rows_at_once(x.shape[1])):
+            x[rows] = self._read(rows)
         return x
+
+    @cached_property
+    def _mean_and_scale(self) -> tuple[Tensor, Tensor]:
+        return mean_and_scale(self._raw(rows) for rows in self.train_rows.split(rows_at_once(self.shape[2])))
+
+    def _read(self, rows: Tensor) -> Tensor:
+        return scaled(self._raw(rows.flatten()), *self._mean_and_scale).view(*rows.shape, -1)
 
     def _raw(self, rows: Tensor) -> Tensor:
         return torch.from_numpy(self.read(rows.cpu().numpy())).to(self.device)
 
 
-def gather(x: Tensor | Streamed, source: Tensor, rows: Tensor) -> Tensor:
+def gather(x: Tensor | Stored, source: Tensor, rows: Tensor) -> Tensor:
     """Rows of each model's source: x float[S, N, F], source int64[M], rows int64[M or 1, B] -> float[M, B, F]."""
-    if isinstance(x, Streamed):
+    if isinstance(x, Stored):
         return x.rows(rows).expand(len(source), -1, -1)
     return x[source[:, None], rows]
 
@@ -254,7 +278,7 @@ class Trained:
 
 @contextmanager
 def fast_products(device: torch.device) -> Iterator[None]:
-    """On a GPU, products of float32 matrices in TF32 (ten bits of mantissa), which training does not notice."""
+    """On a GPU, products of float32 matrices in TF32: ten bits of mantissa, as is usual in training."""
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -400,7 +424,7 @@ class ClassifierStack:
     """M multilayer perceptrons on rows of shared inputs: hidden ReLU layers with dropout, softmax, cross-entropy.
 
     Args:
-        x: Standardised inputs, float[S, N, F], or `Streamed`.
+        x: Standardised inputs, float[S, N, F], or `Stored`.
         y: Class of each sample, int64[N].
         split: Train and validation rows; the test rows are not read.
         models: What each model reads and its run.
@@ -423,7 +447,8 @@ class ClassifierStack:
         device = self.x.device
         self.runs, position = torch.unique(self.models.run, return_inverse=True)
         self.position, self.source = position.to(device), self.models.source.to(device)
-        self.room: dict = {}  # memory of the training step by size of the minibatch
+        self.kept_gradients = {name: torch.empty_like(p) for name, p in self.params.items()}
+        self.kept_layers: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # by rows of a minibatch
         live = self.models.live
         self.live = None if live is None or live.all() else live.to(device, self.x.dtype)[:, None]  # (M, 1, F)
 
@@ -456,11 +481,12 @@ class ClassifierStack:
     def backpropagate(self, x: Tensor, y: Tensor, masks: Tensor | None) -> list[Tensor]:
         """Gradient of the sum of the models' mean cross-entropies, for each of ``params``.
 
-        What autograd gives for `logits`, by hand, so that everything is written where the step before left its own:
-        memory that the system hands out anew at each step takes a CPU longer to map than to fill.
+        What autograd gives for `logits`, by hand, so that gradients, activations and errors are written where the
+        step before left its own: memory handed out anew at each step takes a CPU longer to map than to fill.
         """
         weights = [self.params[f"weight{i}"] for i in range(len(self.hidden) + 1)]
-        outputs, errors, gradients = self._room(x.shape[1])
+        outputs, errors = self._layers_of(x.shape[1])
+        gradients = self.kept_gradients
         inputs = [x]
         for i, (weight, out) in enumerate(zip(weights, outputs, strict=True)):
             h = torch.baddbmm(self.params[f"bias{i}"], inputs[i], weight, out=out)
@@ -481,15 +507,13 @@ class ClassifierStack:
                     error.mul_(masks[i - 1])
         return list(gradients.values())
 
-    def _room(self, rows: int) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
-        """Memory for outputs and errors float[M, rows, H or C] of each layer, and for gradients."""
-        if not self.room:
-            self.room["gradients"] = {name: torch.empty_like(p) for name, p in self.params.items()}
-        if rows not in self.room:
+    def _layers_of(self, rows: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Memory for each layer's output float[M, rows, H or C] and for the errors below, float[M, H, rows]."""
+        if rows not in self.kept_layers:
             models, like = len(self.source), self.params["weight0"]
             outputs = [like.new_empty(models, rows, width) for width in (*self.hidden, self.num_classes)]
-            self.room[rows] = outputs, [like.new_empty(models, width, rows) for width in self.hidden]
-        return *self.room[rows], self.room["gradients"]
+            self.kept_layers[rows] = outputs, [like.new_empty(models, width, rows) for width in self.hidden]
+        return self.kept_layers[rows]
 
     def validation_losses(self) -> Tensor:
         """Mean cross-entropy [M] over the validation rows."""
@@ -507,12 +531,11 @@ class ClassifierStack:
         if self.dropout == 0:
             return None
         shape = (len(self.hidden), rows, self.hidden[0])
-        drawn = [dropout_mask(self.dropout, shape, generator, self.x.dtype) for generator in generators]
-        masks = torch.stack(drawn, dim=1) if len(drawn) > 1 else drawn[0][:, None]  # (layers, R, B, H)
+        masks = dropout_masks(self.dropout, shape, generators, self.x.dtype).transpose(0, 1)  # (layers, R, B, H)
         return masks if len(generators) == 1 else masks[:, self.position]
 
 
-def predict_logits(params: dict[str, Tensor], x: Tensor | Streamed, source: Tensor, rows: Tensor) -> Tensor:
+def predict_logits(params: dict[str, Tensor], x: Tensor | Stored, source: Tensor, rows: Tensor) -> Tensor:
     """Scores float[M, n, C] of the given rows, in evaluation mode.
 
     Dead columns need no mask here: their first-layer weights are 0 from the start and never move. The rows go through
@@ -523,7 +546,7 @@ def predict_logits(params: dict[str, Tensor], x: Tensor | Streamed, source: Tens
 
 
 def train_classifiers(
-    x: Tensor | Streamed,
+    x: Tensor | Stored,
     y: Tensor,
     split: Split,
     models: Models,
@@ -536,7 +559,7 @@ def train_classifiers(
     """Train a stack of classifiers and tell what each of them predicts.
 
     Args:
-        x: Standardised inputs on the training device, float[S, N, F], or `Streamed`.
+        x: Standardised inputs on the training device, float[S, N, F], or `Stored`.
         y: Class of each sample, same device, int64[N].
         split: Rows to train on, to stop early by, and to test on; same device.
         models: What each model reads and its run.
@@ -577,9 +600,14 @@ def scored(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> tuple[
     nor predicted counts as 0. As scikit-learn's `accuracy_score` and `f1_score`, for all models at once: one by one
     they take longer than a GPU takes to train the models.
     """
-    models = len(predicted)
-    cell = (np.arange(models)[:, None] * num_classes + truth) * num_classes + predicted
-    confusion = np.bincount(cell.ravel(), minlength=models * num_classes**2).reshape(models, num_classes, num_classes)
-    hits = np.diagonal(confusion, axis1=1, axis2=2)  # (M, C)
-    either = confusion.sum(1) + confusion.sum(2)
-    return hits.sum(1) / len(truth), (2 * hits / np.maximum(either, 1)).mean(1)
+
+    def counts(chosen: np.ndarray, classes: np.ndarray) -> np.ndarray:
+        cell = np.arange(len(predicted))[:, None] * num_classes + classes
+        return np.bincount(cell[chosen], minlength=len(predicted) * num_classes).reshape(-1, num_classes)  # (M, C)
+
+    right, all_rows = predicted == truth, np.ones(predicted.shape, bool)
+    hits, present_or_predicted = (
+        counts(right, predicted),
+        counts(all_rows, predicted) + np.bincount(truth, minlength=num_classes),
+    )
+    return right.mean(1), (2 * hits / np.maximum(present_or_predicted, 1)).mean(1)

@@ -114,8 +114,14 @@ def shard_path(folder: Path, first_row: int) -> Path:
 
 
 def map_shards(folder: Path) -> list[np.ndarray]:
-    """The shards of a folder in the order of their rows, memory-mapped."""
-    return [np.load(path, mmap_mode="r") for path in sorted(folder.glob("[0-9]*.npy"))]
+    """The shards of a folder in the order of their rows, memory-mapped; their names tell of one that is missing."""
+    arrays, rows = [], 0
+    for path in sorted(folder.glob("[0-9]*.npy")):
+        if path != shard_path(folder, rows):
+            raise OSError(f"{folder}: rows {rows} to {int(path.stem) - 1} are missing. remove that folder.")
+        arrays.append(np.load(path, mmap_mode="r"))
+        rows += len(arrays[-1])
+    return arrays
 
 
 class Shards:
@@ -169,11 +175,6 @@ class Shards:
                     if picked is not None:
                         np.take(buffer, picked, out=found[i])
         return found
-
-    def split(self, length: int) -> Iterator[np.ndarray]:
-        """All rows in order, in blocks of ``length`` (the last may be shorter), each float32[length, W]."""
-        for start in range(0, self.shape[0], length):
-            yield self.read(np.arange(start, min(start + length, self.shape[0])))
 
 
 def _read_into(array: np.ndarray, file: BinaryIO, offset: int) -> None:

@@ -2,11 +2,11 @@
 
     python benchmarks/experiment.py 1000                # on Stable-Diffusion-1.5-like LoRAs, written first
     python benchmarks/experiment.py --dataset=1k        # on a collection that is there, or the built-in digits
-    python benchmarks/experiment.py 1000 --again        # and once more with one more layer removed, `stats` only
+    python benchmarks/experiment.py 1000 --again        # and once more with one more layer removed
 
-Everything after these arguments goes to the experiment, such as ``--quick`` or ``--device=cpu``. It runs in a fresh
-output folder, so nothing is reused. Peak host memory is the resident set (Linux), with pages of mapped files that the
-system could drop at any time.
+Other flags go to the experiment, written with ``=``: ``--quick``, ``--device=cpu``, ``--num-runs=3``. It runs in a
+fresh output folder, so nothing is reused. Peak host memory is the resident set (Linux), with pages of mapped files that
+the system could drop at any time.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("count", type=int, nargs="?", help="SD1.5-like LoRAs to write and use; none with --dataset")
     parser.add_argument("--dataset", help="a collection that is there instead, or 1k, 10k, small")
     parser.add_argument("--top-k", type=int, default=5, help="layers to remove (5)")
-    parser.add_argument("--again", action="store_true", help="then run with one more layer removed, stats only")
+    parser.add_argument("--again", action="store_true", help="then run once more with one more layer removed")
     args, rest = parser.parse_known_args()
     if (args.count is None) == (args.dataset is None):
         parser.error("give either a number of LoRAs to write or a --dataset")
@@ -110,7 +110,7 @@ def main() -> None:
         fixed = [f"--dataset={dataset}", f"--output-dir={folder}/results", *rest]
         first = measured([*fixed, f"--top-k={args.top_k}"])
         if args.again:
-            second = measured([*fixed, f"--top-k={args.top_k + 1}", "--representations=stats"])
+            second = measured([*fixed, f"--top-k={args.top_k + 1}"])
             print(f"figure: {second / first:.3f} of the first run's time")
         else:
             print(f"figure: {first:.1f} seconds")

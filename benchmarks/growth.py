@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -67,8 +66,9 @@ def measure(phase: str, root: Path) -> dict[str, float]:
             seconds = time.perf_counter() - start  # without the removal
     else:
         seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
-    return {"seconds": seconds, "mib": peak}
+    status = Path("/proc/self/status").read_text().splitlines()  # Linux; getrusage would count the parent's peak too
+    peak = int(next(line for line in status if line.startswith("VmHWM")).split()[1])
+    return {"seconds": seconds, "mib": peak / 1024}
 
 
 def in_fresh_process(phase: str, root: Path) -> dict[str, float]:

@@ -448,7 +448,7 @@ def test_packed_weights_are_the_matrices_in_layer_order(tmp_path):
     root = write_collection(tmp_path / "zoo", modules=11, rank=2, width=5)
     collection = index_collection(root)
     packed = extract(collection, [data.WEIGHTS], tmp_path / "cache", CPU).weights().read()
-    columns = data.layer_columns(collection)
+    columns = collection.files[0].layout.columns
     assert packed.shape == (6, 11 * 20)
     for row, file in enumerate(collection.files):
         tensors = load_file(root / file.path)
@@ -691,7 +691,7 @@ def test_several_shards_give_the_arrays_of_one(tmp_path, monkeypatch, shard, chu
 
 
 def test_shards_are_written_as_they_are_finished(tmp_path, monkeypatch):
-    """So a killed pass leaves whole shards behind, and memory holds one."""
+    """So memory holds one at a time."""
     monkeypatch.setattr(data, "SHARD_NUMBERS", 4 * 64)
     monkeypatch.setattr(data, "CHUNK_NUMBERS", 2 * 64)
     root = write_collection(tmp_path / "zoo", classes=2, per_class=5)

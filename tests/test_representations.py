@@ -346,13 +346,25 @@ def test_pca_of_many_rows_keeps_the_conventions(monkeypatch):
     monkeypatch.setattr(representations, "GRAM_ROWS", 20)
     two = PCA(6).fit(low_rank(1, 90, 70, 2)[0] + 3)
     assert (two.components_[2:] == 0).all() and (two.components_[:2].norm(dim=1) - 1).abs().max() < 1e-9
-    assert two.passes_ < 8
     x = gaussian(90, 70)
     for scale in (2.0**-70, 2.0**70):  # neither do squares overflow float32, nor vanish in it
         assert torch.equal(PCA(6).fit(scale * x).components_, PCA(6).fit(x).components_)
         close(PCA(6).fit(scale * x).explained_variance_ / scale**2, PCA(6).fit(x).explained_variance_, rtol=1e-9)
     constant = PCA(6).fit(torch.full((90, 70), 0.1) + torch.arange(70))
     assert (constant.components_ == 0).all() and (constant.explained_variance_ == 0).all()
+
+
+def test_pca_of_many_rows_stops_when_little_is_left(monkeypatch):
+    monkeypatch.setattr(representations, "GRAM_ROWS", 20)
+    # Variances that fall tenfold from one direction to the next: two products find all, of 17 that would have room.
+    x = gaussian(700, 600) * torch.logspace(0, -60, 600, dtype=torch.float64)
+    assert PCA(6).fit(x).passes_ <= 6
+    # Gains of 100, 10, 1, 0.1 percent: the rest is about a ninth of the last gain, but never taken for less than it.
+    assert not representations._converged([1.0])
+    assert not representations._converged([1.0, 2.0, 2.1])
+    assert not representations._converged([1.0, 2.0, 2.1, 2.11])
+    assert not representations._converged([1.0, 2.0, 2.1, 2.11, 2.111])
+    assert representations._converged([1.0, 2.0, 2.1, 2.11, 2.111, 2.1111])
 
 
 def test_pca_refuses_row_blocks_that_it_cannot_use(monkeypatch):

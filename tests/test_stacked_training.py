@@ -17,8 +17,9 @@ from stacked_training import (
     Plateau,
     Schedule,
     Split,
-    Streamed,
-    dropout_mask,
+    Stored,
+    dropout_masks,
+    fast_products,
     initial_weights,
     logits,
     predict_logits,
@@ -71,7 +72,7 @@ def alone(x, y, split, params, run, *, seed, epochs, dropout, batch_size=32):
         generator = stream(seed, run, "dropout", epoch)
         for rows in split.train[order].split(batch_size):
             shape = (len(HIDDEN), len(rows), HIDDEN[0])
-            masks = dropout_mask(dropout, shape, generator, x.dtype)
+            masks = dropout_masks(dropout, shape, [generator], x.dtype)[0]
             optimiser.zero_grad()
             functional.cross_entropy(forward(x[rows], masks), y[rows]).backward()
             optimiser.step()
@@ -125,7 +126,11 @@ def test_gradients_by_hand_are_those_of_autograd(dropout):
 
 
 def test_dropout_keeps_as_many_as_it_should_and_their_mean():
-    masks = dropout_mask(0.3, (200, 5003), torch.Generator().manual_seed(0), torch.float64)
+    masks = dropout_masks(0.3, (100, 5003), [torch.Generator().manual_seed(seed) for seed in (0, 1)], torch.float64)
+    assert masks.shape == (2, 100, 5003) and not torch.equal(masks[0], masks[1])
+    again = dropout_masks(0.3, (100, 5003), [torch.Generator().manual_seed(1)], torch.float64)
+    assert torch.equal(again[0], masks[1])  # whatever else is drawn at the same time
+    masks = masks.flatten(0, 1)
     kept = masks != 0
     assert kept.double().mean().item() == pytest.approx(0.7, abs=3e-3)
     assert masks[kept].unique().tolist() == pytest.approx([1 / 0.7], rel=1e-5)
@@ -138,15 +143,46 @@ def test_inputs_read_from_storage_train_as_those_in_memory_do(monkeypatch):
     monkeypatch.setattr(stacked_training, "NUMBERS_AT_ONCE", 60)  # so that mean and scale come from several blocks
     x, y, split = problem(features=6, dtype=torch.float32)
     stored = (x[0] * torch.tensor([1.0, 1e3, 1e-3, 1.0, 1.0, 0.0]) + 5).numpy()
-    streamed = Streamed(lambda rows: stored[rows], stored.shape, split.train)
-    resident = standardise(torch.from_numpy(stored)[None], split.train)
+    in_memory = standardise(torch.from_numpy(stored)[None], split.train)
     schedule = Schedule(max_epochs=4, patience=9)
     models = Models(torch.zeros(2, dtype=torch.long), torch.arange(2), torch.tensor([True] * 5 + [False]).repeat(2, 1))
-    first, second = (
-        train_classifiers(inputs, y, split, models, CLASSES, schedule=schedule, seed=3, hidden=HIDDEN)
-        for inputs in (resident, streamed)
-    )
-    assert all(np.array_equal(first[name], second[name]) for name in first)
+    reads = {True: 0, False: 0}
+    trained = {}
+    for hold in (True, False):
+
+        def read(rows, hold=hold):
+            reads[hold] += 1
+            return stored[rows]
+
+        inputs = Stored(read, stored.shape, split.train, hold)
+        assert reads[hold] == 0
+        trained[hold] = train_classifiers(inputs, y, split, models, CLASSES, schedule=schedule, seed=3, hidden=HIDDEN)
+    first = train_classifiers(in_memory, y, split, models, CLASSES, schedule=schedule, seed=3, hidden=HIDDEN)
+    for second in trained.values():
+        assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert reads[False] > reads[True]
+
+
+def test_what_cannot_be_held_is_read_as_it_comes(monkeypatch):
+    stored = np.random.default_rng(0).standard_normal((20, 3)).astype(np.float32)
+    x = Stored(lambda rows: stored[rows], stored.shape, torch.arange(10), hold=True)
+    expected = standardise(torch.from_numpy(stored), torch.arange(10))
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "empty", full)
+    assert torch.equal(x.rows(torch.tensor([[3, 15]])), expected[[3, 15]][None])
+
+
+def test_tensor_cores_are_for_training_on_a_gpu_only():
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(ZeroDivisionError), fast_products(torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == "high"
+        raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == before == "highest"
+    with fast_products(torch.device("cpu")):
+        assert torch.get_float32_matmul_precision() == before
 
 
 def test_a_model_does_not_depend_on_what_it_is_stacked_with():

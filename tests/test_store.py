@@ -101,19 +101,17 @@ def test_shards_read_as_numpy_indexes(sharded, rows, columns):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_shards_in_blocks_of_rows(sharded):
-    shards, whole = sharded
-    assert shards.shape == (11, 7)
-    for length in (1, 3, 4, 20):
-        blocks = list(shards.split(length))
-        assert {len(block) for block in blocks[:-1]} <= {length}
-        np.testing.assert_array_equal(np.concatenate(blocks), whole)
-
-
 @pytest.mark.parametrize(("rows", "columns"), [([11], None), ([-1], None), ([0], np.array([7])), ([0], np.array([-1]))])
 def test_what_is_not_in_the_shards_is_refused(sharded, rows, columns):
     with pytest.raises(IndexError):
         sharded[0].read(np.array(rows), columns)
+
+
+def test_a_shard_that_is_missing_is_told(sharded, tmp_path):
+    assert sharded[0].shape == (11, 7)
+    store.shard_path(tmp_path / "x", 4).unlink()
+    with pytest.raises(OSError, match="rows 4 to 7 are missing"):
+        store.Shards(tmp_path / "x")
 
 
 def test_a_shard_that_was_cut_short_is_told(sharded, tmp_path):
