@@ -402,13 +402,14 @@ class Experiment:
 
     # -- classifiers --------------------------------------------------------------------------------------------------
 
-    def classify(self, inputs: Inputs, models: list, label: str) -> dict[str, np.ndarray]:
+    def classify(self, inputs: Inputs, models: list, label: str, at_most: int | None = None) -> dict[str, np.ndarray]:
         """Train classifiers in stacks, or read those that are finished.
 
         Args:
             inputs: What they read.
             models: (source, run) of each model, in the order that fills the stacks.
             label: For the progress bar.
+            at_most: Models in a stack, even where it would take more; None: no bound.
 
         Returns:
             The arrays of `train_classifiers`, and the metrics of every part of the split, for all models.
@@ -416,7 +417,7 @@ class Experiment:
         classes, schedule = len(self.collection.classes), self.settings.classifier
         widths = (inputs.x.shape[2], *HIDDEN, classes)
         parameters = sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise(widths))
-        at_once = max(1, STACK_PARAMETERS[self.device.type] // parameters)
+        at_once = max(1, min(STACK_PARAMETERS[self.device.type] // parameters, at_most or len(models)))
         live = store.array_digest(inputs.live)
         key = {"kind": "classifier", **self.key, "inputs": inputs.identity, "live": live, "schedule": asdict(schedule)}
         key |= {"hidden": HIDDEN, "dropout": DROPOUT}
@@ -489,12 +490,8 @@ class Experiment:
             kept_pairs[self.collection.pair_of_layer[removed]] = False
             kept = kept_pairs[self.collection.pair_of_layer]
         inputs = self.inputs(name, kept)
-        runs, at_once = range(self.settings.num_runs), RUNS_IN_STACK[self.device.type]
-        parts = [
-            self.classify(inputs, [(0, run) for run in runs[start : start + at_once]], f"{condition} {name}")
-            for start in runs[::at_once]
-        ]
-        trained = {kind: np.concatenate([part[kind] for part in parts]) for kind in parts[0]}
+        models = [(0, run) for run in range(self.settings.num_runs)]
+        trained = self.classify(inputs, models, f"{condition} {name}", at_most=RUNS_IN_STACK[self.device.type])
         for kind in ("predicted", "log_loss", "epochs"):
             self.predictions[f"{condition}/{name}/{kind}"] = trained[kind]
         metrics = [f"{part}_{metric}" for metric in ("accuracy", "f1") for part in ("train", "val", "test")]
@@ -511,7 +508,7 @@ class Experiment:
         """A representation's columns, of which those of the layers ``kept`` bool[L] are live."""
         kind, widths = REPRESENTATIONS[name].kind, self.collection.weights_per_layer
         if name == "flat_vec":
-            return self.flat_weights(np.repeat(kept, widths))
+            return Inputs(self._packed, np.repeat(kept, widths), self._packed_identity)
         if name == "pca":  # components of what is left, not what is left of the components
             scores = torch.from_numpy(self.principal_components(np.repeat(kept, widths)))
             return Inputs.of(self._standardised(scores.to(self.device)))
@@ -527,12 +524,9 @@ class Experiment:
     def _standardised(self, x: torch.Tensor) -> torch.Tensor:
         return standardise(x, self.split.train)[None]
 
-    def flat_weights(self, live: np.ndarray) -> Inputs:
-        """The packed weights; held on the device where they fit it, and read only if a stack is to be trained."""
-        return Inputs(self._packed, live, self._packed_identity)
-
     @cached_property
     def _packed(self) -> Stored:
+        """The weights; held on the device where they fit it, and read only if a stack is to be trained."""
         packed = self.extracted.weights()
         fits = 4 * math.prod(packed.shape) < MEMORY_SHARE * memory_of(self.device)
         return Stored(packed.read, packed.shape, self.split.train, hold=fits)
