@@ -27,7 +27,8 @@ def collection_lines(header: dict, representations: int) -> str:
     dataset, top_k = header["dataset"], header["config"]["top_k"]
     lines = _collection(header)
     lines += [f"ignored   {pattern} ({count})" for pattern, count in dataset["ignored"].items()]
-    phases = f"{representations} representations without the top {top_k}, and with all layers"
+    noun = "representation" if representations == 1 else "representations"
+    phases = f"{representations} {noun} without the top {top_k}, and with all layers"
     return "\n".join([*lines, f"plan      rank {dataset['num_layers']} layers; then {phases}"])
 
 
