@@ -606,8 +606,6 @@ def scored(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> tuple[
         return np.bincount(cell[chosen], minlength=len(predicted) * num_classes).reshape(-1, num_classes)  # (M, C)
 
     right, all_rows = predicted == truth, np.ones(predicted.shape, bool)
-    hits, present_or_predicted = (
-        counts(right, predicted),
-        counts(all_rows, predicted) + np.bincount(truth, minlength=num_classes),
-    )
+    hits = counts(right, predicted)
+    present_or_predicted = counts(all_rows, predicted) + np.bincount(truth, minlength=num_classes)
     return right.mean(1), (2 * hits / np.maximum(present_or_predicted, 1)).mean(1)

@@ -351,7 +351,7 @@ def test_a_higher_top_k_and_more_runs_train_only_what_is_new(tmp_path, monkeypat
 
     monkeypatch.setattr(ablation_experiment, "train_classifiers", counted)
     flags = ("--quick", "--num-runs=2", "--representations=stats,flat_vec")
-    # So small that no stack holds more than one run of a representation, nor more than two runs of the layers.
+    # So small that a stack of the ranking holds one run of the four layers; one of a representation holds two runs.
     monkeypatch.setitem(ablation_experiment.STACK_PARAMETERS, "cpu", 160_000)
     run(tmp_path, root, "--top-k=1", *flags)
     assert len(seen) == 4 * 2 + 2 * 2 * 2
@@ -360,7 +360,7 @@ def test_a_higher_top_k_and_more_runs_train_only_what_is_new(tmp_path, monkeypat
     assert seen == [(0, 0), (0, 1)] * 2  # both representations without another layer
     seen.clear()
     more = run(tmp_path, root, "--top-k=2", *flags, "--num-runs=3")
-    assert [run for _, run in seen] == [2] * len(seen) and len(seen) == 4 + 2 * 2
+    assert len(seen) == 4 + 2 * 2 and {run for _, run in seen} == {2}
     monkeypatch.setattr(ablation_experiment, "train_classifiers", real)
     fresh = run(tmp_path, root, "--top-k=2", *flags, "--num-runs=3", out="fresh")
     assert fresh["layer_ranking"] == more["layer_ranking"] and fresh["baseline_results"] == more["baseline_results"]

@@ -346,6 +346,7 @@ def test_pca_of_many_rows_keeps_the_conventions(monkeypatch):
     monkeypatch.setattr(representations, "GRAM_ROWS", 20)
     two = PCA(6).fit(low_rank(1, 90, 70, 2)[0] + 3)
     assert (two.components_[2:] == 0).all() and (two.components_[:2].norm(dim=1) - 1).abs().max() < 1e-9
+    assert two.passes_ < 8
     x = gaussian(90, 70)
     for scale in (2.0**-70, 2.0**70):  # neither do squares overflow float32, nor vanish in it
         assert torch.equal(PCA(6).fit(scale * x).components_, PCA(6).fit(x).components_)

@@ -278,9 +278,9 @@ def test_best_weights_come_back_and_patience_counts_from_them():
 
 def test_training_learns_and_the_loss_falls():
     x, y, split = problem(dtype=torch.float32)
-    stack = Recorded(x, y, split, grid(1, 2), CLASSES, seed=0, hidden=HIDDEN)
+    stack = Recorded(x, y, split, grid(1, 2), CLASSES, seed=3, hidden=HIDDEN)
     train(stack, Schedule(max_epochs=40, patience=40, lr=1e-2))
-    assert (torch.stack(stack.seen).amin(0) < 0.8 * stack.seen[0]).all()
+    assert (stack.seen[-1] < 0.7 * stack.seen[0]).all()
     schedule = Schedule(max_epochs=40, patience=40, lr=1e-2)
     found = train_classifiers(x, y, split, grid(1, 2), CLASSES, schedule=schedule, seed=0, hidden=HIDDEN)
     assert (found["train_accuracy"] > 0.75).all()
