@@ -19,10 +19,12 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -41,6 +43,7 @@ import report
 import representations
 import stacked_training
 import store
+from crew import Crew, Task, TaskFailedError, assemble
 from data import WEIGHTS, Collection, CollectionError, Extracted
 from representations import PCA, REPRESENTATIONS
 from stacked_training import DROPOUT, HIDDEN, Models, Schedule, Split, Stored, scored, standardise, train_classifiers
@@ -51,16 +54,22 @@ NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small")
 STACK_PARAMETERS = {"cpu": 4_300_000, "cuda": 300_000_000}
 # Autoencoders stop at very different epochs: of a larger stack more are left at the end.
 AUTOENCODER_PARAMETERS = {"cpu": 29_000_000, "cuda": 300_000_000}
-RUNS_IN_STACK = {"cpu": 2, "cuda": 10}  # of one representation, so that more runs find the first ones finished
+RUNS_IN_STACK = {"cpu": 1, "cuda": 10}  # of one representation, so that more runs find the first ones finished
+THREADS = torch.get_num_threads()  # tasks at once on a CPU, one thread each
 MEMORY_SHARE = 0.6  # of the device's memory that resident weights may take
 PCA_COMPONENTS = 100
 RESULT_FILES = ("top_layers.json", "results.txt", "samples.csv", "predictions.npz", "results.json")
+EACH_LAYER = "stats, layer by layer"  # what the classifiers of the ranking read
 LOG_SECONDS = 60  # between lines of progress in a log file
 SCHEMA_VERSION = 1
 
 
 class UsageError(ValueError):
     """A flag cannot be used; the message says what to do."""
+
+
+class RankingError(RuntimeError):
+    """The layers cannot be ranked; the message says why."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -251,7 +260,9 @@ def resolve_device(name: str) -> torch.device:
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.device("cuda" if gpus else "cpu")
+        name = "cuda" if gpus else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # of several processes each has a GPU of its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -304,24 +315,6 @@ def locate(args: argparse.Namespace, progress: Progress) -> tuple[str, Path]:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What classifiers read: ``x`` float32[S, N, F], standardised, of which columns ``live`` bool[F] are left.
-
-    ``identity`` stands for ``x`` in the keys of finished units: its numbers, or what they are computed from.
-    """
-
-    x: torch.Tensor | Stored
-    live: np.ndarray
-    identity: str
-
-    @classmethod
-    def of(cls, x: torch.Tensor, live: np.ndarray | None = None) -> Inputs:
-        """Inputs known by their very numbers, whatever code made them."""
-        live = np.ones(x.shape[2], bool) if live is None else live
-        return cls(x, live, store.array_digest(x.cpu().numpy()))
-
-
-@dataclass(frozen=True)
 class StoredRows:
     """Some rows and columns of the packed weights, given out in blocks of rows: what PCA asks of a matrix."""
 
@@ -342,22 +335,46 @@ class StoredRows:
             yield torch.from_numpy(block).to(self.device)
 
 
+@dataclass(frozen=True)
+class Classifiers:
+    """Classifiers that read the same inputs: which columns of them are live, and the stacks that hold the models.
+
+    ``live`` bool[F]; ``keys`` are of the finished stacks, ``tasks`` the work that finishes them.
+    """
+
+    label: str
+    num_layers: int
+    live: np.ndarray
+    keys: list[dict]
+    tasks: list[Task]
+
+
 class Experiment:
     """A collection under one split and one set of settings; the phases' trainings, each unit of work done once."""
 
     def __init__(
-        self, settings: Settings, collection: Collection, rows: dict, extracted: Extracted, progress: Progress
+        self,
+        settings: Settings,
+        collection: Collection,
+        rows: dict,
+        extracted: Extracted,
+        crew: Crew,
+        progress: Progress,
     ):
         self.settings, self.collection, self.rows, self.extracted = settings, collection, rows, extracted
-        self.device, self.progress = settings.device, progress
+        self.device, self.crew, self.progress = settings.device, crew, progress
         self.split = Split(*(torch.from_numpy(rows[part]) for part in ("train", "validation", "test"))).to(self.device)
         self.y = torch.from_numpy(collection.y).to(self.device)
         self.held_out = np.concatenate([rows["validation"], rows["test"]])
         self.units = store.Units(extracted.folder / "units")
         self.predictions = {"rows": self.held_out, "y": collection.y[self.held_out]}
         self.smaller_stacks: dict[str, int] = {}  # made so for want of memory
-        self.key = {  # what every unit depends on beside its inputs and models
-            "code": store.code_digest(stacked_training, store),
+        self._inputs: dict[str, torch.Tensor | Stored] = {}  # of the latest classifiers
+        self._one_reads = threading.Lock()
+        self._pca_keys: dict[str, dict] = {}  # of finished scores, by what classifiers call them
+        self.key = {  # what every unit depends on beside its models
+            "code": store.code_digest(stacked_training, store, sys.modules[__name__]),
+            "features": extracted.suffix,
             "torch": torch.__version__,
             "device": self.device.type,
             "seed": settings.seed,
@@ -369,77 +386,93 @@ class Experiment:
         features = self.extracted.load(name)
         return torch.from_numpy(features if features.flags.writeable else np.array(features)).to(self.device)
 
-    def in_stacks(
-        self, models: list, at_once: int, key: dict, compute: Callable[[list], dict], label: str
-    ) -> Iterator[tuple[list, dict[str, np.ndarray]]]:
-        """Each stack of models with the arrays that ``compute(stack)`` gives for it, read where they are finished.
+    # -- units of work ------------------------------------------------------------------------------------------------
 
-        A stack holds ``at_once`` models; which share one is fixed by the collection, the flags and the kind of device.
-        Where the device's memory does not do, a smaller one is tried, which the output and the results tell.
-        """
-        at_once, start = min(at_once, self.smaller_stacks.get(label, at_once)), 0
-        while start < len(models):
-            self.progress(label, start, len(models))
-            stack = models[start : start + at_once]
-            arrays = self._computed({**key, "models": stack}, partial(compute, stack), len(stack) > 1)
-            if arrays is None:
-                at_once = self.smaller_stacks[label] = len(stack) // 2
-                say(f"  {label}: {len(stack)} models do not fit the memory of {self.device}: trying {at_once} at once")
+    def task(self, key: dict, compute: Callable[[list], dict], stack: list, label: str) -> Task:
+        """The work of ``compute(stack)``; where training diverges or memory does not do, the task has failed."""
+
+        def attempt() -> dict[str, np.ndarray]:
+            try:
+                return self._within_memory(compute, stack, label)
+            except FloatingPointError as error:
+                raise TaskFailedError(str(error)) from error
+            except torch.OutOfMemoryError as error:
+                raise TaskFailedError(f"out of memory with one model at a time: {error}") from error
+
+        return Task(self.units.path(key).exists, lambda: self.units.save(key, attempt()))
+
+    def _within_memory(self, compute: Callable[[list], dict], stack: list, label: str) -> dict[str, np.ndarray]:
+        """Arrays of a stack, trained in smaller ones if need be; ``stack`` int64[M] of them tells in how large ones."""
+        at_once, start = min(self.smaller_stacks.get(label, len(stack)), len(stack)), 0
+        parts: list[dict[str, np.ndarray]] = []
+        while start < len(stack):
+            part = stack[start : start + at_once]
+            try:
+                parts.append(compute(part) | {"stack": np.full(len(part), at_once)})
+                start += len(part)
                 continue
-            yield stack, arrays
-            start += len(stack)
-        self.progress(label, start, start)
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+            torch.cuda.empty_cache()  # here, and not while the exception still holds what was allocated
+            at_once = self.smaller_stacks[label] = len(part) // 2
+            say(f"  {label}: {len(part)} models do not fit the memory of {self.device}: trying {at_once} at once")
+        return {name: np.concatenate([arrays[name] for arrays in parts]) for name in parts[0]}
 
-    def _computed(self, key: dict, compute: Callable[[], dict], may_fail: bool) -> dict[str, np.ndarray] | None:
-        """A unit of work; None where memory runs out and that may happen."""
-        try:
-            return self.units.get(key, compute)
-        except torch.OutOfMemoryError:
-            if not may_fail:
-                raise
-        torch.cuda.empty_cache()  # here, and not while the exception still holds what was allocated
-        return None
+    def note_smaller(self, keys: list[dict], label: str) -> None:
+        """Take down where finished stacks were smaller than planned, in this run or an earlier one."""
+        made = [(int(self.units.load(key, ["stack"])["stack"].min()), len(key["models"])) for key in keys]
+        if smaller := [size for size, planned in made if size < planned]:
+            self.smaller_stacks[label] = min(smaller)
 
     # -- classifiers --------------------------------------------------------------------------------------------------
 
-    def classify(self, inputs: Inputs, models: list, label: str, at_most: int | None = None) -> dict[str, np.ndarray]:
-        """Train classifiers in stacks, or read those that are finished.
+    def classifiers(
+        self, source: str, live: np.ndarray, models: list, label: str, num_layers: int, at_most: int | None = None
+    ) -> Classifiers:
+        """Plan classifiers in stacks.
 
         Args:
-            inputs: What they read.
+            source: What they read, see `inputs`.
+            live: Which of its columns they see, bool[F].
             models: (source, run) of each model, in the order that fills the stacks.
-            label: For the progress bar.
+            label: For the progress bar, and to tell of smaller stacks.
+            num_layers: How many layers the live columns are of.
             at_most: Models in a stack, even where it would take more; None: no bound.
-
-        Returns:
-            The arrays of `train_classifiers`, and the metrics of every part of the split, for all models.
         """
         classes, schedule = len(self.collection.classes), self.settings.classifier
-        widths = (inputs.x.shape[2], *HIDDEN, classes)
-        parameters = sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise(widths))
+        parameters = sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise((len(live), *HIDDEN, classes)))
         at_once = max(1, min(STACK_PARAMETERS[self.device.type] // parameters, at_most or len(models)))
-        live = store.array_digest(inputs.live)
-        key = {"kind": "classifier", **self.key, "inputs": inputs.identity, "live": live, "schedule": asdict(schedule)}
-        key |= {"hidden": HIDDEN, "dropout": DROPOUT}
+        stacks = [models[start : start + at_once] for start in range(0, len(models), at_once)]
+        key = {"kind": "classifier", **self.key, "inputs": source, "live": store.array_digest(live)}
+        key |= {"schedule": asdict(schedule), "hidden": HIDDEN, "dropout": DROPOUT}
+        if source in autoencoders.HIDDEN:
+            key |= {"learner": store.code_digest(autoencoders), "learned by": asdict(self.settings.autoencoder)}
+        keys = [{**key, "models": stack} for stack in stacks]
+        compute = partial(self._train_classifiers, source, live)
+        tasks = [self.task(key, compute, stack, label) for key, stack in zip(keys, stacks, strict=True)]
+        return Classifiers(label, num_layers, live, keys, tasks)
 
-        def compute(stack: list) -> dict[str, np.ndarray]:
-            source, run = (torch.tensor(column) for column in zip(*stack, strict=True))
-            mask = None if inputs.live.all() else torch.from_numpy(inputs.live).expand(len(stack), -1)
-            return train_classifiers(
-                inputs.x,
-                self.y,
-                self.split,
-                Models(source, run, mask),
-                classes,
-                schedule=schedule,
-                seed=self.settings.seed,
-                hidden=HIDDEN,
-                dropout=DROPOUT,
-            )
+    def _train_classifiers(self, source: str, live: np.ndarray, stack: list) -> dict[str, np.ndarray]:
+        of_source, run = (torch.tensor(column) for column in zip(*stack, strict=True))
+        return train_classifiers(
+            self.inputs(source),
+            self.y,
+            self.split,
+            Models(of_source, run, None if live.all() else torch.from_numpy(live).expand(len(stack), -1)),
+            len(self.collection.classes),
+            schedule=self.settings.classifier,
+            seed=self.settings.seed,
+            hidden=HIDDEN,
+            dropout=DROPOUT,
+        )
 
-        finished = [arrays for _, arrays in self.in_stacks(models, at_once, key, compute, label)]
+    def trained(self, plan: Classifiers) -> dict[str, np.ndarray]:
+        """The arrays of `train_classifiers`, and the metrics of every part of the split, for all models of a plan."""
+        self.note_smaller(plan.keys, plan.label)
+        finished = [self.units.load(key) for key in plan.keys]
         trained = {name: np.concatenate([arrays[name] for arrays in finished]) for name in finished[0]}
-        boundary = len(self.rows["validation"])
+        boundary, classes = len(self.rows["validation"]), len(self.collection.classes)
         for name, part in (("val", slice(None, boundary)), ("test", slice(boundary, None))):
             truth = self.collection.y[self.held_out[part]]
             trained[f"{name}_accuracy"], trained[f"{name}_f1"] = scored(truth, trained["predicted"][:, part], classes)
@@ -450,9 +483,14 @@ class Experiment:
     def rank_layers(self) -> list[dict]:
         """Every layer alone, on its seven statistics: records as in top_layers.json, most predictive first."""
         layers, runs = self.collection.layers, self.settings.num_runs
-        x = standardise(self.features("stats").transpose(0, 1), self.split.train)  # (L, N, 7)
         models = [(layer, run) for run in range(runs) for layer in range(len(layers))]
-        trained = self.classify(Inputs.of(x), models, "ranking")
+        live = np.ones(len(REPRESENTATIONS["stats"].feature_names), bool)
+        plan = self.classifiers(EACH_LAYER, live, models, "ranking", num_layers=1)
+        for done, reason in enumerate(self.crew.do(plan.tasks), 1):
+            self.progress("ranking", done, len(plan.tasks))
+            if reason:
+                raise RankingError(reason)
+        trained = self.trained(plan)
         by_layer = {name: a.reshape(runs, len(layers), *a.shape[1:]).swapaxes(0, 1) for name, a in trained.items()}
         for name in ("predicted", "log_loss", "epochs"):
             self.predictions[f"layers/{name}"] = by_layer[name]  # (L, runs, ...)
@@ -475,54 +513,90 @@ class Experiment:
 
     # -- phases 2 and 3 -----------------------------------------------------------------------------------------------
 
-    def evaluate(self, name: str, removed: list[int], condition: str) -> dict:
-        """One representation without some layers: its entry in results.json.
+    def evaluate(self, names: list[str], removed: list[int], condition: str) -> Iterator[tuple[str, dict | str]]:
+        """Representations without some layers: of each its entry in results.json, or why there is none.
 
         Args:
-            name: The representation.
+            names: The representations; of learned ones, those that `learn` has fitted.
             removed: Depths of the layers that are left out.
             condition: "baseline" or "ablation", for the progress bar and predictions.npz.
         """
+        plans = {name: self.plan(name, removed, condition) for name in names}
+        outcomes = self.crew.do([task for plan in plans.values() for task in plan.tasks])
+        for name, plan in plans.items():
+            reasons = set()
+            for done in range(1, len(plan.tasks) + 1):
+                reasons.add(next(outcomes))
+                self.progress(plan.label, done, len(plan.tasks))
+            reason = max(reasons)
+            yield name, reason or self.entry(name, plan, condition)
+        next(outcomes, None)  # until the threads have ended
+
+    def plan(self, name: str, removed: list[int], condition: str) -> Classifiers:
+        """The classifiers of one representation without some layers."""
         kept = np.ones(len(self.collection.layers), bool)
         kept[removed] = False
-        if REPRESENTATIONS[name].kind == "pair":  # a pair with one layer left is none
+        downs = [layer.role == "down" for layer in self.collection.layers]
+        kind, source = REPRESENTATIONS[name].kind, name
+        widths = self.collection.weights_per_layer
+        if kind == "pair":  # a pair with one layer left is none
             kept_pairs = np.ones(len(self.collection.modules), bool)
             kept_pairs[self.collection.pair_of_layer[removed]] = False
             kept = kept_pairs[self.collection.pair_of_layer]
-        inputs = self.inputs(name, kept)
+        if name == "pca":  # components of what is left, not what is left of the components
+            source = f"pca of layers {store.array_digest(kept)}"
+            self._pca_keys[source], _ = self.principal_components(kept)
+            live = np.ones(self.units.load(self._pca_keys[source])["scores"].shape[1], bool)
+        elif name == "flat_vec":
+            live = np.repeat(kept, widths)
+        elif kind == "autoencoder":
+            live = np.repeat(kept, [autoencoders.latent_width(name, width) for width in widths])
+        else:
+            live = np.repeat(kept[downs] if kind == "pair" else kept, len(REPRESENTATIONS[name].feature_names))
         models = [(0, run) for run in range(self.settings.num_runs)]
-        trained = self.classify(inputs, models, f"{condition} {name}", at_most=RUNS_IN_STACK[self.device.type])
+        at_most = RUNS_IN_STACK[self.device.type]
+        return self.classifiers(source, live, models, f"{condition} {name}", int(kept.sum()), at_most)
+
+    def entry(self, name: str, plan: Classifiers, condition: str) -> dict:
+        """What results.json holds of finished classifiers; their predictions are kept too."""
+        trained = self.trained(plan)
         for kind in ("predicted", "log_loss", "epochs"):
             self.predictions[f"{condition}/{name}/{kind}"] = trained[kind]
         metrics = [f"{part}_{metric}" for metric in ("accuracy", "f1") for part in ("train", "val", "test")]
         return {
-            "num_layers": int(kept.sum()),
-            "num_features": int(inputs.live.sum()),
+            "num_layers": plan.num_layers,
+            "num_features": int(plan.live.sum()),
             **{
                 m: {"mean": mean(trained[m]), "std": deviation(trained[m]), "runs": trained[m].tolist()}
                 for m in metrics
             },
         }
 
-    def inputs(self, name: str, kept: np.ndarray) -> Inputs:
-        """A representation's columns, of which those of the layers ``kept`` bool[L] are live."""
-        kind, widths = REPRESENTATIONS[name].kind, self.collection.weights_per_layer
-        if name == "flat_vec":
-            return Inputs(self._packed, np.repeat(kept, widths), self._packed_identity)
-        if name == "pca":  # components of what is left, not what is left of the components
-            scores = torch.from_numpy(self.principal_components(np.repeat(kept, widths)))
-            return Inputs.of(self._standardised(scores.to(self.device)))
-        if kind == "autoencoder":
-            encoded = self.encode(name)
-            x = torch.from_numpy(np.concatenate(encoded, axis=1)).to(self.device)
-            return Inputs.of(self._standardised(x), np.repeat(kept, [layer.shape[1] for layer in encoded]))
-        if kind == "pair":
-            kept = kept[[layer.role == "down" for layer in self.collection.layers]]
-        x = self.features(name)
-        return Inputs.of(self._standardised(x.flatten(1)), np.repeat(kept, x.shape[2]))
+    def inputs(self, source: str) -> torch.Tensor | Stored:
+        """What classifiers read, standardised, float32[S, N, F]; those of the latest two sources are kept.
 
-    def _standardised(self, x: torch.Tensor) -> torch.Tensor:
-        return standardise(x, self.split.train)[None]
+        Args:
+            source: A representation, `EACH_LAYER` (S is then L), or principal components by the layers they are of.
+        """
+        with self._one_reads:
+            if source not in self._inputs:
+                while len(self._inputs) > 1:
+                    del self._inputs[next(iter(self._inputs))]
+                self._inputs[source] = self._read(source)
+            return self._inputs[source]
+
+    def _read(self, source: str) -> torch.Tensor | Stored:
+        if source == EACH_LAYER:
+            return standardise(self.features("stats").transpose(0, 1), self.split.train)  # (L, N, 7)
+        if source == "flat_vec":
+            return self._packed
+        if source.startswith("pca"):
+            x = torch.from_numpy(self.units.load(self._pca_keys[source])["scores"])
+        elif source in autoencoders.HIDDEN:
+            x = torch.from_numpy(np.concatenate(self.encoded(source), axis=1))
+        else:
+            x = self.features(source).flatten(1)
+        return standardise(x.to(self.device), self.split.train)[None]
 
     @cached_property
     def _packed(self) -> Stored:
@@ -531,41 +605,64 @@ class Experiment:
         fits = 4 * math.prod(packed.shape) < MEMORY_SHARE * memory_of(self.device)
         return Stored(packed.read, packed.shape, self.split.train, hold=fits)
 
-    @property
-    def _packed_identity(self) -> str:
-        return store.digest([WEIGHTS, self.extracted.suffix, store.code_digest(sys.modules[__name__])])
+    # -- what is learned from the weights -----------------------------------------------------------------------------
 
-    def principal_components(self, live: np.ndarray) -> np.ndarray:
-        """PCA of the live columns of the weights, fitted on train rows, computed or read: scores float32[N, k]."""
-        key = {"kind": "pca", **self.key, "weights": self._packed_identity, "live": store.array_digest(live)}
+    def learn(self, names: list[str], conditions: list[list[int]]) -> dict[str, str]:
+        """Fit autoencoders, and PCA under each condition, a list of removed layers; why it failed, by representation.
 
-        def compute() -> dict[str, np.ndarray]:
+        Everything is fitted on train rows only.
+        """
+        work: list[tuple[str, Task]] = []
+        for name in names:
+            if name == "pca":
+                for removed in conditions:
+                    kept = np.ones(len(self.collection.layers), bool)
+                    kept[removed] = False
+                    work.append((name, self.principal_components(kept)[1]))
+            elif REPRESENTATIONS[name].kind == "autoencoder":
+                fit = partial(self._fit_autoencoders, name)
+                work += [(name, self.task(key, fit, stack, label)) for key, stack, label in self.autoencoder_stacks(name)]
+        failed: dict[str, str] = {}
+        for done, reason in enumerate(self.crew.do([task for _, task in work]), 1):
+            name = work[done - 1][0]
+            self.progress("fitting autoencoders and pca", done, len(work))
+            if reason:
+                failed.setdefault(name, reason)
+        for name in names:
+            if name != "pca" and name not in failed:
+                for key, _, label in self.autoencoder_stacks(name):
+                    self.note_smaller([key], label)
+        return failed
+
+    def principal_components(self, kept: np.ndarray) -> tuple[dict, Task]:
+        """Key and work of the scores float32[N, k] of layers ``kept`` bool[L], components fitted on train rows."""
+        live = np.repeat(kept, self.collection.weights_per_layer)
+        key = {"kind": "pca", **self.key, "live": store.array_digest(live), "components": PCA_COMPONENTS}
+
+        def compute(_: list) -> dict[str, np.ndarray]:
             packed, columns = self.extracted.weights(), np.flatnonzero(live)
             train = StoredRows(packed, self.rows["train"], columns, self.device)
             rows = StoredRows(packed, np.arange(packed.shape[0]), columns, self.device)
             return {"scores": PCA(PCA_COMPONENTS).fit(train).transform(rows).cpu().numpy()}
 
-        return self.units.get({**key, "components": PCA_COMPONENTS}, compute)["scores"]
+        return key, self.task(key, compute, [0], "pca")
 
-    # -- autoencoders -------------------------------------------------------------------------------------------------
-
-    def encode(self, name: str) -> list[np.ndarray]:
-        """Features float32[N, latent] of each layer from an autoencoder of its own, fitted on train rows or read."""
-        key = {"kind": "autoencoder", **self.key, "weights": self.extracted.suffix, "learned": name}
+    def autoencoder_stacks(self, name: str) -> list[tuple[dict, list[int], str]]:
+        """The stacks of a representation: key, layers, and what progress calls it; one autoencoder for each layer."""
+        key = {"kind": "autoencoder", **self.key, "learned": name}
         key |= {"learner": store.code_digest(autoencoders), "schedule": asdict(self.settings.autoencoder)}
         widths = np.array(self.collection.weights_per_layer)
-        encoded: list = [None] * len(widths)
+        stacks: list[tuple[dict, list[int], str]] = []
         for width in np.unique(widths).tolist():
             layers = np.flatnonzero(widths == width).tolist()
             # A parameter is held five times: itself, its gradient, two moments, the best so far; a weight once.
             parameters = autoencoders.num_parameters(name, width) + len(self.collection.files) * width // 5
-            stacks = math.ceil(len(layers) * parameters / AUTOENCODER_PARAMETERS[self.device.type])
-            at_once = math.ceil(len(layers) / min(stacks, len(layers)))  # stacks of about equal size
-            fit, label = partial(self._fit_autoencoders, name), f"fitting {name}, {width} weights a layer"
-            for stack, unit in self.in_stacks(layers, at_once, key, fit, label):
-                for layer, features in zip(stack, unit["features"], strict=True):
-                    encoded[layer] = features
-        return encoded
+            count = math.ceil(len(layers) * parameters / AUTOENCODER_PARAMETERS[self.device.type])
+            at_once = math.ceil(len(layers) / min(count, len(layers)))  # stacks of about equal size
+            for start in range(0, len(layers), at_once):
+                stack = layers[start : start + at_once]
+                stacks.append(({**key, "models": stack}, stack, f"fitting {name}, {width} weights a layer"))
+        return stacks
 
     def _fit_autoencoders(self, name: str, layers: list[int]) -> dict[str, np.ndarray]:
         packed, columns = self.extracted.weights(), self.collection.files[0].layout.columns
@@ -576,6 +673,13 @@ class Experiment:
             x[m] = standardise(weights, self.split.train)
         schedule, seed = self.settings.autoencoder, self.settings.seed
         return autoencoders.fit_transform(name, x, self.split, schedule=schedule, seed=seed)
+
+    def encoded(self, name: str) -> list[np.ndarray]:
+        """Features float32[N, latent] of each layer from its finished autoencoder."""
+        of_layer: dict[int, np.ndarray] = {}
+        for key, layers, _ in self.autoencoder_stacks(name):
+            of_layer |= zip(layers, self.units.load(key, ["features"])["features"], strict=True)
+        return [of_layer[layer] for layer in range(len(of_layer))]
 
 
 def memory_of(device: torch.device) -> int:
@@ -607,15 +711,24 @@ def run(args: argparse.Namespace) -> int:
         UsageError: A flag cannot be used.
         CollectionError: The collection cannot be used. The output folder is left as it was.
     """
-    settings, progress = resolve(args), Progress()
-    # Classifiers that are sure of their train rows are full of numbers below 1e-38, over which a CPU takes many times
-    # as long: they count as 0. Said before anything is computed, as threads that run already would not hear of it.
-    torch.set_flush_denormal(True)
+    settings = resolve(args)
+    crew = assemble(
+        THREADS if settings.device.type == "cpu" else 1, partial(start_thread, settings.device), settings.device
+    )
+    with redirect_stdout(None) if crew.rank > 0 else nullcontext():
+        code = experiment(args, settings, crew)
+    crew.wait()  # rank 0 may be who the others talk through
+    return code
+
+
+def experiment(args: argparse.Namespace, settings: Settings, crew: Crew) -> int:
+    """What each process of the job does: see `run`."""
+    progress, cache = Progress(), args.cache_dir or args.output_dir / ".cache"
     say(report.settings_lines(settings.config(), environment(settings.device), args.output_dir))
-    name, folder = locate(args, progress)
+    name, folder = crew.agree(lambda: [str(part) for part in locate(args, progress)])
     watch = Stopwatch()
     with watch.phase("index"):
-        collection = data.index_collection(folder, name, progress.track)
+        collection = data.index_collection(Path(folder), name, progress.track)
         data.check_classes(collection)
     if settings.top_k >= len(collection.layers):
         raise UsageError(f"--top-k {settings.top_k}: these LoRAs have {len(collection.layers)} layers. give fewer.")
@@ -629,32 +742,63 @@ def run(args: argparse.Namespace) -> int:
         say(report.not_run_line(left_out, reason))
 
     needed = {"stats"} | {n for n in chosen if n not in flat} | ({WEIGHTS} if set(chosen) & set(flat) else set())
-    cache = args.cache_dir or args.output_dir / ".cache"
-    with watch.phase("features"):
-        extracted = data.extract(collection, sorted(needed), cache, settings.device, progress.track)
-    header["dataset"]["fingerprint"] = extracted.fingerprint
     target = args.output_dir / f"ablation_{name}"
-    if there := finished_results(target, header):
-        say(f"\nNothing to do: {target} holds the results of these settings on these files.")
-        return 3 if there["representations_not_run"] else 0
-    experiment = Experiment(settings, collection, rows, extracted, progress)
-    results = header | run_phases(experiment, chosen, not_run, watch) | {"timing": watch.timing()}
-    results["config"]["stack"]["smaller"] = experiment.smaller_stacks
-    write_results(target, experiment, results)
+    with only_process(target) if crew.rank == 0 else nullcontext():
+        crew.check_shared(args.output_dir)
+        with watch.phase("features"):
+            extracted = data.extract(collection, sorted(needed), cache, settings.device, crew, progress)
+        header["dataset"]["fingerprint"] = extracted.fingerprint
+        if there := crew.agree(lambda: finished_results(target, header)):
+            say(f"\nNothing to do: {target} holds the results of these settings on these files.")
+            return 3 if there["representations_not_run"] else 0
+        store.remove_stale(extracted.folder)
+        trainings = Experiment(settings, collection, rows, extracted, crew, progress)
+        results = header | run_phases(trainings, chosen, not_run, watch) | {"timing": watch.timing()}
+        results["config"]["stack"]["smaller"] = trainings.smaller_stacks
+        if crew.rank == 0:
+            write_results(target, trainings, results)
     say(f"\nWritten to {target}: {', '.join(RESULT_FILES)} ({results['timing']['total']:.0f} s)")
     return 3 if not_run else 0
 
 
+def start_thread(device: torch.device) -> None:
+    """What each thread does first: use one core, and the process's GPU.
+
+    Results then do not depend on the number of threads. Classifiers that are sure of their train rows are full of
+    numbers below 1e-38, over which a CPU takes many times as long: they count as 0.
+    """
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+@contextmanager
+def only_process(target: Path) -> Iterator[None]:
+    """Hold the folder of results for this process.
+
+    Raises:
+        UsageError: Another process holds it.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(store.locked(target.with_name(f".{target.name}.lock")))
+        except store.LockedError as error:
+            raise UsageError(f"{target}: {error} is at work in it. wait, or give another --output-dir.") from None
+        yield
+
+
 def environment(device: torch.device) -> dict:
     """The machine and the program, as results.json tells them."""
-    modules = (stacked_training, representations, autoencoders, lora_files, data, store, report, sys.modules[__name__])
+    modules = (stacked_training, representations, autoencoders, lora_files, data, store, report)
+    modules += (sys.modules[Crew.__module__], sys.modules[__name__])
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
-        "threads": torch.get_num_threads(),
+        "threads": THREADS,
         "code": store.code_digest(*modules),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -687,37 +831,40 @@ def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndar
     }
 
 
-def run_phases(experiment: Experiment, chosen: list[str], not_run: dict[str, str], watch: Stopwatch) -> dict:
+def run_phases(trainings: Experiment, chosen: list[str], not_run: dict[str, str], watch: Stopwatch) -> dict:
     """The three phases, each result printed as it arrives; adds what turns out not to be possible to ``not_run``."""
-    settings, layers = experiment.settings, experiment.collection.layers
+    settings, layers = trainings.settings, trainings.collection.layers
     say(f"\nPhase 1: each of {len(layers)} layers alone, on 7 statistics\n{report.LAYER_HEADER}")
     with watch.phase("ranking"):
-        ranking = experiment.rank_layers()
+        ranking = trainings.rank_layers()
     for rank, record in enumerate(ranking[: settings.top_k], 1):
         say(report.layer_row(rank, record))
     top = [record["layer"] for record in ranking[: settings.top_k]]
     removed = [depth for depth, layer in enumerate(layers) if layer.name in top]
-    pairs_left = set(experiment.collection.pair_of_layer) - set(experiment.collection.pair_of_layer[removed])
+    pairs_left = set(trainings.collection.pair_of_layer) - set(trainings.collection.pair_of_layer[removed])
 
     for name in chosen:
-        kind = REPRESENTATIONS[name].kind
-        if kind == "pair" and not pairs_left:
+        if REPRESENTATIONS[name].kind == "pair" and not pairs_left:
             not_run[name] = f"the top {settings.top_k} layers leave no pair whole"
             say(report.not_run_line(name, not_run[name]))
-        elif kind == "autoencoder":
-            with watch.phase("autoencoders"):
-                attempt(name, not_run, partial(experiment.encode, name))
+    learned = [name for name in chosen if name == "pca" or REPRESENTATIONS[name].kind == "autoencoder"]
+    with watch.phase("autoencoders"):
+        for name, reason in trainings.learn(learned, [removed, []]).items():
+            not_run[name] = reason
+            say(report.not_run_line(name, reason))
     found: dict[str, dict] = {"ablation": {}, "baseline": {}}
     for condition, without, title in (
         ("ablation", removed, f"Phase 2: without the top {settings.top_k} layers"),
         ("baseline", [], "Phase 3: with all layers"),
     ):
         say(f"\n{title}\n{report.RESULT_HEADER}")
-        for name in chosen:
-            if name not in not_run:
-                with watch.phase(condition):
-                    entry = attempt(name, not_run, partial(experiment.evaluate, name, without, condition))
-                if entry:
+        left = [name for name in chosen if name not in not_run]
+        with watch.phase(condition):
+            for name, entry in trainings.evaluate(left, without, condition):
+                if isinstance(entry, str):
+                    not_run[name] = entry
+                    say(report.not_run_line(name, entry))
+                else:
                     found[condition][name] = entry
                     say(report.result_row(name, entry))
     return {
@@ -727,18 +874,6 @@ def run_phases(experiment: Experiment, chosen: list[str], not_run: dict[str, str
         "baseline_results": found["baseline"],
         "representations_not_run": [{"representation": name, "reason": not_run[name]} for name in not_run],
     }
-
-
-def attempt(name: str, not_run: dict[str, str], work: Callable):
-    """The work's result; None where training diverges or memory does not do, and the reason is noted."""
-    try:
-        return work()
-    except FloatingPointError as error:
-        not_run[name] = str(error)
-    except torch.OutOfMemoryError as error:
-        not_run[name] = f"out of memory with one model at a time: {error}"
-    say(report.not_run_line(name, not_run[name]))
-    return None
 
 
 def finished_results(target: Path, header: dict) -> dict | None:
@@ -754,44 +889,52 @@ def finished_results(target: Path, header: dict) -> dict | None:
     return there if same and all((target / name).exists() for name in RESULT_FILES) else None
 
 
-def write_results(target: Path, experiment: Experiment, results: dict) -> None:
+def write_results(target: Path, trainings: Experiment, results: dict) -> None:
     """Write all result files, results.json last; what lies there of other settings is moved to previous/<n>/ first."""
-    store.move_to_previous(target, RESULT_FILES)
-    part_of = {row: part for part, rows in experiment.rows.items() for row in rows.tolist()}
+    part_of = {row: part for part, rows in trainings.rows.items() for row in rows.tolist()}
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("file", "label", "split"))
-    for row, file in enumerate(experiment.collection.files):
+    for row, file in enumerate(trainings.collection.files):
         writer.writerow((file.path, file.label, {"validation": "val"}.get(part_of[row], part_of[row])))
-    top = results["layer_ranking"][: experiment.settings.top_k]
-    store.write_atomically(target / "samples.csv", table.getvalue().encode())
-    store.save_arrays(target / "predictions.npz", experiment.predictions)
-    store.write_atomically(target / "top_layers.json", store.canonical_json(top, indent=2))
-    store.write_atomically(target / "results.txt", report.render_text(results).encode())
-    store.write_atomically(target / "results.json", store.canonical_json(results, indent=2))
+    top = results["layer_ranking"][: trainings.settings.top_k]
+    contents = (
+        store.canonical_json(top, indent=2),
+        report.render_text(results).encode(),
+        table.getvalue().encode(),
+        store.packed_arrays(trainings.predictions),
+        store.canonical_json(results, indent=2),
+    )
+    store.replace_all(target, dict(zip(RESULT_FILES, contents, strict=True)))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad flags or input, 3 done but for representations that cannot run, 130 interrupted."""
+    """Exit codes: 0 done, 2 bad flags or input, 3 done but for representations that cannot run.
+
+    And 130 where SIGINT stopped it, 143 where SIGTERM or SIGUSR1 did.
+    """
     try:
         return run(parse_arguments(arguments))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except CollectionError as error:
-        print(error.shown(), file=sys.stderr)
-    except torch.OutOfMemoryError as error:  # of the ranking, and so is the next one
-        print(
-            f"error: one model alone does not fit the device's memory: {error} try another --device.", file=sys.stderr
-        )
-    except FloatingPointError as error:
-        print(f"error: {error}. try another --seed.", file=sys.stderr)
+    except (UsageError, CollectionError) as error:
+        if os.environ.get("RANK", "0") == "0":  # of several processes each finds the same
+            print(error.shown() if isinstance(error, CollectionError) else f"error: {error}", file=sys.stderr)
+    except RankingError as error:
+        print(f"error: the layers cannot be ranked: {error}. try another --seed or --device.", file=sys.stderr)
+    except torch.OutOfMemoryError as error:
+        print(f"error: the memory of the device does not do: {error} try another --device.", file=sys.stderr)
     except OSError as error:
         print(f"error: {error}. the same command continues where this one stopped.", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("\ninterrupted. the same command continues where this one stopped.", file=sys.stderr)
-        return 130
     return 2
 
 
+def stop(number: int, _: object) -> None:
+    """End the process at a signal: at once, as it might at any moment; what was finished is on disk and whole."""
+    name = signal.Signals(number).name
+    os.write(2, f"\nstopped by {name}. the same command continues where this one stopped.\n".encode())
+    os._exit(130 if number == signal.SIGINT else 143)
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, stop)
     sys.exit(main())

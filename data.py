@@ -18,11 +18,9 @@ import math
 import os
 import shutil
 import sys
-import tempfile
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -33,13 +31,13 @@ import torch
 import lora_files
 import representations
 import store
+from crew import Crew, Task
 from lora_files import Layer, Layout, LoraFileError
 from representations import REPRESENTATIONS, matrix_features, pair_features
 
 CHUNK_NUMBERS = 2**22  # weights worked on at once on the pass, 16 MiB
-SHARD_NUMBERS = 2**26  # weights of the files whose features, and packed weights, are held and then written: 256 MiB
-READERS = 2  # threads that read and hash
-READ_AHEAD = 32  # files, fewer where they are large
+SHARD_NUMBERS = 2**24  # weights of the files whose features, and packed weights, are held and then written: 64 MiB
+PASS_THREADS = 8  # threads on the pass at most, each with a shard in memory
 PREFERRED_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_FINDINGS = 20
@@ -384,112 +382,170 @@ def extract(
     names: Iterable[str],
     cache: Path,
     device: torch.device,
-    progress: Callable[[Iterable, str], Iterable] = lambda items, _: items,
+    crew: Crew | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Extracted:
     """Compute, or find in the cache, the named arrays of a collection.
+
+    The pass goes by shards of consecutive files, shared among the crew; a shard that is finished is not read again by
+    a pass that takes up where one was killed.
 
     Args:
         collection: What to read.
         names: Matrix-wise and pair-wise representations, and ``WEIGHTS`` for the packed weights.
         cache: Folder that holds a folder for each fingerprint.
         device: Where features are computed.
-        progress: Wraps the iteration over chunks of files; is given the number of files in each.
+        crew: Who computes; None: one thread.
+        progress: Told the stage, how many shards are finished, and of how many.
 
     Raises:
         CollectionError: Weights are NaN or infinite, or files have changed since they were indexed. Nothing is left.
     """
-    names = list(names)
-    code = store.code_digest(representations, lora_files, store, sys.modules[__name__])
-    suffix = f"{store.digest([code, torch.__version__])[:8]}-{device.type}"
-    known = cache / "collections" / f"{_identity(collection)}.json"
-    missing = names
-    if known.exists():
-        fingerprint = json.loads(known.read_text())["fingerprint"]
-        found = Extracted(fingerprint, cache / fingerprint, suffix)
-        missing = [name for name in names if not found.path(name).exists()]
-        if not missing:
-            return found
-    with _scratch_folder(cache) as scratch:
-        fingerprint = _pass_over_weights(collection, missing, scratch, device, progress)
-        done = Extracted(fingerprint, cache / fingerprint, suffix)
+    crew, names = crew or Crew(), list(names)
+    passed = _Pass(collection, cache, device)
+    with ExitStack() as held:
+        if crew.rank == 0:
+            held.enter_context(store.made(cache))
+            held.enter_context(store.locked(passed.folder.with_suffix(".lock"), _tell_of_waiting))
+        missing = crew.agree(partial(passed.begin, names))
+        shards = passed.shards if missing else []
+        tasks = [Task(partial(passed.finished, rows, missing), partial(passed.run, rows, missing)) for rows in shards]
+        threads = min(crew.threads, PASS_THREADS) if device.type == "cpu" else PASS_THREADS  # a GPU waits for readers
+        for done, _ in enumerate(crew.do(tasks, threads), 1):
+            progress("features", done, len(tasks))
+        crew.wait()  # until nobody looks for shards where rank 0 will now take them away
+        outcome = crew.agree(partial(passed.end, names, missing))
+    if "findings" in outcome:
+        raise CollectionError(outcome["findings"])
+    if outcome["missing"]:  # the contents are others than when the rest was computed, though nothing told so
+        return extract(collection, names, cache, device, crew, progress)
+    return passed.extracted(outcome["fingerprint"])
+
+
+def _tell_of_waiting(holder: str) -> None:
+    print(f"waiting for {holder}, which reads the same collection", flush=True)
+
+
+class _Pass:
+    """One pass over the weights of a collection, in shards of consecutive files.
+
+    Shards lie in ``passes/<collection>/`` of the cache until all are finished: arrays by name, and a document for each
+    shard with the digests of its files, from which the fingerprint is made. Then each name's folder is renamed into the
+    folder of the fingerprint.
+    """
+
+    def __init__(self, collection: Collection, cache: Path, device: torch.device):
+        self.collection, self.cache, self.device = collection, cache, device
+        self.identity = _identity(collection)
+        self.folder = cache / "passes" / store.digest(str(collection.root.resolve()))
+        code = store.code_digest(representations, lora_files, store, sys.modules[__name__])
+        self.suffix = f"{store.digest([code, torch.__version__])[:8]}-{device.type}"
+        count, width = len(collection.files), max(file.layout.width for file in collection.files)
+        per_shard = min(count, max(1, SHARD_NUMBERS // width))
+        self.shards = [range(first, min(first + per_shard, count)) for first in range(0, count, per_shard)]
+
+    def extracted(self, fingerprint: str) -> Extracted:
+        """Where arrays of these contents lie, whether they are there or not."""
+        return Extracted(fingerprint, self.cache / fingerprint, self.suffix)
+
+    @property
+    def known(self) -> Path:
+        """The file that tells the fingerprint of unchanged files."""
+        return self.cache / "collections" / f"{self.identity}.json"
+
+    # -- rank 0, before and after -------------------------------------------------------------------------------------
+
+    def begin(self, names: list[str]) -> list[str]:
+        """The names whose arrays are still to be computed; makes ready for them."""
+        if self.known.exists():
+            found = self.extracted(json.loads(self.known.read_text())["fingerprint"])
+            names = [name for name in names if not found.path(name).exists()]
+        if names:
+            self._clear_unless_mine()
+        return names
+
+    def end(self, names: list[str], computed: list[str]) -> dict:
+        """``fingerprint`` of the contents, arrays in their places; or ``findings``, nothing left of the pass."""
+        if not computed:
+            return json.loads(self.known.read_text()) | {"missing": []}
+        documents = [json.loads(self._document(rows).read_text()) for rows in self.shards]
+        if findings := [line for document in documents for line in document["findings"]]:
+            self._remove()
+            return {"findings": findings}
+        contents = [line for document in documents for line in document["contents"]]
+        fingerprint = store.digest(contents)
+        # First the fingerprint: if killed among the renames, the next pass finds what is in its place and what is not.
+        store.write_atomically(self.known, store.canonical_json({"fingerprint": fingerprint}))
+        done = self.extracted(fingerprint)
         (done.folder / "features").mkdir(parents=True, exist_ok=True)
-        for name in missing:
-            try:
-                (scratch / name).rename(done.path(name))
-            except OSError:
-                if not done.path(name).exists():  # else another process has finished the same
-                    raise
-    if not all(done.path(name).exists() for name in names):  # other contents than those found before
-        known.unlink(missing_ok=True)
-        return extract(collection, names, cache, device, progress)
-    store.write_atomically(known, store.canonical_json({"fingerprint": fingerprint}))
-    return done
+        for name in computed:
+            if not done.path(name).exists():  # else files of the same contents were read from elsewhere
+                self._arrays(name).rename(done.path(name))
+        self._remove()
+        return {"fingerprint": fingerprint, "missing": [name for name in names if not done.path(name).exists()]}
+
+    def _clear_unless_mine(self) -> None:
+        """Remove what a killed pass over other files of this folder, or another version of it, has left."""
+        owner = self.folder / "owner"
+        mine = f"{self.identity} {self.suffix}"
+        if not (owner.exists() and owner.read_text() == mine):
+            self._remove()
+            store.write_atomically(owner, mine.encode())
+
+    def _remove(self) -> None:
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+
+    # -- whoever computes ---------------------------------------------------------------------------------------------
+
+    def _arrays(self, name: str) -> Path:
+        return self.folder / name
+
+    def _document(self, rows: range) -> Path:
+        return self.folder / f"{rows.start:08}.json"
+
+    def finished(self, rows: range, names: list[str]) -> bool:
+        """Whether a shard needs no work: its arrays are there, or what is wrong with its files."""
+        document = self._document(rows)
+        if not document.exists():
+            return False
+        there = all(store.shard_path(self._arrays(name), rows.start).exists() for name in names)
+        return there or bool(json.loads(document.read_text())["findings"])
+
+    def run(self, rows: range, names: list[str]) -> None:
+        """Read each file of a shard once; write its arrays and then its document."""
+        arrays = _allocate(self.collection, names, len(rows))
+        contents: list[str] = []
+        findings: list[str] = []
+        per_chunk = max(1, CHUNK_NUMBERS // max(file.layout.width for file in self.collection.files))
+        for start in range(rows.start, rows.stop, per_chunk):
+            chunk = range(start, min(start + per_chunk, rows.stop))
+            weights, scales = [], []
+            for file in self.collection.files[chunk.start : chunk.stop]:
+                try:
+                    flat, scale, digest = _read_file(self.collection.root, file)
+                except (LoraFileError, OSError) as error:
+                    findings.append(f"{self.collection.root / file.path}: {error}")
+                    continue
+                weights.append(flat)
+                scales.append(scale)
+                contents.append(store.digest([file.path, digest, str(file.adapter_config)]))
+            if not findings:  # else go on reading, to tell of every fault at once
+                part = {name: a[chunk.start - rows.start : chunk.stop - rows.start] for name, a in arrays.items()}
+                _fill(part, self.collection, chunk, weights, scales, self.device)
+        if not findings:
+            for name, array in arrays.items():
+                store.save_array(store.shard_path(self._arrays(name), rows.start), array)
+        document = {"contents": contents, "findings": findings}
+        store.write_atomically(self._document(rows), store.canonical_json(document))
 
 
 def _identity(collection: Collection) -> str:
     """Stands for the files as the file system tells them apart; a cache is trusted on this."""
     return store.digest(
         [str(collection.root.resolve())]
-        + [[file.path, file.label, *file.stat, str(file.adapter_config)] for file in collection.files]
+        + [[file.path, *file.stat, str(file.adapter_config)] for file in collection.files]
     )
-
-
-@contextmanager
-def _scratch_folder(cache: Path) -> Iterator[Path]:
-    """A folder on the cache's file system; it is removed afterwards, and so on failure is every parent made for it."""
-    made = [folder for folder in (cache, *cache.absolute().parents) if not folder.exists()]
-    cache.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=cache, prefix="pass-"))
-    try:
-        yield scratch
-    except BaseException:
-        shutil.rmtree(scratch)
-        for folder in made:
-            if not any(folder.iterdir()):
-                folder.rmdir()
-        raise
-    shutil.rmtree(scratch)
-
-
-def _pass_over_weights(
-    collection: Collection, names: list[str], folder: Path, device: torch.device, progress: Callable
-) -> str:
-    """Read each file once, write the shards of each array as they are finished, and return the fingerprint."""
-    count, width = len(collection.files), max(file.layout.width for file in collection.files)
-    per_shard = min(count, max(1, SHARD_NUMBERS // width))
-    per_chunk = max(1, CHUNK_NUMBERS // width)
-    chunks = [
-        range(start, min(start + per_chunk, first + per_shard, count))
-        for first in range(0, count, per_shard)
-        for start in range(first, min(first + per_shard, count), per_chunk)
-    ]
-    arrays = _allocate(collection, names, per_shard)
-    fingerprint = hashlib.sha256()
-    findings: list[str] = []
-    ahead = min(READ_AHEAD, max(READERS, per_chunk))
-    read = _in_threads(partial(_read_file, collection.root), collection.files, ahead)
-    for rows in progress(chunks, "features"):
-        weights, scales = [], []
-        for file in collection.files[rows.start : rows.stop]:
-            try:
-                flat, scale, contents = next(read).result()
-            except (LoraFileError, OSError) as error:
-                findings.append(f"{collection.root / file.path}: {error}")
-                continue
-            weights.append(flat)
-            scales.append(scale)
-            fingerprint.update(store.digest([file.path, file.label, contents, str(file.adapter_config)]).encode())
-        if findings:
-            continue  # go on reading, to tell of every fault at once
-        first = rows.start // per_shard * per_shard
-        chunk = {name: array[rows.start - first : rows.stop - first] for name, array in arrays.items()}
-        _fill(chunk, collection, rows, weights, scales, device)
-        if rows.stop in (first + per_shard, count):
-            for name, array in arrays.items():
-                store.save_array(store.shard_path(folder / name, first), array[: rows.stop - first])
-    if findings:
-        raise CollectionError(findings)
-    return fingerprint.hexdigest()[:16]
 
 
 def _allocate(collection: Collection, names: list[str], rows: int) -> dict[str, np.ndarray]:
@@ -505,23 +561,10 @@ def _allocate(collection: Collection, names: list[str], rows: int) -> dict[str, 
     return {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
 
 
-def _in_threads(work: Callable, items: Iterable, ahead: int) -> Iterator[Future]:
-    """The outcome of ``work(item)`` for each item, in order; threads are at most ``ahead`` items ahead."""
-    with ThreadPoolExecutor(READERS) as pool:
-        waiting: deque[Future] = deque()
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > ahead:
-                yield waiting.popleft()
-        while waiting:
-            yield waiting.popleft()
-
-
 def _read_file(root: Path, file: LoraFile) -> tuple[np.ndarray, dict[str, float], str]:
     """Weights float32[W], scale of each module's update, and a digest of the contents.
 
-    Refuses what changed or is not finite. Only numpy and hashlib work here: in several threads torch would start
-    several teams of threads.
+    Refuses what changed or is not finite.
     """
     path = root / file.path
     data = np.fromfile(path, np.uint8)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -133,10 +134,14 @@ class Stored:
     ):
         self.read, self.shape, self.train_rows, self.hold = read, (1, *shape), train_rows, hold
         self.device = train_rows.device
+        self._one_reads = threading.Lock()  # the others then find it held
 
     def rows(self, rows: Tensor) -> Tensor:
         """Standardised rows, int64[..., n] -> float32[..., n, F]."""
-        return self._read(rows) if self._held is None else self._held[rows]
+        with self._one_reads:
+            held = self._held
+            self._mean_and_scale  # noqa: B018
+        return self._read(rows) if held is None else held[rows]
 
     @cached_property
     def _held(self) -> Tensor | None:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import io
 import json
 import os
+import platform
 import secrets
+import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
 
 import numpy as np
+
+STALE_SECONDS = 3600  # a temporary file as old as this is no longer being written
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -78,19 +85,33 @@ def array_digest(*arrays: np.ndarray) -> str:
     return contents.hexdigest()[:16]
 
 
-def move_to_previous(folder: Path, names: Iterable[str]) -> None:
-    """Move those of the named files that are in a folder to its next ``previous/<n>/``; nothing is ever lost."""
-    there = [folder / name for name in names if (folder / name).exists()]
-    if there:
+def replace_all(folder: Path, contents: dict[str, bytes]) -> None:
+    """Write files that belong together, and move those that are there to ``previous/<n>/``: nothing is ever lost.
+
+    The last one counts: where it is, the others are there too. So a process that was killed between them can be told
+    from one that had finished, and what it had begun is finished.
+    """
+    *others, last = contents
+    there = [name for name in (*others, last) if (folder / name).exists()]
+    if last in there or any((folder / name).read_bytes() != contents[name] for name in there):
         numbers = [int(kept.name) for kept in (folder / "previous").glob("[0-9]*") if kept.name.isdecimal()]
-        kept = folder / "previous" / str(max(numbers, default=0) + 1)
-        kept.mkdir(parents=True)
-        for path in there:
-            path.rename(kept / path.name)
+        latest = max(numbers, default=0)
+        begun = latest and last in there and not (folder / "previous" / str(latest) / last).exists()
+        kept = folder / "previous" / str(latest if begun else latest + 1)
+        kept.mkdir(parents=True, exist_ok=True)
+        for name in there:
+            (folder / name).rename(kept / name)
+    for name, content in contents.items():
+        write_atomically(folder / name, content)
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write an .npz atomically, the same bytes for equal arrays (`np.savez` stores the time of day)."""
+    """Write an .npz atomically; see `packed_arrays`."""
+    write_atomically(path, packed_arrays(arrays))
+
+
+def packed_arrays(arrays: dict[str, np.ndarray]) -> bytes:
+    """The content of an .npz, the same bytes for equal arrays (`np.savez` stores the time of day)."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in arrays.items():
@@ -99,13 +120,13 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
             entry = zipfile.ZipInfo(f"{name}.npy")  # dated 1980-01-01
             entry.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(entry, member.getvalue())
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
-def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz; nothing pickled is ever loaded."""
+def load_arrays(path: Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """All arrays of an .npz, or those of the given names; nothing pickled is ever loaded."""
     with np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
+        return {name: archive[name] for name in names or archive.files}
 
 
 def shard_path(folder: Path, first_row: int) -> Path:
@@ -187,6 +208,74 @@ def _read_into(array: np.ndarray, file: BinaryIO, offset: int) -> None:
         wanted, offset = wanted[count:], offset + count
 
 
+def remove_stale(folder: Path) -> None:
+    """Remove the temporary files that killed processes have left below a folder, long ago."""
+    for path in folder.rglob(".*"):
+        with suppress(FileNotFoundError):  # others may clear away too
+            if path.is_file() and time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Make a folder and its parents; afterwards those that were made here and are empty are removed."""
+    new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for path in new:
+            with suppress(OSError):  # not empty, or already gone
+                path.rmdir()
+
+
+class LockedError(RuntimeError):
+    """Another process holds a lock; the message says which one."""
+
+
+@contextmanager
+def locked(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold a lock file, which the system releases when the process ends, however it ends.
+
+    Args:
+        path: The lock file; removed afterwards.
+        wait: Told who holds the lock before waiting for it; None: not to wait.
+
+    Raises:
+        LockedError: Another process holds it.
+    """
+    with made(path.parent):
+        while True:
+            file = open(path, "a+b")  # noqa: SIM115
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().decode(errors="replace").strip() or "another process"
+                if wait is None:
+                    file.close()
+                    raise LockedError(holder) from None
+                wait(holder)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                    raise
+                # A file system without locks: files are still written whole, only work may be done twice.
+            with suppress(FileNotFoundError):
+                if os.fstat(file.fileno()).st_ino == os.stat(path).st_ino:
+                    break
+            file.close()  # its holder has removed it meanwhile
+        try:
+            file.truncate(0)
+            started = datetime.now(UTC).isoformat(timespec="seconds")
+            file.write(f"process {os.getpid()} on {platform.node()}, since {started}".encode())
+            file.flush()
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            file.close()
+
+
 class Units:
     """Finished units of work in a folder, each a small .npz named by a digest of all that it depends on.
 
@@ -200,9 +289,10 @@ class Units:
         """Where the unit of this key lies, whether it is there or not."""
         return self.folder / f"{key['kind']}-{digest(key)}.npz"
 
-    def get(self, key: dict, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """The unit's arrays: read if they are there, else computed by ``compute()`` and kept."""
-        path = self.path(key)
-        if not path.exists():
-            save_arrays(path, compute())
-        return load_arrays(path)
+    def save(self, key: dict, arrays: dict[str, np.ndarray]) -> None:
+        """Keep the arrays of a unit that is finished."""
+        save_arrays(self.path(key), arrays)
+
+    def load(self, key: dict, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+        """The arrays of a finished unit, or those of the given names only."""
+        return load_arrays(self.path(key), names)
