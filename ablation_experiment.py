@@ -36,6 +36,7 @@ from tqdm import tqdm
 import autoencoders
 import data
 import digits_zoo
+import labels
 import lora_files
 import report
 import representations
@@ -145,6 +146,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="where the named collections lie (data). only without this flag a missing small, 1k or 10k is trained "
         "instead: the built-in digits",
     )
+    data.add_label_flags(add)
+    add(
+        "--group-column",
+        metavar="NAME",
+        help="column of the table, or field of the metadata.json files: LoRAs that share its value are never on both "
+        "sides of the split (none)",
+    )
     add = parser.add_argument_group("experiment").add_argument
     add("--top-k", type=int, default=5, help="number of most predictive layers to remove (5)")
     add("--num-runs", type=int, help="trainings of each classifier (10; 3 with --quick)")
@@ -180,6 +188,7 @@ class Settings:
     quick: bool
     device: torch.device
     representations: tuple[str, ...]
+    layers: str | None  # pattern; see `data.select_layers`
     classifier: Schedule
     autoencoder: Schedule
 
@@ -193,6 +202,7 @@ class Settings:
             "quick": self.quick,
             "device": self.device.type,
             "representations": list(self.representations),
+            "layers": self.layers,
             "classifier": {"hidden": list(HIDDEN), "dropout": DROPOUT, **asdict(self.classifier)},
             "autoencoder": asdict(self.autoencoder),
             "stack": {
@@ -215,6 +225,13 @@ def resolve(args: argparse.Namespace) -> Settings:
         raise UsageError(f"--num-runs {args.num_runs}: at least one run is needed. give 1 or more.")
     if not args.dataset:
         raise UsageError("--dataset: empty. give a folder of LoRAs, or leave it out.")
+    if args.labels is not None and (fault := labels.table_fault(args.labels)):
+        raise UsageError(f"--labels {args.labels}: {fault}")
+    for flag, value in (("--label-column", args.label_column), ("--group-column", args.group_column)):
+        if value is not None and not value.strip():
+            raise UsageError(f"{flag}: empty. name a column, or leave it out.")
+    if args.layers is not None and not all(map(str.strip, args.layers.split(","))):
+        raise UsageError(f"--layers {args.layers}: an empty pattern. give a part of a layer's name, or leave it out.")
     check_writable("--output-dir", args.output_dir)
     if args.cache_dir is not None:
         check_writable("--cache-dir", args.cache_dir)
@@ -231,6 +248,7 @@ def resolve(args: argparse.Namespace) -> Settings:
         quick=quick,
         device=resolve_device(args.device),
         representations=tuple(name for name in REPRESENTATIONS if name in names),
+        layers=args.layers,
         classifier=Schedule(max_epochs=30 if quick else 1000, patience=5 if quick else 20, lr_patience=10),
         autoencoder=Schedule(max_epochs=8 if quick else 100, patience=5 if quick else 15),
     )
@@ -615,15 +633,25 @@ def run(args: argparse.Namespace) -> int:
     name, folder = locate(args, progress)
     watch = Stopwatch()
     with watch.phase("index"):
-        collection = data.index_collection(folder, name, progress.track)
+        collection = data.index_collection(
+            folder,
+            name,
+            progress.track,
+            labels=args.labels,
+            label_column=args.label_column,
+            group_column=args.group_column,
+            skip_bad=args.skip_bad,
+        )
         data.check_classes(collection)
-    if settings.top_k >= len(collection.layers):
-        raise UsageError(f"--top-k {settings.top_k}: these LoRAs have {len(collection.layers)} layers. give fewer.")
+        rows = data.split_collection(collection, settings.seed)
+    selected = data.select_layers(collection, settings.layers)  # bool[L], the layers that --layers keeps
+    if settings.top_k >= selected.sum():
+        matching = f" that match {settings.layers}" if settings.layers else ""
+        raise UsageError(f"--top-k {settings.top_k}: these LoRAs have {selected.sum()} layers{matching}. give fewer.")
     flat = [n for n in settings.representations if REPRESENTATIONS[n].kind in ("weights", "autoencoder")]
     not_run = {n: collection.mixed_ranks for n in flat if collection.mixed_ranks}
     chosen = [n for n in settings.representations if n not in not_run]
-    rows = data.split_rows(collection.y, settings.seed)
-    header = describe(settings, collection, rows)
+    header = describe(settings, collection, rows, selected)
     say(report.collection_lines(header, len(chosen)))
     for left_out, reason in not_run.items():
         say(report.not_run_line(left_out, reason))
@@ -647,7 +675,17 @@ def run(args: argparse.Namespace) -> int:
 
 def environment(device: torch.device) -> dict:
     """The machine and the program, as results.json tells them."""
-    modules = (stacked_training, representations, autoencoders, lora_files, data, store, report, sys.modules[__name__])
+    modules = (
+        stacked_training,
+        representations,
+        autoencoders,
+        lora_files,
+        labels,
+        data,
+        store,
+        report,
+        sys.modules[__name__],
+    )
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -660,8 +698,9 @@ def environment(device: torch.device) -> dict:
     }
 
 
-def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndarray]) -> dict:
+def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndarray], selected: np.ndarray) -> dict:
     """What results.json says before the first number: the inputs, the settings and the machine."""
+    samples = [[file.path, file.label, file.group] for file in collection.files]
     test, classes = collection.y[rows["test"]], len(collection.classes)
     largest = np.full((1, len(test)), np.bincount(test, minlength=classes).argmax())
     accuracy, f1 = scored(test, largest, classes)
@@ -677,9 +716,14 @@ def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndar
             "class_counts": collection.class_counts,
             "split_sizes": {part: len(indices) for part, indices in rows.items()},
             "num_layers": len(collection.layers),
+            "num_layers_selected": int(selected.sum()),
             "label_source": collection.label_source,
+            "label_column": collection.label_column,
+            "group_column": collection.group_column,
+            "num_groups": None if collection.groups is None else int(collection.groups.max()) + 1,
+            "samples": store.digest(samples),  # the fingerprint is of contents, and knows no groups
             "ignored": dict(collection.ignored),
-            "skipped": [],
+            "skipped": collection.skipped_records,
         },
         "config": settings.config(),
         "environment": environment(settings.device),
@@ -760,9 +804,11 @@ def write_results(target: Path, experiment: Experiment, results: dict) -> None:
     part_of = {row: part for part, rows in experiment.rows.items() for row in rows.tolist()}
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(("file", "label", "split"))
+    grouped = experiment.collection.group_column is not None
+    writer.writerow(("file", "label", "split", "group")[: 3 + grouped])
     for row, file in enumerate(experiment.collection.files):
-        writer.writerow((file.path, file.label, {"validation": "val"}.get(part_of[row], part_of[row])))
+        part = {"validation": "val"}.get(part_of[row], part_of[row])
+        writer.writerow((file.path, file.label, part, file.group)[: 3 + grouped])
     top = results["layer_ranking"][: experiment.settings.top_k]
     store.write_atomically(target / "samples.csv", table.getvalue().encode())
     store.save_arrays(target / "predictions.npz", experiment.predictions)
