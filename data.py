@@ -776,23 +776,21 @@ def _fill_pair_features(arrays: dict, collection: Collection, matrices: list, sc
 
 
 def inspection(collection: Collection, layers: str | None = None) -> dict:
-    """What ``inspect --json`` prints; ``layers`` is the pattern of the layers to list."""
+    """What ``inspect --json`` prints; ``layers`` is a pattern, see `select_layers`."""
     dtypes: Counter = Counter()
     for positions in _by_layout(collection.files):
         for layer in collection.files[positions[0]].layout.layers:
             dtypes[layer.dtype] += len(positions)
     paths = [file.path for file in collection.files]
     columns = labelling.column_values(collection.root, paths, collection.table)
-    selected = select_layers(collection, layers)
     return {
         "num_samples": len(collection.files),
         "classes": collection.class_counts,
-        "num_layers": len(collection.layers),
         "layers": [
             {"name": layer.name, "module": layer.module, "role": layer.role, "shape": list(layer.shape)}
-            for layer, is_selected in zip(collection.layers, selected, strict=True)
-            if is_selected
+            for layer in collection.layers
         ],
+        "layers_selected": np.flatnonzero(select_layers(collection, layers)).tolist(),
         "dtypes": dict(dtypes),
         "label_source": collection.label_source,
         "label_column": collection.label_column,
@@ -854,10 +852,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _inspection_lines(path: Path, found: dict) -> list[str]:
     """What ``inspect`` prints."""
-    layers, wide = found["layers"], max(len(layer["name"]) for layer in found["layers"])
-    listed = f", {len(layers)} of them listed" if len(layers) < found["num_layers"] else ""
+    layers = {depth: found["layers"][depth] for depth in found["layers_selected"]}
+    listed = f", {len(layers)} of them listed" if len(layers) < len(found["layers"]) else ""
+    wide = max(len(layer["name"]) for layer in layers.values())
     lines = [
-        f"{path}: {found['num_samples']} LoRAs of {found['num_layers']} layers{listed}; "
+        f"{path}: {found['num_samples']} LoRAs of {len(found['layers'])} layers{listed}; "
         f"labels from {found['label_source']}",
         *["ranks differ between LoRAs: the shapes are those of the first file"] * found["mixed_ranks"],
         "dtypes:  " + _counted(found["dtypes"]),
@@ -869,7 +868,7 @@ def _inspection_lines(path: Path, found: dict) -> list[str]:
         *[f"skipped: {entry['path']}: {entry['reason']}" for entry in found["skipped"]],
         f"{'depth':>5}  {'role':4}  {'shape':>12}  {'layer':{wide}}  module",
     ]
-    for depth, layer in enumerate(layers):
+    for depth, layer in layers.items():
         shape = "x".join(map(str, layer["shape"]))
         lines.append(f"{depth:5}  {layer['role']:4}  {shape:>12}  {layer['name']:{wide}}  {layer['module']}")
     return lines

@@ -126,7 +126,7 @@ def table_fault(table: Path) -> str:
 
 def _table_at(root: Path) -> Path | None:
     """The table at the root of a collection, if there is one."""
-    there = [root / name for name in TABLES if (root / name).exists()]
+    there = [root / name for name in TABLES if os.path.lexists(root / name)]
     if len(there) > 1:
         raise LabelError(f"{root}: holds both {' and '.join(TABLES)}. keep one, or name one with --labels.")
     return there[0] if there else None

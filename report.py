@@ -31,7 +31,7 @@ def collection_lines(header: dict, representations: int) -> str:
     lines += [f"ignored   {pattern} ({count})" for pattern, count in dataset["ignored"].items()]
     if dataset["skipped"]:
         lines.append(
-            f"skipped   {len(dataset['skipped'])} files, as --skip-bad asks; results.json lists them with the reasons"
+            f"skipped   {len(dataset['skipped'])} left out, as --skip-bad asks; results.json lists them and why"
         )
     noun = "representation" if representations == 1 else "representations"
     phases = f"{representations} {noun} without the top {top_k}, and with all layers"
