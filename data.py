@@ -196,10 +196,9 @@ def index_collection(
         except (LoraFileError, OSError) as error:
             bad.append(Finding((path,), str(error)))
             continue
-        ignored.update(file.layout.ignored)
         files.append(file)
-    without_label = {path for finding in bad for path in finding.files} if skip_bad else set()
-    files = [file for file in files if file.path not in without_label]
+    if skip_bad:  # what is left out has no say in which layers are the commonest
+        files = _less(files, bad)
     bad += _layer_differences(root, files)
     told = labelled.faults + ([] if skip_bad and files else [finding.told(root) for finding in bad])
     if not files and not told:
@@ -207,6 +206,9 @@ def index_collection(
         told.append(f"{root}: no *.safetensors file in it{links}. lay them out as <class>/<lora>.safetensors.")
     if told:
         raise CollectionError(list(dict.fromkeys(told)))
+    files = _less(files, bad)
+    for file in files:
+        ignored.update(file.layout.ignored)
     collection = Collection(
         name or root.resolve().name,
         root,
@@ -237,6 +239,12 @@ def _index_file(root: Path, path: str, labelled: labelling.Labels) -> LoraFile:
     if labelling.NOT_TEXT.search(path + label + (group or "")):
         raise LoraFileError(f"its name {path!a}, label {label!a} or group {group!a} is not plain text. rename it.")
     return LoraFile(path, label, layout, stat, adapter_config, group)
+
+
+def _less(files: list[LoraFile], findings: list[Finding]) -> list[LoraFile]:
+    """The files of which nothing was found."""
+    bad = {path for finding in findings for path in finding.files}
+    return [file for file in files if file.path not in bad]
 
 
 def without(collection: Collection, findings: Iterable[tuple[str, str]]) -> Collection:

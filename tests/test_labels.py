@@ -460,7 +460,7 @@ def bad_collection(root):
     save_file({"a.hada_w1_a": torch.ones(2, 2)}, root / paths[1])
     (root / "02" / "metadata.json").write_text("{")
     (root / "03" / "metadata.json").write_text("{}")
-    write_lora(root / paths[4], lora(3))
+    write_lora(root / paths[4], lora(3) | {"a.dora_scale": torch.ones(2)})
     write_lora(root / paths[5], lora(width=12))
     (root / "pickle").mkdir()
     (root / "pickle" / "x.bin").write_bytes(b"\x80")
@@ -475,6 +475,7 @@ def test_bad_files_are_left_out_with_their_reasons(tmp_path):
     collection = index_collection(tmp_path, skip_bad=True)
     assert [file.path for file in collection.files] == [f"{i:02}/{FILE_NAME}" for i in range(6, 12)]
     assert [path for path, _ in collection.skipped] == sorted(words)
+    assert not collection.ignored  # as the file with a dora_scale is not in it
     for path, reason in collection.skipped:
         assert reason.startswith(words[path]) and any(words[path] in finding for finding in told)
     check_classes(collection)
