@@ -38,6 +38,7 @@ from tqdm import tqdm
 import autoencoders
 import data
 import digits_zoo
+import labels
 import lora_files
 import report
 import representations
@@ -154,6 +155,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="where the named collections lie (data). only without this flag a missing small, 1k or 10k is trained "
         "instead: the built-in digits",
     )
+    data.add_label_flags(add)
+    add(
+        "--group-column",
+        metavar="NAME",
+        help="column of the table, or field of the metadata.json files: LoRAs that share its value are never on both "
+        "sides of the split (none)",
+    )
     add = parser.add_argument_group("experiment").add_argument
     add("--top-k", type=int, default=5, help="number of most predictive layers to remove (5)")
     add("--num-runs", type=int, help="trainings of each classifier (10; 3 with --quick)")
@@ -189,6 +197,7 @@ class Settings:
     quick: bool
     device: torch.device
     representations: tuple[str, ...]
+    layers: str | None  # pattern; see `data.select_layers`
     classifier: Schedule
     autoencoder: Schedule
 
@@ -202,6 +211,7 @@ class Settings:
             "quick": self.quick,
             "device": self.device.type,
             "representations": list(self.representations),
+            "layers": self.layers,
             "classifier": {"hidden": list(HIDDEN), "dropout": DROPOUT, **asdict(self.classifier)},
             "autoencoder": asdict(self.autoencoder),
             "stack": {
@@ -224,6 +234,13 @@ def resolve(args: argparse.Namespace) -> Settings:
         raise UsageError(f"--num-runs {args.num_runs}: at least one run is needed. give 1 or more.")
     if not args.dataset:
         raise UsageError("--dataset: empty. give a folder of LoRAs, or leave it out.")
+    if args.labels is not None and (fault := labels.table_fault(args.labels)):
+        raise UsageError(f"--labels {args.labels}: {fault}")
+    for flag, value in (("--label-column", args.label_column), ("--group-column", args.group_column)):
+        if value is not None and not value.strip():
+            raise UsageError(f"{flag}: empty. name a column, or leave it out.")
+    if args.layers is not None and not all(map(str.strip, args.layers.split(","))):
+        raise UsageError(f"--layers {args.layers}: an empty pattern. give a part of a layer's name, or leave it out.")
     check_writable("--output-dir", args.output_dir)
     if args.cache_dir is not None:
         check_writable("--cache-dir", args.cache_dir)
@@ -240,6 +257,7 @@ def resolve(args: argparse.Namespace) -> Settings:
         quick=quick,
         device=resolve_device(args.device),
         representations=tuple(name for name in REPRESENTATIONS if name in names),
+        layers=args.layers,
         classifier=Schedule(max_epochs=30 if quick else 1000, patience=5 if quick else 20, lr_patience=10),
         autoencoder=Schedule(max_epochs=8 if quick else 100, patience=5 if quick else 15),
     )
@@ -356,6 +374,7 @@ class Experiment:
         self,
         settings: Settings,
         collection: Collection,
+        selected: np.ndarray,
         rows: dict,
         extracted: Extracted,
         crew: Crew,
@@ -363,6 +382,11 @@ class Experiment:
     ):
         self.settings, self.collection, self.rows, self.extracted = settings, collection, rows, extracted
         self.device, self.crew, self.progress = settings.device, crew, progress
+        self.depths = np.flatnonzero(selected)  # of the L layers that the experiment is about, in the files' layers
+        self.layers = [collection.layers[depth] for depth in self.depths]
+        self.widths = np.array(collection.weights_per_layer)[self.depths]
+        self.pair_of_layer = collection.pair_of_layer[self.depths]
+        self.pairs = np.flatnonzero(np.bincount(self.pair_of_layer) == 2)  # of which both layers are there
         self.split = Split(*(torch.from_numpy(rows[part]) for part in ("train", "validation", "test"))).to(self.device)
         self.y = torch.from_numpy(collection.y).to(self.device)
         self.held_out = np.concatenate([rows["validation"], rows["test"]])
@@ -378,13 +402,24 @@ class Experiment:
             "torch": torch.__version__,
             "device": self.device.type,
             "seed": settings.seed,
+            "layers": store.array_digest(selected),
             "labels and split": store.array_digest(collection.y, *rows.values()),
         }
 
     def features(self, name: str) -> torch.Tensor:
         """Cached features on the device, float32[N, L or P, F]."""
-        features = self.extracted.load(name)
-        return torch.from_numpy(features if features.flags.writeable else np.array(features)).to(self.device)
+        items = self.pairs if REPRESENTATIONS[name].kind == "pair" else self.depths
+        return torch.from_numpy(self.extracted.load(name)[:, items]).to(self.device)
+
+    def columns(self, kept: np.ndarray) -> np.ndarray:
+        """Where the weights of layers ``kept`` bool[L] lie among those of a file, int64[W]."""
+        in_files = np.zeros(len(self.collection.layers), bool)
+        in_files[self.depths[kept]] = True
+        return np.flatnonzero(np.repeat(in_files, self.collection.weights_per_layer))
+
+    def pairs_left(self, removed: list[int]) -> np.ndarray:
+        """Which pairs still have both layers, bool[P]."""
+        return ~np.isin(self.pairs, self.pair_of_layer[removed])
 
     # -- units of work ------------------------------------------------------------------------------------------------
 
@@ -482,7 +517,7 @@ class Experiment:
 
     def rank_layers(self) -> list[dict]:
         """Every layer alone, on its seven statistics: records as in top_layers.json, most predictive first."""
-        layers, runs = self.collection.layers, self.settings.num_runs
+        layers, runs = self.layers, self.settings.num_runs
         models = [(layer, run) for run in range(runs) for layer in range(len(layers))]
         live = np.ones(len(REPRESENTATIONS["stats"].feature_names), bool)
         plan = self.classifiers(EACH_LAYER, live, models, "ranking", num_layers=1)
@@ -534,28 +569,31 @@ class Experiment:
 
     def plan(self, name: str, removed: list[int], condition: str) -> Classifiers:
         """The classifiers of one representation without some layers."""
-        kept = np.ones(len(self.collection.layers), bool)
-        kept[removed] = False
-        downs = [layer.role == "down" for layer in self.collection.layers]
-        kind, source = REPRESENTATIONS[name].kind, name
-        widths = self.collection.weights_per_layer
+        kind, source, kept = REPRESENTATIONS[name].kind, name, self.without(removed)
+        num_layers = int(kept.sum())
         if kind == "pair":  # a pair with one layer left is none
-            kept_pairs = np.ones(len(self.collection.modules), bool)
-            kept_pairs[self.collection.pair_of_layer[removed]] = False
-            kept = kept_pairs[self.collection.pair_of_layer]
-        if name == "pca":  # components of what is left, not what is left of the components
+            left = self.pairs_left(removed)
+            num_layers = 2 * int(left.sum())
+            live = np.repeat(left, len(REPRESENTATIONS[name].feature_names))
+        elif name == "pca":  # components of what is left, not what is left of the components
             source = f"pca of layers {store.array_digest(kept)}"
             self._pca_keys[source], _ = self.principal_components(kept)
             live = np.ones(self.units.load(self._pca_keys[source])["scores"].shape[1], bool)
         elif name == "flat_vec":
-            live = np.repeat(kept, widths)
+            live = np.repeat(kept, self.widths)
         elif kind == "autoencoder":
-            live = np.repeat(kept, [autoencoders.latent_width(name, width) for width in widths])
+            live = np.repeat(kept, [autoencoders.latent_width(name, width) for width in self.widths.tolist()])
         else:
-            live = np.repeat(kept[downs] if kind == "pair" else kept, len(REPRESENTATIONS[name].feature_names))
+            live = np.repeat(kept, len(REPRESENTATIONS[name].feature_names))
         models = [(0, run) for run in range(self.settings.num_runs)]
         at_most = RUNS_IN_STACK[self.device.type]
-        return self.classifiers(source, live, models, f"{condition} {name}", int(kept.sum()), at_most)
+        return self.classifiers(source, live, models, f"{condition} {name}", num_layers, at_most)
+
+    def without(self, removed: list[int]) -> np.ndarray:
+        """Which layers are kept, bool[L]."""
+        kept = np.ones(len(self.layers), bool)
+        kept[removed] = False
+        return kept
 
     def entry(self, name: str, plan: Classifiers, condition: str) -> dict:
         """What results.json holds of finished classifiers; their predictions are kept too."""
@@ -601,9 +639,11 @@ class Experiment:
     @cached_property
     def _packed(self) -> Stored:
         """The weights; held on the device where they fit it, and read only if a stack is to be trained."""
-        packed = self.extracted.weights()
-        fits = 4 * math.prod(packed.shape) < MEMORY_SHARE * memory_of(self.device)
-        return Stored(packed.read, packed.shape, self.split.train, hold=fits)
+        packed, columns = self.extracted.weights(), self.columns(self.without([]))
+        shape = packed.shape[0], len(columns)
+        read = packed.read if shape == packed.shape else partial(packed.read, columns=columns)
+        fits = 4 * math.prod(shape) < MEMORY_SHARE * memory_of(self.device)
+        return Stored(read, shape, self.split.train, hold=fits)
 
     # -- what is learned from the weights -----------------------------------------------------------------------------
 
@@ -615,13 +655,12 @@ class Experiment:
         work: list[tuple[str, Task]] = []
         for name in names:
             if name == "pca":
-                for removed in conditions:
-                    kept = np.ones(len(self.collection.layers), bool)
-                    kept[removed] = False
-                    work.append((name, self.principal_components(kept)[1]))
+                work += [(name, self.principal_components(self.without(removed))[1]) for removed in conditions]
             elif REPRESENTATIONS[name].kind == "autoencoder":
                 fit = partial(self._fit_autoencoders, name)
-                work += [(name, self.task(key, fit, stack, label)) for key, stack, label in self.autoencoder_stacks(name)]
+                work += [
+                    (name, self.task(key, fit, stack, label)) for key, stack, label in self.autoencoder_stacks(name)
+                ]
         failed: dict[str, str] = {}
         for done, reason in enumerate(self.crew.do([task for _, task in work]), 1):
             name = work[done - 1][0]
@@ -636,11 +675,10 @@ class Experiment:
 
     def principal_components(self, kept: np.ndarray) -> tuple[dict, Task]:
         """Key and work of the scores float32[N, k] of layers ``kept`` bool[L], components fitted on train rows."""
-        live = np.repeat(kept, self.collection.weights_per_layer)
-        key = {"kind": "pca", **self.key, "live": store.array_digest(live), "components": PCA_COMPONENTS}
+        key = {"kind": "pca", **self.key, "kept": store.array_digest(kept), "components": PCA_COMPONENTS}
 
         def compute(_: list) -> dict[str, np.ndarray]:
-            packed, columns = self.extracted.weights(), np.flatnonzero(live)
+            packed, columns = self.extracted.weights(), self.columns(kept)
             train = StoredRows(packed, self.rows["train"], columns, self.device)
             rows = StoredRows(packed, np.arange(packed.shape[0]), columns, self.device)
             return {"scores": PCA(PCA_COMPONENTS).fit(train).transform(rows).cpu().numpy()}
@@ -651,10 +689,9 @@ class Experiment:
         """The stacks of a representation: key, layers, and what progress calls it; one autoencoder for each layer."""
         key = {"kind": "autoencoder", **self.key, "learned": name}
         key |= {"learner": store.code_digest(autoencoders), "schedule": asdict(self.settings.autoencoder)}
-        widths = np.array(self.collection.weights_per_layer)
         stacks: list[tuple[dict, list[int], str]] = []
-        for width in np.unique(widths).tolist():
-            layers = np.flatnonzero(widths == width).tolist()
+        for width in np.unique(self.widths).tolist():
+            layers = np.flatnonzero(self.widths == width).tolist()
             # A parameter is held five times: itself, its gradient, two moments, the best so far; a weight once.
             parameters = autoencoders.num_parameters(name, width) + len(self.collection.files) * width // 5
             count = math.ceil(len(layers) * parameters / AUTOENCODER_PARAMETERS[self.device.type])
@@ -666,10 +703,9 @@ class Experiment:
 
     def _fit_autoencoders(self, name: str, layers: list[int]) -> dict[str, np.ndarray]:
         packed, columns = self.extracted.weights(), self.collection.files[0].layout.columns
-        shape = len(layers), packed.shape[0], self.collection.weights_per_layer[layers[0]]
-        x = torch.empty(shape, device=self.device)
+        x = torch.empty(len(layers), packed.shape[0], self.widths[layers[0]], device=self.device)
         for m, layer in enumerate(layers):
-            weights = torch.from_numpy(packed.read(None, columns[layer])).to(self.device)
+            weights = torch.from_numpy(packed.read(None, columns[self.depths[layer]])).to(self.device)
             x[m] = standardise(weights, self.split.train)
         schedule, seed = self.settings.autoencoder, self.settings.seed
         return autoencoders.fit_transform(name, x, self.split, schedule=schedule, seed=seed)
@@ -723,42 +759,92 @@ def run(args: argparse.Namespace) -> int:
 
 def experiment(args: argparse.Namespace, settings: Settings, crew: Crew) -> int:
     """What each process of the job does: see `run`."""
-    progress, cache = Progress(), args.cache_dir or args.output_dir / ".cache"
+    progress, cache, watch = Progress(), args.cache_dir or args.output_dir / ".cache", Stopwatch()
     say(report.settings_lines(settings.config(), environment(settings.device), args.output_dir))
     name, folder = crew.agree(lambda: [str(part) for part in locate(args, progress)])
-    watch = Stopwatch()
     with watch.phase("index"):
-        collection = data.index_collection(Path(folder), name, progress.track)
-        data.check_classes(collection)
-    if settings.top_k >= len(collection.layers):
-        raise UsageError(f"--top-k {settings.top_k}: these LoRAs have {len(collection.layers)} layers. give fewer.")
-    flat = [n for n in settings.representations if REPRESENTATIONS[n].kind in ("weights", "autoencoder")]
-    not_run = {n: collection.mixed_ranks for n in flat if collection.mixed_ranks}
-    chosen = [n for n in settings.representations if n not in not_run]
-    rows = data.split_rows(collection.y, settings.seed)
-    header = describe(settings, collection, rows)
-    say(report.collection_lines(header, len(chosen)))
-    for left_out, reason in not_run.items():
-        say(report.not_run_line(left_out, reason))
-
-    needed = {"stats"} | {n for n in chosen if n not in flat} | ({WEIGHTS} if set(chosen) & set(flat) else set())
+        collection = index(args, name, Path(folder), progress)
+    plan = make_plan(settings, collection)
     target = args.output_dir / f"ablation_{name}"
     with only_process(target) if crew.rank == 0 else nullcontext():
         crew.check_shared(args.output_dir)
-        with watch.phase("features"):
-            extracted = data.extract(collection, sorted(needed), cache, settings.device, crew, progress)
-        header["dataset"]["fingerprint"] = extracted.fingerprint
-        if there := crew.agree(lambda: finished_results(target, header)):
+        while True:
+            try:
+                with watch.phase("features"):
+                    extracted = data.extract(collection, plan.needed, cache, settings.device, crew, progress)
+                break
+            except CollectionError as error:
+                if not (args.skip_bad and error.files):
+                    raise
+                say(f"skipped   {len(error.files)} more, found on reading their weights")
+                collection = data.without(collection, error.files)
+                plan = make_plan(settings, collection)
+        plan.header["dataset"]["fingerprint"] = extracted.fingerprint
+        if there := crew.agree(lambda: finished_results(target, plan.header)):
             say(f"\nNothing to do: {target} holds the results of these settings on these files.")
             return 3 if there["representations_not_run"] else 0
         store.remove_stale(extracted.folder)
-        trainings = Experiment(settings, collection, rows, extracted, crew, progress)
-        results = header | run_phases(trainings, chosen, not_run, watch) | {"timing": watch.timing()}
+        trainings = Experiment(settings, collection, plan.selected, plan.rows, extracted, crew, progress)
+        results = plan.header | run_phases(trainings, plan.chosen, plan.not_run, watch) | {"timing": watch.timing()}
         results["config"]["stack"]["smaller"] = trainings.smaller_stacks
         if crew.rank == 0:
             write_results(target, trainings, results)
     say(f"\nWritten to {target}: {', '.join(RESULT_FILES)} ({results['timing']['total']:.0f} s)")
-    return 3 if not_run else 0
+    return 3 if plan.not_run else 0
+
+
+def index(args: argparse.Namespace, name: str, folder: Path, progress: Progress) -> Collection:
+    """The collection as the flags describe it."""
+    return data.index_collection(
+        folder,
+        name,
+        progress.track,
+        labels=args.labels,
+        label_column=args.label_column,
+        group_column=args.group_column,
+        skip_bad=args.skip_bad,
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done with a collection.
+
+    ``selected`` bool[L] are the layers that --layers keeps, ``rows`` the parts of the split, ``chosen`` the
+    representations that can run, ``not_run`` why others cannot, ``needed`` the arrays to extract; ``header`` is what
+    results.json says before the first number.
+    """
+
+    selected: np.ndarray
+    rows: dict[str, np.ndarray]
+    chosen: list[str]
+    not_run: dict[str, str]
+    needed: list[str]
+    header: dict
+
+
+def make_plan(settings: Settings, collection: Collection) -> Plan:
+    """Check what is asked for against the collection, and tell it.
+
+    Raises:
+        UsageError: More layers are to be removed than there are.
+        CollectionError: The labels or groups make no classification task.
+    """
+    data.check_classes(collection)
+    rows = data.split_collection(collection, settings.seed)
+    selected = data.select_layers(collection, settings.layers)
+    if settings.top_k >= selected.sum():
+        matching = f" that match {settings.layers}" if settings.layers else ""
+        raise UsageError(f"--top-k {settings.top_k}: these LoRAs have {selected.sum()} layers{matching}. give fewer.")
+    flat = [n for n in settings.representations if REPRESENTATIONS[n].kind in ("weights", "autoencoder")]
+    not_run = {n: collection.mixed_ranks for n in flat if collection.mixed_ranks}
+    chosen = [n for n in settings.representations if n not in not_run]
+    needed = {"stats"} | {n for n in chosen if n not in flat} | ({WEIGHTS} if set(chosen) & set(flat) else set())
+    header = describe(settings, collection, rows, selected)
+    say(report.collection_lines(header, len(chosen)))
+    for left_out, reason in not_run.items():
+        say(report.not_run_line(left_out, reason))
+    return Plan(selected, rows, chosen, not_run, sorted(needed), header)
 
 
 def start_thread(device: torch.device) -> None:
@@ -790,7 +876,7 @@ def only_process(target: Path) -> Iterator[None]:
 
 def environment(device: torch.device) -> dict:
     """The machine and the program, as results.json tells them."""
-    modules = (stacked_training, representations, autoencoders, lora_files, data, store, report)
+    modules = (stacked_training, representations, autoencoders, lora_files, labels, data, store, report)
     modules += (sys.modules[Crew.__module__], sys.modules[__name__])
     return {
         "python": platform.python_version(),
@@ -804,8 +890,9 @@ def environment(device: torch.device) -> dict:
     }
 
 
-def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndarray]) -> dict:
+def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndarray], selected: np.ndarray) -> dict:
     """What results.json says before the first number: the inputs, the settings and the machine."""
+    samples = [[file.path, file.label, file.group] for file in collection.files]
     test, classes = collection.y[rows["test"]], len(collection.classes)
     largest = np.full((1, len(test)), np.bincount(test, minlength=classes).argmax())
     accuracy, f1 = scored(test, largest, classes)
@@ -821,9 +908,14 @@ def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndar
             "class_counts": collection.class_counts,
             "split_sizes": {part: len(indices) for part, indices in rows.items()},
             "num_layers": len(collection.layers),
+            "num_layers_selected": int(selected.sum()),
             "label_source": collection.label_source,
+            "label_column": collection.label_column,
+            "group_column": collection.group_column,
+            "num_groups": None if collection.groups is None else int(collection.groups.max()) + 1,
+            "samples": store.digest(samples),  # the fingerprint is of contents, and knows no groups
             "ignored": dict(collection.ignored),
-            "skipped": [],
+            "skipped": collection.skipped_records,
         },
         "config": settings.config(),
         "environment": environment(settings.device),
@@ -833,7 +925,7 @@ def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndar
 
 def run_phases(trainings: Experiment, chosen: list[str], not_run: dict[str, str], watch: Stopwatch) -> dict:
     """The three phases, each result printed as it arrives; adds what turns out not to be possible to ``not_run``."""
-    settings, layers = trainings.settings, trainings.collection.layers
+    settings, layers = trainings.settings, trainings.layers
     say(f"\nPhase 1: each of {len(layers)} layers alone, on 7 statistics\n{report.LAYER_HEADER}")
     with watch.phase("ranking"):
         ranking = trainings.rank_layers()
@@ -841,11 +933,10 @@ def run_phases(trainings: Experiment, chosen: list[str], not_run: dict[str, str]
         say(report.layer_row(rank, record))
     top = [record["layer"] for record in ranking[: settings.top_k]]
     removed = [depth for depth, layer in enumerate(layers) if layer.name in top]
-    pairs_left = set(trainings.collection.pair_of_layer) - set(trainings.collection.pair_of_layer[removed])
-
     for name in chosen:
-        if REPRESENTATIONS[name].kind == "pair" and not pairs_left:
-            not_run[name] = f"the top {settings.top_k} layers leave no pair whole"
+        if REPRESENTATIONS[name].kind == "pair" and not trainings.pairs_left(removed).any():
+            whose = f"the top {settings.top_k} layers leave" if len(trainings.pairs) else "--layers leaves"
+            not_run[name] = f"{whose} no pair whole"
             say(report.not_run_line(name, not_run[name]))
     learned = [name for name in chosen if name == "pca" or REPRESENTATIONS[name].kind == "autoencoder"]
     with watch.phase("autoencoders"):
@@ -894,9 +985,11 @@ def write_results(target: Path, trainings: Experiment, results: dict) -> None:
     part_of = {row: part for part, rows in trainings.rows.items() for row in rows.tolist()}
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(("file", "label", "split"))
+    grouped = trainings.collection.group_column is not None
+    writer.writerow(("file", "label", "split", "group")[: 3 + grouped])
     for row, file in enumerate(trainings.collection.files):
-        writer.writerow((file.path, file.label, {"validation": "val"}.get(part_of[row], part_of[row])))
+        part = {"validation": "val"}.get(part_of[row], part_of[row])
+        writer.writerow((file.path, file.label, part, file.group)[: 3 + grouped])
     top = results["layer_ranking"][: trainings.settings.top_k]
     contents = (
         store.canonical_json(top, indent=2),
@@ -924,6 +1017,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: the memory of the device does not do: {error} try another --device.", file=sys.stderr)
     except OSError as error:
         print(f"error: {error}. the same command continues where this one stopped.", file=sys.stderr)
+    except KeyboardInterrupt:  # where Python's own handler is at work, see `stop`
+        print("\ninterrupted. the same command continues where this one stopped.", file=sys.stderr)
+        return 130
     return 2
 
 

@@ -77,7 +77,7 @@ class Crew:
         self.jobs += 1
         job, news, stop = f"job {self.jobs}", threading.Condition(), threading.Event()
         failed: dict[int, str] = {}  # by task
-        faults: list[Exception] = []
+        faults: list[BaseException] = []
 
         def work() -> None:
             try:
@@ -91,7 +91,7 @@ class Crew:
                         self.shared.set(f"{job}, task {i}", str(error))
                     with news:
                         news.notify()
-            except Exception as error:  # raised again in the main thread
+            except BaseException as error:  # raised again in the main thread
                 faults.append(error)
                 stop.set()
                 with news:

@@ -18,20 +18,26 @@ import math
 import os
 import shutil
 import sys
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from functools import cached_property, partial
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.model_selection import StratifiedGroupKFold
 
+import labels as labelling
 import lora_files
 import representations
 import store
 from crew import Crew, Task
+from labels import Finding
 from lora_files import Layer, Layout, LoraFileError
 from representations import REPRESENTATIONS, matrix_features, pair_features
 
@@ -44,11 +50,14 @@ MAX_FINDINGS = 20
 
 
 class CollectionError(ValueError):
-    """A collection cannot be used; each finding reads ``<path>: what is wrong. what to do.``."""
+    """A collection cannot be used; each finding reads ``<path>: what is wrong. what to do.``.
 
-    def __init__(self, findings: list[str]):
+    ``files`` are path and reason of those without which it could be.
+    """
+
+    def __init__(self, findings: list[str], files: Sequence[tuple[str, str]] = ()):
         super().__init__("\n".join(findings))
-        self.findings = findings
+        self.findings, self.files = findings, files
 
     def shown(self) -> str:
         """The first findings as lines of standard error, and how many more there are."""
@@ -65,13 +74,15 @@ class LoraFile:
     layout: Layout
     stat: tuple[int, int, int]  # size, mtime in ns, inode
     adapter_config: dict | None
+    group: str | None = None
 
 
 @dataclass(frozen=True)
 class Collection:
     """An indexed collection: N files that hold the same L layers of P modules; a class is a distinct label.
 
-    Layers stand in the network's order, under the names that the first file gives them.
+    Layers stand in the network's order, under the names that the first file gives them. ``label_column`` is None where
+    folders are the labels, ``table`` where no table is; ``skipped`` are path and reason of the files left out.
     """
 
     name: str
@@ -79,6 +90,10 @@ class Collection:
     files: tuple[LoraFile, ...]
     label_source: str
     ignored: Counter = field(default_factory=Counter)
+    label_column: str | None = None
+    group_column: str | None = None
+    table: Path | None = None
+    skipped: tuple[tuple[str, str], ...] = ()
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -108,6 +123,19 @@ class Collection:
         return np.array([position[file.label] for file in self.files])
 
     @cached_property
+    def groups(self) -> np.ndarray | None:
+        """Group of each file, int64[N]; None without a group column."""
+        if self.group_column is None:
+            return None
+        position = {group: g for g, group in enumerate(sorted({file.group for file in self.files}))}
+        return np.array([position[file.group] for file in self.files])
+
+    @property
+    def skipped_records(self) -> list[dict[str, str]]:
+        """The files left out, as results.json lists them."""
+        return [{"path": path, "reason": reason} for path, reason in self.skipped]
+
+    @cached_property
     def class_counts(self) -> dict[str, int]:
         """Number of LoRAs of each class."""
         return dict(zip(self.classes, np.bincount(self.y).tolist(), strict=True))
@@ -133,12 +161,25 @@ class Collection:
 
 
 def index_collection(
-    root: Path, name: str | None = None, progress: Callable[[Iterable, str], Iterable] = lambda items, _: items
+    root: Path,
+    name: str | None = None,
+    progress: Callable[[Iterable, str], Iterable] = lambda items, _: items,
+    *,
+    labels: Path | None = None,
+    label_column: str | None = None,
+    group_column: str | None = None,
+    skip_bad: bool = False,
 ) -> Collection:
-    """Read all headers and labels of a folder; ``progress`` wraps the iteration over files.
+    """Read all headers and labels of a folder; nothing of the weights is read.
 
-    Labels come from ``metadata.json`` beside each weight file (``category_label``) if any file has one, else from the
-    first folder of its path. Nothing of the weights is read.
+    Args:
+        root: The folder.
+        name: Of the collection; the folder's, if none is given.
+        progress: Wraps the iteration over files.
+        labels: A table of labels, see `labels.read_labels`.
+        label_column: Its column, or field of the metadata.json files, that is the label.
+        group_column: The one that is the group.
+        skip_bad: Leave out files that cannot be used, instead of refusing the collection.
 
     Raises:
         CollectionError: No LoRA is there, or files are faulty, unlabelled, or disagree about the layers.
@@ -146,32 +187,85 @@ def index_collection(
     if not root.is_dir():
         raise CollectionError([f"{root}: no such folder. give a folder of LoRAs."])
     ignored: Counter = Counter()
-    paths, findings = _find_weight_files(root, ignored)
-    labels, label_source = _read_labels(root, paths, findings)
+    paths, bad = _find_weight_files(root, ignored)
+    labelled = labelling.read_labels(root, paths, labels, label_column, group_column)
+    bad += labelled.findings
     files = []
     for path in progress(paths, "index"):
-        full, label = os.path.join(root, path), labels.get(path, "")
         try:
-            stat = _stat(full)
-            layout = lora_files.parse_layout(lora_files.read_header(full))
-            adapter_config = _read_json(os.path.join(os.path.dirname(full), "adapter_config.json"))
-            if adapter_config:
-                lora_files.update_scales(layout, {}, adapter_config)  # refuses what cannot be used
+            file = _index_file(root, path, labelled)
         except (LoraFileError, OSError) as error:
-            findings.append(f"{full}: {error}")
+            bad.append(Finding((path,), str(error)))
             continue
-        ignored.update(layout.ignored)
-        if any("\ud800" <= character <= "\udfff" for character in path + label):
-            findings.append(f"{full!a}: its name or label {label!a} is not plain Unicode text. rename it.")
-            continue
-        files.append(LoraFile(path, label, layout, stat, adapter_config))
-    findings += _layer_differences(root, files)
-    if not files and not findings:
+        files.append(file)
+    if skip_bad:  # what is left out has no say in which layers are the commonest
+        files = _less(files, bad)
+    bad += _layer_differences(root, files)
+    told = labelled.faults + ([] if skip_bad and files else [finding.told(root) for finding in bad])
+    if not files and not told:
         links = f" ({ignored['linked folders']} linked folders are not followed)" if ignored["linked folders"] else ""
-        findings.append(f"{root}: no *.safetensors file in it{links}. lay them out as <class>/<lora>.safetensors.")
-    if findings:
-        raise CollectionError(list(dict.fromkeys(findings)))  # files of a folder share its metadata and its faults
-    return Collection(name or root.resolve().name, root, tuple(files), label_source, +ignored)
+        told.append(f"{root}: no *.safetensors file in it{links}. lay them out as <class>/<lora>.safetensors.")
+    if told:
+        raise CollectionError(list(dict.fromkeys(told)))
+    files = _less(files, bad)
+    for file in files:
+        ignored.update(file.layout.ignored)
+    collection = Collection(
+        name or root.resolve().name,
+        root,
+        tuple(files),
+        labelled.source,
+        +ignored,
+        labelled.column,
+        group_column,
+        labelled.table,
+    )
+    return without(collection, [(path, finding.reason) for finding in bad for path in finding.files])
+
+
+def _index_file(root: Path, path: str, labelled: labelling.Labels) -> LoraFile:
+    """What the header of a file and the files beside it tell.
+
+    Raises:
+        LoraFileError: It cannot be used.
+        OSError: It cannot be read.
+    """
+    full = os.path.join(root, path)
+    stat = _stat(full)
+    layout = lora_files.parse_layout(lora_files.read_header(full))
+    adapter_config = labelling.read_json(os.path.join(os.path.dirname(full), "adapter_config.json"))
+    if adapter_config:
+        lora_files.update_scales(layout, {}, adapter_config)  # refuses what cannot be used
+    label, group = labelled.label.get(path, ""), labelled.group.get(path)
+    if labelling.NOT_TEXT.search(path + label + (group or "")):
+        raise LoraFileError(f"its name {path!a}, label {label!a} or group {group!a} is not plain text. rename it.")
+    return LoraFile(path, label, layout, stat, adapter_config, group)
+
+
+def _less(files: list[LoraFile], findings: list[Finding]) -> list[LoraFile]:
+    """The files of which nothing was found."""
+    bad = {path for finding in findings for path in finding.files}
+    return [file for file in files if file.path not in bad]
+
+
+def without(collection: Collection, findings: Iterable[tuple[str, str]]) -> Collection:
+    """A collection less some files, which are added to those left out before; its classes are to be checked again.
+
+    Args:
+        collection: The collection.
+        findings: Path, relative to the root, and reason of each; of several reasons for a path the first one counts.
+
+    Raises:
+        CollectionError: No file is left.
+    """
+    reasons: dict[str, str] = {}
+    for path, reason in findings:
+        reasons.setdefault(path, reason)
+    files = tuple(file for file in collection.files if file.path not in reasons)
+    if not files:
+        raise CollectionError([Finding((path,), reason).told(collection.root) for path, reason in reasons.items()])
+    skipped = sorted((labelling.plain(path), labelling.plain(reason)) for path, reason in reasons.items())
+    return replace(collection, files=files, skipped=(*collection.skipped, *skipped))
 
 
 def _stat(path: Path | str) -> tuple[int, int, int]:
@@ -179,13 +273,9 @@ def _stat(path: Path | str) -> tuple[int, int, int]:
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
-def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[str], list[str]]:
+def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[str], list[Finding]]:
     """Weight files below a folder, as sorted paths relative to it, and what is wrong with the folders."""
     paths, findings = [], []
-    for table in ("metadata.csv", "metadata.jsonl"):
-        if (root / table).exists():
-            mend = "remove it and label by folders or by metadata.json beside each file"
-            findings.append(f"{root / table}: tables of labels cannot be read yet. {mend}.")
     errors: list[OSError] = []
     for folder, subfolders, names in os.walk(root, onerror=errors.append):
         ignored["hidden folders"] += sum(sub.startswith(".") for sub in subfolders)
@@ -197,57 +287,16 @@ def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[str], list[st
             ignored[f"*.safetensors beside {preferred[0]}"] += len(weights) - 1
         inside = folder[len(os.fspath(root)) :].lstrip(os.sep)
         paths += [os.path.join(inside, name) for name in preferred or weights]
-        pickles = sorted(os.path.join(folder, name) for name in names if name.endswith(PICKLE_SUFFIXES))
+        pickles = sorted(os.path.join(inside, name) for name in names if name.endswith(PICKLE_SUFFIXES))
         if weights:
             ignored["pickles beside *.safetensors"] += len(pickles)
         else:
-            findings += [f"{path}: a pickle checkpoint: never loaded. convert it to safetensors." for path in pickles]
-    findings += [f"{error.filename}: cannot be listed ({error.strerror}). mend its permissions." for error in errors]
+            told = "a pickle checkpoint: never loaded. convert it to safetensors."
+            findings += [Finding((path,), told) for path in pickles]
+    for error in errors:
+        folder = os.path.relpath(error.filename, root)
+        findings.append(Finding((folder,), f"cannot be listed ({error.strerror}). mend its permissions."))
     return sorted(paths), findings
-
-
-def _read_labels(root: Path, paths: list[str], findings: list[str]) -> tuple[dict[str, str], str]:
-    """Label of each weight file, and where labels come from; files without one are added to the findings."""
-    documents = {}
-    for folder in dict.fromkeys(os.path.dirname(path) for path in paths):
-        path = os.path.join(root, folder, "metadata.json")
-        try:
-            document = _read_json(path) or {}
-            documents[folder] = {key: document[key] for key in ("category_label",) if key in document}
-        except LoraFileError as error:
-            findings.append(f"{path}: {error}")
-    paths = [path for path in paths if os.path.dirname(path) in documents]
-    if any("category_label" in document for document in documents.values()):
-        source = "category_label in metadata.json"
-        labels = {path: documents[os.path.dirname(path)].get("category_label") for path in paths}
-        usable = {path: str(label) for path, label in labels.items() if isinstance(label, str | int) and label != ""}
-        missing = "no category_label (a text or a whole number) in metadata.json beside it, as other files here have"
-    else:
-        source = "the folder names"
-        parts = {path: path.split(os.sep) for path in paths}
-        usable = {path: folders[0] for path, folders in parts.items() if len(folders) in (2, 3)}
-        missing = "no metadata.json beside it, and it does not lie in <class>/ or <class>/<lora>/"
-    unlabelled = [root / path for path in paths if path not in usable]
-    findings += [f"{path}: no label: {missing}. label it or leave it out." for path in unlabelled]
-    return usable, source
-
-
-def _read_json(path: str) -> dict | None:
-    """A JSON object, or None where there is no such file; equal texts give the same object, not to be changed."""
-    name = os.path.basename(path)
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = _parsed_json(file.read())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoraFileError(f"{name} is not readable as JSON ({error}). mend or remove it.") from error
-    if not isinstance(value, dict):
-        raise LoraFileError(f"{name} holds no JSON object. mend or remove it.")
-    return value
-
-
-_parsed_json = lru_cache(maxsize=64)(json.loads)
 
 
 def _by_layout(files: Sequence[LoraFile]) -> list[list[int]]:
@@ -258,7 +307,7 @@ def _by_layout(files: Sequence[LoraFile]) -> list[list[int]]:
     return list(positions.values())
 
 
-def _layer_differences(root: Path, files: list[LoraFile]) -> list[str]:
+def _layer_differences(root: Path, files: list[LoraFile]) -> list[Finding]:
     """Where files differ in their layers, or in more than the rank, in words; the commonest layers are the measure."""
     holders = defaultdict(list)
     for positions in _by_layout(files):
@@ -277,63 +326,210 @@ def _layer_differences(root: Path, files: list[LoraFile]) -> list[str]:
             told = [f"lacks {len(lacking)} layers ({lacking[0]} ...)"] if lacking else []
             told += [f"adds {len(extra)} layers ({extra[0]} ...)"] if extra else []
             told = f"{' and '.join(told)} compared with {others}. keep LoRAs of the same layers to a collection."
-            findings.append(f"{where}: {told}")
+            findings.append(Finding(tuple(paths), told, where))
         elif other := next((layer for layer in found if found[layer] != widths[layer]), None):
             told = f"{other} is {found[other]} wide, but {widths[other]} in {others}: mixed base models"
-            findings.append(f"{where}: {told}. keep one base model to a collection.")
+            findings.append(Finding(tuple(paths), f"{told}. keep one base model to a collection.", where))
     return findings
 
 
 def check_classes(collection: Collection) -> None:
-    """Refuse labels that make no classification task.
+    """Refuse labels that make no classification task, and groups that leave a part of the split without a class.
 
     Raises:
-        CollectionError: Fewer than two classes, a class of fewer than three LoRAs, or a label for each LoRA.
+        CollectionError: Fewer than two classes, a class of fewer than three LoRAs or groups, or a label for each LoRA.
     """
     counts = collection.class_counts
-    rarest = [f"{label}: {counts[label]}" for label in sorted(counts, key=counts.get)]
-    shown = ", ".join(rarest[:12]) + (", ..." if len(rarest) > 12 else "")
     if len(counts) < 2:
-        fault = f"fewer than two classes ({shown}). at least two concepts are needed."
+        fault = f"fewer than two classes ({_rarest(counts)}). at least two concepts are needed."
     elif len(counts) == len(collection.files):
-        fault = f"as many labels as LoRAs ({len(counts)}): looks like an id. choose labels that repeat."
+        fault = f"as many labels as LoRAs ({len(counts)}): looks like an id; {_columns_for_classes(collection)}"
     elif min(counts.values()) < 3:
-        fault = f"a class with fewer than three LoRAs ({shown}). train, validation and test need one each."
+        fault = f"a class with fewer than three LoRAs ({_rarest(counts)}). train, validation and test need one each."
     else:
+        _check_groups(collection)
         return
-    raise CollectionError([f"{collection.root}: labels from {collection.label_source} give {fault}"])
+    left_out = f" after {len(collection.skipped)} files were left out" if collection.skipped else ""
+    raise CollectionError([f"{collection.root}: labels from {collection.label_source} give{left_out} {fault}"])
+
+
+def _rarest(counts: dict[str, int]) -> str:
+    """Counts in words, the smallest first."""
+    rarest = [f"{label}: {counts[label]}" for label in sorted(counts, key=counts.get)]
+    return ", ".join(rarest[:12]) + (", ..." if len(rarest) > 12 else "")
+
+
+def _columns_for_classes(collection: Collection) -> str:
+    """Which columns could be the label instead, in words."""
+    values = labelling.column_values(collection.root, [file.path for file in collection.files], collection.table)
+    if fitting := labelling.would_make_classes(values, len(collection.files)):
+        return f"columns that would make classes: {labelling.counted(fitting)}. choose one with --label-column."
+    return "no other column would make classes. choose labels that repeat."
+
+
+def _check_groups(collection: Collection) -> None:
+    """Refuse a class whose groups are too few for three parts."""
+    if collection.groups is None:
+        return
+    pairs = np.unique(np.stack([collection.y, collection.groups]), axis=1)  # (class, group) of at least one LoRA
+    counts = dict(zip(collection.classes, np.bincount(pairs[0]).tolist(), strict=True))
+    if min(counts.values()) < 3:
+        where = f"{collection.root}: {collection.group_column} gives a class with fewer than three groups"
+        raise CollectionError(
+            [f"{where} ({_rarest(counts)}). train, validation and test need one each: group by another column."]
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Choice of layers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def select_layers(collection: Collection, pattern: str | None) -> np.ndarray:
+    """Which layers --layers keeps, bool[L]; None keeps all.
+
+    ``pattern`` is a comma list. One with ``*``, ``?`` or ``[`` is to match the whole of a layer's shown name, of its
+    canonical module, or of that with its role (``..._attn1_to_v_up``); any other may stand anywhere in one of them.
+    In canonical names a dot is an underscore: ``*.to_v.*`` finds the same layers whatever wrote the files.
+
+    Raises:
+        CollectionError: One of the list matches no layer.
+    """
+    if pattern is None:
+        return np.ones(len(collection.layers), bool)
+    selected = np.zeros(len(collection.layers), bool)
+    for single in pattern.split(","):
+        matching = [_matches(layer, single.strip()) for layer in collection.layers]
+        if not any(matching):
+            names = ", ".join(layer.name for layer in collection.layers[:3])
+            fault = f"{single.strip()!r} matches none of {len(collection.layers)} layers. the first ones are {names}."
+            raise CollectionError([f"--layers {pattern}: {fault}"])
+        selected |= matching
+    return selected
+
+
+def _matches(layer: Layer, pattern: str) -> bool:
+    whole = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
+    canonical = layer.module, f"{layer.module}_{layer.role}"
+    return fnmatchcase(layer.name, whole) or any(fnmatchcase(name, whole.replace(".", "_")) for name in canonical)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Split
 # ----------------------------------------------------------------------------------------------------------------------
 
+SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
+NEAR = 0.02  # of a class on the wrong side of the shares, on average: other folds are not tried
+FOLDS = 10
 
-def split_rows(y: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """Stratified rows for ``train``, ``validation`` and ``test`` (70/10/20), fixed by labels and seed alone.
+
+def split_collection(collection: Collection, seed: int) -> dict[str, np.ndarray]:
+    """`split_rows` of a collection's labels and groups.
+
+    Raises:
+        CollectionError: No split was found that keeps groups apart.
+    """
+    try:
+        return split_rows(collection.y, seed, collection.groups)
+    except ValueError as error:
+        where = f"{collection.root}: groups by {collection.group_column}"
+        raise CollectionError([f"{where}: {error}. group by another column, or leave out --group-column."]) from error
+
+
+def split_rows(y: np.ndarray, seed: int, groups: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Stratified rows for ``train``, ``validation`` and ``test`` (70/10/20), fixed by labels, groups and seed alone.
 
     Validation has max(round(0.1 N), C) rows and test max(round(0.2 N), C); every class has a row in each part.
     (scikit-learn's stratified splitters can leave a rare class out of one, which is why rows are allotted here.)
+    With groups, all rows of one are in one part, and sizes are as near to these shares as groups allow.
 
     Args:
         y: Class of each sample, every class at least three times, int64[N].
         seed: Of the draw.
+        groups: Group of each sample, int64[N]; None: each sample is its own.
 
     Returns:
         Sorted row indices of each part.
+
+    Raises:
+        ValueError: No split of these groups has every class in each part.
     """
+    key = int.from_bytes(hashlib.sha256(f"{seed}/split".encode()).digest(), "little")
+    if groups is not None and len(np.unique(groups)) < len(y):
+        part = _split_groups(y, groups, key % 2**32)
+        return {name: np.flatnonzero(part == p) for p, name in enumerate(SHARES)}
     sizes = np.bincount(y)
-    test = _allot(max(round(0.2 * len(y)), len(sizes)), sizes, most=sizes - 2)
-    validation = _allot(max(round(0.1 * len(y)), len(sizes)), sizes, most=sizes - test - 1)
-    key = hashlib.sha256(f"{seed}/split".encode()).digest()
-    generator = np.random.default_rng(int.from_bytes(key, "little"))
-    parts: dict[str, list[np.ndarray]] = {"train": [], "validation": [], "test": []}
+    test = _allot(max(round(SHARES["test"] * len(y)), len(sizes)), sizes, most=sizes - 2)
+    validation = _allot(max(round(SHARES["validation"] * len(y)), len(sizes)), sizes, most=sizes - test - 1)
+    generator = np.random.default_rng(key)
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in SHARES}
     for c in range(len(sizes)):
         rows = generator.permutation(np.flatnonzero(y == c))
         ends = np.cumsum([test[c], validation[c]])
         for name, part in zip(("test", "validation", "train"), np.split(rows, ends), strict=True):
             parts[name].append(part)
     return {name: np.sort(np.concatenate(part)) for name, part in parts.items()}
+
+
+def _split_groups(y: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
+    """Part (position in ``SHARES``) of each row, int64[N], the same for all rows of a group.
+
+    scikit-learn deals the groups into ten stratified folds, of which those sets are taken as parts that are nearest to
+    the shares, among all that have every class in each part. Rare classes may need fewer folds; up to ten groups are a
+    fold each, and so all ways to part them are tried.
+    """
+    group = np.unique(groups, return_inverse=True)[1]
+    count, best, nearest = group.max() + 1, None, math.inf
+    for folds in range(min(FOLDS, np.bincount(y).max()), 2, -1):
+        if count <= FOLDS:
+            fold = np.random.default_rng(seed).permutation(count)[group]
+        else:
+            fold = _stratified_folds(y, group, folds, seed)
+        per_fold = np.zeros((fold.max() + 1, y.max() + 1), np.int64)
+        np.add.at(per_fold, (fold, y), 1)
+        part_of_fold, distance = _nearest_parts(per_fold)
+        if distance < nearest:
+            best, nearest = part_of_fold[fold], distance
+        if nearest < NEAR or count <= FOLDS:
+            break
+    if best is None:
+        raise ValueError(f"no split of the {count} groups was found that has every class in each part")
+    return best
+
+
+def _stratified_folds(y: np.ndarray, group: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """Fold of each row, int64[N], by scikit-learn's `StratifiedGroupKFold`."""
+    fold = np.empty(len(y), np.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of classes with fewer members than folds
+        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+        for number, (_, rows) in enumerate(splitter.split(y, y, group)):
+            fold[rows] = number
+    return fold
+
+
+def _nearest_parts(per_fold: np.ndarray) -> tuple[np.ndarray | None, float]:
+    """The way to part folds that is nearest to the shares in every class, and by how much of a class it misses them.
+
+    Args:
+        per_fold: Samples of each fold and class, int64[folds, C].
+
+    Returns:
+        Part of each fold, int64[folds], and the distance; None and infinity where each leaves a part without a class.
+    """
+    ideal = np.array(list(SHARES.values()))[:, None]  # (3, 1)
+    ways = product(range(len(SHARES)), repeat=len(per_fold))
+    at_once = max(1, 2**20 // per_fold.shape[1])
+    best, nearest = None, math.inf
+    while block := list(islice(ways, at_once)):
+        parts = np.array(block)  # (ways, folds)
+        counts = np.stack([(parts == p) @ per_fold for p in range(len(SHARES))], axis=1)  # (ways, 3, C)
+        distance = np.abs(counts / per_fold.sum(0) - ideal).sum(1).mean(1) / 2
+        distance[(counts == 0).any((1, 2))] = np.inf
+        first = int(distance.argmin())
+        if distance[first] < nearest:
+            best, nearest = parts[first], float(distance[first])
+    return best, nearest
 
 
 def _allot(total: int, sizes: np.ndarray, most: np.ndarray) -> np.ndarray:
@@ -416,7 +612,8 @@ def extract(
         crew.wait()  # until nobody looks for shards where rank 0 will now take them away
         outcome = crew.agree(partial(passed.end, names, missing))
     if "findings" in outcome:
-        raise CollectionError(outcome["findings"])
+        bad = [(path, reason) for path, reason in outcome["findings"]]
+        raise CollectionError([Finding((path,), reason).told(collection.root) for path, reason in bad], bad)
     if outcome["missing"]:  # the contents are others than when the rest was computed, though nothing told so
         return extract(collection, names, cache, device, crew, progress)
     return passed.extracted(outcome["fingerprint"])
@@ -469,7 +666,7 @@ class _Pass:
         if not computed:
             return json.loads(self.known.read_text()) | {"missing": []}
         documents = [json.loads(self._document(rows).read_text()) for rows in self.shards]
-        if findings := [line for document in documents for line in document["findings"]]:
+        if findings := [pair for document in documents for pair in document["findings"]]:
             self._remove()
             return {"findings": findings}
         contents = [line for document in documents for line in document["contents"]]
@@ -516,7 +713,7 @@ class _Pass:
         """Read each file of a shard once; write its arrays and then its document."""
         arrays = _allocate(self.collection, names, len(rows))
         contents: list[str] = []
-        findings: list[str] = []
+        findings: list[tuple[str, str]] = []
         per_chunk = max(1, CHUNK_NUMBERS // max(file.layout.width for file in self.collection.files))
         for start in range(rows.start, rows.stop, per_chunk):
             chunk = range(start, min(start + per_chunk, rows.stop))
@@ -525,7 +722,7 @@ class _Pass:
                 try:
                     flat, scale, digest = _read_file(self.collection.root, file)
                 except (LoraFileError, OSError) as error:
-                    findings.append(f"{self.collection.root / file.path}: {error}")
+                    findings.append((file.path, str(error)))
                     continue
                 weights.append(flat)
                 scales.append(scale)
@@ -633,12 +830,14 @@ def _fill_pair_features(arrays: dict, collection: Collection, matrices: list, sc
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def inspection(collection: Collection) -> dict:
-    """What ``inspect --json`` prints."""
+def inspection(collection: Collection, layers: str | None = None) -> dict:
+    """What ``inspect --json`` prints; ``layers`` is a pattern, see `select_layers`."""
     dtypes: Counter = Counter()
     for positions in _by_layout(collection.files):
         for layer in collection.files[positions[0]].layout.layers:
             dtypes[layer.dtype] += len(positions)
+    paths = [file.path for file in collection.files]
+    columns = labelling.column_values(collection.root, paths, collection.table)
     return {
         "num_samples": len(collection.files),
         "classes": collection.class_counts,
@@ -646,15 +845,40 @@ def inspection(collection: Collection) -> dict:
             {"name": layer.name, "module": layer.module, "role": layer.role, "shape": list(layer.shape)}
             for layer in collection.layers
         ],
+        "layers_selected": np.flatnonzero(select_layers(collection, layers)).tolist(),
         "dtypes": dict(dtypes),
         "label_source": collection.label_source,
+        "label_column": collection.label_column,
+        "columns": {name: len(values) for name, values in columns.items()},
         "mixed_ranks": bool(collection.mixed_ranks),
         "ignored": dict(collection.ignored),
+        "skipped": collection.skipped_records,
     }
 
 
 def _counted(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} ({count})" for name, count in counts.items())
+    return ", ".join(f"{name} ({count})" for name, count in counts.items()) or "nothing"
+
+
+def add_label_flags(add: Callable) -> None:
+    """Add the flags that say how a collection is read; ``add`` is a parser's ``add_argument``."""
+    add("--labels", type=Path, metavar="FILE", help="csv or jsonl with the columns file_name and label (none)")
+    add(
+        "--label-column",
+        metavar="NAME",
+        help="column of the table, or field of the metadata.json files, that is the label (category_label; in a table "
+        "else label, else its only column)",
+    )
+    add(
+        "--skip-bad",
+        action="store_true",
+        help="leave out files that cannot be used, and list them, instead of refusing",
+    )
+    add(
+        "--layers",
+        metavar="PATTERN",
+        help="only layers whose name or canonical module matches: attn2, '*.to_v.*', or a comma list (all)",
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -664,29 +888,45 @@ def main(arguments: list[str] | None = None) -> int:
     inspect = commands.add_parser("inspect", help="tell what a folder of LoRAs holds; only headers are read")
     inspect.add_argument("path", type=Path, help="folder of LoRAs")
     inspect.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    add_label_flags(inspect.add_argument)
     args = parser.parse_args(arguments)
     try:
-        found = inspection(index_collection(args.path))
+        collection = index_collection(
+            args.path, labels=args.labels, label_column=args.label_column, skip_bad=args.skip_bad
+        )
+        found = inspection(collection, args.layers)
     except CollectionError as error:
         print(error.shown(), file=sys.stderr)
         return 2
     if args.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
-        return 0
-    layers, wide = found["layers"], max(len(layer["name"]) for layer in found["layers"])
+    else:
+        print("\n".join(_inspection_lines(args.path, found)))
+    return 0
+
+
+def _inspection_lines(path: Path, found: dict) -> list[str]:
+    """What ``inspect`` prints."""
+    layers = {depth: found["layers"][depth] for depth in found["layers_selected"]}
+    listed = f", {len(layers)} of them listed" if len(layers) < len(found["layers"]) else ""
+    wide = max(len(layer["name"]) for layer in layers.values())
     lines = [
-        f"{args.path}: {found['num_samples']} LoRAs of {len(layers)} layers; labels from {found['label_source']}",
+        f"{path}: {found['num_samples']} LoRAs of {len(found['layers'])} layers{listed}; "
+        f"labels from {found['label_source']}",
         *["ranks differ between LoRAs: the shapes are those of the first file"] * found["mixed_ranks"],
         "dtypes:  " + _counted(found["dtypes"]),
         "classes: " + _counted(found["classes"]),
-        "ignored: " + (_counted(found["ignored"]) or "nothing"),
+        "columns: "
+        + _counted(found["columns"])
+        + " (number of values; --label-column chooses)" * bool(found["columns"]),
+        "ignored: " + _counted(found["ignored"]),
+        *[f"skipped: {entry['path']}: {entry['reason']}" for entry in found["skipped"]],
         f"{'depth':>5}  {'role':4}  {'shape':>12}  {'layer':{wide}}  module",
     ]
-    for depth, layer in enumerate(layers):
+    for depth, layer in layers.items():
         shape = "x".join(map(str, layer["shape"]))
         lines.append(f"{depth:5}  {layer['role']:4}  {shape:>12}  {layer['name']:{wide}}  {layer['module']}")
-    print("\n".join(lines))
-    return 0
+    return lines
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 SMALL_VALIDATION = 50  # rows; below this the results say how little early stopping rests on
 LAYER_HEADER = f"{'rank':>4}  {'test accuracy':>13}  {'validation':>10}  {'role':4}  layer"
 RESULT_HEADER = f"{'representation':<15} {'features':>8} {'test accuracy':>13}  {'test F1':>13}"
@@ -27,9 +29,13 @@ def collection_lines(header: dict, representations: int) -> str:
     dataset, top_k = header["dataset"], header["config"]["top_k"]
     lines = _collection(header)
     lines += [f"ignored   {pattern} ({count})" for pattern, count in dataset["ignored"].items()]
+    if dataset["skipped"]:
+        lines.append(
+            f"skipped   {len(dataset['skipped'])} left out, as --skip-bad asks; results.json lists them and why"
+        )
     noun = "representation" if representations == 1 else "representations"
     phases = f"{representations} {noun} without the top {top_k}, and with all layers"
-    return "\n".join([*lines, f"plan      rank {dataset['num_layers']} layers; then {phases}"])
+    return "\n".join([*lines, f"plan      rank {dataset['num_layers_selected']} layers; then {phases}"])
 
 
 def not_run_line(representation: str, reason: str) -> str:
@@ -81,12 +87,17 @@ def _collection(results: dict) -> list[str]:
     per_class = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     names = ", ".join(dataset["classes"][:12]) + (", ..." if len(dataset["classes"]) > 12 else "")
     built_in = dataset["source"] == "built-in digits"
+    pattern, groups = results["config"]["layers"], ""
+    if dataset["group_column"] is not None:
+        groups = f"; {dataset['num_groups']} groups by {dataset['group_column']}, each in one part"
     return [
         "data      the BUILT-IN DIGITS collection, trained by this program: no LoRAs of yours are read"
     ] * built_in + [
         f"data      {dataset['num_samples']} LoRAs of {dataset['num_layers']} layers in {dataset['path']}",
+        *[f"layers    {dataset['num_layers_selected']} of them match {pattern}: the others are left out"]
+        * bool(pattern),
         f"classes   {dataset['num_classes']} from {dataset['label_source']}, {per_class} LoRAs each: {names}",
-        f"split     {split['train']} train, {split['validation']} validation, {split['test']} test",
+        f"split     {split['train']} train, {split['validation']} validation, {split['test']} test{groups}",
     ]
 
 
@@ -104,9 +115,11 @@ def _layers(results: dict) -> list[str]:
 
 
 def _representations(results: dict) -> list[str]:
-    k, total, ranking = results["config"]["top_k"], results["dataset"]["num_layers"], results["layer_ranking"]
+    k, ranking = results["config"]["top_k"], results["layer_ranking"]
+    total, of_module = len(ranking), Counter(record["module"] for record in ranking)
+    whole = {module for module, roles in of_module.items() if roles == 2}  # the down and the up
     baseline, ablation = results["baseline_results"], results["ablation_results"]
-    pairs = len({record["module"] for record in ranking[:k]})
+    pairs = len({record["module"] for record in ranking[:k]} & whole)
     rows = []
     for name in sorted(baseline, key=lambda name: -baseline[name]["test_accuracy"]["mean"]):
         all_layers, left = baseline[name], ablation[name]
@@ -115,7 +128,7 @@ def _representations(results: dict) -> list[str]:
         rows.append(f"{result_row(name, all_layers):<52} {right}  {change:>+7.1f}")
     return [
         f"2 and 3. Every representation with all {total} layers, and without the top {k} ({total - k} left)",
-        f"(pair-wise ones lose a pair when either of its layers is removed: {pairs} of {total // 2} pairs)",
+        f"(pair-wise ones lose a pair when either of its layers is removed: {pairs} of {len(whole)} pairs)",
         f"{'':<16}{' all layers ':-^37}   {f' without the top {k} ':-^37}",
         f"{RESULT_HEADER} {'features':>9} {'test accuracy':>13}  {'test F1':>13}  {'change':>7}",
         *rows,

@@ -102,14 +102,6 @@ def test_metadata_that_is_a_folder_is_a_finding(tmp_path):
     assert "metadata.json is not readable" in findings(tmp_path)[0]
 
 
-@pytest.mark.parametrize("table", ["metadata.csv", "metadata.jsonl"])
-def test_tables_of_labels_are_refused_in_words(tmp_path, table):
-    write_collection(tmp_path)
-    (tmp_path / table).write_text("file_name,label\n")
-    (finding,) = findings(tmp_path)
-    assert finding.startswith(f"{tmp_path / table}: tables of labels cannot be read yet. remove it")
-
-
 def test_the_preferred_file_wins_and_the_rest_is_counted(tmp_path):
     write_collection(tmp_path, classes=2, per_class=3)
     folder = tmp_path / "class_0" / "0000"

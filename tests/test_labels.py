@@ -1,0 +1,732 @@
+import csv
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from making import FILE_NAME, lora, module_names, write_collection, write_lora
+from safetensors.torch import save_file
+
+import ablation_experiment
+import data
+import labels
+from ablation_experiment import main
+from data import CollectionError, check_classes, index_collection, select_layers, split_collection, split_rows
+
+
+@pytest.fixture(autouse=True)
+def small_numbers():
+    """Other tests look at the smallest of numbers."""
+    yield
+    torch.set_flush_denormal(False)
+
+
+def findings(root, **flags) -> list[str]:
+    with pytest.raises(CollectionError) as error:
+        check_classes(index_collection(root, **flags))
+    return error.value.findings
+
+
+def flat_collection(root, count: int = 6):
+    """Files 0.safetensors ... in the root of a collection, where no folder is a label."""
+    for i in range(count):
+        write_lora(root / f"{i}.safetensors", lora(1, seed=i))
+    return root
+
+
+def table(path, header, *rows):
+    """A csv, or for .jsonl the same as objects."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".jsonl":
+            file.writelines(json.dumps(dict(zip(header, row, strict=False))) + "\n" for row in rows)
+        else:
+            csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def rows_of(count: int = 6, *columns):
+    """Rows for the files of `flat_collection`, with a column for each function of the file's number."""
+    return [(f"{i}.safetensors", *(column(i) for column in columns)) for i in range(count)]
+
+
+def cats_and_dogs(i):
+    return "cat" if i % 2 else "dog"
+
+
+def metadata_collection(root, count: int = 12):
+    """LoRAs with a metadata.json beside each: four fields, of which not all make classes."""
+    for i in range(count):
+        fields = {"category_label": f"c{i % 3}", "num_images": 4 + i % 2, "name": f"lora {i}", "tags": ["x"]}
+        write_lora(root / f"{i:02}" / FILE_NAME, lora(1, seed=i), fields)
+    return root
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where labels come from
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_a_table_at_the_root_labels_the_files_that_it_names(tmp_path, name):
+    table(flat_collection(tmp_path) / name, ["file_name", "label"], *rows_of(6, cats_and_dogs))
+    collection = index_collection(tmp_path)
+    assert [file.label for file in collection.files] == ["dog", "cat"] * 3
+    assert (collection.label_source, collection.label_column) == (f"label in {name}", "label")
+    check_classes(collection)
+
+
+def test_the_first_source_that_is_there_wins(tmp_path):
+    """Folders, then metadata.json, then the table at the root, then that of --labels, each laid over the one before."""
+    root = write_collection(tmp_path / "zoo")
+    paths = [file.path for file in index_collection(root).files]
+    assert index_collection(root).label_source == "the folder names"
+    for path in paths:
+        (root / path).with_name("metadata.json").write_text(json.dumps({"category_label": "beside", "label": 1}))
+    assert {file.label for file in index_collection(root).files} == {"beside"}
+    table(root / "metadata.csv", ["file_name", "label"], *[(path, "table") for path in paths])
+    assert {file.label for file in index_collection(root).files} == {"table"}
+    given = table(tmp_path / "mine.jsonl", ["file_name", "label"], *[(path, "given") for path in paths])
+    collection = index_collection(root, labels=given)
+    assert {file.label for file in collection.files} == {"given"}
+    assert collection.label_source == "label in mine.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        (["label", "category_label"], "category_label"),
+        (["rank", "label"], "label"),
+        (["concept"], "concept"),
+        (["", "concept"], "concept"),  # the row numbers of a data frame
+    ],
+)
+def test_the_label_column_where_none_is_named(tmp_path, columns, expected):
+    rows = rows_of(6, *[lambda i, name=name: f"{name} {i % 2}" for name in columns])
+    table(flat_collection(tmp_path) / "metadata.csv", ["file_name", *columns], *rows)
+    collection = index_collection(tmp_path)
+    assert collection.label_column == expected and collection.classes == [f"{expected} 0", f"{expected} 1"]
+
+
+def test_several_columns_and_none_of_a_known_name_are_listed_with_their_numbers_of_values(tmp_path):
+    rows = rows_of(6, cats_and_dogs, lambda i: i)
+    table(flat_collection(tmp_path) / "metadata.csv", ["file_name", "animal", "number"], *rows)
+    assert findings(tmp_path) == [
+        f"{tmp_path / 'metadata.csv'}: no label: no column category_label or label; the columns there are: "
+        "animal (2 values), number (6 values). choose one with --label-column."
+    ]
+    assert index_collection(tmp_path, label_column="animal").classes == ["cat", "dog"]
+    # The column of the groups is not the label: one other is left.
+    assert index_collection(tmp_path, group_column="number").classes == ["cat", "dog"]
+
+
+def test_any_metadata_field_is_a_question_of_its_own(tmp_path):
+    """Numbers are labels too; another field is another task on the same LoRAs."""
+    metadata_collection(tmp_path)
+    assert index_collection(tmp_path).classes == ["c0", "c1", "c2"]
+    collection = index_collection(tmp_path, label_column="num_images")
+    assert collection.classes == ["4", "5"] and collection.label_source == "num_images in metadata.json"
+    check_classes(collection)
+
+
+@pytest.mark.parametrize(
+    ("value", "label"), [("a b", "a b"), (3, "3"), (-0.5, "-0.5"), (True, "true"), ("3", "3"), ("ü, \U0001f408", None)]
+)
+def test_texts_are_labels_as_they_are_and_numbers_as_json_writes_them(tmp_path, value, label):
+    table(flat_collection(tmp_path) / "metadata.jsonl", ["file_name", "label"], *rows_of(6, lambda _: value))
+    assert {file.label for file in index_collection(tmp_path).files} == {label or value}
+
+
+def test_csv_with_a_byte_order_mark_quotes_and_blank_lines(tmp_path):
+    flat_collection(tmp_path, 3)
+    (tmp_path / "metadata.csv").write_bytes(
+        '\ufefffile_name,label\r\n0.safetensors,"a ""b"", c"\r\n\r\n./1.safetensors,x\r\n2.safetensors,x\r\n'.encode()
+    )
+    assert [file.label for file in index_collection(tmp_path).files] == ['a "b", c', "x", "x"]
+
+
+def test_a_row_may_name_the_folder_of_one_lora(tmp_path):
+    root = write_collection(tmp_path)
+    folders = [os.path.dirname(file.path) for file in index_collection(root).files]
+    table(root / "metadata.csv", ["file_name", "label"], *[(f"{folder}/", "x") for folder in folders])
+    assert {file.label for file in index_collection(root).files} == {"x"}
+    table(root / "metadata.csv", ["file_name", "label"], ("class_0", "x"))  # holds three
+    assert findings(root)[0].startswith(f"{root / 'metadata.csv'}: line 2: a label for a missing file: ")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables that cannot be used
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x.safetensors", "a/../../x.safetensors", "/etc/passwd", "http://x/y", "file:///etc/x", "..\\x", "\\\\host\\x"],
+)
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_names_that_lead_out_of_the_collection_are_refused(tmp_path, monkeypatch, name, suffix):
+    root = flat_collection(tmp_path / "zoo")
+    write_lora(tmp_path / "x.safetensors", lora(1))
+    path = table(root / f"metadata.{suffix}", ["file_name", "label"], *rows_of(6, cats_and_dogs), (name, "cat"))
+    opened = []
+    monkeypatch.setattr(data.lora_files, "read_header", lambda path: opened.append(str(path)) or b"")
+    monkeypatch.setattr(data.lora_files, "parse_layout", lambda _: lora_files_layout)
+    line = 8 if suffix == "csv" else 7
+    for skip_bad in (False, True):
+        assert findings(root, skip_bad=skip_bad) == [
+            f"{path}: line {line}: {name!r} is not a path below the collection. name it relative to {root}."
+        ]
+    assert set(opened) == {str(root / f"{i}.safetensors") for i in range(6)}
+
+
+lora_files_layout = data.lora_files.Layout(())
+
+
+def test_a_name_through_a_link_out_of_the_collection_is_no_file_of_it(tmp_path):
+    root = flat_collection(tmp_path / "zoo")
+    write_lora(tmp_path / "outside" / "x.safetensors", lora(1))
+    (root / "link").symlink_to(tmp_path / "outside")
+    rows = [*rows_of(6, cats_and_dogs), ("link/x.safetensors", "cat")]
+    path = table(root / "metadata.csv", ["file_name", "label"], *rows)
+    (finding,) = findings(root)
+    assert finding.startswith(f"{path}: line 8: a label for a missing file: no weight file 'link/x.safetensors' in ")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("csv", b"", "no label: holds no row"),
+        ("csv", b"file_name,label\n", "no label: holds no row"),
+        ("csv", b"path,label\n0.safetensors,a\n", "no column file_name, but path, label"),
+        ("csv", b"file_name;label\n0.safetensors;a\n", "no column file_name, but file_name;label"),
+        ("csv", b"file_name,label\n0.safetensors,a,b\n", "line 2: not readable (3 cells under 2 columns)"),
+        ("csv", b"file_name,label\n0.safetensors\n", "line 2: not readable (1 cells under 2 columns)"),
+        ("csv", b'file_name,label\n0.safetensors,"a', "line 1: not readable (unexpected end of data)"),
+        ("csv", b"file_name,label,label\n0.safetensors,a,b\n", "line 1: not readable (two columns are called label)"),
+        ("csv", b"file_name,label\n\xff\xfe,a\n", "line 1: not readable ("),
+        ("csv", b"file_name,label\n0.safetensors," + b"a" * 200_000, "line 1: not readable (field larger than field"),
+        ("csv", b"file_name,label\n,a\n", "line 2: names no file in file_name"),
+        ("csv", b"file_name,label\n0.safetensors,a\n./0.safetensors,b\n", "line 3: './0.safetensors' again, after"),
+        ("jsonl", b"", "no label: holds no row"),
+        ("jsonl", b'{"file_name": "0.safetensors", "label": "a"}\n{', "line 2: not readable (Expecting property name"),
+        ("jsonl", b'{"file_name": "0.safetensors", "label": "a"}\n\n[1]', "line 3: not readable (not a JSON object)"),
+        ("jsonl", b"[" * 100_000, "line 1: not readable ("),
+        ("jsonl", b'{"file_name": 1' + b"0" * 5000 + b"}", "line 1: not readable ("),
+        ("jsonl", b'{"file_name": 7, "label": "a"}', "line 1: names no file in file_name"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_told_with_its_line(tmp_path, name, content, words):
+    path = flat_collection(tmp_path, 1) / f"metadata.{name}"
+    path.write_bytes(content)
+    for skip_bad in (False, True):  # it is no file that could be left out
+        (finding,) = findings(tmp_path, skip_bad=skip_bad)
+        assert finding.startswith(f"{path}: {words}")
+
+
+def test_tables_are_bounded_plain_files(tmp_path, monkeypatch):
+    flat_collection(tmp_path, 1)
+    path = tmp_path / "metadata.csv"
+    path.write_text("file_name,label\n")
+    monkeypatch.setattr(labels, "MAX_TABLE_BYTES", 10)
+    assert findings(tmp_path)[0].startswith(f"{path}: line 1: not readable (16 bytes, more than 10)")
+    path.unlink()
+    os.mkfifo(path)  # which would be read for ever
+    assert findings(tmp_path)[0].startswith(f"{path}: no such file")
+    assert findings(tmp_path, labels=tmp_path / "no.csv")[0].startswith(f"{tmp_path / 'no.csv'}: no such file")
+    other = tmp_path / "0.safetensors"
+    assert findings(tmp_path, labels=other)[0].startswith(f"{other}: neither .csv nor .jsonl")
+
+
+def test_metadata_json_is_bounded_and_a_plain_file(tmp_path, monkeypatch):
+    path = write_lora(tmp_path / "a" / FILE_NAME, lora(1), {"category_label": "a"}).parent / "metadata.json"
+    monkeypatch.setattr(labels, "MAX_JSON_BYTES", 10)
+    assert findings(tmp_path)[0].startswith(f"{path}: metadata.json is not readable as JSON (23 bytes, more than 10)")
+    path.unlink()
+    os.mkfifo(path)
+    assert findings(tmp_path)[0].startswith(f"{path}: metadata.json is not readable as JSON (not a plain file)")
+
+
+def test_a_table_that_is_a_link_to_nowhere_is_not_passed_over(tmp_path):
+    write_collection(tmp_path)
+    (tmp_path / "metadata.csv").symlink_to("nowhere.csv")
+    assert findings(tmp_path)[0].startswith(f"{tmp_path / 'metadata.csv'}: no such file")
+
+
+def test_two_tables_are_refused(tmp_path):
+    for name in labels.TABLES:
+        table(flat_collection(tmp_path) / name, ["file_name", "label"], *rows_of(6, cats_and_dogs))
+    assert findings(tmp_path) == [
+        f"{tmp_path}: holds both metadata.csv and metadata.jsonl. keep one, or name one with --labels."
+    ]
+    assert index_collection(tmp_path, labels=tmp_path / "metadata.csv").classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("label", ["a\nb", "\x1b[31m", "\ud800"])
+def test_labels_and_groups_are_plain_text(tmp_path, label):
+    for column in ("label", "group"):
+        rows = [(name, label if column == "label" else "x", label) for name, _ in rows_of(6, str)]
+        table(flat_collection(tmp_path) / "metadata.jsonl", ["file_name", "label", "group"], *rows)
+        told = findings(tmp_path, group_column="group")
+        assert len(told) == 6 and all("is not plain text. rename it." in finding for finding in told)
+        assert not any(labels.NOT_TEXT.search(finding) for finding in told)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The rows about labels of the table of bad input, through the program
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def no_label_in_a_folder(root):
+    write_collection(root)
+    path = write_lora(root / "stray.safetensors", lora())
+    tried = "no metadata.json with category_label beside it, and it does not lie in <class>/ or <class>/<lora>/"
+    return [], f"{path}: no label: {tried}; there is no metadata.json with fields. label it or leave it out."
+
+
+def no_label_in_a_metadata_json(root):
+    metadata_collection(root)
+    path = root / "03" / FILE_NAME
+    (path.parent / "metadata.json").write_text('{"num_images": 4}')
+    tried = "no category_label (a text or a number) in metadata.json beside it, as other files here have"
+    there = "category_label (3 values), num_images (2 values), name (11 values)"
+    return [], f"{path}: no label: {tried}; the fields there are: {there}. label it or leave it out."
+
+
+def no_such_field(root):
+    metadata_collection(root)
+    there = "category_label (3 values), num_images (2 values), name (12 values)"
+    return ["--label-column=concept"], (
+        f"{root}: no label: no metadata.json beside a weight file has concept; the fields there are: {there}. "
+        "choose one with --label-column."
+    )
+
+
+def no_row_for_a_file(root):
+    path = table(flat_collection(root) / "metadata.csv", ["file_name", "label", "x"], *rows_of(5, cats_and_dogs, str))
+    tried = f"no row with label for it in {path.name}; the columns there are: label, x"
+    return [], f"{root / '5.safetensors'}: no label: {tried}. label it or leave it out."
+
+
+def an_empty_cell(root):
+    rows = [*rows_of(5, cats_and_dogs), ("5.safetensors", " ")]
+    table(flat_collection(root) / "metadata.csv", ["file_name", "label"], *rows)
+    tried = "no row with label for it in metadata.csv; the columns there are: label"
+    return [], f"{root / '5.safetensors'}: no label: {tried}. label it or leave it out."
+
+
+def no_such_column(root):
+    path = table(flat_collection(root) / "metadata.csv", ["file_name", "label"], *rows_of(6, cats_and_dogs))
+    there = "the columns there are: label (2 values)"
+    told = f"{path}: no label: no column concept; {there}. choose one with --label-column."
+    return ["--label-column=concept"], told
+
+
+def a_label_for_a_missing_file(root):
+    rows = [*rows_of(6, cats_and_dogs), ("6.safetensors", "cat")]
+    path = table(flat_collection(root).parent / "mine.csv", ["file_name", "label"], *rows)
+    fault = f"no weight file '6.safetensors' in {root}, of whose folders hidden and linked ones are not read"
+    told = f"{path}: line 8: a label for a missing file: {fault}; the columns there are: label. fetch the file or "
+    return [f"--labels={path}"], f"{told}remove the row."
+
+
+def a_label_for_each_lora(root):
+    metadata_collection(root)
+    return ["--label-column=name"], (
+        f"{root}: labels from name in metadata.json give as many labels as LoRAs (12): looks like an id; columns that "
+        "would make classes: category_label (3 values), num_images (2 values). choose one with --label-column."
+    )
+
+
+def a_label_for_each_lora_and_nothing_else(root):
+    table(flat_collection(root) / "metadata.csv", ["file_name", "label"], *rows_of(6, str))
+    return [], (
+        f"{root}: labels from label in metadata.csv give as many labels as LoRAs (6): looks like an id; no other "
+        "column would make classes. choose labels that repeat."
+    )
+
+
+def one_class(root):
+    write_collection(root, classes=1)
+    told = "labels from the folder names give fewer than two classes (class_0: 3). at least two concepts are needed."
+    return [], f"{root}: {told}"
+
+
+def a_class_of_two(root):
+    write_collection(root, classes=2, per_class=4)
+    for i in (0, 1):
+        (root / "class_1" / f"000{i}" / FILE_NAME).unlink()
+    return [], (
+        f"{root}: labels from the folder names give a class with fewer than three LoRAs (class_1: 2, class_0: 4). "
+        "train, validation and test need one each."
+    )
+
+
+def no_group_beside(root):
+    metadata_collection(root)
+    path = root / "03" / FILE_NAME
+    (path.parent / "metadata.json").write_text('{"category_label": "c0"}')
+    told = "no group: metadata.json beside it has no num_images (a text or a number). add it or leave the file out."
+    return ["--group-column=num_images"], f"{path}: {told}"
+
+
+def no_group_in_a_row(root):
+    rows = [*rows_of(5, cats_and_dogs, str), ("5.safetensors", "cat", "")]
+    table(flat_collection(root) / "metadata.csv", ["file_name", "label", "owner"], *rows)
+    told = "no group: its row in metadata.csv has no owner (a text or a number). add it or leave the file out."
+    return ["--group-column=owner"], f"{root / '5.safetensors'}: {told}"
+
+
+def no_group_column(root):
+    table(flat_collection(root) / "metadata.csv", ["file_name", "label"], *rows_of(6, cats_and_dogs))
+    return ["--group-column=owner"], (
+        f"{root}: no group: no column owner in metadata.csv, and no metadata.json beside a weight file has owner; "
+        "there is no metadata.json with fields. choose one with --group-column."
+    )
+
+
+def two_groups_in_a_class(root):
+    metadata_collection(root)
+    told = "num_images gives a class with fewer than three groups (c0: 2, c1: 2, c2: 2). train, validation and test"
+    return ["--group-column=num_images"], f"{root}: {told} need one each: group by another column."
+
+
+BAD_LABELS = [
+    no_label_in_a_folder,
+    no_label_in_a_metadata_json,
+    no_such_field,
+    no_row_for_a_file,
+    an_empty_cell,
+    no_such_column,
+    a_label_for_a_missing_file,
+    a_label_for_each_lora,
+    a_label_for_each_lora_and_nothing_else,
+    one_class,
+    a_class_of_two,
+    no_group_beside,
+    no_group_in_a_row,
+    no_group_column,
+    two_groups_in_a_class,
+]
+
+
+@pytest.mark.parametrize("bad", BAD_LABELS, ids=lambda make: make.__name__)
+def test_bad_labels_are_refused_in_one_line_and_nothing_is_written(tmp_path, capsys, bad):
+    flags, told = bad(tmp_path / "zoo")
+    out = tmp_path / "out"
+    (out / ".cache").mkdir(parents=True)
+    (out / "mine.txt").write_text("kept")
+    before = listing(tmp_path)
+    assert main(["--dataset", str(tmp_path / "zoo"), "--output-dir", str(out), "--top-k=1", "--quick", *flags]) == 2
+    assert capsys.readouterr().err == f"error: {told}\n"
+    assert listing(tmp_path) == before
+
+
+def listing(root) -> dict:
+    return {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--labels=no/such.csv"], "--labels no/such.csv: no such file"),
+        (["--label-column="], "--label-column: empty"),
+        (["--group-column= "], "--group-column: empty"),
+        (["--layers=a,,b"], "--layers a,,b: an empty pattern"),
+        (["--layers=attn7"], "--layers attn7: 'attn7' matches none of 4 layers. the first ones are unet."),
+        (["--layers=attentions.0", "--top-k=2"], "--top-k 2: these LoRAs have 2 layers that match attentions.0"),
+    ],
+)
+def test_flags_of_labels_and_layers_are_refused_in_one_line(tmp_path, capsys, flags, words):
+    root = write_collection(tmp_path / "zoo", classes=2, per_class=3)
+    assert main(["--dataset", str(root), "--output-dir", str(tmp_path / "out"), "--top-k=1", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {words}") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Leaving out what is bad
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def bad_collection(root):
+    """Twelve LoRAs, of which six cannot be used, each for a reason of its own; and a pickle. Path to words."""
+    for i in range(12):
+        write_lora(root / f"{i:02}" / FILE_NAME, lora(seed=i), {"category_label": f"c{i % 2}"})
+    paths = [f"{i:02}/{FILE_NAME}" for i in range(12)]
+    (root / paths[0]).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    save_file({"a.hada_w1_a": torch.ones(2, 2)}, root / paths[1])
+    (root / "02" / "metadata.json").write_text("{")
+    (root / "03" / "metadata.json").write_text("{}")
+    write_lora(root / paths[4], lora(3) | {"a.dora_scale": torch.ones(2)})
+    write_lora(root / paths[5], lora(width=12))
+    (root / "pickle").mkdir()
+    (root / "pickle" / "x.bin").write_bytes(b"\x80")
+    words = ["a Git LFS pointer", "a LoHa adapter", "metadata.json is not readable", "no label: ", "adds 2 layers"]
+    return dict(zip(paths, [*words, "unet_"], strict=False)) | {"pickle/x.bin": "a pickle checkpoint"}
+
+
+def test_bad_files_are_left_out_with_their_reasons(tmp_path):
+    words = bad_collection(tmp_path)
+    told = findings(tmp_path)
+    assert len(told) == len(words)  # all of them refuse the collection
+    collection = index_collection(tmp_path, skip_bad=True)
+    assert [file.path for file in collection.files] == [f"{i:02}/{FILE_NAME}" for i in range(6, 12)]
+    assert [path for path, _ in collection.skipped] == sorted(words)
+    assert not collection.ignored  # as the file with a dora_scale is not in it
+    for path, reason in collection.skipped:
+        assert reason.startswith(words[path]) and any(words[path] in finding for finding in told)
+    check_classes(collection)
+
+
+def test_a_row_for_a_missing_file_is_left_out_too(tmp_path):
+    table(flat_collection(tmp_path, 6) / "metadata.csv", ["file_name", "label"], *rows_of(8, cats_and_dogs))
+    assert len(findings(tmp_path)) == 2
+    skipped = index_collection(tmp_path, skip_bad=True).skipped
+    assert [path for path, _ in skipped] == ["6.safetensors", "7.safetensors"]
+
+
+def test_what_is_wrong_with_the_whole_is_refused_all_the_same(tmp_path):
+    bad_collection(tmp_path)
+    for path in sorted(tmp_path.rglob("*.safetensors"))[7:]:
+        path.write_bytes(b"")
+    (finding,) = findings(tmp_path, skip_bad=True)
+    assert "give after 12 files were left out fewer than two classes (c0: 1)" in finding
+    for path in tmp_path.rglob("*.safetensors"):
+        path.write_bytes(b"")
+    assert len(findings(tmp_path, skip_bad=True)) > 12
+
+
+def test_files_can_be_left_out_later_and_the_rest_is_the_collection_without_them(tmp_path):
+    root = write_collection(tmp_path, classes=2, per_class=4)
+    whole = index_collection(root)
+    bad = [whole.files[i].path for i in (0, 5)]
+    assert whole.y.tolist() == [0] * 4 + [1] * 4  # known before, and not to be kept
+    less = data.without(whole, [(bad[1], "NaN. train again."), (bad[0], "too old."), (bad[0], "another reason.")])
+    assert less.skipped == ((bad[0], "too old."), (bad[1], "NaN. train again."))
+    assert less.y.tolist() == [0] * 3 + [1] * 3 and less.class_counts == {"class_0": 3, "class_1": 3}
+    assert data.without(less, [(less.files[0].path, "x.")]).skipped[:2] == less.skipped
+    with pytest.raises(CollectionError) as error:
+        data.without(less, [(file.path, "bad.") for file in less.files])
+    assert error.value.findings[0] == f"{root / less.files[0].path}: bad."
+
+
+def test_names_that_no_file_can_hold_are_escaped_where_they_are_listed(tmp_path):
+    table(flat_collection(tmp_path) / "metadata.jsonl", ["file_name", "label"], *rows_of(6, cats_and_dogs))
+    (tmp_path / os.fsdecode(b"\xff\n.safetensors")).write_bytes(b"")
+    ((path, reason),) = index_collection(tmp_path, skip_bad=True).skipped
+    assert path == "\\udcff\\n.safetensors" and json.dumps([path, reason], ensure_ascii=False).encode()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Groups
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_group_split(y, groups, rows):
+    """Groups are apart, classes everywhere, every row in one part."""
+    assert sorted(np.concatenate(list(rows.values()))) == list(range(len(y)))
+    sides = [set(groups[part]) for part in rows.values()]
+    assert sum(map(len, sides)) == len(set.union(*sides))
+    for part in rows.values():
+        assert (np.bincount(y[part], minlength=y.max() + 1) >= 1).all() and (np.diff(part) > 0).all()
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    sizes=st.lists(st.lists(st.integers(1, 9), min_size=3, max_size=14), min_size=2, max_size=7),
+    seed=st.integers(0, 2**32),
+)
+def test_groups_of_one_class_are_kept_apart_wherever_each_class_has_three(sizes, seed):
+    y = np.concatenate([np.full(sum(of_class), c) for c, of_class in enumerate(sizes)])
+    every = [size for of_class in sizes for size in of_class]
+    groups = np.repeat(np.arange(len(every)), every)
+    check_group_split(y, groups, split_rows(y, seed, groups))
+
+
+def test_groups_of_many_classes_give_the_shares(tmp_path):
+    generator = np.random.default_rng(0)
+    y, groups = generator.integers(0, 5, 1000), generator.integers(0, 60, 1000)
+    rows = split_rows(y, 0, groups)
+    check_group_split(y, groups, rows)
+    for name, share in data.SHARES.items():
+        np.testing.assert_allclose(np.bincount(y[rows[name]]) / np.bincount(y), share, atol=0.06)
+
+
+def test_a_split_by_groups_is_fixed_by_labels_groups_and_seed():
+    y = np.arange(600) % 3
+    groups = np.arange(600) // 10
+    first, again, other = (split_rows(y, seed, groups.copy()) for seed in (1, 1, 2))
+    for part in first:
+        np.testing.assert_array_equal(first[part], again[part])
+        assert set(first[part]) != set(other[part])
+    few = np.arange(600) // 60  # ten groups: all ways are tried, and which one of equals is taken is drawn
+    assert len({tuple(split_rows(y, seed, few)["test"]) for seed in range(9)}) > 3
+    assert [len(rows) for rows in split_rows(y, 0, few).values()] == [420, 60, 120]
+
+
+def test_groups_of_one_are_no_groups():
+    y = np.arange(300) % 3
+    plain, grouped = split_rows(y, 1), split_rows(y, 1, np.arange(300)[::-1])
+    for part in plain:
+        np.testing.assert_array_equal(plain[part], grouped[part])
+
+
+def test_the_only_split_that_there_is_is_found():
+    """Groups A: both classes, B: the first, C: the second, D: both. B and C are one part, or none has both classes."""
+    y, groups = np.array([0, 0, 1, 1, 0, 0, 1, 1, 0, 1, 0, 1]), np.array([0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 3, 3])
+    rows = split_rows(y, 0, groups)
+    check_group_split(y, groups, rows)
+    assert {4, 5, 6, 7} in [set(part) for part in rows.values()]
+
+
+def test_groups_that_cannot_be_parted_are_refused(tmp_path):
+    """Each class has three groups, but every split leaves a part without one."""
+    groups = ["A"] * 2 + ["B"] * 2 + ["C"] * 1 + ["D"] * 3
+    labels_of = ["x", "y", "x", "z", "x", "y", "z", "y"]
+    rows = rows_of(8, lambda i: labels_of[i], lambda i: groups[i])
+    table(flat_collection(tmp_path, 8) / "metadata.csv", ["file_name", "label", "owner"], *rows)
+    collection = index_collection(tmp_path, group_column="owner")
+    with pytest.raises(CollectionError) as error:
+        split_collection(collection, 0)
+    told = "groups by owner: no split of the 4 groups was found that has every class in each part"
+    assert error.value.findings == [f"{tmp_path}: {told}. group by another column, or leave out --group-column."]
+
+
+def test_groups_come_from_the_table_or_from_metadata_beside(tmp_path):
+    metadata_collection(tmp_path)
+    assert index_collection(tmp_path, group_column="num_images").groups.tolist() == [0, 1] * 6
+    rows = [(f"{i:02}", "x", f"owner {i % 3}") for i in range(12)]
+    table(tmp_path / "metadata.csv", ["file_name", "label", "owner"], *rows)
+    assert index_collection(tmp_path, group_column="owner").groups.tolist() == [0, 1, 2] * 4
+    assert index_collection(tmp_path, group_column="num_images").groups.tolist() == [0, 1] * 6
+    assert index_collection(tmp_path).groups is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def two_styles(tmp_path):
+    """One network of 2 x 2 modules as diffusers and as kohya write it, a collection each."""
+    modules = [f"unet.mid_block.attentions.0.transformer_blocks.{b}.attn2.to_{p}" for b in (0, 1) for p in "qv"]
+    for i in range(3):
+        for style in ("diffusers", "kohya"):
+            tensors = {}
+            for module in modules:
+                name = f"lora_{module.replace('.', '_')}.lora_" if style == "kohya" else f"{module}.lora."
+                tensors[f"{name}down.weight"], tensors[f"{name}up.weight"] = torch.ones(2, 6), torch.ones(6, 2)
+            write_lora(tmp_path / style / "a" / f"{i}.safetensors", tensors)
+    return [index_collection(tmp_path / style) for style in ("diffusers", "kohya")]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (None, [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("attn2", [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("*.to_v.*", [2, 3, 6, 7]),
+        ("*_to_v", [2, 3, 6, 7]),
+        ("to_v", [2, 3, 6, 7]),
+        ("transformer_blocks.1", [4, 5, 6, 7]),
+        ("*transformer_blocks_?_attn2_to_q_up", [1, 5]),
+        ("*_up", [1, 3, 5, 7]),
+        ("to_q_down, blocks.0.attn2.to_v", [0, 2, 3, 4]),
+    ],
+)
+def test_layers_are_chosen_by_name_whatever_wrote_the_files(tmp_path, pattern, expected):
+    for collection in two_styles(tmp_path):
+        selected = select_layers(collection, pattern)
+        assert selected.dtype == bool and np.flatnonzero(selected).tolist() == expected
+
+
+def test_layers_are_chosen_by_shown_names_too(tmp_path):
+    diffusers, kohya = two_styles(tmp_path)
+    assert np.flatnonzero(select_layers(diffusers, "*.lora.up.weight")).tolist() == [1, 3, 5, 7]
+    with pytest.raises(CollectionError, match=r"--layers .*matches none of 8 layers\. the first ones are lora_"):
+        select_layers(kohya, "*.lora.up.weight")
+
+
+@pytest.mark.parametrize("pattern", ["attn1", "attn2,attn1", "to_V", "attn2.*", "[", "to_v.*"])
+def test_a_pattern_without_a_layer_is_refused_with_some_that_are_there(tmp_path, pattern):
+    for collection in two_styles(tmp_path):
+        with pytest.raises(CollectionError) as error:
+            select_layers(collection, pattern)
+        (finding,) = error.value.findings
+        assert finding.startswith(f"--layers {pattern}: {pattern.split(',')[-1]!r} matches none of 8 layers.")
+        assert finding.endswith(f"{collection.layers[2].name}.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# inspect, and the results
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_tells_the_columns_that_could_be_the_label(tmp_path, capsys):
+    metadata_collection(tmp_path)
+    assert data.main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "columns: category_label (3), num_images (2), name (12) (number of values; --label-column chooses)" in out
+    assert data.main(["inspect", str(tmp_path), "--label-column=num_images", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["columns"] == {"category_label": 3, "num_images": 2, "name": 12}
+    assert found["classes"] == {"4": 6, "5": 6} and found["label_column"] == "num_images"
+
+
+def test_inspect_takes_labels_skip_bad_and_layers(tmp_path, capsys):
+    root = write_collection(tmp_path / "zoo")
+    (root / "class_0" / "0001" / FILE_NAME).write_bytes(b"")
+    paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.safetensors"))
+    mine = table(
+        tmp_path / "mine.csv", ["file_name", "concept"], *[(path, f"c{i % 2}") for i, path in enumerate(paths)]
+    )
+    flags = ["inspect", str(root), f"--labels={mine}", "--skip-bad", "--layers=attentions.1"]
+    assert data.main([*flags, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["label_source"] == "concept in mine.csv" and found["classes"] == {"c0": 3, "c1": 2}
+    assert [entry["path"] for entry in found["skipped"]] == [f"class_0/0001/{FILE_NAME}"]
+    assert found["layers_selected"] == [2, 3] and len(found["layers"]) == 4
+    assert data.main(flags) == 0
+    out = capsys.readouterr().out
+    assert "5 LoRAs of 4 layers, 2 of them listed; labels from concept in mine.csv" in out
+    shown = f"2  down           2x8  {module_names(2)[1]}.lora.down.weight"
+    assert shown in out and module_names(2)[0] not in out
+    assert f"skipped: class_0/0001/{FILE_NAME}: incomplete download" in out
+    assert data.main(["inspect", str(root), "--skip-bad", "--layers=attn7"]) == 2
+    assert capsys.readouterr().err.startswith("error: --layers attn7: 'attn7' matches none of 4 layers.")
+
+
+def test_results_tell_labels_groups_and_what_was_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablation_experiment, "HIDDEN", (16, 16, 16))
+    root = metadata_collection(tmp_path / "zoo", 24)
+    for i in range(24):
+        (root / f"{i:02}" / "metadata.json").write_text(json.dumps({"kind": i % 2, "owner": f"o{i // 3}"}))
+    (root / "03" / FILE_NAME).write_bytes(b"<!DOCTYPE html>")
+    flags = ["--dataset", str(root), "--output-dir", str(tmp_path / "out"), "--top-k=1", "--quick", "--device=cpu"]
+    flags += ["--representations=stats", "--label-column=kind", "--group-column=owner", "--skip-bad"]
+    assert main(flags) == 0
+    out = capsys.readouterr().out
+    assert "skipped   1 left out, as --skip-bad asks" in out and "8 groups by owner, each in one part" in out
+    folder = tmp_path / "out" / "ablation_zoo"
+    dataset = json.loads((folder / "results.json").read_text())["dataset"]
+    assert dataset["label_source"] == "kind in metadata.json" and dataset["classes"] == ["0", "1"]
+    assert (dataset["label_column"], dataset["group_column"], dataset["num_groups"]) == ("kind", "owner", 8)
+    ((path, reason),) = ((entry["path"], entry["reason"]) for entry in dataset["skipped"])
+    assert path == f"03/{FILE_NAME}" and reason.startswith("a web page saved as weights")
+    text = (folder / "results.txt").read_text()
+    assert "1 files were left out" in text and "8 groups by owner" in text
+    rows = list(csv.DictReader((folder / "samples.csv").open()))
+    assert list(rows[0]) == ["file", "label", "split", "group"] and len(rows) == 23
+    parts = {group: {row["split"] for row in rows if row["group"] == group} for group in {r["group"] for r in rows}}
+    assert len(parts) == 8 and all(len(split) == 1 for split in parts.values())
+    assert {row["split"] for row in rows} == {"train", "val", "test"}
+    assert main(flags) == 0
+    assert "Nothing to do" in capsys.readouterr().out
+    # The same contents and labels in other groups are another split, and other results.
+    for i in range(24):
+        (root / f"{i:02}" / "metadata.json").write_text(json.dumps({"kind": i % 2, "owner": f"o{i % 12 // 2}"}))
+    assert main(flags) == 0
+    assert "Nothing to do" not in capsys.readouterr().out
