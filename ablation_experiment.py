@@ -432,7 +432,8 @@ class Experiment:
             except FloatingPointError as error:
                 raise TaskFailedError(str(error)) from error
             except torch.OutOfMemoryError as error:
-                raise TaskFailedError(f"out of memory with one model at a time: {error}") from error
+                told = str(error).rstrip(". ")
+                raise TaskFailedError(f"out of memory with one model at a time: {told}") from error
 
         return Task(self.units.path(key).exists, lambda: self.units.save(key, attempt()))
 

@@ -599,6 +599,8 @@ def extract(
     """
     crew, names = crew or Crew(), list(names)
     passed = _Pass(collection, cache, device)
+    if found := crew.agree(lambda: [] if passed.missing(names) else [passed.known_fingerprint()]):
+        return passed.extracted(*found)
     with ExitStack() as held:
         if crew.rank == 0:
             held.enter_context(store.made(cache))
@@ -650,13 +652,20 @@ class _Pass:
         """The file that tells the fingerprint of unchanged files."""
         return self.cache / "collections" / f"{self.identity}.json"
 
+    def known_fingerprint(self) -> str | None:
+        """The fingerprint, if these very files have been read before."""
+        return json.loads(self.known.read_text())["fingerprint"] if self.known.exists() else None
+
     # -- rank 0, before and after -------------------------------------------------------------------------------------
 
+    def missing(self, names: list[str]) -> list[str]:
+        """The names whose arrays are still to be computed."""
+        fingerprint = self.known_fingerprint()
+        return [name for name in names if not (fingerprint and self.extracted(fingerprint).path(name).exists())]
+
     def begin(self, names: list[str]) -> list[str]:
-        """The names whose arrays are still to be computed; makes ready for them."""
-        if self.known.exists():
-            found = self.extracted(json.loads(self.known.read_text())["fingerprint"])
-            names = [name for name in names if not found.path(name).exists()]
+        """What is `missing`; makes ready for it."""
+        names = self.missing(names)
         if names:
             self._clear_unless_mine()
         return names
@@ -664,7 +673,7 @@ class _Pass:
     def end(self, names: list[str], computed: list[str]) -> dict:
         """``fingerprint`` of the contents, arrays in their places; or ``findings``, nothing left of the pass."""
         if not computed:
-            return json.loads(self.known.read_text()) | {"missing": []}
+            return {"fingerprint": self.known_fingerprint(), "missing": []}
         documents = [json.loads(self._document(rows).read_text()) for rows in self.shards]
         if findings := [pair for document in documents for pair in document["findings"]]:
             self._remove()
@@ -679,7 +688,7 @@ class _Pass:
             if not done.path(name).exists():  # else files of the same contents were read from elsewhere
                 self._arrays(name).rename(done.path(name))
         self._remove()
-        return {"fingerprint": fingerprint, "missing": [name for name in names if not done.path(name).exists()]}
+        return {"fingerprint": fingerprint, "missing": self.missing(names)}
 
     def _clear_unless_mine(self) -> None:
         """Remove what a killed pass over other files of this folder, or another version of it, has left."""

@@ -2,6 +2,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from making import FILE_NAME, lora, module_names, planted_collection, write_coll
 from safetensors.torch import load_file, save_file
 
 import data
+import store
+from crew import Crew
 from data import CollectionError, check_classes, extract, index_collection, split_rows
-from lora_files import LoraFileError
 from representations import REPRESENTATIONS, matrix_features, pair_features
 
 CPU = torch.device("cpu")
@@ -537,14 +539,14 @@ def test_a_file_that_changes_after_the_index_is_refused(tmp_path, change):
 
 @pytest.fixture
 def passes(monkeypatch) -> list:
-    """Counts the passes over weights."""
-    counted, original = [], data._pass_over_weights
+    """Counts the passes over weights, of as many shards as the collection has: one, where none is made smaller."""
+    counted, original = [], data._Pass.run
 
     def counting(*args):
         counted.append(1)
         return original(*args)
 
-    monkeypatch.setattr(data, "_pass_over_weights", counting)
+    monkeypatch.setattr(data._Pass, "run", counting)
     return counted
 
 
@@ -560,7 +562,7 @@ def test_the_second_time_no_weight_is_read(tmp_path, passes):
     assert len(passes) == 2
     extracted(root, tmp_path / "cache", ["stats", "coupling", data.WEIGHTS])
     assert len(passes) == 2
-    assert [path.name for path in (tmp_path / "cache").glob("pass-*")] == []
+    assert not (tmp_path / "cache" / "passes").exists()
 
 
 def change_contents(root):
@@ -682,49 +684,108 @@ def test_several_shards_give_the_arrays_of_one(tmp_path, monkeypatch, shard, chu
         np.testing.assert_array_equal(loaded(parts, name), loaded(whole, name), err_msg=name)
 
 
-def test_shards_are_written_as_they_are_finished(tmp_path, monkeypatch):
-    """So memory holds one at a time."""
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Shards of four LoRAs, worked on two at a time."""
     monkeypatch.setattr(data, "SHARD_NUMBERS", 4 * 64)
     monkeypatch.setattr(data, "CHUNK_NUMBERS", 2 * 64)
+
+
+def test_shards_are_written_as_they_are_finished(tmp_path, small_shards):
+    """So memory holds one of each thread."""
     root = write_collection(tmp_path / "zoo", classes=2, per_class=5)
-    there = []
-
-    def progress(chunks, _):
-        for chunk in chunks:
-            there.append(len(list(tmp_path.rglob("*.npy"))))
-            yield chunk
-
-    extract(index_collection(root), ["stats", data.WEIGHTS], tmp_path / "cache", CPU, progress)
-    assert there == [0, 0, 2, 2, 4]
-
-
-def test_files_come_in_order_and_threads_are_not_too_far_ahead():
-    begun = []
-
-    def work(i):
-        begun.append(i)
-        if i == 3:
-            raise LoraFileError("bad")
-        return i
-
-    outcomes = []
-    for i, future in enumerate(data._in_threads(work, range(50), ahead=5)):
-        assert len(begun) <= i + 6
-        outcomes.append("bad" if future.exception() else future.result())
-    assert outcomes == [0, 1, 2, "bad", *range(4, 50)]
-
-
-def test_progress_is_given_chunks_of_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CHUNK_NUMBERS", 4 * 64)
-    root = write_collection(tmp_path / "zoo", classes=2, per_class=5, modules=2)
     seen = []
 
-    def progress(chunks, what):
-        seen.append((what, [len(chunk) for chunk in chunks]))
-        return chunks
+    def progress(stage, done, total):
+        seen.append((stage, done, total, len(list(tmp_path.rglob("*.npy"))) >= 2 * done))
 
-    extract(index_collection(root), ["stats"], tmp_path / "cache", CPU, progress)
-    assert seen == [("features", [4, 4, 2])]
+    extract(index_collection(root), ["stats", data.WEIGHTS], tmp_path / "cache", CPU, progress=progress)
+    assert seen == [("features", done, 3, True) for done in (1, 2, 3)]
+
+
+def test_a_pass_that_was_stopped_reads_no_finished_shard_again(tmp_path, small_shards, passes, monkeypatch):
+    root = write_collection(tmp_path / "zoo", classes=2, per_class=5)
+    original, names = store.save_array, ["stats", data.WEIGHTS]
+
+    def stop_in_third(path, array):
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+        original(path, array)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "save_array", stop_in_third)
+        with pytest.raises(KeyboardInterrupt):
+            extracted(root, tmp_path / "cache", names)
+    done = extracted(root, tmp_path / "cache", names)
+    assert len(passes) == 4
+    fresh = extracted(root, tmp_path / "fresh", names)
+    assert done.fingerprint == fresh.fingerprint
+    for name in names:
+        np.testing.assert_array_equal(loaded(done, name), loaded(fresh, name))
+
+
+def test_a_pass_stopped_among_the_renames_reads_nothing_again(tmp_path, small_shards, passes, monkeypatch):
+    root = write_collection(tmp_path / "zoo", classes=2, per_class=5)
+    original, names = Path.rename, ["stats", "coupling"]
+
+    def stop_at_coupling(path, target):
+        if path.name == "coupling":
+            raise KeyboardInterrupt
+        return original(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stop_at_coupling)
+        with pytest.raises(KeyboardInterrupt):
+            extracted(root, tmp_path / "cache", names)
+    done = extracted(root, tmp_path / "cache", names)
+    assert len(passes) == 3 and not list((tmp_path / "cache" / "passes").iterdir())
+    np.testing.assert_array_equal(done.load("coupling"), extracted(root, tmp_path / "fresh", names).load("coupling"))
+
+
+def test_what_a_stopped_pass_left_is_not_trusted_after_a_change(tmp_path, small_shards, passes, monkeypatch):
+    root = write_collection(tmp_path / "zoo", classes=2, per_class=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(data._Pass, "end", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            extracted(root, tmp_path / "cache", ["stats"])
+    change_contents(root)
+    found = extracted(root, tmp_path / "cache", ["stats"])
+    assert len(passes) == 6
+    np.testing.assert_array_equal(found.load("stats"), extracted(root, tmp_path / "fresh", ["stats"]).load("stats"))
+
+
+def test_contents_that_changed_unnoticed_are_computed_anew(tmp_path, passes):
+    """Same path, size, time and inode: only another array that is asked for can tell."""
+    root = write_collection(tmp_path / "zoo")
+    extracted(root, tmp_path / "cache", ["stats"])
+    path = files_in(root)[3]
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[-2] ^= 1
+    with path.open("r+b") as file:
+        file.write(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    found = extracted(root, tmp_path / "cache", ["stats", "coupling"])
+    assert len(passes) == 3
+    np.testing.assert_array_equal(found.load("stats"), extracted(root, tmp_path / "fresh", ["stats"]).load("stats"))
+
+
+def test_threads_give_the_same_as_one(tmp_path, small_shards):
+    root = write_collection(tmp_path / "zoo", classes=2, per_class=9)
+    collection, names = index_collection(root), ["stats", "spectral", "coupling", data.WEIGHTS]
+    one = extract(collection, names, tmp_path / "one", CPU, Crew(1))
+    four = extract(collection, names, tmp_path / "four", CPU, Crew(4))
+    assert one.fingerprint == four.fingerprint
+    for name in names:
+        np.testing.assert_array_equal(loaded(one, name), loaded(four, name))
+
+
+def test_another_label_is_another_question_asked_of_the_same_features(tmp_path, passes):
+    root = tmp_path / "zoo"
+    planted_collection(root, per_class=3)
+    first = extracted(root, tmp_path / "cache")
+    for path in files_in(root):
+        (path.parent / "metadata.json").write_text(json.dumps({"category_label": path.parent.name[-1]}))
+    assert extracted(root, tmp_path / "cache").fingerprint == first.fingerprint and len(passes) == 1
 
 
 def test_mixed_ranks_have_matrix_and_pair_features(tmp_path):

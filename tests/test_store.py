@@ -1,10 +1,18 @@
+import errno
+import fcntl
 import os
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import store
+
+ROOT = Path(store.__file__).parent
 
 ARRAYS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -121,30 +129,16 @@ def test_a_shard_that_was_cut_short_is_told(sharded, tmp_path):
         sharded[0].read()
 
 
-def test_a_unit_is_computed_once(tmp_path):
-    calls = []
-
-    def compute():
-        calls.append(1)
-        return ARRAYS
-
-    key = {"kind": "ranking", "seed": 1, "layers": [1, 2]}
-    first = store.Units(tmp_path).get(key, compute)
-    again = store.Units(tmp_path).get(dict(reversed(key.items())), compute)
-    assert len(calls) == 1
-    np.testing.assert_array_equal(first["a"], again["a"])
-    store.Units(tmp_path).get(key | {"seed": 2}, compute)
-    store.Units(tmp_path / "other").get(key, compute)
-    assert len(calls) == 3
-
-
-def test_a_unit_that_failed_is_computed_again(tmp_path):
+def test_a_unit_is_found_by_its_key_whatever_the_order(tmp_path):
     units = store.Units(tmp_path)
-    key = {"kind": "ranking"}
-    with pytest.raises(ZeroDivisionError):
-        units.get(key, lambda: {"a": 1 / 0})
-    assert not units.path(key).exists()
-    assert units.get(key, lambda: ARRAYS)["b"] == 2.5
+    key = {"kind": "ranking", "seed": 1, "layers": [1, 2]}
+    units.save(key, ARRAYS)
+    again = store.Units(tmp_path).load(dict(reversed(key.items())))
+    assert again.keys() == ARRAYS.keys()
+    np.testing.assert_array_equal(again["a"], ARRAYS["a"])
+    assert list(units.load(key, ["b"])) == ["b"]
+    others = [units.path(key | {"seed": 2}), store.Units(tmp_path / "other").path(key)]
+    assert units.path(key).exists() and not any(path.exists() for path in others)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
@@ -166,26 +160,120 @@ def test_a_digest_stands_for_a_value_whatever_the_order_of_its_keys():
     assert all(len(store.digest(value)) == 16 for value in values)
 
 
+def results(number):
+    return {"results.txt": f"text {number}".encode(), "results.json": f"json {number}".encode()}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
 def test_previous_results_are_numbered_and_never_lost(tmp_path):
-    names = ["results.json", "results.txt"]
-    store.move_to_previous(tmp_path, names)
-    assert list(tmp_path.iterdir()) == []
-    for n in (1, 2, 3):
-        (tmp_path / "results.json").write_text(f"json {n}")
-        (tmp_path / "mine.txt").write_text("stays")
-        if n == 2:
-            (tmp_path / "results.txt").write_text("text 2")
-            (tmp_path / "previous" / "2024-notes").mkdir()  # someone's own folder is no number
-        store.move_to_previous(tmp_path, names)
-        assert (tmp_path / "previous" / str(n) / "results.json").read_text() == f"json {n}"
-    assert (tmp_path / "previous" / "2" / "results.txt").read_text() == "text 2"
-    assert (tmp_path / "previous" / "1" / "results.json").read_text() == "json 1"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "previous"]
+    store.replace_all(tmp_path, results(1))
+    assert contents(tmp_path) == results(1) and not (tmp_path / "previous").exists()
+    (tmp_path / "mine.txt").write_text("stays")
+    store.replace_all(tmp_path, results(2))
+    (tmp_path / "previous" / "2024-notes").mkdir()  # someone's own folder is no number
+    (tmp_path / "results.txt").unlink()
+    store.replace_all(tmp_path, results(3))
+    assert contents(tmp_path) == {**results(3), "mine.txt": b"stays"}
+    assert contents(tmp_path / "previous" / "1") == results(1)
+    assert contents(tmp_path / "previous" / "2") == {"results.json": b"json 2"}
+    (tmp_path / "results.json").unlink()  # what is left might be of anything
+    store.replace_all(tmp_path, results(4))
+    assert contents(tmp_path / "previous" / "3") == {"results.txt": b"text 3"}
 
 
 def test_numbering_goes_on_after_the_largest(tmp_path):
-    (tmp_path / "previous" / "10").mkdir(parents=True)
-    (tmp_path / "previous" / "9").mkdir()
-    (tmp_path / "a").write_text("a")
-    store.move_to_previous(tmp_path, ["a"])
-    assert (tmp_path / "previous" / "11" / "a").read_text() == "a"
+    for number in ("10", "9"):
+        (tmp_path / "previous" / number).mkdir(parents=True)
+        (tmp_path / "previous" / number / "a").write_text("kept")
+    (tmp_path / "a").write_text("old")
+    store.replace_all(tmp_path, {"a": b"new"})
+    assert (tmp_path / "previous" / "11" / "a").read_text() == "old" and (tmp_path / "a").read_text() == "new"
+
+
+@pytest.mark.parametrize("before", [{}, results(1)], ids=["nothing there", "others there"])
+def test_results_written_halfway_are_finished_wherever_it_was(tmp_path, monkeypatch, before):
+    """Stop at the n-th of all renames, for each n, and do it again."""
+    real_replace, real_rename, stops = os.replace, Path.rename, 0
+    for stop_at in range(1, 10):
+        folder, renames = tmp_path / str(stop_at), []
+        if before:
+            store.replace_all(folder, before)
+
+        def counted(real, renames=renames, stop_at=stop_at):
+            def rename(*paths):
+                renames.append(paths)
+                if len(renames) == stop_at:
+                    raise KeyboardInterrupt
+                return real(*paths)
+
+            return rename
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", counted(real_replace))
+            patch.setattr(Path, "rename", counted(real_rename))
+            try:
+                store.replace_all(folder, results(2))
+            except KeyboardInterrupt:
+                stops += 1
+        store.replace_all(folder, results(2)) if contents(folder) != results(2) else None
+        assert contents(folder) == results(2)
+        kept = [contents(path) for path in sorted((folder / "previous").glob("*"))]
+        assert kept == ([before] if before else [])
+    assert stops == (4 if before else 2)
+
+
+def test_one_holds_a_lock_at_a_time_and_its_end_frees_it(tmp_path):
+    path = tmp_path / "deep" / "x.lock"
+    with store.locked(path):
+        with pytest.raises(store.LockedError, match=f"process {os.getpid()} on .*, since 20"), store.locked(path):
+            pass
+        child = "import sys, store; store.locked(store.Path(sys.argv[1])).__enter__()"
+        refused = subprocess.run([sys.executable, "-c", child, path], capture_output=True, text=True, cwd=ROOT)
+        assert "LockedError" in refused.stderr
+    assert list(tmp_path.iterdir()) == []  # nor are folders left that were made for it
+    killed = "import os, sys, store; held = store.locked(store.Path(sys.argv[1])); held.__enter__(); os.abort()"
+    assert subprocess.run([sys.executable, "-c", killed, path], cwd=ROOT).returncode < 0
+    assert path.exists()
+    with store.locked(path):
+        pass
+    assert not path.exists()
+
+
+def test_who_waits_for_a_lock_is_told_for_whom(tmp_path):
+    path, told, order = tmp_path / "x.lock", [], []
+
+    def second():
+        with store.locked(path, told.append):
+            order.append("second")
+
+    with store.locked(path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        while not told:
+            time.sleep(0.01)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"] and str(os.getpid()) in told[0] and not path.exists()
+
+
+def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with store.locked(tmp_path / "x.lock"):
+        assert (tmp_path / "x.lock").exists()
+
+
+def test_only_old_temporary_files_are_cleared_away(tmp_path):
+    old, new, kept = tmp_path / "a" / ".unit.npz.1234", tmp_path / ".unit.npz.5678", tmp_path / "a" / "unit.npz"
+    old.parent.mkdir()
+    for path in (old, new, kept):
+        path.write_text("x")
+    for path in (old, kept):
+        os.utime(path, (0, 0))
+    store.remove_stale(tmp_path)
+    assert not old.exists() and new.exists() and kept.exists()

@@ -1,0 +1,98 @@
+import threading
+import time
+
+import pytest
+from torch.distributed import HashStore
+
+from crew import Crew, Task, TaskFailedError
+
+
+def task(folder, name, work=lambda: None):
+    """Work that leaves a file of its name behind."""
+
+    def run():
+        work()
+        (folder / name).touch()
+
+    return Task((folder / name).exists, run)
+
+
+def test_each_task_is_done_once_and_told_in_order(tmp_path):
+    done = []
+    tasks = [task(tmp_path, str(i), lambda i=i: (time.sleep(0.02 * (i % 3)), done.append(i))) for i in range(12)]
+    for i, reason in enumerate(Crew(4).do(tasks)):
+        assert reason == "" and (tmp_path / str(i)).exists()
+    assert sorted(done) == list(range(12))
+    assert list(Crew(4).do(tasks)) == [""] * 12 and len(done) == 12  # finished
+
+
+def test_nothing_to_do_is_done_at_once():
+    assert list(Crew(2).do([])) == []
+
+
+def test_threads_work_at_the_same_time_each_prepared(tmp_path):
+    prepared, meet = [], threading.Barrier(3, timeout=30)
+    crew = Crew(3, lambda: prepared.append(threading.get_ident()))
+    assert list(crew.do([task(tmp_path, str(i), meet.wait) for i in range(3)])) == [""] * 3
+    assert len(set(prepared)) == 3
+    assert list(crew.do([task(tmp_path, str(i)) for i in range(3, 6)], threads=1)) == [""] * 3
+    assert len(prepared) == 4
+
+
+def test_a_task_that_cannot_be_done_leaves_the_others_alone(tmp_path):
+    def fail():
+        raise TaskFailedError("diverged")
+
+    tasks = [task(tmp_path, "a"), task(tmp_path, "b", fail), task(tmp_path, "c")]
+    assert list(Crew(2).do(tasks)) == ["", "diverged", ""]
+
+
+@pytest.mark.parametrize("fault", [OSError, KeyboardInterrupt, SystemExit])
+def test_any_other_fault_ends_the_job_and_is_raised(tmp_path, fault):
+    def fail():
+        raise fault("disk full")
+
+    begun = []
+    tasks = [task(tmp_path, "0", fail)] + [task(tmp_path, str(i), lambda i=i: begun.append(i)) for i in range(1, 9)]
+    with pytest.raises(fault, match="disk full"):
+        list(Crew(1).do(tasks))
+    assert begun == []
+
+
+def test_who_no_longer_listens_stops_the_threads(tmp_path):
+    begun = []
+    tasks = [task(tmp_path, str(i), lambda i=i: (time.sleep(0.01), begun.append(i))) for i in range(100)]
+    outcomes = Crew(1).do(tasks)
+    assert next(outcomes) == ""
+    outcomes.close()
+    assert len(begun) < 10
+
+
+def test_processes_share_the_tasks_and_tell_of_failures(tmp_path):
+    """Two crews, as of two processes, that talk through one store and see one folder."""
+    shared, done = HashStore(), {0: [], 1: []}
+    crews = [Crew(1, shared=shared, rank=rank, size=2) for rank in (0, 1)]
+    told = {}
+
+    def process(rank):
+        def work(i):
+            time.sleep(0.01)
+            done[rank].append(i)
+            if i == 5:
+                raise TaskFailedError("diverged")
+
+        for _ in range(2):  # the second job finds all but the failed task finished
+            tasks = [task(tmp_path, str(i), lambda i=i: work(i)) for i in range(20)]
+            told.setdefault(rank, []).append(list(crews[rank].do(tasks)))
+        told[rank].append(crews[rank].agree(lambda: {"from": rank}))
+        told[rank].append(crews[rank].agree(lambda: ["again", rank]))
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    expected = [""] * 5 + ["diverged"] + [""] * 14
+    assert told[0] == told[1] == [expected, expected, {"from": 0}, ["again", 0]]
+    assert sorted(done[0] + done[1]) == sorted([*range(20), 5])
+    assert done[0] and done[1]
