@@ -274,7 +274,8 @@ def locate(args: argparse.Namespace, progress: Progress) -> tuple[str, Path]:
         if not Path(name).is_dir():
             fault = "a file, not a folder" if Path(name).exists() else "no such folder"
             raise UsageError(f"--dataset {name}: {fault}. give a folder of LoRAs, or {', '.join(NAMED_DATASETS)}.")
-        if name.rstrip("/").endswith(".partial") and digits_zoo.is_built_here(Path(name)):
+        begun = digits_zoo.is_built_here(Path(name)) or (Path(name) / "import.json").exists()
+        if name.rstrip("/").endswith(".partial") and begun:
             raise UsageError(f"--dataset {name}: a half-built collection. finish it with the command that began it.")
         return Path(os.path.abspath(name)).name, Path(name)
     folder = (args.data_dir or Path("data")) / name

@@ -243,10 +243,9 @@ def sort_columns(name: str, schema: pa.Schema, leave_out: list[str]) -> Columns:
     shapes, flat, small, left_out, unknown = {}, set(), [], [], []
     for column in schema:
         depth, leaf = _unnested(column.type)
-        role = _role(name, column.name)
         if any(fnmatchcase(column.name, pattern) for pattern in leave_out):
             left_out.append(column.name)
-        elif role is not None:
+        elif (role := _role(name, column.name)) is not None:
             if not _is_number(leaf) or depth not in ((0, 1) if role == "" else (1, 2, 4)):
                 raise ImportFault(f"{name}: column {column.name} is {column.type}, not lists of numbers. mend it.")
             roles[column.name] = role
@@ -263,7 +262,8 @@ def sort_columns(name: str, schema: pa.Schema, leave_out: list[str]) -> Columns:
     if len(set(schema.names)) != len(schema.names):
         raise ImportFault(f"{name}: two columns have one name. rename one.")
     _check_layers(name, roles, unknown, schema)
-    label = next((column for column in ("category_label", "label") if column in small), None)
+    chosen = [column for column in ("category_label", "label") if column in small + left_out]
+    label = next((column for column in chosen if not any(fnmatchcase(column, pattern) for pattern in leave_out)), None)
     if label is None or not (_is_text(schema.field(label).type) or pa.types.is_integer(schema.field(label).type)):
         there = f"the other columns are {_first(small + left_out)}"
         raise ImportFault(f"{name}: no column category_label or label of texts or whole numbers; {there}. add one.")
@@ -280,7 +280,7 @@ def _check_layers(name: str, roles: dict[str, str], unknown: list[str], schema: 
         fault = f"no column is named as a layer is; the first columns are {_first(unknown or schema.names)}"
         raise ImportFault(f"{name}: {fault}. name them by the keys of a LoRA, <module>.lora.down.weight.")
     if unknown:
-        fault = f"{len(unknown)} columns of numbers are not named as a layer is: {_first(unknown)}"
+        fault = f"columns of numbers that are not named as a layer is: {_first(unknown)} ({len(unknown)} in all)"
         raise ImportFault(f"{name}: {fault}. name them by the keys of a LoRA, or --leave-out their names.")
     # Numbers of one shape for each column: what is wrong then is wrong with the columns.
     header = {column: {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]} for column in roles}
@@ -429,7 +429,7 @@ def import_rows(source: Source, columns: Columns, out: Path, rank: int | None, s
                 try:
                     loras.append((state.rows + i, *lora_of_row(batch, i, columns, rank)))
                 except BadRow as error:
-                    faults.append(f"{where}: row {first + i} (from 0): {str(error).rstrip('.')}.")
+                    faults.append(f"{where}: row {first + i} (counted from 0): {str(error).rstrip('.')}.")
             if faults and not skip_bad:
                 mend = "mend it, or leave out such rows with --skip-bad."
                 raise ImportFault("\n".join(f"{fault} {mend}" for fault in faults))
@@ -466,11 +466,10 @@ def _half_built(out: Path, identity: dict) -> Iterator[tuple[Path, State]]:
     half = out.with_name(out.name + ".partial")
     made = [folder for folder in (half, *half.absolute().parents) if not folder.exists()]
     half.mkdir(parents=True, exist_ok=True)
-    handle = os.open(half, os.O_RDONLY)  # a lock on the folder itself ends with the process and leaves no file
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with _alone_in(half):
         unwritten = sorted(half.glob(f".{STATE_NAME}.*"))
-        state = _state_of(half, identity) if len(unwritten) < len(os.listdir(half)) else State(identity)
+        begun = len(os.listdir(half)) > len(unwritten)
+        state = _state_of(half, identity) if begun else State(identity)
         _remove_beyond(half, state.rows, unwritten)
         try:
             store.write_atomically(half / STATE_NAME, store.canonical_json(asdict(state)))
@@ -482,8 +481,19 @@ def _half_built(out: Path, identity: dict) -> Iterator[tuple[Path, State]]:
                     if not any(folder.iterdir()):
                         folder.rmdir()
             raise
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Refuse to work where another process does; a lock on the folder itself ends with its holder, without a file."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ImportFault(f"{half}: another import is at work there. wait for it, or end it.") from None
+        os.close(handle)
+        raise ImportFault(f"{folder}: another import is at work there. wait for it, or end it.") from None
+    try:
+        yield
     finally:
         os.close(handle)
 
@@ -551,10 +561,8 @@ def _outcome(args: argparse.Namespace, columns: Columns, state: State, was_there
     if columns.flat and args.rank is None and "rank" not in columns.small:
         lines.append("rank:     1, taken for granted: flat lists have no shape, --rank R would tell another")
     if state.left_out:
-        lines += [
-            f"skipped:  {state.left_out} rows that are no LoRAs, such as",
-            *(f"  {fault}" for fault in state.faults),
-        ]
+        lines.append(f"skipped:  {state.left_out} of {state.rows} rows, which are no LoRAs; the first:")
+        lines += [f"  {fault}" for fault in state.faults]
     out = shlex.quote(str(args.out))
     return [
         *lines,
