@@ -303,16 +303,18 @@ def locate(args: argparse.Namespace, progress: Progress) -> tuple[str, Path]:
         if not Path(name).is_dir():
             fault = "a file, not a folder" if Path(name).exists() else "no such folder"
             raise UsageError(f"--dataset {name}: {fault}. give a folder of LoRAs, or {', '.join(NAMED_DATASETS)}.")
-        if name.rstrip("/").endswith(".partial") and digits_zoo.is_built_here(Path(name)):
+        begun = digits_zoo.is_built_here(Path(name)) or (Path(name) / "import.json").exists()
+        if name.rstrip("/").endswith(".partial") and begun:
             raise UsageError(f"--dataset {name}: a half-built collection. finish it with the command that began it.")
         return Path(os.path.abspath(name)).name, Path(name)
     folder = (args.data_dir or Path("data")) / name
     if folder.is_dir():
         return name, folder
+    there = f"`python data.py import SOURCE {folder}` puts a published collection there"
     if args.data_dir is not None:
-        raise UsageError(f"{folder}: no such folder. put the collection there, or leave out --data-dir for the digits.")
+        raise UsageError(f"{folder}: no such folder. {there}; or leave out --data-dir for the digits.")
     if name not in BUILT_IN_SIZES or os.path.lexists(folder):  # a link to nowhere is no reason to train digits
-        raise UsageError(f"{folder}: no such folder. put the collection there, or name its parent with --data-dir.")
+        raise UsageError(f"{folder}: no such folder. {there}; or name its parent with --data-dir.")
     built_in, count = Path("data") / "built-in-digits" / name, BUILT_IN_SIZES[name]
     if not built_in.is_dir():
         seconds, size = digits_zoo.estimate(count)

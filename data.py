@@ -1,6 +1,7 @@
 """A folder of LoRA files -> layers, labels, splits, features and packed weights.
 
-``python data.py inspect PATH [--json]`` tells what a folder holds.
+``python data.py inspect PATH [--json]`` tells what a folder holds; ``python data.py import SOURCE OUT`` makes one of a
+published collection (see published.py).
 
 Indexing reads safetensors headers only and finds every fault that a header can show. One pass then reads each file
 once: it hashes the contents, refuses NaN and infinity, computes all hand-crafted features and packs the flattened
@@ -892,13 +893,35 @@ def add_label_flags(add: Callable) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line of this module."""
-    parser = argparse.ArgumentParser(description="Look at a folder of LoRAs before an experiment.")
+    parser = argparse.ArgumentParser(description="Look at a folder of LoRAs before an experiment, or make one.")
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="tell what a folder of LoRAs holds; only headers are read")
     inspect.add_argument("path", type=Path, help="folder of LoRAs")
     inspect.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     add_label_flags(inspect.add_argument)
+    publish = commands.add_parser("import", help="turn a published parquet collection into a folder of LoRAs")
+    publish.add_argument("source", help="a parquet file, a folder of them, or owner/name of a data set of the hub")
+    publish.add_argument("out", type=Path, help="folder to make; it may be there from the same import")
+    publish.add_argument(
+        "--rank", type=int, help="rank of the LoRAs, where cells are flat lists (the column rank, or 1)"
+    )
+    publish.add_argument(
+        "--skip-bad", action="store_true", help="leave out rows with NaN or a missing cell, and say how many"
+    )
+    publish.add_argument(
+        "--leave-out",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out columns, by name or with * (none)",
+    )
+    publish.add_argument("--subset", help="of a data set of the hub that has several (none)")
+    publish.add_argument("--split", help="of a data set of the hub that has several (the only one)")
     args = parser.parse_args(arguments)
+    if args.command == "import":
+        import published  # needs libraries that nothing else does
+
+        return published.run(args)
     try:
         collection = index_collection(
             args.path, labels=args.labels, label_column=args.label_column, skip_bad=args.skip_bad

@@ -1,0 +1,571 @@
+"""Published parquet collections of LoRAs -> a folder of LoRA files: ``python data.py import SOURCE OUT``.
+
+A row of such a collection is a LoRA: a column for each layer, named by its key, whose cells are lists (or nested lists)
+of numbers; ``category_label`` or ``label``; and small columns about the training. Each row becomes::
+
+    <out>/000013/pytorch_lora_weights.safetensors    unet.down_blocks.0...attn1.to_q.lora.down.weight
+    <out>/000013/metadata.json                       category_label, and the other small columns
+
+where 000013 is the number of the row in the collection, counted from 0. A few rows are held at a time. The work is done
+in ``<out>.partial``, which is renamed when whole; an import that was stopped continues when started again.
+
+pyarrow, and datasets for the hub, are optional and imported here only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+from tqdm import tqdm
+
+import lora_files
+import store
+from lora_files import LoraFileError
+
+try:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+except ModuleNotFoundError:  # told when it is needed
+    pa = None
+
+WEIGHTS_NAME, METADATA_NAME, STATE_NAME = "pytorch_lora_weights.safetensors", "metadata.json", "import.json"
+BATCH_BYTES = 2**25  # of the rows that are held at a time, as parquet counts them
+BATCH_ROWS = 64  # at most; after each such batch the state is written
+HUB_ROWS = 16  # at a time, of a data set whose rows have no size beforehand
+LOG_SECONDS = 60  # between lines of progress in a log file
+MAX_NAMED = 3  # columns named in a message
+
+
+class ImportFault(ValueError):
+    """A source cannot be imported; each line reads ``<path>: what is wrong. what to do.``."""
+
+
+class BadRow(ValueError):
+    """A row is no LoRA; the message says what is wrong."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows of a published collection.
+
+    ``identity`` (JSON) tells it from another one. ``rows`` is None where nobody knows. ``batches(start, names)`` yields
+    (path, number of the batch's first row in it, record batch) from the row ``start`` of the collection on, with the
+    named columns, if not others too.
+    """
+
+    name: str
+    identity: dict
+    schema: pa.Schema
+    rows: int | None
+    batches: Callable[[int, list[str]], Iterator[tuple[str, int, pa.RecordBatch]]]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What each column of a collection is.
+
+    ``roles`` maps columns of weights to "down", "up" or "" (an alpha); ``shapes`` has those that the schema gives;
+    ``flat`` are the columns whose lists have no shape; ``small`` go to metadata.json, ``left_out`` nowhere.
+    """
+
+    roles: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    flat: frozenset[str]
+    label: str
+    small: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+@dataclass
+class State:
+    """How far an import is: ``rows`` were read, of which ``left_out`` were no LoRAs (``faults`` are the first)."""
+
+    source: dict
+    rows: int = 0
+    left_out: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sources
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def open_source(name: str, subset: str | None = None, split: str | None = None) -> Source:
+    """A parquet file, a folder of them (in the order of their paths), or a data set ``owner/name`` of the hub.
+
+    Raises:
+        ImportFault: It is not there, cannot be read, or needs a library that is not installed.
+    """
+    path = Path(name)
+    if not path.exists() and (name.endswith(".parquet") or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
+        raise ImportFault(f"{name}: no such file or folder. give parquet files, or owner/name of a hub data set.")
+    if pa is None:
+        raise ImportFault(f"{name}: pyarrow, which reads parquet, is not installed. `pip install pyarrow`.")
+    if not path.exists():
+        return hub_source(name, subset, split)
+    if subset or split:
+        raise ImportFault(f"{name}: --subset and --split are for data sets of the hub. leave them out.")
+    return parquet_source(path)
+
+
+def parquet_source(path: Path) -> Source:
+    """A parquet file or a folder of them; headers only are read."""
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    if not files:
+        raise ImportFault(f"{path}: no *.parquet file in it. give the folder that holds the shards.")
+    identity, counts, schema = [], [], None
+    for file in files:
+        with _reading(file), pq.ParquetFile(file) as parquet:
+            found, rows = parquet.schema_arrow, parquet.metadata.num_rows
+        schema = schema or found
+        if not found.equals(schema):
+            told = f"its columns differ from those of {files[0]}"
+            raise ImportFault(f"{file}: {told}. import one collection at a time, each into its own folder.")
+        counts.append(rows)
+        stat = file.stat()
+        identity.append([os.path.relpath(file, path), stat.st_size, stat.st_mtime_ns])
+
+    def batches(start: int, names: list[str]) -> Iterator[tuple[str, int, pa.RecordBatch]]:
+        for file, rows in zip(files, counts, strict=True):
+            if start < rows:
+                yield from _parquet_batches(file, start, names)
+            start = max(0, start - rows)
+
+    return Source(str(path), {"files": identity}, schema, sum(counts), batches)
+
+
+def _parquet_batches(file: Path, start: int, names: list[str]) -> Iterator[tuple[str, int, pa.RecordBatch]]:
+    """The rows of a file from one on, in batches that are small whatever the file's row groups are."""
+    # Without buffers of its own a reader would hold all columns of a row group, packed.
+    with _reading(file), pq.ParquetFile(file, buffer_size=2**16, pre_buffer=False) as parquet:
+        first = 0
+        for group in range(parquet.num_row_groups):
+            rows, size = parquet.metadata.row_group(group).num_rows, parquet.metadata.row_group(group).total_byte_size
+            if first + rows > start:
+                at_once = max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(1, size)))
+                at = first
+                for batch in parquet.iter_batches(at_once, row_groups=[group], columns=names, use_threads=False):
+                    skipped = max(0, start - at)
+                    if skipped < batch.num_rows:
+                        yield str(file), at + skipped, batch.slice(skipped)
+                    at += batch.num_rows
+            first += rows
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Faults of a parquet file in the library's words."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        with open(file, "rb") as stream:
+            if stream.read(40).startswith(b"version https://git-lfs"):
+                fault = "a Git LFS pointer, not parquet. fetch the file with `git lfs pull`."
+                raise ImportFault(f"{file}: {fault}") from error
+        raise ImportFault(f"{file}: not a readable parquet file ({_one_line(error)}). download it again.") from error
+
+
+def hub_source(name: str, subset: str | None = None, split: str | None = None) -> Source:
+    """A data set of the hub, streamed; it has to have one split, or ``split`` names one."""
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        told = "no such folder, and datasets, which reads the hub, is not installed"
+        raise ImportFault(f"{name}: {told}. `pip install datasets`.") from error
+    with _asking(name):
+        found = datasets.load_dataset(name, subset, split=split, streaming=True)
+        if isinstance(found, dict):
+            if len(found) > 1:
+                raise ImportFault(f"{name}: has the splits {', '.join(found)}. choose one with --split.")
+            split, found = next(iter(found.items()))
+        found = found.with_format("arrow")
+        head = next(iter(found.iter(1)), None)
+    if head is None:
+        raise ImportFault(f"{name}: holds no rows. look at its page, or choose another with --subset or --split.")
+
+    def batches(start: int, names: list[str]) -> Iterator[tuple[str, int, pa.RecordBatch]]:
+        with _asking(name):
+            for table in found.select_columns(names).skip(start).iter(HUB_ROWS):
+                for batch in table.to_batches():
+                    yield name, start, batch
+                    start += batch.num_rows
+
+    identity = {"hub": name, "subset": subset, "split": str(split), "columns": head.schema.names}
+    return Source(name, identity, head.schema, None, batches)
+
+
+@contextmanager
+def _asking(name: str) -> Iterator[None]:
+    """Faults of the hub and of the way to it in the library's words."""
+    try:
+        yield
+    except ImportFault:
+        raise
+    except Exception as error:  # the library, what it downloads with, and the parsers of files: no common class
+        told = f"datasets says {type(error).__name__}: {_one_line(error)}"
+        raise ImportFault(f"{name}: {told}. mend that and start again, which continues.") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Columns
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def sort_columns(name: str, schema: pa.Schema, leave_out: list[str]) -> Columns:
+    """Tell weights, label and small columns apart by name and type.
+
+    Raises:
+        ImportFault: There are no layers, or columns of numbers that no layer's name stands over, or no label.
+    """
+    roles: dict[str, str] = {}
+    shapes, flat, small, left_out, unknown = {}, set(), [], [], []
+    for column in schema:
+        depth, leaf = _unnested(column.type)
+        if any(fnmatchcase(column.name, pattern) for pattern in leave_out):
+            left_out.append(column.name)
+        elif (role := _role(name, column.name)) is not None:
+            if not _is_number(leaf) or depth not in ((0, 1) if role == "" else (1, 2, 4)):
+                raise ImportFault(f"{name}: column {column.name} is {column.type}, not lists of numbers. mend it.")
+            roles[column.name] = role
+            if isinstance(column.type, pa.FixedShapeTensorType):
+                shapes[column.name] = _tensor_shape(name, column)
+            elif role and depth == 1:
+                flat.add(column.name)
+        elif depth and _is_number(leaf) and not any(re.search(p, column.name) for p in lora_files.IGNORED.values()):
+            unknown.append(column.name)
+        elif not depth and (_is_number(leaf) or pa.types.is_boolean(leaf) or _is_text(leaf)):
+            small.append(column.name)
+        else:
+            left_out.append(column.name)
+    if len(set(schema.names)) != len(schema.names):
+        raise ImportFault(f"{name}: two columns have one name. rename one.")
+    _check_layers(name, roles, unknown, schema)
+    chosen = [column for column in ("category_label", "label") if column in small + left_out]
+    label = next((column for column in chosen if not any(fnmatchcase(column, pattern) for pattern in leave_out)), None)
+    if label is None or not (_is_text(schema.field(label).type) or pa.types.is_integer(schema.field(label).type)):
+        there = f"the other columns are {_first(small + left_out)}"
+        raise ImportFault(f"{name}: no column category_label or label of texts or whole numbers; {there}. add one.")
+    return Columns(roles, shapes, frozenset(flat), label, tuple(small), tuple(left_out))
+
+
+def _check_layers(name: str, roles: dict[str, str], unknown: list[str], schema: pa.Schema) -> None:
+    """Columns are the layers of a LoRA: each module has a down and an up, and no column of numbers is left."""
+    layers = [column for column, role in roles.items() if role]
+    if not layers and len(unknown) == 1:
+        fault = f"one flat vector per row ({unknown[0]}): it has no layers"
+        raise ImportFault(f"{name}: {fault}. get the collection with a column for each layer.")
+    if not layers:
+        fault = f"no column is named as a layer is; the first columns are {_first(unknown or schema.names)}"
+        raise ImportFault(f"{name}: {fault}. name them by the keys of a LoRA, <module>.lora.down.weight.")
+    if unknown:
+        fault = f"columns of numbers that are not named as a layer is: {_first(unknown)} ({len(unknown)} in all)"
+        raise ImportFault(f"{name}: {fault}. name them by the keys of a LoRA, or --leave-out their names.")
+    # Numbers of one shape for each column: what is wrong then is wrong with the columns.
+    header = {column: {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]} for column in roles}
+    try:
+        lora_files.parse_layout(json.dumps(header).encode())
+    except LoraFileError as error:
+        raise ImportFault(f"{name}: its columns: {error}") from error
+
+
+def _role(name: str, column: str) -> str | None:
+    """Down, up, "" for an alpha; None for a column that is not of a LoRA."""
+    try:
+        parsed = lora_files.parse_key(column)
+    except LoraFileError as error:
+        raise ImportFault(f"{name}: {error}") from error
+    if parsed:
+        return parsed.role
+    return "" if re.match(lora_files.SCALE, column) else None
+
+
+def _unnested(kind: pa.DataType) -> tuple[int, pa.DataType]:
+    """How deep lists are nested in a column's type, and of what."""
+    depth = 0
+    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        depth, kind = depth + 1, kind.value_type
+    return depth, kind
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _tensor_shape(name: str, column: pa.Field) -> tuple[int, ...]:
+    """The shape that Arrow's own tensor type tells."""
+    order = column.type.permutation
+    if order is not None and list(order) != sorted(order):
+        raise ImportFault(f"{name}: column {column.name} holds permuted tensors. save them in the order of rows.")
+    return tuple(column.type.shape)
+
+
+def _first(names: list[str] | tuple[str, ...]) -> str:
+    return ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "") or "none"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def lora_of_row(batch: pa.RecordBatch, i: int, columns: Columns, rank: int | None) -> tuple[bytes, dict]:
+    """A safetensors file and its metadata, of one row.
+
+    float16 stays, other numbers are rounded to float32. Lists that have no shape are r rows (down) or r columns (up) of
+    the rank that ``rank``, or else a column of that name, or else nothing tells: then r = 1.
+
+    Raises:
+        BadRow: A cell is missing, NaN, infinite, or of no matrix's shape, or the factors of a module do not match.
+    """
+    metadata = {name: _small_cell(batch, name, i) for name in columns.small}
+    if metadata[columns.label] in (None, ""):
+        raise BadRow(f"column {columns.label}: missing")
+    if columns.flat and rank is None:
+        rank = metadata.get("rank", 1)
+    if columns.flat and (type(rank) is not int or rank < 1):
+        raise BadRow(f"column rank: {rank} is no rank, and flat lists have no shape without one")
+    tensors = {}
+    for name, role in columns.roles.items():
+        try:
+            tensors[name] = _tensor(batch.column(name), i, columns.shapes.get(name))
+            if name in columns.flat:
+                tensors[name] = tensors[name].reshape((rank, -1) if role == "down" else (-1, rank))
+        except ValueError as error:
+            raise BadRow(f"column {name}: {error}") from error
+    data = save(tensors, {"format": "pt"})
+    try:
+        lora_files.parse_layout(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except LoraFileError as error:
+        raise BadRow(str(error)) from error
+    return data, {"category_label": metadata[columns.label]} | metadata
+
+
+def _tensor(column: pa.Array, i: int, shape: tuple[int, ...] | None) -> np.ndarray:
+    """The numbers of a cell in the shape of its nested lists, or in that which the schema gives."""
+    column = column.storage if isinstance(column, pa.ExtensionArray) else column
+    values, sides = column.slice(i, 1), []
+    while not _is_number(values.type):
+        if values.null_count:
+            raise ValueError("missing")
+        lengths = set(pc.list_value_length(values).to_pylist())
+        if len(lengths) != 1 or lengths == {0}:
+            raise ValueError("empty, or lists of differing lengths")
+        sides.append(lengths.pop())
+        values = values.flatten()
+    if values.null_count:
+        raise ValueError("missing")
+    numbers = values.to_numpy(zero_copy_only=False)
+    if numbers.dtype != np.float16:
+        with np.errstate(over="ignore"):
+            numbers = numbers.astype(np.float32)
+    if not np.isfinite(numbers).all():
+        raise ValueError("NaN, infinity, or beyond float32")
+    return numbers.reshape(shape or sides)
+
+
+def _small_cell(batch: pa.RecordBatch, name: str, i: int) -> str | int | float | bool | None:
+    """What metadata.json holds of a cell; strict JSON has no NaN."""
+    try:
+        value = batch.column(name)[i].as_py()
+    except UnicodeDecodeError as error:
+        raise BadRow(f"column {name}: not Unicode text") from error
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Import
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def import_rows(source: Source, columns: Columns, out: Path, rank: int | None, skip_bad: bool) -> tuple[State, bool]:
+    """Write each row of a source into its folder of ``out``, or go on where an import of the same was stopped.
+
+    Rows go to ``<out>.partial``, a batch at a time, and then the state does. What an interrupt left beyond the state is
+    removed at the start, so at most one batch is written twice.
+
+    Returns:
+        The state at the end, and whether ``out`` was there already.
+
+    Raises:
+        ImportFault: ``out`` is something else, another import is at work there, a row is bad (without ``skip_bad``; the
+            rows of the batches before it are kept), or all are.
+    """
+    identity = source.identity | {"rank": rank, "left_out": list(columns.left_out)}
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        return _state_of(out, identity), True
+    with _half_built(out, identity) as (half, state):
+        names = [*columns.roles, *columns.small]
+        for where, first, batch in _shown(source.batches(state.rows, names), state, source.rows):
+            loras, faults = [], []
+            for i in range(batch.num_rows):
+                try:
+                    loras.append((state.rows + i, *lora_of_row(batch, i, columns, rank)))
+                except BadRow as error:
+                    faults.append(f"{where}: row {first + i} (counted from 0): {str(error).rstrip('.')}.")
+            if faults and not skip_bad:
+                mend = "mend it, or leave out such rows with --skip-bad."
+                raise ImportFault("\n".join(f"{fault} {mend}" for fault in faults))
+            for row, data, metadata in loras:  # the weights last: a folder with weights is whole
+                store.write_atomically(half / f"{row:06}" / METADATA_NAME, store.canonical_json(metadata, indent=2))
+                store.write_atomically(half / f"{row:06}" / WEIGHTS_NAME, data)
+            state.rows += batch.num_rows
+            state.left_out += len(faults)
+            state.faults = (state.faults + faults)[:MAX_NAMED]
+            store.write_atomically(half / STATE_NAME, store.canonical_json(asdict(state)))
+        if state.rows == state.left_out:
+            told = f"none of its {state.rows} rows is a LoRA. give another collection."
+            raise ImportFault("\n".join([f"{source.name}: {told}", *state.faults]))
+        half.rename(out)
+    return state, False
+
+
+def _state_of(folder: Path, identity: dict) -> State:
+    """How far the import in a folder is; refuses a folder of anything else."""
+    try:
+        state = State(**json.loads((folder / STATE_NAME).read_bytes()))
+        known = state.source == identity
+    except (OSError, ValueError, TypeError):  # no state, or somebody else's
+        raise ImportFault(f"{folder}: is there and is no import. give another folder, or remove it.") from None
+    if not known:
+        fault = "was imported from another source, or with other --rank or --leave-out"
+        raise ImportFault(f"{folder}: {fault}. give another folder, or remove it.")
+    return state
+
+
+@contextmanager
+def _half_built(out: Path, identity: dict) -> Iterator[tuple[Path, State]]:
+    """The folder ``<out>.partial``, held against another import, and its state; removed on a fault before any LoRA."""
+    half = out.with_name(out.name + ".partial")
+    made = [folder for folder in (half, *half.absolute().parents) if not folder.exists()]
+    half.mkdir(parents=True, exist_ok=True)
+    with _alone_in(half):
+        unwritten = sorted(half.glob(f".{STATE_NAME}.*"))
+        begun = len(os.listdir(half)) > len(unwritten)
+        state = _state_of(half, identity) if begun else State(identity)
+        _remove_beyond(half, state.rows, unwritten)
+        try:
+            store.write_atomically(half / STATE_NAME, store.canonical_json(asdict(state)))
+            yield half, state
+        except BaseException:
+            if state.rows == state.left_out:
+                shutil.rmtree(half)
+                for folder in made[1:]:
+                    if not any(folder.iterdir()):
+                        folder.rmdir()
+            raise
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Refuse to work where another process does; a lock on the folder itself ends with its holder, without a file."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ImportFault(f"{folder}: another import is at work there. wait for it, or end it.") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_beyond(folder: Path, rows: int, unwritten: list[Path]) -> None:
+    """Remove what was begun after the state was written: folders of rows that it does not know, and states."""
+    for path in unwritten:
+        path.unlink()
+    for path in folder.iterdir():
+        if path.name.isdecimal() and int(path.name) >= rows:
+            shutil.rmtree(path)
+
+
+def _shown(batches: Iterator, state: State, total: int | None) -> Iterator:
+    """Show how far it is: a bar on a terminal, in a log file a plain line about once a minute."""
+    told = time.monotonic()
+    with tqdm(total=total, initial=state.rows, unit=" rows", leave=False, disable=None) as bar:
+        for item in batches:
+            yield item
+            bar.update(item[2].num_rows)
+            if bar.disable and time.monotonic() - told > LOG_SECONDS:
+                told = time.monotonic()
+                print(f"  import: row {state.rows}" + (f" of {total}" if total else ""), flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python data.py import
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> int:
+    """``python data.py import`` from its arguments. Exit codes: 0 done, 2 refused or failed, 130 interrupted."""
+    try:
+        if args.rank is not None and args.rank < 1:
+            raise ImportFault(f"--rank {args.rank}: no rank. give 1 or more.")
+        if args.out.name in ("", ".."):
+            raise ImportFault(f"{args.out}: has no name of its own. give a folder by its name.")
+        source = open_source(args.source, args.subset, args.split)
+        columns = sort_columns(source.name, source.schema, args.leave_out)
+        state, was_there = import_rows(source, columns, args.out, args.rank, args.skip_bad)
+    except ImportFault as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error}. mend that; the same command then continues.", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\ninterrupted. the same command continues where this one stopped.", file=sys.stderr)
+        return 130
+    else:
+        print("\n".join(_outcome(args, columns, state, was_there)))
+        return 0
+    return 2
+
+
+def _outcome(args: argparse.Namespace, columns: Columns, state: State, was_there: bool) -> list[str]:
+    """What was imported, in words, and what to do next."""
+    layers = sum(role != "" for role in columns.roles.values())
+    lines = [
+        f"{args.out}: {state.rows - state.left_out} LoRAs of {layers} layers"
+        + (", imported before: nothing to do" if was_there else f" from {state.rows} rows of {args.source}"),
+        f"label:    {columns.label}",
+        "metadata: " + ", ".join(columns.small),
+    ]
+    if columns.left_out:
+        lines.append("left out: " + ", ".join(columns.left_out))
+    if columns.flat and args.rank is None and "rank" not in columns.small:
+        lines.append("rank:     1, taken for granted: flat lists have no shape, --rank R would tell another")
+    if state.left_out:
+        lines.append(f"skipped:  {state.left_out} of {state.rows} rows, which are no LoRAs; the first:")
+        lines += [f"  {fault}" for fault in state.faults]
+    out = shlex.quote(str(args.out))
+    return [
+        *lines,
+        "next:     python data.py inspect " + out,
+        "          python ablation_experiment.py --dataset=" + out,
+    ]
