@@ -1033,7 +1033,12 @@ def stop(number: int, _: object) -> None:
     os._exit(130 if number == signal.SIGINT else 143)
 
 
-if __name__ == "__main__":
+def command_line() -> int:
+    """`main`, where signals end the process."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, stop)
-    sys.exit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())

@@ -158,10 +158,9 @@ def assemble(threads: int, prepare: Callable[[], None], device: torch.device) ->
 
     Args:
         threads: Of this process.
-        prepare: Called first in each thread, and here.
+        prepare: Called first in each thread.
         device: That this process trains on.
     """
-    prepare()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Crew(threads, prepare)
     shared, rank, size = next(rendezvous("env://"))

@@ -651,7 +651,7 @@ class _Pass:
     @property
     def known(self) -> Path:
         """The file that tells the fingerprint of unchanged files."""
-        return self.cache / "collections" / f"{self.identity}.json"
+        return self.cache / "collections" / f"{self.identity}-{self.suffix}.json"
 
     def known_fingerprint(self) -> str | None:
         """The fingerprint, if these very files have been read before."""

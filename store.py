@@ -12,6 +12,7 @@ import platform
 import secrets
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -36,8 +37,10 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
     The unwritten pages of a mapped file count as memory of the process; those of a plain write do not.
     """
+    array = np.ascontiguousarray(array)
     with _written_atomically(path) as file:
-        np.lib.format.write_array(file, np.asarray(array, order="C"), allow_pickle=False)
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)  # not numpy's own way of writing, which does not say why it failed
 
 
 @contextmanager
@@ -50,8 +53,10 @@ def _written_atomically(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of a disk that is full, say
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
 
 
@@ -89,9 +94,11 @@ def replace_all(folder: Path, contents: dict[str, bytes]) -> None:
     """Write files that belong together, and move those that are there to ``previous/<n>/``: nothing is ever lost.
 
     The last one counts: where it is, the others are there too. So a process that was killed between them can be told
-    from one that had finished, and what it had begun is finished.
+    from one that had finished, and what it had begun is finished. Only one process at a time may do this in a folder.
     """
     *others, last = contents
+    for left in (path for name in contents for path in folder.glob(f".{name}.*")):
+        left.unlink()
     there = [name for name in (*others, last) if (folder / name).exists()]
     if last in there or any((folder / name).read_bytes() != contents[name] for name in there):
         numbers = [int(kept.name) for kept in (folder / "previous").glob("[0-9]*") if kept.name.isdecimal()]
@@ -125,8 +132,11 @@ def packed_arrays(arrays: dict[str, np.ndarray]) -> bytes:
 
 def load_arrays(path: Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
     """All arrays of an .npz, or those of the given names; nothing pickled is ever loaded."""
-    with np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in names or archive.files}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in names or archive.files}
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, LookupError) as error:
+        raise OSError(f"{path} is damaged ({error}). remove it") from error
 
 
 def shard_path(folder: Path, first_row: int) -> Path:
@@ -140,7 +150,10 @@ def map_shards(folder: Path) -> list[np.ndarray]:
     for path in sorted(folder.glob("[0-9]*.npy")):
         if path != shard_path(folder, rows):
             raise OSError(f"{folder}: rows {rows} to {int(path.stem) - 1} are missing. remove that folder.")
-        arrays.append(np.load(path, mmap_mode="r"))
+        try:
+            arrays.append(np.load(path, mmap_mode="r", allow_pickle=False))
+        except (ValueError, EOFError) as error:
+            raise OSError(f"{path} is damaged ({error}). remove the folder that it lies in") from error
         rows += len(arrays[-1])
     return arrays
 

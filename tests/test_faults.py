@@ -1,0 +1,296 @@
+"""Killed, stopped, crowded out: whatever happens to a run, the next one ends with the same bytes."""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from making import write_collection
+
+import ablation_experiment
+import store
+from ablation_experiment import RESULT_FILES
+
+ROOT = Path(ablation_experiment.__file__).parent
+FLAGS = ("--top-k=1", "--quick", "--num-runs=2", "--device=cpu", "--representations=stats,pca,coupling,vae,flat_vec")
+KINDS = ("passes/*/*.json", "*/units/classifier-*", "*/units/autoencoder-*", "*/units/pca-*")
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that begin with everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ablation_experiment"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory):
+    return write_collection(tmp_path_factory.mktemp("collections") / "small", classes=2, per_class=10)
+
+
+@pytest.fixture(scope="module")
+def expected(processes, collection, tmp_path_factory):
+    """The result files of a run that nothing happened to, and how long it took."""
+    out = tmp_path_factory.mktemp("expected")
+    start = time.monotonic()
+    assert started(processes, collection, out).wait() == 0
+    return results_in(out), time.monotonic() - start
+
+
+class Run:
+    """A process at work, whose output goes to a pipe."""
+
+    def __init__(self, context, arguments, file_size):
+        self.output, output = context.Pipe(duplex=False)
+        self.process = context.Process(target=_child, args=(arguments, output, file_size))
+        self.process.start()
+        output.close()
+
+    def wait(self, seconds=120):
+        self.process.join(seconds)
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+    def lines(self):
+        with os.fdopen(os.dup(self.output.fileno())) as output:
+            return output.read().splitlines()
+
+    def kill(self, number=signal.SIGKILL):
+        if self.process.is_alive():
+            os.kill(self.process.pid, number)
+        return self.wait()
+
+
+def _child(arguments, output, file_size):
+    """The program as a process of its own runs it."""
+    for stream in (1, 2):
+        os.dup2(output.fileno(), stream)
+    if file_size:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    sys.argv = ["ablation_experiment.py", *arguments]
+    sys.exit(ablation_experiment.command_line())
+
+
+def started(context, collection, out, *flags, file_size=0):
+    out.mkdir(parents=True, exist_ok=True)
+    arguments = ["--dataset", str(collection), "--output-dir", str(out), *FLAGS, *flags]
+    return Run(context, arguments, file_size)
+
+
+def results_in(out):
+    """The result files, less what may differ between two runs."""
+    folder = out / "ablation_small"
+    found = {name: (folder / name).read_bytes() for name in RESULT_FILES}
+    results = json.loads(found.pop("results.json"))
+    return found | {name: value for name, value in results.items() if name not in ("environment", "timing")}
+
+
+def finished_work(out):
+    return {path: path.stat().st_mtime_ns for kind in KINDS[1:] for path in (out / ".cache").glob(kind)}
+
+
+def assert_whole(out, expected):
+    """The results are those expected, nothing else lies beside them, and every finished unit can be read."""
+    assert results_in(out) == expected
+    assert sorted(path.name for path in (out / "ablation_small").iterdir()) == sorted(RESULT_FILES)
+    for path in finished_work(out):
+        assert store.load_arrays(path)
+    assert not [path for path in out.iterdir() if path.name.endswith(".lock")]
+
+
+# -- kills ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "../ablation_small/results.txt"])
+def test_a_kill_right_after_each_kind_of_unit_loses_nothing(processes, collection, expected, tmp_path, kind):
+    out = tmp_path / "out"
+    run = started(processes, collection, out)
+    while run.process.is_alive() and not any((out / ".cache").glob(kind)):
+        pass
+    killed = run.kill() == -signal.SIGKILL
+    before = finished_work(out)
+    assert started(processes, collection, out).wait() == 0
+    assert before.items() <= finished_work(out).items()  # nothing was computed again
+    assert_whole(out, expected[0])
+    assert killed or kind.endswith("results.txt")  # the last one comes a moment before the end
+
+
+def kills_at_random_moments(processes, collection, expected, tmp_path, number):
+    draw, kills, trial = random.Random(0), 0, 0
+    while kills < number:
+        out, trial = tmp_path / f"out{trial}", trial + 1
+        while True:
+            run = started(processes, collection, out)
+            run.process.join(draw.uniform(0, expected[1]))
+            before = finished_work(out)
+            code = run.kill()
+            kills += code == -signal.SIGKILL
+            assert before.items() <= finished_work(out).items()
+            if code != -signal.SIGKILL:
+                assert code == 0, run.lines()
+                break
+        assert_whole(out, expected[0])
+    print(f"{kills} kills survived in {trial} runs with identical results")
+
+
+def test_kills_at_random_moments_lose_nothing(processes, collection, expected, tmp_path):
+    kills_at_random_moments(processes, collection, expected, tmp_path, 3)
+
+
+@pytest.mark.slow
+def test_thirty_kills_at_random_moments_lose_nothing(processes, collection, expected, tmp_path):
+    kills_at_random_moments(processes, collection, expected, tmp_path, 30)
+
+
+# -- signals ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 143)])
+def test_signals_end_the_run_and_the_same_command_continues(processes, collection, expected, tmp_path, name, code):
+    out = tmp_path / "out"
+    run = started(processes, collection, out)
+    while run.process.is_alive() and not any((out / ".cache").glob("*/units/classifier-*")):
+        pass
+    assert run.kill(getattr(signal, name)) == code
+    said = f"stopped by {name}. the same command continues where this one stopped."
+    assert run.lines()[-1] == said
+    before = finished_work(out)
+    assert before and started(processes, collection, out).wait() == 0
+    assert before.items() <= finished_work(out).items()
+    assert_whole(out, expected[0])
+
+
+# -- disks and caches ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("file_size", "where"), [(1000, "/passes/"), (1000, "/units/"), (12000, "/ablation_small/")])
+def test_a_full_disk_is_told_in_a_line_and_corrupts_nothing(
+    processes, collection, expected, tmp_path, file_size, where
+):
+    """Files that may not grow beyond a size fail as on a full disk: in the pass, in a unit, in the results."""
+    out = tmp_path / "out"
+    if where == "/units/":
+        begun = started(processes, collection, out)
+        while begun.process.is_alive() and not any((out / ".cache").glob("*/features/weights-*")):
+            pass
+        begun.kill()
+    run = started(processes, collection, out, file_size=file_size)
+    assert run.wait() == 2
+    *_, before, last = run.lines()
+    assert last.startswith("error: [Errno 27] File too large: ") and not before.startswith("  File")
+    assert where in last and last.endswith("the same command continues where this one stopped.")
+    assert where == "/units/" or not [path for path in out.rglob(".*") if path.is_file()]  # no temporary file is left
+    assert started(processes, collection, out).wait() == 0
+    assert_whole(out, expected[0])
+
+
+def test_a_damaged_cache_is_told_in_a_line(processes, collection, expected, tmp_path):
+    out = tmp_path / "out"
+    assert started(processes, collection, out).wait() == 0
+    (out / "ablation_small" / "results.json").unlink()
+    path = next((out / ".cache").glob("*/units/classifier-*"))
+    path.write_bytes(path.read_bytes()[:-30])
+    run = started(processes, collection, out)
+    assert run.wait() == 2
+    last = run.lines()[-1]
+    assert last.startswith(f"error: {path} is damaged") and "remove it. the same command continues" in last
+    path.unlink()
+    assert started(processes, collection, out).wait() == 0
+    assert_whole(out, expected[0])
+
+
+# -- two at once ----------------------------------------------------------------------------------------------
+
+
+def two_writers(processes, collection, expected, tmp_path, rounds):
+    """Two processes begin together on one output folder, in every other round while one of them has already begun."""
+    refused = 0
+    for number in range(rounds):
+        out = tmp_path / f"out{number}"
+        first = started(processes, collection, out)
+        if number % 2:
+            time.sleep(expected[1] / 2)
+        runs = [first, started(processes, collection, out)]
+        for run in runs:
+            code, last = run.wait(), run.lines()[-1]
+            assert code == 0 or (code == 2 and last.startswith(f"error: {out / 'ablation_small'}: process ")), last
+            refused += code == 2
+        assert_whole(out, expected[0])
+    print(f"{rounds} rounds of two writers, {refused} refused, 0 corrupt files")
+    return refused
+
+
+def test_two_processes_on_one_output_folder_never_corrupt_it(processes, collection, expected, tmp_path):
+    assert two_writers(processes, collection, expected, tmp_path, 2) > 0
+
+
+@pytest.mark.slow
+def test_two_processes_never_corrupt_an_output_folder_in_twenty_rounds(processes, collection, expected, tmp_path):
+    assert two_writers(processes, collection, expected, tmp_path, 20) > 0
+
+
+def test_two_processes_with_one_cache_do_the_same_in_two_folders(processes, collection, expected, tmp_path):
+    cache = f"--cache-dir={tmp_path / 'cache'}"
+    runs = [started(processes, collection, tmp_path / out, cache) for out in ("one", "two")]
+    assert [run.wait() for run in runs] == [0, 0]
+    for out in ("one", "two"):
+        assert results_in(tmp_path / out) == expected[0]
+
+
+# -- several processes of one job ---------------------------------------------------------------------------
+
+
+def torchrun(collection, out, *flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", ROOT / "ablation_experiment.py"]
+    command += ["--dataset", collection, "--output-dir", out, *FLAGS, *flags]
+    return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_two_processes_of_one_job_give_the_same_bytes_as_one(collection, expected, tmp_path):
+    job = torchrun(collection, tmp_path / "out")
+    output, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, output
+    assert output.count("Phase 1") == 1  # only one of them speaks
+    assert_whole(tmp_path / "out", expected[0])
+
+
+def test_a_job_that_lost_a_process_ends_and_the_next_one_continues(processes, collection, expected, tmp_path):
+    out = tmp_path / "out"
+    job = torchrun(collection, out, "--num-runs=300")
+    workers = Path(f"/proc/{job.pid}/task/{job.pid}/children")
+    while job.poll() is None and len(list((out / ".cache").glob("*/units/classifier-*"))) < 3:
+        time.sleep(0.01)
+    os.kill(int(workers.read_text().split()[-1]), signal.SIGKILL)
+    output, _ = job.communicate(timeout=240)
+    assert job.returncode not in (0, None), output
+    before = finished_work(out)
+    assert before and started(processes, collection, out).wait() == 0
+    assert before.items() <= finished_work(out).items()
+    assert_whole(out, expected[0])
+
+
+@pytest.mark.parametrize("flag", ["--top-k=0", "--top-k=4"])
+def test_a_job_says_once_what_is_wrong(collection, tmp_path, flag):
+    job = torchrun(collection, tmp_path / "out", flag)
+    output, _ = job.communicate(timeout=240)
+    assert job.returncode != 0 and output.count("error: --top-k") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_units_do_not_depend_on_the_number_of_threads(collection, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation_experiment, "THREADS", 5)
+    arguments = ["--dataset", str(collection), "--output-dir", str(tmp_path), *FLAGS]
+    assert ablation_experiment.main(arguments) == 0
+    found = results_in(tmp_path)
+    assert found == expected[0]
+    assert np.all([found[name] == expected[0][name] for name in ("layer_ranking", "baseline_results")])
