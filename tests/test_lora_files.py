@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from making import lora, module_names, write_lora
+from making import STYLES, lora, module_names, write_lora
 from safetensors.torch import save
 
 import lora_files
@@ -283,23 +283,6 @@ NETWORK = [
     for attention in ("attn1", "attn2")
     for projection in ("to_q", "to_k", "to_v", "to_out.0")
 ]
-
-
-def legacy(module: str, role: str) -> str:
-    *path, projection = module.removesuffix(".0").split(".")
-    return f"{'.'.join(path)}.processor.{projection}_lora.{role}.weight"
-
-
-AB = {"down": "A", "up": "B"}
-STYLES = {
-    "diffusers": lambda module, role: f"{module}.lora.{role}.weight",
-    "diffusers text encoder": lambda module, role: f"{module}.lora_linear_layer.{role}.weight",
-    "diffusers legacy": legacy,
-    "PEFT": lambda module, role: f"base_model.model.{module}.lora_{AB[role]}.weight",
-    "PEFT with adapter name": lambda module, role: f"{module}.lora_{AB[role]}.default.weight",
-    "PEFT bare": lambda module, role: f"diffusion_model.{module}.lora_{AB[role]}",
-    "kohya": lambda module, role: f"lora_{module.replace('.', '_')}.lora_{role}.weight",
-}
 
 
 @pytest.mark.parametrize("style", STYLES)
