@@ -97,7 +97,7 @@ FILES = {
     ),
     "<!DOCTYPE": (contents(b"<!DOCTYPE html><html></html>"), "a web page saved as weights. download the file itself."),
     "<html": (contents(b"<html><body>404"), "a web page saved as weights. download the file itself."),
-    **{name: (beside(name), PICKLE) for name in ("pytorch_lora_weights.bin", "x.pt", "x.ckpt", "x.pth", "x.pkl")},
+    **{name: (beside(name), PICKLE) for name in ("weights.bin", "x.pt", "x.ckpt", "x.pth", "x.pkl", "X.CKPT")},
     "zip magic": (contents(b"PK\x03\x04" + bytes(200)), PICKLE),
     "pickle of old": (contents(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."), PICKLE),
     "no JSON": (
