@@ -288,7 +288,7 @@ def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[str], list[Fi
             ignored[f"*.safetensors beside {preferred[0]}"] += len(weights) - 1
         inside = folder[len(os.fspath(root)) :].lstrip(os.sep)
         paths += [os.path.join(inside, name) for name in preferred or weights]
-        pickles = sorted(os.path.join(inside, name) for name in names if name.endswith(PICKLE_SUFFIXES))
+        pickles = sorted(os.path.join(inside, name) for name in names if name.lower().endswith(PICKLE_SUFFIXES))
         if weights:
             ignored["pickles beside *.safetensors"] += len(pickles)
         else:

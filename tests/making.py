@@ -43,6 +43,25 @@ def write_collection(root: Path, classes: int = 2, per_class: int = 3, **shape: 
     return root
 
 
+def legacy_name(module: str, role: str) -> str:
+    """Attention projections as early diffusers wrote them."""
+    *path, projection = module.removesuffix(".0").split(".")
+    return f"{'.'.join(path)}.processor.{projection}_lora.{role}.weight"
+
+
+_AB = {"down": "A", "up": "B"}
+# How writers name a factor of an attention projection that diffusers calls by a name in `module_names`' way.
+STYLES = {
+    "diffusers": lambda module, role: f"{module}.lora.{role}.weight",
+    "diffusers text encoder": lambda module, role: f"{module}.lora_linear_layer.{role}.weight",
+    "diffusers legacy": legacy_name,
+    "PEFT": lambda module, role: f"base_model.model.{module}.lora_{_AB[role]}.weight",
+    "PEFT with adapter name": lambda module, role: f"{module}.lora_{_AB[role]}.default.weight",
+    "PEFT bare": lambda module, role: f"diffusion_model.{module}.lora_{_AB[role]}",
+    "kohya": lambda module, role: f"lora_{module.replace('.', '_')}.lora_{role}.weight",
+}
+
+
 def planted_collection(
     root: Path,
     *,

@@ -1,13 +1,18 @@
+import io
 import json
+import math
 import os
+import pickle
 import random
 import re
+import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from making import lora, module_names, write_lora
+from making import STYLES, lora, module_names, write_lora
 from safetensors.torch import save
 
 import lora_files
@@ -83,6 +88,8 @@ KEYS = {
         ("lora_te_text_model_q_proj.lora_up.weight", "text_encoder_text_model_q_proj", "up"),
         ("lora_te1_text_model_q_proj.lora_down.weight", "text_encoder_text_model_q_proj", "down"),
         ("lora_te2_text_model_q_proj.lora_up.weight", "text_encoder_2_text_model_q_proj", "up"),
+        ("lora_te3_encoder_block_0_q.lora_up.weight", "text_encoder_3_encoder_block_0_q", "up"),
+        ("lora_unet_down_blocks_0_conv1.lora_mid.weight", "unet_down_blocks_0_conv1", "mid"),
     ],
     "XLabs": [
         ("double_blocks.4.processor.qkv_lora1.down.weight", "double_blocks_4_qkv_lora1", "down"),
@@ -136,7 +143,11 @@ def test_only_a_whole_path_part_is_the_processor():
         ("OFT", "lora_unet_a.oft_blocks"),
         ("full-difference", "diffusion_model.a.diff"),
         ("full-difference", "diffusion_model.a.diff_b"),
-        ("Tucker", "lora_unet_a.lora_mid.weight"),
+        ("LoHa", "lora_unet_a.hada_w2_b"),
+        ("LoHa", "lora_unet_a.hada_t1"),
+        ("LoKr", "lora_unet_a.lokr_w1_a"),
+        ("LoKr", "lora_unet_a.lokr_t2"),
+        ("mangled kohya", "lora_te_text_model_q_proj_lora_down.weight"),
         ("mangled kohya", "lora_unet_down_blocks_0_to_q_lora_down.weight"),
         ("mangled kohya", "lora_te1_text_model_q_proj_lora_up.weight"),
     ],
@@ -155,7 +166,9 @@ def test_what_is_not_a_lora_weight_is_counted():
         "a.lora_magnitude_vector.default.weight": torch.ones(3),
         "a.lora_A.bias": torch.ones(3),
         "<concept>": torch.ones(3),
-        "classifier.modules_to_save.default.weight": torch.ones(3),
+        "base_model.model.classifier.modules_to_save.default.weight": torch.ones(3),
+        "base_model.model.lora_head.modules_to_save.bias": torch.ones(3),
+        "base_model.model.classifier.weight": torch.ones(3),  # as PEFT saves them
         "b.alpha": torch.tensor(1.0),
     }
     layout = layout_of(tensors)
@@ -165,14 +178,27 @@ def test_what_is_not_a_lora_weight_is_counted():
         "*.lora_magnitude_vector": 2,
         "*.lora_A.bias, *.lora_B.bias": 1,
         "embeddings <...>": 1,
+        "*.modules_to_save.*": 2,
         "tensors that are no LoRA": 1,
         "*.alpha without its module": 1,
     }
     assert layout.alphas == {}
 
 
-def test_an_unknown_lora_key_is_refused_not_ignored():
-    key = "unet.conv.lora_embedding_A.default"
+@pytest.mark.parametrize(
+    "key",
+    [
+        "unet.conv.lora_embedding_A.default",
+        "unet.conv.lora_A.default.bias",
+        "unet.conv.lora_E.weight",
+        "lora_unet_conv.w_norm",
+        "lora_unet_conv.scale_weight",
+        "unet.conv.lora_magnitude_vectors",
+        "a.lora.down.weight.more",
+        "lora_A.weight",
+    ],
+)
+def test_an_unknown_lora_key_is_refused_not_ignored(key):
     assert key in refusal(pair() | {key: torch.ones(2, 6)})
 
 
@@ -207,6 +233,44 @@ def test_two_keys_of_one_module_and_role_are_an_error():
     assert f"{Q}.lora.down.weight" in message
 
 
+@pytest.mark.parametrize("other", ["unet.a.alpha", "diffusion_model.unet.a.alpha"])
+def test_two_alphas_of_one_module_are_an_error(other):
+    alphas = {"lora_unet_a.alpha": torch.tensor(1.0), other: torch.tensor(2.0)}
+    message = refusal(pair("lora_unet_a", down="lora_down", up="lora_up") | alphas)
+    assert message.startswith("two tensors are the alpha of module unet_a: ")
+    assert other in message
+
+
+def test_a_key_that_stands_twice_is_an_error():
+    """JSON allows it, and leaves open which one counts."""
+    header = header_of(save(pair())).rstrip()
+    entries = header[1:-1]
+    for double in (b"{" + entries + b"," + entries + b"}", header.replace(b'"dtype"', b'"dtype":"F16","dtype"', 1)):
+        with pytest.raises(LoraFileError, match="two tensors have the key"):
+            parse_layout(double)
+
+
+@pytest.mark.parametrize("odd", ["\n", "\x1b[2J", "\x7f", "\u2028", "\u202e"])
+def test_a_key_that_a_terminal_would_obey_is_refused_in_plain_text(odd):
+    message = refusal(pair(f"unet{odd}.a"))
+    assert message.isprintable()
+    assert "is not plain text" in message or "unknown way" in message
+    message = refusal({f"model{odd}": torch.ones(2)})
+    assert message.isprintable()
+    assert message.startswith("no LoRA pair")
+
+
+def test_a_message_is_short_however_long_a_key_is():
+    message = refusal(pair("x" * 100_000))
+    assert len(message) < 1100
+    assert message.startswith("a key of 100017 characters, xxx")
+    assert message.endswith("is it a LoRA?")
+
+
+def test_keys_of_other_alphabets_are_read():
+    assert layout_of(pair("unet.блок.注意")).layers[0].module == "unet_блок_注意"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # One network in every style; its order
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,23 +283,6 @@ NETWORK = [
     for attention in ("attn1", "attn2")
     for projection in ("to_q", "to_k", "to_v", "to_out.0")
 ]
-
-
-def legacy(module: str, role: str) -> str:
-    *path, projection = module.removesuffix(".0").split(".")
-    return f"{'.'.join(path)}.processor.{projection}_lora.{role}.weight"
-
-
-AB = {"down": "A", "up": "B"}
-STYLES = {
-    "diffusers": lambda module, role: f"{module}.lora.{role}.weight",
-    "diffusers text encoder": lambda module, role: f"{module}.lora_linear_layer.{role}.weight",
-    "diffusers legacy": legacy,
-    "PEFT": lambda module, role: f"base_model.model.{module}.lora_{AB[role]}.weight",
-    "PEFT with adapter name": lambda module, role: f"{module}.lora_{AB[role]}.default.weight",
-    "PEFT bare": lambda module, role: f"diffusion_model.{module}.lora_{AB[role]}",
-    "kohya": lambda module, role: f"lora_{module.replace('.', '_')}.lora_{role}.weight",
-}
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -371,10 +418,35 @@ def test_an_alpha_that_is_not_finite_is_refused(alpha):
         ({"lora_alpha": 8, "r": 4, "alpha_pattern": {r"^unet\.a\.to_[qk]": 2}}, 0.5),
         ({"lora_alpha": 8, "r": 4, "alpha_pattern": {"o_q": 2, "a": 2, "b.to_q": 2}}, 2.0),
         ({"lora_alpha": 8, "r": 16, "rank_pattern": {"to_q": 4}}, 2.0),
+        ({"lora_alpha": 8, "r": 16, "rank_pattern": {r"^unet\.a\.to_[qk]": 4}, "use_rslora": True}, 4.0),
+        ({"lora_alpha": 8, "r": 16, "rank_pattern": {"to_q": 4}, "alpha_pattern": {"a.to_q": 16}}, 4.0),
+        ({"lora_alpha": 8, "r": 4, "rank_pattern": {"to_k": 16, "o_q": 16}, "alpha_pattern": {}}, 2.0),
+        ({"lora_alpha": 8, "r": 4, "alpha_pattern": {"to_q": 2, "a.to_q": 16}}, 0.5),  # the first one, as in PEFT
+        ({"lora_alpha": 8, "r": 4, "rank_pattern": None, "alpha_pattern": None}, 2.0),
     ],
 )
 def test_peft_scale(config, scale):
     assert scales_of(peft("unet.a.to_q"), config) == {"unet_a_to_q": scale}
+
+
+def test_patterns_are_of_single_modules():
+    tensors = peft("unet.a.to_q", rank=4) | peft("unet.b.to_q", rank=2)
+    config = {"lora_alpha": 8, "r": 4, "rank_pattern": {"b.to_q": 2}, "alpha_pattern": {"b.to_q": 1}}
+    assert scales_of(tensors, config) == {"unet_a_to_q": 2.0, "unet_b_to_q": 0.5}
+    root = scales_of(tensors, config | {"use_rslora": True})
+    assert root == {"unet_a_to_q": 4.0, "unet_b_to_q": pytest.approx(1 / math.sqrt(2))}
+
+
+def test_an_alpha_in_the_file_comes_before_the_configuration():
+    tensors = pair("lora_unet_a", 4, "lora_down", "lora_up") | pair("lora_unet_b", 4, "lora_down", "lora_up")
+    tensors |= {"lora_unet_a.alpha": torch.tensor(1.0)}
+    assert scales_of(tensors, {"lora_alpha": 64, "r": 4, "use_rslora": True}) == {"unet_a": 0.25, "unet_b": 32.0}
+
+
+@pytest.mark.parametrize("config", [{"r": 8}, {"r": 4, "rank_pattern": {"a.to_q": 2}}, {"r": float("nan")}])
+def test_a_configuration_of_another_rank_is_of_another_file(config):
+    with pytest.raises(LoraFileError, match=r"adapter_config.json says rank .* for unet.a.to_q, where the file has 4"):
+        scales_of(peft("unet.a.to_q"), {"lora_alpha": 8, **config})
 
 
 def test_alpha_pattern_is_of_single_modules_in_every_style():
@@ -395,6 +467,14 @@ def test_alpha_pattern_is_of_single_modules_in_every_style():
         {"alpha_pattern": [1]},
         {"alpha_pattern": {"(": 1}},
         {"alpha_pattern": {"to_q": "x"}},
+        {"alpha_pattern": {"to_q": 10**400}},
+        {"alpha_pattern": {"a{99999999999}": 1}},
+        {"alpha_pattern": {"(" * 5000 + ")" * 5000: 1}},
+        {"lora_alpha": 10**400},
+        {"r": "four"},
+        {"r": {}, "lora_alpha": {"a": 1}},
+        {"rank_pattern": [1]},
+        {"rank_pattern": {"(": 1}},
     ],
 )
 def test_an_unusable_adapter_config_is_refused(config):
@@ -415,6 +495,67 @@ def test_convolutions_are_read_as_matrices():
     assert weights.tolist() == torch.cat([down.flatten(), up.flatten()]).tolist()
 
 
+def locon(mid: tuple[int, ...] = (2, 2, 3, 5), down: tuple[int, ...] = (2, 4, 1, 1)) -> dict:
+    """A convolution from 4 to 6 channels in Tucker form."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"down": down, "mid": mid, "up": (6, 2, 1, 1)}
+    return {f"lora_unet_c.lora_{r}.weight": torch.randn(s, generator=generator) for r, s in shapes.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("down", [(2, 4, 1, 1), (2, 4)])
+def test_a_mid_is_multiplied_into_the_down(dtype, down):
+    """So that up·down is the update that LyCORIS rebuilds: up, mid and down applied one after the other."""
+    tensors = {key: tensor.to(dtype) for key, tensor in (locon(down=down) | pair("lora_unet_a")).items()}
+    tensors["lora_unet_c.alpha"] = torch.tensor(1.0)
+    data = save(tensors)
+    layout = parse_layout(header_of(data))
+    weights, alphas = load_weights(data, layout)
+    assert [(layer.module, layer.role, layer.shape) for layer in layout.layers[2:]] == [
+        ("unet_c", "down", (2, 4 * 3 * 5)),
+        ("unet_c", "up", (6, 2)),
+    ]
+    assert lora_files.update_scales(layout, alphas, None) == {"unet_a": 1.0, "unet_c": 0.5}
+    _, _, wide, up = (
+        weights[columns].reshape(layer.shape) for layer, columns in zip(layout.layers, layout.columns, strict=True)
+    )
+    factors = {key.split(".")[1][5:]: tensor.double() for key, tensor in tensors.items() if "unet_c.lora" in key}
+    update = torch.einsum("oi,ijhw,jc->ochw", factors["up"].flatten(1), factors["mid"], factors["down"].flatten(1))
+    np.testing.assert_allclose(up @ wide, update.flatten(1), rtol=1e-4, atol=1e-5)
+    inputs = torch.randn(1, 4, 7, 9, dtype=torch.float64)
+    conv = torch.nn.functional.conv2d
+    through = conv(conv(inputs, factors["down"].reshape(2, 4, 1, 1)), factors["mid"])
+    direct = conv(inputs, torch.from_numpy(wide).double().reshape(2, 4, 3, 5))
+    torch.testing.assert_close(through, direct, rtol=1e-4, atol=1e-5)
+    assert weights[: 2 * 6].tolist() == [1.0] * 12  # its neighbours stay as they are
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        (locon(mid=(3, 3, 3, 3)), r"ranks differ in module unet_c: down \[2, 4, 1, 1\], mid \[3, 3, 3, 3\]"),
+        (locon(mid=(2, 3, 3, 3)), "ranks differ in module unet_c"),
+        (locon(mid=(2, 2)), "ranks differ in module unet_c"),
+        (locon(mid=(2, 2, 0, 3)), "ranks differ in module unet_c"),
+        (locon(down=(2, 4, 3, 3)), "ranks differ in module unet_c"),
+        ({k: t for k, t in locon().items() if "down" not in k}, r"has a mid \[2, 2, 3, 5\] but no down"),
+        ({k: t for k, t in locon().items() if "up" not in k}, "has a down .* but no up"),
+        ({k: t.int() if "mid" in k else t for k, t in locon().items()}, "mid.weight is of type I32"),
+    ],
+)
+def test_a_mid_that_does_not_fit_is_refused(tensors, words):
+    assert re.search(words, refusal(tensors))
+
+
+def test_a_mid_that_is_not_finite_is_found():
+    tensors = locon()
+    tensors["lora_unet_c.lora_mid.weight"][1, 0, 2, 2] = torch.nan
+    data = save(tensors)
+    layout = parse_layout(header_of(data))
+    with pytest.raises(LoraFileError, match=r"NaN or infinity in 1 tensors, first in lora_unet_c\.lora_down"):
+        lora_files.check_finite(load_weights(data, layout)[0], layout)
+
+
 @pytest.mark.parametrize(
     ("down", "up"),
     [((2, 6, 3), (8, 2)), ((2,), (8, 2)), ((0, 6), (8, 0)), ((2, 6), (8, 2, 3, 3)), ((2, 6, 1, 1, 1), (8, 2))],
@@ -425,7 +566,10 @@ def test_other_shapes_are_refused(down, up):
     assert "shape" in message
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float32])
+FLOATS_OF_8_BITS = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float32, *FLOATS_OF_8_BITS])
 def test_every_float_type_is_read_as_float32(dtype):
     tensors = {key: tensor.to(dtype) for key, tensor in lora(1).items()}
     data = save(tensors)
@@ -435,6 +579,14 @@ def test_every_float_type_is_read_as_float32(dtype):
     assert weights.dtype == "float32"
     for layer, columns in zip(layout.layers, layout.columns, strict=True):
         assert weights[columns].tolist() == tensors[layer.name].float().flatten().tolist()
+
+
+@pytest.mark.parametrize("dtype", FLOATS_OF_8_BITS)
+def test_every_number_of_8_bits_is_torchs(dtype):
+    bits = torch.arange(256, dtype=torch.uint8).view(dtype)
+    tensors = {f"{Q}.lora.{role}.weight": bits.reshape(16, 16).clone() for role in ("down", "up")}
+    weights, _ = load_weights(save(tensors), layout_of(tensors))
+    np.testing.assert_array_equal(weights, bits.float().repeat(2).numpy())
 
 
 def test_types_may_differ_within_a_file():
@@ -484,6 +636,14 @@ def test_metadata_of_the_training_leaves_the_layout():
         parse_layout(b'{"__metadata__":{"a":"b"}}')
 
 
+@pytest.mark.parametrize("contents", [b"", b"1234567", bytes(400), file_of(b"[1]"), file_of(b'{"a":1}'), b"\xff" * 99])
+def test_contents_that_are_no_lora_any_more_are_not_read(contents):
+    with pytest.raises(LoraFileError, match="changed since it was indexed"):
+        load_weights(contents, parse_layout(header_of(WHOLE)))
+    with pytest.raises(LoraFileError, match="changed since it was indexed"):
+        load_weights(WHOLE[:-1], parse_layout(header_of(WHOLE)))
+
+
 def test_another_layout_is_not_read_as_this_one():
     with pytest.raises(LoraFileError, match="changed"):
         load_weights(save(lora(3)), parse_layout(header_of(save(lora(2)))))
@@ -503,7 +663,7 @@ def test_an_equal_header_is_checked_once_for_each_size(tmp_path, monkeypatch):
             read_header(paths[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fnuz])
 def test_other_types_are_refused(dtype):
     message = refusal({key: tensor.to(dtype) for key, tensor in pair().items()})
     assert Q in message
@@ -569,6 +729,124 @@ def test_every_truncation_is_refused(tmp_path):
         os.truncate(path, length)
         with pytest.raises(LoraFileError, match="incomplete download"):
             read_header(path)
+
+
+def entry(shape=(2, 8), start=0, end=64, dtype="F32") -> str:
+    return json.dumps({"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (2**60).to_bytes(8, "little") + b"{}",
+        (lora_files.MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}",
+        (2**64 - 1).to_bytes(8, "little") + b"{}",
+        *(
+            file_of(f'{{"{Q}.lora.down.weight":{first},"{Q}.lora.up.weight":{second}}}'.encode(), bytes(128))
+            for first, second in [
+                (entry([2**32, 2**32]), entry(start=64, end=128)),  # 2**64 numbers are 0 of them, in 64 bits
+                (entry([2**62, 4]), entry(start=64, end=128)),
+                (entry([2**63, 2]), entry(start=64, end=128)),
+                (entry([2**64, 1]), entry(start=64, end=128)),
+                (entry([-2, -8]), entry(start=64, end=128)),
+                (entry(start=-64, end=0), entry(start=64, end=128)),
+                (entry(start=64, end=0), entry(start=64, end=128)),
+                (entry(), entry()),  # one over the other
+                (entry(), entry(start=32, end=96)),
+                (entry(), entry(start=2**60, end=2**60 + 64)),
+                (entry(end=2**64 - 1), entry(start=64, end=128)),
+                (entry(end=10**4299), entry(start=64, end=128)),
+                (entry(end=int("9" * 4300)), entry(start=64, end=128)),
+                (entry(end=1e300), entry(start=64, end=128)),
+                (entry(dtype="\u20ac"), entry(start=64, end=128)),
+                ("[" * 200_000, entry()),
+                ('{"a":' * 50_000, entry()),
+            ]
+        ),
+        file_of(b'{"__metadata__":' + b'{"a":' * 200_000),
+        file_of(b'{"__metadata__":{"a":"\\ud800"}}'),
+        file_of(b'{"__metadata__":{"a":"\xff\xfe"}}'),
+    ],
+)
+def test_no_memory_is_taken_for_what_a_header_only_promises(tmp_path, data):
+    tracemalloc.start()
+    try:
+        message = fault(tmp_path / "x.safetensors", data)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert message.isprintable()
+    assert len(message) < 1100
+    assert most < 2**20 + 10 * len(data)
+
+
+def test_a_header_of_the_largest_size_is_read_in_time(tmp_path):
+    path = tmp_path / "x.safetensors"
+    body, entries = WHOLE[8 + len(header_of(WHOLE)) :], header_of(WHOLE)[1:]
+    room = lora_files.MAX_HEADER_BYTES - len(entries) - 40
+    texts = b",".join(b'"%06d":"\\""' % i for i in range(10**5))  # many small ones and a long one
+    path.write_bytes(file_of(b'{"__metadata__":{%s,"x":"%s"},%s' % (texts, b"x" * (room - len(texts)), entries), body))
+    assert path.stat().st_size > lora_files.MAX_HEADER_BYTES
+    layout = parse_layout(read_header(path))
+    assert layout is parse_layout(header_of(WHOLE))
+    assert load_weights(path.read_bytes(), layout)[0].tolist() == load_weights(WHOLE, layout)[0].tolist()
+
+
+def test_more_tensors_than_any_lora_has_are_refused_before_they_are_parsed(tmp_path):
+    empty = ",".join(f'"{i:09}":{entry([0], 0, 0)}' for i in range(lora_files.MAX_TENSORS_BYTES // 60))
+    assert "more than any LoRA has" in fault(tmp_path / "x.safetensors", file_of(f"{{{empty}}}".encode()))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    path = tmp_path / "x.safetensors"
+    os.mkfifo(path)
+    with pytest.raises(LoraFileError, match="a pipe or a device, not a file"):
+        read_header(path)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(LoraFileError, match="a pipe or a device, not a file"):
+        read_header(path)
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def pickles(trap: Trap) -> dict[str, bytes]:
+    """The trap in every form that torch has saved checkpoints in."""
+    found = {f"protocol {p}": pickle.dumps(trap, p) for p in range(pickle.HIGHEST_PROTOCOL + 1)}
+    for name, zipped in (("torch", True), ("torch of old", False)):
+        buffer = io.BytesIO()
+        torch.save({"a": trap}, buffer, _use_new_zipfile_serialization=zipped)
+        found[name] = buffer.getvalue()
+    return found
+
+
+@pytest.mark.parametrize("form", list(pickles(Trap(""))))
+def test_a_pickle_in_a_safetensors_file_is_never_loaded(tmp_path, form):
+    data = pickles(Trap(tmp_path / "sprung"))[form]
+    message = fault(tmp_path / "x.safetensors", data)
+    if form not in ("protocol 0", "protocol 1"):  # plain text, and nearly so
+        assert message.startswith("a pickle checkpoint: never loaded.")
+    assert not (tmp_path / "sprung").exists()
+    pickle.loads(pickles(Trap(tmp_path / "sprung"))["protocol 2"])
+    assert (tmp_path / "sprung").exists()  # the trap works
+
+
+def test_a_header_that_begins_as_a_pickle_does_is_read(tmp_path):
+    """640 bytes long: 80 02, as a pickle of protocol 2."""
+    tensors = lora(1)
+    spare = 640 - len(header_of(save(tensors, metadata={"a": ""})))
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(save(tensors, metadata={"a": "x" * spare}))
+    assert path.read_bytes()[:2] == b"\x80\x02"
+    assert len(parse_layout(read_header(path)).layers) == 2
 
 
 ENTRY = {"dtype": "F32", "shape": [2, 8], "data_offsets": [0, 64]}
