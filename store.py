@@ -37,7 +37,9 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
     The unwritten pages of a mapped file count as memory of the process; those of a plain write do not.
     """
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")
+    if array.dtype.hasobject:
+        raise ValueError(f"{path}: objects would have to be pickled")
     with _written_atomically(path) as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(array.data)  # not numpy's own way of writing, which does not say why it failed
@@ -55,7 +57,7 @@ def _written_atomically(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # of a disk that is full, say
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # of a disk that is full, say
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
 
@@ -259,7 +261,11 @@ def locked(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[No
     """
     with made(path.parent):
         while True:
-            file = open(path, "a+b")  # noqa: SIM115
+            try:
+                file = open(path, "a+b")  # noqa: SIM115
+            except FileNotFoundError:  # its holder has made the folder, and removed it meanwhile
+                path.parent.mkdir(parents=True, exist_ok=True)
+                continue
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

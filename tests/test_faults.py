@@ -239,10 +239,11 @@ def test_two_processes_never_corrupt_an_output_folder_in_twenty_rounds(processes
     assert two_writers(processes, collection, expected, tmp_path, 20) > 0
 
 
-def test_two_processes_with_one_cache_do_the_same_in_two_folders(processes, collection, expected, tmp_path):
+@pytest.mark.parametrize("_", range(2))
+def test_two_processes_with_one_cache_do_the_same_in_two_folders(processes, collection, expected, tmp_path, _):
     cache = f"--cache-dir={tmp_path / 'cache'}"
     runs = [started(processes, collection, tmp_path / out, cache) for out in ("one", "two")]
-    assert [run.wait() for run in runs] == [0, 0]
+    assert [run.wait() for run in runs] == [0, 0], [run.lines()[-1] for run in runs]
     for out in ("one", "two"):
         assert results_in(tmp_path / out) == expected[0]
 
