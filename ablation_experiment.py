@@ -53,8 +53,8 @@ BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000}
 NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small")
 # Parameters in a stack: of 8 classifiers of one layer for a CPU, near whose caches they stay; of 561 for a GPU.
 STACK_PARAMETERS = {"cpu": 4_300_000, "cuda": 300_000_000}
-# Autoencoders stop at very different epochs: of a larger stack more are left at the end.
-AUTOENCODER_PARAMETERS = {"cpu": 29_000_000, "cuda": 300_000_000}
+# Of 4 to 12 autoencoders for a CPU: enough stacks to keep its threads busy to the end.
+AUTOENCODER_PARAMETERS = {"cpu": 7_000_000, "cuda": 300_000_000}
 RUNS_IN_STACK = {"cpu": 1, "cuda": 10}  # of one representation, so that more runs find the first ones finished
 THREADS = torch.get_num_threads()  # tasks at once on a CPU, one thread each
 MEMORY_SHARE = 0.6  # of the device's memory that resident weights may take

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +33,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from sd15_zoo import write_zoo
 
 import data
+from ablation_experiment import THREADS, start_thread
+from crew import Crew
 from representations import REPRESENTATIONS
 
 PHASES = ("index", "features", "packing")
 FEATURES = [name for name, row in REPRESENTATIONS.items() if row.kind in ("matrix", "pair")]
 CLASSES = 10
+CPU = torch.device("cpu")
 
 
 def write_small(out: Path, count: int) -> None:
@@ -62,7 +66,7 @@ def measure(phase: str, root: Path) -> dict[str, float]:
         start = time.perf_counter()
         names = FEATURES if phase == "features" else [data.WEIGHTS]
         with tempfile.TemporaryDirectory(dir=root.parent) as cache:
-            data.extract(collection, names, Path(cache), torch.device("cpu"))
+            data.extract(collection, names, Path(cache), CPU, Crew(THREADS, partial(start_thread, CPU)))
             seconds = time.perf_counter() - start  # without the removal
     else:
         seconds = time.perf_counter() - start

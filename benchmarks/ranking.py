@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,7 +30,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ablation_experiment import STACK_PARAMETERS
+from ablation_experiment import STACK_PARAMETERS, THREADS, start_thread
+from crew import Crew, Task
 from stacked_training import DROPOUT, HIDDEN, ClassifierStack, Models, Schedule, Split, fast_products, train
 
 SAMPLES, FEATURES, CLASSES, BATCH = 1000, 7, 10, 32
@@ -67,12 +69,20 @@ def textbook(x: torch.Tensor, y: torch.Tensor, split: Split, layers: list[int], 
 
 
 def stacked(x: torch.Tensor, y: torch.Tensor, split: Split, models: list[tuple[int, int]], epochs: int) -> None:
-    """Train classifiers, (layer, run) each, in stacks of the size that the program uses."""
+    """Train classifiers, (layer, run) each, in stacks of the size that the program uses, and as many at once."""
     size = STACK_PARAMETERS[x.device.type] // PARAMETERS
-    schedule = Schedule(epochs, epochs + 1, BATCH, lr_patience=10)
-    for start in range(0, len(models), size):
+    schedule, finished = Schedule(epochs, epochs + 1, BATCH, lr_patience=10), set()
+
+    def train_from(start: int) -> None:
         source, run = (torch.tensor(column) for column in zip(*models[start : start + size], strict=True))
         train(ClassifierStack(x, y, split, Models(source, run), CLASSES, seed=0), schedule)
+        finished.add(start)
+
+    tasks = [
+        Task(partial(finished.__contains__, start), partial(train_from, start)) for start in range(0, len(models), size)
+    ]
+    for _ in Crew(THREADS if x.device.type == "cpu" else 1, partial(start_thread, x.device)).do(tasks):
+        pass
 
 
 def seconds(function: Callable[[], None], device: torch.device) -> float:
