@@ -145,6 +145,41 @@ def test_a_layer_is_removed_with_its_columns_and_a_pair_with_either_of_its_layer
     assert baseline["vae"]["num_features"] == 8 * 2 and ablation["contrastive"]["num_features"] == 5 * 4
 
 
+def test_layers_that_do_not_match_play_no_part(planted, everything, tmp_path):
+    """Modules 1 and 2 of 4, of whose layers depth 4 is planted; the others are neither ranked nor read by any."""
+    flags = ("--top-k=1", "--quick", "--layers=attentions.1,attentions_2")
+    results = run(tmp_path, planted[0], *flags)
+    assert len(results["layer_ranking"]) == 4 == results["dataset"]["num_layers_selected"]
+    assert results["top_layers"] == [planted[1][1]]
+    of_all = {layer["layer"]: layer["accuracy"] for layer in everything[1]["layer_ranking"]}
+    for layer in results["layer_ranking"]:  # it does not matter what a layer is stacked with
+        assert layer["accuracy"] == pytest.approx(of_all[layer["layer"]], abs=0.03)
+    baseline, ablation = results["baseline_results"], results["ablation_results"]
+    for name, representation in REPRESENTATIONS.items():
+        count = len(representation.feature_names)
+        if representation.kind == "pair":
+            assert (baseline[name]["num_features"], ablation[name]["num_features"]) == (2 * count, count)
+        elif representation.kind == "matrix":
+            assert (baseline[name]["num_features"], ablation[name]["num_features"]) == (4 * count, 3 * count)
+    assert (baseline["flat_vec"]["num_features"], ablation["flat_vec"]["num_features"]) == (4 * 16, 3 * 16)
+    assert (baseline["pca"]["num_features"], ablation["vae"]["num_features"]) == (4 * 16, 3 * 2)
+    assert baseline["stats"]["test_accuracy"]["mean"] > 0.9 > 0.6 > ablation["stats"]["test_accuracy"]["mean"]
+    text = (tmp_path / "out" / "ablation_planted" / "results.txt").read_text()
+    assert (
+        "4 of them match attentions.1,attentions_2" in text and "with all 4 layers" in text and "1 of 2 pairs" in text
+    )
+
+
+def test_layers_without_a_whole_pair_leave_out_what_needs_one(tmp_path):
+    root = write_collection(tmp_path / "small", classes=2, per_class=6)
+    flags = ("--top-k=1", "--quick", "--layers=.down.weight", "--representations=stats,coupling")
+    results = run(tmp_path, root, *flags, expected=3)
+    assert results["representations_not_run"] == [
+        {"representation": "coupling", "reason": "--layers leaves no pair whole"}
+    ]
+    assert {layer["role"] for layer in results["layer_ranking"]} == {"down"}
+
+
 # -- the files ------------------------------------------------------------------------------------------
 
 
@@ -527,6 +562,29 @@ def test_a_refused_collection_leaves_the_output_folder_as_it_was(tmp_path, capsy
     (out / "mine.txt").write_text("kept")
     assert main(flags) == 2
     assert sorted(p.name for p in out.rglob("*")) == [".cache", "mine.txt"]
+
+
+def test_skip_bad_leaves_out_files_in_which_the_pass_finds_nan(tmp_path, capsys):
+    root = write_collection(tmp_path / "bad", classes=2, per_class=6)
+    path = root / "class_1" / "0002" / FILE_NAME
+    tensors = load_file(path)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, path)
+    (root / "class_0" / "0001" / FILE_NAME).write_bytes(b"short")
+    flags = ("--top-k=1", "--skip-bad", *QUICK)
+    results = run(tmp_path, root, *flags)
+    assert results["dataset"]["num_samples"] == 10 and results["dataset"]["class_counts"] == {
+        "class_0": 5,
+        "class_1": 5,
+    }
+    skipped = {entry["path"]: entry["reason"] for entry in results["dataset"]["skipped"]}
+    assert sorted(skipped) == [f"class_0/0001/{FILE_NAME}", f"class_1/0002/{FILE_NAME}"]
+    assert (
+        "incomplete download" in skipped[f"class_0/0001/{FILE_NAME}"] and "NaN" in skipped[f"class_1/0002/{FILE_NAME}"]
+    )
+    assert "skipped   1 more, found on reading their weights" in capsys.readouterr().out
+    assert run(tmp_path, root, *flags) == results
+    assert "Nothing to do" in capsys.readouterr().out
 
 
 # -- named and built-in collections -----------------------------------------------------------------------
