@@ -16,19 +16,16 @@ import argparse
 import csv
 import io
 import json
-import math
 import os
 import platform
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property, partial
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,33 +41,22 @@ import report
 import representations
 import stacked_training
 import store
-from crew import Crew, Task, TaskFailedError, assemble
-from data import WEIGHTS, Collection, CollectionError, Extracted
-from representations import PCA, REPRESENTATIONS
-from stacked_training import DROPOUT, HIDDEN, Models, Schedule, Split, Stored, scored, standardise, train_classifiers
+from crew import Crew, assemble
+from data import WEIGHTS, Collection, CollectionError
+from representations import REPRESENTATIONS
+from stacked_training import Schedule, scored
+from trainings import STACK_PARAMETERS, Experiment, RankingError, Settings, start_thread
 
 BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000}
 NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small")
-# Parameters in a stack: of 8 classifiers of one layer for a CPU, near whose caches they stay; of 561 for a GPU.
-STACK_PARAMETERS = {"cpu": 4_300_000, "cuda": 300_000_000}
-# Of 4 to 12 autoencoders for a CPU: enough stacks to keep its threads busy to the end.
-AUTOENCODER_PARAMETERS = {"cpu": 7_000_000, "cuda": 300_000_000}
-RUNS_IN_STACK = {"cpu": 1, "cuda": 10}  # of one representation, so that more runs find the first ones finished
 THREADS = torch.get_num_threads()  # tasks at once on a CPU, one thread each
-MEMORY_SHARE = 0.6  # of the device's memory that resident weights may take
-PCA_COMPONENTS = 100
 RESULT_FILES = ("top_layers.json", "results.txt", "samples.csv", "predictions.npz", "results.json")
-EACH_LAYER = "stats, layer by layer"  # what the classifiers of the ranking read
 LOG_SECONDS = 60  # between lines of progress in a log file
 SCHEMA_VERSION = 1
 
 
 class UsageError(ValueError):
     """A flag cannot be used; the message says what to do."""
-
-
-class RankingError(RuntimeError):
-    """The layers cannot be ranked; the message says why."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -186,42 +172,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the experiment does, resolved from the flags."""
-
-    top_k: int
-    num_runs: int
-    rank_by: str
-    seed: int
-    quick: bool
-    device: torch.device
-    representations: tuple[str, ...]
-    layers: str | None  # pattern; see `data.select_layers`
-    classifier: Schedule
-    autoencoder: Schedule
-
-    def config(self) -> dict:
-        """What results.json keeps of the settings: all that decides the numbers, no path and no machine."""
-        return {
-            "top_k": self.top_k,
-            "num_runs": self.num_runs,
-            "rank_by": self.rank_by,
-            "seed": self.seed,
-            "quick": self.quick,
-            "device": self.device.type,
-            "representations": list(self.representations),
-            "layers": self.layers,
-            "classifier": {"hidden": list(HIDDEN), "dropout": DROPOUT, **asdict(self.classifier)},
-            "autoencoder": asdict(self.autoencoder),
-            "stack": {
-                "parameters": STACK_PARAMETERS[self.device.type],
-                "autoencoder_parameters": AUTOENCODER_PARAMETERS[self.device.type],
-                "runs": RUNS_IN_STACK[self.device.type],
-            },
-        }
-
-
 def resolve(args: argparse.Namespace) -> Settings:
     """Check all flags before anything is read.
 
@@ -330,415 +280,6 @@ def locate(args: argparse.Namespace, progress: Progress) -> tuple[str, Path]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The experiment
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StoredRows:
-    """Some rows and columns of the packed weights, given out in blocks of rows: what PCA asks of a matrix."""
-
-    packed: store.Shards
-    rows: np.ndarray
-    columns: np.ndarray
-    device: torch.device
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
-        return len(self.rows), len(self.columns)
-
-    def split(self, length: int) -> Iterator[torch.Tensor]:
-        """Blocks float32[length, F] on the device; the last may be shorter."""
-        for start in range(0, len(self.rows), length):
-            block = self.packed.read(self.rows[start : start + length], self.columns)
-            yield torch.from_numpy(block).to(self.device)
-
-
-@dataclass(frozen=True)
-class Classifiers:
-    """Classifiers that read the same inputs: which columns of them are live, and the stacks that hold the models.
-
-    ``live`` bool[F]; ``keys`` are of the finished stacks, ``tasks`` the work that finishes them.
-    """
-
-    label: str
-    num_layers: int
-    live: np.ndarray
-    keys: list[dict]
-    tasks: list[Task]
-
-
-class Experiment:
-    """A collection under one split and one set of settings; the phases' trainings, each unit of work done once."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        collection: Collection,
-        selected: np.ndarray,
-        rows: dict,
-        extracted: Extracted,
-        crew: Crew,
-        progress: Progress,
-    ):
-        self.settings, self.collection, self.rows, self.extracted = settings, collection, rows, extracted
-        self.device, self.crew, self.progress = settings.device, crew, progress
-        self.depths = np.flatnonzero(selected)  # of the L layers that the experiment is about, in the files' layers
-        self.layers = [collection.layers[depth] for depth in self.depths]
-        self.widths = np.array(collection.weights_per_layer)[self.depths]
-        self.pair_of_layer = collection.pair_of_layer[self.depths]
-        self.pairs = np.flatnonzero(np.bincount(self.pair_of_layer) == 2)  # of which both layers are there
-        self.split = Split(*(torch.from_numpy(rows[part]) for part in ("train", "validation", "test"))).to(self.device)
-        self.y = torch.from_numpy(collection.y).to(self.device)
-        self.held_out = np.concatenate([rows["validation"], rows["test"]])
-        self.units = store.Units(extracted.folder / "units")
-        self.predictions = {"rows": self.held_out, "y": collection.y[self.held_out]}
-        self.smaller_stacks: dict[str, int] = {}  # made so for want of memory
-        self._inputs: dict[str, torch.Tensor | Stored] = {}  # of the latest classifiers
-        self._one_reads = threading.Lock()
-        self._pca_keys: dict[str, dict] = {}  # of finished scores, by what classifiers call them
-        self.key = {  # what every unit depends on beside its models
-            "code": store.code_digest(stacked_training, store, sys.modules[__name__]),
-            "features": extracted.suffix,
-            "torch": torch.__version__,
-            "device": self.device.type,
-            "seed": settings.seed,
-            "layers": store.array_digest(selected),
-            "labels and split": store.array_digest(collection.y, *rows.values()),
-        }
-
-    def features(self, name: str) -> torch.Tensor:
-        """Cached features on the device, float32[N, L or P, F]."""
-        items = self.pairs if REPRESENTATIONS[name].kind == "pair" else self.depths
-        return torch.from_numpy(self.extracted.load(name)[:, items]).to(self.device)
-
-    def columns(self, kept: np.ndarray) -> np.ndarray:
-        """Where the weights of layers ``kept`` bool[L] lie among those of a file, int64[W]."""
-        in_files = np.zeros(len(self.collection.layers), bool)
-        in_files[self.depths[kept]] = True
-        return np.flatnonzero(np.repeat(in_files, self.collection.weights_per_layer))
-
-    def pairs_left(self, removed: list[int]) -> np.ndarray:
-        """Which pairs still have both layers, bool[P]."""
-        return ~np.isin(self.pairs, self.pair_of_layer[removed])
-
-    # -- units of work ------------------------------------------------------------------------------------------------
-
-    def task(self, key: dict, compute: Callable[[list], dict], stack: list, label: str) -> Task:
-        """The work of ``compute(stack)``; where training diverges or memory does not do, the task has failed."""
-
-        def attempt() -> dict[str, np.ndarray]:
-            try:
-                return self._within_memory(compute, stack, label)
-            except FloatingPointError as error:
-                raise TaskFailedError(str(error)) from error
-            except torch.OutOfMemoryError as error:
-                told = str(error).rstrip(". ")
-                raise TaskFailedError(f"out of memory with one model at a time: {told}") from error
-
-        return Task(self.units.path(key).exists, lambda: self.units.save(key, attempt()))
-
-    def _within_memory(self, compute: Callable[[list], dict], stack: list, label: str) -> dict[str, np.ndarray]:
-        """Arrays of a stack, trained in smaller ones if need be; ``stack`` int64[M] of them tells in how large ones."""
-        at_once, start = min(self.smaller_stacks.get(label, len(stack)), len(stack)), 0
-        parts: list[dict[str, np.ndarray]] = []
-        while start < len(stack):
-            part = stack[start : start + at_once]
-            try:
-                parts.append(compute(part) | {"stack": np.full(len(part), at_once)})
-                start += len(part)
-                continue
-            except torch.OutOfMemoryError:
-                if len(part) == 1:
-                    raise
-            torch.cuda.empty_cache()  # here, and not while the exception still holds what was allocated
-            at_once = self.smaller_stacks[label] = len(part) // 2
-            say(f"  {label}: {len(part)} models do not fit the memory of {self.device}: trying {at_once} at once")
-        return {name: np.concatenate([arrays[name] for arrays in parts]) for name in parts[0]}
-
-    def note_smaller(self, keys: list[dict], label: str) -> None:
-        """Take down where finished stacks were smaller than planned, in this run or an earlier one."""
-        made = [(int(self.units.load(key, ["stack"])["stack"].min()), len(key["models"])) for key in keys]
-        if smaller := [size for size, planned in made if size < planned]:
-            self.smaller_stacks[label] = min(smaller)
-
-    # -- classifiers --------------------------------------------------------------------------------------------------
-
-    def classifiers(
-        self, source: str, live: np.ndarray, models: list, label: str, num_layers: int, at_most: int | None = None
-    ) -> Classifiers:
-        """Plan classifiers in stacks.
-
-        Args:
-            source: What they read, see `inputs`.
-            live: Which of its columns they see, bool[F].
-            models: (source, run) of each model, in the order that fills the stacks.
-            label: For the progress bar, and to tell of smaller stacks.
-            num_layers: How many layers the live columns are of.
-            at_most: Models in a stack, even where it would take more; None: no bound.
-        """
-        classes, schedule = len(self.collection.classes), self.settings.classifier
-        parameters = sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise((len(live), *HIDDEN, classes)))
-        at_once = max(1, min(STACK_PARAMETERS[self.device.type] // parameters, at_most or len(models)))
-        stacks = [models[start : start + at_once] for start in range(0, len(models), at_once)]
-        key = {"kind": "classifier", **self.key, "inputs": source, "live": store.array_digest(live)}
-        key |= {"schedule": asdict(schedule), "hidden": HIDDEN, "dropout": DROPOUT}
-        if source in autoencoders.HIDDEN:
-            key |= {"learner": store.code_digest(autoencoders), "learned by": asdict(self.settings.autoencoder)}
-        keys = [{**key, "models": stack} for stack in stacks]
-        compute = partial(self._train_classifiers, source, live)
-        tasks = [self.task(key, compute, stack, label) for key, stack in zip(keys, stacks, strict=True)]
-        return Classifiers(label, num_layers, live, keys, tasks)
-
-    def _train_classifiers(self, source: str, live: np.ndarray, stack: list) -> dict[str, np.ndarray]:
-        of_source, run = (torch.tensor(column) for column in zip(*stack, strict=True))
-        return train_classifiers(
-            self.inputs(source),
-            self.y,
-            self.split,
-            Models(of_source, run, None if live.all() else torch.from_numpy(live).expand(len(stack), -1)),
-            len(self.collection.classes),
-            schedule=self.settings.classifier,
-            seed=self.settings.seed,
-            hidden=HIDDEN,
-            dropout=DROPOUT,
-        )
-
-    def trained(self, plan: Classifiers) -> dict[str, np.ndarray]:
-        """The arrays of `train_classifiers`, and the metrics of every part of the split, for all models of a plan."""
-        self.note_smaller(plan.keys, plan.label)
-        finished = [self.units.load(key) for key in plan.keys]
-        trained = {name: np.concatenate([arrays[name] for arrays in finished]) for name in finished[0]}
-        boundary, classes = len(self.rows["validation"]), len(self.collection.classes)
-        for name, part in (("val", slice(None, boundary)), ("test", slice(boundary, None))):
-            truth = self.collection.y[self.held_out[part]]
-            trained[f"{name}_accuracy"], trained[f"{name}_f1"] = scored(truth, trained["predicted"][:, part], classes)
-        return trained
-
-    # -- phase 1 ------------------------------------------------------------------------------------------------------
-
-    def rank_layers(self) -> list[dict]:
-        """Every layer alone, on its seven statistics: records as in top_layers.json, most predictive first."""
-        layers, runs = self.layers, self.settings.num_runs
-        models = [(layer, run) for run in range(runs) for layer in range(len(layers))]
-        live = np.ones(len(REPRESENTATIONS["stats"].feature_names), bool)
-        plan = self.classifiers(EACH_LAYER, live, models, "ranking", num_layers=1)
-        for done, reason in enumerate(self.crew.do(plan.tasks), 1):
-            self.progress("ranking", done, len(plan.tasks))
-            if reason:
-                raise RankingError(reason)
-        trained = self.trained(plan)
-        by_layer = {name: a.reshape(runs, len(layers), *a.shape[1:]).swapaxes(0, 1) for name, a in trained.items()}
-        for name in ("predicted", "log_loss", "epochs"):
-            self.predictions[f"layers/{name}"] = by_layer[name]  # (L, runs, ...)
-        records = [
-            {
-                "layer": layer.name,
-                "accuracy": mean(by_layer["test_accuracy"][depth]),
-                "accuracy_std": deviation(by_layer["test_accuracy"][depth]),
-                "val_accuracy": mean(by_layer["val_accuracy"][depth]),
-                "module": layer.module,
-                "role": layer.role,
-            }
-            for depth, layer in enumerate(layers)
-        ]
-        # Ties: by validation accuracy, validation loss, depth; never by test accuracy where validation is to choose.
-        by = ["accuracy"] * (self.settings.rank_by == "test") + ["val_accuracy"]
-        loss = by_layer["validation_loss"].mean(1)
-        order = sorted(range(len(layers)), key=lambda d: (*(-records[d][name] for name in by), loss[d], d))
-        return [records[depth] for depth in order]
-
-    # -- phases 2 and 3 -----------------------------------------------------------------------------------------------
-
-    def evaluate(self, names: list[str], removed: list[int], condition: str) -> Iterator[tuple[str, dict | str]]:
-        """Representations without some layers: of each its entry in results.json, or why there is none.
-
-        Args:
-            names: The representations; of learned ones, those that `learn` has fitted.
-            removed: Depths of the layers that are left out.
-            condition: "baseline" or "ablation", for the progress bar and predictions.npz.
-        """
-        plans = {name: self.plan(name, removed, condition) for name in names}
-        outcomes = self.crew.do([task for plan in plans.values() for task in plan.tasks])
-        for name, plan in plans.items():
-            reasons = set()
-            for done in range(1, len(plan.tasks) + 1):
-                reasons.add(next(outcomes))
-                self.progress(plan.label, done, len(plan.tasks))
-            reason = max(reasons)
-            yield name, reason or self.entry(name, plan, condition)
-        next(outcomes, None)  # until the threads have ended
-
-    def plan(self, name: str, removed: list[int], condition: str) -> Classifiers:
-        """The classifiers of one representation without some layers."""
-        kind, source, kept = REPRESENTATIONS[name].kind, name, self.without(removed)
-        num_layers = int(kept.sum())
-        if kind == "pair":  # a pair with one layer left is none
-            left = self.pairs_left(removed)
-            num_layers = 2 * int(left.sum())
-            live = np.repeat(left, len(REPRESENTATIONS[name].feature_names))
-        elif name == "pca":  # components of what is left, not what is left of the components
-            source = f"pca of layers {store.array_digest(kept)}"
-            self._pca_keys[source], _ = self.principal_components(kept)
-            live = np.ones(self.units.load(self._pca_keys[source])["scores"].shape[1], bool)
-        elif name == "flat_vec":
-            live = np.repeat(kept, self.widths)
-        elif kind == "autoencoder":
-            live = np.repeat(kept, [autoencoders.latent_width(name, width) for width in self.widths.tolist()])
-        else:
-            live = np.repeat(kept, len(REPRESENTATIONS[name].feature_names))
-        models = [(0, run) for run in range(self.settings.num_runs)]
-        at_most = RUNS_IN_STACK[self.device.type]
-        return self.classifiers(source, live, models, f"{condition} {name}", num_layers, at_most)
-
-    def without(self, removed: list[int]) -> np.ndarray:
-        """Which layers are kept, bool[L]."""
-        kept = np.ones(len(self.layers), bool)
-        kept[removed] = False
-        return kept
-
-    def entry(self, name: str, plan: Classifiers, condition: str) -> dict:
-        """What results.json holds of finished classifiers; their predictions are kept too."""
-        trained = self.trained(plan)
-        for kind in ("predicted", "log_loss", "epochs"):
-            self.predictions[f"{condition}/{name}/{kind}"] = trained[kind]
-        metrics = [f"{part}_{metric}" for metric in ("accuracy", "f1") for part in ("train", "val", "test")]
-        return {
-            "num_layers": plan.num_layers,
-            "num_features": int(plan.live.sum()),
-            **{
-                m: {"mean": mean(trained[m]), "std": deviation(trained[m]), "runs": trained[m].tolist()}
-                for m in metrics
-            },
-        }
-
-    def inputs(self, source: str) -> torch.Tensor | Stored:
-        """What classifiers read, standardised, float32[S, N, F]; those of the latest two sources are kept.
-
-        Args:
-            source: A representation, `EACH_LAYER` (S is then L), or principal components by the layers they are of.
-        """
-        with self._one_reads:
-            if source not in self._inputs:
-                while len(self._inputs) > 1:
-                    del self._inputs[next(iter(self._inputs))]
-                self._inputs[source] = self._read(source)
-            return self._inputs[source]
-
-    def _read(self, source: str) -> torch.Tensor | Stored:
-        if source == EACH_LAYER:
-            return standardise(self.features("stats").transpose(0, 1), self.split.train)  # (L, N, 7)
-        if source == "flat_vec":
-            return self._packed
-        if source.startswith("pca"):
-            x = torch.from_numpy(self.units.load(self._pca_keys[source])["scores"])
-        elif source in autoencoders.HIDDEN:
-            x = torch.from_numpy(np.concatenate(self.encoded(source), axis=1))
-        else:
-            x = self.features(source).flatten(1)
-        return standardise(x.to(self.device), self.split.train)[None]
-
-    @cached_property
-    def _packed(self) -> Stored:
-        """The weights; held on the device where they fit it, and read only if a stack is to be trained."""
-        packed, columns = self.extracted.weights(), self.columns(self.without([]))
-        shape = packed.shape[0], len(columns)
-        read = packed.read if shape == packed.shape else partial(packed.read, columns=columns)
-        fits = 4 * math.prod(shape) < MEMORY_SHARE * memory_of(self.device)
-        return Stored(read, shape, self.split.train, hold=fits)
-
-    # -- what is learned from the weights -----------------------------------------------------------------------------
-
-    def learn(self, names: list[str], conditions: list[list[int]]) -> dict[str, str]:
-        """Fit autoencoders, and PCA under each condition, a list of removed layers; why it failed, by representation.
-
-        Everything is fitted on train rows only.
-        """
-        work: list[tuple[str, Task]] = []
-        for name in names:
-            if name == "pca":
-                work += [(name, self.principal_components(self.without(removed))[1]) for removed in conditions]
-            elif REPRESENTATIONS[name].kind == "autoencoder":
-                fit = partial(self._fit_autoencoders, name)
-                work += [
-                    (name, self.task(key, fit, stack, label)) for key, stack, label in self.autoencoder_stacks(name)
-                ]
-        failed: dict[str, str] = {}
-        for done, reason in enumerate(self.crew.do([task for _, task in work]), 1):
-            name = work[done - 1][0]
-            self.progress("fitting autoencoders and pca", done, len(work))
-            if reason:
-                failed.setdefault(name, reason)
-        for name in names:
-            if name != "pca" and name not in failed:
-                for key, _, label in self.autoencoder_stacks(name):
-                    self.note_smaller([key], label)
-        return failed
-
-    def principal_components(self, kept: np.ndarray) -> tuple[dict, Task]:
-        """Key and work of the scores float32[N, k] of layers ``kept`` bool[L], components fitted on train rows."""
-        key = {"kind": "pca", **self.key, "kept": store.array_digest(kept), "components": PCA_COMPONENTS}
-
-        def compute(_: list) -> dict[str, np.ndarray]:
-            packed, columns = self.extracted.weights(), self.columns(kept)
-            train = StoredRows(packed, self.rows["train"], columns, self.device)
-            rows = StoredRows(packed, np.arange(packed.shape[0]), columns, self.device)
-            return {"scores": PCA(PCA_COMPONENTS).fit(train).transform(rows).cpu().numpy()}
-
-        return key, self.task(key, compute, [0], "pca")
-
-    def autoencoder_stacks(self, name: str) -> list[tuple[dict, list[int], str]]:
-        """The stacks of a representation: key, layers, and what progress calls it; one autoencoder for each layer."""
-        key = {"kind": "autoencoder", **self.key, "learned": name}
-        key |= {"learner": store.code_digest(autoencoders), "schedule": asdict(self.settings.autoencoder)}
-        stacks: list[tuple[dict, list[int], str]] = []
-        for width in np.unique(self.widths).tolist():
-            layers = np.flatnonzero(self.widths == width).tolist()
-            # A parameter is held five times: itself, its gradient, two moments, the best so far; a weight once.
-            parameters = autoencoders.num_parameters(name, width) + len(self.collection.files) * width // 5
-            count = math.ceil(len(layers) * parameters / AUTOENCODER_PARAMETERS[self.device.type])
-            at_once = math.ceil(len(layers) / min(count, len(layers)))  # stacks of about equal size
-            for start in range(0, len(layers), at_once):
-                stack = layers[start : start + at_once]
-                stacks.append(({**key, "models": stack}, stack, f"fitting {name}, {width} weights a layer"))
-        return stacks
-
-    def _fit_autoencoders(self, name: str, layers: list[int]) -> dict[str, np.ndarray]:
-        packed, columns = self.extracted.weights(), self.collection.files[0].layout.columns
-        x = torch.empty(len(layers), packed.shape[0], self.widths[layers[0]], device=self.device)
-        for m, layer in enumerate(layers):
-            weights = torch.from_numpy(packed.read(None, columns[self.depths[layer]])).to(self.device)
-            x[m] = standardise(weights, self.split.train)
-        schedule, seed = self.settings.autoencoder, self.settings.seed
-        return autoencoders.fit_transform(name, x, self.split, schedule=schedule, seed=seed)
-
-    def encoded(self, name: str) -> list[np.ndarray]:
-        """Features float32[N, latent] of each layer from its finished autoencoder."""
-        of_layer: dict[int, np.ndarray] = {}
-        for key, layers, _ in self.autoencoder_stacks(name):
-            of_layer |= zip(layers, self.units.load(key, ["features"])["features"], strict=True)
-        return [of_layer[layer] for layer in range(len(of_layer))]
-
-
-def memory_of(device: torch.device) -> int:
-    """Bytes of memory that a device has, used or not."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def mean(values: np.ndarray) -> float:
-    """Mean, rounded so that the order of equal terms cannot decide a tie."""
-    return round(float(np.mean(values)), 12)
-
-
-def deviation(values: np.ndarray) -> float:
-    """Sample standard deviation (ddof 1), 0 for a single value."""
-    return round(float(np.std(values, ddof=1)), 12) if len(values) > 1 else 0.0
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # From arguments to files
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -755,12 +296,12 @@ def run(args: argparse.Namespace) -> int:
         THREADS if settings.device.type == "cpu" else 1, partial(start_thread, settings.device), settings.device
     )
     with redirect_stdout(None) if crew.rank > 0 else nullcontext():
-        code = experiment(args, settings, crew)
+        code = carry_out(args, settings, crew)
     crew.wait()  # rank 0 may be who the others talk through
     return code
 
 
-def experiment(args: argparse.Namespace, settings: Settings, crew: Crew) -> int:
+def carry_out(args: argparse.Namespace, settings: Settings, crew: Crew) -> int:
     """What each process of the job does: see `run`."""
     progress, cache, watch = Progress(), args.cache_dir or args.output_dir / ".cache", Stopwatch()
     say(report.settings_lines(settings.config(), environment(settings.device), args.output_dir))
@@ -787,11 +328,11 @@ def experiment(args: argparse.Namespace, settings: Settings, crew: Crew) -> int:
             say(f"\nNothing to do: {target} holds the results of these settings on these files.")
             return 3 if there["representations_not_run"] else 0
         store.remove_stale(extracted.folder)
-        trainings = Experiment(settings, collection, plan.selected, plan.rows, extracted, crew, progress)
-        results = plan.header | run_phases(trainings, plan.chosen, plan.not_run, watch) | {"timing": watch.timing()}
-        results["config"]["stack"]["smaller"] = trainings.smaller_stacks
+        experiment = Experiment(settings, collection, plan.selected, plan.rows, extracted, crew, progress)
+        results = plan.header | run_phases(experiment, plan.chosen, plan.not_run, watch) | {"timing": watch.timing()}
+        results["config"]["stack"]["smaller"] = experiment.smaller_stacks
         if crew.rank == 0:
-            write_results(target, trainings, results)
+            write_results(target, experiment, results)
     say(f"\nWritten to {target}: {', '.join(RESULT_FILES)} ({results['timing']['total']:.0f} s)")
     return 3 if plan.not_run else 0
 
@@ -850,18 +391,6 @@ def make_plan(settings: Settings, collection: Collection) -> Plan:
     return Plan(selected, rows, chosen, not_run, sorted(needed), header)
 
 
-def start_thread(device: torch.device) -> None:
-    """What each thread does first: use one core, and the process's GPU.
-
-    Results then do not depend on the number of threads. Classifiers that are sure of their train rows are full of
-    numbers below 1e-38, over which a CPU takes many times as long: they count as 0.
-    """
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
-
 @contextmanager
 def only_process(target: Path) -> Iterator[None]:
     """Hold the folder of results for this process.
@@ -880,7 +409,7 @@ def only_process(target: Path) -> Iterator[None]:
 def environment(device: torch.device) -> dict:
     """The machine and the program, as results.json tells them."""
     modules = (stacked_training, representations, autoencoders, lora_files, labels, data, store, report)
-    modules += (sys.modules[Crew.__module__], sys.modules[__name__])
+    modules += (sys.modules[Crew.__module__], sys.modules[Experiment.__module__], sys.modules[__name__])
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -926,24 +455,24 @@ def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndar
     }
 
 
-def run_phases(trainings: Experiment, chosen: list[str], not_run: dict[str, str], watch: Stopwatch) -> dict:
+def run_phases(experiment: Experiment, chosen: list[str], not_run: dict[str, str], watch: Stopwatch) -> dict:
     """The three phases, each result printed as it arrives; adds what turns out not to be possible to ``not_run``."""
-    settings, layers = trainings.settings, trainings.layers
+    settings, layers = experiment.settings, experiment.layers
     say(f"\nPhase 1: each of {len(layers)} layers alone, on 7 statistics\n{report.LAYER_HEADER}")
     with watch.phase("ranking"):
-        ranking = trainings.rank_layers()
+        ranking = experiment.rank_layers()
     for rank, record in enumerate(ranking[: settings.top_k], 1):
         say(report.layer_row(rank, record))
     top = [record["layer"] for record in ranking[: settings.top_k]]
     removed = [depth for depth, layer in enumerate(layers) if layer.name in top]
     for name in chosen:
-        if REPRESENTATIONS[name].kind == "pair" and not trainings.pairs_left(removed).any():
-            whose = f"the top {settings.top_k} layers leave" if len(trainings.pairs) else "--layers leaves"
+        if REPRESENTATIONS[name].kind == "pair" and not experiment.pairs_left(removed).any():
+            whose = f"the top {settings.top_k} layers leave" if len(experiment.pairs) else "--layers leaves"
             not_run[name] = f"{whose} no pair whole"
             say(report.not_run_line(name, not_run[name]))
     learned = [name for name in chosen if name == "pca" or REPRESENTATIONS[name].kind == "autoencoder"]
     with watch.phase("autoencoders"):
-        for name, reason in trainings.learn(learned, [removed, []]).items():
+        for name, reason in experiment.learn(learned, [removed, []]).items():
             not_run[name] = reason
             say(report.not_run_line(name, reason))
     found: dict[str, dict] = {"ablation": {}, "baseline": {}}
@@ -954,7 +483,7 @@ def run_phases(trainings: Experiment, chosen: list[str], not_run: dict[str, str]
         say(f"\n{title}\n{report.RESULT_HEADER}")
         left = [name for name in chosen if name not in not_run]
         with watch.phase(condition):
-            for name, entry in trainings.evaluate(left, without, condition):
+            for name, entry in experiment.evaluate(left, without, condition):
                 if isinstance(entry, str):
                     not_run[name] = entry
                     say(report.not_run_line(name, entry))
@@ -983,22 +512,22 @@ def finished_results(target: Path, header: dict) -> dict | None:
     return there if same and all((target / name).exists() for name in RESULT_FILES) else None
 
 
-def write_results(target: Path, trainings: Experiment, results: dict) -> None:
+def write_results(target: Path, experiment: Experiment, results: dict) -> None:
     """Write all result files, results.json last; what lies there of other settings is moved to previous/<n>/ first."""
-    part_of = {row: part for part, rows in trainings.rows.items() for row in rows.tolist()}
+    part_of = {row: part for part, rows in experiment.rows.items() for row in rows.tolist()}
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    grouped = trainings.collection.group_column is not None
+    grouped = experiment.collection.group_column is not None
     writer.writerow(("file", "label", "split", "group")[: 3 + grouped])
-    for row, file in enumerate(trainings.collection.files):
+    for row, file in enumerate(experiment.collection.files):
         part = {"validation": "val"}.get(part_of[row], part_of[row])
         writer.writerow((file.path, file.label, part, file.group)[: 3 + grouped])
-    top = results["layer_ranking"][: trainings.settings.top_k]
+    top = results["layer_ranking"][: experiment.settings.top_k]
     contents = (
         store.canonical_json(top, indent=2),
         report.render_text(results).encode(),
         table.getvalue().encode(),
-        store.packed_arrays(trainings.predictions),
+        store.packed_arrays(experiment.predictions),
         store.canonical_json(results, indent=2),
     )
     store.replace_all(target, dict(zip(RESULT_FILES, contents, strict=True)))

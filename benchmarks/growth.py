@@ -33,9 +33,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from sd15_zoo import write_zoo
 
 import data
-from ablation_experiment import THREADS, start_thread
+from ablation_experiment import THREADS
 from crew import Crew
 from representations import REPRESENTATIONS
+from trainings import start_thread
 
 PHASES = ("index", "features", "packing")
 FEATURES = [name for name, row in REPRESENTATIONS.items() if row.kind in ("matrix", "pair")]

@@ -30,9 +30,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ablation_experiment import STACK_PARAMETERS, THREADS, start_thread
+from ablation_experiment import THREADS
 from crew import Crew, Task
 from stacked_training import DROPOUT, HIDDEN, ClassifierStack, Models, Schedule, Split, fast_products, train
+from trainings import STACK_PARAMETERS, start_thread
 
 SAMPLES, FEATURES, CLASSES, BATCH = 1000, 7, 10, 32
 WIDTHS = (FEATURES, *HIDDEN, CLASSES)

@@ -16,6 +16,7 @@ import autoencoders
 import digits_zoo
 import report
 import store
+import trainings
 from ablation_experiment import RESULT_FILES, main
 from representations import REPRESENTATIONS
 from stacked_training import Stored
@@ -35,7 +36,7 @@ def run(tmp_path, dataset, *flags, out="out", expected=0):
 def narrow_networks():
     """Hidden layers a quarter as wide: the same program, in a fraction of the time."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(ablation_experiment, "HIDDEN", (128, 128, 128))
+    patch.setattr(trainings, "HIDDEN", (128, 128, 128))
     patch.setattr(autoencoders, "HIDDEN", dict.fromkeys(autoencoders.HIDDEN, (64, 32)))
     yield
     patch.undo()
@@ -266,7 +267,7 @@ def test_a_rerun_does_nothing_and_other_settings_keep_the_old_results(tmp_path, 
     folder = tmp_path / "out" / "ablation_small"
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
 
-    monkeypatch.setattr(ablation_experiment, "train_classifiers", not_again)
+    monkeypatch.setattr(trainings, "train_classifiers", not_again)
     monkeypatch.setattr(autoencoders, "fit_transform", not_again)
     capsys.readouterr()
     assert run(tmp_path, root, "--top-k=1", *QUICK) == first
@@ -312,7 +313,7 @@ def test_finished_units_are_trusted_only_for_the_very_inputs_and_network(tmp_pat
 
     first, before = run(tmp_path, root, *flags), units()
     for name, value in (("PCA_COMPONENTS", 3), ("DROPOUT", 0.1), ("HIDDEN", (32, 32, 32))):
-        monkeypatch.setattr(ablation_experiment, name, value)
+        monkeypatch.setattr(trainings, name, value)
         shutil.rmtree(tmp_path / "out" / "ablation_small")
         results = run(tmp_path, root, *flags)
         assert units() > before, name
@@ -327,7 +328,7 @@ def test_a_cache_folder_of_ones_own_serves_another_output_folder(tmp_path, monke
     root = write_collection(tmp_path / "small", classes=2, per_class=5)
     cache = f"--cache-dir={tmp_path / 'cache'}"
     first = run(tmp_path, root, "--top-k=1", cache, *QUICK, out="one")
-    monkeypatch.setattr(ablation_experiment, "train_classifiers", not_again)
+    monkeypatch.setattr(trainings, "train_classifiers", not_again)
     monkeypatch.setattr(autoencoders, "fit_transform", not_again)
     second = run(tmp_path, root, "--top-k=1", cache, *QUICK, out="two")
     assert first["baseline_results"] == second["baseline_results"]
@@ -353,7 +354,7 @@ def test_a_killed_run_loses_nothing_that_was_finished(tmp_path):
 def test_an_interrupted_run_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
     whole = run(tmp_path, root, "--top-k=1", *QUICK, out="whole")
-    trained, real = [], ablation_experiment.train_classifiers
+    trained, real = [], trainings.train_classifiers
 
     def stop_at_third(*args, **kwargs):
         if len(trained) == 2:
@@ -361,12 +362,12 @@ def test_an_interrupted_run_continues_where_it_stopped(tmp_path, monkeypatch, ca
         trained.append(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(ablation_experiment, "train_classifiers", stop_at_third)
+    monkeypatch.setattr(trainings, "train_classifiers", stop_at_third)
     assert main(["--dataset", str(root), "--output-dir", str(tmp_path / "out"), "--top-k=1", *QUICK]) == 130
     assert "continues" in capsys.readouterr().err
     assert not (tmp_path / "out" / "ablation_small").exists()
     finished = []
-    monkeypatch.setattr(ablation_experiment, "train_classifiers", lambda *a, **k: finished.append(1) or real(*a, **k))
+    monkeypatch.setattr(trainings, "train_classifiers", lambda *a, **k: finished.append(1) or real(*a, **k))
     results = run(tmp_path, root, "--top-k=1", *QUICK)
     units = len(list((tmp_path / "out" / ".cache").rglob("classifier-*.npz")))
     assert len(finished) == units - 2
@@ -378,16 +379,16 @@ def test_an_interrupted_run_continues_where_it_stopped(tmp_path, monkeypatch, ca
 
 def test_a_higher_top_k_and_more_runs_train_only_what_is_new(tmp_path, monkeypatch):
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
-    seen, real = [], ablation_experiment.train_classifiers
+    seen, real = [], trainings.train_classifiers
 
     def counted(x, y, split, models, *args, **kwargs):
         seen.extend(zip(models.source.tolist(), models.run.tolist(), strict=True))
         return real(x, y, split, models, *args, **kwargs)
 
-    monkeypatch.setattr(ablation_experiment, "train_classifiers", counted)
+    monkeypatch.setattr(trainings, "train_classifiers", counted)
     flags = ("--quick", "--num-runs=2", "--representations=stats,flat_vec")
     # So small that a stack of the ranking holds one run of the four layers; one of a representation holds one run.
-    monkeypatch.setitem(ablation_experiment.STACK_PARAMETERS, "cpu", 160_000)
+    monkeypatch.setitem(trainings.STACK_PARAMETERS, "cpu", 160_000)
     run(tmp_path, root, "--top-k=1", *flags)
     assert len(seen) == 4 * 2 + 2 * 2 * 2
     seen.clear()
@@ -396,7 +397,7 @@ def test_a_higher_top_k_and_more_runs_train_only_what_is_new(tmp_path, monkeypat
     seen.clear()
     more = run(tmp_path, root, "--top-k=2", *flags, "--num-runs=3")
     assert len(seen) == 4 + 2 * 2 and {run for _, run in seen} == {2}
-    monkeypatch.setattr(ablation_experiment, "train_classifiers", real)
+    monkeypatch.setattr(trainings, "train_classifiers", real)
     fresh = run(tmp_path, root, "--top-k=2", *flags, "--num-runs=3", out="fresh")
     assert fresh["layer_ranking"] == more["layer_ranking"] and fresh["baseline_results"] == more["baseline_results"]
 
@@ -404,7 +405,7 @@ def test_a_higher_top_k_and_more_runs_train_only_what_is_new(tmp_path, monkeypat
 def test_a_stack_that_does_not_fit_memory_is_made_smaller_and_told(tmp_path, monkeypatch, capsys):
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
     flags = ("--top-k=1", "--quick", "--representations=stats,vae")
-    whole, real, learn = run(tmp_path, root, *flags), ablation_experiment.train_classifiers, autoencoders.fit_transform
+    whole, real, learn = run(tmp_path, root, *flags), trainings.train_classifiers, autoencoders.fit_transform
 
     def train_two(x, y, split, models, *args, **kwargs):
         if len(models.run) > 2:
@@ -416,7 +417,7 @@ def test_a_stack_that_does_not_fit_memory_is_made_smaller_and_told(tmp_path, mon
             raise torch.OutOfMemoryError("Tried to allocate a lot.")
         return learn(name, x, *args, **kwargs)
 
-    monkeypatch.setattr(ablation_experiment, "train_classifiers", train_two)
+    monkeypatch.setattr(trainings, "train_classifiers", train_two)
     monkeypatch.setattr(autoencoders, "fit_transform", learn_one)
     smaller = run(tmp_path, root, *flags, out="smaller")
     made = smaller["config"]["stack"]["smaller"]
@@ -432,7 +433,7 @@ def test_a_stack_that_does_not_fit_memory_is_made_smaller_and_told(tmp_path, mon
     left = run(tmp_path, root, *flags, "--seed=1", out="without", expected=3)
     assert list(left["baseline_results"]) == ["stats"]
     assert "2.00 GiB" in left["representations_not_run"][0]["reason"]
-    monkeypatch.setattr(ablation_experiment, "train_classifiers", out_of_memory)
+    monkeypatch.setattr(trainings, "train_classifiers", out_of_memory)
     run(tmp_path, root, *flags, "--seed=2", out="never", expected=2)
     told = "error: the layers cannot be ranked: out of memory with one model at a time: Tried to allocate 2.00 GiB. try"
     assert capsys.readouterr().err.startswith(told)
@@ -446,9 +447,9 @@ def test_weights_that_do_not_fit_the_device_are_streamed_and_give_the_same(tmp_p
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
     flags = ("--top-k=1", "--quick", "--representations=flat_vec")
     resident = run(tmp_path, root, *flags)
-    monkeypatch.setattr(ablation_experiment, "memory_of", lambda _: 1000)
+    monkeypatch.setattr(trainings, "memory_of", lambda _: 1000)
     held = []
-    monkeypatch.setattr(ablation_experiment, "Stored", lambda *args, hold: held.append(hold) or Stored(*args, hold))
+    monkeypatch.setattr(trainings, "Stored", lambda *args, hold: held.append(hold) or Stored(*args, hold))
     streamed = run(tmp_path, root, *flags, out="streamed")
     assert held == [False]
     for key in ("layer_ranking", "baseline_results", "ablation_results"):
@@ -509,7 +510,7 @@ def test_ties_by_validation_never_look_at_the_test_rows(tmp_path, monkeypatch):
                 "train_f1": np.ones(count), "epochs": np.ones(count), "best_epoch": np.ones(count),
                 "validation_loss": loss}  # fmt: skip
 
-    monkeypatch.setattr(ablation_experiment, "train_classifiers", trained)
+    monkeypatch.setattr(trainings, "train_classifiers", trained)
     flags = ("--top-k=1", "--quick", "--num-runs=1", "--representations=stats")
     by_test = run(tmp_path, root, *flags, out="test")["layer_ranking"]
     by_val = run(tmp_path, root, *flags, "--rank-by=val", out="val")["layer_ranking"]

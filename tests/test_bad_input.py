@@ -16,6 +16,7 @@ from making import FILE_NAME, lora, module_names, write_collection, write_lora
 from safetensors.torch import save
 
 import ablation_experiment
+import trainings
 from ablation_experiment import main
 
 ROOT = Path(ablation_experiment.__file__).parent
@@ -169,7 +170,7 @@ FILES = {
 def narrow_networks():
     """Hidden layers a sixteenth as wide: earlier results in a fraction of the time."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(ablation_experiment, "HIDDEN", (32, 32, 32))
+    patch.setattr(trainings, "HIDDEN", (32, 32, 32))
     yield
     patch.undo()
     torch.set_flush_denormal(False)

@@ -9,8 +9,8 @@ import torch
 from making import FILE_NAME, STYLES, planted_collection, write_lora
 from safetensors.torch import load_file
 
-import ablation_experiment
 import data
+import trainings
 from ablation_experiment import main
 from data import index_collection
 from representations import REPRESENTATIONS
@@ -32,7 +32,7 @@ RANK = 2
 def narrow_networks():
     """Hidden layers a quarter as wide: the same program, in a fraction of the time."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(ablation_experiment, "HIDDEN", (128, 128, 128))
+    patch.setattr(trainings, "HIDDEN", (128, 128, 128))
     yield
     patch.undo()
     torch.set_flush_denormal(False)
