@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -41,11 +41,11 @@ import report
 import representations
 import stacked_training
 import store
-from crew import Crew, assemble
+from crew import Crew, FaultElsewhereError, assemble
 from data import WEIGHTS, Collection, CollectionError
 from representations import REPRESENTATIONS
 from stacked_training import Schedule, scored
-from trainings import STACK_PARAMETERS, Experiment, RankingError, Settings, start_thread
+from trainings import OUT_OF_MEMORY, STACK_PARAMETERS, Experiment, RankingError, Settings, out_of_memory, start_thread
 
 BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000}
 NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small")
@@ -72,11 +72,13 @@ def say(line: str = "") -> None:
 class Progress:
     """Shows how far a stage is: a bar on a terminal, in a log file a plain line about once a minute."""
 
-    def __init__(self):
-        self.stage, self.bar, self.told = "", None, time.monotonic()
+    def __init__(self, shown: bool = True):
+        self.shown, self.stage, self.bar, self.told = shown, "", None, time.monotonic()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """``done`` of ``total`` steps of a stage are finished."""
+        if not self.shown:
+            return
         if sys.stderr.isatty():
             if stage != self.stage:
                 self.stage, self.bar = stage, tqdm(total=total, desc=stage, leave=False)
@@ -229,8 +231,8 @@ def resolve_device(name: str) -> torch.device:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if gpus else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # of several processes each has a GPU of its own
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # of several processes each has a GPU of its own
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -238,7 +240,8 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in STACK_PARAMETERS:
         raise UsageError(f"--device {name}: not supported. give auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise UsageError(f"--device {name}: there are {gpus} GPUs here. give cpu, or one that is there.")
+        fewer = ", or start fewer processes" if "LOCAL_RANK" in os.environ else ""
+        raise UsageError(f"--device {name}: there are {gpus} GPUs here. give cpu, or one that is there{fewer}.")
     return device
 
 
@@ -285,7 +288,7 @@ def locate(args: argparse.Namespace, progress: Progress) -> tuple[str, Path]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The whole experiment; the exit code is 0, or 3 where a representation could not be run.
+    """The whole experiment; the exit code is 0, or 3 where a representation could not be run by a single process.
 
     Raises:
         UsageError: A flag cannot be used.
@@ -297,13 +300,13 @@ def run(args: argparse.Namespace) -> int:
     )
     with redirect_stdout(None) if crew.rank > 0 else nullcontext():
         code = carry_out(args, settings, crew)
-    crew.wait()  # rank 0 may be who the others talk through
-    return code
+    crew.leave()
+    return 0 if code == 3 and crew.size > 1 else code  # torchrun takes any other code for a failure
 
 
 def carry_out(args: argparse.Namespace, settings: Settings, crew: Crew) -> int:
     """What each process of the job does: see `run`."""
-    progress, cache, watch = Progress(), args.cache_dir or args.output_dir / ".cache", Stopwatch()
+    progress, cache, watch = Progress(crew.rank == 0), args.cache_dir or args.output_dir / ".cache", Stopwatch()
     say(report.settings_lines(settings.config(), environment(settings.device), args.output_dir))
     name, folder = crew.agree(lambda: [str(part) for part in locate(args, progress)])
     with watch.phase("index"):
@@ -311,11 +314,15 @@ def carry_out(args: argparse.Namespace, settings: Settings, crew: Crew) -> int:
     plan = make_plan(settings, collection)
     target = args.output_dir / f"ablation_{name}"
     with only_process(target) if crew.rank == 0 else nullcontext():
-        crew.check_shared(args.output_dir)
+        with store.made(cache) if crew.size > 1 else nullcontext():
+            crew.check_shared(cache)
         while True:
+            check_alike(crew, collection, plan)
             try:
                 with watch.phase("features"):
-                    extracted = data.extract(collection, plan.needed, cache, settings.device, crew, progress)
+                    extracted = data.extract(
+                        collection, plan.needed, cache, settings.device, crew, progress, args.skip_bad
+                    )
                 break
             except CollectionError as error:
                 if not (args.skip_bad and error.files):
@@ -335,6 +342,18 @@ def carry_out(args: argparse.Namespace, settings: Settings, crew: Crew) -> int:
             write_results(target, experiment, results)
     say(f"\nWritten to {target}: {', '.join(RESULT_FILES)} ({results['timing']['total']:.0f} s)")
     return 3 if plan.not_run else 0
+
+
+def check_alike(crew: Crew, collection: Collection, plan: Plan) -> None:
+    """Refuse to share work with processes that were started otherwise, or see other files.
+
+    Raises:
+        OSError: This process is not about to do the same as rank 0.
+    """
+    environment = [plan.header["environment"][key] for key in ("torch", "code")]
+    mine = store.digest([data.identity(collection), plan.header["dataset"], plan.header["config"], environment])
+    if crew.agree(lambda: mine) != mine:
+        raise OSError(f"process {crew.rank} of the job has other files, flags or another program than the first one")
 
 
 def index(args: argparse.Namespace, name: str, folder: Path, progress: Progress) -> Collection:
@@ -541,14 +560,21 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run(parse_arguments(arguments))
     except (UsageError, CollectionError) as error:
-        if os.environ.get("RANK", "0") == "0":  # of several processes each finds the same
-            print(error.shown() if isinstance(error, CollectionError) else f"error: {error}", file=sys.stderr)
+        lines = error.shown() if isinstance(error, CollectionError) else f"error: {error}"
+        rank = os.environ.get("RANK", "0")  # of several processes most find the same: the others are brief
+        print(lines if rank == "0" else f"process {rank}: {lines.splitlines()[0]}", file=sys.stderr)
+    except FaultElsewhereError:
+        pass  # rank 0 tells
     except RankingError as error:
         print(f"error: the layers cannot be ranked: {error}. try another --seed or --device.", file=sys.stderr)
-    except torch.OutOfMemoryError as error:
-        print(f"error: the memory of the device does not do: {error} try another --device.", file=sys.stderr)
     except OSError as error:
-        print(f"error: {error}. the same command continues where this one stopped.", file=sys.stderr)
+        told = str(error).rstrip(".")
+        print(f"error: {told}. the same command continues where this one stopped.", file=sys.stderr)
+    except OUT_OF_MEMORY as error:
+        if not out_of_memory(error):
+            raise
+        told = str(error).rstrip(". ")
+        print(f"error: out of memory: {told}. try another --device, or fewer threads or processes.", file=sys.stderr)
     except KeyboardInterrupt:  # where Python's own handler is at work, see `stop`
         print("\ninterrupted. the same command continues where this one stopped.", file=sys.stderr)
         return 130
@@ -558,7 +584,8 @@ def main(arguments: list[str] | None = None) -> int:
 def stop(number: int, _: object) -> None:
     """End the process at a signal: at once, as it might at any moment; what was finished is on disk and whole."""
     name = signal.Signals(number).name
-    os.write(2, f"\nstopped by {name}. the same command continues where this one stopped.\n".encode())
+    with suppress(OSError):  # nobody may be listening any more
+        os.write(2, f"\nstopped by {name}. the same command continues where this one stopped.\n".encode())
     os._exit(130 if number == signal.SIGINT else 143)
 
 

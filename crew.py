@@ -12,8 +12,8 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,13 +21,18 @@ import torch.distributed
 from torch.distributed import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-POLL_SECONDS = 0.1  # between looks for the files that other processes write
+POLL_SECONDS = 0.1  # between looks for what other processes do
 FILE_SYSTEM_SECONDS = 120  # until every machine sees a new file
-WAIT = timedelta(days=30)  # of one process for another
+BEAT_SECONDS = 5.0  # between signs of life
+SILENT_SECONDS = 300.0  # without one, and a process is taken for lost
 
 
 class TaskFailedError(RuntimeError):
     """One task cannot be done, by whomever, and the others can; the message says why."""
+
+
+class FaultElsewhereError(RuntimeError):
+    """Rank 0 has met a fault, which it tells itself."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,11 @@ class Crew:
         size: int = 1,
     ):
         self.threads, self.prepare, self.rank, self.size = threads, prepare, rank, size
-        self.shared, self.jobs, self.questions = shared or HashStore(), 0, 0
+        self.shared, self.jobs, self.questions, self.meetings = shared or HashStore(), 0, 0, 0
+        self.heard = dict.fromkeys(range(size), (0, time.monotonic()))  # signs of life of each process, and since when
+        self.listened = time.monotonic()
+        if size > 1:
+            threading.Thread(target=self._beat, daemon=True).start()
 
     def do(self, tasks: Sequence[Task], threads: int | None = None) -> Iterator[str]:
         """Do what is not finished; yields for each task in order, as soon as it is finished, "" or why it failed.
@@ -82,13 +91,13 @@ class Crew:
         def work() -> None:
             try:
                 self.prepare()
-                while not stop.is_set() and (i := self.shared.add(job, 1) - 1) < len(tasks):
+                while not stop.is_set() and (i := self._add(job) - 1) < len(tasks):
                     try:
                         if not tasks[i].finished():
                             tasks[i].run()
                     except TaskFailedError as error:
                         failed[i] = str(error)
-                        self.shared.set(f"{job}, task {i}", str(error))
+                        self._tell(f"{job}, task {i}", str(error))
                     with news:
                         news.notify()
             except BaseException as error:  # raised again in the main thread
@@ -105,8 +114,9 @@ class Crew:
                 with news:
                     while not (faults or i in failed or task.finished()):
                         news.wait(POLL_SECONDS)
-                        if self.size > 1 and self.shared.check([f"{job}, task {i}"]):
-                            failed[i] = self.shared.get(f"{job}, task {i}").decode()
+                        if (reason := self._told(f"{job}, task {i}")) is not None:
+                            failed[i] = reason
+                        self._listen()
                 if faults:
                     raise faults[0]
                 yield failed.get(i, "")
@@ -116,17 +126,40 @@ class Crew:
                 worker.join()
 
     def agree(self, decide: Callable[[], object]) -> object:
-        """What ``decide()`` gives on rank 0, a JSON value, told to every process."""
+        """What ``decide()`` gives on rank 0, a JSON value, told to every process.
+
+        Raises:
+            FaultElsewhereError: It raised an exception there, where it is raised too.
+        """
         self.questions += 1
         question = f"question {self.questions}"
         if self.rank == 0:
-            self.shared.set(question, json.dumps(decide()))
-        return json.loads(self.shared.get(question))
+            try:
+                told = json.dumps({"decided": decide()})
+            except Exception:
+                self._tell(question, json.dumps({}))
+                raise
+            self._tell(question, told)
+        else:
+            self._until(lambda: self._told(question) is not None)
+            told = self._told(question)
+        if "decided" not in (answer := json.loads(told)):
+            raise FaultElsewhereError
+        return answer["decided"]
 
     def wait(self) -> None:
         """Wait until every process has come here."""
-        if self.size > 1:
-            torch.distributed.barrier()
+        self.meetings += 1
+        here = f"meeting {self.meetings}"
+        self._add(here)
+        self._until(lambda: self._add(here, 0) >= self.size)
+
+    def leave(self) -> None:
+        """Wait for the others at the end; rank 0, through whose machine they may talk, leaves last."""
+        self.wait()
+        self._add("left")
+        if self.rank == 0:
+            self._until(lambda: self._add("left", 0) >= self.size)
 
     def check_shared(self, folder: Path) -> None:
         """Refuse to share work with processes that do not see the same folder, which must be there.
@@ -137,24 +170,77 @@ class Crew:
         if self.size == 1:
             return
         token = folder / f".seen-by-all-{self.agree(lambda: secrets.token_hex(8))}"
-        if self.rank == 0:
-            token.touch()
-        self.wait()
-        for _ in range(FILE_SYSTEM_SECONDS):
-            if token.exists():
-                break
-            time.sleep(1)
-        else:
-            raise OSError(f"{folder} is not the same folder in all processes. give one that all of them share")
-        self.wait()
-        if self.rank == 0:
-            token.unlink()
+        try:
+            if self.rank == 0:
+                token.touch()
+            self.wait()
+            since = time.monotonic()
+            while not token.exists():
+                if time.monotonic() - since > FILE_SYSTEM_SECONDS:
+                    raise OSError(f"{folder} is not one folder for all processes. it must be, for them to share work")
+                time.sleep(POLL_SECONDS)
+            self.wait()
+        finally:
+            if self.rank == 0:
+                token.unlink()
+
+    # -- what the processes tell each other -----------------------------------------------------------------------
+
+    def _until(self, condition: Callable[[], bool]) -> None:
+        """Wait for the others in short steps, so that signals are heard meanwhile."""
+        while not condition():
+            self._listen()
+            time.sleep(POLL_SECONDS)
+
+    def _add(self, name: str, number: int = 1) -> int:
+        """Count, together with the others."""
+        try:
+            return self.shared.add(name, number)
+        except RuntimeError as error:
+            raise OSError("the other processes of the job cannot be reached") from error
+
+    def _tell(self, name: str, text: str) -> None:
+        try:
+            self.shared.set(name, text)
+        except RuntimeError as error:
+            raise OSError("the other processes of the job cannot be reached") from error
+
+    def _told(self, name: str) -> str | None:
+        """What some process has told under a name; None as long as none has."""
+        try:
+            return self.shared.get(name).decode() if self.shared.check([name]) else None
+        except RuntimeError as error:
+            raise OSError("the other processes of the job cannot be reached") from error
+
+    def _beat(self) -> None:
+        """Give a sign of life from time to time."""
+        with suppress(OSError):  # there is nobody left to hear it
+            while True:
+                self._add(f"alive {self.rank}")
+                time.sleep(BEAT_SECONDS)
+
+    def _listen(self) -> None:
+        """Look for signs of life of the others.
+
+        Raises:
+            OSError: One of them has given none for a long time.
+        """
+        now = time.monotonic()
+        if self.size == 1 or now - self.listened < BEAT_SECONDS:
+            return
+        self.listened = now
+        for rank, (beats, since) in self.heard.items():
+            if (count := self._add(f"alive {rank}", 0)) != beats:
+                self.heard[rank] = count, now
+            elif now - since > SILENT_SECONDS:
+                raise OSError(f"process {rank} of the job is lost")
 
 
 def assemble(threads: int, prepare: Callable[[], None], device: torch.device) -> Crew:
     """The threads of this process; and those of the others, where torchrun has started several.
 
-    The processes of a job talk through torch.distributed: nccl where they train on GPUs, gloo on CPUs.
+    The processes of a job meet through torch.distributed, nccl where they train on GPUs, gloo on CPUs, and then talk
+    through its store.
 
     Args:
         threads: Of this process.
@@ -164,14 +250,13 @@ def assemble(threads: int, prepare: Callable[[], None], device: torch.device) ->
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Crew(threads, prepare)
     shared, rank, size = next(rendezvous("env://"))
-    shared.set_timeout(WAIT)
     on_gpu = device.type == "cuda"
     torch.distributed.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=PrefixStore("group", shared),
         rank=rank,
         world_size=size,
-        timeout=WAIT,
         device_id=device if on_gpu else None,
     )
+    torch.distributed.barrier()  # all are there, and reach each other
     return Crew(threads, prepare, PrefixStore("crew", shared), rank, size)

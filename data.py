@@ -39,11 +39,11 @@ import representations
 import store
 from crew import Crew, Task
 from labels import Finding
-from lora_files import Layer, Layout, LoraFileError
+from lora_files import Layer, Layout, LoraFileError, NotFiniteError
 from representations import REPRESENTATIONS, matrix_features, pair_features
 
 CHUNK_NUMBERS = 2**22  # weights worked on at once on the pass, 16 MiB
-SHARD_NUMBERS = 2**24  # weights of the files whose features, and packed weights, are held and then written: 64 MiB
+SHARD_NUMBERS = 2**24  # features and packed weights of files, held and then written together: 64 MiB
 PASS_THREADS = 8  # threads on the pass at most, each with a shard in memory
 PREFERRED_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -581,6 +581,7 @@ def extract(
     device: torch.device,
     crew: Crew | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    keep_findings: bool = False,
 ) -> Extracted:
     """Compute, or find in the cache, the named arrays of a collection.
 
@@ -594,12 +595,16 @@ def extract(
         device: Where features are computed.
         crew: Who computes; None: one thread.
         progress: Told the stage, how many shards are finished, and of how many.
+        keep_findings: Whether to remember which weights are not finite, for a caller that goes on without them; else
+            nothing is left of a collection that is refused.
 
     Raises:
-        CollectionError: Weights are NaN or infinite, or files have changed since they were indexed. Nothing is left.
+        CollectionError: Weights are NaN or infinite, or files have changed since they were indexed.
     """
     crew, names = crew or Crew(), list(names)
     passed = _Pass(collection, cache, device)
+    if bad := crew.agree(lambda: passed.read_known().get("findings", [])):
+        raise _bad_weights(collection, bad)
     if found := crew.agree(lambda: [] if passed.missing(names) else [passed.known_fingerprint()]):
         return passed.extracted(*found)
     with ExitStack() as held:
@@ -613,13 +618,19 @@ def extract(
         for done, _ in enumerate(crew.do(tasks, threads), 1):
             progress("features", done, len(tasks))
         crew.wait()  # until nobody looks for shards where rank 0 will now take them away
-        outcome = crew.agree(partial(passed.end, names, missing))
+        outcome = crew.agree(partial(passed.end, names, missing, keep_findings))
     if "findings" in outcome:
-        bad = [(path, reason) for path, reason in outcome["findings"]]
-        raise CollectionError([Finding((path,), reason).told(collection.root) for path, reason in bad], bad)
+        raise _bad_weights(collection, outcome["findings"])
     if outcome["missing"]:  # the contents are others than when the rest was computed, though nothing told so
-        return extract(collection, names, cache, device, crew, progress)
+        return extract(collection, names, cache, device, crew, progress, keep_findings)
     return passed.extracted(outcome["fingerprint"])
+
+
+def _bad_weights(collection: Collection, findings: list) -> CollectionError:
+    """What a pass has found: path, reason, and whether the file itself is at fault and not its reading."""
+    told = [Finding((path,), reason).told(collection.root) for path, reason, _ in findings]
+    without = [(path, reason) for path, reason, _ in findings] if all(at_fault for *_, at_fault in findings) else []
+    return CollectionError(told, without)
 
 
 def _tell_of_waiting(holder: str) -> None:
@@ -636,12 +647,12 @@ class _Pass:
 
     def __init__(self, collection: Collection, cache: Path, device: torch.device):
         self.collection, self.cache, self.device = collection, cache, device
-        self.identity = _identity(collection)
+        self.identity = identity(collection)
         self.folder = cache / "passes" / store.digest(str(collection.root.resolve()))
         code = store.code_digest(representations, lora_files, store, sys.modules[__name__])
         self.suffix = f"{store.digest([code, torch.__version__])[:8]}-{device.type}"
-        count, width = len(collection.files), max(file.layout.width for file in collection.files)
-        per_shard = min(count, max(1, SHARD_NUMBERS // width))
+        count = len(collection.files)
+        per_shard = min(count, max(1, SHARD_NUMBERS // _numbers_of_a_lora(collection)))
         self.shards = [range(first, min(first + per_shard, count)) for first in range(0, count, per_shard)]
 
     def extracted(self, fingerprint: str) -> Extracted:
@@ -653,9 +664,13 @@ class _Pass:
         """The file that tells the fingerprint of unchanged files."""
         return self.cache / "collections" / f"{self.identity}-{self.suffix}.json"
 
+    def read_known(self) -> dict:
+        """``fingerprint`` or ``findings`` of these very files, if they have been read before; else empty."""
+        return _read_object(self.known)
+
     def known_fingerprint(self) -> str | None:
         """The fingerprint, if these very files have been read before."""
-        return json.loads(self.known.read_text())["fingerprint"] if self.known.exists() else None
+        return self.read_known().get("fingerprint")
 
     # -- rank 0, before and after -------------------------------------------------------------------------------------
 
@@ -671,12 +686,14 @@ class _Pass:
             self._clear_unless_mine()
         return names
 
-    def end(self, names: list[str], computed: list[str]) -> dict:
+    def end(self, names: list[str], computed: list[str], keep_findings: bool) -> dict:
         """``fingerprint`` of the contents, arrays in their places; or ``findings``, nothing left of the pass."""
         if not computed:
             return {"fingerprint": self.known_fingerprint(), "missing": []}
-        documents = [json.loads(self._document(rows).read_text()) for rows in self.shards]
-        if findings := [pair for document in documents for pair in document["findings"]]:
+        documents = [_read_object(self._document(rows)) for rows in self.shards]
+        if findings := [finding for document in documents for finding in document["findings"]]:
+            if keep_findings and all(at_fault for *_, at_fault in findings):
+                store.write_atomically(self.known, store.canonical_json({"findings": findings}))
             self._remove()
             return {"findings": findings}
         contents = [line for document in documents for line in document["contents"]]
@@ -713,17 +730,15 @@ class _Pass:
 
     def finished(self, rows: range, names: list[str]) -> bool:
         """Whether a shard needs no work: its arrays are there, or what is wrong with its files."""
-        document = self._document(rows)
-        if not document.exists():
-            return False
+        document = _read_object(self._document(rows))
         there = all(store.shard_path(self._arrays(name), rows.start).exists() for name in names)
-        return there or bool(json.loads(document.read_text())["findings"])
+        return bool(document) and (there or bool(document["findings"]))
 
     def run(self, rows: range, names: list[str]) -> None:
         """Read each file of a shard once; write its arrays and then its document."""
         arrays = _allocate(self.collection, names, len(rows))
         contents: list[str] = []
-        findings: list[tuple[str, str]] = []
+        findings: list[tuple[str, str, bool]] = []
         per_chunk = max(1, CHUNK_NUMBERS // max(file.layout.width for file in self.collection.files))
         for start in range(rows.start, rows.stop, per_chunk):
             chunk = range(start, min(start + per_chunk, rows.stop))
@@ -732,7 +747,7 @@ class _Pass:
                 try:
                     flat, scale, digest = _read_file(self.collection.root, file)
                 except (LoraFileError, OSError) as error:
-                    findings.append((file.path, str(error)))
+                    findings.append((file.path, str(error), isinstance(error, NotFiniteError)))
                     continue
                 weights.append(flat)
                 scales.append(scale)
@@ -747,7 +762,23 @@ class _Pass:
         store.write_atomically(self._document(rows), store.canonical_json(document))
 
 
-def _identity(collection: Collection) -> str:
+def _numbers_of_a_lora(collection: Collection) -> int:
+    """Weights and all features of one: what a shard holds of it at most, whatever is asked for."""
+    items = {"matrix": len(collection.layers), "pair": len(collection.modules)}
+    features = sum(len(r.feature_names) * items[r.kind] for r in REPRESENTATIONS.values() if r.kind in items)
+    return features + max(file.layout.width for file in collection.files)
+
+
+def _read_object(path: Path) -> dict:
+    """A JSON object of the cache; empty where there is none, or it is damaged: it is then made again."""
+    try:
+        value = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def identity(collection: Collection) -> str:
     """Stands for the files as the file system tells them apart; a cache is trusted on this."""
     return store.digest(
         [str(collection.root.resolve())]

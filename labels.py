@@ -28,7 +28,7 @@ LABEL_COLUMNS = ("category_label", "label")  # of a table, the first there is, w
 METADATA = "metadata.json"
 METADATA_FIELD = "category_label"
 MAX_TABLE_BYTES = 2**27  # two million rows of 64 bytes
-MAX_JSON_BYTES = 2**24
+MAX_JSON_BYTES = 2**20
 MAX_SHOWN = 12  # columns in a message
 NOT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and halves of other ones
 
@@ -406,7 +406,11 @@ def _json_object(text: str) -> dict:
     return value
 
 
-_parsed_json = lru_cache(maxsize=64)(json.loads)
+def _parsed_json(text: str) -> object:
+    return _parsed_short(text) if len(text) < 2**14 else json.loads(text)
+
+
+_parsed_short = lru_cache(maxsize=64)(json.loads)  # files of a folder mostly have few texts between them
 
 
 def _open_text(path: Path | str, most: int) -> TextIO:

@@ -75,6 +75,10 @@ class LoraFileError(ValueError):
         super().__init__(line)
 
 
+class NotFiniteError(LoraFileError):
+    """Weights are NaN or infinite."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """One matrix of a LoRA: the down or the up factor of a module.
@@ -533,7 +537,7 @@ def check_finite(weights: np.ndarray, layout: Layout) -> None:
     if not np.isfinite(weights).all():
         named = zip(layout.layers, layout.columns, strict=True)
         bad = [layer.name for layer, columns in named if not np.isfinite(weights[columns]).all()]
-        raise LoraFileError(f"NaN or infinity in {len(bad)} tensors, first in {bad[0]}. train again or leave it out.")
+        raise NotFiniteError(f"NaN or infinity in {len(bad)} tensors, first in {bad[0]}. train again or leave it out.")
 
 
 def _numbers(data: bytes | np.ndarray, dtype: str, start: int, count: int) -> np.ndarray:

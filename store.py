@@ -9,6 +9,7 @@ import io
 import json
 import os
 import platform
+import re
 import secrets
 import time
 import zipfile
@@ -23,6 +24,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+TEMPORARY = re.compile(r"^\..*\.[0-9a-f]{8}$")  # what files are called while they are written
 STALE_SECONDS = 3600  # a temporary file as old as this is no longer being written
 
 
@@ -99,14 +101,17 @@ def replace_all(folder: Path, contents: dict[str, bytes]) -> None:
     from one that had finished, and what it had begun is finished. Only one process at a time may do this in a folder.
     """
     *others, last = contents
-    for left in (path for name in contents for path in folder.glob(f".{name}.*")):
+    for left in [path for name in contents for path in folder.glob(f".{name}.*") if TEMPORARY.search(path.name)]:
         left.unlink()
     there = [name for name in (*others, last) if (folder / name).exists()]
     if last in there or any((folder / name).read_bytes() != contents[name] for name in there):
         numbers = [int(kept.name) for kept in (folder / "previous").glob("[0-9]*") if kept.name.isdecimal()]
         latest = max(numbers, default=0)
-        begun = latest and last in there and not (folder / "previous" / str(latest) / last).exists()
-        kept = folder / "previous" / str(latest if begun else latest + 1)
+        kept = folder / "previous" / str(latest)
+        # A folder with all that is lacking here, and nothing else, was begun by a process that was killed meanwhile.
+        lacking = {name for name in contents if name not in there}
+        begun = latest and last in there and {path.name for path in kept.iterdir()} == lacking
+        kept = kept if begun else kept.with_name(str(latest + 1))
         kept.mkdir(parents=True, exist_ok=True)
         for name in there:
             (folder / name).rename(kept / name)
@@ -227,7 +232,7 @@ def remove_stale(folder: Path) -> None:
     """Remove the temporary files that killed processes have left below a folder, long ago."""
     for path in folder.rglob(".*"):
         with suppress(FileNotFoundError):  # others may clear away too
-            if path.is_file() and time.time() - path.stat().st_mtime > STALE_SECONDS:
+            if TEMPORARY.search(path.name) and path.is_file() and time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink()
 
 
@@ -269,8 +274,7 @@ def locked(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[No
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                file.seek(0)
-                holder = file.read().decode(errors="replace").strip() or "another process"
+                holder = _holder(file)
                 if wait is None:
                     file.close()
                     raise LockedError(holder) from None
@@ -279,7 +283,7 @@ def locked(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[No
             except OSError as error:
                 if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                     raise
-                # A file system without locks: files are still written whole, only work may be done twice.
+                # A file system without locks: two at once may be in each other's way, but files are written whole.
             with suppress(FileNotFoundError):
                 if os.fstat(file.fileno()).st_ino == os.stat(path).st_ino:
                     break
@@ -293,6 +297,16 @@ def locked(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[No
         finally:
             path.unlink(missing_ok=True)
             file.close()
+
+
+def _holder(file: BinaryIO) -> str:
+    """Who holds a lock file, in words; it may be about to write them."""
+    for _ in range(20):
+        file.seek(0)
+        if holder := file.read().decode(errors="replace").strip():
+            return holder
+        time.sleep(0.05)
+    return "another process"
 
 
 class Units:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,6 +37,10 @@ RUNS_IN_STACK = {"cpu": 1, "cuda": 10}  # of one representation, so that more ru
 MEMORY_SHARE = 0.6  # of the device's memory that resident weights may take
 PCA_COMPONENTS = 100
 EACH_LAYER = "stats, layer by layer"  # what the classifiers of the ranking read
+
+
+# What running out of memory raises: torch on a GPU, numpy, torch on a CPU; the last one raises it for much else too.
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError, RuntimeError)
 
 
 class RankingError(RuntimeError):
@@ -76,6 +81,11 @@ class Settings:
                 "runs": RUNS_IN_STACK[self.device.type],
             },
         }
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory does not do."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def start_thread(device: torch.device) -> None:
@@ -189,15 +199,20 @@ class Experiment:
                 return self._within_memory(compute, stack, label)
             except FloatingPointError as error:
                 raise TaskFailedError(str(error)) from error
-            except torch.OutOfMemoryError as error:
+            except OUT_OF_MEMORY as error:
+                if not out_of_memory(error):
+                    raise
                 told = str(error).rstrip(". ")
                 raise TaskFailedError(f"out of memory with one model at a time: {told}") from error
 
         return Task(self.units.path(key).exists, lambda: self.units.save(key, attempt()))
 
     def _within_memory(self, compute: Callable[[list], dict], stack: list, label: str) -> dict[str, np.ndarray]:
-        """Arrays of a stack, trained in smaller ones if need be; ``stack`` int64[M] of them tells in how large ones."""
-        at_once, start = min(self.smaller_stacks.get(label, len(stack)), len(stack)), 0
+        """Arrays of a stack, trained in smaller ones if need be; ``stack`` int64[M] of them tells in how large ones.
+
+        Each stack begins whole, whatever happened to others: so it does not matter who trains which.
+        """
+        at_once, start = len(stack), 0
         parts: list[dict[str, np.ndarray]] = []
         while start < len(stack):
             part = stack[start : start + at_once]
@@ -205,11 +220,11 @@ class Experiment:
                 parts.append(compute(part) | {"stack": np.full(len(part), at_once)})
                 start += len(part)
                 continue
-            except torch.OutOfMemoryError:
-                if len(part) == 1:
+            except OUT_OF_MEMORY as error:
+                if len(part) == 1 or not out_of_memory(error):
                     raise
             torch.cuda.empty_cache()  # here, and not while the exception still holds what was allocated
-            at_once = self.smaller_stacks[label] = len(part) // 2
+            at_once = len(part) // 2
             told = f"  {label}: {len(part)} models do not fit the memory of {self.device}: trying {at_once} at once"
             print(told, flush=True)
         return {name: np.concatenate([arrays[name] for arrays in parts]) for name in parts[0]}
@@ -479,10 +494,17 @@ class Experiment:
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of memory that a device has, used or not."""
+    """Bytes of memory that a device has for this process, used or not."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    group = Path("/proc/self/cgroup")  # Linux, version 2: what a job or a container may take
+    if group.exists():
+        inside = Path("/sys/fs/cgroup", group.read_text().splitlines()[-1].split(":", 2)[2].lstrip("/"))
+        for folder in (inside, *inside.parents):
+            bound = folder / "memory.max"
+            limits += [int(bound.read_text())] if bound.exists() and bound.read_text().strip().isdigit() else []
+    return min(limits) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def mean(values: np.ndarray) -> float:

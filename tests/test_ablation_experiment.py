@@ -164,7 +164,7 @@ def test_layers_that_do_not_match_play_no_part(planted, everything, tmp_path):
             assert (baseline[name]["num_features"], ablation[name]["num_features"]) == (4 * count, 3 * count)
     assert (baseline["flat_vec"]["num_features"], ablation["flat_vec"]["num_features"]) == (4 * 16, 3 * 16)
     assert (baseline["pca"]["num_features"], ablation["vae"]["num_features"]) == (4 * 16, 3 * 2)
-    assert baseline["stats"]["test_accuracy"]["mean"] > 0.9 > 0.6 > ablation["stats"]["test_accuracy"]["mean"]
+    assert baseline["stats"]["test_accuracy"]["mean"] > 0.7 > 0.6 > ablation["stats"]["test_accuracy"]["mean"]
     text = (tmp_path / "out" / "ablation_planted" / "results.txt").read_text()
     assert (
         "4 of them match attentions.1,attentions_2" in text and "with all 4 layers" in text and "1 of 2 pairs" in text
@@ -541,6 +541,37 @@ def test_flags_are_refused_in_one_line(tmp_path, capsys, flags, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_gpu_has_a_number_and_each_process_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("auto", "cuda", "cuda:0"):
+        assert ablation_experiment.resolve_device(name) == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name in ("auto", "cuda"):
+        assert ablation_experiment.resolve_device(name) == torch.device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ablation_experiment.UsageError, match=r"there are 2 GPUs here.* or start fewer processes"):
+        ablation_experiment.resolve_device("auto")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("512 MiB for an array"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_cpu_that_is_out_of_memory_tries_smaller_stacks_and_tells(tmp_path, monkeypatch, capsys, error):
+    def too_much(*_, **__):
+        raise error
+
+    root = write_collection(tmp_path / "small", classes=2, per_class=10)
+    flags = ("--top-k=1", "--quick", "--representations=stats,vae")
+    monkeypatch.setattr(autoencoders, "fit_transform", too_much)
+    left = run(tmp_path, root, *flags, expected=3)
+    assert str(error) in left["representations_not_run"][0]["reason"]
+    assert "4 models do not fit the memory of cpu: trying 2 at once" in capsys.readouterr().out
+    monkeypatch.setattr(ablation_experiment.data, "extract", too_much)
+    run(tmp_path, root, *flags, "--seed=1", expected=2)
+    assert capsys.readouterr().err.startswith(f"error: out of memory: {error}. try another --device")
+
+
 def test_flags_are_checked_before_the_collection_is_touched(tmp_path, capsys):
     assert main(["--dataset", str(tmp_path / "nowhere"), "--num-runs=-1"]) == 2
     assert "--num-runs" in capsys.readouterr().err
@@ -565,7 +596,7 @@ def test_a_refused_collection_leaves_the_output_folder_as_it_was(tmp_path, capsy
     assert sorted(p.name for p in out.rglob("*")) == [".cache", "mine.txt"]
 
 
-def test_skip_bad_leaves_out_files_in_which_the_pass_finds_nan(tmp_path, capsys):
+def test_skip_bad_leaves_out_files_in_which_the_pass_finds_nan(tmp_path, capsys, monkeypatch):
     root = write_collection(tmp_path / "bad", classes=2, per_class=6)
     path = root / "class_1" / "0002" / FILE_NAME
     tensors = load_file(path)
@@ -586,6 +617,15 @@ def test_skip_bad_leaves_out_files_in_which_the_pass_finds_nan(tmp_path, capsys)
     assert "skipped   1 more, found on reading their weights" in capsys.readouterr().out
     assert run(tmp_path, root, *flags) == results
     assert "Nothing to do" in capsys.readouterr().out
+    # Without the flag the same collection is refused, and a disk that fails is no fault of the file.
+    run(tmp_path, root, "--top-k=1", *QUICK, expected=2)
+
+    def fail(*_):
+        raise OSError("Input/output error")
+
+    monkeypatch.setattr(ablation_experiment.data, "_read_file", fail)
+    run(tmp_path, root, *flags, out="other", expected=2)
+    assert "Input/output error" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 # -- named and built-in collections -----------------------------------------------------------------------

@@ -4,7 +4,8 @@ import time
 import pytest
 from torch.distributed import HashStore
 
-from crew import Crew, Task, TaskFailedError
+import crew
+from crew import Crew, FaultElsewhereError, Task, TaskFailedError
 
 
 def task(folder, name, work=lambda: None):
@@ -96,3 +97,66 @@ def test_processes_share_the_tasks_and_tell_of_failures(tmp_path):
     assert told[0] == told[1] == [expected, expected, {"from": 0}, ["again", 0]]
     assert sorted(done[0] + done[1]) == sorted([*range(20), 5])
     assert done[0] and done[1]
+
+
+def test_what_rank_0_cannot_decide_is_raised_there_and_ends_the_others():
+    shared, raised = HashStore(), {}
+
+    def process(rank):
+        try:
+            Crew(1, shared=shared, rank=rank, size=2).agree(lambda: 1 / 0)
+        except Exception as error:
+            raised[rank] = type(error)
+
+    in_threads(process)
+    assert raised == {0: ZeroDivisionError, 1: FaultElsewhereError}
+
+
+def test_nobody_leaves_a_meeting_before_all_are_there():
+    shared, events = HashStore(), []
+
+    def process(rank):
+        crew = Crew(1, shared=shared, rank=rank, size=2)
+        time.sleep(0.3 * rank)
+        events.append("come")
+        crew.wait()
+        events.append("gone")
+        crew.leave()
+
+    in_threads(process)
+    assert events == ["come", "come", "gone", "gone"]
+
+
+def test_a_process_without_signs_of_life_is_lost(monkeypatch, tmp_path):
+    monkeypatch.setattr(crew, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(crew, "SILENT_SECONDS", 0.5)
+    alone = Crew(1, shared=HashStore(), rank=0, size=2)
+    with pytest.raises(OSError, match="process 1 of the job is lost"):
+        alone.wait()
+    with pytest.raises(OSError, match="process 1 of the job is lost"):
+        list(alone.do([Task(lambda: False, lambda: time.sleep(2))]))
+
+
+def test_processes_that_see_other_folders_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(crew, "FILE_SYSTEM_SECONDS", 0.3)
+    shared, raised = HashStore(), {}
+
+    def process(rank):
+        (tmp_path / str(rank)).mkdir()
+        try:
+            Crew(1, shared=shared, rank=rank, size=2).check_shared(tmp_path / str(rank))
+        except OSError as error:
+            raised[rank] = str(error)
+            shared.add("meeting 2", 1)  # lets the other one go, which would find this one lost
+
+    in_threads(process)
+    assert list(raised) == [1] and "is not one folder for all processes" in raised[1]
+    assert not list((tmp_path / "0").iterdir())
+
+
+def in_threads(process):
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)

@@ -687,6 +687,7 @@ def test_several_shards_give_the_arrays_of_one(tmp_path, monkeypatch, shard, chu
 @pytest.fixture
 def small_shards(monkeypatch):
     """Shards of four LoRAs, worked on two at a time."""
+    monkeypatch.setattr(data, "_numbers_of_a_lora", lambda _: 64)
     monkeypatch.setattr(data, "SHARD_NUMBERS", 4 * 64)
     monkeypatch.setattr(data, "CHUNK_NUMBERS", 2 * 64)
 

@@ -182,6 +182,17 @@ def test_previous_results_are_numbered_and_never_lost(tmp_path):
     (tmp_path / "results.json").unlink()  # what is left might be of anything
     store.replace_all(tmp_path, results(4))
     assert contents(tmp_path / "previous" / "3") == {"results.txt": b"text 3"}
+    store.replace_all(tmp_path, results(5))  # and is not written over by what comes later
+    assert contents(tmp_path / "previous" / "3") == {"results.txt": b"text 3"}
+    assert contents(tmp_path / "previous" / "4") == results(4)
+
+
+def test_only_temporary_files_of_the_program_are_cleared_away(tmp_path):
+    names = [".results.json.swp", ".results.json.0123456789", ".results.json.0123abcd"]
+    for name in names:
+        (tmp_path / name).write_text("x")
+    store.replace_all(tmp_path, results(1))
+    assert contents(tmp_path).keys() == {*results(1), *names[:2]}
 
 
 def test_numbering_goes_on_after_the_largest(tmp_path):
@@ -269,7 +280,7 @@ def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch)
 
 
 def test_only_old_temporary_files_are_cleared_away(tmp_path):
-    old, new, kept = tmp_path / "a" / ".unit.npz.1234", tmp_path / ".unit.npz.5678", tmp_path / "a" / "unit.npz"
+    old, new, kept = tmp_path / "a" / ".unit.npz.12345678", tmp_path / ".unit.npz.abcdef01", tmp_path / "a" / "unit.npz"
     old.parent.mkdir()
     for path in (old, new, kept):
         path.write_text("x")
