@@ -673,6 +673,7 @@ def test_the_chunk_size_changes_nothing(tmp_path, monkeypatch):
 def test_several_shards_give_the_arrays_of_one(tmp_path, monkeypatch, shard, chunk):
     planted_collection(tmp_path / "zoo", per_class=4)  # 12 files of 128 numbers
     names = [*MATRIX, *PAIR, data.WEIGHTS]
+    monkeypatch.setattr(data, "_numbers_of_a_lora", lambda _: 128)
     whole = extracted(tmp_path / "zoo", tmp_path / "whole", names)
     assert [path.name for path in whole.path("stats").iterdir()] == ["00000000.npy"]
     monkeypatch.setattr(data, "SHARD_NUMBERS", shard)
