@@ -246,17 +246,23 @@ def assemble(threads: int, prepare: Callable[[], None], device: torch.device) ->
         threads: Of this process.
         prepare: Called first in each thread.
         device: That this process trains on.
+
+    Raises:
+        OSError: The processes do not reach each other.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Crew(threads, prepare)
-    shared, rank, size = next(rendezvous("env://"))
-    on_gpu = device.type == "cuda"
-    torch.distributed.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        store=PrefixStore("group", shared),
-        rank=rank,
-        world_size=size,
-        device_id=device if on_gpu else None,
-    )
-    torch.distributed.barrier()  # all are there, and reach each other
+    try:
+        shared, rank, size = next(rendezvous("env://"))
+        on_gpu = device.type == "cuda"
+        torch.distributed.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=PrefixStore("group", shared),
+            rank=rank,
+            world_size=size,
+            device_id=device if on_gpu else None,
+        )
+        torch.distributed.barrier()  # all are there, and reach each other
+    except RuntimeError as error:
+        raise OSError(f"the processes of the job do not reach each other ({error})") from error
     return Crew(threads, prepare, PrefixStore("crew", shared), rank, size)

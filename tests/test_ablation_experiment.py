@@ -42,13 +42,6 @@ def narrow_networks():
     patch.undo()
 
 
-@pytest.fixture(autouse=True)
-def small_numbers():
-    """Other tests look at the smallest of numbers."""
-    yield
-    torch.set_flush_denormal(False)
-
-
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     """180 LoRAs of 3 classes and 8 layers, three of which carry the class; and their names."""
@@ -570,6 +563,12 @@ def test_a_cpu_that_is_out_of_memory_tries_smaller_stacks_and_tells(tmp_path, mo
     monkeypatch.setattr(ablation_experiment.data, "extract", too_much)
     run(tmp_path, root, *flags, "--seed=1", expected=2)
     assert capsys.readouterr().err.startswith(f"error: out of memory: {error}. try another --device")
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    whole = trainings.memory_of(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert trainings.memory_of(torch.device("cpu")) == whole // 4 > 0
 
 
 def test_flags_are_checked_before_the_collection_is_touched(tmp_path, capsys):

@@ -173,7 +173,6 @@ def narrow_networks():
     patch.setattr(trainings, "HIDDEN", (32, 32, 32))
     yield
     patch.undo()
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,6 @@ from ablation_experiment import main
 from data import CollectionError, check_classes, index_collection, select_layers, split_collection, split_rows
 
 
-@pytest.fixture(autouse=True)
-def small_numbers():
-    """Other tests look at the smallest of numbers."""
-    yield
-    torch.set_flush_denormal(False)
-
-
 def findings(root, **flags) -> list[str]:
     with pytest.raises(CollectionError) as error:
         check_classes(index_collection(root, **flags))

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from making import module_names
 from safetensors.numpy import load_file
 
@@ -24,13 +23,6 @@ import store
 ROOT = Path(__file__).parent.parent
 RANK, WIDTH = 2, 4
 LAYERS = [f"{module}.lora.{role}.weight" for module in module_names(2) for role in ("down", "up")]
-
-
-@pytest.fixture(autouse=True)
-def small_numbers():
-    """An experiment counts numbers below 1e-38 as 0; other tests of this process must not."""
-    yield
-    torch.set_flush_denormal(False)
 
 
 def weights(rows: int, rank: int = RANK, seed: int = 0) -> dict[str, np.ndarray]:

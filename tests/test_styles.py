@@ -35,7 +35,6 @@ def narrow_networks():
     patch.setattr(trainings, "HIDDEN", (128, 128, 128))
     yield
     patch.undo()
-    torch.set_flush_denormal(False)
 
 
 def factors(seed: int) -> dict[tuple[str, str], torch.Tensor]:
