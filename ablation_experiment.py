@@ -306,9 +306,10 @@ def run(args: argparse.Namespace) -> int:
 
 def carry_out(args: argparse.Namespace, settings: Settings, crew: Crew) -> int:
     """What each process of the job does: see `run`."""
-    progress, cache, watch = Progress(crew.rank == 0), args.cache_dir or args.output_dir / ".cache", Stopwatch()
+    progress, cache = Progress(crew.rank == 0), args.cache_dir or args.output_dir / ".cache"
     say(report.settings_lines(settings.config(), environment(settings.device), args.output_dir))
     name, folder = crew.agree(lambda: [str(part) for part in locate(args, progress)])
+    watch = Stopwatch()
     with watch.phase("index"):
         collection = index(args, name, Path(folder), progress)
     plan = make_plan(settings, collection)

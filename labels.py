@@ -143,7 +143,7 @@ def _label_by_table(
     if FILE_NAME not in columns:
         raise LabelError(f"{table}: no column {FILE_NAME}, but {_listed(columns)}. name each weight file in one.")
     columns.remove(FILE_NAME)
-    found.column = column or _default_column(table, [name for name in columns if name != group_column])
+    found.column = column or _default_column(table, columns, group_column)
     if found.column not in columns:
         there = f"the columns there are: {counted(column_values(root, paths, table))}"
         raise LabelError(f"{table}: no label: no column {found.column}; {there}. choose one with --label-column.")
@@ -160,13 +160,14 @@ def _label_by_table(
     return columns
 
 
-def _default_column(table: Path, columns: list[str]) -> str:
+def _default_column(table: Path, columns: list[str], group_column: str | None) -> str:
     """The column of the label where none is named."""
     for name in LABEL_COLUMNS:
         if name in columns:
             return name
-    if len(columns) == 1:
-        return columns[0]
+    others = [name for name in columns if name != group_column]
+    if len(others) == 1:
+        return others[0]
     tried, there = " or ".join(LABEL_COLUMNS), counted(column_values(table.parent, [], table))
     raise LabelError(
         f"{table}: no label: no column {tried}; the columns there are: {there}. choose one with --label-column."

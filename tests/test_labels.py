@@ -723,3 +723,15 @@ def test_results_tell_labels_groups_and_what_was_left_out(tmp_path, monkeypatch,
         (root / f"{i:02}" / "metadata.json").write_text(json.dumps({"kind": i % 2, "owner": f"o{i % 12 // 2}"}))
     assert main(flags) == 0
     assert "Nothing to do" not in capsys.readouterr().out
+
+
+def test_a_group_column_never_makes_another_column_the_label(tmp_path, capsys):
+    """``label`` is the label also where it is asked for as the group, which is refused as such."""
+    root = tmp_path / "zoo"
+    write_collection(root, classes=2, per_class=6)
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.safetensors"))
+    rows = [f"{name},{name[6]},{'AB'[i % 2]}" for i, name in enumerate(names)]
+    (root / "metadata.csv").write_text("\n".join(["file_name,label,artist", *rows]))
+    arguments = ["--dataset", str(root), "--output-dir", str(tmp_path / "out"), "--group-column=label"]
+    assert main(arguments) == 2
+    assert "label gives a class with fewer than three groups (0: 1, 1: 1)" in capsys.readouterr().err
