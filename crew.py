@@ -124,6 +124,8 @@ class Crew:
             stop.set()
             for worker in workers:
                 worker.join()
+        if faults:  # of a thread that met it when all tasks were finished
+            raise faults[0]
 
     def agree(self, decide: Callable[[], object]) -> object:
         """What ``decide()`` gives on rank 0, a JSON value, told to every process.

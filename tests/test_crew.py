@@ -60,6 +60,27 @@ def test_any_other_fault_ends_the_job_and_is_raised(tmp_path, fault):
     assert begun == []
 
 
+def test_a_fault_after_the_last_task_is_raised_too(tmp_path):
+    first_is_done = threading.Event()
+
+    def prepare():
+        if threading.current_thread() is not threads[0]:
+            first_is_done.wait(10)
+            raise OSError("no device")
+        time.sleep(0.1)  # until the other one waits
+
+    threads = []
+
+    def outcomes():
+        for reason in Crew(2, lambda: (threads.append(threading.current_thread()), prepare())).do(tasks):
+            yield reason
+            first_is_done.set()
+
+    tasks = [task(tmp_path, "a"), Task((tmp_path / "a").exists, lambda: None)]
+    with pytest.raises(OSError, match="no device"):
+        list(outcomes())
+
+
 def test_who_no_longer_listens_stops_the_threads(tmp_path):
     begun = []
     tasks = [task(tmp_path, str(i), lambda i=i: (time.sleep(0.01), begun.append(i))) for i in range(100)]
