@@ -1,12 +1,17 @@
 """LoRA files and collections for tests."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+import trainings
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 
@@ -93,3 +98,11 @@ def planted_collection(
         path = root / f"class_{label}" / f"{i:04}" / FILE_NAME
         write_lora(path, tensors, {"category_label": f"class_{label}"})
     return [names[depth] for depth in informative]
+
+
+@contextmanager
+def narrow_classifiers(width: int) -> Iterator[None]:
+    """Hidden layers of another width: the same program, in a fraction of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainings, "HIDDEN", (width, width, width))
+        yield

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from making import FILE_NAME, lora, module_names, write_collection, write_lora
+from making import FILE_NAME, lora, module_names, narrow_classifiers, write_collection, write_lora
 from safetensors.torch import save
 
 import ablation_experiment
-import trainings
 from ablation_experiment import main
 
 ROOT = Path(ablation_experiment.__file__).parent
@@ -168,11 +167,8 @@ FILES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def narrow_networks():
-    """Hidden layers a sixteenth as wide: earlier results in a fraction of the time."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(trainings, "HIDDEN", (32, 32, 32))
-    yield
-    patch.undo()
+    with narrow_classifiers(32):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from making import FILE_NAME, STYLES, planted_collection, write_lora
+from making import FILE_NAME, STYLES, narrow_classifiers, planted_collection, write_lora
 from safetensors.torch import load_file
 
 import data
-import trainings
 from ablation_experiment import main
 from data import index_collection
 from representations import REPRESENTATIONS
@@ -30,11 +29,8 @@ RANK = 2
 
 @pytest.fixture(scope="module", autouse=True)
 def narrow_networks():
-    """Hidden layers a quarter as wide: the same program, in a fraction of the time."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(trainings, "HIDDEN", (128, 128, 128))
-    yield
-    patch.undo()
+    with narrow_classifiers(128):
+        yield
 
 
 def factors(seed: int) -> dict[tuple[str, str], torch.Tensor]:
