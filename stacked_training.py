@@ -193,18 +193,17 @@ class Adam:
     def step(self, params: dict[str, Tensor], gradients: Sequence[Tensor], rates: Tensor) -> None:
         """One update in place; ``rates`` float64[M] must be sorted so that equal rates are neighbours."""
         values, counts = torch.unique_consecutive(rates, return_counts=True)
+        tensors = [list(of) for of in (params.values(), gradients, self.mean.values(), self.square.values())]
         end = 0
         for rate, count in zip(values.tolist(), counts.tolist(), strict=True):
-            part = slice(end, end := end + count)
-            done = torch.full((len(params),), float(self.steps), device=gradients[0].device)
+            start, end = end, end + count
+            done = torch.full((), float(self.steps), device=gradients[0].device)
+            parts = tensors if count == len(rates) else [[t[start:end] for t in of] for of in tensors]
             with torch.no_grad():
                 adam(
-                    [p[part] for p in params.values()],
-                    [g[part] for g in gradients],
-                    [m[part] for m in self.mean.values()],
-                    [v[part] for v in self.square.values()],
+                    *parts,
                     [],  # no running maxima: not AMSGrad
-                    list(done.unbind()),
+                    [done.clone() for _ in params],
                     fused=True,
                     amsgrad=False,
                     beta1=0.9,
@@ -507,9 +506,8 @@ class ClassifierStack:
             torch.sum(error, 1, keepdim=True, out=gradients[f"bias{i}"])
             if i > 0:
                 error = torch.bmm(weights[i], error.mT, out=errors[i - 1]).mT  # faster than the transposed product
-                error.mul_(inputs[i].sign_())  # the activation has served: its sign is what ReLU and dropout let pass
-                if masks is not None:
-                    error.mul_(masks[i - 1])
+                passed = inputs[i].sign_()  # the activation has served: its sign is what ReLU and dropout let pass
+                error.mul_(passed if masks is None else passed.mul_(masks[i - 1]))
         return list(gradients.values())
 
     def _layers_of(self, rows: int) -> tuple[list[Tensor], list[Tensor]]:
