@@ -4,8 +4,8 @@
 
 Three phases over a collection of LoRAs whose concept is known: every layer alone (which predict?), every
 representation without the top-k layers (does prediction survive?), every representation with all layers (which is
-best?). Writes top_layers.json, results.json, results.txt, samples.csv and predictions.npz to
-<output-dir>/ablation_<dataset>/. Everything meets here; nothing imports this module but tests.
+best?), and controls that tell what the answers mean. Writes top_layers.json, results.json, results.txt, samples.csv,
+predictions.npz and figures/ to <output-dir>/ablation_<dataset>/. Everything meets here; nothing imports this module but tests.
 
 Shape letters: N LoRAs, L layers, P modules (pairs of layers), F features, S input sources.
 """
@@ -32,11 +32,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import analysis
 import autoencoders
+import comparisons
+import controls
 import data
 import digits_zoo
+import evidence
+import kernels
 import labels
 import lora_files
+import page
+import pictures
 import report
 import representations
 import stacked_training
@@ -45,12 +52,13 @@ from crew import Crew, FaultElsewhereError, assemble
 from data import WEIGHTS, Collection, CollectionError
 from representations import REPRESENTATIONS
 from stacked_training import Schedule, scored
-from trainings import OUT_OF_MEMORY, STACK_PARAMETERS, Experiment, RankingError, Settings, out_of_memory, start_thread
+from trainings import OUT_OF_MEMORY, STACK_PARAMETERS, Experiment, Settings, TrainingError, out_of_memory, start_thread
 
 BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000}
 NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small")
 THREADS = torch.get_num_threads()  # tasks at once on a CPU, one thread each
 RESULT_FILES = ("top_layers.json", "results.txt", "samples.csv", "predictions.npz", "results.json")
+PAGE = "figures/report.html"  # and the pictures beside it; not without an analysis
 LOG_SECONDS = 60  # between lines of progress in a log file
 SCHEMA_VERSION = 1
 
@@ -102,7 +110,7 @@ class Progress:
 class Stopwatch:
     """Seconds by phase."""
 
-    PHASES = ("index", "features", "ranking", "autoencoders", "ablation", "baseline")
+    PHASES = ("index", "features", "ranking", "autoencoders", "ablation", "baseline", "analysis")
 
     def __init__(self):
         self.seconds = dict.fromkeys(self.PHASES, 0.0)
@@ -163,6 +171,20 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--representations", default="all", help=f"all, or a comma list of {', '.join(REPRESENTATIONS)} (all)")
     add("--seed", type=int, default=42, help="of the split and of all training (42)")
     add(
+        "--controls",
+        choices=comparisons.LEVELS,
+        help="what to compare with. basic: all that needs no training, and for stats in 3 runs 20 random removals, the "
+        "bottom k, the top k alone, curves of 11 points; all: also ensemble and update_sketch, every run, 33 points, "
+        "what each layer adds to the top k (basic; none with --quick)",
+    )
+    add(
+        "--null-shuffles",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also train the ranking N times on shuffled labels, one run each, as a check of the whole (0)",
+    )
+    add(
         "--quick",
         action="store_true",
         help="for trying things out: 3 runs, patience 5, at most 30 classifier and 8 autoencoder epochs",
@@ -184,6 +206,8 @@ def resolve(args: argparse.Namespace) -> Settings:
         raise UsageError(f"--top-k {args.top_k}: at least one layer is to be removed. give 1 or more.")
     if args.num_runs is not None and args.num_runs < 1:
         raise UsageError(f"--num-runs {args.num_runs}: at least one run is needed. give 1 or more.")
+    if args.null_shuffles < 0:
+        raise UsageError(f"--null-shuffles {args.null_shuffles}: give 0 or more.")
     if not args.dataset:
         raise UsageError("--dataset: empty. give a folder of LoRAs, or leave it out.")
     if args.labels is not None and (fault := labels.table_fault(args.labels)):
@@ -210,6 +234,8 @@ def resolve(args: argparse.Namespace) -> Settings:
         device=resolve_device(args.device),
         representations=tuple(name for name in REPRESENTATIONS if name in names),
         layers=args.layers,
+        controls=args.controls or ("none" if quick else "basic"),
+        null_shuffles=args.null_shuffles,
         classifier=Schedule(max_epochs=30 if quick else 1000, patience=5 if quick else 20, lr_patience=10),
         autoencoder=Schedule(max_epochs=8 if quick else 100, patience=5 if quick else 15),
     )
@@ -337,11 +363,13 @@ def carry_out(args: argparse.Namespace, settings: Settings, crew: Crew) -> int:
             return 3 if there["representations_not_run"] else 0
         store.remove_stale(extracted.folder)
         experiment = Experiment(settings, collection, plan.selected, plan.rows, extracted, crew, progress)
-        results = plan.header | run_phases(experiment, plan.chosen, plan.not_run, watch) | {"timing": watch.timing()}
+        results = plan.header | run_phases(experiment, plan.chosen, plan.not_run, watch)
+        results |= {"analysis": analyse(experiment, results, watch), "timing": watch.timing()}
         results["config"]["stack"]["smaller"] = experiment.smaller_stacks
+        written = RESULT_FILES + (PAGE,) * (results["analysis"] is not None)
         if crew.rank == 0:
             write_results(target, experiment, results)
-    say(f"\nWritten to {target}: {', '.join(RESULT_FILES)} ({results['timing']['total']:.0f} s)")
+    say(f"\nWritten to {target}: {', '.join(written)} ({results['timing']['total']:.0f} s)")
     return 3 if plan.not_run else 0
 
 
@@ -403,7 +431,8 @@ def make_plan(settings: Settings, collection: Collection) -> Plan:
     flat = [n for n in settings.representations if REPRESENTATIONS[n].kind in ("weights", "autoencoder")]
     not_run = {n: collection.mixed_ranks for n in flat if collection.mixed_ranks}
     chosen = [n for n in settings.representations if n not in not_run]
-    needed = {"stats"} | {n for n in chosen if n not in flat} | ({WEIGHTS} if set(chosen) & set(flat) else set())
+    weights = [n for n in chosen if n in flat or REPRESENTATIONS[n].kind == "kernel"]
+    needed = {"stats", comparisons.UPDATES} | set(chosen) - set(weights) | ({WEIGHTS} if weights else set())
     header = describe(settings, collection, rows, selected)
     say(report.collection_lines(header, len(chosen)))
     for left_out, reason in not_run.items():
@@ -428,7 +457,8 @@ def only_process(target: Path) -> Iterator[None]:
 
 def environment(device: torch.device) -> dict:
     """The machine and the program, as results.json tells them."""
-    modules = (stacked_training, representations, autoencoders, lora_files, labels, data, store, report)
+    modules = (stacked_training, representations, autoencoders, kernels, lora_files, labels, data, store)
+    modules += (evidence, controls, analysis, comparisons, report, pictures, page)
     modules += (sys.modules[Crew.__module__], sys.modules[Experiment.__module__], sys.modules[__name__])
     return {
         "python": platform.python_version(),
@@ -486,7 +516,8 @@ def run_phases(experiment: Experiment, chosen: list[str], not_run: dict[str, str
     top = [record["layer"] for record in ranking[: settings.top_k]]
     removed = [depth for depth, layer in enumerate(layers) if layer.name in top]
     for name in chosen:
-        if REPRESENTATIONS[name].kind == "pair" and not experiment.pairs_left(removed).any():
+        kept = experiment.without(removed)
+        if REPRESENTATIONS[name].kind == "pair" and not experiment.whole_pairs(kept).any():
             whose = f"the top {settings.top_k} layers leave" if len(experiment.pairs) else "--layers leaves"
             not_run[name] = f"{whose} no pair whole"
             say(report.not_run_line(name, not_run[name]))
@@ -519,6 +550,19 @@ def run_phases(experiment: Experiment, chosen: list[str], not_run: dict[str, str
     }
 
 
+def analyse(experiment: Experiment, results: dict, watch: Stopwatch) -> dict | None:
+    """What the numbers of the phases mean, beside controls; the answers are printed. None where none is asked for."""
+    settings = experiment.settings
+    if settings.controls == "none" and not settings.null_shuffles:
+        return None
+    say("\nControls, and what the numbers mean")
+    names = [name for name in results["baseline_results"] if name in results["ablation_results"]]
+    with watch.phase("analysis"):
+        found = comparisons.analysed(experiment, names, settings.controls, settings.null_shuffles, say)
+    say("\n".join(report.answer_lines(results | {"analysis": found})))
+    return found
+
+
 def finished_results(target: Path, header: dict) -> dict | None:
     """The results in a folder, if they are whole and of the same contents, settings and program."""
     try:
@@ -529,11 +573,22 @@ def finished_results(target: Path, header: dict) -> dict | None:
         same = same and datasets[0] == datasets[1] and there["environment"]["code"] == header["environment"]["code"]
     except (FileNotFoundError, ValueError, LookupError, TypeError):  # none, or not written by this program
         return None
-    return there if same and all((target / name).exists() for name in RESULT_FILES) else None
+    expected = RESULT_FILES + (PAGE,) * bool(same and there.get("analysis"))
+    return there if same and all((target / name).exists() for name in expected) else None
 
 
 def write_results(target: Path, experiment: Experiment, results: dict) -> None:
     """Write all result files, results.json last; what lies there of other settings is moved to previous/<n>/ first."""
+    drawn = pictures.draw(results)
+    figures = {f"figures/{name}": content for name, content in drawn.items()}
+    if results["analysis"] is not None:
+        figures[PAGE] = page.render_page(results, drawn)
+    earlier = {path.relative_to(target).as_posix() for path in (target / "figures").glob("[!.]*")}
+    store.replace_all(target, figures | result_files(experiment, results), sorted(earlier - figures.keys()))
+
+
+def result_files(experiment: Experiment, results: dict) -> dict[str, bytes]:
+    """The contents of all files but figures, in the order of ``RESULT_FILES``."""
     part_of = {row: part for part, rows in experiment.rows.items() for row in rows.tolist()}
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
@@ -550,7 +605,7 @@ def write_results(target: Path, experiment: Experiment, results: dict) -> None:
         store.packed_arrays(experiment.predictions),
         store.canonical_json(results, indent=2),
     )
-    store.replace_all(target, dict(zip(RESULT_FILES, contents, strict=True)))
+    return dict(zip(RESULT_FILES, contents, strict=True))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -566,8 +621,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(lines if rank == "0" else f"process {rank}: {lines.splitlines()[0]}", file=sys.stderr)
     except FaultElsewhereError:
         pass  # rank 0 tells
-    except RankingError as error:
-        print(f"error: the layers cannot be ranked: {error}. try another --seed or --device.", file=sys.stderr)
+    except TrainingError as error:
+        print(f"error: {error}. try another --seed or --device.", file=sys.stderr)
     except OSError as error:
         told = str(error).rstrip(".")
         print(f"error: {told}. the same command continues where this one stopped.", file=sys.stderr)

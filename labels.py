@@ -370,6 +370,28 @@ def column_values(root: Path, paths: list[str], table: Path | None) -> dict[str,
     return dict(values)
 
 
+def values_by_file(root: Path, paths: list[str], table: Path | None) -> dict[str, dict[str, str]]:
+    """The values of each column of a table and of each field of the metadata.json files, by path.
+
+    Lists, objects and nothing count as no value; a column of the table goes before a field of its name. Files that
+    cannot be read are passed over, as in `column_values`.
+    """
+    values: dict[str, dict[str, str]] = defaultdict(dict)
+    for path, row in _rows_of_files(Labels(table=table), root, paths, []) if table else ():
+        for name in row.keys() - {FILE_NAME}:
+            _put(values[name], path, row[name])
+    columns = set(values)
+    for folder, files in _by_folder(paths).items():
+        try:
+            document = read_json(os.path.join(root, folder, METADATA)) or {}
+        except LoraFileError:  # told where labels are read
+            continue
+        for name in document.keys() - columns:
+            for path in files:
+                _put(values[name], path, document[name])
+    return {name: values[name] for name in sorted(values) if values[name]}
+
+
 def would_make_classes(values: dict[str, Counter], samples: int) -> dict[str, Counter]:
     """The columns that give every LoRA a label, at least two labels, and each to at least three LoRAs."""
     return {

@@ -548,6 +548,30 @@ def predict_logits(params: dict[str, Tensor], x: Tensor | Stored, source: Tensor
     return torch.cat([logits(params, gather(x, source, part[None])) for part in rows.split(at_once)], dim=1)
 
 
+def attribution(params: dict[str, Tensor], x: Tensor, source: Tensor, rows: Tensor, block: int) -> Tensor:
+    """How much each block of inputs moves the score of the predicted class: gradient times input, summed.
+
+    ``mean over rows of |sum over the block of x_j · d score / d x_j|`` (gradient x input: Shrikumar et al., 2016), in
+    evaluation mode. Masked inputs have weight 0, and so no share.
+
+    Args:
+        params: Of the stack, see `logits`.
+        x: Standardised inputs, float[S, N, F].
+        source: Of each model, int64[M].
+        rows: Row indices, int64[n].
+        block: Consecutive inputs that belong together; F is a multiple of it.
+
+    Returns:
+        float[M, F / block].
+    """
+    total = 0.0
+    for part in rows.split(rows_at_once(len(source) * max(x.shape[2], params["weight0"].shape[2]))):
+        inputs = gather(x, source, part[None]).requires_grad_()
+        (gradient,) = torch.autograd.grad(logits(params, inputs).amax(2).sum(), inputs)
+        total = total + (gradient * inputs).detach().unflatten(2, (-1, block)).sum(3).abs().sum(1)
+    return total / len(rows)
+
+
 def train_classifiers(
     x: Tensor | Stored,
     y: Tensor,
@@ -557,6 +581,7 @@ def train_classifiers(
     *,
     schedule: Schedule,
     seed: int,
+    block: int | None = None,
     **network,
 ) -> dict[str, np.ndarray]:
     """Train a stack of classifiers and tell what each of them predicts.
@@ -569,12 +594,13 @@ def train_classifiers(
         num_classes: C.
         schedule: Epochs, patience, learning rate.
         seed: Of all random streams.
+        block: Inputs of a layer, to tell each layer's `attribution` on the test rows; None: do not.
         **network: ``hidden`` and ``dropout`` of `ClassifierStack`.
 
     Returns:
         Arrays by name. ``predicted`` int32[M, V + T] and ``log_loss`` float32[M, V + T] of the validation rows, then
         the test rows; ``train_accuracy``, ``train_f1`` float64[M]; ``epochs``, ``best_epoch`` int64[M];
-        ``validation_loss`` float64[M] at the best epoch.
+        ``validation_loss`` float64[M] at the best epoch; with ``block``, ``attribution`` float32[M, F / block].
     """
     stack = ClassifierStack(x, y, split, models, num_classes, seed=seed, batch_size=schedule.batch_size, **network)
     trained = train(stack, schedule)
@@ -585,7 +611,11 @@ def train_classifiers(
     log_loss = functional.cross_entropy(scores.flatten(0, 1), truth.flatten(), reduction="none").view(truth.shape)
     fitted = predict_logits(trained.state, x, source, split.train).argmax(2).cpu().numpy()
     accuracy, f1 = scored(y[split.train].cpu().numpy(), fitted, num_classes)
-    return {
+    shares = {}
+    if block is not None:
+        told = attribution(trained.state, x, source, split.test, block)
+        shares = {"attribution": told.float().cpu().numpy()}
+    return shares | {
         "predicted": scores.argmax(2).int().cpu().numpy(),
         "log_loss": log_loss.float().cpu().numpy(),
         "train_accuracy": accuracy,

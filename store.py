@@ -14,7 +14,7 @@ import secrets
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
@@ -94,26 +94,33 @@ def array_digest(*arrays: np.ndarray) -> str:
     return contents.hexdigest()[:16]
 
 
-def replace_all(folder: Path, contents: dict[str, bytes]) -> None:
+def replace_all(folder: Path, contents: dict[str, bytes], also: Sequence[str] = ()) -> None:
     """Write files that belong together, and move those that are there to ``previous/<n>/``: nothing is ever lost.
 
     The last one counts: where it is, the others are there too. So a process that was killed between them can be told
     from one that had finished, and what it had begun is finished. Only one process at a time may do this in a folder.
+
+    Args:
+        folder: Where they lie.
+        contents: By path in the folder.
+        also: Files there that belong to those of before, and have no like among those to be written.
     """
     *others, last = contents
-    for left in [path for name in contents for path in folder.glob(f".{name}.*") if TEMPORARY.search(path.name)]:
-        left.unlink()
-    there = [name for name in (*others, last) if (folder / name).exists()]
-    if last in there or any((folder / name).read_bytes() != contents[name] for name in there):
+    paths = [folder / name for name in contents]
+    for left in [found for path in paths for found in path.parent.glob(f".{path.name}.*")]:
+        if TEMPORARY.search(left.name):
+            left.unlink()
+    there = [*also, *(name for name in (*others, last) if (folder / name).exists())]
+    if also or last in there or any((folder / name).read_bytes() != contents[name] for name in there):
         numbers = [int(kept.name) for kept in (folder / "previous").glob("[0-9]*") if kept.name.isdecimal()]
         latest = max(numbers, default=0)
         kept = folder / "previous" / str(latest)
-        # A folder with all that is lacking here, and nothing else, was begun by a process that was killed meanwhile.
-        lacking = {name for name in contents if name not in there}
-        begun = latest and last in there and {path.name for path in kept.iterdir()} == lacking
+        # A folder with all that is lacking here, and nothing that is here, was begun by a process that was killed.
+        moved = {path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()}
+        begun = latest and last in there and moved >= contents.keys() - set(there) and moved.isdisjoint(there)
         kept = kept if begun else kept.with_name(str(latest + 1))
-        kept.mkdir(parents=True, exist_ok=True)
         for name in there:
+            (kept / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).rename(kept / name)
     for name, content in contents.items():
         write_atomically(folder / name, content)

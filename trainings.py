@@ -26,7 +26,7 @@ import stacked_training
 import store
 from crew import Crew, Task, TaskFailedError
 from data import Collection, Extracted
-from representations import PCA, REPRESENTATIONS
+from representations import MEASURES, PCA, REPRESENTATIONS
 from stacked_training import DROPOUT, HIDDEN, Models, Schedule, Split, Stored, scored, standardise, train_classifiers
 
 # Parameters in a stack: of 8 classifiers of one layer for a CPU, near whose caches they stay; of 561 for a GPU.
@@ -43,8 +43,8 @@ EACH_LAYER = "stats, layer by layer"  # what the classifiers of the ranking read
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError, RuntimeError)
 
 
-class RankingError(RuntimeError):
-    """The layers cannot be ranked; the message says why."""
+class TrainingError(RuntimeError):
+    """What cannot go on without it could not be trained; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class Settings:
     device: torch.device
     representations: tuple[str, ...]
     layers: str | None  # pattern; see `data.select_layers`
+    controls: str  # one of `comparisons.LEVELS`
+    null_shuffles: int  # rankings to train on shuffled labels
     classifier: Schedule
     autoencoder: Schedule
 
@@ -73,6 +75,8 @@ class Settings:
             "device": self.device.type,
             "representations": list(self.representations),
             "layers": self.layers,
+            "controls": self.controls,
+            "null_shuffles": self.null_shuffles,
             "classifier": {"hidden": list(HIDDEN), "dropout": DROPOUT, **asdict(self.classifier)},
             "autoencoder": asdict(self.autoencoder),
             "stack": {
@@ -150,6 +154,7 @@ class Experiment:
     ):
         self.settings, self.collection, self.rows, self.extracted = settings, collection, rows, extracted
         self.device, self.crew, self.progress = settings.device, crew, progress
+        self.selected = selected
         self.depths = np.flatnonzero(selected)  # of the L layers that the experiment is about, in the files' layers
         self.layers = [collection.layers[depth] for depth in self.depths]
         self.widths = np.array(collection.weights_per_layer)[self.depths]
@@ -161,6 +166,7 @@ class Experiment:
         self.units = store.Units(extracted.folder / "units")
         self.predictions = {"rows": self.held_out, "y": collection.y[self.held_out]}
         self.smaller_stacks: dict[str, int] = {}  # made so for want of memory
+        self.ranking: np.ndarray | None = None  # layers, most predictive first, int64[L]; see `rank_layers`
         self._inputs: dict[str, torch.Tensor | Stored] = {}  # of the latest classifiers
         self._one_reads = threading.Lock()
         self._pca_keys: dict[str, dict] = {}  # of finished scores, by what classifiers call them
@@ -176,7 +182,7 @@ class Experiment:
 
     def features(self, name: str) -> torch.Tensor:
         """Cached features on the device, float32[N, L or P, F]."""
-        items = self.pairs if REPRESENTATIONS[name].kind == "pair" else self.depths
+        items = self.pairs if (REPRESENTATIONS | MEASURES)[name].kind == "pair" else self.depths
         return torch.from_numpy(self.extracted.load(name)[:, items]).to(self.device)
 
     def columns(self, kept: np.ndarray) -> np.ndarray:
@@ -185,9 +191,22 @@ class Experiment:
         in_files[self.depths[kept]] = True
         return np.flatnonzero(np.repeat(in_files, self.collection.weights_per_layer))
 
-    def pairs_left(self, removed: list[int]) -> np.ndarray:
-        """Which pairs still have both layers, bool[P]."""
-        return ~np.isin(self.pairs, self.pair_of_layer[removed])
+    def whole_pairs(self, kept: np.ndarray) -> np.ndarray:
+        """Which pairs have both layers among those kept, bool[..., L] -> bool[..., P]."""
+        members = [np.flatnonzero(self.pair_of_layer == pair) for pair in self.pairs]
+        return kept[..., np.array(members, int).reshape(-1, 2)].all(-1)
+
+    def live_inputs(self, name: str, kept: np.ndarray) -> np.ndarray:
+        """Which inputs of a representation are of layers kept, bool[..., L] -> bool[..., F]; not of pca."""
+        kind = REPRESENTATIONS[name].kind
+        if kind == "pair":  # a pair with one layer left is none
+            return np.repeat(self.whole_pairs(kept), len(REPRESENTATIONS[name].feature_names), axis=-1)
+        if kind == "matrix":
+            return np.repeat(kept, len(REPRESENTATIONS[name].feature_names), axis=-1)
+        widths = self.widths.tolist()
+        if kind == "autoencoder":
+            widths = [autoencoders.latent_width(name, width) for width in widths]
+        return np.repeat(kept, widths, axis=-1)
 
     # -- units of work ------------------------------------------------------------------------------------------------
 
@@ -244,35 +263,43 @@ class Experiment:
 
         Args:
             source: What they read, see `inputs`.
-            live: Which of its columns they see, bool[F].
+            live: Which of its columns they see, bool[F], or bool[M, F] where each sees others.
             models: (source, run) of each model, in the order that fills the stacks.
             label: For the progress bar, and to tell of smaller stacks.
             num_layers: How many layers the live columns are of.
             at_most: Models in a stack, even where it would take more; None: no bound.
         """
         classes, schedule = len(self.collection.classes), self.settings.classifier
-        parameters = sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise((len(live), *HIDDEN, classes)))
+        parameters = sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise((live.shape[-1], *HIDDEN, classes)))
         at_once = max(1, min(STACK_PARAMETERS[self.device.type] // parameters, at_most or len(models)))
-        stacks = [models[start : start + at_once] for start in range(0, len(models), at_once)]
-        key = {"kind": "classifier", **self.key, "inputs": source, "live": store.array_digest(live)}
+        stacks = [list(range(len(models)))[start : start + at_once] for start in range(0, len(models), at_once)]
+        of_model = np.broadcast_to(live, (len(models), live.shape[-1]))
+        key = {"kind": "classifier", **self.key, "inputs": source}
         key |= {"schedule": asdict(schedule), "hidden": HIDDEN, "dropout": DROPOUT}
         if source in autoencoders.HIDDEN:
             key |= {"learner": store.code_digest(autoencoders), "learned by": asdict(self.settings.autoencoder)}
-        keys = [{**key, "models": stack} for stack in stacks]
-        compute = partial(self._train_classifiers, source, live)
+        keys = [
+            {**key, "live": store.array_digest(_common(of_model[stack])), "models": [models[i] for i in stack]}
+            for stack in stacks
+        ]
+        compute = partial(self._train_classifiers, source, of_model, models)
         tasks = [self.task(key, compute, stack, label) for key, stack in zip(keys, stacks, strict=True)]
         return Classifiers(label, num_layers, live, keys, tasks)
 
-    def _train_classifiers(self, source: str, live: np.ndarray, stack: list) -> dict[str, np.ndarray]:
-        of_source, run = (torch.tensor(column) for column in zip(*stack, strict=True))
+    def _train_classifiers(
+        self, source: str, live: np.ndarray, models: list, stack: list[int]
+    ) -> dict[str, np.ndarray]:
+        of_source, run = (torch.tensor(column) for column in zip(*(models[i] for i in stack), strict=True))
+        kind = REPRESENTATIONS[source].kind if source in REPRESENTATIONS else ""
         return train_classifiers(
             self.inputs(source),
             self.y,
             self.split,
-            Models(of_source, run, None if live.all() else torch.from_numpy(live).expand(len(stack), -1)),
+            Models(of_source, run, None if live[stack].all() else torch.from_numpy(live[stack])),
             len(self.collection.classes),
             schedule=self.settings.classifier,
             seed=self.settings.seed,
+            block=len(REPRESENTATIONS[source].feature_names) if kind == "matrix" else None,
             hidden=HIDDEN,
             dropout=DROPOUT,
         )
@@ -299,7 +326,7 @@ class Experiment:
         for done, reason in enumerate(self.crew.do(plan.tasks), 1):
             self.progress("ranking", done, len(plan.tasks))
             if reason:
-                raise RankingError(reason)
+                raise TrainingError(f"the layers cannot be ranked: {reason}")
         trained = self.trained(plan)
         by_layer = {name: a.reshape(runs, len(layers), *a.shape[1:]).swapaxes(0, 1) for name, a in trained.items()}
         for name in ("predicted", "log_loss", "epochs"):
@@ -319,6 +346,7 @@ class Experiment:
         by = ["accuracy"] * (self.settings.rank_by == "test") + ["val_accuracy"]
         loss = by_layer["validation_loss"].mean(1)
         order = sorted(range(len(layers)), key=lambda d: (*(-records[d][name] for name in by), loss[d], d))
+        self.ranking = np.array(order)
         return [records[depth] for depth in order]
 
     # -- phases 2 and 3 -----------------------------------------------------------------------------------------------
@@ -344,25 +372,52 @@ class Experiment:
 
     def plan(self, name: str, removed: list[int], condition: str) -> Classifiers:
         """The classifiers of one representation without some layers."""
-        kind, source, kept = REPRESENTATIONS[name].kind, name, self.without(removed)
+        source, kept = name, self.without(removed)
         num_layers = int(kept.sum())
-        if kind == "pair":  # a pair with one layer left is none
-            left = self.pairs_left(removed)
-            num_layers = 2 * int(left.sum())
-            live = np.repeat(left, len(REPRESENTATIONS[name].feature_names))
-        elif name == "pca":  # components of what is left, not what is left of the components
+        if REPRESENTATIONS[name].kind == "pair":
+            num_layers = 2 * int(self.whole_pairs(kept).sum())
+        if name == "pca":  # components of what is left, not what is left of the components
             source = f"pca of layers {store.array_digest(kept)}"
             self._pca_keys[source], _ = self.principal_components(kept)
             live = np.ones(self.units.load(self._pca_keys[source])["scores"].shape[1], bool)
-        elif name == "flat_vec":
-            live = np.repeat(kept, self.widths)
-        elif kind == "autoencoder":
-            live = np.repeat(kept, [autoencoders.latent_width(name, width) for width in self.widths.tolist()])
         else:
-            live = np.repeat(kept, len(REPRESENTATIONS[name].feature_names))
+            live = self.live_inputs(name, kept)
         models = [(0, run) for run in range(self.settings.num_runs)]
         at_most = RUNS_IN_STACK[self.device.type]
         return self.classifiers(source, live, models, f"{condition} {name}", num_layers, at_most)
+
+    def under(self, name: str, kept: np.ndarray) -> dict[str, np.ndarray]:
+        """A representation under conditions kept bool[K, R, L], layers kept in each run; see `train_classifiers`.
+
+        Equal conditions are trained once, and on a CPU those of the phases not again. Where no input is left nothing is
+        trained: that predicts the largest class of the test rows.
+
+        Returns:
+            ``predicted`` int32[K, R, V + T], and ``attribution`` float32[K, R, L] of matrix-wise representations.
+
+        Raises:
+            TrainingError: A training diverged, or memory did not do.
+        """
+        conditions, runs, layers = kept.shape
+        masks = np.concatenate([kept, np.broadcast_to(np.arange(runs)[:, None], (conditions, runs, 1))], axis=2)
+        distinct, position = np.unique(masks.reshape(-1, layers + 1), axis=0, return_inverse=True)
+        live = self.live_inputs(name, distinct[:, :layers].astype(bool))
+        some = live.any(1)
+        models = [(0, run) for run in distinct[some, layers].tolist()]
+        at_most = 1 if self.device.type == "cpu" else None
+        plan = self.classifiers(name, live[some], models, f"controls {name}", layers, at_most)
+        for done, reason in enumerate(self.crew.do(plan.tasks), 1):
+            self.progress(plan.label, done, len(plan.tasks))
+            if reason:
+                raise TrainingError(reason)
+        trained = self.trained(plan)
+        test = self.collection.y[self.rows["test"]]
+        found = {"predicted": np.full((len(distinct), len(self.held_out)), np.bincount(test).argmax(), np.int32)}
+        if "attribution" in trained:
+            found["attribution"] = np.zeros((len(distinct), layers), np.float32)
+        for array in found:
+            found[array][some] = trained[array]
+        return {array: values[position].reshape(conditions, runs, -1) for array, values in found.items()}
 
     def without(self, removed: list[int]) -> np.ndarray:
         """Which layers are kept, bool[L]."""
@@ -491,6 +546,11 @@ class Experiment:
         for key, layers, _ in self.autoencoder_stacks(name):
             of_layer |= zip(layers, self.units.load(key, ["features"])["features"], strict=True)
         return [of_layer[layer] for layer in range(len(of_layer))]
+
+
+def _common(rows: np.ndarray) -> np.ndarray:
+    """The row that all rows are, or else all of them."""
+    return rows[0] if (rows == rows[0]).all() else rows
 
 
 def memory_of(device: torch.device) -> int:

@@ -4,7 +4,8 @@
     python benchmarks/experiment.py --dataset=1k        # on a collection that is there, or the built-in digits
     python benchmarks/experiment.py 1000 --again        # and once more with one more layer removed
 
-Other flags go to the experiment, written with ``=``: ``--quick``, ``--device=cpu``, ``--num-runs=3``. It runs in a
+Other flags go to the experiment, written with ``=``: ``--quick``, ``--device=cpu``, ``--num-runs=3``, and
+``--controls=basic`` for the analysis and what is trained for it, which else is left out. It runs in a
 fresh output folder, so nothing is reused. Peak host memory is the resident set (Linux), with pages of mapped files that
 the system could drop at any time.
 """
@@ -107,7 +108,7 @@ def main() -> None:
             print(f"{args.count} LoRAs written in {time.perf_counter() - start:.0f} s")
         elif dataset in ablation_experiment.BUILT_IN_SIZES and not Path("data", dataset).is_dir():
             digits_zoo.build(Path("data/built-in-digits", dataset), ablation_experiment.BUILT_IN_SIZES[dataset])
-        fixed = [f"--dataset={dataset}", f"--output-dir={folder}/results", *rest]
+        fixed = [f"--dataset={dataset}", f"--output-dir={folder}/results", "--controls=none", *rest]
         first = measured([*fixed, f"--top-k={args.top_k}"])
         if args.again:
             second = measured([*fixed, f"--top-k={args.top_k + 1}"])

@@ -1,0 +1,285 @@
+"""What the experiment's figures are compared with: controls are trained, cheaper explanations read, all is analysed.
+
+A module of its own between trainings.py, which knows no question, and analysis.py, which trains nothing. Of an
+experiment on another split or on other labels nothing is new but those: it is the same `Experiment` again.
+
+Shape letters: N LoRAs, L layers, P modules (pairs of layers), R runs, K conditions, V and T validation and test LoRAs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+import analysis
+import data
+import labels
+from analysis import Controls
+from controls import Conditions, plan_controls
+from evidence import Evidence, permuted
+from representations import REPRESENTATIONS
+from trainings import Experiment, TrainingError
+
+LEVELS = ("none", "basic", "all")
+UPDATES = "updates"  # effective rank, norm and scale of each update
+SAMPLES = 200  # LoRAs in which features that are one and the same number are looked for
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is trained to compare with: of which representations, how many runs at most, draws and curve points."""
+
+    names: tuple[str, ...]
+    runs: int
+    points: int
+    conditional: bool
+
+
+EXTENTS = {
+    # An odd number of points, so that half of the layers is one.
+    "basic": Extent(("stats",), 3, 11, False),
+    "all": Extent(("stats", "ensemble", "update_sketch"), 10**6, 33, True),
+}
+DRAWS, KERNEL_DRAWS, KERNEL_ORDERS = 20, 200, 5  # a kernel classifier costs little, and has a single run
+
+
+def analysed(experiment: Experiment, names: Sequence[str], level: str, shuffles: int, say: Callable) -> dict | None:
+    """`analysis` of results.json, whatever is trained for it trained; None for level "none" without shuffles.
+
+    Args:
+        experiment: All phases done.
+        names: Representations that were run with and without the top layers.
+        level: One of ``LEVELS``.
+        shuffles: How many rankings to train on shuffled labels.
+        say: Prints a line.
+    """
+    if level == "none" and not shuffles:
+        return None
+    e = evidence_of(experiment)
+    conditions, attributed, not_run = {}, None, {}
+    for name in control_names(experiment, names, level):
+        plan = plan_of(experiment, e, name, level)
+        try:
+            trained = experiment.under(name, plan.kept)
+        except TrainingError as error:
+            not_run[name] = str(error)
+            say(f"controls of {name} not run: {error}")
+            continue
+        predicted = trained["predicted"]  # (K, R, V + T)
+        kinds = {"names": np.array(plan.names), "kept": plan.kept, "predicted": predicted}
+        experiment.predictions |= {f"controls/{name}/{kind}": array for kind, array in kinds.items()}
+        conditions[name] = plan, predicted[..., len(experiment.rows["validation"]) :]
+        if name == "stats":
+            attributed = name, trained["attribution"][plan.where("all")[0]]
+    statistics, updates = (loaded(experiment, name) for name in ("stats", UPDATES))
+    matrix_wise = [name for name in names if REPRESENTATIONS[name].kind == "matrix" and name != "ensemble"]
+    found = analysis.analyse(
+        e,
+        names,
+        statistics,
+        updates,
+        {name: (loaded(experiment, name)[:SAMPLES], REPRESENTATIONS[name].feature_names) for name in matrix_wise},
+        Controls(
+            level,
+            conditions,
+            attributed,
+            {
+                "norms": analysis.norms(statistics, updates),
+                "ranks and shapes": ranks(experiment),
+                "metadata": metadata(experiment),
+            },
+            grouped(experiment, e, names) if level != "none" else None,
+            shuffled(experiment, shuffles) if shuffles else None,
+        ),
+    )
+    return found | {"controls_not_run": not_run}
+
+
+def evidence_of(experiment: Experiment) -> Evidence:
+    """What the finished phases of an experiment tell."""
+    collection, settings = experiment.collection, experiment.settings
+    return Evidence(
+        layers=experiment.layers,
+        classes=collection.classes,
+        y=collection.y,
+        rows=experiment.rows,
+        groups=collection.groups,
+        ranking=experiment.ranking,
+        top_k=settings.top_k,
+        predictions=experiment.predictions,
+        seed=settings.seed,
+    )
+
+
+def loaded(experiment: Experiment, name: str) -> np.ndarray:
+    """Features of the experiment's layers, or of its whole pairs, float32[N, L or P, F]."""
+    return experiment.features(name).cpu().numpy()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Controls of the removal
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def control_names(experiment: Experiment, names: Sequence[str], level: str) -> list[str]:
+    """The representations that controls are trained on: ``stats``, whose features are always there, and others run."""
+    if level == "none":
+        return []
+    kernels = [name for name in names if REPRESENTATIONS[name].kind == "kernel"]
+    return [name for name in EXTENTS[level].names if name == "stats" or name in names] + kernels
+
+
+def plan_of(experiment: Experiment, e: Evidence, name: str, level: str) -> Conditions:
+    """The conditions of one representation."""
+    extent, kernel = EXTENTS[level], REPRESENTATIONS[name].kind == "kernel"
+    return plan_controls(
+        e.ranking,
+        [layer.role for layer in e.layers],
+        e.top_k,
+        runs=1 if kernel else min(extent.runs, experiment.settings.num_runs),
+        draws=KERNEL_DRAWS if kernel else DRAWS,
+        points=extent.points,
+        orders=KERNEL_ORDERS if kernel else 1,
+        conditional=extent.conditional and name == "stats",
+        seed=e.seed,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Explanations that need no weights
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def ranks(experiment: Experiment) -> np.ndarray | None:
+    """Rank of each layer in each file, float[N, L]; None where all files are alike."""
+    depths = experiment.depths.tolist()
+    found = np.array([[file.layout.layers[d].rank for d in depths] for file in experiment.collection.files], float)
+    return found if (found != found[0]).any() else None
+
+
+def metadata(experiment: Experiment) -> np.ndarray | None:
+    """The numbers that tables and metadata.json files tell of each file, float[N, columns]; None where there are none.
+
+    Left out are the label itself, under whatever name, and numbers of which each LoRA has its own, as ids are.
+    """
+    collection = experiment.collection
+    columns = []
+    for name, of_file in values_of(experiment).items():
+        numbers = [_number(of_file.get(file.path)) for file in collection.files]
+        if name == collection.label_column or None in numbers:
+            continue
+        column = np.array(numbers)
+        values = len(np.unique(column))
+        pairs = len(np.unique(np.stack([column, collection.y]), axis=1).T)
+        if 1 < values < len(column) and not values == pairs == len(collection.classes):
+            columns.append(column)
+    return np.stack(columns, axis=1) if columns else None
+
+
+def values_of(experiment: Experiment) -> dict[str, dict[str, str]]:
+    """See `labels.values_by_file`."""
+    collection = experiment.collection
+    return labels.values_by_file(collection.root, [file.path for file in collection.files], collection.table)
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if np.isfinite(number) else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The experiment on another split, and on other labels
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def group_columns(experiment: Experiment) -> dict[str, dict[str, str]]:
+    """Columns that look like groups which no split keeps together, with the value of each file.
+
+    Each file has a value, and most share it with another; either the column is called a group, or all LoRAs of one
+    value are of one class while classes have several values, as of the artists or sets of images of a concept.
+    """
+    collection = experiment.collection
+    if collection.group_column is not None:
+        return {}
+    found = {}
+    for name, of_file in values_of(experiment).items():
+        if name == collection.label_column or len(of_file) < len(collection.files):
+            continue
+        values, group = np.unique([of_file[file.path] for file in collection.files], return_inverse=True)
+        pairs = len(np.unique(np.stack([group, collection.y]), axis=1).T)
+        nested = pairs == len(values) > len(collection.classes)
+        if 2 * len(values) <= len(group) and len(values) > 1 and (nested or "group" in name.lower()):
+            found[name] = of_file
+    return found
+
+
+def grouped(experiment: Experiment, e: Evidence, names: Sequence[str]) -> tuple | None:
+    """The best representation of which nothing is fitted to the split, on one that keeps groups together.
+
+    Returns:
+        The unused group columns, the representation, and truth, groups and predictions of the test LoRAs of a split by
+        the first of the columns that allows one; None where no column does.
+    """
+    settings, collection = experiment.settings, experiment.collection
+    unused = group_columns(experiment)
+    fixed = [name for name in names if REPRESENTATIONS[name].kind in ("matrix", "pair")]
+    for column, of_file in unused.items() if fixed else ():
+        files = tuple(replace(file, group=of_file[file.path]) for file in collection.files)
+        by_group = replace(collection, files=files, group_column=column)
+        try:
+            data.check_classes(by_group)
+        except data.CollectionError:  # too few groups in a class to be dealt to three parts
+            continue
+        best = max(fixed, key=lambda name: (e.predicted(f"baseline/{name}") == e.truth).mean())
+        again = another(experiment, by_group, data.split_collection(by_group, settings.seed), settings.num_runs)
+        for _ in again.evaluate([best], [], "grouped"):
+            pass
+        if f"grouped/{best}/predicted" not in again.predictions:  # training diverged
+            return None
+        test = again.rows["test"]
+        predicted = again.predictions[f"grouped/{best}/predicted"][:, len(again.rows["validation"]) :]
+        return (
+            [column, *(name for name in unused if name != column)],
+            best,
+            by_group.y[test],
+            by_group.groups[test],
+            predicted,
+        )
+    return None
+
+
+def shuffled(experiment: Experiment, shuffles: int) -> np.ndarray:
+    """Test accuracy of each layer where labels were shuffled before training, one run, float[shuffles, L].
+
+    Labels of groups are shuffled as in the permutation test.
+    """
+    collection, rows = experiment.collection, experiment.rows
+    groups = np.arange(len(collection.y)) if collection.groups is None else collection.groups
+    generator = np.random.default_rng([experiment.settings.seed, *b"shuffles"])
+    found = []
+    for y in permuted(collection.y, groups, shuffles, generator):
+        pairs = zip(collection.files, y.tolist(), strict=True)
+        files = tuple(replace(file, label=collection.classes[c]) for file, c in pairs)
+        again = another(experiment, replace(collection, files=files), rows, 1)
+        again.rank_layers()
+        predicted = again.predictions["layers/predicted"][:, 0, len(rows["validation"]) :]
+        found.append((predicted == y[rows["test"]]).mean(1))
+    return np.stack(found)
+
+
+def another(experiment: Experiment, collection: data.Collection, rows: dict, num_runs: int) -> Experiment:
+    """The same experiment on the same files with other labels, groups or split."""
+    return Experiment(
+        replace(experiment.settings, num_runs=num_runs),
+        collection,
+        experiment.selected,
+        rows,
+        experiment.extracted,
+        experiment.crew,
+        experiment.progress,
+    )

@@ -1,0 +1,168 @@
+"""What is trained and read to compare with: controls, groups, metadata, shuffled labels."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from making import narrow_classifiers, planted_collection, write_collection
+
+import ablation_experiment
+import comparisons
+import data
+import trainings
+from crew import Crew
+from trainings import Experiment
+
+
+def experiment_on(root: Path, cache: Path, *flags: str) -> Experiment:
+    """An experiment whose phases are done."""
+    args = ablation_experiment.parse_arguments(["--dataset", str(root), "--device=cpu", "--quick", *flags])
+    settings, progress = ablation_experiment.resolve(args), ablation_experiment.Progress(False)
+    collection = ablation_experiment.index(args, root.name, root, progress)
+    plan = ablation_experiment.make_plan(settings, collection)
+    extracted = data.extract(collection, plan.needed, cache, torch.device("cpu"))
+    experiment = Experiment(settings, collection, plan.selected, plan.rows, extracted, Crew(), progress)
+    ablation_experiment.run_phases(experiment, plan.chosen, {}, ablation_experiment.Stopwatch())
+    return experiment
+
+
+def describe_files(root: Path, fields) -> None:
+    """Give the metadata.json beside the i-th weight file ``fields(i)`` more."""
+    for i, folder in enumerate(sorted(path.parent for path in root.rglob("*.safetensors"))):
+        path = folder / "metadata.json"
+        there = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(there | fields(i)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow_networks():
+    with narrow_classifiers(32):
+        yield
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """90 LoRAs of 3 classes and 8 layers of which three carry the class, in groups of three, with numbers beside."""
+    root = tmp_path_factory.mktemp("collections") / "planted"
+    planted_collection(root, per_class=30)
+    generator = np.random.default_rng(0)
+    describe_files(
+        root,
+        lambda i: {
+            "artist": f"artist {i // 3}",
+            "class_id": i // 30,
+            "images": int(generator.integers(5, 9)),
+            "seed": i,
+            "note": "x",
+        },
+    )
+    return experiment_on(root, root.parent / "cache", "--top-k=3", "--representations=stats,update_sketch")
+
+
+NAMES = ["stats", "update_sketch"]
+
+
+def test_equal_conditions_are_trained_once_and_those_of_the_phases_not_again(planted, monkeypatch):
+    trained = []
+    train = trainings.train_classifiers
+
+    def counted(*arguments, **more):
+        trained.append(len(arguments[3].run))
+        return train(*arguments, **more)
+
+    monkeypatch.setattr(trainings, "train_classifiers", counted)
+    kept = np.ones((4, 2, 8), bool)
+    kept[1, :, planted.ranking[:3]] = False  # as in the ablation
+    kept[2:, :, 0] = False
+    found = planted.under("stats", kept)
+    assert found["predicted"].shape == (4, 2, 9 + 18) and found["attribution"].shape == (4, 2, 8)
+    assert sum(trained) == 2  # the first two were trained by the phases, the last is the third
+    np.testing.assert_array_equal(found["predicted"][0], planted.predictions["baseline/stats/predicted"][:2])
+    np.testing.assert_array_equal(found["predicted"][1], planted.predictions["ablation/stats/predicted"][:2])
+    np.testing.assert_array_equal(found["predicted"][2], found["predicted"][3])
+
+
+def test_conditions_without_an_input_are_chance_and_not_trained(planted):
+    kept = np.zeros((2, 1, 8), bool)
+    kept[1, 0, [0, 2, 4, 6]] = True  # the downs alone: no pair is whole
+    found = planted.under("update_sketch", kept)
+    assert "attribution" not in found and len(np.unique(found["predicted"])) == 1
+    assert (found["predicted"][0] == planted.y[planted.rows["test"]].numpy()).mean() == pytest.approx(1 / 3, abs=0.2)
+
+
+def test_attribution_finds_the_layers_that_carry_the_class_and_no_removed_one(planted):
+    kept = np.ones((2, 3, 8), bool)
+    kept[1, :, 1] = False
+    shares = planted.under("stats", kept)["attribution"].mean(1)
+    assert set(np.argsort(-shares[0])[:3].tolist()) == {1, 4, 6} and shares[1, 1] == 0 < shares[0, 1]
+
+
+def test_metadata_are_numbers_that_are_neither_the_label_nor_ids(planted):
+    numbers = comparisons.metadata(planted)
+    assert numbers.shape == (90, 1) and set(numbers.ravel().tolist()) == {5, 6, 7, 8}
+    assert comparisons.ranks(planted) is None
+
+
+def test_ranks_are_told_where_they_differ(tmp_path):
+    write_collection(tmp_path / "mixed", per_class=5)
+    write_collection(tmp_path / "other", per_class=5, rank=4)
+    for c in range(2):
+        (tmp_path / "other" / f"class_{c}").rename(tmp_path / "mixed" / f"class_{c}" / "more")
+    for path in (tmp_path / "mixed").glob("class_*/more/*"):
+        path.rename(path.parents[1] / f"more_{path.name}")
+    experiment = experiment_on(tmp_path / "mixed", tmp_path / "cache", "--top-k=1", "--representations=stats")
+    assert comparisons.ranks(experiment).shape == (20, 4)
+    assert set(comparisons.ranks(experiment).ravel().tolist()) == {2, 4}
+
+
+def test_a_column_whose_values_lie_within_classes_looks_like_groups(planted):
+    assert list(comparisons.group_columns(planted)) == ["artist"]
+
+
+def test_an_unused_group_column_is_split_by_and_the_best_representation_trained_again(planted):
+    e = comparisons.evidence_of(planted)
+    unused, best, truth, groups, predicted = comparisons.grouped(planted, e, NAMES)
+    assert unused == ["artist"] and best in NAMES
+    assert predicted.shape == (3, len(truth)) and len(np.unique(groups)) == len(truth) / 3
+    assert (predicted == truth).mean() > 0.7
+
+
+def test_a_group_column_in_use_is_not_told_of(tmp_path, planted):
+    root = planted.collection.root
+    flags = ("--top-k=3", "--representations=stats", "--group-column=artist")
+    experiment = experiment_on(root, tmp_path / "cache", *flags)
+    assert comparisons.group_columns(experiment) == {}
+    assert comparisons.grouped(experiment, comparisons.evidence_of(experiment), ["stats"]) is None
+
+
+def test_rankings_of_shuffled_labels_are_at_chance(planted):
+    found = comparisons.shuffled(planted, 3)
+    assert found.shape == (3, 8) and abs(found.mean() - 1 / 3) < 0.15
+    assert len(np.unique(found, axis=0)) == 3
+
+
+def test_no_controls_no_analysis(planted):
+    assert comparisons.analysed(planted, NAMES, "none", 0, print) is None
+
+
+def test_planted_layers_are_found_localised_and_the_same_again(planted):
+    found = comparisons.analysed(planted, NAMES, "basic", 0, print)
+    assert found == comparisons.analysed(planted, NAMES, "basic", 0, print)
+    above = {record["depth"] for record in found["layers"]["records"] if record["above_null"]}
+    assert above == {1, 4, 6}
+    assert list(found["robustness"]) == ["stats"] and found["robustness"]["stats"]["verdict"] == "localized"
+    assert found["groups"]["unused"] == ["artist"] and found["attribution"]["same_top_k"] == 3
+    assert found["cheap"]["metadata"]["p"] > 0.05 and "norms" in found["cheap"]["as_good"]  # only scales are planted
+    assert found["controls_not_run"] == {}
+    json.dumps(found, allow_nan=False)
+
+
+def test_controls_that_diverge_are_named_and_the_rest_goes_on(planted, monkeypatch):
+    def diverge(*_):
+        raise trainings.TrainingError("training diverged")
+
+    monkeypatch.setattr(planted, "under", diverge)
+    found = comparisons.analysed(planted, NAMES, "basic", 0, print)
+    assert found["controls_not_run"] == {"stats": "training diverged"} and found["robustness"] == {}
