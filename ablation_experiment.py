@@ -33,6 +33,7 @@ import torch
 from tqdm import tqdm
 
 import analysis
+import answers
 import autoencoders
 import comparisons
 import controls
@@ -48,6 +49,7 @@ import report
 import representations
 import stacked_training
 import store
+import tables
 from crew import Crew, FaultElsewhereError, assemble
 from data import WEIGHTS, Collection, CollectionError
 from representations import REPRESENTATIONS
@@ -458,7 +460,7 @@ def only_process(target: Path) -> Iterator[None]:
 def environment(device: torch.device) -> dict:
     """The machine and the program, as results.json tells them."""
     modules = (stacked_training, representations, autoencoders, kernels, lora_files, labels, data, store)
-    modules += (evidence, controls, analysis, comparisons, report, pictures, page)
+    modules += (evidence, controls, analysis, comparisons, answers, tables, report, pictures, page)
     modules += (sys.modules[Crew.__module__], sys.modules[Experiment.__module__], sys.modules[__name__])
     return {
         "python": platform.python_version(),
@@ -559,7 +561,7 @@ def analyse(experiment: Experiment, results: dict, watch: Stopwatch) -> dict | N
     names = [name for name in results["baseline_results"] if name in results["ablation_results"]]
     with watch.phase("analysis"):
         found = comparisons.analysed(experiment, names, settings.controls, settings.null_shuffles, say)
-    say("\n".join(report.answer_lines(results | {"analysis": found})))
+    say("\n".join(report.short_answers(results | {"analysis": found})))
     return found
 
 

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
+from collections.abc import Sequence
+
+from answers import NO_CONTROLS, answers, checks, kept_together, metric, warnings
+from tables import Table, tables
 
 SMALL_VALIDATION = 50  # rows; below this the results say how little early stopping rests on
 LAYER_HEADER = f"{'rank':>4}  {'test accuracy':>13}  {'validation':>10}  {'role':4}  layer"
 RESULT_HEADER = f"{'representation':<15} {'features':>8} {'test accuracy':>13}  {'test F1':>13}"
+WIDTH = 118  # of a line of results.txt
+WORD_WIDTH = 40  # of a name in a column of results.txt that is not the last
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Lines as they arrive
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def settings_lines(config: dict, environment: dict, output_dir: object) -> str:
@@ -51,28 +63,92 @@ def layer_row(rank: int, record: dict) -> str:
 
 def result_row(name: str, entry: dict) -> str:
     """One aligned row of a representation's metrics, in percent."""
-    row = f"{name:<15} {entry['num_features']:>8} {_metric(entry['test_accuracy'])}  {_metric(entry['test_f1'])}"
+    row = f"{name:<15} {entry['num_features']:>8} {metric(entry['test_accuracy'])}  {metric(entry['test_f1'])}"
     return row.rstrip()
 
 
-def _metric(values: dict) -> str:
-    return f"{100 * values['mean']:>6.1f} ± {100 * values['std']:<4.1f}"  # 13 wide, as the headers
+# ----------------------------------------------------------------------------------------------------------------------
+# results.txt
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def render_text(results: dict) -> str:
     """The whole of results.txt from the content of results.json."""
-    sections = (_what_was_run, _layers, _representations, _not_run, _notes)
+    sections = (_what_was_run, short_answers, _with_care, _layers, _representations, _evidence, _not_run, _notes)
     return "\n\n".join("\n".join(lines) for section in sections if (lines := section(results))) + "\n"
 
 
+def _wrapped(text: str, first: str = "", rest: str = "") -> list[str]:
+    """Text in lines of ``WIDTH``; names are never cut."""
+    lines = textwrap.wrap(
+        kept_together(text),
+        WIDTH,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
+
+
+def short_answers(results: dict) -> list[str]:
+    """The five answers and hypotheses in lines, as the console and results.txt show them; none without an analysis."""
+    told = answers(results)
+    if not told:
+        return []
+    level = results["analysis"]["level"]
+    title = f"Short answers (in brackets: intervals of {100 * level:.0f} % over the test LoRAs)"
+    lines = [title, "-" * len(title)]
+    for position, answer in enumerate(told, 1):
+        lines += [f"{position}. {answer.question}"]
+        lines += [line for sentence in answer.sentences for line in _wrapped(sentence, "   ", "   ")]
+        lines += _wrapped(f"Hypothesis: {answer.hypothesis}: {answer.outcome.upper()}. {answer.evidence}", "   ", "   ")
+    return lines
+
+
+def _with_care(results: dict) -> list[str]:
+    """Warnings; where there was no analysis only that, as the head already tells --quick."""
+    if not results.get("analysis"):
+        return _wrapped(NO_CONTROLS)
+    lines = [line for warning in warnings(results) for line in _wrapped(warning, "- ", "  ")]
+    return ["To bear in mind", "---------------", *lines] if lines else []
+
+
+def _table_lines(table: Table, columns: Sequence[str] = ()) -> list[str]:
+    """A table in aligned columns, all or those named and the last; a long name is cut unless it stands last."""
+    last = len(table.columns) - 1
+    kept = [i for i, column in enumerate(table.columns) if not columns or column in columns or i == last]
+    rows = [
+        [row[i] if i == last else _cut(row[i]) for i in kept] for row in (table.columns, *table.rows[: table.shown])
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = zip(kept, row, widths, strict=True)
+        lines.append(
+            "  ".join(f"{cell:{'<' if i in table.words else '>'}{width}}" for i, cell, width in cells).rstrip()
+        )
+    more = len(table.rows) - table.shown
+    lines += [f"({more} more in results.json)"] if more > 0 else []
+    return lines + (_wrapped(table.note) if table.note else [])
+
+
+def _cut(word: str) -> str:
+    return word if len(word) <= WORD_WIDTH else f"{word[: WORD_WIDTH - 3]}..."
+
+
 def _what_was_run(results: dict) -> list[str]:
-    config, chance = results["config"], results["chance"]
     title = f"LoRA layer ablation: {results['dataset']['name']}"
     lines = [title, "=" * len(title)]
-    if config["quick"]:
+    if results["config"]["quick"]:
         lines.append("A --quick run: fewer runs and epochs than the experiment is defined with. Not for reporting.")
+    return [*lines, *run_lines(results)]
+
+
+def run_lines(results: dict) -> list[str]:
+    """What was run on what, and chance: each line a word in 10 columns, and what it is."""
+    config, chance = results["config"], results["chance"]
     return [
-        *lines,
         *_collection(results),
         f"training  {config['num_runs']} runs, seed {config['seed']}, on {config['device']}",
         f"chance    accuracy {100 * chance['accuracy']:.1f}, macro-F1 {100 * chance['f1']:.1f}: "
@@ -105,13 +181,27 @@ def _layers(results: dict) -> list[str]:
     config, ranking = results["config"], results["layer_ranking"]
     chosen_by = {"test": "test accuracy, as the experiment is defined", "val": "validation accuracy"}[config["rank_by"]]
     middle, last = ranking[len(ranking) // 2], ranking[-1]
+    if results.get("analysis"):
+        shown = _table_lines(tables(results)["ranking"], ("rank", "test accuracy", "95 % interval", "p", "validation"))
+    else:
+        shown = [LAYER_HEADER, *(layer_row(rank, record) for rank, record in enumerate(ranking[: config["top_k"]], 1))]
     return [
         f"1. Which layers predict? Each of {len(ranking)} alone, on 7 statistics, ranked by {chosen_by}",
-        LAYER_HEADER,
-        *(layer_row(rank, record) for rank, record in enumerate(ranking[: config["top_k"]], 1)),
+        *shown,
         f"The layer in the middle of the ranking reaches {100 * middle['accuracy']:.1f}, the last "
         f"{100 * last['accuracy']:.1f}.",
     ]
+
+
+def _evidence(results: dict) -> list[str]:
+    """The tables that only an analysis fills, one below the other, and how the controls came out."""
+    made, lines = tables(results), []
+    for name in ("differences", "controls", "places", "conditional", "concepts"):
+        if name in made:
+            lines += [made[name].title, *_table_lines(made[name]), ""]
+    said = warnings(results)
+    told = [line for check in checks(results) if check not in said for line in _wrapped(check, "- ", "  ")]
+    return lines + ["Controls", *told] * bool(told)
 
 
 def _representations(results: dict) -> list[str]:
@@ -124,7 +214,7 @@ def _representations(results: dict) -> list[str]:
     for name in sorted(baseline, key=lambda name: -baseline[name]["test_accuracy"]["mean"]):
         all_layers, left = baseline[name], ablation[name]
         change = 100 * (left["test_accuracy"]["mean"] - all_layers["test_accuracy"]["mean"])
-        right = f"{left['num_features']:>9} {_metric(left['test_accuracy'])}  {_metric(left['test_f1'])}"
+        right = f"{left['num_features']:>9} {metric(left['test_accuracy'])}  {metric(left['test_f1'])}"
         rows.append(f"{result_row(name, all_layers):<52} {right}  {change:>+7.1f}")
     return [
         f"2 and 3. Every representation with all {total} layers, and without the top {k} ({total - k} left)",

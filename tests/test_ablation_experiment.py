@@ -184,7 +184,9 @@ def test_results_hold_what_the_design_names(everything):
             "baseline_results", "environment", "timing", "representations_not_run"} <= results.keys()  # fmt: skip
     assert {"name", "source", "path", "num_samples", "num_classes", "classes", "class_counts", "split_sizes",
             "num_layers", "fingerprint", "skipped"} <= results["dataset"].keys()  # fmt: skip
-    assert list(results["timing"]) == ["index", "features", "ranking", "autoencoders", "ablation", "baseline", "total"]
+    assert list(results["timing"]) == [*ablation_experiment.Stopwatch.PHASES, "total"]
+    assert list(results["timing"])[:6] == ["index", "features", "ranking", "autoencoders", "ablation", "baseline"]
+    assert results["analysis"] is None and results["config"]["controls"] == "none"  # --quick
     assert results["dataset"]["source"] == "files" and results["config"]["quick"] and results["config"]["num_runs"] == 3
     top = json.loads((folder / "top_layers.json").read_text())
     assert top == results["layer_ranking"][:3] and len(results["layer_ranking"]) == 8
@@ -242,6 +244,81 @@ def test_two_runs_with_separate_caches_give_the_same_bytes(everything, planted, 
             for results in (first, second):
                 del results["environment"], results["timing"]
         assert first == second, name
+
+
+# -- the analysis ---------------------------------------------------------------------------------------
+
+ANALYSED = ("--top-k=3", "--quick", "--controls=basic", "--representations=stats,spectral,ensemble,update_sketch")
+
+
+def files_in(folder):
+    """Bytes of every file, by path in the folder; results.json without what differs from run to run."""
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    results = json.loads(found["results.json"])
+    return found | {"results.json": {key: results[key] for key in results if key not in ("environment", "timing")}}
+
+
+@pytest.fixture(scope="module")
+def analysed(planted, tmp_path_factory):
+    """The planted collection with controls."""
+    out = tmp_path_factory.mktemp("analysed")
+    return out / "out" / "ablation_planted", run(out, planted[0], *ANALYSED)
+
+
+def test_the_analysis_says_what_was_planted(analysed, planted):
+    folder, results = analysed
+    found = results["analysis"]
+    above = [record["layer"] for record in found["layers"]["records"] if record["above_null"]]
+    assert sorted(above) == sorted(planted[1])
+    assert found["robustness"]["stats"]["verdict"] == "localized"
+    assert len(found["hypotheses"]) == 5 and "norms" in found["cheap"]["as_good"]
+    assert found["representations"]["drops"]["stats"]["interval"][0] > 0.3
+    text = (folder / "results.txt").read_text()
+    assert report.render_text(results) == text and "localized" in text
+    predictions = store.load_arrays(folder / "predictions.npz")
+    conditions = predictions["controls/stats/names"].tolist()
+    right = predictions["controls/stats/predicted"][conditions.index("top alone")] == predictions["y"]
+    assert right[:, 18:].mean() == pytest.approx(found["robustness"]["stats"]["top_alone"]["accuracy"])
+
+
+def test_figures_and_a_page_lie_beside_the_results_and_two_runs_give_the_same_bytes(analysed, planted, tmp_path):
+    folder, _ = analysed
+    first = files_in(folder)
+    pictures = {Path(name).stem for name in first if name.endswith(".png")}
+    assert {"layer_importance", "ablation_curves", "representations", "concept_layer_map"} <= pictures
+    assert all(f"figures/{name}.svg" in first for name in pictures) and "figures/report.html" in first
+    run(tmp_path, planted[0], *ANALYSED)
+    assert files_in(tmp_path / "out" / "ablation_planted") == first
+
+
+def test_figures_go_to_previous_with_the_results_that_they_are_of(analysed, planted, tmp_path):
+    folder, _ = analysed
+    shutil.copytree(folder.parent, tmp_path / "out")
+    run(tmp_path, planted[0], "--top-k=3", "--quick", "--representations=stats")
+    here = tmp_path / "out" / "ablation_planted"
+    assert files_in(here / "previous" / "1") == files_in(folder)
+    assert (
+        not list((here / "figures").glob("*")) and json.loads((here / "results.json").read_text())["analysis"] is None
+    )
+    run(tmp_path, planted[0], *ANALYSED)
+    assert {name for name in files_in(here) if "previous" not in name} == files_in(folder).keys()
+
+
+def test_a_lost_page_is_made_again_and_nothing_is_trained(analysed, planted, tmp_path, monkeypatch):
+    folder, _ = analysed
+    shutil.copytree(folder.parent, tmp_path / "out")
+    page = tmp_path / "out" / "ablation_planted" / "figures" / "report.html"
+    page.unlink()
+    monkeypatch.setattr(trainings, "train_classifiers", not_again)
+    run(tmp_path, planted[0], *ANALYSED)
+    assert page.read_bytes() == (folder / "figures" / "report.html").read_bytes()
+
+
+def test_shuffled_labels_can_be_trained_without_other_controls(planted, tmp_path):
+    results = run(tmp_path, planted[0], "--top-k=3", "--quick", "--representations=stats", "--null-shuffles=2")
+    assert results["config"]["controls"] == "none" and results["analysis"]["null_shuffles"]["shuffles"] == 2
+    assert max(results["analysis"]["null_shuffles"]["largest"]) < results["analysis"]["null_shuffles"]["observed"]
+    assert results["analysis"]["robustness"] == {}
 
 
 # -- doing things once ----------------------------------------------------------------------------------
@@ -574,6 +651,8 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
 def test_flags_are_checked_before_the_collection_is_touched(tmp_path, capsys):
     assert main(["--dataset", str(tmp_path / "nowhere"), "--num-runs=-1"]) == 2
     assert "--num-runs" in capsys.readouterr().err
+    assert main(["--dataset", str(tmp_path / "nowhere"), "--null-shuffles=-1"]) == 2
+    assert "--null-shuffles" in capsys.readouterr().err
 
 
 def test_a_refused_collection_leaves_the_output_folder_as_it_was(tmp_path, capsys):
@@ -713,6 +792,8 @@ def test_quick_gives_way_to_an_explicit_flag():
     assert (full.autoencoder.patience, full.autoencoder.max_epochs) == (15, 100)
     assert full.classifier.lr == 1e-3 and full.classifier.lr_patience == 10 and full.autoencoder.lr_patience is None
     assert resolved("--quick", "--num-runs=7").num_runs == 7
+    assert (quick.controls, full.controls) == ("none", "basic")
+    assert resolved("--quick", "--controls=all").controls == "all"
 
 
 def test_a_log_file_gets_plain_lines(tmp_path):

@@ -236,6 +236,17 @@ def test_results_written_halfway_are_finished_wherever_it_was(tmp_path, monkeypa
     assert stops == (4 if before else 2)
 
 
+def test_files_in_folders_and_those_without_a_like_move_together(tmp_path):
+    first = {"figures/a.png": b"a", "figures/b.png": b"b", "results.json": b"1"}
+    store.replace_all(tmp_path, first)
+    (tmp_path / "figures" / ".a.png.0123abcd").write_text("half")
+    store.replace_all(tmp_path, {"figures/a.png": b"c", "results.json": b"2"}, also=["figures/b.png"])
+    kept = tmp_path / "previous" / "1"
+    assert contents(kept) == {"results.json": b"1"} and contents(kept / "figures") == {"a.png": b"a", "b.png": b"b"}
+    assert contents(tmp_path / "figures") == {"a.png": b"c"}
+    assert [path.name for path in (tmp_path / "previous").iterdir()] == ["1"]
+
+
 def test_one_holds_a_lock_at_a_time_and_its_end_frees_it(tmp_path):
     path = tmp_path / "deep" / "x.lock"
     with store.locked(path):

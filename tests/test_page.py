@@ -1,0 +1,204 @@
+"""report.html is well formed, fetches nothing, escapes names, says what results say, and opens in a real browser."""
+
+import base64
+import copy
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+from test_report import CLASS_NAMES, made
+
+import answers
+import page
+import report
+import tables
+
+VOID = {"meta", "img", "link", "br", "hr", "input"}
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 3"><rect width="4" height="3" fill="#08c"/></svg>'
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYPhfDwACggF/qvb0gQAAAABJRU5ErkJggg=="
+)
+ALL = {f"{name}.{ending}": content for name in page.PICTURES for ending, content in (("svg", SVG), ("png", PNG))}
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Reader(HTMLParser):
+    """Elements with their attributes, and the text of each section; complains about wrong nesting."""
+
+    def __init__(self, content: bytes):
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict]] = []
+        self.text = {"": ""}
+        self.section = ""
+        self.feed(content.decode())
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        names = [name for name, _ in attributes]
+        assert len(names) == len(set(names)), (tag, names)
+        self.elements.append((tag, dict(attributes)))
+        if tag == "section":
+            self.section = dict(attributes)["id"]
+            self.text[self.section] = ""
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, tag
+        self.section = "" if tag == "section" else self.section
+
+    def handle_data(self, data):
+        self.text[self.section] += data.replace("\N{NO-BREAK SPACE}", " ")
+
+    def of(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.mark.parametrize("analysed", [True, False])
+def test_nesting_is_right_and_every_section_is_there(analysed):
+    results = made()
+    results["analysis"] = results["analysis"] if analysed else None
+    before = copy.deepcopy(results)
+    reader = Reader(page.render_page(results, ALL))
+    assert results == before
+    assert [section["id"] for section in reader.of("section")] == list(page.SECTIONS)
+    ids = [attributes["id"] for _, attributes in reader.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert all(element["aria-labelledby"] in ids for element in reader.of("section"))
+    assert [tag for tag, _ in reader.elements].count("h1") == 1 and reader.of("html") == [{"lang": "en"}]
+    if not analysed:
+        assert all(answers.NO_CONTROLS in reader.text[anchor] for anchor in ("answers", "layers", "controls"))
+        assert tables.tables(results)["ranking"].rows[-1][-1] in reader.text["layers"]
+
+
+def test_nothing_is_fetched_and_nothing_runs():
+    content = page.render_page(made(), ALL)
+    reader = Reader(content)
+    for tag, attributes in reader.elements:
+        assert tag not in ("script", "link", "iframe", "object", "base", "form")
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("href", "src", "srcset", "action", "poster", "data"):
+                assert value.startswith(("#", "data:image/")), (tag, value)
+    anchors = {attributes["href"][1:] for attributes in reader.of("a")}
+    assert anchors <= {attributes.get("id") for _, attributes in reader.elements} and anchors >= set(page.SECTIONS)
+    style = content.decode().split("<style>")[1].split("</style>")[0]
+    assert "url(" not in style and "@import" not in style and "prefers-color-scheme: dark" in style
+    policies = [one["content"] for one in reader.of("meta") if one.get("http-equiv") == "Content-Security-Policy"]
+    assert policies == [page.POLICY] and policies[0].startswith("default-src 'none'; img-src data:; style-src")
+
+
+def test_names_are_escaped_and_whole():
+    results = made()
+    evil = '</table><img src="https://x.test/a.png" onerror="alert(1)">'
+    results["dataset"] |= {"name": evil, "path": evil, "skipped": [{"path": evil, "reason": "<b>bad</b>"}]}
+    results["layer_ranking"][0]["layer"] = results["analysis"]["layers"]["records"][0]["layer"] = evil
+    results["environment"]["device"] = evil
+    results["representations_not_run"] = [{"representation": "pca", "reason": evil}]
+    content = page.render_page(results, ALL)
+    reader = Reader(content)
+    assert b"<script" not in content and b"<b>" not in content and len(reader.of("img")) == len(page.PICTURES)
+    for name in CLASS_NAMES:
+        assert name in reader.text["concepts"] and name in reader.text["settings"]
+    assert evil in reader.text["layers"] and evil in reader.text["settings"] and evil in reader.text[""]
+
+
+def test_words_and_numbers_are_those_of_results():
+    results = made("distributed", answerable=False)
+    results["config"]["quick"] = True
+    reader = Reader(page.render_page(results, ALL))
+    for answer in answers.answers(results):
+        for anchor in (answer.anchor, "answers"):
+            text = reader.text[anchor]
+            assert answer.question in text and f"Hypothesis: {answer.hypothesis}. {answer.outcome}" in text
+            assert answer.evidence in text and answer.sentences[0] in text
+        assert all(sentence in reader.text[answer.anchor] for sentence in answer.sentences)
+    assert all(warning in reader.text["answers"] for warning in answers.warnings(results))
+    assert all(check in reader.text["controls"] for check in answers.checks(results))
+    for table in tables.tables(results).values():
+        assert all(cell in reader.text[table.anchor] for row in table.rows for cell in row)
+    assert all(f"{name}" in reader.text["robustness"] for name in answers.VERDICTS)
+    assert all(line[10:] in reader.text[""] for line in report.run_lines(results))
+    for name in ("classifier.max_epochs", "split_sizes.train", "total", "device"):
+        assert name in reader.text["settings"]
+
+
+def test_tables_can_be_read_without_seeing_them():
+    reader = Reader(page.render_page(made(), ALL))
+    assert reader.of("table") and all(head.get("scope") in ("col", "row") for head in reader.of("th"))
+    boxes = [one for one in reader.of("div") if one["class"] == "scroll"]
+    assert len(boxes) == len(reader.of("table")) and all(box["tabindex"] == "0" and box["aria-label"] for box in boxes)
+
+
+def test_pictures_stand_in_their_section_with_their_finding():
+    results = made()
+    content = page.render_page(results, ALL).decode()
+    for name, (shows, anchor) in page.PICTURES.items():
+        section = content.split(f'<section id="{anchor}"')[1].split("</section>")[0]
+        alt = next(one["alt"] for one in Reader(section.encode()[section.index(">") + 1 :]).of("img"))
+        assert alt.startswith(shows), name
+        told = [answer.sentences[0] for answer in answers.answers(results) if answer.anchor == anchor]
+        told += answers.concept_lines(results) if anchor == "concepts" else []
+        assert told and all(sentence in alt for sentence in told)
+
+
+def test_any_picture_may_be_missing():
+    assert "<img" not in page.render_page(made(), {}).decode()
+    only = page.render_page(made(), {"ablation_curves.png": PNG, "layer_clusters.svg": b""})
+    sources = [one["src"] for one in Reader(only).of("img")]
+    assert sources == ["data:image/png;base64," + base64.b64encode(PNG).decode()]
+
+
+def test_a_large_svg_gives_way_to_a_smaller_png():
+    large = SVG + b" " * page.SVG_LIMIT
+    for pictures, kind in (
+        ({"rank_structure.svg": SVG, "rank_structure.png": PNG}, "svg+xml"),
+        ({"rank_structure.svg": large, "rank_structure.png": PNG}, "png"),
+        ({"rank_structure.svg": large, "rank_structure.png": large + large}, "svg+xml"),
+        ({"rank_structure.svg": large}, "svg+xml"),
+    ):
+        (image,) = Reader(page.render_page(made(), pictures)).of("img")
+        head, body = image["src"].split(",")
+        assert head == f"data:image/{kind};base64" and base64.b64decode(body) in pictures.values()
+
+
+# -- in a browser ---------------------------------------------------------------------------------------
+
+
+def opened(content: bytes, folder) -> tuple[str, list[str]]:
+    """The page as a browser holds it, and the lines of its console."""
+    path = folder / "report.html"
+    path.write_bytes(content)
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--enable-logging=stderr", "--v=0",
+               "--virtual-time-budget=5000", f"--user-data-dir={folder / 'profile'}", path.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, timeout=300)
+    log = done.stderr.decode(errors="replace")
+    assert done.returncode == 0, log
+    return done.stdout.decode(), [line for line in log.splitlines() if re.search(r":CONSOLE[:(]", line)]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the path")
+def test_a_browser_shows_every_section_and_has_no_complaint(tmp_path):
+    results = made(answerable=False)
+    dom, console = opened(page.render_page(results, ALL), tmp_path)
+    assert console == []
+    reader = Reader(dom.encode())
+    assert [section["id"] for section in reader.of("section")] == list(page.SECTIONS)
+    assert len(reader.of("img")) == len(page.PICTURES) and not reader.of("script")
+    for answer in answers.answers(results):
+        assert all(sentence in reader.text[answer.anchor] for sentence in answer.sentences)
+    for name in CLASS_NAMES:
+        assert name in reader.text["concepts"]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the path")
+def test_the_browser_would_complain_and_the_policy_holds(tmp_path):
+    """That the console is empty says something: what the policy forbids is told there."""
+    outside = b'<img alt="" src="https://example.invalid/a.png"><script>document.title = "ran"</script></main>'
+    dom, console = opened(page.render_page(made(), {}).replace(b"</main>", outside), tmp_path)
+    assert len(console) == 2 and all("Content Security Policy" in line for line in console)
+    assert "<title>ran</title>" not in dom

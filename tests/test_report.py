@@ -1,0 +1,438 @@
+"""Each outcome of an analysis becomes the sentence it should, with the numbers of results.json and no others."""
+
+import copy
+import math
+import re
+from functools import cache
+
+import numpy as np
+import pytest
+
+import analysis
+import answers
+import report
+import tables
+from controls import plan_controls
+from evidence import Evidence
+from lora_files import Layer
+
+LAYERS, TOP_K, RUNS, CLASSES, TEST = 12, 2, 3, 5, 200
+CLASS_NAMES = ["cat", "dog", "<script>alert(1)</script>", "a & b", '"quoted"']
+KNOWN = {  # share of test LoRAs that a classifier recognises, given which layers it sees (the first is the best)
+    "redundant": lambda kept: 0.9,
+    "distributed": lambda kept: 0.9 * kept.mean(),
+    "localized": lambda kept: 0.9 if kept[:TOP_K].any() else 0.1,
+    "no signal": lambda kept: 0.0,
+}
+
+
+def described(depth: int) -> Layer:
+    module = f"unet_down_blocks_{depth // 4}_attn{1 + depth // 2 % 2}_to_{'qk'[depth // 2 % 2]}"
+    return Layer(f"{module}.{('down', 'up')[depth % 2]}.weight", module, ("down", "up")[depth % 2], (1, 4), "F32")
+
+
+def guesses(truth: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
+    """Predictions that are right for a share of the LoRAs of each class, and guessed for the others."""
+    generator = np.random.default_rng(seed)
+    shape = (*np.shape(shares), len(truth))
+    known = np.arange(len(truth)) // CLASSES % 20 < np.round(20 * np.asarray(shares))[..., None]
+    return np.where(known, truth, generator.integers(0, CLASSES, shape))
+
+
+@cache
+def _made(kind: str, names: tuple[str, ...], answerable: bool) -> dict:
+    """The content of results.json where the truth is planted."""
+    y = np.arange(60 + 40 + TEST) % CLASSES
+    rows = {"train": np.arange(60), "validation": np.arange(60, 100), "test": np.arange(100, len(y))}
+    layers = [described(depth) for depth in range(LAYERS)]
+    tested = np.concatenate([y[rows["validation"]], y[rows["test"]]])
+    alone = np.linspace(0.7, 0.0, LAYERS) if kind != "no signal" else np.zeros(LAYERS)
+    predictions = {"layers/predicted": guesses(tested, np.repeat(alone[:, None], RUNS, 1), 0)}
+    whole, left = KNOWN[kind](np.ones(LAYERS)), KNOWN[kind](np.arange(LAYERS) >= TOP_K)
+    for i, name in enumerate(names):
+        predictions[f"baseline/{name}/predicted"] = guesses(tested, np.full(RUNS, whole * 0.8**i), 1 + i)
+        predictions[f"ablation/{name}/predicted"] = guesses(tested, np.full(RUNS, left * 0.8**i), 50 + i)
+    e = Evidence(layers, CLASS_NAMES, y, rows, None, np.arange(LAYERS), TOP_K, predictions, 0)
+    conditions = plan_controls(e.ranking, [one.role for one in layers], TOP_K, runs=RUNS, draws=20, points=11,
+                               conditional=True, seed=0)  # fmt: skip
+    taken = guesses(e.truth, np.array([[KNOWN[kind](kept) for kept in of] for of in conditions.kept]), 7)
+    generator = np.random.default_rng(0)
+    updates = 1 + generator.random((len(y), LAYERS // 2, 2)) + 0.2 * y[:, None, None]
+    updates[..., 0] = updates[..., 0] if answerable else 1
+    spectral = generator.random((30, LAYERS, 4))
+    spectral[..., 1], spectral[..., 2:] = spectral[..., 0], 1
+    controls = analysis.Controls(
+        "all",
+        {"stats": (conditions, taken)},
+        ("stats", generator.random((RUNS, LAYERS))),
+        {"norms": generator.random((len(y), 3)), "ranks and shapes": None, "metadata": np.eye(CLASSES)[y]},
+        (["artist"], names[0], e.truth, np.arange(TEST) // 4, guesses(e.truth, np.full(RUNS, 0.5), 9)),
+        generator.random((4, LAYERS)) * 0.3,
+    )
+    features = generator.random((len(y), LAYERS, 7)) + y[:, None, None]
+    sample = {"spectral": (spectral, ["sigma_1", "gap_1", "sigma_2", "sigma_3"])} if not answerable else {}
+    return _results(e, names, analysis.analyse(e, list(names), features, updates, sample, controls))
+
+
+def _results(e: Evidence, names: tuple[str, ...], found: dict) -> dict:
+    """What results.json holds beside the analysis."""
+
+    def metric(key: str) -> dict:
+        runs = (e.predicted(key) == e.truth).mean(-1)
+        return {"mean": float(runs.mean()), "std": float(runs.std(ddof=1)), "runs": runs.tolist()}
+
+    def entries(condition: str) -> dict:
+        told = {name: metric(f"{condition}/{name}") for name in names}
+        return {name: {"num_features": 84, "test_accuracy": one, "test_f1": one} for name, one in told.items()}
+
+    correct = e.predicted("layers") == e.truth
+    ranking = [
+        {"layer": layer.name, "accuracy": float(of.mean()), "accuracy_std": float(of.mean(1).std(ddof=1)),
+         "val_accuracy": 0.5, "module": layer.module, "role": layer.role}
+        for layer, of in zip(e.layers, correct, strict=True)
+    ]  # fmt: skip
+    training = {"max_epochs": 30, "patience": 5}
+    return {
+        "dataset": {"name": "zoo", "source": "files", "path": "data/zoo", "num_samples": len(e.y), "num_classes": 5,
+                    "classes": CLASS_NAMES, "class_counts": dict.fromkeys(CLASS_NAMES, 60), "num_layers": LAYERS,
+                    "split_sizes": {name: len(rows) for name, rows in e.rows.items()}, "skipped": [], "ignored": {},
+                    "num_layers_selected": LAYERS, "label_source": "class folders", "group_column": None,
+                    "num_groups": None},
+        "config": {"top_k": TOP_K, "num_runs": RUNS, "rank_by": "test", "seed": 0, "quick": False, "device": "cpu",
+                   "layers": None, "classifier": training, "autoencoder": training},
+        "environment": {"torch": "2", "device": "CPU", "threads": 2, "date": "2026-11-25T02:10:03+00:00"},
+        "timing": {"total": 1.5},
+        "chance": {"accuracy": e.chance, "f1": 0.07},
+        "layer_ranking": ranking,
+        "top_layers": [record["layer"] for record in ranking[:TOP_K]],
+        "baseline_results": entries("baseline"),
+        "ablation_results": entries("ablation"),
+        "representations_not_run": [],
+        "analysis": found,
+    }  # fmt: skip
+
+
+def made(kind="redundant", names=("stats", "spectral", "ensemble"), answerable=True) -> dict:
+    """A copy that a test may change."""
+    return copy.deepcopy(_made(kind, names, answerable))
+
+
+def answer(results: dict, anchor: str) -> answers.Answer:
+    return next(one for one in answers.answers(results) if one.anchor == anchor)
+
+
+def told(results: dict, anchor: str) -> str:
+    return " ".join(answer(results, anchor).sentences)
+
+
+def unwrapped(text: str) -> str:
+    return " ".join(text.split())
+
+
+def numbers(value) -> list[float]:
+    """All numbers of a JSON value."""
+    if isinstance(value, dict | list):
+        return [n for item in (value.values() if isinstance(value, dict) else value) for n in numbers(item)]
+    return [float(value)] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+# -- answers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_each_verdict_is_told_with_its_meaning_and_numbers(kind):
+    results = made(kind)
+    found = results["analysis"]["robustness"]["stats"]
+    assert found["verdict"] == kind  # what was planted
+    text = told(results, "robustness")
+    assert text.startswith(f"{kind[0].upper()}{kind[1:]} by stats: {answers.VERDICTS[kind]}.")
+    whole, left, random = (found[key] for key in ("all", "without_top", "without_random"))
+    assert f"With all 12 layers {100 * whole['accuracy']:.1f} % ({100 * whole['interval'][0]:.1f} to " in text
+    assert f"without the top 2 {100 * left['accuracy']:.1f} %" in text and found["why"] in text
+    assert f"without 2 random ones {100 * random['mean']:.1f} % (mean of 20 draws" in text
+
+
+def test_undecided_and_several_representations_each_say_their_verdict():
+    results = made("redundant")
+    robustness = results["analysis"]["robustness"]
+    robustness["ensemble"] = robustness["stats"] | {"verdict": "undecided", "why": "on both sides of a half"}
+    robustness["update_sketch"] = robustness["stats"]
+    text = told(results, "robustness")
+    assert "Redundant by stats and update_sketch: the same information" in text
+    assert "Undecided by ensemble: " in text and "ensemble: on both sides of a half. With all" in text
+    assert tables.tables(results)["controls"].columns == ["layers", "stats", "ensemble", "update_sketch"]
+
+
+def test_without_robustness_there_is_no_verdict_but_the_drop():
+    results = made()
+    results["analysis"]["robustness"] = {}
+    drop = results["analysis"]["representations"]["drops"]["stats"]
+    text = told(results, "robustness")
+    assert text.startswith("No verdict: ") and f"costs stats {answers.percent(drop['drop'])} points" in text
+    results["analysis"]["representations"] = None
+    assert told(results, "robustness").startswith("No verdict: ")
+    assert told(results, "representations") == "No representation was run."
+    assert "controls" not in tables.tables(results) and report.render_text(results)
+
+
+def test_layers_above_chance_and_none():
+    results = made()
+    found = results["analysis"]["layers"]
+    above, first = found["num_above_null"], found["records"][0]
+    text = told(results, "layers")
+    assert 0 < above < LAYERS and text.startswith(f"{above} of 12 layers are above chance (20.0 %; p < 0.05")
+    low, high = (100 * bound for bound in first["interval"])
+    reached = f"{first['layer']}, reaches {100 * first['accuracy']:.1f} % ({low:.1f} to {high:.1f}, p < 0.0001)"
+    assert reached in text and f"W over 3 runs is {found['stability']['kendall_w']:.2f}" in text
+    assert f"their top 2 have {found['rankings']['same_top_k']} in common" in text
+    assert f"{LAYERS - above} of 12 layers are undistinguishable from chance" in " ".join(answers.warnings(results))
+    silent = made("no signal")
+    assert told(silent, "layers").startswith("None of the 12 layers can be told from chance (20.0 %).")
+    limit = silent["analysis"]["layers"]["null_max"]
+    assert f"chance alone takes the best of so many up to {100 * limit:.1f} %" in told(silent, "layers")
+    warned = " ".join(answers.warnings(silent))
+    assert "12 of 12 layers are undistinguishable" in warned and "stats cannot be told from chance" in warned
+
+
+def test_stability_leaves_out_what_was_not_measured():
+    results = made()
+    results["analysis"]["layers"]["stability"]["kendall_w"] = None
+    results["analysis"]["layers"]["rankings"]["kendall_tau"] = None
+    assert "Stability: their top 2 have" in told(results, "layers")
+
+
+def test_the_best_representation_alone_near_others_and_ahead():
+    results = made()
+    compared = results["analysis"]["representations"]
+    assert compared["best"] == "stats" and compared["indistinguishable_from_best"] == []
+    text = told(results, "representations")
+    ahead = next(one for one in compared["pairs"]["baseline"] if (one["a"], one["b"]) == ("stats", "spectral"))
+    assert f"spectral, by {answers.percent(ahead['difference'])} points ({answers.bounds(ahead['interval'])}" in text
+    assert "of all others significantly" in text and "Significant losses: 0 of 3" in text
+    compared["indistinguishable_from_best"] = ["spectral"]
+    text = told(results, "representations")
+    assert "Not to be told from it by these LoRAs (Holm-corrected): spectral." in text and "significantly" not in text
+    alone = made(names=("stats",))
+    text = told(alone, "representations")
+    assert text.startswith("stats reaches ") and "the only one that was run" in text
+    assert answer(alone, "representations").outcome == "not answerable"
+
+
+def test_a_difference_is_told_from_the_best_ones_side():
+    """The best may stand on either side of a pair."""
+    turned = made(names=("ensemble", "stats"))
+    one = turned["analysis"]["representations"]["pairs"]["baseline"][0]
+    before = told(turned, "representations")
+    low, high = one["interval"]
+    one |= {"a": "stats", "b": "ensemble", "difference": -one["difference"], "interval": [-high, -low]}
+    assert told(turned, "representations") == before
+    row = next(row for row in tables.tables(turned)["differences"].rows if row[0] == "stats")
+    assert row[-2] == f"{answers.percent(-one['difference'])} ({answers.bounds((low, high))})"
+
+
+def test_different_information_and_what_independence_would_give():
+    results = made()
+    found, top = results["analysis"]["layer_information"], results["layer_ranking"][:TOP_K]
+    text = told(results, "information")
+    assert f"on {answers.percent(found['disagreement']['mean'])} % of the test LoRAs" in text
+    independent = 1 - math.prod(1 - record["accuracy"] for record in top)
+    assert f"it would be {100 * independent:.1f} %" in text
+    found["clusters"]["count"] = LAYERS
+    assert "form 12 clusters: each stands alone" in told(results, "information")
+    found["clusters"]["count"] = 1
+    assert told(results, "information").endswith("form 1 cluster.")
+
+
+def test_rank_structure_answerable_and_not():
+    results = made()
+    found = results["analysis"]["rank_structure"]
+    expected = f"The effective rank differs between concepts in {found['num_significant']} of 6 modules"
+    assert told(results, "rank").startswith(expected) and found["num_significant"] > 0
+    assert "coincide" not in " ".join(answers.warnings(results))
+    rank_one = made(answerable=False)
+    text = told(rank_one, "rank")
+    assert text.startswith(
+        "Not answerable at rank 1: the effective rank never varies; the norm of the update is tested"
+    )
+    assert answer(rank_one, "rank").outcome == "not answerable"
+    warned = answers.warnings(rank_one)
+    assert "At this rank features of spectral coincide: sigma_1 = gap_1." in warned
+    assert "At this rank features of spectral never vary: sigma_2, sigma_3." in warned
+    rank_one["analysis"]["rank_structure"]["constant"]["spectral"] = ["mean", "gap_2", "gap_3", "gap_4", "gap_9"]
+    assert "never vary: mean, gap_2 to gap_4, gap_9." in " ".join(answers.warnings(rank_one))
+    rank_one["analysis"]["rank_structure"]["complexity"]["spearman_spread"] = None
+    assert "features is not measured (too few, or constant)" in told(rank_one, "rank")
+
+
+def test_hypotheses_keep_their_outcome_number_and_interval():
+    results = made()
+    for outcome in ("confirmed", "refuted", "undecided"):
+        for one in results["analysis"]["hypotheses"]:
+            one |= {"outcome": outcome, "number": 0.1234, "interval": [-0.00001, 0.5678], "why": "because"}
+        told_ones = answers.answers(results)
+        assert [one.outcome for one in told_ones] == [outcome] * 5
+        assert [one.hypothesis.lower() for one in told_ones] == [
+            one["hypothesis"].lower() for one in results["analysis"]["hypotheses"]
+        ]
+        plain, share, points = (told_ones[i].evidence for i in (0, 1, 2))
+        assert plain.endswith(" 0.12 (0.00 to 0.57); because.")
+        assert share.endswith(" 12.3 % (0.0 to 56.8); because.")
+        assert points.endswith(" 12.3 points (0.0 to 56.8); because.")
+        assert unwrapped(report.render_text(results)).count(f": {outcome.upper()}. ") == 5
+
+
+def test_every_number_of_the_answers_is_one_of_results():
+    results = made()
+    known = numbers(results["analysis"]) + numbers(results["layer_ranking"]) + numbers(results["baseline_results"])
+    known += [*numbers(results["ablation_results"]), results["chance"]["accuracy"]]
+    shown = {f"{scale * value:.{digits}f}" for value in known for scale, digits in ((100, 1), (1, 2), (-100, 1))}
+    independent = 1 - math.prod(1 - one["accuracy"] for one in results["layer_ranking"][:TOP_K])
+    shown.add(f"{100 * independent:.1f}")
+    shown |= {f"{value:.2g}" for value in known} | {"0.05", "0.0001", "0.50"}
+    for one in answers.answers(results):
+        for sentence in [*one.sentences, one.evidence]:
+            text = sentence.replace(results["layer_ranking"][0]["layer"], "")
+            for cell in re.findall(r"-?\d+\.\d+", text):
+                assert cell in shown, sentence
+
+
+# -- what to bear in mind -------------------------------------------------------------------------------
+
+
+def test_a_cheap_explanation_that_does_as_well_is_on_the_first_page():
+    results = made("distributed")
+    assert results["analysis"]["cheap"]["as_good"] == ["metadata"]  # which holds the label
+    first_page = unwrapped(report.render_text(results).split("\n1. Which layers predict? Each of")[0])
+    cheap = results["analysis"]["cheap"]["metadata"]
+    assert f"metadata alone predict as well as the weights do: {100 * cheap['accuracy']:.1f} %" in first_page
+    said = " ".join(answers.checks(results))
+    assert "by ranks and shapes: not there, or the same in every LoRA." in said and "by norms: " in said
+    results["analysis"]["cheap"]["as_good"] = []
+    assert "as well as the weights" not in " ".join(answers.warnings(results))
+    results["analysis"]["cheap"] = None
+    assert "were not tried" in " ".join(answers.checks(results))
+
+
+def test_unused_groups_shuffles_and_quick():
+    results = made()
+    text = " ".join(answers.warnings(results))
+    groups = results["analysis"]["groups"]
+    assert "artist" in text and f"gives stats {100 * groups['grouped_split']:.1f} %" in text
+    assert f"this one {100 * groups['random_split']:.1f} %" in text and "--group-column=artist" in text
+    shuffled = results["analysis"]["null_shuffles"]
+    assert f"on shuffled labels (4 times), the best layer reaches {100 * max(shuffled['largest']):.1f} %" in text
+    assert "p = 0.2, the smallest that 4 can give): as it should be." in text and "--quick" not in text
+    shuffled |= {"largest": [0.9] * 4, "p": 1.0}
+    assert "(p = 1): no more than chance gives." in " ".join(answers.warnings(results))
+    results["analysis"] |= {"groups": None, "null_shuffles": None}
+    results["config"]["quick"] = True
+    text = " ".join(answers.warnings(results))
+    assert "artist" not in text and "shuffled" not in text and "rest on --quick (3 runs, at most 30 classifier" in text
+
+
+def test_attribution_with_and_without_a_correlation():
+    results = made()
+    found = results["analysis"]["attribution"]
+    assert f"Spearman correlation {answers.number(found['spearman'])} (" in " ".join(answers.checks(results))
+    found |= {"spearman": None, "interval": None, "p": None}
+    assert "Spearman correlation not measured" in " ".join(answers.checks(results))
+
+
+def test_concepts_best_and_worst_with_and_without_representations():
+    results = made()
+    found = results["analysis"]["concepts"]
+    found["recall"] = [[0.1, 0.9, 0.3, 0.3, 0.3], [0.2, 0.8, 0.3, 0.3, 0.3]]
+    found["baseline"]["stats"], found["drop"]["stats"] = [1.0, 0.5, 0.9, 0.9, 0.9], [0.0, 0.1, 0.25, 0.0, -0.1]
+    assert answers.concept_lines(results) == [
+        "A single layer recognises dog best (90.0 %) and cat worst (20.0 %).",
+        "With all layers stats recognises cat best (100.0 %) and dog worst (50.0 %); removing the top 2 takes most "
+        "from <script>alert(1)</script> (25.0 points).",
+    ]
+    results["analysis"]["representations"] = None
+    assert len(answers.concept_lines(results)) == 1
+    results["analysis"] = None
+    assert answers.concept_lines(results) == []
+
+
+# -- results.txt ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_results_txt_has_the_answers_first_and_short_lines(kind):
+    results = made(kind, answerable=False)
+    results["representations_not_run"] = [{"representation": "pca", "reason": "ranks differ"}]
+    before = copy.deepcopy(results)
+    text = report.render_text(results)
+    assert results == before
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 120 and len(lines) < 200 and text.endswith("\n")
+    heads = ["chance  ", "Short answers", "To bear in mind", "1. Which layers predict? Each of 12", "2 and 3. Every",
+             "Removing the top 2", "Not run", "Accuracies and macro-F1"]  # fmt: skip
+    positions = [text.index(head) for head in heads]
+    assert positions == sorted(positions)
+    for i, question in enumerate(answers.QUESTIONS.values(), 1):
+        assert f"\n{i}. {question}\n" in text
+    words = unwrapped(text)
+    for one in answers.answers(results):
+        assert all(sentence in words for sentence in one.sentences) and one.evidence in words
+    assert all(warning in words for warning in answers.warnings(results))
+    assert all(words.count(check) == 1 for check in answers.checks(results))
+
+
+@pytest.mark.parametrize("absent", [True, False])
+def test_without_an_analysis_one_line_says_which_flag_makes_it(absent):
+    results = made()
+    if absent:
+        del results["analysis"]
+    else:
+        results["analysis"] = None
+    assert answers.answers(results) == [] and answers.checks(results) == []
+    text = report.render_text(results)
+    assert text.count("--controls=basic") == 1 and "Short answers" not in text and len(answers.NO_CONTROLS) <= 120
+    assert f"\n{report.LAYER_HEADER}\n" in text and f"\n{report.layer_row(1, results['layer_ranking'][0])}\n" in text
+    assert list(tables.tables(results)) == ["ranking", "metrics"]
+
+
+def test_tables_are_rectangular_and_hold_what_results_hold():
+    results = made()
+    made_tables = tables.tables(results)
+    assert {"ranking", "metrics", "places", "conditional", "controls", "differences", "disagreement", "modules",
+            "concepts"} <= made_tables.keys()  # fmt: skip
+    for table in made_tables.values():
+        assert table.rows and all(len(row) == len(table.columns) for row in table.rows)
+        assert all(isinstance(cell, str) for row in table.rows for cell in row)
+    ranking = made_tables["ranking"]
+    assert [row[-1] for row in ranking.rows] == [record["layer"] for record in results["layer_ranking"]]
+    record = results["analysis"]["layers"]["records"][0]
+    assert ranking.rows[0][2:5] == [
+        answers.bounds(record["interval"]),
+        "< 0.0001",
+        f"{100 * record['top_k_share']:.0f}",
+    ]
+    concepts, drop = made_tables["concepts"], results["analysis"]["concepts"]["drop"]["stats"]
+    assert sorted(row[0] for row in concepts.rows) == sorted(CLASS_NAMES)
+    assert concepts.rows[0][2] == answers.percent(max(drop))
+    area = results["analysis"]["robustness"]["stats"]["curves"]["most_first"]["area"]
+    assert ["area under the curve, most first", f"{area:.2f}"] in [list(row) for row in made_tables["controls"].rows]
+
+
+def test_many_and_long_names_stay_within_the_page():
+    results = made()
+    for section in (results["analysis"]["concepts"]["classes"], results["dataset"]["classes"]):
+        section[:] = ["a very long name of a concept " * 5 + str(c) for c in range(CLASSES)]
+    lines = report.render_text(results).splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("Each concept"))
+    assert all(len(line) <= 120 and "..." in line for line in lines[at + 2 : at + 7])
+
+
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [(0.0, "p < 0.0001"), (1 / 10001, "p < 0.0001"), (2 / 10001, "p = 0.0002"), (0.01234, "p = 0.012"), (1, "p = 1")],
+)
+def test_p_has_two_digits_and_a_floor(p, text):
+    assert answers.p_text(p) == text
+
+
+def test_no_negative_zero():
+    assert (answers.percent(-0.0), answers.percent(-0.0004), answers.number(-0.004)) == ("0.0", "0.0", "0.00")
+    assert answers.percent(-0.0126) == "-1.3"
