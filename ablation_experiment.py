@@ -5,7 +5,8 @@
 Three phases over a collection of LoRAs whose concept is known: every layer alone (which predict?), every
 representation without the top-k layers (does prediction survive?), every representation with all layers (which is
 best?), and controls that tell what the answers mean. Writes top_layers.json, results.json, results.txt, samples.csv,
-predictions.npz and figures/ to <output-dir>/ablation_<dataset>/. Everything meets here; nothing imports this module but tests.
+predictions.npz and figures/ to <output-dir>/ablation_<dataset>/. Everything meets here; nothing imports this module
+but tests and benchmarks.
 
 Shape letters: N LoRAs, L layers, P modules (pairs of layers), F features, S input sources.
 """
@@ -519,7 +520,7 @@ def run_phases(experiment: Experiment, chosen: list[str], not_run: dict[str, str
     removed = [depth for depth, layer in enumerate(layers) if layer.name in top]
     for name in chosen:
         kept = experiment.without(removed)
-        if REPRESENTATIONS[name].kind == "pair" and not experiment.whole_pairs(kept).any():
+        if REPRESENTATIONS[name].kind in ("pair", "kernel") and not experiment.whole_pairs(kept).any():
             whose = f"the top {settings.top_k} layers leave" if len(experiment.pairs) else "--layers leaves"
             not_run[name] = f"{whose} no pair whole"
             say(report.not_run_line(name, not_run[name]))

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -38,11 +39,16 @@ from evidence import (
     interval,
     sign_p,
     spearman,
+    stream,
 )
 
 STEEP = 0.5  # of the range of a removal curve, above which a step is none of a graceful degradation
 COARSE_CLASSES = 4  # classes below which no clusters of them are looked for
-CHEAP_ROWS = 20_000  # train rows that a cheap explanation is fitted on at most
+CHEAP_ROWS = 10_000  # train rows that a cheap explanation is fitted on at most
+FEATURE_NUMBERS = 2**24  # of features that what describes them only (CKA, clusters, spread) looks at, at most
+CLIP = 10.0  # standard deviations beyond which a feature is an outlier of a heavy tail, as in training
+SAME_RANK = 1e-3  # effective ranks that differ by no more are rounding
+NO_UPDATE = "no module has both of its layers among those looked at"
 CLUSTER_DISTANCE = 0.5  # 1 - CKA at which layers count as different
 
 
@@ -82,23 +88,28 @@ def analyse(
         e: The evidence.
         names: Representations that were run with and without the top layers.
         stats_features: Statistics of each layer, float[N, L, 7].
-        updates: Effective rank and Frobenius norm of each update, float[N, P, 2 or more].
+        updates: Effective rank and Frobenius norm of each update, float[N, P, 2 or more]; see `rank_structure`.
         samples: Features of some LoRAs by representation, float[., L, F], with their names.
         controls: What to compare with.
     """
-    best = max(names, key=lambda name: (e.predicted(f"baseline/{name}") == e.truth).mean(), default=None)
+    # By validation: what is compared with explanations without weights must not be chosen by what it is tested on.
+    best = max(names, key=lambda name: e.validated(f"baseline/{name}").mean(), default=None)
     best_predicted = e.predicted(f"baseline/{best}") if best else e.predicted("layers")[e.ranking[0]]
+    described = some_rows(e.y, FEATURE_NUMBERS // math.prod(stats_features.shape[1:]), e.seed)
+    features = standardised(stats_features[described])
     found: dict[str, object] = {
         "controls": controls.level,
         "level": LEVEL,
         "resamples": RESAMPLES,
         "permutations": PERMUTATIONS,
         "permuted": "LoRAs" if e.groups is None else "groups",
+        "units": len(np.unique(e.test_groups)),
+        "rows_described": len(described),
         "layers": layer_ranking(e),
         "robustness": {name: robustness(e, *measured) for name, measured in controls.conditions.items()},
         "representations": representations(e, names) if names else None,
-        "layer_information": layer_information(e, stats_features),
-        "rank_structure": rank_structure(e, updates, stats_features, recalls(e, best_predicted)),
+        "layer_information": layer_information(e, features, described),
+        "rank_structure": rank_structure(e, updates, features, described, recalls(e, best_predicted)),
         "concepts": concepts(e, names),
     }
     merged = {name: coinciding(*sample) for name, sample in samples.items()}
@@ -118,6 +129,27 @@ def analyse(
     found["null_shuffles"] = null_shuffles(e, controls.shuffled) if controls.shuffled is not None else None
     found["hypotheses"] = hypotheses(found)
     return plain(found)
+
+
+def some_rows(y: np.ndarray, at_most: int, seed: int) -> np.ndarray:
+    """Rows of y, all or as evenly from its classes as ``at_most`` of them can be drawn, int64[n], ascending."""
+    if len(y) <= at_most:
+        return np.arange(len(y))
+    drawn = stream(seed, "rows described").permutation(len(y))
+    by_class, sizes = drawn[np.argsort(y[drawn], kind="stable")], np.bincount(y)
+    place = np.arange(len(y)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # among those of its class
+    return np.sort(by_class[np.argsort(place, kind="stable")[: max(1, at_most)]])
+
+
+def standardised(features: np.ndarray) -> np.ndarray:
+    """Each feature of each layer with mean 0 and variance 1, then clipped: float[N, L, F] -> float64[N, L, F].
+
+    A constant one (see `stacked_training.mean_and_scale`) is 0.
+    """
+    x = features.astype(np.float64)
+    std, largest = x.std(0), np.abs(x).max(0)
+    x -= x.mean(0)
+    return np.clip(np.divide(x, std, out=np.zeros_like(x), where=std > 1e-6 * largest), -CLIP, CLIP)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -154,10 +186,8 @@ def layer_ranking(e: Evidence) -> dict:
     accuracy, drawn = correct.mean((1, 2)), e.draws.accuracies(list(correct), runs=False)  # (L,), (L, B)
     null = e.null(predicted)
     p, p_family = exceedance(accuracy, null), exceedance(accuracy, null.max(1, keepdims=True))
-    in_top = np.zeros(len(accuracy))
-    for of_draw in np.argsort(-drawn, axis=0, kind="stable")[: e.top_k]:
-        in_top += np.bincount(of_draw, minlength=len(accuracy))
-    intervals = interval(drawn)
+    validation = e.validated("layers").mean((1, 2))
+    intervals, in_top = interval(drawn), top_share(drawn, e.top_k)
     records = [
         {
             "layer": layer.name,
@@ -166,11 +196,12 @@ def layer_ranking(e: Evidence) -> dict:
             "role": layer.role,
             **place(layer.module),
             "accuracy": accuracy[depth],
+            "val_accuracy": validation[depth],
             "interval": intervals[depth],
             "p": p[depth],
             "p_family": p_family[depth],
             "above_null": p_family[depth] < ALPHA,
-            "top_k_share": in_top[depth] / drawn.shape[1],
+            "top_k_share": in_top[depth],
         }
         for depth, layer in enumerate(e.layers)
     ]
@@ -186,7 +217,6 @@ def layer_ranking(e: Evidence) -> dict:
             for value in dict.fromkeys(values.tolist())
             if value
         }
-    validation = e.predictions["layers/predicted"][..., : len(e.rows["validation"])] == e.y[e.rows["validation"]]
     return {
         "chance": e.chance,
         "null_band": interval(null.ravel()),
@@ -194,10 +224,20 @@ def layer_ranking(e: Evidence) -> dict:
         "num_above_null": int((p_family < ALPHA).sum()),
         "records": records,
         "stability": {"kendall_w": kendall_w(correct.mean(2)), "runs": correct.shape[1]},
-        "rankings": _agreement(accuracy, validation.mean((1, 2)), e.top_k),
+        "rankings": _agreement(accuracy, validation, e.top_k),
         "depth": spearman(np.arange(len(accuracy)), accuracy),
         "groups": groups,
     }
+
+
+def top_share(drawn: np.ndarray, top_k: int) -> np.ndarray:
+    """How often each layer is among the top k of draws float[L, B]: float64[L], whose sum is k.
+
+    Layers that tie for the last places share them: else the first ones in the network would always win.
+    """
+    last = np.partition(drawn, -top_k, axis=0)[-top_k]  # (B,)
+    above, level = drawn > last, drawn == last
+    return (above + level * ((top_k - above.sum(0)) / level.sum(0))).mean(1)
 
 
 def kendall_w(scores: np.ndarray) -> float | None:
@@ -234,13 +274,19 @@ def representations(e: Evidence, names: Sequence[str]) -> dict:
     correct = {key: e.predicted("/".join(key)) == e.truth for key in keys}
     drawn = dict(zip(keys, e.draws.accuracies(list(correct.values())), strict=True))
     accuracy = {key: values.mean() for key, values in correct.items()}
+
+    def difference(a: tuple[str, str], b: tuple[str, str]) -> dict:
+        apart = drawn[a] - drawn[b]
+        p = max(float(sign_p(apart)), e.draws.least_p(correct[a], correct[b]))
+        return {"difference": accuracy[a] - accuracy[b], "interval": interval(apart), "p": p}
+
     pairs = {}
     for condition in ("baseline", "ablation"):
-        found = [_difference((condition, a), (condition, b), accuracy, drawn) for a, b in combinations(names, 2)]
+        found = [difference((condition, a), (condition, b)) for a, b in combinations(names, 2)]
         pairs[condition] = [
             {"a": a, "b": b, **one} for (a, b), one in zip(combinations(names, 2), _with_holm(found), strict=True)
         ]
-    drops = _with_holm([_difference(("baseline", name), ("ablation", name), accuracy, drawn) for name in names])
+    drops = _with_holm([difference(("baseline", name), ("ablation", name)) for name in names])
     best = max(names, key=lambda name: accuracy["baseline", name])
     near = [
         ({one["a"], one["b"]} - {best}).pop()
@@ -259,11 +305,6 @@ def representations(e: Evidence, names: Sequence[str]) -> dict:
     }
 
 
-def _difference(a: tuple, b: tuple, accuracy: dict, drawn: dict) -> dict:
-    apart = drawn[a] - drawn[b]
-    return {"difference": accuracy[a] - accuracy[b], "interval": interval(apart), "p": float(sign_p(apart))}
-
-
 def _with_holm(found: list[dict]) -> list[dict]:
     return [one | {"p_holm": p} for one, p in zip(found, holm([one["p"] for one in found]), strict=True)]
 
@@ -273,31 +314,25 @@ def _with_holm(found: list[dict]) -> list[dict]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def layer_information(e: Evidence, features: np.ndarray) -> dict:
+def layer_information(e: Evidence, features: np.ndarray, described: np.ndarray) -> dict:
     """How differently layers predict, what several know that one does not, and which are alike.
 
     Args:
         e: The evidence.
-        features: Of each layer, float[N, L, F].
+        features: Of each layer, standardised, float64[M, L, F].
+        described: The LoRAs that they are of, int[M].
     """
     predicted = e.predicted("layers")  # (L, R, n)
-    correct = predicted == e.truth
     disagreement, kappa = agreement(predicted, len(e.classes))
     top, others = e.ranking[: e.top_k], e.ranking[e.top_k :]
     apart = ~np.eye(len(predicted), dtype=bool)
-    any_of_top = correct[top].any(0)  # (R, n)
-    alone, union = e.draws.accuracies([correct[top[0]], any_of_top])
     tree, clusters = layer_clusters(features)
-    of_class = concept_clusters(features[e.rows["train"]], e.y[e.rows["train"]], len(e.classes))
+    train = np.isin(described, e.rows["train"])
+    of_class = concept_clusters(features[train], e.y[described[train]], len(e.classes))
     return {
         "disagreement": {"mean": disagreement[apart].mean(), "top_k": disagreement[np.ix_(top, top)]},
         "kappa": {"mean": kappa[apart].mean(), "top_k": kappa[np.ix_(top, top)]},
-        "union": {
-            "best_alone": correct[top[0]].mean(),
-            "any_of_top_k": any_of_top.mean(),
-            "gain": any_of_top.mean() - correct[top[0]].mean(),
-            "interval": interval(union - alone),
-        },
+        "union": _union(e, predicted[top]),
         "clusters": {
             "linkage": tree,
             "order": hierarchy.leaves_list(tree),
@@ -308,6 +343,31 @@ def layer_information(e: Evidence, features: np.ndarray) -> dict:
         },
         "concept_clusters": None if of_class is None else {"of_class": of_class, "count": int(of_class.max())},
         "coarse": None if of_class is None else _coarse_and_fine(e, predicted, top, others, of_class),
+    }
+
+
+def _union(e: Evidence, predicted: np.ndarray) -> dict:
+    """What the top k, int[k, R, n], know that the best of them alone does not.
+
+    ``any_of_top_k`` is the share of LoRAs that at least one of them recognises, which guessing raises too:
+    ``any_by_chance`` is the same for labels that are drawn anew. ``vote`` is what most of them say, the better ranked
+    where they tie: what a single answer can have of it.
+    """
+    votes = (predicted[:, None] == predicted[None]).sum(1)  # (k, R, n): how many say what this one says
+    vote = np.take_along_axis(predicted, votes.argmax(0)[None], 0)[0] == e.truth
+    said = np.stack([(predicted == c).any(0).mean() for c in range(len(e.classes))])
+    by_chance = (said * np.bincount(e.truth, minlength=len(e.classes))).sum() / len(e.truth)
+    best, union = predicted[0] == e.truth, (predicted == e.truth).any(0)
+    drawn = e.draws.accuracies([best, union, vote])
+    return {
+        "best_alone": best.mean(),
+        "any_of_top_k": union.mean(),
+        "any_by_chance": by_chance,
+        "gain": union.mean() - best.mean(),
+        "interval": interval(drawn[1] - drawn[0]),
+        "vote": vote.mean(),
+        "vote_gain": vote.mean() - best.mean(),
+        "vote_interval": interval(drawn[2] - drawn[0]),
     }
 
 
@@ -333,14 +393,12 @@ def agreement(predicted: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.n
 def linear_cka(features: np.ndarray) -> np.ndarray:
     """Linear CKA of every two layers' features (Kornblith et al., 2019), float[N, L, F] -> float64[L, L].
 
-    ``|XᵀY|² / (|XᵀX| |YᵀY|)`` of columns centred and scaled to variance 1 (a constant column is 0); 1 for features that
-    are a rotation of each other, 0 for uncorrelated ones and, by convention, for a layer without any variance.
+    ``|XᵀY|² / (|XᵀX| |YᵀY|)`` of centred columns; 1 for features that are a rotation of each other, 0 for uncorrelated
+    ones and, by convention, for a layer without any variance.
     """
     n, layers, width = features.shape
     x = features.reshape(n, -1).astype(np.float64)
     x = x - x.mean(0)
-    std = np.sqrt((x * x).mean(0))
-    x = np.divide(x, std, out=np.zeros_like(x), where=std > 1e-6 * np.abs(features).reshape(n, -1).max(0))
     gram = (x.T @ x).reshape(layers, width, layers, width)
     cross = np.square(gram).sum((1, 3))  # (L, L)
     norm = np.sqrt(np.diag(cross))
@@ -357,14 +415,14 @@ def layer_clusters(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def concept_clusters(features: np.ndarray, y: np.ndarray, num_classes: int) -> np.ndarray | None:
-    """Cluster of each class, from 1, int[C]: Ward's method on class means of standardised train features.
+    """Cluster of each class, from 1, int[C]: Ward's method on class means of standardised features float[N, L, F].
 
-    As many clusters as the root of C, rounded. None below four classes, where coarse and fine are one.
+    As many clusters as the root of C, rounded. None below four classes, where coarse and fine are one, and where a
+    class is not among y.
     """
-    if num_classes < COARSE_CLASSES:
+    if num_classes < COARSE_CLASSES or len(np.unique(y)) < num_classes:
         return None
-    x = StandardScaler().fit_transform(features.reshape(len(features), -1))
-    means = np.stack([x[y == c].mean(0) for c in range(num_classes)])
+    means = np.stack([features[y == c].mean(0).ravel() for c in range(num_classes)])
     return hierarchy.fcluster(hierarchy.linkage(means, "ward"), round(math.sqrt(num_classes)), "maxclust")
 
 
@@ -374,24 +432,27 @@ def _coarse_and_fine(
     """Whether the top layers tell clusters of concepts apart, and others concepts within a cluster.
 
     Coarse: share of LoRAs whose cluster is right, from 0 (chance) to 1. Fine: of those, share whose concept is right,
-    likewise. Chance is the largest cluster, and the largest class within each cluster.
+    likewise. Chance is the largest cluster, and the largest class within each cluster. None where either is all there
+    is among the test LoRAs.
     """
-    if of_class.max() < 2 or len(others) == 0:
+    if len(others) == 0:
         return None
     cluster = of_class[e.truth]
-    right_cluster = of_class[predicted] == cluster  # (L, R, n)
-    right = predicted == e.truth
     coarse_chance = np.bincount(cluster).max() / len(cluster)
     sizes = np.bincount(e.truth, minlength=len(of_class))
     largest = np.array([sizes[of_class == c].max() for c in range(1, of_class.max() + 1)])
     fine_chance = largest.sum() / len(cluster)
+    if max(coarse_chance, fine_chance) == 1:
+        return None
+    right = predicted == e.truth  # (L, R, n)
+    right_cluster = np.stack([of_class[of_layer] == cluster for of_layer in predicted])
     drawn = e.draws.accuracies([*right_cluster, *right], runs=False)
     hits = np.concatenate([right_cluster.mean((1, 2)), right.mean((1, 2))])[:, None]
 
     def scores(of: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         in_cluster, exact = values[of].mean(0), values[len(predicted) + of].mean(0)
         fine = exact / np.maximum(in_cluster, 1 / len(cluster))
-        return (in_cluster - coarse_chance) / (1 - coarse_chance), (fine - fine_chance) / max(1 - fine_chance, 1e-9)
+        return (in_cluster - coarse_chance) / (1 - coarse_chance), (fine - fine_chance) / (1 - fine_chance)
 
     def apart(values: np.ndarray) -> np.ndarray:
         (a, b), (c, d) = scores(top, values), scores(others, values)
@@ -420,58 +481,91 @@ def _members(e: Evidence, cluster: int, clusters: np.ndarray) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def rank_structure(e: Evidence, updates: np.ndarray, features: np.ndarray, recall: np.ndarray) -> dict:
+def rank_structure(
+    e: Evidence, updates: np.ndarray, features: np.ndarray, described: np.ndarray, recall: np.ndarray
+) -> dict:
     """Whether the effective rank of updates differs by concept, and goes with how complex a concept is.
 
-    Where no module's effective rank varies, as at rank 1, the norm of the update is tested instead.
+    Where no module's effective rank varies, as at rank 1, the norm of the update is tested instead; where no module
+    has both of its layers there is no update, and nothing is tested.
 
     Args:
         e: The evidence.
-        updates: Effective rank and Frobenius norm of each update, float[N, P, 2 or more].
-        features: Of each layer, float[N, L, F], whose spread about a class's mean is one measure of its complexity.
-        recall: How well each class is recognised, float[C]: the other one.
+        updates: Effective rank and Frobenius norm of each update, float[N, P, 2 or more], of the modules of which both
+            layers are among those of ``e``, in their order.
+        features: Of each layer, standardised, float64[M, L, F], whose spread about a class's mean is one measure of its
+            complexity.
+        described: The LoRAs that they are of, int[M].
+        recall: How well each class is recognised, float[C], NaN where that is not known: the other one.
     """
     ranks, norms = updates[..., 0].astype(float), updates[..., 1].astype(float)
-    answerable = bool((np.ptp(ranks, axis=0) > 1e-3).any())
+    answerable = bool((np.ptp(ranks, axis=0) > SAME_RANK).any())
     tested = ranks if answerable else norms
-    modules = list(dict.fromkeys(layer.module for layer in e.layers))
+    layers_of = Counter(layer.module for layer in e.layers)
+    modules = [module for module, layers in layers_of.items() if layers == 2]
+    records = rank_by_concept(e, modules, tested, SAME_RANK if answerable else 0.0)
     of_class = [e.y == c for c in range(len(e.classes))]
-    records = []
-    for p, module in enumerate(modules):
-        samples = [tested[members, p] for members in of_class]
-        constant = np.ptp(tested[:, p]) == 0
-        statistic, value = (0.0, 1.0) if constant else stats.kruskal(*samples)
-        medians = [np.median(sample) for sample in samples]
-        records.append({"module": module, "statistic": statistic, "p": value, "median_by_class": medians})
-    adjusted = stats.false_discovery_control([record["p"] for record in records])
-    for record, p in zip(records, adjusted, strict=True):
-        record["p_fdr"] = p
-    x = StandardScaler().fit_transform(features.reshape(len(features), -1))
-    spread = [np.sqrt(np.square(x[members] - x[members].mean(0)).mean()) for members in of_class]
-    rank_of_class = [ranks[members].mean() for members in of_class]
-    norm_of_class = [norms[members].mean() for members in of_class]
+    spread = spread_of_classes(features, e.y[described], len(e.classes))
+    rank_of_class, norm_of_class = (
+        [values[members].mean() if modules else None for members in of_class] for values in (ranks, norms)
+    )
     measure = np.array(rank_of_class if answerable else norm_of_class)
+    why = f"not answerable at rank {ranks.flat[0]:.3g}: the effective rank never varies" if modules else NO_UPDATE
+
+    def correlation(other: np.ndarray) -> dict | None:
+        there = ~np.isnan(other)
+        return spearman(measure[there], other[there]) if modules else None
+
     return {
         "answerable": answerable,
-        "why": None if answerable else f"not answerable at rank {ranks.flat[0]:.3g}: the effective rank never varies",
-        "tested": "effective rank" if answerable else "norm of the update",
+        "why": None if answerable else why,
+        "tested": ("effective rank" if answerable else "norm of the update") if modules else None,
         "modules": records,
-        "num_significant": int((adjusted < ALPHA).sum()),
+        "num_significant": sum(record["p_fdr"] < ALPHA for record in records),
         "complexity": {
             "by_class": [
                 {
                     "class": name,
                     "effective_rank": rank_of_class[c] if answerable else None,
                     "norm": norm_of_class[c],
-                    "spread": spread[c],
-                    "recall": recall[c],
+                    "spread": known(spread)[c],
+                    "recall": known(recall)[c],
                 }
                 for c, name in enumerate(e.classes)
             ],
-            "spearman_spread": spearman(measure, np.array(spread)),
-            "spearman_recall": spearman(measure, recall),
+            "spearman_spread": correlation(spread),
+            "spearman_recall": correlation(recall),
         },
     }
+
+
+def rank_by_concept(e: Evidence, modules: Sequence[str], tested: np.ndarray, same: float) -> list[dict]:
+    """Kruskal-Wallis tests of float[N, P] by class, one for each module; p adjusted by false discovery rate.
+
+    Of a group, the LoRAs of one class count as one, their mean: they are no independent witnesses. A module whose
+    numbers differ by no more than ``same`` has nothing to tell.
+    """
+    units, of_unit = np.unique(
+        np.stack([np.arange(len(e.y)) if e.groups is None else e.groups, e.y]), axis=1, return_inverse=True
+    )
+    sizes = np.bincount(of_unit.ravel())
+    records = []
+    for module, values in zip(modules, tested.T, strict=True):
+        of_units = np.bincount(of_unit.ravel(), weights=values) / sizes
+        samples = [of_units[units[1] == c] for c in range(len(e.classes))]
+        statistic, p = (0.0, 1.0) if np.ptp(of_units) <= same else stats.kruskal(*samples)
+        medians = [np.median(values[e.y == c]) for c in range(len(e.classes))]
+        records.append({"module": module, "statistic": statistic, "p": p, "median_by_class": medians})
+    adjusted = stats.false_discovery_control([record["p"] for record in records]) if records else []
+    return [record | {"p_fdr": p} for record, p in zip(records, adjusted, strict=True)]
+
+
+def spread_of_classes(features: np.ndarray, y: np.ndarray, num_classes: int) -> np.ndarray:
+    """Root mean square distance of features float[N, L, F] from their class's mean, float64[C]; NaN without any."""
+    spread = np.full(num_classes, np.nan)
+    for c in np.unique(y):
+        spread[c] = np.sqrt(np.square(features[y == c] - features[y == c].mean(0)).mean())
+    return spread
 
 
 def coinciding(features: np.ndarray, names: Sequence[str]) -> tuple[list[list[str]], list[str]]:
@@ -503,19 +597,30 @@ def coinciding(features: np.ndarray, names: Sequence[str]) -> tuple[list[list[st
 
 
 def recalls(e: Evidence, predicted: np.ndarray) -> np.ndarray:
-    """Share of each class's test LoRAs that is recognised, mean over runs: int[..., R, n] -> float64[..., C]."""
+    """Share of each class's test LoRAs that is recognised, mean over runs: int[..., R, n] -> float64[..., C].
+
+    NaN of a class without a test LoRA.
+    """
     correct = (predicted == e.truth).mean(-2)
-    return np.stack([correct[..., e.truth == c].mean(-1) for c in range(len(e.classes))], axis=-1)
+    sizes = np.bincount(e.truth, minlength=len(e.classes))
+    sums = np.stack([correct[..., e.truth == c].sum(-1) for c in range(len(e.classes))], axis=-1)
+    return np.divide(sums, sizes, out=np.full(sums.shape, np.nan), where=sizes > 0)
+
+
+def known(values: np.ndarray) -> np.ndarray:
+    """The same with None for NaN: what there is no number for."""
+    return np.where(np.isnan(values), None, values)
 
 
 def concepts(e: Evidence, names: Sequence[str]) -> dict:
-    """Recall of each concept from each layer alone, and what the ablation takes from it."""
+    """Recall of each concept from each layer alone, and what the ablation takes from it; None without a test LoRA."""
     baseline = {name: recalls(e, e.predicted(f"baseline/{name}")) for name in names}
+    ablation = {name: recalls(e, e.predicted(f"ablation/{name}")) for name in names}
     return {
         "classes": list(e.classes),
-        "recall": recalls(e, e.predicted("layers")),
-        "baseline": baseline,
-        "drop": {name: baseline[name] - recalls(e, e.predicted(f"ablation/{name}")) for name in names},
+        "recall": known(recalls(e, e.predicted("layers"))),
+        "baseline": {name: known(baseline[name]) for name in names},
+        "drop": {name: known(baseline[name] - ablation[name]) for name in names},
     }
 
 
@@ -526,7 +631,7 @@ def attribution(e: Evidence, name: str, shares: np.ndarray, accuracy: np.ndarray
     found = spearman(accuracy, by_layer) or {"r": None, "interval": None, "p": None}
     return {
         "representation": name,
-        "by_layer": by_layer / by_layer.sum(),
+        "by_layer": by_layer / (by_layer.sum() or 1.0),
         "spearman": found["r"],
         "interval": found["interval"],
         "p": found["p"],
@@ -556,6 +661,7 @@ def cheap_explanations(e: Evidence, features: dict[str, np.ndarray | None], best
         weights, cheap = e.draws.accuracies([best == e.truth, correct])
         found[name] = estimate(correct, cheap) | {
             "classifier": classifier,
+            "train_rows": min(len(e.rows["train"]), CHEAP_ROWS),
             "p": p,
             "advantage_of_weights": interval(weights - cheap),
         }
@@ -566,11 +672,11 @@ def cheap_explanations(e: Evidence, features: dict[str, np.ndarray | None], best
 
 def _best_of_two(e: Evidence, x: np.ndarray) -> tuple[str, np.ndarray]:
     """The better of two scikit-learn classifiers on validation rows, and its predictions of the test rows, int[n]."""
-    train = np.random.default_rng(e.seed).permutation(e.rows["train"])[:CHEAP_ROWS]
+    train = stream(e.seed, "rows of cheap explanations").permutation(e.rows["train"])[:CHEAP_ROWS]
     scored = []
     for name, classifier in (
         ("logistic regression", LogisticRegression(max_iter=2000)),
-        ("random forest", RandomForestClassifier(300, random_state=e.seed)),
+        ("random forest", RandomForestClassifier(300, random_state=e.seed % 2**32)),
     ):
         fitted = make_pipeline(StandardScaler(), classifier).fit(x[train], e.y[train])
         accuracy = (fitted.predict(x[e.rows["validation"]]) == e.y[e.rows["validation"]]).mean()
@@ -622,14 +728,14 @@ def hypotheses(found: dict) -> list[dict]:
 
 
 def _hypotheses(found: dict) -> Iterator[dict]:
-    depth = found["layers"]["depth"] or {"r": None, "interval": None}
+    depth = found["layers"]["depth"] or {"r": None, "interval": None, "p": None}
     yield _outcome(
         "later layers predict more",
         "Spearman correlation of depth and accuracy",
         depth["r"],
         depth["interval"],
-        lambda low, high: "confirmed" if low > 0 else "refuted" if high < 0 else "undecided",
-        "fewer than four layers" if depth["r"] is None else "",
+        partial(_sign, depth["p"]),
+        "fewer than four layers, or all of one accuracy" if depth["r"] is None else "",
         signal=found["layers"]["num_above_null"] > 0,
     )
     curves = found.get("robustness", {}).get("stats") or next(iter(found.get("robustness", {}).values()), None)
@@ -640,7 +746,7 @@ def _hypotheses(found: dict) -> Iterator[dict]:
         step["share"],
         step["interval"],
         lambda low, high: "confirmed" if high <= STEEP else "refuted" if low > STEEP else "undecided",
-        "" if step["interval"] is not None else "no removal curve above chance",
+        "" if step["interval"] is not None else "no removal curve that is above chance and has four steps or more",
     )
     yield _better_than_stats(found.get("representations"))
     coarse = found["layer_information"]["coarse"] or {"difference": None, "interval": None}
@@ -649,20 +755,27 @@ def _hypotheses(found: dict) -> Iterator[dict]:
         "coarse less fine score of the top layers, less that of the others",
         coarse["difference"],
         coarse["interval"],
-        lambda low, high: "confirmed" if low > 0 else "refuted" if high < 0 else "undecided",
-        "" if coarse["interval"] is not None else f"no clusters among fewer than {COARSE_CLASSES} classes",
+        partial(_sign, 0.0),
+        ""
+        if coarse["interval"] is not None
+        else f"no clusters of concepts ({COARSE_CLASSES} classes or more have some)",
         signal=found["layers"]["num_above_null"] > 0,
     )
     structure = found["rank_structure"]
-    spread = structure["complexity"]["spearman_spread"] or {"r": None, "interval": None}
+    spread = structure["complexity"]["spearman_spread"] or {"r": None, "interval": None, "p": None}
     yield _outcome(
         "effective rank goes with the complexity of the concept",
         "Spearman correlation over concepts of effective rank and spread of features",
         spread["r"] if structure["answerable"] else None,
         spread["interval"] if structure["answerable"] else None,
-        lambda low, high: "confirmed" if low > 0 else "refuted" if high < 0 else "undecided",
+        partial(_sign, spread["p"]),
         structure["why"] or ("" if spread["r"] is not None else f"fewer than {COARSE_CLASSES} classes"),
     )
+
+
+def _sign(p: float, low: float, high: float) -> str:
+    """Above 0, below, or neither; an interval of few numbers may be narrower than their p allows."""
+    return "undecided" if p >= ALPHA or low <= 0 <= high else "confirmed" if low > 0 else "refuted"
 
 
 def _outcome(
@@ -704,13 +817,13 @@ def _better_than_stats(compared: dict | None) -> dict:
     corrected = holm([p for *_, p, _ in found])
     number, low, high, _, name = max(found, key=lambda one: one[0])
     wins = any(p < ALPHA and difference > 0 for p, (difference, *_) in zip(corrected, found, strict=True))
-    loses = all(p < ALPHA and difference < 0 for p, (difference, *_) in zip(corrected, found, strict=True))
-    outcome = "confirmed" if wins else "refuted" if loses else "undecided"
+    loses = [p < ALPHA and difference < 0 for p, (difference, *_) in zip(corrected, found, strict=True)]
+    outcome = "confirmed" if wins else "refuted" if loses == [True, True] else "undecided"
     return told | {"outcome": outcome, "number": number, "interval": [low, high], "why": f"the better one is {name}"}
 
 
 def plain(value: object) -> object:
-    """The same as JSON knows it: lists for arrays, Python's numbers, rounded to 9 decimals.
+    """The same as JSON knows it: lists for arrays, Python's numbers, rounded to 9 decimals (a p of 0 is less).
 
     Raises:
         ValueError: A number is not finite.
@@ -726,5 +839,5 @@ def plain(value: object) -> object:
     if isinstance(value, float | np.floating):
         if not math.isfinite(value):
             raise ValueError("a number of the analysis is not finite")
-        return round(float(value), 9)
+        return round(float(value), 9) + 0.0  # never -0.0
     return value

@@ -9,15 +9,16 @@ Shape letters: n test LoRAs, L layers, R runs, K conditions, B draws.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.integrate import trapezoid
 
-from evidence import ALPHA, Evidence, estimate, exceedance, interval
+from evidence import ALPHA, Evidence, estimate, exceedance, interval, stream
 
 LOCALIZED, REDUNDANT = 0.5, 0.9  # shares of what is above chance at which the verdict changes
+LEAST_STEPS = 4  # of a removal curve, below which the largest one says nothing: of two, one is always half
 CURVES = ("most first", "least first", "random order")
 
 
@@ -38,7 +39,8 @@ class Conditions:
 
 
 def curve_points(layers: int, points: int) -> list[int]:
-    """Numbers of layers removed, from 0 to all; half of them is one where ``points`` is odd."""
+    """Numbers of layers removed, from 0 to all, half of them among them: ``points`` at most, an odd number."""
+    points -= 1 - points % 2
     return np.unique(np.floor(np.linspace(0, layers, points) + 1e-9).astype(int)).tolist()
 
 
@@ -57,7 +59,8 @@ def plan_controls(
     """The conditions that a removal of the top k layers is measured against.
 
     Random layers are drawn from those that are not among the top k, as many of each role as these have; from all of the
-    role where too few are left. Random orders of removal differ from run to run.
+    role where too few are left. No draw comes twice, so there are fewer than ``draws`` where few are possible. Random
+    orders of removal differ from run to run.
 
     Args:
         ranking: Layers, most predictive first, int[L].
@@ -70,7 +73,7 @@ def plan_controls(
         conditional: Whether to add each other layer to the top k.
         seed: Of the draws.
     """
-    layers, generator = len(ranking), np.random.default_rng([seed, *b"controls"])
+    layers, generator = len(ranking), stream(seed, "controls")
     top, role_of = ranking[:top_k], np.asarray(roles)
     names: list[str] = []
     kept: list[np.ndarray] = []
@@ -86,13 +89,8 @@ def plan_controls(
     add("without top", top)
     add("without bottom", ranking[layers - top_k :])
     add("top alone", ranking[top_k:])
-    for _ in range(draws):
-        drawn = []
-        for role, number in sorted(Counter(role_of[top].tolist()).items()):
-            others = np.setdiff1d(np.flatnonzero(role_of == role), top)
-            pool = others if len(others) >= number else np.flatnonzero(role_of == role)
-            drawn.append(generator.choice(pool, number, replace=False))
-        add("without random", np.concatenate(drawn))
+    for drawn in _random_layers(top, role_of, draws, generator):
+        add("without random", drawn)
     for number in curve_points(layers, points)[1:-1]:
         add(f"most first {number}", ranking[:number])
         add(f"least first {number}", ranking[layers - number :])
@@ -103,6 +101,23 @@ def plan_controls(
     for layer in ranking[top_k:].tolist() if conditional else ():
         add(f"plus {layer}", np.setdiff1d(ranking[top_k:], layer))
     return Conditions(names, np.stack(kept))
+
+
+def _random_layers(
+    top: np.ndarray, role_of: np.ndarray, draws: int, generator: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Layers of the roles that the top ones have, int[k] each, no draw twice."""
+    seen = set()
+    for _ in range(10 * draws):
+        drawn = []
+        for role, number in sorted(Counter(role_of[top].tolist()).items()):
+            others = np.setdiff1d(np.flatnonzero(role_of == role), top)
+            pool = others if len(others) >= number else np.flatnonzero(role_of == role)
+            drawn.append(np.sort(generator.choice(pool, number, replace=False)))
+        layers = np.concatenate(drawn)
+        if len(seen) < draws and layers.tobytes() not in seen:
+            seen.add(layers.tobytes())
+            yield layers
 
 
 def robustness(e: Evidence, conditions: Conditions, predicted: np.ndarray) -> dict:
@@ -133,6 +148,7 @@ def robustness(e: Evidence, conditions: Conditions, predicted: np.ndarray) -> di
             "min": random.min(),
             "max": random.max(),
             "share_below_top_removed": (random <= without_top).mean(),
+            "p": (1 + (random <= without_top).sum()) / (1 + len(random)),
         },
         "curves": {curve.replace(" ", "_"): told for curve, (told, _) in curves.items()},
         "survives": None,
@@ -141,11 +157,9 @@ def robustness(e: Evidence, conditions: Conditions, predicted: np.ndarray) -> di
     }
     if p >= ALPHA:
         return found | {"verdict": "no signal", "why": f"with all layers not above permuted labels (p = {p:.2g})"}
-    if whole <= e.chance:
-        return found | {
-            "verdict": "undecided",
-            "why": "above permuted labels, but not above guessing the largest class",
-        }
+    if interval(drawn[at["all"]])[0] <= e.chance:  # shares of what may be nothing have no bounds (Fieller, 1954)
+        told = f"its interval reaches {100 * e.chance:.0f} %, what guessing the largest class gives"
+        return found | {"verdict": "undecided", "why": f"with all layers above permuted labels, but {told}"}
 
     def share(left: float, of_draws: np.ndarray) -> dict:
         """What is left of the accuracy above chance."""
@@ -156,10 +170,12 @@ def robustness(e: Evidence, conditions: Conditions, predicted: np.ndarray) -> di
     half = sum(number <= conditions.kept.shape[2] / 2 for number in curve["removed"]) - 1  # where half of them are gone
     found["survives"] = share(without_top, drawn[at["without top"]])
     found["survives_half"] = share(curve["accuracy"][half], points[half])
-    found["largest_step"] = {
-        "share": -np.diff(curve["accuracy"]).min() / np.ptp(curve["accuracy"]),
-        "interval": interval(-np.diff(points, axis=0).min(0) / np.maximum(np.ptp(points, axis=0), 1 / len(e.truth))),
-    }
+    if len(points) > LEAST_STEPS:
+        steps, span = -np.diff(points, axis=0).min(0), np.maximum(np.ptp(points, axis=0), 1 / len(e.truth))
+        found["largest_step"] = {
+            "share": -np.diff(curve["accuracy"]).min() / np.ptp(curve["accuracy"]),
+            "interval": interval(steps / span),
+        }
     return found | verdict(found["survives"], bool(without_top < random.min()), found["survives_half"])
 
 
@@ -186,8 +202,9 @@ def removal_curve(
     points = np.stack([*(drawn[i].mean(0) for i in positions), np.full(drawn.shape[1], chance)])
     removed = [0, *numbers, layers]
     low, high = interval(points).T
-    area = trapezoid(means, np.array(removed) / layers)
-    return {"removed": removed, "accuracy": means, "low": low, "high": high, "area": area}, points
+    areas = [trapezoid(values, np.array(removed) / layers, axis=0) for values in (np.array(means), points)]
+    told = {"removed": removed, "accuracy": means, "low": low, "high": high}
+    return told | {"area": areas[0], "area_interval": interval(areas[1])}, points
 
 
 def verdict(survives: dict, below_random: bool, half: dict) -> dict:

@@ -40,7 +40,7 @@ import store
 from crew import Crew, Task
 from labels import Finding
 from lora_files import Layer, Layout, LoraFileError, NotFiniteError
-from representations import REPRESENTATIONS, matrix_features, pair_features
+from representations import MEASURES, REPRESENTATIONS, matrix_features, pair_features
 
 CHUNK_NUMBERS = 2**22  # weights worked on at once on the pass, 16 MiB
 SHARD_NUMBERS = 2**24  # features and packed weights of files, held and then written together: 64 MiB
@@ -150,10 +150,20 @@ class Collection:
                     return f"ranks differ between LoRAs: {first.name} has {first.rank}, and {layer.rank} in {file.path}"
         return ""
 
+    @cached_property
+    def packed_layout(self) -> Layout:
+        """How packed weights lie: shape and columns of each layer, padded to its largest rank where ranks differ."""
+        layout = self.files[0].layout
+        if not self.mixed_ranks:
+            return layout
+        layouts = [self.files[positions[0]].layout for positions in _by_layout(self.files)]
+        ranks = [max(layer.rank for layer in of_files) for of_files in zip(*(x.layers for x in layouts), strict=True)]
+        return Layout(tuple(_of_rank(layer, rank) for layer, rank in zip(layout.layers, ranks, strict=True)))
+
     @property
     def weights_per_layer(self) -> list[int]:
-        """Flattened width of each layer."""
-        return [math.prod(layer.shape) for layer in self.layers]
+        """Width of each layer among the packed weights."""
+        return [math.prod(layer.shape) for layer in self.packed_layout.layers]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -306,6 +316,11 @@ def _by_layout(files: Sequence[LoraFile]) -> list[list[int]]:
     for i, file in enumerate(files):
         positions[id(file.layout)].append(i)
     return list(positions.values())
+
+
+def _of_rank(layer: Layer, rank: int) -> Layer:
+    """The layer with another rank."""
+    return replace(layer, shape=(rank, layer.free_side) if layer.role == "down" else (layer.free_side, rank))
 
 
 def _layer_differences(root: Path, files: list[LoraFile]) -> list[Finding]:
@@ -550,6 +565,7 @@ def _allot(total: int, sizes: np.ndarray, most: np.ndarray) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------------
 
 WEIGHTS = "weights"  # the name under which the packed weights are kept, beside the features
+FEATURES = REPRESENTATIONS | MEASURES  # what is computed of a matrix or a pair
 
 
 @dataclass(frozen=True)
@@ -566,8 +582,25 @@ class Extracted:
         return shards[0] if len(shards) == 1 else np.concatenate(shards)
 
     def weights(self) -> store.Shards:
-        """The packed weights, float32[N, W], which no memory need hold whole; see `Layout.columns`."""
+        """The packed weights, float32[N, W], which no memory need hold whole; see `Collection.packed_layout`."""
         return store.Shards(self.path(WEIGHTS))
+
+    def factor_reader(self, collection: Collection) -> Callable[[int, np.ndarray | None], tuple[torch.Tensor, ...]]:
+        """Reads updates of a module: from its position and row indices int64[n] (None: all) to their factors.
+
+        These are down float32[n, r, in], up float32[n, out, r] and scale float32[n]. Where ranks differ, r is the
+        largest, and missing rows and columns are 0. ``WEIGHTS`` and "updates" are to have been extracted.
+        """
+        packed, scales, layout = self.weights(), self.load("updates")[..., 2].copy(), collection.packed_layout
+        shapes, columns = [layer.shape for layer in layout.layers], layout.columns
+
+        def read(module: int, rows: np.ndarray | None = None) -> tuple[torch.Tensor, ...]:
+            pair = 2 * module, 2 * module + 1  # in the network's order a module's up follows its down
+            flat = (torch.from_numpy(packed.read(rows, columns[layer])) for layer in pair)
+            down, up = (x.unflatten(1, shapes[layer]) for x, layer in zip(flat, pair, strict=True))
+            return down, up, torch.from_numpy(scales[slice(None) if rows is None else rows, module])
+
+        return read
 
     def path(self, name: str) -> Path:
         """The folder in which the shards of this name lie."""
@@ -590,7 +623,7 @@ def extract(
 
     Args:
         collection: What to read.
-        names: Matrix-wise and pair-wise representations, and ``WEIGHTS`` for the packed weights.
+        names: Matrix-wise and pair-wise representations and measures, and ``WEIGHTS`` for the packed weights.
         cache: Folder that holds a folder for each fingerprint.
         device: Where features are computed.
         crew: Who computes; None: one thread.
@@ -765,8 +798,8 @@ class _Pass:
 def _numbers_of_a_lora(collection: Collection) -> int:
     """Weights and all features of one: what a shard holds of it at most, whatever is asked for."""
     items = {"matrix": len(collection.layers), "pair": len(collection.modules)}
-    features = sum(len(r.feature_names) * items[r.kind] for r in REPRESENTATIONS.values() if r.kind in items)
-    return features + max(file.layout.width for file in collection.files)
+    features = sum(len(row.feature_names) * items[row.kind] for row in FEATURES.values() if row.kind in items)
+    return features + collection.packed_layout.width
 
 
 def _read_object(path: Path) -> dict:
@@ -791,11 +824,10 @@ def _allocate(collection: Collection, names: list[str], rows: int) -> dict[str, 
     shapes = {}
     for name in names:
         if name == WEIGHTS:
-            shapes[name] = (rows, collection.files[0].layout.width)
+            shapes[name] = (rows, collection.packed_layout.width)
         else:
-            representation = REPRESENTATIONS[name]
-            items = collection.layers if representation.kind == "matrix" else collection.modules
-            shapes[name] = (rows, len(items), len(representation.feature_names))
+            items = collection.layers if FEATURES[name].kind == "matrix" else collection.modules
+            shapes[name] = (rows, len(items), len(FEATURES[name].feature_names))
     return {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
 
 
@@ -825,7 +857,7 @@ def _fill(
         layout = files[members[0]].layout
         flat = np.stack([weights[i] for i in members])
         if WEIGHTS in arrays:
-            arrays[WEIGHTS][members] = flat
+            arrays[WEIGHTS][members] = _packed(flat, layout, collection.packed_layout)
         on_device = torch.from_numpy(flat).to(device)
         for depth, (layer, columns) in enumerate(zip(layout.layers, layout.columns, strict=True)):
             matrices[depth].append((members, on_device[:, columns].unflatten(1, layer.shape)))
@@ -833,9 +865,25 @@ def _fill(
     _fill_pair_features(arrays, collection, matrices, scales)
 
 
+def _packed(flat: np.ndarray, layout: Layout, packed: Layout) -> np.ndarray:
+    """Flattened weights of some files of one layout as they are packed: zeros where a rank falls short.
+
+    float32[n, W of the layout] -> float32[n, W of the packed layout]. A down is given rows of zeros, an up columns, so
+    that their product stays what it was.
+    """
+    if [layer.shape for layer in layout.layers] == [layer.shape for layer in packed.layers]:
+        return flat
+    padded = np.zeros((len(flat), packed.width), np.float32)
+    places = zip(layout.layers, layout.columns, packed.layers, packed.columns, strict=True)
+    for layer, columns, wide, wide_columns in places:
+        (rows, cols), to = layer.shape, padded[:, wide_columns].reshape(-1, *wide.shape)  # a view
+        to[:, :rows, :cols] = flat[:, columns].reshape(-1, rows, cols)
+    return padded
+
+
 def _fill_matrix_features(arrays: dict, matrices: list) -> None:
     """Matrix-wise features of a chunk of files; all matrices of one shape, whatever file and layer, at once."""
-    names = [name for name in arrays if name != WEIGHTS and REPRESENTATIONS[name].kind == "matrix"]
+    names = [name for name in arrays if name != WEIGHTS and FEATURES[name].kind == "matrix"]
     groups = defaultdict(list)
     for depth, of_layer in enumerate(matrices):
         for members, batch in of_layer:
@@ -850,7 +898,7 @@ def _fill_matrix_features(arrays: dict, matrices: list) -> None:
 
 def _fill_pair_features(arrays: dict, collection: Collection, matrices: list, scales: list[dict]) -> None:
     """Pair-wise features of a chunk of files; all pairs of one shape, whatever file and module, at once."""
-    names = [name for name in arrays if name != WEIGHTS and REPRESENTATIONS[name].kind == "pair"]
+    names = [name for name in arrays if name != WEIGHTS and FEATURES[name].kind == "pair"]
     groups = defaultdict(list)
     for p, module in enumerate(collection.modules):
         # In the network's order a module's up follows its down.

@@ -12,9 +12,11 @@ Shape letters: N LoRAs, n test LoRAs, G groups of them, R runs, L classifiers th
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import permutations
 
 import numpy as np
 from scipy import sparse, stats
@@ -24,6 +26,12 @@ from lora_files import Layer
 BLOCK = 2**24  # numbers worked on at a time
 LEVEL, ALPHA = 0.95, 0.05  # of all intervals and tests
 RESAMPLES = PERMUTATIONS = 10_000
+
+
+def stream(*key: object) -> np.random.Generator:
+    """A generator seeded by the SHA-256 of its key: streams of different keys are independent, and any seed will do."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 
 class Draws:
@@ -51,31 +59,53 @@ class Draws:
         found = np.empty((len(correct), self.count))
         sizes = np.array([len(one) for one in correct])
         for start, rows in self._blocks():
-            at, total = slice(start, start + len(rows)), rows.sum(1)
-            for size in np.unique(sizes):
+            at, total = slice(start, start + len(rows)), rows.sum(1, dtype=float)
+            for size in np.unique(sizes).tolist():
                 members = np.flatnonzero(sizes == size)
-                each = np.stack([correct[i] for i in members]).astype(np.float32)  # (members, R, n)
-                hits = (each.reshape(-1, rows.shape[1]) @ rows.T).reshape(len(members), size, -1).astype(float)
-                drawn = self._counts(len(rows), size, "runs", start).T if runs else np.ones((size, len(rows)))
-                found[members, at] = (hits * drawn).sum(1) / (size * total)
+                drawn = self._counts(len(rows), size, "runs", start).T if runs else None
+                at_once = max(1, BLOCK // (size * max(rows.shape)))
+                for some in np.split(members, range(at_once, len(members), at_once)):
+                    each = np.stack([correct[i] for i in some])  # (some, R, n)
+                    found[some, at] = self._hits(each, rows, drawn) / (size * total)
         return found
+
+    @staticmethod
+    def _hits(correct: np.ndarray, rows: np.ndarray, drawn: np.ndarray | None) -> np.ndarray:
+        """How many are right, of LoRAs as often as ``rows`` [b, n] says, of runs as ``drawn`` [R, b]: [L, b]."""
+        if drawn is None:
+            return correct.sum(1, dtype=np.float32) @ rows.T
+        hits = (correct.reshape(-1, rows.shape[1]).astype(np.float32) @ rows.T).reshape(*correct.shape[:2], -1)
+        return np.einsum("lrb,rb->lb", hits, drawn, dtype=float)
+
+    def least_p(self, a: np.ndarray, b: np.ndarray) -> float:
+        """The least two-sided p that a difference of two classifiers, bool[R, n] each, can have: 2^(1 - d).
+
+        That of an exact test which exchanges the two in each of the d LoRAs (or groups) where they differ. A bootstrap
+        of the few rows on which one of them wins knows no defeat, and would call three wins out of three certain.
+        """
+        apart = np.bincount(self.group, weights=a.mean(0) - b.mean(0))
+        return min(1.0, 2.0 ** (1 - int((np.abs(apart) > 1e-9).sum())))
 
     def _blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """How often each LoRA is drawn, float32[b, n], in blocks of draws, and the first draw of each."""
-        at_once = max(1, BLOCK // len(self.group))
+        at_once = max(1, BLOCK // (4 * len(self.group)))
         for start in range(0, self.count, at_once):
             size = min(at_once, self.count - start)
-            yield start, self._counts(size, int(self.group.max()) + 1, "rows", start)[:, self.group].astype(np.float32)
+            counts = self._counts(size, int(self.group.max()) + 1, "rows", start)
+            yield start, counts.astype(np.float32)[:, self.group]
 
     def _counts(self, draws: int, items: int, purpose: str, start: int) -> np.ndarray:
         """How often each item is drawn, int[draws, items]."""
-        generator = np.random.default_rng([self.seed, start, items, *purpose.encode()])
-        picked = generator.integers(items, size=(draws, items)) + items * np.arange(draws)[:, None]
+        picked = stream(self.seed, purpose, items, start).integers(items, size=(draws, items))
+        picked += items * np.arange(draws)[:, None]
         return np.bincount(picked.ravel(), minlength=draws * items).reshape(draws, items)
 
 
 def interval(drawn: np.ndarray) -> np.ndarray:
-    """The central 95 % of the last axis: float[..., B] -> float[..., 2]."""
+    """The central 95 % of the last axis: float[..., B] -> float[..., 2].
+
+    Of a handful of LoRAs or groups it is too narrow, and of an accuracy of 0 or 1 it is a point.
+    """
     outside = (1 - LEVEL) / 2
     return np.moveaxis(np.quantile(drawn, (outside, 1 - outside), axis=-1), 0, -1)
 
@@ -101,18 +131,27 @@ def holm(p: Sequence[float]) -> np.ndarray:
 
 
 def permuted(y: np.ndarray, groups: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Labels in random order, whole groups moved together, int[count, n].
+    """Labels in random order, whole groups at a time, int[count, n].
 
-    The groups' labels are laid end to end in a random order of groups, and dealt to the rows in the first one. Where
-    groups differ in size a group may so be cut in two; how often each class occurs never changes.
+    Each group takes the labels of another one, in random order, left out or repeated evenly where that has more or
+    fewer. Groups whose labels are all alike thus keep labels that are all alike, whatever their sizes; where each
+    group has labels of all kinds, what is left is their order within groups. How often each class occurs changes
+    where groups differ in size.
     """
     group = np.unique(groups, return_inverse=True)[1]
-    if len(y) == group.max() + 1:
+    sizes = np.bincount(group)
+    if len(sizes) == len(y):
         return generator.permuted(np.tile(y, (count, 1)), axis=1)
     rows = np.argsort(group, kind="stable")
-    keys = generator.random((count, group.max() + 1))[:, group[rows]]
+    own, starts = group[rows], np.cumsum(sizes) - sizes
+    position = np.arange(len(y)) - starts[own]
+    donor = generator.permuted(np.tile(np.arange(len(sizes)), (count, 1)), axis=1)[:, own]
+    source = starts[donor] + position * sizes[donor] // sizes[own]  # (count, n)
+    if (y[rows] != y[rows][starts][own]).any():  # a group with different labels
+        within = np.argsort(own + generator.random((count, len(y))), axis=1)
+        source = np.take_along_axis(within, source, axis=1)
     found = np.empty((count, len(y)), y.dtype)
-    found[:, rows] = y[rows][np.argsort(keys, axis=1, kind="stable")]
+    found[:, rows] = y[rows][source]
     return found
 
 
@@ -122,7 +161,9 @@ def null_accuracies(
     """Accuracies of finished predictions on permuted test labels: what chance gives, nothing trained again.
 
     All classifiers see the same permutation, so the largest of a row is the largest that chance gives among them, and
-    the choice of the best among many is paid for (Westfall & Young, 1993).
+    the choice of the best among many is paid for (Westfall & Young, 1993). Where groups differ in size, permuted labels
+    hold more or fewer of a class; what that gives to a classifier by how often it says the class is taken off, so that
+    always guessing one class is never above chance.
 
     Args:
         predicted: Classes, int[L, R, n].
@@ -136,22 +177,26 @@ def null_accuracies(
         Mean accuracy over runs, float64[count, L].
     """
     layers, runs, n = predicted.shape
-    found = np.empty((count, layers))
+    found, present = np.empty((count, layers)), np.bincount(y, minlength=num_classes)
     layers_at_once = max(1, 4 * BLOCK // (n * num_classes))
     for first in range(0, layers, layers_at_once):
         part = slice(first, first + layers_at_once)
         votes = np.zeros((n * num_classes, len(predicted[part])), np.float32)  # runs that say so, by LoRA and class
-        cells = np.arange(n) * num_classes + predicted[part]  # (layers, R, n)
-        for layer, of_layer in enumerate(cells):
-            votes[:, layer] = np.bincount(of_layer.ravel(), minlength=n * num_classes)
-        generator = np.random.default_rng([seed, n])  # the same permutations for each part
+        for layer, of_layer in enumerate(predicted[part]):
+            cells = np.arange(n) * num_classes + of_layer  # (R, n)
+            votes[:, layer] = np.bincount(cells.ravel(), minlength=n * num_classes)
+        says = votes.reshape(n, num_classes, -1).sum(0, dtype=float)  # (C, layers)
+        generator = stream(seed, "permutations", n)  # the same permutations for each part
         draws = max(1, BLOCK // (4 * n))
         for start in range(0, count, draws):
             size = min(draws, count - start)
-            picked = np.arange(n) * num_classes + permuted(y, groups, size, generator)
-            ends = np.arange(0, picked.size + 1, n)
-            chosen = sparse.csr_array((np.ones(picked.size, np.float32), picked.ravel(), ends), (size, len(votes)))
-            found[start : start + size, part] = chosen @ votes
+            labels = permuted(y, groups, size, generator)
+            cells = (np.arange(n) * num_classes + labels).ravel()
+            ends = np.arange(0, cells.size + 1, n)
+            chosen = sparse.csr_array((np.ones(cells.size, np.float32), cells, ends), (size, len(votes)))
+            drawn = (np.arange(size)[:, None] * num_classes + labels).ravel()
+            drawn = np.bincount(drawn, minlength=size * num_classes).reshape(size, num_classes)
+            found[start : start + size, part] = chosen @ votes + (present - drawn) @ says / n
     return found / (runs * n)
 
 
@@ -162,12 +207,22 @@ def exceedance(observed: np.ndarray, null: np.ndarray) -> np.ndarray:
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> dict | None:
-    """Rank correlation, its p and its interval by Fisher's transformation; None of fewer than 4 or of a constant."""
+    """Rank correlation, its p and its interval; None of fewer than 4 or of a constant.
+
+    The interval is by Fisher's transformation with the deviation ``sqrt((1 + r² / 2) / (n - 3))`` (Bonett & Wright,
+    2000). P is that of all orders up to n = 7 (four in perfect order are one chance in twelve), else scipy's.
+    """
     if len(a) < 4 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
-    found = stats.spearmanr(a, b)
-    low, high = stats.pearsonr(stats.rankdata(a), stats.rankdata(b)).confidence_interval(LEVEL)
-    return {"r": found.statistic, "interval": [low, high], "p": found.pvalue}
+    a, b = stats.rankdata(a), stats.rankdata(b)
+    r, p = stats.spearmanr(a, b)
+    if len(a) <= 7:
+        orders = np.array(list(permutations(b - b.mean())))
+        all_r = orders @ (a - a.mean()) / (len(a) * a.std() * b.std())
+        p = (np.abs(all_r) >= abs(r) - 1e-9).mean()
+    within = min(abs(r), 1 - 1e-12) * np.sign(r)  # the transformation of 1 is infinite
+    half = stats.norm.ppf((1 + LEVEL) / 2) * np.sqrt((1 + within**2 / 2) / (len(a) - 3))
+    return {"r": r, "interval": np.tanh(np.arctanh(within) + np.array([-half, half])), "p": p}
 
 
 @dataclass(frozen=True)
@@ -219,6 +274,11 @@ class Evidence:
     def predicted(self, name: str) -> np.ndarray:
         """Predicted classes of the test LoRAs, int[..., R, n]."""
         return self.predictions[f"{name}/predicted"][..., len(self.rows["validation"]) :]
+
+    def validated(self, name: str) -> np.ndarray:
+        """Which of the validation LoRAs are recognised, bool[..., R, v]."""
+        rows = self.rows["validation"]
+        return self.predictions[f"{name}/predicted"][..., : len(rows)] == self.y[rows]
 
     def null(self, predicted: np.ndarray) -> np.ndarray:
         """Accuracies on permuted test labels of predictions int[L, R, n], float64[B, L]."""

@@ -2,7 +2,8 @@
 
 Matrix-wise functions take ``float[N, rows, cols]`` and return ``float32[N, F]``; pair-wise functions take the
 two factors of an update ΔW = s·up·down. ``REPRESENTATIONS`` lists them all with their feature names. To add a
-matrix-wise one, write the function and give it a row there.
+matrix-wise one, write the function and give it a row there. ``MEASURES`` are computed like pair-wise representations,
+but for the analysis: no classifier reads them.
 
 Shapes: ``N`` samples, ``F`` features, ``r`` rank, ``n = rows * cols`` values of one matrix,
 ``k = min(rows, cols)`` singular values (or ``k`` components of a PCA).
@@ -306,7 +307,7 @@ def coupling(down: Tensor, up: Tensor, scale: Tensor | None = None) -> Tensor:
     down, up, scale = (x.double() for x in _pair(down, up, scale))
     rank, width = down.shape[1], max(down.shape[2], up.shape[1])
     a, b = (pad(x, (0, width - x.shape[2])).flatten(1) for x in (down, up.mT))  # (N, r * width)
-    down_r, up_r = (torch.linalg.qr(x, mode="r").R for x in (down.mT, up))  # downᵀ = Q·down_r, up = Q'·up_r
+    down_r, up_r = _triangles(down, up)
     norm = scale.abs() * torch.linalg.vector_norm(up_r @ down_r.mT, dim=(1, 2))
     # A factor narrower than r has fewer than r singular values; the missing ones are 0.
     s, t = (pad(singular_values(x), (0, rank - min(x.shape[1:]))) for x in (down_r, up_r))
@@ -342,6 +343,31 @@ def update_sketch(down: Tensor, up: Tensor, module_id: str | Sequence[str], scal
     return _leave((scale[:, None, None] * sketch).flatten(1))
 
 
+def update_measures(down: Tensor, up: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Effective rank (Roy & Vetterli, 2007) and Frobenius norm of the update, and its scale.
+
+    Of the singular values of ``s·up·down``, which is never formed: QR of both factors, and an r x r core between
+    them. Unchanged when (up, down) becomes (up·G⁻¹, G·down), and the effective rank when the update is rescaled.
+    Effective rank and norm of a zero update are 0 by convention; singular values of at most 1e-12 of the product of
+    the factors' norms are rounding, hence 0.
+
+    Args:
+        down: First factors, float[N, r, in].
+        up: Second factors, float[N, out, r].
+        scale: s = alpha / rank of each update, float[N]; None: 1.
+
+    Returns:
+        Effective rank in {0} or [1, r], norm, and s, float32[N, 3].
+    """
+    down, up, scale = (x.double() for x in _pair(down, up, scale))
+    down_r, up_r = _triangles(down, up)
+    largest = torch.linalg.vector_norm(down_r, dim=(1, 2)) * torch.linalg.vector_norm(up_r, dim=(1, 2))
+    s = singular_values(up_r @ down_r.mT)
+    s = torch.where(s > ROUNDING * largest[:, None], s, 0) * scale.abs()[:, None]
+    norm = torch.linalg.vector_norm(s, dim=1)
+    return _leave(effective_rank(s)[:, None], norm[:, None], scale[:, None])
+
+
 def matrix_features(w: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
     """Several matrix-wise representations out of one sort, one SVD and one FFT per matrix.
 
@@ -371,12 +397,12 @@ def pair_features(
         up: Second factors, float[N, out, r].
         module_id: Canonical name of the module that all N updates are of, or N names.
         scale: s = alpha / rank of each update, float[N]; None: 1.
-        names: Names of the table's rows of kind "pair"; another is a ValueError.
+        names: Names of rows of kind "pair", of either table; another is a ValueError.
 
     Returns:
         Features by name, in the order asked for, each float32[N, F].
     """
-    functions = {name: REPRESENTATIONS[name].function for name in _checked_names(names, "pair")}
+    functions = {name: (REPRESENTATIONS | MEASURES)[name].function for name in _checked_names(names, "pair")}
     pair = _pair(down, up, scale)
     length = _block_length(down, up)
     modules = [module_id] * len(down) if isinstance(module_id, str) else module_id
@@ -578,8 +604,8 @@ def _check(name: str, x: Tensor, shape: str) -> None:
 
 
 def _checked_names(names: Iterable[str], kind: str) -> list[str]:
-    """The names, if the table has all of them as this kind."""
-    names, known = list(names), [row.name for row in REPRESENTATIONS.values() if row.kind == kind]
+    """The names, if the tables have all of them as this kind."""
+    names, known = list(names), [name for name, row in (REPRESENTATIONS | MEASURES).items() if row.kind == kind]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{unknown} not of kind {kind!r}; choose from {', '.join(known)}")
     return names
@@ -636,6 +662,16 @@ def _triangle(a: Tensor) -> Tensor:
     return torch.linalg.qr(a if a.shape[1] >= a.shape[2] else a.mT, mode="r").R
 
 
+def _triangles(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """R of ``downᵀ = Q·R`` and of ``up = Q'·R'``, down [N, r, in] and up [N, out, r]: [N, at most r, r] each.
+
+    The update has the singular values and the norm of R'·Rᵀ.
+    """
+    if down.shape[1] == 1:  # vectors: R is their norm, up to a sign, and QR takes many times as long
+        return tuple(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) for x in (down, up))
+    return tuple(torch.linalg.qr(x, mode="r").R for x in (down.mT, up))
+
+
 def _without_rounding(descending: Tensor, share: float = ROUNDING) -> Tensor:
     """Rows [N, F] with what is at most this share of the first entry set to 0."""
     return torch.where(descending > share * descending[:, :1], descending, 0)  # not >=, or rows of zeros fail
@@ -676,10 +712,10 @@ class Representation:
     Attributes:
         name: As on the command line and in the results.
         kind: "matrix" (of one matrix), "pair" (of an update's two factors), "weights" (of all weights in a
-            collection) or "autoencoder" (learned from those).
+            collection), "autoencoder" (learned from those) or "kernel" (inner products of updates; see kernels.py).
         feature_names: What the columns hold; their number is the width. Empty where the data decides it.
         source: Where the idea is from.
-        function: What computes it; None for kinds "weights" and "autoencoder".
+        function: What computes it; None where a batch of matrices or pairs alone does not decide it.
     """
 
     name: str
@@ -730,5 +766,11 @@ REPRESENTATIONS: dict[str, Representation] = {
         Representation("contrastive", "autoencoder", (), "SimCLR: Chen et al., 2020"),
         Representation("denoising", "autoencoder", (), "Vincent et al., 2008"),
         Representation("update_sketch", "pair", _SKETCH, "Putterman et al., 2024", update_sketch),
+        Representation("update_kernel", "kernel", (), "SVM: Cortes & Vapnik, 1995"),
+    )
+}
+MEASURES: dict[str, Representation] = {
+    "updates": Representation(
+        "updates", "pair", ("effective_rank", "norm", "scale"), "Roy & Vetterli, 2007", update_measures
     )
 }

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 import autoencoders
+import kernels
 import stacked_training
 import store
 from crew import Crew, Task, TaskFailedError
@@ -197,8 +198,13 @@ class Experiment:
         return kept[..., np.array(members, int).reshape(-1, 2)].all(-1)
 
     def live_inputs(self, name: str, kept: np.ndarray) -> np.ndarray:
-        """Which inputs of a representation are of layers kept, bool[..., L] -> bool[..., F]; not of pca."""
+        """Which inputs of a representation are of layers kept, bool[..., L] -> bool[..., F]; not of pca.
+
+        The inputs of a kernel are the pairs whose kernels are summed.
+        """
         kind = REPRESENTATIONS[name].kind
+        if kind == "kernel":
+            return self.whole_pairs(kept)
         if kind == "pair":  # a pair with one layer left is none
             return np.repeat(self.whole_pairs(kept), len(REPRESENTATIONS[name].feature_names), axis=-1)
         if kind == "matrix":
@@ -315,6 +321,33 @@ class Experiment:
             trained[f"{name}_accuracy"], trained[f"{name}_f1"] = scored(truth, trained["predicted"][:, part], classes)
         return trained
 
+    def machines(self, kept: np.ndarray, label: str, num_layers: int) -> Classifiers:
+        """Plan a support vector machine for each choice of pairs, bool[K, P]; one run each, as nothing is drawn."""
+        at_once = self.update_kernels.at_once
+        stacks = [list(range(len(kept)))[start : start + at_once] for start in range(0, len(kept), at_once)]
+        key = {"kind": "kernel", **self.key, "learner": store.code_digest(kernels)}
+        keys = [{**key, "pairs": store.array_digest(kept[stack]), "models": len(stack) * [0]} for stack in stacks]
+
+        def compute(stack: list[int]) -> dict[str, np.ndarray]:
+            classes = len(self.collection.classes)
+            return kernels.classify_each(self.update_kernels, kept[stack], self.collection.y, self.rows, classes)
+
+        tasks = [self.task(key, compute, stack, label) for key, stack in zip(keys, stacks, strict=True)]
+        return Classifiers(label, num_layers, kept[0], keys, tasks)
+
+    @cached_property
+    def update_kernels(self) -> kernels.UpdateKernels:
+        """Kernels of the pairs; nothing is read before the first is asked for."""
+        read = self.extracted.factor_reader(self.collection)
+        return kernels.UpdateKernels(
+            lambda p, rows: read(int(self.pairs[p]), rows),
+            len(self.pairs),
+            self.rows["train"],
+            len(self.collection.files),
+            seed=self.settings.seed,
+            device=self.device,
+        )
+
     # -- phase 1 ------------------------------------------------------------------------------------------------------
 
     def rank_layers(self) -> list[dict]:
@@ -374,8 +407,10 @@ class Experiment:
         """The classifiers of one representation without some layers."""
         source, kept = name, self.without(removed)
         num_layers = int(kept.sum())
-        if REPRESENTATIONS[name].kind == "pair":
+        if REPRESENTATIONS[name].kind in ("pair", "kernel"):
             num_layers = 2 * int(self.whole_pairs(kept).sum())
+        if REPRESENTATIONS[name].kind == "kernel":
+            return self.machines(self.whole_pairs(kept)[None], f"{condition} {name}", num_layers)
         if name == "pca":  # components of what is left, not what is left of the components
             source = f"pca of layers {store.array_digest(kept)}"
             self._pca_keys[source], _ = self.principal_components(kept)
@@ -403,21 +438,31 @@ class Experiment:
         distinct, position = np.unique(masks.reshape(-1, layers + 1), axis=0, return_inverse=True)
         live = self.live_inputs(name, distinct[:, :layers].astype(bool))
         some = live.any(1)
-        models = [(0, run) for run in distinct[some, layers].tolist()]
+        test = self.collection.y[self.rows["test"]]
+        found = {"predicted": np.full((len(distinct), len(self.held_out)), np.bincount(test).argmax(), np.int32)}
+        if REPRESENTATIONS[name].kind == "matrix":
+            found["attribution"] = np.zeros((len(distinct), layers), np.float32)
+        if some.any():
+            trained = self.trained(self._finished(self._plan_under(name, live[some], distinct[some, layers].tolist())))
+            for array in found:
+                found[array][some] = trained[array]
+        return {array: values[position].reshape(conditions, runs, -1) for array, values in found.items()}
+
+    def _plan_under(self, name: str, live: np.ndarray, runs: list[int]) -> Classifiers:
+        """Classifiers of a representation that see the inputs ``live`` bool[M, F], each in its run."""
+        if REPRESENTATIONS[name].kind == "kernel":
+            return self.machines(live, f"controls {name}", len(self.layers))
         at_most = 1 if self.device.type == "cpu" else None
-        plan = self.classifiers(name, live[some], models, f"controls {name}", layers, at_most)
+        models = [(0, run) for run in runs]
+        return self.classifiers(name, live, models, f"controls {name}", len(self.layers), at_most)
+
+    def _finished(self, plan: Classifiers) -> Classifiers:
+        """The plan, carried out."""
         for done, reason in enumerate(self.crew.do(plan.tasks), 1):
             self.progress(plan.label, done, len(plan.tasks))
             if reason:
                 raise TrainingError(reason)
-        trained = self.trained(plan)
-        test = self.collection.y[self.rows["test"]]
-        found = {"predicted": np.full((len(distinct), len(self.held_out)), np.bincount(test).argmax(), np.int32)}
-        if "attribution" in trained:
-            found["attribution"] = np.zeros((len(distinct), layers), np.float32)
-        for array in found:
-            found[array][some] = trained[array]
-        return {array: values[position].reshape(conditions, runs, -1) for array, values in found.items()}
+        return plan
 
     def without(self, removed: list[int]) -> np.ndarray:
         """Which layers are kept, bool[L]."""
@@ -429,7 +474,8 @@ class Experiment:
         """What results.json holds of finished classifiers; their predictions are kept too."""
         trained = self.trained(plan)
         for kind in ("predicted", "log_loss", "epochs"):
-            self.predictions[f"{condition}/{name}/{kind}"] = trained[kind]
+            if kind in trained:  # a kernel's classifier has neither losses nor epochs
+                self.predictions[f"{condition}/{name}/{kind}"] = trained[kind]
         metrics = [f"{part}_{metric}" for metric in ("accuracy", "f1") for part in ("train", "val", "test")]
         return {
             "num_layers": plan.num_layers,

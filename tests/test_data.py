@@ -16,11 +16,12 @@ import data
 import store
 from crew import Crew
 from data import CollectionError, check_classes, extract, index_collection, split_rows
-from representations import REPRESENTATIONS, matrix_features, pair_features
+from representations import MEASURES, REPRESENTATIONS, matrix_features, pair_features
 
 CPU = torch.device("cpu")
-MATRIX = [name for name, row in REPRESENTATIONS.items() if row.kind == "matrix"]
-PAIR = [name for name, row in REPRESENTATIONS.items() if row.kind == "pair"]
+TABLE = REPRESENTATIONS | MEASURES
+MATRIX = [name for name, row in TABLE.items() if row.kind == "matrix"]
+PAIR = [name for name, row in TABLE.items() if row.kind == "pair"]
 
 
 def findings(root) -> list[str]:
@@ -417,8 +418,8 @@ def test_features_are_those_of_each_file_alone(tmp_path):
             for name in PAIR:
                 np.testing.assert_allclose(arrays[name][row, p], alone[name][0], rtol=1e-5, atol=1e-6)
     for name, array in arrays.items():
-        items = collection.layers if REPRESENTATIONS[name].kind == "matrix" else collection.modules
-        assert array.shape == (9, len(items), len(REPRESENTATIONS[name].feature_names))
+        items = collection.layers if TABLE[name].kind == "matrix" else collection.modules
+        assert array.shape == (9, len(items), len(TABLE[name].feature_names))
         assert array.dtype == np.float32
 
 
@@ -431,11 +432,13 @@ def test_scales_reach_the_pair_features(tmp_path):
     (path.parent / "adapter_config.json").write_text(json.dumps({"lora_alpha": 10, "r": 2}))
     write_lora(tmp_path / "zoo" / "a" / "2" / FILE_NAME, weights)
     found = extracted(tmp_path / "zoo", tmp_path / "cache", PAIR)
-    sketch, coupling = found.load("update_sketch"), found.load("coupling")
+    sketch, coupling, updates = (found.load(name) for name in ("update_sketch", "coupling", "updates"))
     np.testing.assert_allclose(sketch[0, 0], 3 * sketch[2, 0], rtol=1e-5)
     np.testing.assert_allclose(sketch[1, 0], 5 * sketch[2, 0], rtol=1e-5)
     norm = float(torch.linalg.norm(weights[f"{name}.lora_up.weight"] @ weights[f"{name}.lora_down.weight"]))
     np.testing.assert_allclose(coupling[:, 0, 2], norm * np.array([3.0, 5.0, 1.0]), rtol=1e-5)
+    np.testing.assert_allclose(updates[:, 0, 1], norm * np.array([3.0, 5.0, 1.0]), rtol=1e-5)
+    assert updates[:, 0, 2].tolist() == [3, 5, 1]
 
 
 def test_packed_weights_are_the_matrices_in_layer_order(tmp_path):
@@ -562,6 +565,9 @@ def test_the_second_time_no_weight_is_read(tmp_path, passes):
     assert len(passes) == 2
     extracted(root, tmp_path / "cache", ["stats", "coupling", data.WEIGHTS])
     assert len(passes) == 2
+    extracted(root, tmp_path / "cache", ["updates"])
+    extracted(root, tmp_path / "cache", ["updates", "coupling"])
+    assert len(passes) == 3
     assert not (tmp_path / "cache" / "passes").exists()
 
 
@@ -806,6 +812,87 @@ def test_mixed_ranks_have_matrix_and_pair_features(tmp_path):
         alone = pair_features(down, up, collection.modules[1], None, PAIR)
         for name in PAIR:
             np.testing.assert_allclose(found.load(name)[i, 1], alone[name][0], rtol=1e-5, atol=1e-6)
+
+
+def write_mixed(root):
+    """Six LoRAs of two modules of width 8, of ranks 2, 1, 2, 2, 5 and 2, one with a scale."""
+    paths = files_in(write_collection(root))
+    for i, rank in ((1, 1), (4, 5)):
+        write_lora(paths[i], lora(rank=rank, seed=i))
+    (paths[2].parent / "adapter_config.json").write_text('{"lora_alpha": 6}')
+    return paths
+
+
+def test_updates_are_effective_rank_norm_and_scale_of_each_formed_update(tmp_path):
+    paths = write_mixed(tmp_path / "zoo")
+    updates = extracted(tmp_path / "zoo", tmp_path / "cache", ["updates"]).load("updates")
+    assert updates.shape == (6, 2, 3)
+    for i, path in enumerate(paths):
+        tensors, scale = list(load_file(path).values()), 3.0 if i == 2 else 1.0
+        for p in range(2):
+            down, up = (t.double().numpy() for t in sorted(tensors[2 * p : 2 * p + 2], key=lambda t: len(t)))
+            s = np.linalg.svd(scale * up @ down)[1][: len(down)]
+            share = s / s.sum()
+            expected = [np.exp(-(share * np.log(share)).sum()), np.linalg.norm(s), scale]
+            np.testing.assert_allclose(updates[i, p], expected, rtol=1e-5)
+    assert updates[1, :, 0].tolist() == [1, 1] and (updates[4, :, 0] > 2).all()
+
+
+def test_equal_ranks_are_packed_as_they_lie_in_each_file(tmp_path):
+    collection = index_collection(write_collection(tmp_path / "zoo"))
+    assert collection.packed_layout is collection.files[0].layout
+
+
+@pytest.mark.parametrize("chunk", [1, 2**22])
+def test_mixed_ranks_are_packed_with_zeros_up_to_the_largest(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(data, "CHUNK_NUMBERS", chunk)
+    paths = write_mixed(tmp_path / "zoo")
+    collection = index_collection(tmp_path / "zoo")
+    layout = collection.packed_layout
+    assert [layer.shape for layer in layout.layers] == [(5, 8), (8, 5)] * 2
+    assert [layer.name for layer in layout.layers] == [layer.name for layer in collection.layers]
+    assert collection.weights_per_layer == [40] * 4 and layout.width == 160
+    packed = extract(collection, [data.WEIGHTS], tmp_path / "cache", CPU).weights().read()
+    assert packed.shape == (6, 160)
+    for row, path in zip(packed, paths, strict=True):
+        tensors = load_file(path)
+        for layer, columns in zip(layout.layers, layout.columns, strict=True):
+            matrix, weights = row[columns].reshape(layer.shape), tensors[layer.name].numpy()
+            rows, cols = weights.shape
+            np.testing.assert_array_equal(matrix[:rows, :cols], weights)
+            assert np.count_nonzero(matrix) == np.count_nonzero(weights)
+
+
+def test_each_layer_is_padded_to_its_own_largest_rank(tmp_path):
+    for i, ranks in enumerate([(1, 4), (3, 2), (2, 2)]):
+        tensors = {}
+        for module, rank in zip(module_names(2), ranks, strict=True):
+            tensors |= {
+                f"{module}.lora.down.weight": torch.ones(rank, 6),
+                f"{module}.lora.up.weight": torch.ones(5, rank),
+            }
+        write_lora(tmp_path / "zoo" / "a" / f"{i}.safetensors", tensors)
+    collection = index_collection(tmp_path / "zoo")
+    assert [layer.shape for layer in collection.packed_layout.layers] == [(3, 6), (5, 3), (4, 6), (5, 4)]
+    packed = extract(collection, [data.WEIGHTS], tmp_path / "cache", CPU).weights().read()
+    assert packed.sum(1).tolist() == [11 * (1 + 4), 11 * (3 + 2), 11 * (2 + 2)]
+
+
+def test_factors_multiply_to_the_updates_of_the_files(tmp_path):
+    paths = write_mixed(tmp_path / "zoo")
+    collection = index_collection(tmp_path / "zoo")
+    read = extract(collection, ["updates", data.WEIGHTS], tmp_path / "cache", CPU).factor_reader(collection)
+    names = list(lora())
+    for module in range(2):
+        down, up, scale = read(module)
+        assert down.shape == (6, 5, 8) and up.shape == (6, 8, 5) and scale.tolist() == [1, 1, 3, 1, 1, 1]
+        for i, path in enumerate(paths):
+            tensors = load_file(path)
+            expected = tensors[names[2 * module + 1]] @ tensors[names[2 * module]]
+            torch.testing.assert_close(up[i] @ down[i], expected)
+    some = read(1, np.array([4, 1]))
+    for part, whole in zip(some, read(1), strict=True):
+        assert torch.equal(part, whole[[4, 1]])
 
 
 def test_planted_layers_alone_carry_the_class(tmp_path):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import evidence
-from evidence import Draws, exceedance, holm, interval, null_accuracies, permuted, sign_p, spearman
+from evidence import Draws, exceedance, holm, interval, null_accuracies, permuted, sign_p, spearman, stream
 
 
 def test_a_classifier_that_is_always_right_is_right_in_every_draw():
@@ -51,6 +51,33 @@ def test_draws_do_not_depend_on_how_much_is_worked_on_at_a_time(monkeypatch):
     assert small.shape == (1, 250) and abs(small.mean() - correct[0].mean()) < 0.02
 
 
+@pytest.mark.parametrize("runs", [True, False])
+def test_many_classifiers_in_small_blocks_are_drawn_as_in_one(monkeypatch, runs):
+    correct = [np.random.default_rng(i).random((1 + i % 3, 30)) < 0.5 for i in range(20)]
+    whole = Draws(np.arange(30), 40, 0).accuracies(correct, runs=runs)
+    monkeypatch.setattr(evidence, "BLOCK", 4 * 30 * 40)  # all draws still in one block
+    np.testing.assert_array_equal(Draws(np.arange(30), 40, 0).accuracies(correct, runs=runs), whole)
+
+
+def test_classifiers_of_different_numbers_of_runs_share_the_loras_drawn():
+    right = np.random.default_rng(0).random(60) < 0.5
+    one, many = Draws(np.arange(60), 300, 0).accuracies([right[None], np.tile(right, (10, 1))])
+    np.testing.assert_allclose(one, many, rtol=1e-12)  # equal on every LoRA in every run: no difference in any draw
+
+
+def test_the_least_p_of_a_difference_is_an_exact_tests():
+    wins = np.array([[True] * 5 + [False] * 15])
+    draws = Draws(np.arange(20), 100, 0)
+    assert draws.least_p(wins, ~wins) == 2.0**-19 and draws.least_p(wins, wins) == 1
+    assert draws.least_p(wins, np.zeros((3, 20), bool)) == stats.binomtest(5, 5).pvalue
+    assert Draws(np.arange(20) // 5, 100, 0).least_p(wins, np.zeros((1, 20), bool)) == 1  # all in one group
+
+
+def test_any_seed_will_do_and_another_purpose_draws_other_numbers():
+    first, same, other = (stream(-7, key, 1).random(4) for key in ("rows", "rows", "runs"))
+    assert (first == same).all() and (first != other).all()
+
+
 def test_sign_p_counts_draws_beyond_zero():
     assert sign_p(np.array([1.0] * 98 + [-1.0])) == pytest.approx(2 * 2 / 100)
     assert sign_p(np.zeros(99)) == 1
@@ -81,10 +108,23 @@ def test_permuted_groups_of_one_size_stay_whole():
     assert len(np.unique(drawn, axis=0)) == 6  # all orders of three groups
 
 
-def test_permuted_groups_of_different_sizes_keep_the_counts():
-    groups, y = np.array([0, 0, 0, 1, 2, 2]), np.array([0, 0, 0, 1, 1, 0])
+def test_permuted_groups_of_different_sizes_stay_whole_too():
+    groups, y = np.array([0, 0, 0, 1, 2, 2]), np.array([5, 5, 5, 6, 7, 7])
     drawn = permuted(y, groups, 200, np.random.default_rng(0))
-    assert (np.sort(drawn, axis=1) == np.sort(y)).all() and len(np.unique(drawn, axis=0)) > 2
+    for group in range(3):
+        assert (np.ptp(drawn[:, groups == group], axis=1) == 0).all()
+    assert len(np.unique(drawn, axis=0)) == 6
+
+
+def test_labels_that_differ_within_groups_change_places_there():
+    groups, y = np.repeat([0, 1, 2], [4, 4, 2]), np.array([0, 1, 2, 3] * 2 + [8, 9])
+    drawn = permuted(y, groups, 600, np.random.default_rng(0))
+    for labels in drawn:
+        for group in range(3):
+            has = sorted(labels[groups == group].tolist())
+            assert has in ([8, 8, 9, 9], [8, 9], [0, 1, 2, 3]) or (group == 2 and len(set(has)) == 2)
+    crossed = permuted(np.tile([0, 1], 6), np.arange(12) // 2, 100, np.random.default_rng(0))
+    assert len(np.unique(crossed, axis=0)) > 30  # each group has both labels, and yet there is much to permute
 
 
 @pytest.mark.parametrize("block", [evidence.BLOCK, 500])
@@ -93,7 +133,7 @@ def test_null_accuracies_are_those_of_a_loop(monkeypatch, block):
     generator = np.random.default_rng(3)
     predicted, y = generator.integers(0, 4, (5, 2, 30)), generator.integers(0, 4, 30)
     fast = null_accuracies(predicted, y, np.arange(30), 4, 40, seed=1)
-    same, draws = np.random.default_rng([1, 30]), max(1, block // 120)
+    same, draws = stream(1, "permutations", 30), max(1, block // 120)
     labels = np.concatenate([permuted(y, np.arange(30), min(draws, 40 - start), same) for start in range(0, 40, draws)])
     slow = [[(of_layer == of_draw).mean() for of_layer in predicted] for of_draw in labels]
     np.testing.assert_allclose(fast, slow, rtol=1e-12)
@@ -105,6 +145,28 @@ def test_guessing_the_largest_class_is_never_above_the_null():
     null = null_accuracies(predicted, y, np.arange(20), 2, 100, 0)
     assert (null == 0.75).all()
     assert exceedance(np.array([0.75]), null) == 1
+
+
+def test_guessing_one_class_is_chance_where_groups_differ_in_size():
+    groups, y = np.repeat(np.arange(6), [10, 8, 2, 2, 2, 2]), np.repeat([0, 0, 1, 1, 1, 1], [10, 8, 2, 2, 2, 2])
+    null = null_accuracies(np.zeros((1, 2, 26), int), y, groups, 2, 200, 0)
+    np.testing.assert_allclose(null, 18 / 26, rtol=1e-12)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_groups_that_are_recognised_as_such_are_no_signal(equal):
+    """Predictions that are the same within a group, and know nothing: LoRAs permuted one by one are fooled."""
+    generator, trials = np.random.default_rng(0), 300
+    called = np.zeros(2)
+    for trial in range(trials):
+        sizes = np.full(12, 6) if equal else generator.integers(2, 11, 12)
+        groups = np.repeat(np.arange(12), sizes)
+        y, predicted = generator.permutation(np.arange(12) % 2)[groups], generator.integers(0, 2, 12)[groups]
+        observed = np.array([(y == predicted).mean()])
+        for i, of in enumerate((groups, np.arange(len(y)))):
+            called[i] += exceedance(observed, null_accuracies(predicted[None, None], y, of, 2, 199, trial))[0] <= 0.05
+    whole, one_by_one = called / trials
+    assert whole <= 0.05 + 2 * (0.05 * 0.95 / trials) ** 0.5 and one_by_one > 0.15
 
 
 def test_the_best_of_many_that_know_nothing_is_called_predictive_one_time_in_twenty():
@@ -124,6 +186,13 @@ def test_spearman_is_scipys_and_knows_its_limits():
     a, b = np.array([1.0, 2, 3, 4, 5, 6]), np.array([2.0, 1, 4, 3, 6, 5])
     found = spearman(a, b)
     assert found["r"] == pytest.approx(stats.spearmanr(a, b).statistic)
-    half = stats.norm.ppf(0.975) / np.sqrt(3)  # Fisher's transformation, n - 3
+    half = 1.959964 * np.sqrt((1 + found["r"] ** 2 / 2) / 3)  # Bonett & Wright, n - 3
     assert found["interval"] == pytest.approx(np.tanh(np.arctanh(found["r"]) + np.array([-half, half])))
+    exact = stats.permutation_test(
+        (a,), lambda x: stats.spearmanr(x, b).statistic, permutation_type="pairings", n_resamples=1000
+    )
+    assert found["p"] == pytest.approx(exact.pvalue)
+    many = np.random.default_rng(0).normal(size=(2, 30))
+    assert spearman(*many)["p"] == pytest.approx(stats.spearmanr(*many).pvalue)
+    assert spearman(a[:4], a[:4])["p"] == pytest.approx(2 / 24) and spearman(a, -a)["interval"][1] < -0.99
     assert spearman(a[:3], b[:3]) is None and spearman(a, np.ones(6)) is None

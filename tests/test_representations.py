@@ -14,6 +14,7 @@ from sklearn.decomposition import PCA as SklearnPCA
 import representations
 from representations import (
     ENSEMBLE,
+    MEASURES,
     PCA,
     REPRESENTATIONS,
     Shared,
@@ -23,11 +24,13 @@ from representations import (
     pair_features,
     shared,
     singular_values,
+    update_measures,
     update_sketch,
 )
 
 MATRIX = [name for name, row in REPRESENTATIONS.items() if row.kind == "matrix"]
-PAIR = [name for name, row in REPRESENTATIONS.items() if row.kind == "pair"]
+TABLE = REPRESENTATIONS | MEASURES
+PAIR = [name for name, row in TABLE.items() if row.kind == "pair"]
 SHAPES = {
     "tall": (40, 6),
     "wide": (6, 40),
@@ -198,6 +201,13 @@ def test_update_sketch_is_the_definition():
     close(update_sketch(down, up, "blocks.0.attn", scale), expected.reshape(3, 64), rtol=1e-5, atol=1e-6)
 
 
+def test_measures_of_a_diagonal_update():
+    down, up = torch.diag(torch.tensor([3.0, 1.0]))[None], torch.diag(torch.tensor([2.0, 6.0]))[None]
+    # Singular values 6, 6, times -0.5; norms as they are.
+    assert update_measures(down, up, torch.tensor([-0.5]))[0].tolist() == pytest.approx([2, math.hypot(3, 3), -0.5])
+    assert update_measures(down, up * torch.tensor([1.0, 0.0]))[0].tolist() == pytest.approx([1, 6, 1])
+
+
 # 2. Reference
 
 
@@ -277,6 +287,17 @@ def test_coupling_is_numpys_on_the_formed_update(shape):
         norm = np.linalg.norm(scale[i].item() * u @ d)
         cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
         close(got, [np.corrcoef(a, b)[0, 1], cosine, norm, spectra], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 20, 33), (4, 33, 20), (1, 9, 30), (6, 3, 4), (6, 3, 40), (2, 8, 8), (12, 12, 9)])
+def test_measures_are_scipys_of_the_formed_update(shape, dtype):
+    r, n_in, n_out = shape
+    down, up, scale = gaussian(3, r, n_in, dtype=dtype), gaussian(3, n_out, r, seed=1).to(dtype), torch.arange(3.0) - 2
+    for got, d, u, s in zip(update_measures(down, up, scale).tolist(), down, up, scale.tolist(), strict=True):
+        values = scipy.linalg.svdvals((s * u.double() @ d.double()).numpy())
+        rank = np.exp(scipy.stats.entropy(values)) if s else 0
+        close(got, [rank, np.linalg.norm(values), s], rtol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(30, 8), (8, 30), (12, 12), (5, 400), (300, 7)])
@@ -466,6 +487,7 @@ def test_gauge(r, n_in, n_out, seed):
     assert (sketch - same).abs().max() <= 1e-5 * size
     before, after = coupling(down, up)[0], coupling(other_down, other_up)[0]
     assert after[2] == pytest.approx(before[2].item(), rel=1e-5)
+    close(update_measures(other_down, other_up), update_measures(down, up), rtol=1e-5)
     # What does not claim the invariance notices the gauge: the cosine, and statistics of the factor.
     assert abs(after[1] - before[1]) > 1e-6
     assert named("stats", other_down[0]) != pytest.approx(named("stats", down[0]), rel=1e-5)
@@ -479,6 +501,11 @@ def test_update_sketch_is_linear_and_coupling_scales_its_norm(seed, s):
     plain, scaled = coupling(down, up), coupling(down, up, scale)
     close(scaled[:, 2], abs(scale[0]) * plain[:, 2], rtol=1e-5)
     assert torch.equal(scaled[:, [0, 1, 3]], plain[:, [0, 1, 3]])
+    rank, norm, of = update_measures(down, up, scale).T
+    assert torch.equal(norm, scaled[:, 2]) or norm.tolist() == pytest.approx(scaled[:, 2].tolist(), rel=1e-6)
+    assert torch.equal(of, scale) and rank.tolist() == pytest.approx(
+        (update_measures(down, up)[:, 0] * (scale != 0)).tolist(), rel=1e-5
+    )
 
 
 def test_update_sketch_keeps_norms_on_average_and_knows_its_module():
@@ -540,22 +567,29 @@ def compute(name, n=6, dtype=torch.float32, rows=slice(None)):
 
 def test_the_table():
     first = ["flat_vec", "stats", "pca", "spectral", "matrix_norms", "distribution", "coupling", "frequency"]
-    last = ["info_theoretic", "ensemble", "vae", "contrastive", "denoising", "update_sketch"]
-    assert list(REPRESENTATIONS)[:14] == first + last
+    last = ["info_theoretic", "ensemble", "vae", "contrastive", "denoising", "update_sketch", "update_kernel"]
+    assert list(REPRESENTATIONS)[:15] == first + last
     for name, row in REPRESENTATIONS.items():
         assert row.name == name and row.source
-        assert row.kind in {"matrix", "pair", "weights", "autoencoder"}
+        assert row.kind in {"matrix", "pair", "weights", "autoencoder", "kernel"}
         assert (row.function is not None) == bool(row.feature_names) == (row.kind in {"matrix", "pair"})
         assert len(row.feature_names) == len(set(row.feature_names))
         assert len(row.feature_names) == WIDTHS.get(name, 0) or name not in first + last
         assert row.function is None or row.function.__name__ == name
 
 
+def test_measures_are_no_representations():
+    assert list(MEASURES) == ["updates"] and not MEASURES.keys() & REPRESENTATIONS.keys()
+    row = MEASURES["updates"]
+    assert (row.name, row.kind, row.function) == ("updates", "pair", update_measures)
+    assert row.feature_names == ("effective_rank", "norm", "scale")
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", MATRIX + PAIR)
 def test_width_dtype_and_finite(name, dtype):
     f = compute(name, dtype=dtype)
-    assert f.shape == (6, len(REPRESENTATIONS[name].feature_names))
+    assert f.shape == (6, len(TABLE[name].feature_names))
     assert f.dtype == torch.float32
     assert f.isfinite().all()
 
@@ -796,6 +830,15 @@ def test_a_fresh_lora_has_a_zero_update(r):
     down, up = gaussian(2, r, 8), torch.zeros(2, 5, r)
     assert (coupling(down, up) == 0).all()
     assert (update_sketch(down, up, "m") == 0).all()
+    assert update_measures(down, up).tolist() == [[0, 0, 1]] * 2
+
+
+def test_factors_that_cancel_give_a_zero_update_not_the_spectrum_of_rounding():
+    # Every entry is 0.1·c + 0.2·c - 0.3·c, which float64 rounds to about 1e-17.
+    down = torch.tensor([0.1, 0.7], dtype=torch.float64).expand(1, 3, 2)
+    up = torch.tensor([[0.1, 0.2, -0.3]], dtype=torch.float64)[None]
+    assert (up @ down).any()
+    assert update_measures(down, up)[0].tolist() == [0, 0, 1]
 
 
 def test_correlations_of_constants_and_of_single_values_are_0():

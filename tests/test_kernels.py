@@ -1,0 +1,419 @@
+import threading
+
+import numpy as np
+import pytest
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import accuracy_score, f1_score
+from sklearn.preprocessing import KernelCenterer
+from sklearn.svm import SVC
+
+import kernels
+from kernels import GRID, UpdateKernels, classify, classify_each, module_kernel
+
+PARTS = ("train", "validation", "test")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As in training: products as small as these take threads longer to share than to multiply."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def factors(n, rank, wide, high, seed=0, ranks=None):
+    """Down, up and scale of n updates; of LoRA i only ``ranks[i]`` of the rank are not padding."""
+    g = torch.Generator().manual_seed(seed)
+    down, up = torch.randn(n, rank, wide, generator=g), torch.randn(n, high, rank, generator=g)
+    for i, own in enumerate(ranks or ()):
+        down[i, own:], up[i, :, own:] = 0, 0
+    return down, up, torch.rand(n, generator=g) * 3 - 1
+
+
+def formed(down, up, scale):
+    """The updates themselves, flattened, float64[N, out * in]."""
+    return (scale.double()[:, None, None] * (up.double() @ down.double())).flatten(1).numpy()
+
+
+def near(found, expected, rows, columns, share=1e-6):
+    """Equal up to a share of the product of the norms of the two updates."""
+    bound = share * np.outer(np.linalg.norm(rows, axis=1), np.linalg.norm(columns, axis=1))
+    assert (np.abs(np.asarray(found) - expected) <= bound).all()
+
+
+def reader(modules):
+    return lambda p, rows: tuple(x[rows] for x in modules[p])
+
+
+def split(n, train=0.6):
+    order = np.random.default_rng(5).permutation(n)
+    ends = round(train * n), round((train + 1) / 2 * n)
+    return dict(zip(PARTS, map(np.sort, np.split(order, ends)), strict=True))
+
+
+def planted(n=90, classes=3, modules=4, informative=(1,), seed=0, strength=1.0):
+    """Modules of noise; in the informative ones an update of the class is added, as further rows of the rank."""
+    y = np.arange(n) % classes
+    of_modules = []
+    for p in range(modules):
+        down, up, _ = factors(n, 3, 10, 8, seed=100 * seed + p)
+        concept_down, concept_up, _ = factors(classes, 3, 10, 8, seed=100 * seed + 50 + p)
+        if p in informative:
+            down, up = torch.cat([down, concept_down[y]], 1), torch.cat([up, strength * concept_up[y]], 2)
+        of_modules.append((down, up, torch.ones(n)))
+    return of_modules, y
+
+
+def kernels_of(modules, rows, **more):
+    return UpdateKernels(reader(modules), len(modules), rows["train"], len(modules[0][0]), **more)
+
+
+def test_accuracy(found, y, rows):
+    return (found["predicted"][:, len(rows["validation"]) :] == y[rows["test"]]).mean(1)
+
+
+test_accuracy.__test__ = False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The kernel of one module
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_two_updates_by_hand():
+    down, up = torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]]), torch.tensor([[[1.0], [1.0]], [[2.0], [-1.0]]])
+    # [[1, 2], [1, 2]] and, times -2, [[6, 0], [-3, 0]]: products 10, -2 (6 - 3) and 4 (36 + 9).
+    found = module_kernel(down, up, torch.tensor([1.0, -2.0]))
+    assert found.flatten().tolist() == pytest.approx([10, -6, -6, 180])
+
+
+# Of small ranks, where factors are multiplied, and of large ones, where blocks of updates are.
+SHAPES = {"rank 1": (1, 12, 9), "rank 3": (3, 30, 40), "large rank": (8, 11, 6), "wider than high": (4, 3, 50)}
+
+
+@pytest.mark.parametrize("at_once", [1, 300, 2**22])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_equal_to_forming_the_updates_for_mixed_ranks(shape, at_once, monkeypatch):
+    monkeypatch.setattr(kernels, "AT_ONCE", at_once)
+    rank = shape[0]
+    of = factors(17, *shape, ranks=[1 + i % rank for i in range(17)])
+    w = formed(*of)
+    found = module_kernel(*of)
+    assert found.dtype == torch.float64
+    near(found, w @ w.T, w, w)
+    columns = torch.tensor([3, 16, 0, 7])
+    near(module_kernel(*of, columns), w @ w[columns].T, w, w[columns])
+
+
+def test_both_ways_are_tried_above(monkeypatch):
+    def ways(shape):
+        asked = []
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "addcmul_", lambda total, *_: asked.append(1) or total)
+            module_kernel(*factors(4, *shape))
+        return bool(asked)
+
+    assert [ways(shape) for shape in SHAPES.values()] == [True, True, False, False]
+
+
+def test_ranks_that_are_padded_are_the_same_updates():
+    down, up, scale = factors(6, 2, 12, 9)
+    padded = torch.cat([down, torch.zeros(6, 5, 12)], 1), torch.cat([up, torch.zeros(9, 5)[None].expand(6, 9, 5)], 2)
+    w = formed(down, up, scale)
+    near(module_kernel(*padded, scale), module_kernel(down, up, scale).numpy(), w, w)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e3])
+def test_gauge(spread):
+    """Also where the gauge is so uneven that float32 products of the factors themselves would be off."""
+    down, up, scale = factors(9, 4, 12, 15)
+    gauge = torch.randn(9, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    gauge = torch.linalg.qr(gauge).Q @ torch.diag(torch.tensor([1, spread, 1 / spread, 1], dtype=torch.float64))
+    other = gauge @ down.double(), up.double() @ torch.linalg.inv(gauge)
+    w = formed(down, up, scale)
+    near(module_kernel(*other, scale), module_kernel(down, up, scale).numpy(), w, w)
+
+
+def test_scale_multiplies_and_zero_updates_have_zero_products():
+    down, up, scale = factors(5, 2, 12, 9)
+    up[2] = 0
+    one = module_kernel(down, up, torch.ones(5))
+    w = formed(down, up, scale)
+    near(module_kernel(down, up, scale), (one * scale.double() * scale.double()[:, None]).numpy(), w, w)
+    assert (one[2] == 0).all() and (one[:, 2] == 0).all()
+    assert (module_kernel(down, up, torch.zeros(5)) == 0).all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e18])
+def test_very_small_and_very_large_updates(size):
+    down, up, scale = factors(5, 2, 12, 9)
+    w = formed(down, up * size, scale)
+    near(module_kernel(down, up * size, scale), w @ w.T, w, w)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# All modules
+# ----------------------------------------------------------------------------------------------------------------------
+
+KEPT = np.random.default_rng(1).random((9, 5)) < np.linspace(0, 1, 9)[:, None]
+
+
+def several(n=24, zero=()):
+    """Five modules of several shapes and sizes."""
+    modules = [factors(n, 1 + p % 3, 9 + p, 14 - p, seed=p) for p in range(5)]
+    return [(d, u, s * 10.0**p * (p not in zero)) for p, (d, u, s) in enumerate(modules)]
+
+
+def expected_sum(modules, kept, train):
+    total = 0
+    for p in np.flatnonzero(kept):
+        w = formed(*modules[p])
+        w /= np.sqrt((w[train] ** 2).sum(1).mean()) or 1
+        total = total + w @ w[train].T
+    return total
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("sums", [1, 2 * 24 * 14, 2**27])
+def test_an_ablation_is_a_subtraction_is_a_sum_of_what_is_left(keeps, sums, monkeypatch):
+    monkeypatch.setattr(kernels, "KEPT", 10**6 if keeps else 0)
+    monkeypatch.setattr(kernels, "SUMS_AT_ONCE", sums)
+    modules, rows = several(zero=(3,)), split(24)
+    of = kernels_of(modules, rows)
+    assert of.keeps == keeps and of.precomputed
+    found = list(of.sums(KEPT))
+    assert len(found) == len(KEPT)
+    for kernel, kept in zip(found, KEPT, strict=True):
+        np.testing.assert_allclose(kernel, expected_sum(modules, kept, rows["train"]), atol=1e-5)
+        (alone,) = of.sums(kept[None])
+        np.testing.assert_array_equal(kernel, alone)
+    assert (of.module(3) == 0).all()
+
+
+def test_recomputed_kernels_are_those_kept_and_each_of_these_is_computed_once(monkeypatch):
+    modules, rows, computed = several(), split(24), []
+    original = UpdateKernels._compute
+    monkeypatch.setattr(UpdateKernels, "_compute", lambda self, p: computed.append(p) or original(self, p))
+    kept = list(kernels_of(modules, rows).inputs(KEPT))
+    assert sorted(computed) == list(range(5))
+    monkeypatch.setattr(kernels, "KEPT", 10)
+    for again, before in zip(kernels_of(modules, rows).inputs(KEPT), kept, strict=True):
+        np.testing.assert_array_equal(again, before)
+    assert len(computed) == 5 + 5 + len([p for p in range(5) if any_needs(p)])
+
+
+def any_needs(module):
+    few = 2 * KEPT.sum(1) <= 5
+    return np.where(few, KEPT[:, module], ~KEPT[:, module]).any()
+
+
+def test_large_kernels_are_not_kept(monkeypatch):
+    monkeypatch.setattr(kernels, "KEPT_NUMBERS", 24 * 14 * 5 - 1)
+    assert not kernels_of(several(), split(24)).keeps
+    monkeypatch.setattr(kernels, "KEPT_NUMBERS", 24 * 14 * 5)
+    assert kernels_of(several(), split(24)).keeps
+
+
+def test_threads_that_ask_at_once_get_the_same_and_compute_each_module_once(monkeypatch):
+    modules, rows, computed, found = several(), split(24), [], {}
+    original = UpdateKernels._compute
+    monkeypatch.setattr(UpdateKernels, "_compute", lambda self, p: computed.append(p) or original(self, p))
+    of, together = kernels_of(modules, rows), threading.Barrier(4)
+
+    def ask(thread):
+        together.wait()
+        found[thread] = list(of.inputs(KEPT))
+
+    threads = [threading.Thread(target=ask, args=(thread,)) for thread in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(computed) == list(range(5))
+    alone = list(kernels_of(modules, rows).inputs(KEPT))
+    for inputs in found.values():
+        for x, expected in zip(inputs, alone, strict=True):
+            np.testing.assert_array_equal(x, expected)
+
+
+def test_inputs_are_the_kernel_of_updates_centred_on_train_rows_with_mean_diagonal_one():
+    modules, rows = several(), split(24)
+    train = rows["train"]
+    (x,) = kernels_of(modules, rows).inputs(np.array([[True, False, True, True, False]]))
+    parts = []
+    for p in (0, 2, 3):
+        w = formed(*modules[p])
+        parts.append(w / np.sqrt((w[train] ** 2).sum(1).mean()))
+    w = np.concatenate(parts, axis=1)
+    w -= w[train].mean(0)
+    w /= np.sqrt((w[train] ** 2).sum(1).mean())
+    np.testing.assert_allclose(x, w @ w[train].T, atol=1e-5)
+    assert np.trace(x[train]) / len(train) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_what_holds_nothing_gives_inputs_of_zero(exact, monkeypatch):
+    monkeypatch.setattr(kernels, "EXACT", 10**6 if exact else 0)
+    modules, rows = several(zero=(0, 3)), split(24)
+    same = factors(1, 2, 9, 9)
+    modules.append(tuple(x.expand(24, *x.shape[1:]) for x in same))  # one update in all LoRAs
+    of = kernels_of(modules, rows)
+    none, zeros, constant, one = (np.isin(np.arange(6), chosen) for chosen in ([], [0, 3], [5], [1]))
+    *nothing, something = of.inputs(np.stack([none, zeros, constant, one]))
+    assert all(x.shape[0] == 24 and not x.any() for x in nothing) and something.any()
+    # The sum of all less that of those that hold something is rounding.
+    (x,) = of.inputs(np.array([[True, False, False, True, False, False]]))
+    assert not x.any()
+
+
+def test_landmarks_that_are_all_train_rows_are_exact(monkeypatch):
+    modules, rows = several(), split(24)
+    exact = list(kernels_of(modules, rows).inputs(KEPT))
+    monkeypatch.setattr(kernels, "EXACT", 0)
+    of = kernels_of(modules, rows)
+    assert not of.precomputed and of.columns.tolist() == rows["train"].tolist()
+    for features, kernel, kept in zip(of.inputs(KEPT), exact, KEPT, strict=True):
+        assert features.any() == kept.any()
+        np.testing.assert_allclose(features @ features[rows["train"]].T, kernel, atol=2e-5)
+
+
+def test_few_landmarks_are_train_rows_that_the_seed_decides_and_approximate(monkeypatch):
+    monkeypatch.setattr(kernels, "EXACT", 0)
+    monkeypatch.setattr(kernels, "LANDMARKS", 12)
+    modules, y = planted(strength=3.0)
+    rows = split(90)
+    of, again, other = (kernels_of(modules, rows, seed=seed) for seed in (1, 1, 2))
+    assert len(of.columns) == 12 and set(of.columns) <= set(rows["train"])
+    assert of.columns.tolist() == again.columns.tolist() != other.columns.tolist()
+    kept = np.array([[False, True, False, False], [True, False, True, True]])
+    found = classify_each(of, kept, y, rows, 3)
+    assert test_accuracy(found, y, rows)[0] == 1 > test_accuracy(found, y, rows)[1] + 0.3
+    (x, _) = of.inputs(kept)
+    assert x.shape == (90, 12)
+    # On landmarks the approximation is exact: of updates w, centred and scaled alike.
+    w = formed(*modules[1])
+    w = w - w[rows["train"]].mean(0)
+    projected = (x[of.columns] @ x[of.columns].T) / (w[of.columns] @ w[of.columns].T)
+    assert x[rows["train"]].mean(0) == pytest.approx(0, abs=1e-9)
+    assert (np.square(x[rows["train"]]).sum(1).mean(), np.isfinite(projected).all()) == (pytest.approx(1), True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The classifier
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def plainly(x, y, rows):
+    """Every C with scikit-learn alone: predictions of all rows and C, the smallest of the best."""
+    models = {c: SVC(kernel="precomputed", C=c).fit(x[rows["train"]], y[rows["train"]]) for c in GRID}
+    accuracy = {c: accuracy_score(y[rows["validation"]], m.predict(x[rows["validation"]])) for c, m in models.items()}
+    best = min(GRID, key=lambda c: (-accuracy[c], c))
+    return models[best].predict(x), best
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_machine_is_scikit_learns_done_plainly(seed):
+    modules, y = planted(n=120, seed=seed, strength=0.5)
+    rows = split(120)
+    of = kernels_of(modules, rows)
+    kept = np.array([[True] * 4, [False, True, False, False], [True, False, False, False]])
+    found = classify_each(of, kept, y, rows, 3)
+    for k, x in enumerate(of.inputs(kept)):
+        predicted, c = plainly(x, y, rows)
+        truth, fitted = y[rows["train"]], predicted[rows["train"]]
+        held_out = np.concatenate([rows["validation"], rows["test"]])
+        np.testing.assert_array_equal(found["predicted"][k], predicted[held_out])
+        assert found["c"][k] == c
+        assert found["train_accuracy"][k] == accuracy_score(truth, fitted)
+        assert found["train_f1"][k] == pytest.approx(f1_score(truth, fitted, average="macro"))
+    assert {name: (a.dtype, a.shape) for name, a in found.items()} == {
+        "predicted": (np.int32, (3, 48)),
+        "train_accuracy": (np.float64, (3,)),
+        "train_f1": (np.float64, (3,)),
+        "c": (np.float64, (3,)),
+    }
+
+
+def test_equal_validation_accuracies_take_the_smallest_c():
+    modules, y = planted(strength=20.0)
+    rows = split(90)
+    (x,) = kernels_of(modules, rows).inputs(np.array([[False, True, False, False]]))
+    train, validation = rows["train"], rows["validation"]
+    models = [SVC(kernel="precomputed", C=c).fit(x[train], y[train]) for c in GRID]
+    best = [c for c, m in zip(GRID, models, strict=True) if m.score(x[validation], y[validation]) == 1]
+    assert len(best) > 1 and classify(x, y, rows, 3)["c"] == [best[0]]
+
+
+def test_a_planted_module_is_found_and_its_loss_noticed():
+    modules, y = planted(n=240, informative=(1, 3), strength=1.0)
+    rows = split(240)
+    kept = np.array([[1, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 1], [1, 0, 1, 0]], bool)
+    accuracy = test_accuracy(classify_each(kernels_of(modules, rows), kept, y, rows, 3), y, rows)
+    assert (accuracy[:3] > 0.9).all() and accuracy[3] < 0.5  # chance is 1/3, 48 test rows
+
+
+def test_random_labels_give_chance():
+    modules, y = planted(n=240)
+    rows = split(240)
+    of, kept, generator = kernels_of(modules, rows), np.ones((1, 4), bool), np.random.default_rng(3)
+    accuracies = []
+    for _ in range(8):
+        shuffled = generator.permutation(y)
+        accuracies.append(test_accuracy(classify_each(of, kept, shuffled, rows, 3), shuffled, rows)[0])
+    # 8 x 48 guesses at 1/3: a standard deviation of 0.024, of which four are allowed.
+    assert np.mean(accuracies) == pytest.approx(1 / 3, abs=0.1)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_test_rows_change_no_prediction_but_their_own(exact, monkeypatch):
+    monkeypatch.setattr(kernels, "EXACT", 10**6 if exact else 0)
+    modules, y = planted(strength=0.7)
+    rows = split(90)
+    changed = [tuple(x.clone() for x in module) for module in modules]
+    for down, up, scale in changed:
+        down[rows["test"]], up[rows["test"]], scale[rows["test"]] = 7.0, -3.0, 1e3
+    kept = np.array([[1, 1, 1, 1], [1, 0, 1, 1], [1, 0, 0, 0]], bool)
+    before, after = (classify_each(kernels_of(of, rows), kept, y, rows, 3) for of in (modules, changed))
+    boundary = len(rows["validation"])
+    np.testing.assert_array_equal(after["predicted"][:, :boundary], before["predicted"][:, :boundary])
+    for name in ("train_accuracy", "train_f1", "c"):
+        np.testing.assert_array_equal(after[name], before[name])
+    assert (after["predicted"][:, boundary:] != before["predicted"][:, boundary:]).any()
+
+
+def test_inputs_of_zero_predict_the_largest_class_of_the_train_rows():
+    y, rows = np.array([0] * 6 + [1] * 14), split(20)
+    found = classify(np.zeros((20, len(rows["train"]))), y, rows, 2)
+    assert (found["predicted"] == 1).all() and found["c"] == [GRID[0]]
+    assert found["train_accuracy"] == pytest.approx((y[rows["train"]] == 1).mean())
+
+
+@pytest.mark.parametrize("precomputed", [True, False])
+def test_a_machine_that_has_not_converged_is_an_error(precomputed, monkeypatch):
+    monkeypatch.setattr(kernels, "ITERATIONS", 1)
+    modules, y = planted()
+    rows = split(90)
+    (x,) = kernels_of(modules, rows).inputs(np.ones((1, 4), bool))
+    told = "has not converged after 1 iterations at C = 0.01"
+    with pytest.warns(ConvergenceWarning), pytest.raises(FloatingPointError, match=told):
+        classify(x, y, rows, 3, precomputed)
+
+
+@pytest.mark.parametrize("c", GRID)
+def test_hopeless_labels_converge_at_every_c(c):
+    """Many rows of few dimensions, at random labels: the slowest of all."""
+    generator = np.random.default_rng(0)
+    w, y = generator.normal(size=(300, 3)), generator.integers(4, size=300)
+    model = SVC(kernel="precomputed", C=c, max_iter=kernels.ITERATIONS)
+    kernels._fit(model, w @ w.T / 3, y)
+    assert model.n_iter_.max() < kernels.ITERATIONS / 10
+
+
+def test_centring_is_scikit_learns():
+    modules, rows = several(), split(24)
+    of = kernels_of(modules, rows)
+    (kernel,), (x,) = of.sums(np.ones((1, 5), bool)), of.inputs(np.ones((1, 5), bool))
+    centred = KernelCenterer().fit(kernel[rows["train"]]).transform(kernel)
+    np.testing.assert_allclose(x, centred / np.trace(centred[rows["train"]]) * len(rows["train"]), rtol=1e-9)

@@ -1,0 +1,525 @@
+"""The six pictures: what they say, that they are what they claim to be, and that nothing makes them fail."""
+
+import copy
+import io
+import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib import style
+from matplotlib.text import Text
+from PIL import Image
+from scipy.cluster import hierarchy
+
+import pictures
+from analysis import Controls, analyse
+from controls import plan_controls
+from evidence import Evidence
+from lora_files import Layer
+
+pytestmark = pytest.mark.filterwarnings("error")
+CONTENT = pictures._content
+NAMES = [
+    "layer_importance", "ablation_curves", "representations", "concept_layer_map", "layer_clusters", "rank_structure"
+]  # fmt: skip
+LONG = [f"a photograph of a very small {i % 7}th $thing$ in the style of the old masters, {i}" for i in range(40)]
+ODD = ["w" * 200, "$x_1^2", "a_b & c_d", "<b>\\frac{", "two\nlines", "猫と犬", "\udcff\x00", ""]
+
+
+def bounds(value, half=0.03):
+    return [max(0.0, value - half), min(1.0, value + half)]
+
+
+def estimate(value):
+    return {"accuracy": value, "interval": bounds(value)}
+
+
+def layers_section(layers, classes, roles, blocks, generator):
+    chance, records = 1 / classes, []
+    for depth in range(layers):
+        module, role = depth // len(roles), roles[depth % len(roles)]
+        accuracy = float(chance + (1 - chance) * generator.beta(2, 6) * (1 + depth % 2) / 2)
+        records.append(
+            {
+                "layer": f"network.{module}.lora.{role}.weight",
+                "depth": depth,
+                "module": f"network_{module}",
+                "role": role,
+                "projection": ("to_q", "to_k", "to_v", "to_out", None)[module % 5],
+                "attention": (None, "attn1", "attn2")[module % 3],
+                "block": f"transformer_blocks_{depth * blocks // layers}" if blocks else None,
+                "accuracy": accuracy,
+                "interval": bounds(accuracy),
+                "above_null": accuracy > chance + 0.1,
+            }
+        )
+    groups = {}
+    for role in roles[:layers]:
+        mean = float(np.mean([record["accuracy"] for record in records if record["role"] == role]))
+        groups[role] = {"layers": layers // len(roles), "mean": mean, "interval": bounds(mean, 0.001)}
+    return {
+        "chance": chance,
+        "null_band": [0.7 * chance, 1.2 * chance],
+        "null_max": chance + 0.1,
+        "num_above_null": sum(record["above_null"] for record in records),
+        "records": records,
+        "groups": {"role": groups},
+        "depth": {"r": 0.25, "interval": [-0.1, 0.5], "p": 0.2} if layers > 3 else None,
+    }
+
+
+def robustness_section(layers, chance, top_k, verdict):
+    removed = np.unique(np.linspace(0, layers, 11).astype(int))
+
+    def curve(power):
+        accuracy = chance + (0.95 - chance) * (1 - removed / layers) ** power
+        sides = {"low": np.maximum(0, accuracy - 0.05).tolist(), "high": np.minimum(1, accuracy + 0.05).tolist()}
+        return {"removed": removed.tolist(), "accuracy": accuracy.tolist(), **sides, "area": 0.5}
+
+    draws = np.linspace(0.88, 0.92, 20).tolist()
+    return {
+        "top_k": top_k,
+        "all": estimate(0.953),
+        "without_top": estimate(0.812),
+        "without_bottom": estimate(0.93),
+        "top_alone": estimate(0.6),
+        "without_random": {"accuracies": draws, "mean": 0.9, "min": draws[0], "max": draws[-1]},
+        "curves": {"most_first": curve(1), "least_first": curve(0.3), "random_order": curve(0.5)},
+        "survives": None if verdict == "no signal" else {"share": 0.83, "interval": [0.78, 0.88]},
+        "verdict": verdict,
+    }
+
+
+def representations_section(accuracy, dropped):
+    best = max(accuracy, key=accuracy.get)
+    return {
+        "best": best,
+        "intervals": {
+            "baseline": {name: bounds(value) for name, value in accuracy.items()},
+            "ablation": {name: bounds(value - dropped[name]) for name, value in accuracy.items()},
+        },
+        "drops": {
+            name: {"drop": drop, "interval": [drop - 0.03, drop + 0.03], "p_holm": 0.01 if drop > 0.05 else 0.5}
+            for name, drop in dropped.items()
+        },
+        "indistinguishable_from_best": [n for n in accuracy if n != best and accuracy[n] > accuracy[best] - 0.02],
+    }
+
+
+def rank_section(modules, names, answerable, generator):
+    found = {"r": 0.36, "interval": [-0.35, 0.81], "p": 0.3} if len(names) > 3 else None
+    records = [
+        {"module": module, "statistic": float(generator.gamma(2, 40)), "p_fdr": (0.01, 0.3)[i % 2]}
+        for i, module in enumerate(modules)
+    ]
+    by_class = [
+        {
+            "class": name,
+            "effective_rank": rank if answerable else None,
+            "norm": rank,
+            "spread": spread,
+            "recall": recall,
+        }
+        for name, (rank, spread, recall) in zip(names, generator.random((len(names), 3)).tolist(), strict=True)
+    ]
+    return {
+        "answerable": answerable,
+        "why": None if answerable else "not answerable at rank 1: the effective rank never varies",
+        "tested": "effective rank" if answerable else "norm of the update",
+        "modules": records,
+        "num_significant": (len(records) + 1) // 2,
+        "complexity": {"by_class": by_class, "spearman_spread": found, "spearman_recall": found},
+    }
+
+
+def results_of(
+    layers=12, names=("cat", "dog", "house", "tree"), told=("stats", "ensemble"), robust=("stats",), *,
+    top_k=3, roles=("down", "up"), blocks=4, answerable=True, quick=False,
+):  # fmt: skip
+    """Results with an analysis of this shape; numbers are random, and only what the pictures read is there."""
+    generator, classes = np.random.default_rng(0), len(names)
+    section = layers_section(layers, classes, roles, blocks, generator)
+    records = section["records"]
+    ranking = sorted(records, key=lambda record: -record["accuracy"])
+    tree = hierarchy.linkage(generator.random((layers, 3)), "average")
+    clusters = hierarchy.fcluster(tree, 0.5, "distance")
+    accuracy = {name: float(value) for name, value in zip(told, generator.uniform(0.6, 1, len(told)), strict=True)}
+    dropped = {name: float(value) for name, value in zip(told, generator.uniform(-0.02, 0.1, len(told)), strict=True)}
+    verdicts = ("distributed", "localized", "no signal", "redundant", "undecided")
+    analysis = {
+        "layers": section,
+        "robustness": {
+            name: robustness_section(layers, 1 / classes, top_k, verdicts[i % 5]) for i, name in enumerate(robust)
+        },
+        "representations": representations_section(accuracy, dropped) if told else None,
+        "layer_information": {
+            "kappa": {"top_k": np.eye(top_k).tolist()},
+            "union": {"best_alone": 0.442, "any_of_top_k": 0.837},
+            "clusters": {
+                "linkage": tree.tolist(),
+                "order": hierarchy.leaves_list(tree).tolist(),
+                "threshold": 0.5,
+                "count": int(clusters.max()),
+            },
+            "concept_clusters": {"of_class": [1 + c % 3 for c in range(classes)]} if classes > 3 else None,
+        },
+        "rank_structure": rank_section(
+            list(dict.fromkeys(record["module"] for record in records)), names, answerable, generator
+        ),
+        "concepts": {
+            "classes": list(names),
+            "recall": generator.beta(2, 5, (layers, classes)).tolist(),
+            "baseline": {name: [accuracy[name]] * classes for name in told},
+            "drop": {name: [dropped[name]] * classes for name in told},
+        },
+    }
+    runs = {name: {"test_accuracy": {"mean": value}} for name, value in accuracy.items()}
+    ablated = {name: {"test_accuracy": {"mean": accuracy[name] - dropped[name]}} for name in told}
+    return {
+        "dataset": {"num_samples": 500},
+        "config": {"top_k": top_k, "quick": quick},
+        "top_layers": [record["layer"] for record in ranking[:top_k]],
+        "baseline_results": runs,
+        "ablation_results": ablated,
+        "analysis": analysis,
+    }
+
+
+@pytest.fixture(scope="module")
+def results():
+    return results_of()
+
+
+@pytest.fixture(scope="module")
+def drawn(results):
+    return pictures.draw(results)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures themselves, finished, by name; no file is made of them."""
+    found = []
+
+    def keep(figure, kind, caption):
+        found.append(figure)
+        return b""
+
+    monkeypatch.setattr(pictures, "_content", keep)
+
+    def of(results):
+        found.clear()
+        pictures.draw(results)
+        return dict(zip(pictures.captions(results), found[::2], strict=True))
+
+    return of
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_there_are_six_pictures_in_two_formats(drawn):
+    assert list(drawn) == [f"{name}.{kind}" for name in NAMES for kind in ("png", "svg")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pngs_are_as_wide_as_a_page_at_150_dpi_and_hold_their_title(drawn, results, name):
+    content = drawn[f"{name}.png"]
+    image = Image.open(io.BytesIO(content))
+    image.load()
+    assert image.format == "PNG"
+    assert image.width == 1080
+    assert 150 < image.height < 1000
+    assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1)
+    assert image.info["Title"] == pictures.captions(results)[name]
+    assert image.convert("RGB").getpixel((2, image.height - 2)) == (255, 255, 255)
+    assert len(np.unique(np.asarray(image.convert("L")))) > 10  # something is on it
+    assert len(content) < 300_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_svgs_parse_hold_their_title_and_refer_to_nothing_outside(drawn, results, name):
+    content = drawn[f"{name}.svg"]
+    root = ElementTree.fromstring(content)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert float(root.get("width").removesuffix("pt")) == pytest.approx(72 * pictures.WIDTH)
+    title = root.find(".//{http://purl.org/dc/elements/1.1/}title")
+    assert title.text == pictures.captions(results)[name]
+    assert root.find(".//{http://purl.org/dc/elements/1.1/}date") is None
+    assert not list(root.iter("{http://www.w3.org/2000/svg}text"))  # outlines, which need no font
+    links = [element.get("{http://www.w3.org/1999/xlink}href") for element in root.iter()]
+    assert all(link.startswith(("#", "data:image/png")) for link in links if link)
+
+
+def only(results, *sections):
+    """The results with no other sections of the analysis."""
+    return results | {"analysis": {section: results["analysis"][section] for section in sections}}
+
+
+def test_the_same_results_give_the_same_bytes_in_two_threads_and_under_other_settings(drawn, results):
+    some = only(results, "layers", "representations")
+    with matplotlib.rc_context({"font.size": 20, "savefig.dpi": 50, "axes.grid": True, "svg.fonttype": "none"}):
+        before = dict(matplotlib.rcParams)
+        with ThreadPoolExecutor(2) as threads:
+            again = list(threads.map(pictures.draw, [some, copy.deepcopy(some)]))
+        assert dict(matplotlib.rcParams) == before
+    assert list(again[0]) == [name for name in drawn if name.startswith(("layer_importance", "representations"))]
+    for files in again:
+        assert all(content == drawn[name] for name, content in files.items())
+
+
+def test_the_results_are_not_changed(drawn, results):
+    assert drawn
+    assert results == results_of()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is missing
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("absent", [{}, {"analysis": None}, {"analysis": {}}])
+def test_without_an_analysis_there_is_no_picture(results, absent):
+    bare = {key: value for key, value in results.items() if key != "analysis"} | absent
+    assert pictures.draw(bare) == {}
+    assert pictures.captions(bare) == {}
+
+
+@pytest.mark.parametrize(
+    ("section", "gone"),
+    [
+        ("robustness", {"ablation_curves"}),
+        ("representations", {"representations"}),
+        ("concepts", {"concept_layer_map"}),
+        ("layer_information", {"layer_clusters"}),
+        ("rank_structure", {"rank_structure"}),
+    ],
+)
+def test_a_missing_section_leaves_out_its_picture_and_only_that(figures, results, section, gone):
+    without = {key: value for key, value in results["analysis"].items() if key != section}
+    for analysis in (without, without | {section: {}}):
+        assert set(pictures.captions(results | {"analysis": analysis})) == set(NAMES) - gone
+    assert set(figures(results | {"analysis": without | {section: None}})) == set(NAMES) - gone
+
+
+def test_one_layer_has_no_tree(results):
+    found = copy.deepcopy(results)
+    found["analysis"]["layer_information"]["clusters"] |= {"linkage": [], "order": [0], "count": 1}
+    assert set(pictures.captions(found)) == set(NAMES) - {"layer_clusters"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What they say
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_titles_carry_the_numbers_of_the_results(results):
+    told, analysis = pictures.captions(results), results["analysis"]
+    layers, role = analysis["layers"], analysis["layers"]["groups"]["role"]
+    first, second = sorted(role, key=lambda name: -role[name]["mean"])
+    assert told["layer_importance"] == (
+        f"{layers['num_above_null']} of 12 layers predict above chance; {first} factors more than {second} "
+        f"({100 * role[first]['mean']:.1f} and {100 * role[second]['mean']:.1f} %)"
+    )
+    assert told["ablation_curves"] == (
+        "Without the top 3 layers stats reaches 81.2 % (with all 95.3 %, without 3 random ones 88.0 to 92.0 %): "
+        "distributed"
+    )
+    best = analysis["representations"]["best"]
+    whole, left = (results[kind][best]["test_accuracy"]["mean"] for kind in ("baseline_results", "ablation_results"))
+    assert told["representations"].startswith(f"{best} is best")
+    assert (
+        f"{100 * whole:.1f} % with all layers, {100 * left:.1f} % without the top 3 layers" in told["representations"]
+    )
+    recall = np.array(analysis["concepts"]["recall"]).max(0)
+    assert f"(up to {100 * recall.max():.1f} % of it)" in told["concept_layer_map"]
+    assert (
+        f"{analysis['concepts']['classes'][recall.argmin()]} worst (up to {100 * recall.min():.1f} %)"
+        in (told["concept_layer_map"])
+    )
+    assert (
+        f"12 layers fall into {analysis['layer_information']['clusters']['count']} clusters" in told["layer_clusters"]
+    )
+    assert told["layer_clusters"].endswith("the top 3 recognise 83.7 % of LoRAs, the best alone 44.2 %")
+    assert told["rank_structure"] == (
+        "Effective rank differs by concept in 3 of 6 modules; its correlation with spread is 0.36 (-0.35 to 0.81)"
+    )
+
+
+def test_titles_say_when_there_is_nothing_to_find():
+    results = results_of(answerable=False)
+    section = results["analysis"]["layers"]
+    section["num_above_null"] = 0
+    for role in section["groups"]["role"].values():
+        role |= {"mean": 0.25, "interval": [0.2, 0.3]}
+    results["analysis"]["layer_information"]["clusters"]["count"] = 12
+    best = results["analysis"]["representations"]["best"]
+    results["analysis"]["representations"]["intervals"]["baseline"][best] = [0.2, 0.9]
+    told = pictures.captions(results)
+    assert told["layer_importance"].startswith("None of 12 layers predicts above chance; ")
+    assert told["layer_importance"].endswith("factors (25.0 and 25.0 %)")
+    assert told["representations"].startswith(f"No representation is clearly above chance; {best} gives most: ")
+    assert told["layer_clusters"].startswith("No two of 12 layers have like features")
+    assert told["rank_structure"] == (
+        "Not answerable at rank 1: the effective rank never varies; "
+        "the norm of the update differs by concept in 3 of 6 modules"
+    )
+
+
+def test_many_verdicts_are_counted_and_few_are_named():
+    assert pictures.captions(results_of(robust="abc"))["ablation_curves"].endswith(
+        ": distributed; b localized, c no signal"
+    )
+    assert pictures.captions(results_of(robust="abcdefg"))["ablation_curves"].endswith(
+        ": distributed; 2 localized, 1 no signal, 1 redundant, 1 undecided, 1 distributed"
+    )
+
+
+def test_the_title_on_the_picture_is_the_caption_and_tells_of_a_quick_run(figures):
+    results = results_of(quick=True)
+    for name, figure in figures(results).items():
+        assert figure.get_suptitle().replace("\n", " ") == f"{pictures.captions(results)[name]} [a --quick run]"
+
+
+def test_what_is_drawn_is_what_was_found(figures, results):
+    drawn = figures(results)
+    records = results["analysis"]["layers"]["records"]
+    down, _ = drawn["layer_importance"].axes
+    points = {tuple(point) for line in down.lines for point in line.get_xydata().tolist() if line.get_marker() == "v"}
+    assert points == {(r["depth"], 100 * r["accuracy"]) for r in records if r["role"] == "down"}
+    curves = results["analysis"]["robustness"]["stats"]["curves"]
+    first = drawn["ablation_curves"].axes[0].lines[0]
+    assert first.get_ydata() == pytest.approx(100 * np.array(curves["most_first"]["accuracy"]))
+    order = [label.get_text() for label in drawn["representations"].axes[0].get_yticklabels()]
+    accuracy = [results["baseline_results"][name]["test_accuracy"]["mean"] for name in order]
+    assert accuracy == sorted(accuracy)
+    image = drawn["concept_layer_map"].axes[0].images[0].get_array()
+    classes = [label.get_text() for label in drawn["concept_layer_map"].axes[0].get_yticklabels()]
+    recall = np.array(results["analysis"]["concepts"]["recall"])
+    rows = [results["analysis"]["concepts"]["classes"].index(name) for name in classes]
+    assert np.asarray(image) == pytest.approx(100 * recall[::2].T[rows])
+
+
+def test_the_tree_is_scipys():
+    linkage = hierarchy.linkage(np.random.default_rng(0).random((40, 3)), "average")
+    told = hierarchy.dendrogram(linkage, no_plot=True)
+    links = pictures._tree(linkage.tolist(), told["leaves"])
+    ours = np.concatenate([10 * links[..., 0] + 5, links[..., 1]], axis=1)
+    scipys = np.concatenate([told["icoord"], told["dcoord"]], axis=1)
+    assert ours[np.lexsort(ours.T)] == pytest.approx(scipys[np.lexsort(scipys.T)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Extremes
+# ----------------------------------------------------------------------------------------------------------------------
+
+EXTREMES = {
+    "smallest": {"layers": 2, "names": ("w" * 200, "x"), "told": ("stats",), "top_k": 1, "blocks": 1},
+    "one role, no blocks": {"layers": 5, "names": ODD, "roles": ("up",), "blocks": 0, "answerable": False},
+    "no representation": {"told": (), "robust": ()},
+    "long names": {"layers": 128, "names": LONG, "told": [f"representation_{i}" for i in range(15)], "blocks": 16},
+    "largest": {"layers": 600, "names": LONG + LONG[:20], "told": [f"another_{i}" for i in range(20)],
+                "robust": [f"another_{i}" for i in range(20)], "top_k": 20, "blocks": 57},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", EXTREMES.values(), ids=EXTREMES)
+def test_no_text_lies_on_another_or_leaves_the_picture_which_stays_small(figures, monkeypatch, shape):
+    original, texts = Text.draw, []
+
+    def draw(text, renderer):  # what is really drawn: matplotlib keeps labels of ticks outside the axes too
+        texts.append(text)
+        original(text, renderer)
+
+    for name, figure in figures(results_of(**shape)).items():
+        with monkeypatch.context() as patched, style.context(pictures.STYLE, after_reset=True):
+            patched.setattr(Text, "draw", draw)
+            assert len(CONTENT(figure, "png", name)) < 300_000
+        told = [text for text in texts if text.get_visible() and text.get_text().strip()]
+        texts.clear()
+        boxes = np.array([text.get_window_extent().extents for text in told])
+        width, height = figure.bbox.size
+        outside = (boxes[:, :2] < -1).any(1) | (boxes[:, 2] > width + 1) | (boxes[:, 3] > height + 1)
+        assert not outside.any(), (name, [text.get_text() for text, out in zip(told, outside, strict=True) if out])
+        for i, box in enumerate(boxes):
+            over = np.minimum(box[2:], boxes[i + 1 :, 2:]) - np.maximum(box[:2], boxes[i + 1 :, :2])
+            hit = np.flatnonzero((over > 2).all(1))  # pixels; the boxes of neighbours may touch
+            assert not len(hit), (name, told[i].get_text(), [told[i + 1 + j].get_text() for j in hit])
+
+
+def test_the_oddest_names_make_valid_files():
+    files = pictures.draw(results_of(**EXTREMES["one role, no blocks"]))
+    assert len(files) == 12
+    for name, content in files.items():
+        if name.endswith("svg"):
+            ElementTree.fromstring(content)
+        else:
+            Image.open(io.BytesIO(content)).verify()
+
+
+def test_names_are_cut_in_the_middle_and_told_apart():
+    assert pictures._cut("short", 1.0) == "short"
+    cut = pictures._cut("a" * 100 + "z" * 100, 1.0)
+    assert cut.startswith("aaa") and "…" in cut and cut.endswith("zzz")
+    assert pictures._inches(cut, pictures.SIZE) <= 1.0
+    assert pictures._cut("猫 and\ndog", 2.0) == "□ and dog"
+    same = pictures._labels(["猫", "犬", "cat"], 1.0, 8)
+    assert same == ["1: □", "2: □", "cat"]
+
+
+def test_titles_are_wrapped_to_the_width_with_each_percent_sign_at_its_number():
+    lines = pictures._wrapped("from 12.0 % to 95.5 % and " * 12).split("\n")
+    assert len(lines) > 2
+    assert max(pictures._inches(line, pictures.SIZE + 1.5) for line in lines) <= pictures.WIDTH
+    assert not any(line.startswith("%") for line in lines)
+
+
+def test_blocks_are_named_as_briefly_as_they_can_be():
+    words = {
+        "down_blocks_0": ("down", "0"),
+        "mid_block": ("mid", ""),
+        "transformer_blocks_3": ("block", "3"),
+        "single_transformer_blocks_12": ("single", "12"),
+        "layers_7": ("layers", "7"),
+    }
+    assert {block: pictures._block_words(block) for block in words} == words
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The contract
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_analysis_itself_is_drawn(figures):
+    generator = np.random.default_rng(0)
+    layers = [
+        Layer(f"layer {d}", f"blocks_{d // 4}_to_q_{d // 2}", ("down", "up")[d % 2], (1, 4), "F32") for d in range(8)
+    ]
+    y, names = np.arange(120) % 4, ("stats", "spectral")
+    rows = {"train": np.arange(60), "validation": np.arange(60, 80), "test": np.arange(80, 120)}
+
+    def guessed(*shape):
+        truth = y[60:]
+        return np.where(generator.random((*shape, 60)) < 0.6, truth, generator.integers(0, 4, (*shape, 60)))
+
+    keys = [f"{condition}/{name}/predicted" for condition in ("baseline", "ablation") for name in names]
+    predictions = {"layers/predicted": guessed(8, 3)} | {key: guessed(3) for key in keys}
+    e = Evidence(layers, list("abcd"), y, rows, None, np.arange(8), 2, predictions, 0)
+    conditions = plan_controls(e.ranking, [layer.role for layer in layers], 2, runs=3, draws=5, points=5, seed=0)
+    controls = Controls("basic", {"stats": (conditions, guessed(*conditions.kept.shape[:2])[..., 20:])})
+    features, updates = generator.random((120, 8, 7)), generator.random((120, 4, 2))
+    accuracies = {name: {"test_accuracy": {"mean": 0.7}} for name in names}
+    results = {
+        "dataset": {"num_samples": 120},
+        "config": {"top_k": 2, "quick": True},
+        "top_layers": ["layer 0", "layer 1"],
+        "baseline_results": accuracies,
+        "ablation_results": accuracies,
+        "analysis": analyse(e, names, features, updates, {}, controls),
+    }
+    assert list(figures(results)) == NAMES
+    results["analysis"] = analyse(e, (), features, np.ones((120, 4, 2)), {}, Controls("none"))
+    assert set(figures(results)) == set(NAMES) - {"ablation_curves", "representations"}
