@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import sklearn
 import torch
 
 import autoencoders
@@ -325,7 +326,7 @@ class Experiment:
         """Plan a support vector machine for each choice of pairs, bool[K, P]; one run each, as nothing is drawn."""
         at_once = self.update_kernels.at_once
         stacks = [list(range(len(kept)))[start : start + at_once] for start in range(0, len(kept), at_once)]
-        key = {"kind": "kernel", **self.key, "learner": store.code_digest(kernels)}
+        key = {"kind": "kernel", **self.key, "learner": store.code_digest(kernels), "sklearn": sklearn.__version__}
         keys = [{**key, "pairs": store.array_digest(kept[stack]), "models": len(stack) * [0]} for stack in stacks]
 
         def compute(stack: list[int]) -> dict[str, np.ndarray]:

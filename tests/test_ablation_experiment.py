@@ -51,7 +51,7 @@ def planted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def everything(planted, tmp_path_factory):
-    """All fourteen representations on the planted collection, run once for all tests that look at the results."""
+    """All representations on the planted collection, run once for all tests that look at the results."""
     out = tmp_path_factory.mktemp("everything")
     return out / "out" / "ablation_planted", run(out, planted[0], "--top-k=3", "--quick")
 
