@@ -6,7 +6,6 @@ are in points, numbers in brackets are 95 % intervals.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -276,16 +275,16 @@ def _lost(compared: dict, name: str, k: int) -> str:
 def _different_information(results: dict, a: dict) -> Iterator[str]:
     found, k = a["layer_information"], results["config"]["top_k"]
     union, clusters = found["union"], found["clusters"]
-    alone = [record["accuracy"] for record in results["layer_ranking"][:k]]
     yield (
         f"Two layers give different answers on {percent(found['disagreement']['mean'])} % of the test LoRAs on average "
         f"(kappa {number(found['kappa']['mean'])})."
     )
     if k > 1:
         yield (
-            f"At least one of the top {k} is right on {percent(union['any_of_top_k'])} %, the first of them on "
-            f"{percent(union['best_alone'])} %: {percent(union['gain'])} points more ({bounds(union['interval'])}). "
-            f"Were their errors independent, it would be {percent(1 - math.prod(1 - one for one in alone))} %."
+            f"The first of the top {k} is right on {percent(union['best_alone'])} % of them, what most of the top {k} "
+            f"say on {percent(union['vote'])} %: a gain of {percent(union['vote_gain'])} points "
+            f"({bounds(union['vote_interval'])}). At least one is right on {percent(union['any_of_top_k'])} %; on "
+            f"labels drawn anew it would be {percent(union['any_by_chance'])} %."
         )
     total = len(results["layer_ranking"])
     yield (

@@ -137,7 +137,7 @@ def render_page(results: dict, pictures: dict[str, bytes]) -> bytes:
 def _origin(results: dict) -> str:
     environment = results["environment"]
     return (
-        f"Made from results.json alone, which holds every number. Run of {environment['date'][:10]} with torch "
+        f"Made from results.json alone, which holds every number. Run with torch "
         f"{environment['torch']} on {environment['device']}."
     )
 
@@ -285,13 +285,12 @@ def _table(table: tables.Table) -> Iterator[str]:
 
 
 def _settings(results: dict) -> Iterator[str]:
-    """Everything that results.json holds on collection, settings, machine and time."""
-    for part in ("config", "dataset", "environment", "timing"):
-        unit = " (seconds)" if part == "timing" else ""
-        yield f'<h3 class="title">{part}{unit}</h3><div class="scroll" role="region" aria-label="{part}" tabindex="0">'
+    """What results.json holds on collection, settings and machine; no times, so that a run repeated gives this page."""
+    for part in ("config", "dataset", "environment"):
+        yield f'<h3 class="title">{part}</h3><div class="scroll" role="region" aria-label="{part}" tabindex="0">'
         yield '<table class="settings"><thead><tr><th scope="col" class="word">name</th>'
         yield '<th scope="col" class="word">value</th></tr></thead><tbody>'
-        for name, value in _flat(results[part]):
+        for name, value in _flat({name: value for name, value in results[part].items() if name != "date"}):
             yield f'<tr><th scope="row" class="word">{escape(name)}</th><td>{escape(value)}</td></tr>'
         yield "</tbody></table></div>"
     if left_out := results["representations_not_run"]:

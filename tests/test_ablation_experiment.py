@@ -126,9 +126,9 @@ def test_a_layer_is_removed_with_its_columns_and_a_pair_with_either_of_its_layer
     baseline, ablation = results["baseline_results"], results["ablation_results"]
     # Depths 1, 4 and 6 of 8 belong to modules 0, 2 and 3 of 4: one pair is left.
     for name, representation in REPRESENTATIONS.items():
-        if representation.kind == "pair":
-            assert baseline[name]["num_features"] == 4 * len(representation.feature_names)
-            assert ablation[name]["num_features"] == len(representation.feature_names)
+        if representation.kind in ("pair", "kernel"):  # a kernel is counted once a pair
+            assert baseline[name]["num_features"] == 4 * max(1, len(representation.feature_names))
+            assert ablation[name]["num_features"] == max(1, len(representation.feature_names))
             assert (baseline[name]["num_layers"], ablation[name]["num_layers"]) == (8, 2)
         else:
             assert (baseline[name]["num_layers"], ablation[name]["num_layers"]) == (8, 5)

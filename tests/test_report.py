@@ -1,7 +1,6 @@
 """Each outcome of an analysis becomes the sentence it should, with the numbers of results.json and no others."""
 
 import copy
-import math
 import re
 from functools import cache
 
@@ -230,13 +229,13 @@ def test_a_difference_is_told_from_the_best_ones_side():
     assert row[-2] == f"{answers.percent(-one['difference'])} ({answers.bounds((low, high))})"
 
 
-def test_different_information_and_what_independence_would_give():
+def test_different_information_a_vote_and_what_chance_would_give():
     results = made()
-    found, top = results["analysis"]["layer_information"], results["layer_ranking"][:TOP_K]
+    found = results["analysis"]["layer_information"]
     text = told(results, "information")
     assert f"on {answers.percent(found['disagreement']['mean'])} % of the test LoRAs" in text
-    independent = 1 - math.prod(1 - record["accuracy"] for record in top)
-    assert f"it would be {100 * independent:.1f} %" in text
+    assert f"on labels drawn anew it would be {answers.percent(found['union']['any_by_chance'])} %" in text
+    assert f"a gain of {answers.percent(found['union']['vote_gain'])} points" in text
     found["clusters"]["count"] = LAYERS
     assert "form 12 clusters: each stands alone" in told(results, "information")
     found["clusters"]["count"] = 1
@@ -286,8 +285,6 @@ def test_every_number_of_the_answers_is_one_of_results():
     known = numbers(results["analysis"]) + numbers(results["layer_ranking"]) + numbers(results["baseline_results"])
     known += [*numbers(results["ablation_results"]), results["chance"]["accuracy"]]
     shown = {f"{scale * value:.{digits}f}" for value in known for scale, digits in ((100, 1), (1, 2), (-100, 1))}
-    independent = 1 - math.prod(1 - one["accuracy"] for one in results["layer_ranking"][:TOP_K])
-    shown.add(f"{100 * independent:.1f}")
     shown |= {f"{value:.2g}" for value in known} | {"0.05", "0.0001", "0.50"}
     for one in answers.answers(results):
         for sentence in [*one.sentences, one.evidence]:
