@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import analysis
@@ -177,8 +178,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--controls",
         choices=comparisons.LEVELS,
         help="what to compare with. basic: all that needs no training, and for stats in 3 runs 20 random removals, the "
-        "bottom k, the top k alone, curves of 11 points; all: also ensemble and update_sketch, every run, 33 points, "
-        "what each layer adds to the top k (basic; none with --quick)",
+        "bottom k, the top k alone, curves of at most 12 points, all of it for update_kernel too if it is run, and the "
+        "best representation on a split by groups if a column looks like groups; all: also ensemble and update_sketch, "
+        "every run, 32 points, what each layer adds to the top k (basic; none with --quick)",
     )
     add(
         "--null-shuffles",
@@ -327,7 +329,8 @@ def run(args: argparse.Namespace) -> int:
     crew = assemble(
         THREADS if settings.device.type == "cpu" else 1, partial(start_thread, settings.device), settings.device
     )
-    with redirect_stdout(None) if crew.rank > 0 else nullcontext():
+    # One thread for each product: sums of several are rounded otherwise, and the workers use all cores already.
+    with redirect_stdout(None) if crew.rank > 0 else nullcontext(), threadpool_limits(1, "blas"):
         code = carry_out(args, settings, crew)
     crew.leave()
     return 0 if code == 3 and crew.size > 1 else code  # torchrun takes any other code for a failure
@@ -363,7 +366,7 @@ def carry_out(args: argparse.Namespace, settings: Settings, crew: Crew) -> int:
         plan.header["dataset"]["fingerprint"] = extracted.fingerprint
         if there := crew.agree(lambda: finished_results(target, plan.header)):
             say(f"\nNothing to do: {target} holds the results of these settings on these files.")
-            return 3 if there["representations_not_run"] else 0
+            return 3 if there["not run"] else 0
         store.remove_stale(extracted.folder)
         experiment = Experiment(settings, collection, plan.selected, plan.rows, extracted, crew, progress)
         results = plan.header | run_phases(experiment, plan.chosen, plan.not_run, watch)
@@ -499,6 +502,7 @@ def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndar
             "group_column": collection.group_column,
             "num_groups": None if collection.groups is None else int(collection.groups.max()) + 1,
             "samples": store.digest(samples),  # the fingerprint is of contents, and knows no groups
+            "metadata": None if settings.controls == "none" else store.digest(collection.columns),
             "ignored": dict(collection.ignored),
             "skipped": collection.skipped_records,
         },
@@ -562,12 +566,13 @@ def analyse(experiment: Experiment, results: dict, watch: Stopwatch) -> dict | N
     names = [name for name in results["baseline_results"] if name in results["ablation_results"]]
     with watch.phase("analysis"):
         found = comparisons.analysed(experiment, names, settings.controls, settings.null_shuffles, say)
-    say("\n".join(report.short_answers(results | {"analysis": found})))
+    if found:  # None on all processes but the first
+        say("\n".join(report.short_answers(results | {"analysis": found})))
     return found
 
 
 def finished_results(target: Path, header: dict) -> dict | None:
-    """The results in a folder, if they are whole and of the same contents, settings and program."""
+    """What the results in a folder have ``not run``, if they are whole and of these contents, settings and program."""
     try:
         there = json.loads((target / "results.json").read_text(encoding="utf-8"))
         datasets = [{**results["dataset"], "path": ""} for results in (there, header)]  # where it lies may change
@@ -577,7 +582,8 @@ def finished_results(target: Path, header: dict) -> dict | None:
     except (FileNotFoundError, ValueError, LookupError, TypeError):  # none, or not written by this program
         return None
     expected = RESULT_FILES + (PAGE,) * bool(same and there.get("analysis"))
-    return there if same and all((target / name).exists() for name in expected) else None
+    whole = same and all((target / name).exists() for name in expected)
+    return {"not run": there["representations_not_run"]} if whole else None
 
 
 def write_results(target: Path, experiment: Experiment, results: dict) -> None:

@@ -61,8 +61,9 @@ class Controls:
         conditions: Of each representation, the conditions and what test LoRAs are taken for, int[K, R, n].
         attributed: Representation, and shares of its gradient attribution, float[R, L].
         cheap: Features of explanations without weights, float[N, F] or None each.
-        grouped: Group columns that were not used, representation, and of a split by the first of them truth int[m],
-            groups int[m] and predictions int[R, m] of its test LoRAs.
+        unused: Columns that look like groups and were not used.
+        grouped: Of a split by the first of them that allows one: representation, and truth int[m], groups int[m] and
+            predictions int[R, m] of its test LoRAs.
         shuffled: Accuracy of each layer on shuffled labels, one run, float[shuffles, L].
     """
 
@@ -70,7 +71,8 @@ class Controls:
     conditions: dict[str, tuple[Conditions, np.ndarray]] = field(default_factory=dict)
     attributed: tuple[str, np.ndarray] | None = None
     cheap: dict[str, np.ndarray | None] = field(default_factory=dict)
-    grouped: tuple[list[str], str, np.ndarray, np.ndarray, np.ndarray] | None = None
+    unused: Sequence[str] = ()
+    grouped: tuple[str, np.ndarray, np.ndarray, np.ndarray] | None = None
     shuffled: np.ndarray | None = None
 
 
@@ -124,8 +126,11 @@ def analyse(
         found["conditional"] = conditional[0]
     accuracy = np.array([record["accuracy"] for record in found["layers"]["records"]])
     found["attribution"] = attribution(e, *controls.attributed, accuracy) if controls.attributed else None
+    found["rank_structure"]["complexity"]["recall_by"] = best
     found["cheap"] = cheap_explanations(e, controls.cheap, best_predicted) if controls.cheap else None
-    found["groups"] = grouped_split(e, controls.grouped) if controls.grouped else None
+    if controls.cheap:
+        found["cheap"]["compared_with"] = best
+    found["groups"] = grouped_split(e, controls.unused, controls.grouped) if controls.unused else None
     found["null_shuffles"] = null_shuffles(e, controls.shuffled) if controls.shuffled is not None else None
     found["hypotheses"] = hypotheses(found)
     return plain(found)
@@ -378,14 +383,12 @@ def agreement(predicted: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.n
     where both always say one and the same.
     """
     layers, runs, n = predicted.shape
-    agree, expected = np.zeros((layers, layers)), np.zeros((layers, layers))
-    for run in range(runs):
-        for c in range(num_classes):
-            says = (predicted[:, run] == c).astype(np.float32)  # (L, n)
-            share = says.mean(1, dtype=float)
-            agree += says @ says.T  # whole numbers
-            expected += np.outer(share, share) / runs
-    agree /= runs * n
+    predicted = predicted.astype(np.min_scalar_type(num_classes))  # compared many times
+    agree = np.stack([(predicted == of_layer).sum((1, 2)) for of_layer in predicted]) / (runs * n)
+    expected = np.zeros((layers, layers))
+    for c in range(num_classes):
+        share = (predicted == c).mean(2)  # (L, R)
+        expected += share @ share.T / runs
     certain = expected >= 1 - 1e-12
     return 1 - agree, np.where(certain, 1.0, (agree - expected) / np.where(certain, 1.0, 1 - expected))
 
@@ -499,7 +502,9 @@ def rank_structure(
         recall: How well each class is recognised, float[C], NaN where that is not known: the other one.
     """
     ranks, norms = updates[..., 0].astype(float), updates[..., 1].astype(float)
-    answerable = bool((np.ptp(ranks, axis=0) > SAME_RANK).any())
+    there = ranks > 0  # a zero update has no rank to differ by
+    spans = np.where(there, ranks, -np.inf).max(0, initial=0) - np.where(there, ranks, np.inf).min(0, initial=np.inf)
+    answerable = bool((spans > SAME_RANK).any())
     tested = ranks if answerable else norms
     layers_of = Counter(layer.module for layer in e.layers)
     modules = [module for module, layers in layers_of.items() if layers == 2]
@@ -510,7 +515,8 @@ def rank_structure(
         [values[members].mean() if modules else None for members in of_class] for values in (ranks, norms)
     )
     measure = np.array(rank_of_class if answerable else norm_of_class)
-    why = f"not answerable at rank {ranks.flat[0]:.3g}: the effective rank never varies" if modules else NO_UPDATE
+    rank = ", ".join(map(str, sorted({layer.rank for layer in e.layers})))
+    why = f"not answerable at rank {rank}: the effective rank never varies" if modules else NO_UPDATE
 
     def correlation(other: np.ndarray) -> dict | None:
         there = ~np.isnan(other)
@@ -695,13 +701,15 @@ def norms(stats_features: np.ndarray, updates: np.ndarray) -> np.ndarray:
     return np.concatenate([np.hypot(mean, std), updates[..., 1]], axis=1)
 
 
-def grouped_split(e: Evidence, grouped: tuple) -> dict:
-    """What a split gives that keeps groups together, where the experiment's own did not."""
-    unused, name, truth, groups, predicted = grouped
+def grouped_split(e: Evidence, unused: Sequence[str], grouped: tuple | None) -> dict:
+    """What a split gives that keeps groups together, where the experiment's own did not; nulls where there is none."""
+    told = {"unused": list(unused), **dict.fromkeys(("representation", "random_split", "grouped_split", "interval"))}
+    if grouped is None:
+        return told | {"why": "these groups allow no split, or all that was run is fitted to the split"}
+    name, truth, groups, predicted = grouped
     correct = predicted == truth
     drawn = Draws(groups, RESAMPLES, e.seed).accuracies([correct])[0]
-    return {
-        "unused": unused,
+    return told | {
         "representation": name,
         "random_split": (e.predicted(f"baseline/{name}") == e.truth).mean(),
         "grouped_split": correct.mean(),

@@ -15,12 +15,11 @@ import numpy as np
 
 import analysis
 import data
-import labels
 from analysis import Controls
 from controls import Conditions, plan_controls
-from evidence import Evidence, permuted
+from evidence import Evidence, permuted, stream
 from representations import REPRESENTATIONS
-from trainings import Experiment, TrainingError
+from trainings import ATTRIBUTED, Experiment, TrainingError
 
 LEVELS = ("none", "basic", "all")
 UPDATES = "updates"  # effective rank, norm and scale of each update
@@ -38,15 +37,17 @@ class Extent:
 
 
 EXTENTS = {
-    # An odd number of points, so that half of the layers is one.
-    "basic": Extent(("stats",), 3, 11, False),
-    "all": Extent(("stats", "ensemble", "update_sketch"), 10**6, 33, True),
+    "basic": Extent(("stats",), 3, 12, False),
+    "all": Extent(("stats", "ensemble", "update_sketch"), 10**6, 32, True),
 }
-DRAWS, KERNEL_DRAWS, KERNEL_ORDERS = 20, 200, 5  # a kernel classifier costs little, and has a single run
+# Random draws, and random orders of removal; a condition costs little where the kernels of all modules are kept.
+DRAWS, ORDERS = {"kept kernels": 200, "else": 20}, {"kept kernels": 5, "else": 1}
 
 
 def analysed(experiment: Experiment, names: Sequence[str], level: str, shuffles: int, say: Callable) -> dict | None:
-    """`analysis` of results.json, whatever is trained for it trained; None for level "none" without shuffles.
+    """`analysis` of results.json, whatever is trained for it trained.
+
+    None for level "none" without shuffles, and on all processes of a job but the first, which only train.
 
     Args:
         experiment: All phases done.
@@ -57,44 +58,47 @@ def analysed(experiment: Experiment, names: Sequence[str], level: str, shuffles:
     """
     if level == "none" and not shuffles:
         return None
-    e = evidence_of(experiment)
-    conditions, attributed, not_run = {}, None, {}
-    for name in control_names(experiment, names, level):
-        plan = plan_of(experiment, e, name, level)
+    e, not_run = evidence_of(experiment), {}
+
+    def tried(name: str, train: Callable) -> object:
+        """What ``train()`` gives; None where it cannot be done, which is noted."""
         try:
-            trained = experiment.under(name, plan.kept)
+            return train()
         except TrainingError as error:
             not_run[name] = str(error)
-            say(f"controls of {name} not run: {error}")
-            continue
-        predicted = trained["predicted"]  # (K, R, V + T)
-        kinds = {"names": np.array(plan.names), "kept": plan.kept, "predicted": predicted}
-        experiment.predictions |= {f"controls/{name}/{kind}": array for kind, array in kinds.items()}
-        conditions[name] = plan, predicted[..., len(experiment.rows["validation"]) :]
-        if name == "stats":
-            attributed = name, trained["attribution"][plan.where("all")[0]]
+            say(f"controls: {name} not run: {error}")
+            return None
+
+    conditions, attributed = {}, None
+    for name in control_names(experiment, names, level):
+        plan = plan_of(experiment, e, name, level)
+        if trained := tried(name, lambda name=name, plan=plan: experiment.under(name, plan.kept)):
+            conditions[name] = plan, remember(experiment, name, plan, trained["predicted"])
+            if name == ATTRIBUTED:
+                attributed = name, trained["attribution"][plan.where("all")[0]]
+    columns = group_columns(experiment) if level != "none" else {}
+    again = tried("grouped split", lambda: grouped(experiment, e, names, columns))
+    on_shuffled = tried("null shuffles", lambda: shuffled(experiment, shuffles)) if shuffles else None
+    if experiment.crew.rank > 0:
+        return None
     statistics, updates = (loaded(experiment, name) for name in ("stats", UPDATES))
-    matrix_wise = [name for name in names if REPRESENTATIONS[name].kind == "matrix" and name != "ensemble"]
-    found = analysis.analyse(
-        e,
-        names,
-        statistics,
-        updates,
-        {name: (loaded(experiment, name)[:SAMPLES], REPRESENTATIONS[name].feature_names) for name in matrix_wise},
-        Controls(
-            level,
-            conditions,
-            attributed,
-            {
-                "norms": analysis.norms(statistics, updates),
-                "ranks and shapes": ranks(experiment),
-                "metadata": metadata(experiment),
-            },
-            grouped(experiment, e, names) if level != "none" else None,
-            shuffled(experiment, shuffles) if shuffles else None,
-        ),
-    )
-    return found | {"controls_not_run": not_run}
+    cheap = {
+        "norms": analysis.norms(statistics, updates),
+        "ranks and shapes": ranks(experiment),
+        "metadata": metadata(experiment),
+    }
+    controls = Controls(level, conditions, attributed, cheap, list(columns), again, on_shuffled)
+    return analysis.analyse(e, names, statistics, updates, samples(experiment, names), controls) | {
+        "controls_not_run": not_run
+    }
+
+
+def remember(experiment: Experiment, name: str, plan: Conditions, predicted: np.ndarray) -> np.ndarray:
+    """Keep controls for predictions.npz, classes int[K, R, V + T]; return those of the test LoRAs, int[K, R, T]."""
+    predicted = predicted.astype(np.min_scalar_type(len(experiment.collection.classes)))
+    kinds = {"names": np.array(plan.names), "kept": plan.kept, "predicted": predicted}
+    experiment.predictions |= {f"controls/{name}/{kind}": array for kind, array in kinds.items()}
+    return predicted[..., len(experiment.rows["validation"]) :]
 
 
 def evidence_of(experiment: Experiment) -> Evidence:
@@ -118,30 +122,47 @@ def loaded(experiment: Experiment, name: str) -> np.ndarray:
     return experiment.features(name).cpu().numpy()
 
 
+def samples(experiment: Experiment, names: Sequence[str]) -> dict[str, tuple[np.ndarray, tuple[str, ...]]]:
+    """Matrix-wise features of some LoRAs from all over the collection, float32[n, L, F], and their names."""
+    count = len(experiment.collection.files)
+    rows = np.unique(np.linspace(0, count - 1, min(SAMPLES, count)).astype(int))
+    matrix_wise = [name for name in names if REPRESENTATIONS[name].kind == "matrix" and name != "ensemble"]
+    return {
+        name: (experiment.extracted.load(name, rows)[:, experiment.depths], REPRESENTATIONS[name].feature_names)
+        for name in matrix_wise
+    }
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Controls of the removal
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def control_names(experiment: Experiment, names: Sequence[str], level: str) -> list[str]:
-    """The representations that controls are trained on: ``stats``, whose features are always there, and others run."""
+    """The representations that controls are trained on: ``stats``, whose features are always there, and others run.
+
+    A kernel is one of them where its modules' kernels are kept, or all is asked for.
+    """
     if level == "none":
         return []
     kernels = [name for name in names if REPRESENTATIONS[name].kind == "kernel"]
+    if level != "all" and not experiment.update_kernels.keeps:
+        kernels = []
     return [name for name in EXTENTS[level].names if name == "stats" or name in names] + kernels
 
 
 def plan_of(experiment: Experiment, e: Evidence, name: str, level: str) -> Conditions:
     """The conditions of one representation."""
     extent, kernel = EXTENTS[level], REPRESENTATIONS[name].kind == "kernel"
+    how_many = "kept kernels" if kernel and experiment.update_kernels.keeps else "else"
     return plan_controls(
         e.ranking,
         [layer.role for layer in e.layers],
         e.top_k,
         runs=1 if kernel else min(extent.runs, experiment.settings.num_runs),
-        draws=KERNEL_DRAWS if kernel else DRAWS,
+        draws=DRAWS[how_many],
         points=extent.points,
-        orders=KERNEL_ORDERS if kernel else 1,
+        orders=ORDERS[how_many],
         conditional=extent.conditional and name == "stats",
         seed=e.seed,
     )
@@ -154,34 +175,32 @@ def plan_of(experiment: Experiment, e: Evidence, name: str, level: str) -> Condi
 
 def ranks(experiment: Experiment) -> np.ndarray | None:
     """Rank of each layer in each file, float[N, L]; None where all files are alike."""
-    depths = experiment.depths.tolist()
-    found = np.array([[file.layout.layers[d].rank for d in depths] for file in experiment.collection.files], float)
+    collection, depths = experiment.collection, experiment.depths.tolist()
+    if not collection.mixed_ranks:
+        return None
+    found = np.array([[file.layout.layers[d].rank for d in depths] for file in collection.files], np.float32)
     return found if (found != found[0]).any() else None
 
 
 def metadata(experiment: Experiment) -> np.ndarray | None:
     """The numbers that tables and metadata.json files tell of each file, float[N, columns]; None where there are none.
 
-    Left out are the label itself, under whatever name, and numbers of which each LoRA has its own, as ids are.
+    Left out are the label itself, under whatever name, and whole numbers of which each LoRA has its own, as ids are.
     """
     collection = experiment.collection
     columns = []
-    for name, of_file in values_of(experiment).items():
+    for name, of_file in collection.columns.items():
         numbers = [_number(of_file.get(file.path)) for file in collection.files]
         if name == collection.label_column or None in numbers:
             continue
         column = np.array(numbers)
         values = len(np.unique(column))
         pairs = len(np.unique(np.stack([column, collection.y]), axis=1).T)
-        if 1 < values < len(column) and not values == pairs == len(collection.classes):
+        is_id = values == len(column) and (column == np.floor(column)).all()
+        is_label = values == pairs == len(collection.classes)
+        if values > 1 and not is_id and not is_label:
             columns.append(column)
     return np.stack(columns, axis=1) if columns else None
-
-
-def values_of(experiment: Experiment) -> dict[str, dict[str, str]]:
-    """See `labels.values_by_file`."""
-    collection = experiment.collection
-    return labels.values_by_file(collection.root, [file.path for file in collection.files], collection.table)
 
 
 def _number(text: str | None) -> float | None:
@@ -207,7 +226,7 @@ def group_columns(experiment: Experiment) -> dict[str, dict[str, str]]:
     if collection.group_column is not None:
         return {}
     found = {}
-    for name, of_file in values_of(experiment).items():
+    for name, of_file in collection.columns.items():
         if name == collection.label_column or len(of_file) < len(collection.files):
             continue
         values, group = np.unique([of_file[file.path] for file in collection.files], return_inverse=True)
@@ -218,38 +237,41 @@ def group_columns(experiment: Experiment) -> dict[str, dict[str, str]]:
     return found
 
 
-def grouped(experiment: Experiment, e: Evidence, names: Sequence[str]) -> tuple | None:
+def grouped(experiment: Experiment, e: Evidence, names: Sequence[str], columns: dict) -> tuple | None:
     """The best representation of which nothing is fitted to the split, on one that keeps groups together.
 
+    The best is chosen by validation: by test the figure beside it would be the largest of many.
+
+    Args:
+        experiment: The one that knew no groups.
+        e: What it found.
+        names: The representations that were run.
+        columns: Of `group_columns`; the first that allows a split is taken.
+
     Returns:
-        The unused group columns, the representation, and truth, groups and predictions of the test LoRAs of a split by
-        the first of the columns that allows one; None where no column does.
+        The representation, and truth, groups and predictions of the test LoRAs of that split; None where no column
+        allows one, or all representations are fitted.
+
+    Raises:
+        TrainingError: A training diverged.
     """
     settings, collection = experiment.settings, experiment.collection
-    unused = group_columns(experiment)
     fixed = [name for name in names if REPRESENTATIONS[name].kind in ("matrix", "pair")]
-    for column, of_file in unused.items() if fixed else ():
+    for column, of_file in columns.items() if fixed else ():
         files = tuple(replace(file, group=of_file[file.path]) for file in collection.files)
         by_group = replace(collection, files=files, group_column=column)
         try:
             data.check_classes(by_group)
+            rows = data.split_collection(by_group, settings.seed)
         except data.CollectionError:  # too few groups in a class to be dealt to three parts
             continue
-        best = max(fixed, key=lambda name: (e.predicted(f"baseline/{name}") == e.truth).mean())
-        again = another(experiment, by_group, data.split_collection(by_group, settings.seed), settings.num_runs)
-        for _ in again.evaluate([best], [], "grouped"):
-            pass
-        if f"grouped/{best}/predicted" not in again.predictions:  # training diverged
-            return None
-        test = again.rows["test"]
-        predicted = again.predictions[f"grouped/{best}/predicted"][:, len(again.rows["validation"]) :]
-        return (
-            [column, *(name for name in unused if name != column)],
-            best,
-            by_group.y[test],
-            by_group.groups[test],
-            predicted,
-        )
+        best = max(fixed, key=lambda name: e.validated(f"baseline/{name}").mean())
+        again = another(experiment, by_group, rows, settings.num_runs)
+        for _, entry in again.evaluate([best], [], "grouped"):
+            if isinstance(entry, str):
+                raise TrainingError(entry)
+        predicted = again.predictions[f"grouped/{best}/predicted"][:, len(rows["validation"]) :]
+        return best, by_group.y[rows["test"]], by_group.groups[rows["test"]], predicted
     return None
 
 
@@ -257,18 +279,20 @@ def shuffled(experiment: Experiment, shuffles: int) -> np.ndarray:
     """Test accuracy of each layer where labels were shuffled before training, one run, float[shuffles, L].
 
     Labels of groups are shuffled as in the permutation test.
+
+    Raises:
+        TrainingError: A training diverged.
     """
     collection, rows = experiment.collection, experiment.rows
     groups = np.arange(len(collection.y)) if collection.groups is None else collection.groups
-    generator = np.random.default_rng([experiment.settings.seed, *b"shuffles"])
     found = []
-    for y in permuted(collection.y, groups, shuffles, generator):
+    for y in permuted(collection.y, groups, shuffles, stream(experiment.settings.seed, "shuffles")):
         pairs = zip(collection.files, y.tolist(), strict=True)
         files = tuple(replace(file, label=collection.classes[c]) for file, c in pairs)
         again = another(experiment, replace(collection, files=files), rows, 1)
         again.rank_layers()
         predicted = again.predictions["layers/predicted"][:, 0, len(rows["validation"]) :]
-        found.append((predicted == y[rows["test"]]).mean(1))
+        found.append((predicted == again.collection.y[rows["test"]]).mean(1))
     return np.stack(found)
 
 

@@ -59,8 +59,8 @@ def plan_controls(
     """The conditions that a removal of the top k layers is measured against.
 
     Random layers are drawn from those that are not among the top k, as many of each role as these have; from all of the
-    role where too few are left. No draw comes twice, so there are fewer than ``draws`` where few are possible. Random
-    orders of removal differ from run to run.
+    role where too few are left. No draw comes twice and none is the top k, so there are fewer than ``draws``, or none,
+    where few are possible. Random orders of removal differ from run to run.
 
     Args:
         ranking: Layers, most predictive first, int[L].
@@ -106,17 +106,19 @@ def plan_controls(
 def _random_layers(
     top: np.ndarray, role_of: np.ndarray, draws: int, generator: np.random.Generator
 ) -> Iterator[np.ndarray]:
-    """Layers of the roles that the top ones have, int[k] each, no draw twice."""
-    seen = set()
+    """Layers of the roles that the top ones have, int[k] each, no draw twice and none the top ones themselves."""
+    seen = {frozenset(top.tolist())}
     for _ in range(10 * draws):
+        if len(seen) > draws:
+            break
         drawn = []
         for role, number in sorted(Counter(role_of[top].tolist()).items()):
             others = np.setdiff1d(np.flatnonzero(role_of == role), top)
             pool = others if len(others) >= number else np.flatnonzero(role_of == role)
             drawn.append(np.sort(generator.choice(pool, number, replace=False)))
         layers = np.concatenate(drawn)
-        if len(seen) < draws and layers.tobytes() not in seen:
-            seen.add(layers.tobytes())
+        if (chosen := frozenset(layers.tolist())) not in seen:
+            seen.add(chosen)
             yield layers
 
 
@@ -128,6 +130,7 @@ def robustness(e: Evidence, conditions: Conditions, predicted: np.ndarray) -> di
         conditions: Of `plan_controls`.
         predicted: Classes of the test LoRAs under each condition, int[K, R, n].
     """
+    conditions, predicted = _without_plus(conditions, predicted)
     correct = predicted == e.truth
     accuracy, drawn = correct.mean((1, 2)), e.draws.accuracies(list(correct))  # (K,), (K, B)
     at = {name: int(conditions.where(name)[0]) for name in ("all", "without top", "without bottom", "top alone")}
@@ -141,15 +144,7 @@ def robustness(e: Evidence, conditions: Conditions, predicted: np.ndarray) -> di
         "runs": correct.shape[1],
         "top_k": e.top_k,
         **estimates,
-        "without_random": {
-            "draws": len(random),
-            "accuracies": random,
-            "mean": random.mean(),
-            "min": random.min(),
-            "max": random.max(),
-            "share_below_top_removed": (random <= without_top).mean(),
-            "p": (1 + (random <= without_top).sum()) / (1 + len(random)),
-        },
+        "without_random": _random_removals(random, without_top),
         "curves": {curve.replace(" ", "_"): told for curve, (told, _) in curves.items()},
         "survives": None,
         "survives_half": None,
@@ -167,16 +162,41 @@ def robustness(e: Evidence, conditions: Conditions, predicted: np.ndarray) -> di
         return {"share": (left - e.chance) / (whole - e.chance), "interval": interval((of_draws - e.chance) / above)}
 
     curve, points = curves["most first"]
-    half = sum(number <= conditions.kept.shape[2] / 2 for number in curve["removed"]) - 1  # where half of them are gone
     found["survives"] = share(without_top, drawn[at["without top"]])
-    found["survives_half"] = share(curve["accuracy"][half], points[half])
+    half = sum(number <= conditions.kept.shape[2] / 2 for number in curve["removed"])  # points until half are gone
+    least = int(np.argmin(curve["accuracy"][1:half])) + 1 if half > 1 else 0
+    found["survives_half"] = share(curve["accuracy"][least], points[least]) | {"removed": curve["removed"][least]}
     if len(points) > LEAST_STEPS:
-        steps, span = -np.diff(points, axis=0).min(0), np.maximum(np.ptp(points, axis=0), 1 / len(e.truth))
+        steps = -np.diff(points, axis=0)
+        largest = int(np.argmax(-np.diff(curve["accuracy"])))
+        span = np.maximum(np.ptp(points, axis=0), 1 / len(e.truth))
         found["largest_step"] = {
-            "share": -np.diff(curve["accuracy"]).min() / np.ptp(curve["accuracy"]),
-            "interval": interval(steps / span),
+            "share": -np.diff(curve["accuracy"])[largest] / np.ptp(curve["accuracy"]),
+            "interval": interval(steps[largest] / span),  # of this step: the largest of each draw is always larger
         }
-    return found | verdict(found["survives"], bool(without_top < random.min()), found["survives_half"])
+    below_random = len(random) > 0 and bool(without_top < random.min())
+    return found | verdict(found["survives"], below_random, found["survives_half"])
+
+
+def _without_plus(conditions: Conditions, predicted: np.ndarray) -> tuple[Conditions, np.ndarray]:
+    """Without the conditions that only `conditional_importance` looks at."""
+    kept = [i for i, name in enumerate(conditions.names) if not name.startswith("plus ")]
+    return Conditions([conditions.names[i] for i in kept], conditions.kept[kept]), predicted[kept]
+
+
+def _random_removals(random: np.ndarray, without_top: float) -> dict:
+    """Accuracies without random layers, beside that without the top ones; nulls where nothing could be drawn."""
+    found = {"draws": len(random), "accuracies": random}
+    if len(random) == 0:
+        return found | dict.fromkeys(("mean", "min", "max", "share_below_top_removed", "p"))
+    below = random <= without_top
+    return found | {
+        "mean": random.mean(),
+        "min": random.min(),
+        "max": random.max(),
+        "share_below_top_removed": below.mean(),
+        "p": (1 + below.sum()) / (1 + len(random)),
+    }
 
 
 def removal_curve(
@@ -212,13 +232,14 @@ def verdict(survives: dict, below_random: bool, half: dict) -> dict:
 
     ``localized``: less than half of what is above chance survives the removal of the top k, which costs more than any
     removal of random layers. ``redundant``: nine tenths survive until half of the layers are gone, most predictive
-    first. ``distributed``: otherwise. ``undecided``: an interval lies on both sides of such a boundary. (And ``no
-    signal`` where all layers together are not above permuted labels: then nothing can survive.)
+    first, at the worst point of the curve until then. ``distributed``: otherwise. ``undecided``: an interval lies on
+    both sides of such a boundary. (And ``no signal`` where all layers together are not above permuted labels: then
+    nothing can survive.)
 
     Args:
         survives: Share without the top k, and its interval.
         below_random: Whether the top k cost more than each random draw.
-        half: Share with half of the layers gone, and its interval.
+        half: The least share until half of the layers are gone, its interval, and how many are ``removed`` there.
     """
     share, (low, high) = survives["share"], survives["interval"]
     told = f"{_share(share, low, high)} of what is above chance survives the removal"
@@ -227,7 +248,7 @@ def verdict(survives: dict, below_random: bool, half: dict) -> dict:
     if below_random and low < LOCALIZED:
         return {"verdict": "undecided", "why": f"{told}: on both sides of a half"}
     share, (low, high) = half["share"], half["interval"]
-    told = f"{_share(share, low, high)} is left when half of the layers are gone, most predictive first"
+    told = f"{_share(share, low, high)} is left when {half['removed']} layers are gone, most predictive first"
     if low >= REDUNDANT:
         return {"verdict": "redundant", "why": told}
     if high < REDUNDANT:
@@ -241,16 +262,15 @@ def _share(share: float, low: float, high: float) -> str:
 
 def conditional_importance(e: Evidence, conditions: Conditions, predicted: np.ndarray) -> list[dict]:
     """What each other layer adds to the top k, most first."""
-    correct = predicted == e.truth
-    alone = int(conditions.where("top alone")[0])
-    drawn = e.draws.accuracies(list(correct))
+    plus = {i: int(name.removeprefix("plus ")) for i, name in enumerate(conditions.names) if name.startswith("plus ")}
+    correct = predicted[[int(conditions.where("top alone")[0]), *plus]] == e.truth
+    accuracy, drawn = correct.mean((1, 2)), e.draws.accuracies(list(correct))
     found = [
         {
-            "layer": e.layers[int(name.removeprefix("plus "))].name,
-            "adds": correct[i].mean() - correct[alone].mean(),
-            "interval": interval(drawn[i] - drawn[alone]),
+            "layer": e.layers[layer].name,
+            "adds": accuracy[i] - accuracy[0],
+            "interval": interval(drawn[i] - drawn[0]),
         }
-        for i, name in enumerate(conditions.names)
-        if name.startswith("plus ")
+        for i, layer in enumerate(plus.values(), 1)
     ]
     return sorted(found, key=lambda record: -record["adds"])

@@ -131,6 +131,11 @@ class Collection:
         position = {group: g for g, group in enumerate(sorted({file.group for file in self.files}))}
         return np.array([position[file.group] for file in self.files])
 
+    @cached_property
+    def columns(self) -> dict[str, dict[str, str]]:
+        """The values of each column of the table and field of the metadata.json files, by path; read when asked for."""
+        return labelling.values_by_file(self.root, [file.path for file in self.files], self.table)
+
     @property
     def skipped_records(self) -> list[dict[str, str]]:
         """The files left out, as results.json lists them."""
@@ -576,9 +581,13 @@ class Extracted:
     folder: Path
     suffix: str
 
-    def load(self, name: str) -> np.ndarray:
-        """Features of all LoRAs, float32[N, L or P, F]; memory-mapped where they are one shard."""
+    def load(self, name: str, rows: np.ndarray | None = None) -> np.ndarray:
+        """Features of all LoRAs, float32[N, L or P, F], memory-mapped where they are one shard; or of some rows."""
         shards = store.map_shards(self.path(name))
+        if rows is not None:
+            starts = np.cumsum([0, *map(len, shards)])
+            shard = np.searchsorted(starts, rows, "right") - 1
+            return np.stack([shards[s][row - starts[s]] for s, row in zip(shard, rows, strict=True)])
         return shards[0] if len(shards) == 1 else np.concatenate(shards)
 
     def weights(self) -> store.Shards:

@@ -14,6 +14,7 @@ Shape letters: N LoRAs, n columns, P modules, K conditions, r rank, V and T vali
 
 from __future__ import annotations
 
+import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +35,7 @@ GRID = (0.01, 0.1, 1.0, 10.0, 100.0)  # values of C, of a kernel with mean diago
 ITERATIONS = 10**7  # of a machine; thousands are usual
 ROUNDING = 1e-6  # a share of a kernel that is nothing but rounding of its float32 parts
 AT_ONCE = 2**22  # numbers worked on at a time: 16 MiB in float32
-SUMS_AT_ONCE = 2**27  # numbers of kernels that are summed in one pass over the modules: 1 GiB in float64
+SUMS_AT_ONCE = 2**25  # numbers of kernels that a thread sums in one pass over the modules: 256 MiB in float64
 
 # Of a module and row indices int64[n]: down float[n, r, in], up float[n, out, r] and scale float[n].
 ReadModule = Callable[[int, np.ndarray], tuple[Tensor, Tensor, Tensor]]
@@ -182,7 +183,8 @@ class UpdateKernels:
         self.precomputed = num_samples <= EXACT
         self.columns = self.train
         if not self.precomputed:
-            drawn = np.random.default_rng([seed, *b"landmarks"]).permutation(self.train)[:LANDMARKS]
+            key = hashlib.sha256(f"{seed}/landmarks".encode()).digest()  # so that any seed will do
+            drawn = np.random.default_rng(int.from_bytes(key, "little")).permutation(self.train)[:LANDMARKS]
             self.columns = np.sort(drawn)
         numbers = num_samples * len(self.columns)
         self.keeps = num_samples <= KEPT and num_modules * numbers <= KEPT_NUMBERS

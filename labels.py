@@ -25,6 +25,7 @@ from lora_files import LoraFileError
 FILE_NAME = "file_name"
 TABLES = ("metadata.csv", "metadata.jsonl")  # at the root of a collection
 LABEL_COLUMNS = ("category_label", "label")  # of a table, the first there is, where --label-column names none
+LONG_TEXT = 200  # characters; a caption is no group and no number
 METADATA = "metadata.json"
 METADATA_FIELD = "category_label"
 MAX_TABLE_BYTES = 2**27  # two million rows of 64 bytes
@@ -373,13 +374,18 @@ def column_values(root: Path, paths: list[str], table: Path | None) -> dict[str,
 def values_by_file(root: Path, paths: list[str], table: Path | None) -> dict[str, dict[str, str]]:
     """The values of each column of a table and of each field of the metadata.json files, by path.
 
-    Lists, objects and nothing count as no value; a column of the table goes before a field of its name. Files that
-    cannot be read are passed over, as in `column_values`.
+    Lists, objects, long texts and nothing count as no value; a column of the table goes before a field of its name.
+    Files that cannot be read are passed over, as in `column_values`.
     """
     values: dict[str, dict[str, str]] = defaultdict(dict)
+
+    def put(name: str, path: str, value: object) -> None:
+        if not (isinstance(value, str) and len(value) > LONG_TEXT):
+            _put(values[name], path, value)
+
     for path, row in _rows_of_files(Labels(table=table), root, paths, []) if table else ():
         for name in row.keys() - {FILE_NAME}:
-            _put(values[name], path, row[name])
+            put(name, path, row[name])
     columns = set(values)
     for folder, files in _by_folder(paths).items():
         try:
@@ -388,7 +394,7 @@ def values_by_file(root: Path, paths: list[str], table: Path | None) -> dict[str
             continue
         for name in document.keys() - columns:
             for path in files:
-                _put(values[name], path, document[name])
+                put(name, path, document[name])
     return {name: values[name] for name in sorted(values) if values[name]}
 
 

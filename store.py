@@ -115,9 +115,9 @@ def replace_all(folder: Path, contents: dict[str, bytes], also: Sequence[str] = 
         numbers = [int(kept.name) for kept in (folder / "previous").glob("[0-9]*") if kept.name.isdecimal()]
         latest = max(numbers, default=0)
         kept = folder / "previous" / str(latest)
-        # A folder with all that is lacking here, and nothing that is here, was begun by a process that was killed.
+        # A folder with neither the last one nor anything else that is here was begun by a process that was killed.
         moved = {path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()}
-        begun = latest and last in there and moved >= contents.keys() - set(there) and moved.isdisjoint(there)
+        begun = latest and last in there and last not in moved and moved.isdisjoint(there)
         kept = kept if begun else kept.with_name(str(latest + 1))
         for name in there:
             (kept / name).parent.mkdir(parents=True, exist_ok=True)

@@ -38,6 +38,7 @@ AUTOENCODER_PARAMETERS = {"cpu": 7_000_000, "cuda": 300_000_000}
 RUNS_IN_STACK = {"cpu": 1, "cuda": 10}  # of one representation, so that more runs find the first ones finished
 MEMORY_SHARE = 0.6  # of the device's memory that resident weights may take
 PCA_COMPONENTS = 100
+ATTRIBUTED = "stats"  # the representation of whose classifiers gradient attribution is kept
 EACH_LAYER = "stats, layer by layer"  # what the classifiers of the ranking read
 
 
@@ -297,7 +298,6 @@ class Experiment:
         self, source: str, live: np.ndarray, models: list, stack: list[int]
     ) -> dict[str, np.ndarray]:
         of_source, run = (torch.tensor(column) for column in zip(*(models[i] for i in stack), strict=True))
-        kind = REPRESENTATIONS[source].kind if source in REPRESENTATIONS else ""
         return train_classifiers(
             self.inputs(source),
             self.y,
@@ -306,7 +306,7 @@ class Experiment:
             len(self.collection.classes),
             schedule=self.settings.classifier,
             seed=self.settings.seed,
-            block=len(REPRESENTATIONS[source].feature_names) if kind == "matrix" else None,
+            block=len(REPRESENTATIONS[source].feature_names) if source == ATTRIBUTED else None,
             hidden=HIDDEN,
             dropout=DROPOUT,
         )
@@ -429,7 +429,7 @@ class Experiment:
         trained: that predicts the largest class of the test rows.
 
         Returns:
-            ``predicted`` int32[K, R, V + T], and ``attribution`` float32[K, R, L] of matrix-wise representations.
+            ``predicted`` int32[K, R, V + T], and ``attribution`` float32[K, R, L] of ``ATTRIBUTED``.
 
         Raises:
             TrainingError: A training diverged, or memory did not do.
@@ -441,7 +441,7 @@ class Experiment:
         some = live.any(1)
         test = self.collection.y[self.rows["test"]]
         found = {"predicted": np.full((len(distinct), len(self.held_out)), np.bincount(test).argmax(), np.int32)}
-        if REPRESENTATIONS[name].kind == "matrix":
+        if name == ATTRIBUTED:
             found["attribution"] = np.zeros((len(distinct), layers), np.float32)
         if some.any():
             trained = self.trained(self._finished(self._plan_under(name, live[some], distinct[some, layers].tolist())))

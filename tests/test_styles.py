@@ -165,7 +165,7 @@ def test_flattened_weights_are_left_out_with_the_reason_and_the_rest_goes_on(mix
     assert sorted(results["top_layers"]) == sorted(first.layers[depth].name for depth in (1, 4, 6))  # the planted ones
     for name in ("stats", "coupling"):
         assert results["baseline_results"][name]["test_accuracy"]["mean"] > 0.7
-    assert results["baseline_results"]["update_kernel"]["num_features"] == 8  # what is padded runs too
+    assert results["baseline_results"]["update_kernel"]["num_features"] == 4  # padded weights do
 
 
 def test_a_run_of_flattened_weights_alone_still_ranks_the_layers(mixed, tmp_path):
