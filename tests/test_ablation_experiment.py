@@ -166,8 +166,9 @@ def test_layers_that_do_not_match_play_no_part(planted, everything, tmp_path):
 
 def test_layers_without_a_whole_pair_leave_out_what_needs_one(tmp_path):
     root = write_collection(tmp_path / "small", classes=2, per_class=6)
-    flags = ("--top-k=1", "--quick", "--layers=.down.weight", "--representations=stats,coupling")
+    flags = ("--top-k=1", "--quick", "--layers=.down.weight", "--representations=stats,coupling", "--controls=basic")
     results = run(tmp_path, root, *flags, expected=3)
+    assert results["analysis"]["rank_structure"]["tested"] is None
     assert results["representations_not_run"] == [
         {"representation": "coupling", "reason": "--layers leaves no pair whole"}
     ]
@@ -312,6 +313,19 @@ def test_a_lost_page_is_made_again_and_nothing_is_trained(analysed, planted, tmp
     monkeypatch.setattr(trainings, "train_classifiers", not_again)
     run(tmp_path, planted[0], *ANALYSED)
     assert page.read_bytes() == (folder / "figures" / "report.html").read_bytes()
+
+
+def test_what_is_told_beside_the_weights_is_part_of_the_results(planted, tmp_path, capsys):
+    root = tmp_path / "planted"
+    shutil.copytree(planted[0], root)
+    flags = ("--top-k=3", "--quick", "--controls=basic", "--representations=stats", "--num-runs=1")
+    assert run(tmp_path, root, *flags)["analysis"]["cheap"]["metadata"] is None
+    for i, path in enumerate(root.rglob("metadata.json")):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "steps": i % 7}))
+    assert run(tmp_path, root, *flags)["analysis"]["cheap"]["metadata"] is not None
+    assert "Nothing to do" not in capsys.readouterr().out
+    run(tmp_path, root, *flags)
+    assert "Nothing to do" in capsys.readouterr().out
 
 
 def test_shuffled_labels_can_be_trained_without_other_controls(planted, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from making import narrow_classifiers, planted_collection, write_collection
 
 import ablation_experiment
+import analysis
 import comparisons
 import data
 import trainings
@@ -124,8 +125,9 @@ def test_a_column_whose_values_lie_within_classes_looks_like_groups(planted):
 
 def test_an_unused_group_column_is_split_by_and_the_best_representation_trained_again(planted):
     e = comparisons.evidence_of(planted)
-    unused, best, truth, groups, predicted = comparisons.grouped(planted, e, NAMES)
-    assert unused == ["artist"] and best in NAMES
+    columns = comparisons.group_columns(planted)
+    best, truth, groups, predicted = comparisons.grouped(planted, e, NAMES, columns)
+    assert best in NAMES
     assert predicted.shape == (3, len(truth)) and len(np.unique(groups)) == len(truth) / 3
     assert (predicted == truth).mean() > 1 / 3 + 2 * (1 / 3 * 2 / 3 / len(truth)) ** 0.5
 
@@ -135,7 +137,15 @@ def test_a_group_column_in_use_is_not_told_of(tmp_path, planted):
     flags = ("--top-k=3", "--representations=stats", "--group-column=artist")
     experiment = experiment_on(root, tmp_path / "cache", *flags)
     assert comparisons.group_columns(experiment) == {}
-    assert comparisons.grouped(experiment, comparisons.evidence_of(experiment), ["stats"]) is None
+
+
+def test_groups_that_allow_no_split_are_told_of_and_not_trained(planted):
+    e, files = comparisons.evidence_of(planted), planted.collection.files
+    too_few = {"artist": {file.path: f"{file.label} by one of {i % 2}" for i, file in enumerate(files)}}
+    assert comparisons.grouped(planted, e, NAMES, too_few) is None
+    assert comparisons.grouped(planted, e, [], comparisons.group_columns(planted)) is None
+    found = analysis.grouped_split(e, ["artist"], None)
+    assert found["unused"] == ["artist"] and found["representation"] is None and "no split" in found["why"]
 
 
 def test_rankings_of_shuffled_labels_are_at_chance(planted):
@@ -165,5 +175,13 @@ def test_controls_that_diverge_are_named_and_the_rest_goes_on(planted, monkeypat
         raise trainings.TrainingError("training diverged")
 
     monkeypatch.setattr(planted, "under", diverge)
-    found = comparisons.analysed(planted, NAMES, "basic", 0, print)
-    assert found["controls_not_run"] == {"stats": "training diverged"} and found["robustness"] == {}
+    monkeypatch.setattr(comparisons, "shuffled", diverge)
+    found = comparisons.analysed(planted, NAMES, "basic", 2, print)
+    assert found["controls_not_run"] == dict.fromkeys(("stats", "null shuffles"), "training diverged")
+    assert found["robustness"] == {} and found["null_shuffles"] is None and found["layers"]["num_above_null"] == 3
+
+
+def test_other_processes_train_and_do_not_analyse(planted, monkeypatch):
+    monkeypatch.setattr(planted.crew, "rank", 1)
+    monkeypatch.setattr(comparisons.analysis, "analyse", None)
+    assert comparisons.analysed(planted, NAMES, "basic", 0, print) is None

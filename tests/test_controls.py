@@ -67,10 +67,19 @@ def test_random_layers_are_of_the_top_layers_roles_and_not_among_them():
 
 
 def test_random_layers_are_of_the_whole_role_where_few_are_left():
-    e = evidence_of(layers=4)
-    conditions = planned(replace(e, ranking=np.array([1, 3, 0, 2])))
-    (only,) = conditions.where("without random")
-    assert (~conditions.kept[only, 0]).tolist() == [False, True] * 2
+    conditions = planned(evidence_of(ranking=[1, 3, 0, 2, 4, 5], layers=6))
+    removed = {tuple(np.flatnonzero(~conditions.kept[i, 0])) for i in conditions.where("without random")}
+    assert removed == {(1, 5), (3, 5)}  # and never the top two themselves
+
+
+def test_where_the_top_layers_are_a_whole_role_nothing_is_drawn_and_nothing_is_localized():
+    e = evidence_of(ranking=[1, 3, 0, 2], layers=4)
+    conditions = planned(e)
+    assert len(conditions.where("without random")) == 0
+    found = robustness(e, conditions, guesses(e, conditions, lambda kept: 0.9 * kept[1]))
+    assert found["without_random"] == {"draws": 0, "accuracies": pytest.approx([]), **dict.fromkeys(
+        ("mean", "min", "max", "share_below_top_removed", "p"))}  # fmt: skip
+    assert found["survives"]["share"] < 0.2 and found["verdict"] == "distributed"
 
 
 @pytest.mark.parametrize("layers", [2, 5, 64, 128])
@@ -159,7 +168,7 @@ def test_how_rare_so_costly_a_removal_is_among_random_ones():
 
 
 def shares(share, low, high):
-    return {"share": share, "interval": [low, high]}
+    return {"share": share, "interval": [low, high], "removed": 8}
 
 
 @pytest.mark.parametrize(

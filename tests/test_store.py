@@ -247,6 +247,26 @@ def test_files_in_folders_and_those_without_a_like_move_together(tmp_path):
     assert [path.name for path in (tmp_path / "previous").iterdir()] == ["1"]
 
 
+def test_results_are_kept_in_one_place_also_where_those_to_come_have_figures(tmp_path, monkeypatch):
+    """Stop before the n-th file is moved away, for each n, and do it again."""
+    after, rename = {"figures/a.png": b"a", **results(2)}, Path.rename
+    for stop_at in range(len(results(1))):
+        folder, moved = tmp_path / str(stop_at), []
+        store.replace_all(folder, results(1))
+
+        def stopping(path, target, moved=moved, stop_at=stop_at):
+            moved.append(path)
+            if len(moved) > stop_at:
+                raise KeyboardInterrupt
+            return rename(path, target)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "rename", stopping)
+            store.replace_all(folder, after)
+        store.replace_all(folder, after)
+        assert [contents(path) for path in sorted((folder / "previous").iterdir())] == [results(1)]
+
+
 def test_one_holds_a_lock_at_a_time_and_its_end_frees_it(tmp_path):
     path = tmp_path / "deep" / "x.lock"
     with store.locked(path):
