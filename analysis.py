@@ -515,8 +515,8 @@ def rank_structure(
         [values[members].mean() if modules else None for members in of_class] for values in (ranks, norms)
     )
     measure = np.array(rank_of_class if answerable else norm_of_class)
-    rank = ", ".join(map(str, sorted({layer.rank for layer in e.layers})))
-    why = f"not answerable at rank {rank}: the effective rank never varies" if modules else NO_UPDATE
+    rank = ranks.max(initial=0)  # 1 of LoRAs of rank 1
+    why = f"not answerable at rank {rank:.3g}: the effective rank never varies" if modules else NO_UPDATE
 
     def correlation(other: np.ndarray) -> dict | None:
         there = ~np.isnan(other)

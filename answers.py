@@ -7,26 +7,31 @@ are in points, numbers in brackets are 95 % intervals.
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-SMALLEST_P = 1e-4  # p below this are not told apart: 1 / 10,001 is the smallest that 10,000 permutations give
-ALPHA = 0.05  # of all tests, as in the analysis
-QUESTIONS = {  # anchor in report.html, name of the picture -> question
-    ("layers", "layer_importance"): "Which layers predict?",
-    ("robustness", "ablation_curves"): "Is prediction robust to removing them?",
-    ("representations", "representations"): "Which representation is best?",
-    ("information", "layer_clusters"): "Do layers carry different information?",
-    ("rank", "rank_structure"): "Does rank structure matter?",
+from evidence import ALPHA
+
+DRAWN_P = 1e-4  # p of draws below this are not told apart: 1 / 10,001 is the smallest that 10,000 permutations give
+ROUNDED_P = 1e-9  # and other p below this: results.json keeps 9 decimals
+QUESTIONS = {  # anchor in report.html -> question
+    "layers": "Which layers predict?",
+    "robustness": "Is prediction robust to removing them?",
+    "representations": "Which representation is best?",
+    "information": "Do layers carry different information?",
+    "rank": "Does rank structure matter?",
 }
 VERDICTS = {
     "localized": "few layers carry the concept, which lives in specific components of the network",
     "distributed": "many layers contribute, and what was learned is spread over the network",
     "redundant": "the same information is there many times, and the concept is encoded robustly throughout",
-    "no signal": "all layers together do not predict the concept, so there is nothing that could survive a removal",
+    "no signal": "all layers together cannot be told from chance, so there is nothing that could survive a removal",
     "undecided": "these LoRAs and runs do not tell the verdicts apart; more test LoRAs would narrow the intervals",
 }
+BEYOND_REMOVAL = ("null shuffles", "grouped split")  # controls that are not those of a representation
+NO_OTHERS = "no other layers of the same roles"  # to draw random ones from
 NO_CONTROLS = "No controls were run, so what the differences mean is open; --controls=basic compares them with chance."
 
 
@@ -36,7 +41,6 @@ class Answer:
 
     Attributes:
         anchor: Of its section in report.html.
-        picture: Name of the picture that shows it, without the ending.
         question: As it is asked.
         sentences: The answer, with its numbers; the first two say what matters most.
         hypothesis: What was expected, and ``outcome`` (confirmed, refuted, undecided or not answerable), and the
@@ -44,7 +48,6 @@ class Answer:
     """
 
     anchor: str
-    picture: str
     question: str
     sentences: list[str]
     hypothesis: str
@@ -72,19 +75,29 @@ def number(value: float) -> str:
     return f"{round(value, 2) + 0.0:.2f}"
 
 
-def p_text(p: float) -> str:
+def signed(difference: float) -> str:
+    """A difference of shares in points with its sign, never -0.0."""
+    return f"{round(100 * difference, 1) + 0.0:+.1f}"
+
+
+def p_text(p: float, least: float = DRAWN_P) -> str:
     """A p with two significant digits.
 
+    Args:
+        p: As results.json holds it.
+        least: Below it p are not told apart: ``DRAWN_P`` of permutations and the bootstrap, else ``ROUNDED_P``.
+
     Example:
-        >>> p_text(1 / 10001), p_text(0.01234), p_text(1.0)
-        ('p < 0.0001', 'p = 0.012', 'p = 1')
+        >>> p_text(1 / 10001), p_text(0.01234), p_text(1.0), p_text(0.0, ROUNDED_P)
+        ('p < 0.0001', 'p = 0.012', 'p = 1', 'p < 1e-9')
     """
-    return f"p < {SMALLEST_P:.4f}" if p < SMALLEST_P else f"p = {p:.2g}"
+    told = f"p < {least:g}" if p < least else f"p = {p:.2g}"
+    return told.replace("e-0", "e-")
 
 
-def p_cell(p: float) -> str:
+def p_cell(p: float, least: float = DRAWN_P) -> str:
     """A p in a table, under its name."""
-    return p_text(p).removeprefix("p ").removeprefix("= ")
+    return p_text(p, least).removeprefix("p ").removeprefix("= ")
 
 
 def bounds(interval: Sequence[float], shown: Callable[[float], str] = percent) -> str:
@@ -92,16 +105,30 @@ def bounds(interval: Sequence[float], shown: Callable[[float], str] = percent) -
     return f"{shown(interval[0])} to {shown(interval[1])}"
 
 
-def _accuracy(found: dict) -> str:
+def accuracy_text(found: dict) -> str:
+    """An accuracy with its interval."""
     return f"{percent(found['accuracy'])} % ({bounds(found['interval'])})"
 
 
-def _correlation(found: dict | None) -> str:
-    return "not measured (too few, or constant)" if found is None else f"{number(found['r'])} ({_two(found)})"
+def correlation_text(found: dict | None) -> str:
+    """A correlation with its interval."""
+    if found is None:
+        return "not measured (too few, or constant)"
+    return f"{number(found['r'])} ({bounds(found['interval'], number)})"
 
 
-def _two(found: dict) -> str:
-    return bounds(found["interval"], number)
+def change_text(found: dict) -> str:
+    """What the removal does, given its drop: ``loses 1.2 points (0.3 to 2.1, p = 0.01)``, or ``gains``."""
+    verb, sign = ("gains", -1) if percent(found["drop"]).startswith("-") else ("loses", 1)
+    interval = sorted(sign * bound for bound in found["interval"])
+    return f"{verb} {percent(sign * found['drop'])} points ({bounds(interval)}, {p_text(found['p_holm'])})"
+
+
+def runs_text(results: dict, name: str) -> str:
+    """Of how many runs a representation's controls are, where its accuracies are of more: ``3 of the 10 runs``."""
+    entry, runs = results["baseline_results"].get(name), results["analysis"]["robustness"][name]["runs"]
+    total = len(entry["test_accuracy"]["runs"]) if entry else results["config"]["num_runs"]
+    return f"{runs} of the {total} runs" if runs < total else ""
 
 
 def metric(values: dict) -> str:
@@ -114,12 +141,19 @@ def kept_together(text: str) -> str:
     return re.sub(r"(?<=[\dp=<]) (?=[%=<\d])", "\N{NO-BREAK SPACE}", text)
 
 
+def wrapped(text: str, width: int, first: str = "", rest: str = "") -> list[str]:
+    """Text in lines of so many characters, which begin with ``first`` and ``rest``; names are never cut."""
+    indents = {"initial_indent": first, "subsequent_indent": rest}
+    lines = textwrap.wrap(kept_together(text), width, **indents, break_long_words=False, break_on_hyphens=False)
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
+
+
 def listed(words: Sequence[str]) -> str:
     """Words in a row, the last two joined by "and"."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def _ranges(names: Sequence[str]) -> str:
+def ranges(names: Sequence[str]) -> str:
     """Names in a row, those that are numbered one after the other as a range: sigma_5 to sigma_10."""
     told = []
     split = [re.fullmatch(r"(.*?)(\d+)", name) for name in names]
@@ -150,8 +184,8 @@ def answers(results: dict) -> list[Answer]:
     told = (_which_layers, _is_robust, _best_representation, _different_information, _rank_matters)
     units = ("", "%", "points", "", "")
     return [
-        Answer(anchor, picture, question, list(tell(results, found)), *_hypothesis(hypothesis, unit))
-        for ((anchor, picture), question), tell, hypothesis, unit in zip(
+        Answer(anchor, question, list(tell(results, found)), *_hypothesis(hypothesis, unit))
+        for (anchor, question), tell, hypothesis, unit in zip(
             QUESTIONS.items(), told, found["hypotheses"], units, strict=True
         )
     ]
@@ -178,12 +212,12 @@ def _which_layers(results: dict, a: dict) -> Iterator[str]:
     found, ranking, k = a["layers"], results["layer_ranking"], results["config"]["top_k"]
     record_of = {record["layer"]: record for record in found["records"]}
     first, total, above = record_of[ranking[0]["layer"]], len(ranking), found["num_above_null"]
-    reached = f"{first['layer']}, reaches {_accuracy(first)[:-1]}, {p_text(first['p_family'])})"
+    reached = f"{first['layer']}, reaches {accuracy_text(first)[:-1]}, {p_text(first['p_family'])})"
     if above == 0:
         yield f"None of the {total} layers can be told from chance ({percent(found['chance'])} %)."
         yield (
-            f"The first of the ranking, {reached}; chance alone takes the best of so many up to "
-            f"{percent(found['null_max'])} %."
+            f"The first of the ranking, {reached}; in 95 of 100 permutations chance alone takes the best of so many no "
+            f"further than {percent(found['null_max'])} %."
         )
     else:
         yield (
@@ -208,7 +242,7 @@ def _stability(found: dict, k: int) -> str:
     if concordance["kendall_w"] is not None:
         parts.append(f"Kendall's W over {concordance['runs']} runs is {number(concordance['kendall_w'])}")
     if agree["kendall_tau"] is not None:
-        parts.append(f"the rankings by test and by validation agree with tau {number(agree['kendall_tau'])}")
+        parts.append(f"Kendall's tau of the rankings by test and by validation {number(agree['kendall_tau'])}")
     return ", ".join([*parts, f"their top {k} have {agree['same_top_k']} in common"])
 
 
@@ -222,22 +256,27 @@ def _is_robust(results: dict, a: dict) -> Iterator[str]:
             f"{capital(verdict)} by {listed(names)}: {VERDICTS[verdict]}." for verdict, names in names_of.items()
         )
     for name, found in compared.items():
-        random = found["without_random"]
+        random, runs = found["without_random"], runs_text(results, name)
+        drawn = f"{NO_OTHERS} can be removed instead"
+        if random["draws"]:
+            drawn = (
+                f"without {k} random ones {percent(random['mean'])} % (mean of {random['draws']} draws, which range from "
+                f"{percent(random['min'])} to {percent(random['max'])})"
+            )
         yield (
-            f"{name}: {found['why']}. With all {total} layers {_accuracy(found['all'])}, without the top {k} "
-            f"{_accuracy(found['without_top'])}; without {k} random ones {percent(random['mean'])} % (mean of "
-            f"{random['draws']} draws, which range from {percent(random['min'])} to {percent(random['max'])}), with "
-            f"the top {k} alone {_accuracy(found['top_alone'])}."
+            f"{name}{f' (in {runs})' if runs else ''}: {found['why']}. With all {total} layers "
+            f"{accuracy_text(found['all'])}, without the top {k} {accuracy_text(found['without_top'])}; {drawn}, with "
+            f"the top {k} alone {accuracy_text(found['top_alone'])}."
         )
-    if not compared:
+    if compared:
+        return
+    if failed := [name for name in a["controls_not_run"] if name not in BEYOND_REMOVAL]:
+        yield f"No verdict: the controls of {listed(failed)}, which it would rest on, could not be run."
+    else:
         yield "No verdict: no representation was trained with other layers removed, which it would be compared with."
-        if a["representations"]:
-            best = a["representations"]["best"]
-            yield f"Removing the top {k} of {total} layers costs {best} {_drop(a['representations']['drops'][best])}."
-
-
-def _drop(found: dict, p: str = "p_holm") -> str:
-    return f"{percent(found['drop'])} points ({bounds(found['interval'])}, {p_text(found[p])})"
+    if a["representations"]:
+        best = a["representations"]["best"]
+        yield f"Without the top {k} of {total} layers {best} {change_text(a['representations']['drops'][best])}."
 
 
 def _best_representation(results: dict, a: dict) -> Iterator[str]:
@@ -260,7 +299,8 @@ def _best_representation(results: dict, a: dict) -> Iterator[str]:
     one = next(one for one in compared["pairs"]["baseline"] if {one["a"], one["b"]} == {best, second})
     low, high = sorted((1 if one["a"] == best else -1) * bound for bound in one["interval"])
     ahead = f"{percent(abs(one['difference']))} points ({bounds((low, high))}, {p_text(one['p_holm'])})"
-    yield f"It is ahead of the next, {second}, by {ahead}{'' if near else ', and of all others significantly'}."
+    beyond = "" if near else ", and of all others significantly"
+    yield f"It is ahead of the next, {second}, by {ahead}{beyond}."
     losers = [name for name, found in compared["drops"].items() if found["p_holm"] < ALPHA and found["drop"] > 0]
     yield (
         f"{_lost(compared, best, k)} Significant losses: {len(losers)} of {len(means)} representations. The best "
@@ -269,7 +309,7 @@ def _best_representation(results: dict, a: dict) -> Iterator[str]:
 
 
 def _lost(compared: dict, name: str, k: int) -> str:
-    return f"Without the top {k} it loses {_drop(compared['drops'][name])}."
+    return f"Without the top {k} it {change_text(compared['drops'][name])}."
 
 
 def _different_information(results: dict, a: dict) -> Iterator[str]:
@@ -282,7 +322,7 @@ def _different_information(results: dict, a: dict) -> Iterator[str]:
     if k > 1:
         yield (
             f"The first of the top {k} is right on {percent(union['best_alone'])} % of them, what most of the top {k} "
-            f"say on {percent(union['vote'])} %: a gain of {percent(union['vote_gain'])} points "
+            f"say on {percent(union['vote'])} %, a difference of {signed(union['vote_gain'])} points "
             f"({bounds(union['vote_interval'])}). At least one is right on {percent(union['any_of_top_k'])} %; on "
             f"labels drawn anew it would be {percent(union['any_by_chance'])} %."
         )
@@ -297,141 +337,50 @@ def _different_information(results: dict, a: dict) -> Iterator[str]:
 def _rank_matters(results: dict, a: dict) -> Iterator[str]:
     found = a["rank_structure"]
     complexity = found["complexity"]
+    if found["tested"] is None:
+        yield f"{capital(found['why'])}."
+        return
     if not found["answerable"]:
         yield f"{capital(found['why'])}; the {found['tested']} is tested instead."
     yield (
         f"The {found['tested']} differs between concepts in {found['num_significant']} of {len(found['modules'])} "
         f"modules (Kruskal-Wallis, false discovery rate {100 * ALPHA:.0f} %)."
     )
+    recall = [one["recall"] for one in complexity["by_class"] if one["recall"] is not None]
+    some = "" if len(recall) == len(complexity["by_class"]) else f", over the {len(recall)} with test LoRAs,"
     yield (
         f"Over the {len(complexity['by_class'])} concepts its Spearman correlation with the spread of a concept's "
-        f"features is {_correlation(complexity['spearman_spread'])}, with how well the concept is recognised "
-        f"{_correlation(complexity['spearman_recall'])}."
+        f"features is {correlation_text(complexity['spearman_spread'])}, with the recall of the concept by "
+        f"{by_whom(complexity['recall_by'])}{some} {correlation_text(complexity['spearman_recall'])}."
     )
+
+
+def by_whom(representation: str | None) -> str:
+    """The representation that something is taken from; without any the first layer of the ranking."""
+    return representation or "the best single layer"
 
 
 def concept_lines(results: dict) -> list[str]:
     """Which concepts are told best and worst, by one layer and by the best representation; none without an analysis."""
     if not (a := results.get("analysis")):
         return []
-    found, compared = a["concepts"], a["representations"]
-    classes = range(len(found["classes"]))
-    alone = [max(of[c] for of in found["recall"]) for c in classes]
-    lines = [f"A single layer recognises {_ends(found['classes'], alone)}."]
+    found, compared, k = a["concepts"], a["representations"], results["config"]["top_k"]
+    names = found["classes"]
+    alone = {name: max(of) for name, of in zip(names, zip(*found["recall"], strict=True), strict=True) if None not in of}
+    lines = [f"The best single layer for each concept recognises {_ends(alone)}."]
     if compared:
-        recall, drop = (found[key][compared["best"]] for key in ("baseline", "drop"))
-        most = max(classes, key=drop.__getitem__)
-        lines.append(
-            f"With all layers {compared['best']} recognises {_ends(found['classes'], recall)}; removing the top "
-            f"{results['config']['top_k']} takes most from {found['classes'][most]} ({percent(drop[most])} points)."
-        )
+        best = compared["best"]
+        recall, drop = (dict(zip(names, found[key][best], strict=True)) for key in ("baseline", "drop"))
+        most = max(alone, key=lambda name: drop[name])  # those that a test LoRA is there of
+        lost = f"takes most from {most} ({percent(drop[most])} points)" if drop[most] > 0 else "costs none of them"
+        ends = _ends({name: recall[name] for name in alone})
+        lines.append(f"With all layers {best} recognises {ends}; removing the top {k} {lost}.")
     return lines
 
 
-def _ends(names: Sequence[str], recall: Sequence[float]) -> str:
-    best, worst = (pick(range(len(names)), key=recall.__getitem__) for pick in (max, min))
-    return f"{names[best]} best ({percent(recall[best])} %) and {names[worst]} worst ({percent(recall[worst])} %)"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What to bear in mind
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def warnings(results: dict) -> list[str]:
-    """What belongs beside the answers, so that nobody takes them for more than they are."""
-    found = results.get("analysis")
-    lines = [_quick(results["config"])] if results["config"]["quick"] else []
-    if not found:
-        return [*lines, NO_CONTROLS]
-    above, total = found["layers"]["num_above_null"], len(found["layers"]["records"])
-    if above < total:
-        lines.append(
-            f"{total - above} of {total} layers are undistinguishable from chance (family-wise p of {ALPHA} or more)."
-        )
-    silent = [name for name, one in found["robustness"].items() if one["verdict"] == "no signal"]
-    if silent:
-        lines.append(f"With all layers {listed(silent)} cannot be told from chance: its figures mean nothing more.")
-    best = found["representations"]["best"] if found["representations"] else "the first layer"
-    for name in (found["cheap"] or {}).get("as_good", ()):
-        cheap = found["cheap"][name]
-        lines.append(
-            f"Cheap explanation: {name} alone predict as well as the weights do: {_accuracy(cheap)}; the advantage of "
-            f"{best} is {bounds(cheap['advantage_of_weights'])} points. What is found may be no more than that."
-        )
-    return [*lines, *_unused_groups(found), *_merged(found["rank_structure"]), *_shuffled(found)]
-
-
-def _quick(config: dict) -> str:
-    classifier, autoencoder = config["classifier"], config["autoencoder"]
-    return (
-        f"All accuracies here, and all that is built on them, rest on --quick ({config['num_runs']} runs, at most "
-        f"{classifier['max_epochs']} classifier and {autoencoder['max_epochs']} autoencoder epochs): not for "
-        "reporting. Effective ranks, norms and clusters of layers do not depend on it."
-    )
-
-
-def _unused_groups(found: dict) -> Iterator[str]:
-    if groups := found["groups"]:
-        columns, name = listed(groups["unused"]), groups["representation"]
-        yield (
-            f"Groups were not used, though there is a column for them: {columns}. A split that keeps the groups of "
-            f"{groups['unused'][0]} together gives {name} {percent(groups['grouped_split'])} % "
-            f"({bounds(groups['interval'])}), this one {percent(groups['random_split'])} %. "
-            f"--group-column={groups['unused'][0]} uses it."
-        )
-
-
-def _merged(structure: dict) -> Iterator[str]:
-    for name, groups in structure["coinciding"].items():
-        same = "; ".join(" = ".join(group) for group in groups)
-        yield f"At this rank features of {name} coincide: {same}."
-    for name, constant in structure["constant"].items():
-        yield f"At this rank features of {name} never vary: {_ranges(constant)}."
-
-
-def _shuffled(found: dict) -> Iterator[str]:
-    if told := found["null_shuffles"]:
-        largest = max(told["largest"])
-        passed = "as it should be" if largest < told["observed"] else "no more than chance gives"
-        least = (
-            f", the smallest that {told['shuffles']} can give" if told["p"] <= 1.001 / (1 + told["shuffles"]) else ""
-        )
-        yield (
-            f"Ranked again on shuffled labels ({told['shuffles']} times), the best layer reaches "
-            f"{percent(largest)} % at most; with the true ones {percent(told['observed'])} % "
-            f"({p_text(told['p'])}{least}): {passed}."
-        )
-
-
-def checks(results: dict) -> list[str]:
-    """How the controls came out, whatever they say: chance, cheap explanations, groups, attribution."""
-    found = results.get("analysis")
-    if not found:
-        return []
-    layers, moved = found["layers"], "whole groups" if found["permuted"] == "groups" else "LoRAs"
-    lines = [
-        f"Chance: the predictions of all layers against {found['permutations']:,} permutations of the test labels "
-        f"({moved} moved). A single layer then reaches {bounds(layers['null_band'])} %; the best of "
-        f"{len(layers['records'])} stays below {percent(layers['null_max'])} % in 95 of 100."
-    ]
-    for name, one in (found["cheap"] or {}).items():
-        if name == "as_good":
-            continue
-        if one is None:
-            lines.append(f"Cheap explanation by {name}: not there, or the same in every LoRA.")
-        else:
-            lines.append(
-                f"Cheap explanation by {name}: {_accuracy(one)}, {p_text(one['p'])} against permuted labels "
-                f"({one['classifier']}); the weights are ahead by {bounds(one['advantage_of_weights'])} points."
-            )
-    if not found["cheap"]:
-        lines.append("Cheap explanations (norms, ranks and shapes, metadata) were not tried.")
-    if gradients := found["attribution"]:
-        rho = None if gradients["spearman"] is None else gradients | {"r": gradients["spearman"]}
-        lines.append(
-            f"Gradient attribution ({gradients['representation']}) against the accuracies of single layers: Spearman "
-            f"correlation {_correlation(rho)}; {gradients['same_top_k']} of the top "
-            f"{results['config']['top_k']} are the same."
-        )
-    return [*lines, *_unused_groups(found), *_shuffled(found)]
+def _ends(recall: dict[str, float]) -> str:
+    """The concepts of the highest and the lowest recall."""
+    best, worst = max(recall, key=recall.get), min(recall, key=recall.get)
+    if recall[best] == recall[worst]:
+        return f"all alike ({percent(recall[best])} %)"
+    return f"{best} best ({percent(recall[best])} %) and {worst} worst ({percent(recall[worst])} %)"

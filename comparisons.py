@@ -146,7 +146,7 @@ def control_names(experiment: Experiment, names: Sequence[str], level: str) -> l
     if level == "none":
         return []
     kernels = [name for name in names if REPRESENTATIONS[name].kind == "kernel"]
-    if level != "all" and not experiment.update_kernels.keeps:
+    if kernels and level != "all" and not experiment.update_kernels.keeps:
         kernels = []
     return [name for name in EXTENTS[level].names if name == "stats" or name in names] + kernels
 
