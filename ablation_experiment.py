@@ -42,8 +42,10 @@ import controls
 import data
 import digits_zoo
 import evidence
+import hypotheses
 import kernels
 import labels
+import layers
 import lora_files
 import page
 import pictures
@@ -464,7 +466,7 @@ def only_process(target: Path) -> Iterator[None]:
 def environment(device: torch.device) -> dict:
     """The machine and the program, as results.json tells them."""
     modules = (stacked_training, representations, autoencoders, kernels, lora_files, labels, data, store)
-    modules += (evidence, controls, analysis, comparisons, answers, tables, report, pictures, page)
+    modules += (evidence, controls, layers, hypotheses, analysis, comparisons, answers, tables, report, pictures, page)
     modules += (sys.modules[Crew.__module__], sys.modules[Experiment.__module__], sys.modules[__name__])
     return {
         "python": platform.python_version(),

@@ -3,7 +3,7 @@
     python benchmarks/type_one_error.py [--collections 200] [--layers 24] [--processes 2]
 
 Small collections are drawn at random, LoRAs by layers by seven statistics, split 70/10/20 as the program does it, and
-ranked with the stacked trainer on a short schedule. `analysis.layer_ranking` then tests every layer, family-wise by
+ranked with the stacked trainer on a short schedule. `layers.layer_ranking` then tests every layer, family-wise by
 the maximum over layers; a collection counts where any layer is above chance. There are three kinds:
 
 - null: labels have nothing to do with the features. At most 5 % of them (and two standard errors) may count: the last
@@ -32,9 +32,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from analysis import layer_ranking
 from data import split_rows
 from evidence import ALPHA, Evidence, stream
+from layers import layer_ranking
 from lora_files import Layer
 from stacked_training import Models, Schedule, Split, standardise, train_classifiers
 from trainings import start_thread

@@ -16,6 +16,7 @@ import evidence
 from analysis import Controls, analyse
 from controls import plan_controls, robustness
 from evidence import Evidence
+from layers import agreement, kendall_w, linear_cka, place, top_share
 from lora_files import Layer
 from stacked_training import Models, Schedule, Split, standardise, train_classifiers
 
@@ -271,23 +272,23 @@ def test_accuracy_by_role_and_place():
     ],
 )
 def test_the_place_of_a_module(module, expected):
-    assert tuple(analysis.place(module).values()) == expected
+    assert tuple(place(module).values()) == expected
 
 
 def test_places_in_the_top_k_are_shared_where_layers_tie():
     drawn = np.array([[0.5, 0.9], [0.5, 0.8], [0.5, 0.8], [0.1, 0.7]])
-    np.testing.assert_allclose(analysis.top_share(drawn, 2), [(2 / 3 + 1) / 2, (2 / 3 + 0.5) / 2, (2 / 3 + 0.5) / 2, 0])
+    np.testing.assert_allclose(top_share(drawn, 2), [(2 / 3 + 1) / 2, (2 / 3 + 0.5) / 2, (2 / 3 + 0.5) / 2, 0])
     many = np.random.default_rng(0).integers(0, 5, (9, 50)) / 5
-    assert analysis.top_share(many, 4).sum() == pytest.approx(4)
+    assert top_share(many, 4).sum() == pytest.approx(4)
 
 
 def test_kendalls_w_is_the_textbooks():
     scores = np.random.default_rng(0).normal(size=(8, 5))  # no ties
     sums = stats.rankdata(scores, axis=0).sum(1)
     textbook = 12 * np.square(sums - sums.mean()).sum() / (5**2 * (8**3 - 8))
-    assert analysis.kendall_w(scores) == pytest.approx(textbook)
-    assert analysis.kendall_w(np.tile(np.arange(8.0)[:, None], 3)) == pytest.approx(1)
-    assert analysis.kendall_w(scores[:, :1]) is None and analysis.kendall_w(scores[:2]) is None
+    assert kendall_w(scores) == pytest.approx(textbook)
+    assert kendall_w(np.tile(np.arange(8.0)[:, None], 3)) == pytest.approx(1)
+    assert kendall_w(scores[:, :1]) is None and kendall_w(scores[:2]) is None
 
 
 # -- 3. which representation -------------------------------------------------------------------------------------------
@@ -341,21 +342,21 @@ def test_three_wins_out_of_three_are_no_proof():
 
 def test_kappa_and_disagreement_are_scikit_learns():
     predicted = np.random.default_rng(0).integers(0, 4, (3, 1, 50))
-    disagreement, kappa = analysis.agreement(predicted, 4)
+    disagreement, kappa = agreement(predicted, 4)
     for a in range(3):
         for b in range(3):
             assert kappa[a, b] == pytest.approx(cohen_kappa_score(predicted[a, 0], predicted[b, 0]))
             assert disagreement[a, b] == pytest.approx((predicted[a] != predicted[b]).mean())
-    twice = analysis.agreement(np.repeat(predicted, 2, axis=1), 4)
+    twice = agreement(np.repeat(predicted, 2, axis=1), 4)
     np.testing.assert_allclose(twice, (disagreement, kappa))
-    assert (analysis.agreement(np.zeros((2, 1, 5), int), 3)[1] == 1).all()
+    assert (agreement(np.zeros((2, 1, 5), int), 3)[1] == 1).all()
 
 
 def test_cka_is_the_papers_and_sees_through_rotations():
     generator = np.random.default_rng(0)
     x = generator.normal(size=(40, 3, 5))
     x[:, 2] = 3 * x[:, 0] @ np.linalg.qr(generator.normal(size=(5, 5)))[0]
-    found = analysis.linear_cka(x)
+    found = linear_cka(x)
     a, b = (x[:, i] - x[:, i].mean(0) for i in (0, 1))
     gram_a, gram_b = a @ a.T, b @ b.T
     assert found[0, 1] == pytest.approx((gram_a * gram_b).sum() / np.linalg.norm(gram_a) / np.linalg.norm(gram_b))
