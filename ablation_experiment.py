@@ -37,10 +37,13 @@ from tqdm import tqdm
 import analysis
 import answers
 import autoencoders
+import captions
+import cautions
 import comparisons
 import controls
 import data
 import digits_zoo
+import drawing
 import evidence
 import hypotheses
 import kernels
@@ -466,7 +469,8 @@ def only_process(target: Path) -> Iterator[None]:
 def environment(device: torch.device) -> dict:
     """The machine and the program, as results.json tells them."""
     modules = (stacked_training, representations, autoencoders, kernels, lora_files, labels, data, store)
-    modules += (evidence, controls, layers, hypotheses, analysis, comparisons, answers, tables, report, pictures, page)
+    modules += (evidence, controls, layers, hypotheses, analysis, comparisons, answers, cautions, tables, report)
+    modules += (drawing, captions, pictures, page)
     modules += (sys.modules[Crew.__module__], sys.modules[Experiment.__module__], sys.modules[__name__])
     return {
         "python": platform.python_version(),

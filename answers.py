@@ -76,8 +76,9 @@ def number(value: float) -> str:
 
 
 def signed(difference: float) -> str:
-    """A difference of shares in points with its sign, never -0.0."""
-    return f"{round(100 * difference, 1) + 0.0:+.1f}"
+    """A difference of shares in points with its sign, of 0.0 without one."""
+    told = percent(difference)
+    return told if told == "0.0" or told.startswith("-") else f"+{told}"
 
 
 def p_text(p: float, least: float = DRAWN_P) -> str:
@@ -228,11 +229,11 @@ def _which_layers(results: dict, a: dict) -> Iterator[str]:
     if len(roles) == 2:
         means = [f"{name} factors {percent(of['mean'])} % ({bounds(of['interval'])})" for name, of in roles.items()]
         yield f"On average {listed(means)}."
-    shares = sorted(record_of[record["layer"]]["top_k_share"] for record in ranking[:k])
-    again = f"{percent(shares[0])} to {percent(shares[-1])} %" if k > 1 else f"{percent(shares[0])} %"
+    shares = [record_of[record["layer"]]["top_k_share"] for record in ranking[:k]]
+    again = " to ".join(dict.fromkeys((percent(min(shares)), percent(max(shares)))))
     yield (
         f"Stability: {_stability(found, k)}; with the test LoRAs drawn again, each of the top {k} is among the top {k} "
-        f"in {again} of the draws."
+        f"in {again} % of the draws."
     )
 
 
@@ -247,36 +248,41 @@ def _stability(found: dict, k: int) -> str:
 
 
 def _is_robust(results: dict, a: dict) -> Iterator[str]:
-    k, total = results["config"]["top_k"], len(results["layer_ranking"])
     compared = a["robustness"]
-    verdicts = list(dict.fromkeys(found["verdict"] for found in compared.values()))
+    if not compared:
+        yield from _no_verdict(results, a)
+        return
+    verdicts = dict.fromkeys(found["verdict"] for found in compared.values())
     names_of = {verdict: [name for name in compared if compared[name]["verdict"] == verdict] for verdict in verdicts}
-    if compared:
-        yield " ".join(
-            f"{capital(verdict)} by {listed(names)}: {VERDICTS[verdict]}." for verdict, names in names_of.items()
-        )
+    yield " ".join(
+        f"{capital(verdict)} by {listed(names)}: {VERDICTS[verdict]}." for verdict, names in names_of.items()
+    )
+    k, total = results["config"]["top_k"], len(results["layer_ranking"])
     for name, found in compared.items():
         random, runs = found["without_random"], runs_text(results, name)
         drawn = f"{NO_OTHERS} can be removed instead"
         if random["draws"]:
             drawn = (
-                f"without {k} random ones {percent(random['mean'])} % (mean of {random['draws']} draws, which range from "
-                f"{percent(random['min'])} to {percent(random['max'])})"
+                f"without {k} random ones {percent(random['mean'])} % (mean of {random['draws']} draws, which range "
+                f"from {bounds((random['min'], random['max']))})"
             )
         yield (
             f"{name}{f' (in {runs})' if runs else ''}: {found['why']}. With all {total} layers "
             f"{accuracy_text(found['all'])}, without the top {k} {accuracy_text(found['without_top'])}; {drawn}, with "
             f"the top {k} alone {accuracy_text(found['top_alone'])}."
         )
-    if compared:
-        return
+
+
+def _no_verdict(results: dict, a: dict) -> Iterator[str]:
+    """Why there is none, and what the removal does to the best representation."""
     if failed := [name for name in a["controls_not_run"] if name not in BEYOND_REMOVAL]:
         yield f"No verdict: the controls of {listed(failed)}, which it would rest on, could not be run."
     else:
         yield "No verdict: no representation was trained with other layers removed, which it would be compared with."
     if a["representations"]:
-        best = a["representations"]["best"]
-        yield f"Without the top {k} of {total} layers {best} {change_text(a['representations']['drops'][best])}."
+        k, best = results["config"]["top_k"], a["representations"]["best"]
+        drop = a["representations"]["drops"][best]
+        yield f"Without the top {k} of {len(results['layer_ranking'])} layers {best} {change_text(drop)}."
 
 
 def _best_representation(results: dict, a: dict) -> Iterator[str]:
@@ -366,7 +372,9 @@ def concept_lines(results: dict) -> list[str]:
         return []
     found, compared, k = a["concepts"], a["representations"], results["config"]["top_k"]
     names = found["classes"]
-    alone = {name: max(of) for name, of in zip(names, zip(*found["recall"], strict=True), strict=True) if None not in of}
+    alone = {
+        name: max(of) for name, of in zip(names, zip(*found["recall"], strict=True), strict=True) if None not in of
+    }
     lines = [f"The best single layer for each concept recognises {_ends(alone)}."]
     if compared:
         best = compared["best"]

@@ -248,7 +248,8 @@ def verdict(survives: dict, below_random: bool, half: dict) -> dict:
     if below_random and low < LOCALIZED:
         return {"verdict": "undecided", "why": f"{told}: on both sides of a half"}
     share, (low, high) = half["share"], half["interval"]
-    told = f"{_share(share, low, high)} is left when {half['removed']} layers are gone, most predictive first"
+    until = f"at worst until half of the layers are gone, most predictive first ({half['removed']} of them)"
+    told = f"{_share(share, low, high)} is left {until}"
     if low >= REDUNDANT:
         return {"verdict": "redundant", "why": told}
     if high < REDUNDANT:

@@ -1,8 +1,7 @@
 """results.json and the pictures -> report.html, one file that a researcher can send.
 
 The file fetches nothing and runs nothing: pictures are data: URLs, the style stands in the head, there is no script,
-and a content security policy forbids all else. Words and tables are those of
-answers.py and tables.py.
+and a content security policy forbids all else. Words and tables are those of answers.py, cautions.py and tables.py.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from html import escape
 
 import answers
+import cautions
 import report
 import tables
 
@@ -20,7 +20,7 @@ SVG_LIMIT = 300_000  # bytes above which the smaller of SVG and PNG is taken: si
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 SECTIONS = {  # anchor -> heading; the five questions come from answers.QUESTIONS
     "answers": "Short answers",
-    **{anchor: question for (anchor, _), question in answers.QUESTIONS.items()},
+    **answers.QUESTIONS,
     "concepts": "Concepts",
     "controls": "Controls that keep us honest",
     "settings": "Settings",
@@ -202,7 +202,7 @@ def _short_answers(results: dict) -> Iterator[str]:
             yield f'<li><h3><a href="#{answer.anchor}">{escape(answer.question)}</a></h3>'
             yield f"<p>{_words(' '.join(answer.sentences[:2]))}</p>{_hypothesis(answer)}</li>"
         yield "</ol>"
-    if lines := answers.warnings(results):
+    if lines := cautions.warnings(results):
         yield "<aside><h3>To bear in mind</h3>"
         yield f"<ul>{''.join(f'<li>{_words(line)}</li>' for line in lines)}</ul></aside>"
 
@@ -226,7 +226,7 @@ def _answer(anchor: str, results: dict) -> Iterator[str]:
 
 
 def _controls(results: dict) -> Iterator[str]:
-    lines = answers.checks(results) or [answers.NO_CONTROLS]
+    lines = cautions.checks(results) or [answers.NO_CONTROLS]
     yield f'<ul class="checks">{"".join(f"<li>{_words(line)}</li>" for line in lines)}</ul>'
 
 

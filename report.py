@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
-from answers import NO_CONTROLS, answers, checks, kept_together, metric, warnings
+from answers import NO_CONTROLS, answers, metric, signed, wrapped
+from cautions import checks, warnings
 from tables import Table, tables
 
 SMALL_VALIDATION = 50  # rows; below this the results say how little early stopping rests on
@@ -78,19 +78,6 @@ def render_text(results: dict) -> str:
     return "\n\n".join("\n".join(lines) for section in sections if (lines := section(results))) + "\n"
 
 
-def _wrapped(text: str, first: str = "", rest: str = "") -> list[str]:
-    """Text in lines of ``WIDTH``; names are never cut."""
-    lines = textwrap.wrap(
-        kept_together(text),
-        WIDTH,
-        initial_indent=first,
-        subsequent_indent=rest,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
-
-
 def short_answers(results: dict) -> list[str]:
     """The five answers and hypotheses in lines, as the console and results.txt show them; none without an analysis."""
     told = answers(results)
@@ -101,16 +88,17 @@ def short_answers(results: dict) -> list[str]:
     lines = [title, "-" * len(title)]
     for position, answer in enumerate(told, 1):
         lines += [f"{position}. {answer.question}"]
-        lines += [line for sentence in answer.sentences for line in _wrapped(sentence, "   ", "   ")]
-        lines += _wrapped(f"Hypothesis: {answer.hypothesis}: {answer.outcome.upper()}. {answer.evidence}", "   ", "   ")
+        lines += [line for sentence in answer.sentences for line in wrapped(sentence, WIDTH, "   ", "   ")]
+        hypothesis = f"Hypothesis: {answer.hypothesis}: {answer.outcome.upper()}. {answer.evidence}"
+        lines += wrapped(hypothesis, WIDTH, "   ", "   ")
     return lines
 
 
 def _with_care(results: dict) -> list[str]:
     """Warnings; where there was no analysis only that, as the head already tells --quick."""
     if not results.get("analysis"):
-        return _wrapped(NO_CONTROLS)
-    lines = [line for warning in warnings(results) for line in _wrapped(warning, "- ", "  ")]
+        return wrapped(NO_CONTROLS, WIDTH)
+    lines = [line for warning in warnings(results) for line in wrapped(warning, WIDTH, "- ", "  ")]
     return ["To bear in mind", "---------------", *lines] if lines else []
 
 
@@ -130,7 +118,7 @@ def _table_lines(table: Table, columns: Sequence[str] = ()) -> list[str]:
         )
     more = len(table.rows) - table.shown
     lines += [f"({more} more in results.json)"] if more > 0 else []
-    return lines + (_wrapped(table.note) if table.note else [])
+    return lines + (wrapped(table.note, WIDTH) if table.note else [])
 
 
 def _cut(word: str) -> str:
@@ -200,7 +188,7 @@ def _evidence(results: dict) -> list[str]:
         if name in made:
             lines += [made[name].title, *_table_lines(made[name]), ""]
     said = warnings(results)
-    told = [line for check in checks(results) if check not in said for line in _wrapped(check, "- ", "  ")]
+    told = [line for check in checks(results) if check not in said for line in wrapped(check, WIDTH, "- ", "  ")]
     return lines + ["Controls", *told] * bool(told)
 
 
@@ -213,12 +201,13 @@ def _representations(results: dict) -> list[str]:
     rows = []
     for name in sorted(baseline, key=lambda name: -baseline[name]["test_accuracy"]["mean"]):
         all_layers, left = baseline[name], ablation[name]
-        change = 100 * (left["test_accuracy"]["mean"] - all_layers["test_accuracy"]["mean"])
+        change = signed(left["test_accuracy"]["mean"] - all_layers["test_accuracy"]["mean"])
         right = f"{left['num_features']:>9} {metric(left['test_accuracy'])}  {metric(left['test_f1'])}"
-        rows.append(f"{result_row(name, all_layers):<52} {right}  {change:>+7.1f}")
+        rows.append(f"{result_row(name, all_layers):<52} {right}  {change:>7}")
     return [
         f"2 and 3. Every representation with all {total} layers, and without the top {k} ({total - k} left)",
-        f"(pair-wise ones lose a pair when either of its layers is removed: {pairs} of {len(whole)} pairs)",
+        *[f"(pair-wise ones lose a pair when either of its layers is removed: {pairs} of {len(whole)} pairs)"]
+        * bool(whole),
         f"{'':<16}{' all layers ':-^37}   {f' without the top {k} ':-^37}",
         f"{RESULT_HEADER} {'features':>9} {'test accuracy':>13}  {'test F1':>13}  {'change':>7}",
         *rows,
@@ -237,7 +226,7 @@ def _notes(results: dict) -> list[str]:
         f"over {config['num_runs']} runs, which differ in initial weights, minibatch order and dropout. The split and",
         "the fitted autoencoders are the same in all runs.",
     ]
-    if config["rank_by"] == "test":
+    if config["rank_by"] == "test" and not results.get("analysis"):  # else the warnings say so
         lines.append(
             "The top layers were chosen on the same test rows that the tables report; --rank-by=val avoids that."
         )

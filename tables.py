@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from answers import bounds, capital, listed, metric, number, p_cell, percent
+from answers import (
+    NO_OTHERS,
+    ROUNDED_P,
+    bounds,
+    capital,
+    metric,
+    number,
+    p_cell,
+    percent,
+    runs_text,
+    signed,
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ def tables(results: dict) -> dict[str, Table]:
         made |= {
             "places": _places_table(found["layers"]["groups"]),
             "conditional": _conditional_table(found.get("conditional"), results["config"]["top_k"]),
-            "controls": _controls_table(found["robustness"], len(results["layer_ranking"])),
+            "controls": _controls_table(results, found["robustness"]),
             "differences": _differences_table(results, found["representations"]),
             "disagreement": _disagreement_table(results, found["layer_information"]),
             "clusters": _clusters_table(found["layer_information"]["clusters"]["members"]),
@@ -92,7 +104,7 @@ def _metrics_table(results: dict) -> Table:
             [str(one["num_features"]), metric(one["test_accuracy"]).strip(), metric(one["test_f1"]).strip()]
             for one in (entry, left)
         ]
-        rows.append([name, *cells[0], *cells[1], f"{100 * change:+.1f}"])
+        rows.append([name, *cells[0], *cells[1], signed(change)])
     return Table("representations", f"Every representation with all layers and without the top {k}", columns, rows)
 
 
@@ -119,29 +131,30 @@ def _conditional_table(found: list[dict] | None, k: int) -> Table | None:
     return Table("layers", title, ["adds", "95 % interval", "layer"], rows, (2,), 3)
 
 
-def _controls_table(found: dict, total: int) -> Table | None:
+def _controls_table(results: dict, found: dict) -> Table | None:
     """What is left when the top layers go, beside what is left when others do; a column for each representation."""
     if not found:
         return None
-    k = next(iter(found.values()))["top_k"]
+    k, total = results["config"]["top_k"], len(results["layer_ranking"])
     lines: dict[str, Callable[[dict], str]] = {
         f"all {total} layers": lambda one: _plain(one["all"]),
         f"without the top {k}": lambda one: _plain(one["without_top"]),
         f"without {k} random ones (mean, range)": lambda one: _range(one["without_random"]),
-        "random draws at or below the top's": lambda one: percent(one["without_random"]["share_below_top_removed"]),
+        "random draws": lambda one: str(one["without_random"]["draws"]),
+        "random draws at or below the top's": lambda one: _share_below(one["without_random"]),
         f"without the bottom {k}": lambda one: _plain(one["without_bottom"]),
         f"the top {k} alone": lambda one: _plain(one["top_alone"]),
         f"survives without the top {k}": lambda one: _surviving(one["survives"]),
-        "survives without the better half": lambda one: _surviving(one["survives_half"]),
+        "least left until half of them are gone": lambda one: _surviving(one["survives_half"]),
         "area under the curve, most first": lambda one: number(one["curves"]["most_first"]["area"]),
         "area under the curve, least first": lambda one: number(one["curves"]["least_first"]["area"]),
         "area under the curve, random order": lambda one: number(one["curves"]["random_order"]["area"]),
         "verdict": lambda one: one["verdict"],
     }
     rows = [[line, *map(tell, found.values())] for line, tell in lines.items()]
-    draws = listed([str(one) for one in sorted({one["without_random"]["draws"] for one in found.values()})])
-    runs = listed([str(one) for one in sorted({one["runs"] for one in found.values()})])
-    title = f"Removing the top {k}, and what else could be removed ({draws} random draws, {runs} runs)"
+    runs = [runs_text(results, name).replace("the ", "") or f"all {one['runs']}" for name, one in found.items()]
+    rows.insert(-1, ["runs", *runs])
+    title = f"Removing the top {k}, and what else could be removed"
     note = (
         "In percent. Survives: of the accuracy above chance, when the most predictive layers are gone. Area: under the "
         "accuracy from all layers to none, 1 at most."
@@ -154,11 +167,21 @@ def _plain(found: dict) -> str:
 
 
 def _range(found: dict) -> str:
+    if not found["draws"]:
+        return NO_OTHERS
     return f"{percent(found['mean'])}, {percent(found['min'])} to {percent(found['max'])}"
 
 
+def _share_below(found: dict) -> str:
+    return percent(found["share_below_top_removed"]) if found["draws"] else "none drawn"
+
+
 def _surviving(found: dict | None) -> str:
-    return "no signal" if found is None else f"{percent(found['share'])} ({bounds(found['interval'])})"
+    """A share with its interval and, of a curve, how many layers are gone there."""
+    if found is None:
+        return "too near chance"
+    gone = f", {found['removed']} gone" if "removed" in found else ""
+    return f"{percent(found['share'])} ({bounds(found['interval'])}){gone}"
 
 
 def _differences_table(results: dict, found: dict | None) -> Table | None:
@@ -211,10 +234,12 @@ def _clusters_table(members: list[dict]) -> Table:
     return Table("information", "Clusters of two or more layers", columns, rows, (2, 3))
 
 
-def _modules_table(found: dict) -> Table:
+def _modules_table(found: dict) -> Table | None:
     """Kruskal-Wallis test of each module, the clearest first."""
+    if found["tested"] is None:
+        return None
     ordered = sorted(found["modules"], key=lambda one: (one["p_fdr"], -one["statistic"]))
-    rows = [[f"{one['statistic']:.1f}", p_cell(one["p_fdr"]), one["module"]] for one in ordered]
+    rows = [[f"{one['statistic']:.1f}", p_cell(one["p_fdr"], ROUNDED_P), one["module"]] for one in ordered]
     title = f"{capital(found['tested'])} by concept (Kruskal-Wallis), module by module"
     return Table("rank", title, ["H", "p (false discovery rate)", "module"], rows, (2,), 3)
 
@@ -222,19 +247,30 @@ def _modules_table(found: dict) -> Table:
 def _concepts_table(a: dict) -> Table:
     """What is known of each concept, those that lose most by the ablation first."""
     found, compared, structure = a["concepts"], a["representations"], a["rank_structure"]
-    measured = "effective_rank" if structure["answerable"] else "norm"
     columns, rows = ["concept"], [[str(name)] for name in found["classes"]]
-    title = "Each concept"
+    title, last = "Each concept", "."
     if compared:
         best = compared["best"]
         columns += ["recall", "drop"]
         title = f"Each concept: recall by {best} with all layers, what the ablation takes from it (points)"
         for row, recall, drop in zip(rows, found["baseline"][best], found["drop"][best], strict=True):
-            row += [percent(recall), percent(drop)]
-    columns += ["best layer", "spread", measured.replace("_", " ")]
-    for c, (row, one) in enumerate(zip(rows, structure["complexity"]["by_class"], strict=True)):
-        row += [percent(max(of[c] for of in found["recall"])), number(one["spread"]), f"{one[measured]:.3g}"]
+            row += [_known(recall), _known(drop)]
+    columns += ["best layer", "spread"]
+    alone = zip(*found["recall"], strict=True)
+    for row, of, one in zip(rows, alone, structure["complexity"]["by_class"], strict=True):
+        row += [_known(None if None in of else max(of)), _known(one["spread"], number)]
+    if structure["tested"] is not None:
+        measured, last = "effective_rank" if structure["answerable"] else "norm", "; updates' mean last."
+        columns.append(measured.replace("_", " "))
+        for row, one in zip(rows, structure["complexity"]["by_class"], strict=True):
+            row.append(f"{one[measured]:.3g}")
     if compared:
-        rows = [rows[c] for c in sorted(range(len(rows)), key=lambda c: -found["drop"][best][c])]
-    note = "best layer: highest recall by one layer alone; spread: of the concept's features; updates' mean last."
+        drops = [-math.inf if drop is None else drop for drop in found["drop"][best]]
+        rows = [rows[c] for c in sorted(range(len(rows)), key=lambda c: -drops[c])]
+    note = f"best layer: highest recall by one layer alone; spread: of the concept's features{last}"
     return Table("concepts", title, columns, rows, shown=10, note=note)
+
+
+def _known(value: float | None, shown: Callable[[float], str] = percent) -> str:
+    """A number of a concept, which without test LoRAs has some not."""
+    return "unknown" if value is None else shown(value)

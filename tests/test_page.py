@@ -8,10 +8,13 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from test_report import CLASS_NAMES, made
+from test_report import CLASS_NAMES, made, without_pairs
 
 import answers
+import captions
+import cautions
 import page
+import pictures
 import report
 import tables
 
@@ -117,8 +120,8 @@ def test_words_and_numbers_are_those_of_results():
             assert answer.question in text and f"Hypothesis: {answer.hypothesis}. {answer.outcome}" in text
             assert answer.evidence in text and answer.sentences[0] in text
         assert all(sentence in reader.text[answer.anchor] for sentence in answer.sentences)
-    assert all(warning in reader.text["answers"] for warning in answers.warnings(results))
-    assert all(check in reader.text["controls"] for check in answers.checks(results))
+    assert all(warning in reader.text["answers"] for warning in cautions.warnings(results))
+    assert all(check in reader.text["controls"] for check in cautions.checks(results))
     for table in tables.tables(results).values():
         assert all(cell in reader.text[table.anchor] for row in table.rows for cell in row)
     assert all(f"{name}" in reader.text["robustness"] for name in answers.VERDICTS)
@@ -146,6 +149,25 @@ def test_pictures_stand_in_their_section_with_their_finding():
         assert told and all(sentence in alt for sentence in told)
 
 
+def test_every_picture_has_a_finding_a_drawing_and_a_section():
+    assert set(page.PICTURES) == set(captions.FINDINGS) == set(pictures.PICTURES)
+    assert {anchor for _, anchor in page.PICTURES.values()} == {*answers.QUESTIONS, "concepts"}
+
+
+def test_without_whole_pairs_the_section_says_why_and_no_more():
+    results = without_pairs()
+    reader = Reader(page.render_page(results, {f"{name}.svg": SVG for name in captions.captions(results)}))
+    assert "No module has both of its layers among those looked at." in reader.text["rank"]
+    assert "None" not in "".join(reader.text.values()) and len(reader.of("img")) == len(page.PICTURES) - 1
+
+
+def test_what_to_bear_in_mind_and_what_was_not_run_is_on_the_first_page():
+    results = made()
+    results["analysis"] |= {"controls_not_run": {"null shuffles": "it diverged"}}
+    text = Reader(page.render_page(results, {})).text
+    assert "Null shuffles not run: it diverged." in text["answers"] and "--rank-by=val avoids it." in text["answers"]
+
+
 def test_any_picture_may_be_missing():
     assert "<img" not in page.render_page(made(), {}).decode()
     only = page.render_page(made(), {"ablation_curves.png": PNG, "layer_clusters.svg": b""})
@@ -155,15 +177,15 @@ def test_any_picture_may_be_missing():
 
 def test_a_large_svg_gives_way_to_a_smaller_png():
     large = SVG + b" " * page.SVG_LIMIT
-    for pictures, kind in (
+    for files, kind in (
         ({"rank_structure.svg": SVG, "rank_structure.png": PNG}, "svg+xml"),
         ({"rank_structure.svg": large, "rank_structure.png": PNG}, "png"),
         ({"rank_structure.svg": large, "rank_structure.png": large + large}, "svg+xml"),
         ({"rank_structure.svg": large}, "svg+xml"),
     ):
-        (image,) = Reader(page.render_page(made(), pictures)).of("img")
+        (image,) = Reader(page.render_page(made(), files)).of("img")
         head, body = image["src"].split(",")
-        assert head == f"data:image/{kind};base64" and base64.b64decode(body) in pictures.values()
+        assert head == f"data:image/{kind};base64" and base64.b64decode(body) in files.values()
 
 
 # -- in a browser ---------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from matplotlib.text import Text
 from PIL import Image
 from scipy.cluster import hierarchy
 
+import captions
+import drawing
 import pictures
 from analysis import Controls, analyse
 from controls import plan_controls
@@ -20,7 +22,7 @@ from evidence import Evidence
 from lora_files import Layer
 
 pytestmark = pytest.mark.filterwarnings("error")
-CONTENT = pictures._content
+SAVED = drawing.saved
 NAMES = [
     "layer_importance", "ablation_curves", "representations", "concept_layer_map", "layer_clusters", "rank_structure"
 ]  # fmt: skip
@@ -70,7 +72,7 @@ def layers_section(layers, classes, roles, blocks, generator):
     }
 
 
-def robustness_section(layers, chance, top_k, verdict):
+def robustness_section(layers, chance, top_k, verdict, draws):
     removed = np.unique(np.linspace(0, layers, 11).astype(int))
 
     def curve(power):
@@ -78,14 +80,16 @@ def robustness_section(layers, chance, top_k, verdict):
         sides = {"low": np.maximum(0, accuracy - 0.05).tolist(), "high": np.minimum(1, accuracy + 0.05).tolist()}
         return {"removed": removed.tolist(), "accuracy": accuracy.tolist(), **sides, "area": 0.5}
 
-    draws = np.linspace(0.88, 0.92, 20).tolist()
+    random = {"draws": draws, "accuracies": np.linspace(0.88, 0.92, draws).tolist()}
+    random |= {"mean": 0.9, "min": 0.88, "max": 0.92} if draws else dict.fromkeys(("mean", "min", "max"))
     return {
+        "runs": 3,
         "top_k": top_k,
         "all": estimate(0.953),
         "without_top": estimate(0.812),
         "without_bottom": estimate(0.93),
         "top_alone": estimate(0.6),
-        "without_random": {"accuracies": draws, "mean": 0.9, "min": draws[0], "max": draws[-1]},
+        "without_random": random,
         "curves": {"most_first": curve(1), "least_first": curve(0.3), "random_order": curve(0.5)},
         "survives": None if verdict == "no signal" else {"share": 0.83, "interval": [0.78, 0.88]},
         "verdict": verdict,
@@ -130,13 +134,18 @@ def rank_section(modules, names, answerable, generator):
         "tested": "effective rank" if answerable else "norm of the update",
         "modules": records,
         "num_significant": (len(records) + 1) // 2,
-        "complexity": {"by_class": by_class, "spearman_spread": found, "spearman_recall": found},
+        "complexity": {
+            "by_class": by_class,
+            "spearman_spread": found,
+            "spearman_recall": found,
+            "recall_by": "a_very_long_name_of_a_representation",
+        },
     }
 
 
 def results_of(
     layers=12, names=("cat", "dog", "house", "tree"), told=("stats", "ensemble"), robust=("stats",), *,
-    top_k=3, roles=("down", "up"), blocks=4, answerable=True, quick=False,
+    top_k=3, roles=("down", "up"), blocks=4, answerable=True, quick=False, draws=20,
 ):  # fmt: skip
     """Results with an analysis of this shape; numbers are random, and only what the pictures read is there."""
     generator, classes = np.random.default_rng(0), len(names)
@@ -151,7 +160,8 @@ def results_of(
     analysis = {
         "layers": section,
         "robustness": {
-            name: robustness_section(layers, 1 / classes, top_k, verdicts[i % 5]) for i, name in enumerate(robust)
+            name: robustness_section(layers, 1 / classes, top_k, verdicts[i % 5], draws)
+            for i, name in enumerate(robust)
         },
         "representations": representations_section(accuracy, dropped) if told else None,
         "layer_information": {
@@ -175,11 +185,11 @@ def results_of(
             "drop": {name: [dropped[name]] * classes for name in told},
         },
     }
-    runs = {name: {"test_accuracy": {"mean": value}} for name, value in accuracy.items()}
+    runs = {name: {"test_accuracy": {"mean": value, "runs": [value] * 3}} for name, value in accuracy.items()}
     ablated = {name: {"test_accuracy": {"mean": accuracy[name] - dropped[name]}} for name in told}
     return {
         "dataset": {"num_samples": 500},
-        "config": {"top_k": top_k, "quick": quick},
+        "config": {"top_k": top_k, "num_runs": 3, "quick": quick},
         "top_layers": [record["layer"] for record in ranking[:top_k]],
         "baseline_results": runs,
         "ablation_results": ablated,
@@ -206,12 +216,12 @@ def figures(monkeypatch):
         found.append(figure)
         return b""
 
-    monkeypatch.setattr(pictures, "_content", keep)
+    monkeypatch.setattr(pictures, "saved", keep)
 
     def of(results):
         found.clear()
         pictures.draw(results)
-        return dict(zip(pictures.captions(results), found[::2], strict=True))
+        return dict(zip(captions.captions(results), found[::2], strict=True))
 
     return of
 
@@ -234,7 +244,7 @@ def test_pngs_are_as_wide_as_a_page_at_150_dpi_and_hold_their_title(drawn, resul
     assert image.width == 1080
     assert 150 < image.height < 1000
     assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1)
-    assert image.info["Title"] == pictures.captions(results)[name]
+    assert image.info["Title"] == captions.captions(results)[name]
     assert image.convert("RGB").getpixel((2, image.height - 2)) == (255, 255, 255)
     assert len(np.unique(np.asarray(image.convert("L")))) > 10  # something is on it
     assert len(content) < 300_000
@@ -245,9 +255,9 @@ def test_svgs_parse_hold_their_title_and_refer_to_nothing_outside(drawn, results
     content = drawn[f"{name}.svg"]
     root = ElementTree.fromstring(content)
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
-    assert float(root.get("width").removesuffix("pt")) == pytest.approx(72 * pictures.WIDTH)
+    assert float(root.get("width").removesuffix("pt")) == pytest.approx(72 * drawing.WIDTH)
     title = root.find(".//{http://purl.org/dc/elements/1.1/}title")
-    assert title.text == pictures.captions(results)[name]
+    assert title.text == captions.captions(results)[name]
     assert root.find(".//{http://purl.org/dc/elements/1.1/}date") is None
     assert not list(root.iter("{http://www.w3.org/2000/svg}text"))  # outlines, which need no font
     links = [element.get("{http://www.w3.org/1999/xlink}href") for element in root.iter()]
@@ -285,7 +295,7 @@ def test_the_results_are_not_changed(drawn, results):
 def test_without_an_analysis_there_is_no_picture(results, absent):
     bare = {key: value for key, value in results.items() if key != "analysis"} | absent
     assert pictures.draw(bare) == {}
-    assert pictures.captions(bare) == {}
+    assert captions.captions(bare) == {}
 
 
 @pytest.mark.parametrize(
@@ -301,14 +311,51 @@ def test_without_an_analysis_there_is_no_picture(results, absent):
 def test_a_missing_section_leaves_out_its_picture_and_only_that(figures, results, section, gone):
     without = {key: value for key, value in results["analysis"].items() if key != section}
     for analysis in (without, without | {section: {}}):
-        assert set(pictures.captions(results | {"analysis": analysis})) == set(NAMES) - gone
+        assert set(captions.captions(results | {"analysis": analysis})) == set(NAMES) - gone
     assert set(figures(results | {"analysis": without | {section: None}})) == set(NAMES) - gone
 
 
 def test_one_layer_has_no_tree(results):
     found = copy.deepcopy(results)
     found["analysis"]["layer_information"]["clusters"] |= {"linkage": [], "order": [0], "count": 1}
-    assert set(pictures.captions(found)) == set(NAMES) - {"layer_clusters"}
+    assert set(captions.captions(found)) == set(NAMES) - {"layer_clusters"}
+
+
+def test_without_whole_pairs_there_is_no_picture_of_ranks(figures, results):
+    found = copy.deepcopy(results)
+    found["analysis"]["rank_structure"] |= {"answerable": False, "tested": None, "modules": [], "num_significant": 0}
+    assert figures(only(found, "rank_structure")) == {}
+    assert set(captions.captions(found)) == set(NAMES) - {"rank_structure"}
+
+
+def test_without_other_layers_of_the_same_roles_the_picture_says_so(figures):
+    results = only(results_of(robust=("stats", "ensemble"), told=("stats", "ensemble")), "layers", "robustness")
+    random = results["analysis"]["robustness"]["stats"]["without_random"]
+    random |= {"draws": 0, "accuracies": [], "mean": None, "min": None, "max": None}
+    told = captions.captions(results)["ablation_curves"]
+    assert "(with all 95.3 %, no other layers of the same roles): distributed" in told
+    figure = figures(results)["ablation_curves"]
+    texts = [[text.get_text() for text in ax.texts] for ax in figure.axes]
+    assert texts == [[], ["no other layers of the same roles"], [], []]
+    entries = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "one random draw" in entries  # of ensemble
+    results["analysis"]["robustness"]["ensemble"]["without_random"] = random
+    entries = [text.get_text() for text in figures(results)["ablation_curves"].legends[0].get_texts()]
+    assert "one random draw" not in entries
+
+
+def test_a_concept_without_a_test_lora_is_left_out(figures, results):
+    found = copy.deepcopy(results)
+    section = found["analysis"]["concepts"]
+    for of in (*section["recall"], *section["baseline"].values(), *section["drop"].values()):
+        of[2] = None
+    found["analysis"]["rank_structure"]["complexity"]["by_class"][2]["recall"] = None
+    drawn = figures(only(found, "layers", "concepts", "representations", "rank_structure"))
+    axes = drawn["concept_layer_map"].axes[0]
+    assert sorted(label.get_text() for label in axes.get_yticklabels()) == ["cat", "dog", "tree"]
+    assert np.isfinite(np.asarray(axes.images[0].get_array())).all()
+    of_recall = drawn["rank_structure"].axes[1].lines[0].get_xdata()
+    assert np.isnan(of_recall).tolist() == [False, False, True, False]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -317,7 +364,7 @@ def test_one_layer_has_no_tree(results):
 
 
 def test_titles_carry_the_numbers_of_the_results(results):
-    told, analysis = pictures.captions(results), results["analysis"]
+    told, analysis = captions.captions(results), results["analysis"]
     layers, role = analysis["layers"], analysis["layers"]["groups"]["role"]
     first, second = sorted(role, key=lambda name: -role[name]["mean"])
     assert told["layer_importance"] == (
@@ -343,7 +390,7 @@ def test_titles_carry_the_numbers_of_the_results(results):
     assert (
         f"12 layers fall into {analysis['layer_information']['clusters']['count']} clusters" in told["layer_clusters"]
     )
-    assert told["layer_clusters"].endswith("the top 3 recognise 83.7 % of LoRAs, the best alone 44.2 %")
+    assert told["layer_clusters"].endswith("the top 3 are right on 83.7 % of LoRAs, the first alone on 44.2 %")
     assert told["rank_structure"] == (
         "Effective rank differs by concept in 3 of 6 modules; its correlation with spread is 0.36 (-0.35 to 0.81)"
     )
@@ -358,7 +405,7 @@ def test_titles_say_when_there_is_nothing_to_find():
     results["analysis"]["layer_information"]["clusters"]["count"] = 12
     best = results["analysis"]["representations"]["best"]
     results["analysis"]["representations"]["intervals"]["baseline"][best] = [0.2, 0.9]
-    told = pictures.captions(results)
+    told = captions.captions(results)
     assert told["layer_importance"].startswith("None of 12 layers predicts above chance; ")
     assert told["layer_importance"].endswith("factors (25.0 and 25.0 %)")
     assert told["representations"].startswith(f"No representation is clearly above chance; {best} gives most: ")
@@ -369,11 +416,26 @@ def test_titles_say_when_there_is_nothing_to_find():
     )
 
 
+def test_runs_are_told_where_the_accuracies_are_of_more():
+    results = results_of(quick=True)
+    results["baseline_results"]["stats"]["test_accuracy"]["runs"] = [0.9] * 10
+    told = captions.captions(results)["ablation_curves"]
+    assert told.startswith("Without the top 3 layers stats reaches 81.2 % in 3 of the 10 runs (with all 95.3 %, ")
+
+
+def test_the_recall_of_the_picture_is_that_of_who_is_named(figures, results):
+    results = copy.deepcopy(only(results, "rank_structure"))
+    axes = figures(results)["rank_structure"].axes[1]
+    assert axes.get_xlabel().startswith("recall by a_very_long") and "…" in axes.get_xlabel()
+    results["analysis"]["rank_structure"]["complexity"]["recall_by"] = None
+    assert figures(results)["rank_structure"].axes[1].get_xlabel() == "recall by the best single layer, %"
+
+
 def test_many_verdicts_are_counted_and_few_are_named():
-    assert pictures.captions(results_of(robust="abc"))["ablation_curves"].endswith(
+    assert captions.captions(results_of(robust="abc"))["ablation_curves"].endswith(
         ": distributed; b localized, c no signal"
     )
-    assert pictures.captions(results_of(robust="abcdefg"))["ablation_curves"].endswith(
+    assert captions.captions(results_of(robust="abcdefg"))["ablation_curves"].endswith(
         ": distributed; 2 localized, 1 no signal, 1 redundant, 1 undecided, 1 distributed"
     )
 
@@ -381,7 +443,7 @@ def test_many_verdicts_are_counted_and_few_are_named():
 def test_the_title_on_the_picture_is_the_caption_and_tells_of_a_quick_run(figures):
     results = results_of(quick=True)
     for name, figure in figures(results).items():
-        assert figure.get_suptitle().replace("\n", " ") == f"{pictures.captions(results)[name]} [a --quick run]"
+        assert figure.get_suptitle().replace("\n", " ") == f"{captions.captions(results)[name]} [a --quick run]"
 
 
 def test_what_is_drawn_is_what_was_found(figures, results):
@@ -406,7 +468,7 @@ def test_what_is_drawn_is_what_was_found(figures, results):
 def test_the_tree_is_scipys():
     linkage = hierarchy.linkage(np.random.default_rng(0).random((40, 3)), "average")
     told = hierarchy.dendrogram(linkage, no_plot=True)
-    links = pictures._tree(linkage.tolist(), told["leaves"])
+    links = drawing.tree_lines(linkage.tolist(), told["leaves"])
     ours = np.concatenate([10 * links[..., 0] + 5, links[..., 1]], axis=1)
     scipys = np.concatenate([told["icoord"], told["dcoord"]], axis=1)
     assert ours[np.lexsort(ours.T)] == pytest.approx(scipys[np.lexsort(scipys.T)])
@@ -420,6 +482,7 @@ EXTREMES = {
     "smallest": {"layers": 2, "names": ("w" * 200, "x"), "told": ("stats",), "top_k": 1, "blocks": 1},
     "one role, no blocks": {"layers": 5, "names": ODD, "roles": ("up",), "blocks": 0, "answerable": False},
     "no representation": {"told": (), "robust": ()},
+    "nothing to draw": {"told": ("stats",), "robust": ("a", "b", "c"), "draws": 0},
     "long names": {"layers": 128, "names": LONG, "told": [f"representation_{i}" for i in range(15)], "blocks": 16},
     "largest": {"layers": 600, "names": LONG + LONG[:20], "told": [f"another_{i}" for i in range(20)],
                 "robust": [f"another_{i}" for i in range(20)], "top_k": 20, "blocks": 57},
@@ -435,9 +498,9 @@ def test_no_text_lies_on_another_or_leaves_the_picture_which_stays_small(figures
         original(text, renderer)
 
     for name, figure in figures(results_of(**shape)).items():
-        with monkeypatch.context() as patched, style.context(pictures.STYLE, after_reset=True):
+        with monkeypatch.context() as patched, style.context(drawing.STYLE, after_reset=True):
             patched.setattr(Text, "draw", draw)
-            assert len(CONTENT(figure, "png", name)) < 300_000
+            assert len(SAVED(figure, "png", name)) < 300_000
         told = [text for text in texts if text.get_visible() and text.get_text().strip()]
         texts.clear()
         boxes = np.array([text.get_window_extent().extents for text in told])
@@ -461,19 +524,19 @@ def test_the_oddest_names_make_valid_files():
 
 
 def test_names_are_cut_in_the_middle_and_told_apart():
-    assert pictures._cut("short", 1.0) == "short"
-    cut = pictures._cut("a" * 100 + "z" * 100, 1.0)
+    assert drawing.cut("short", 1.0) == "short"
+    cut = drawing.cut("a" * 100 + "z" * 100, 1.0)
     assert cut.startswith("aaa") and "…" in cut and cut.endswith("zzz")
-    assert pictures._inches(cut, pictures.SIZE) <= 1.0
-    assert pictures._cut("猫 and\ndog", 2.0) == "□ and dog"
-    same = pictures._labels(["猫", "犬", "cat"], 1.0, 8)
+    assert drawing.width_of(cut, drawing.SIZE) <= 1.0
+    assert drawing.cut("猫 and\ndog", 2.0) == "□ and dog"
+    same = drawing.cut_labels(["猫", "犬", "cat"], 1.0, 8)
     assert same == ["1: □", "2: □", "cat"]
 
 
 def test_titles_are_wrapped_to_the_width_with_each_percent_sign_at_its_number():
-    lines = pictures._wrapped("from 12.0 % to 95.5 % and " * 12).split("\n")
+    lines = drawing.in_lines("from 12.0 % to 95.5 % and " * 12).split("\n")
     assert len(lines) > 2
-    assert max(pictures._inches(line, pictures.SIZE + 1.5) for line in lines) <= pictures.WIDTH
+    assert max(drawing.width_of(line, drawing.TITLE) for line in lines) <= drawing.WIDTH
     assert not any(line.startswith("%") for line in lines)
 
 
@@ -485,7 +548,7 @@ def test_blocks_are_named_as_briefly_as_they_can_be():
         "single_transformer_blocks_12": ("single", "12"),
         "layers_7": ("layers", "7"),
     }
-    assert {block: pictures._block_words(block) for block in words} == words
+    assert {block: drawing.block_words(block) for block in words} == words
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -511,10 +574,10 @@ def test_the_analysis_itself_is_drawn(figures):
     conditions = plan_controls(e.ranking, [layer.role for layer in layers], 2, runs=3, draws=5, points=5, seed=0)
     controls = Controls("basic", {"stats": (conditions, guessed(*conditions.kept.shape[:2])[..., 20:])})
     features, updates = generator.random((120, 8, 7)), generator.random((120, 4, 2))
-    accuracies = {name: {"test_accuracy": {"mean": 0.7}} for name in names}
+    accuracies = {name: {"test_accuracy": {"mean": 0.7, "runs": [0.7] * 3}} for name in names}
     results = {
         "dataset": {"num_samples": 120},
-        "config": {"top_k": 2, "quick": True},
+        "config": {"top_k": 2, "num_runs": 3, "quick": True},
         "top_layers": ["layer 0", "layer 1"],
         "baseline_results": accuracies,
         "ablation_results": accuracies,

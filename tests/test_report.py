@@ -9,6 +9,8 @@ import pytest
 
 import analysis
 import answers
+import captions
+import cautions
 import report
 import tables
 from controls import plan_controls
@@ -65,12 +67,14 @@ def _made(kind: str, names: tuple[str, ...], answerable: bool) -> dict:
         {"stats": (conditions, taken)},
         ("stats", generator.random((RUNS, LAYERS))),
         {"norms": generator.random((len(y), 3)), "ranks and shapes": None, "metadata": np.eye(CLASSES)[y]},
-        (["artist"], names[0], e.truth, np.arange(TEST) // 4, guesses(e.truth, np.full(RUNS, 0.5), 9)),
+        ["artist"],
+        (names[0], e.truth, np.arange(TEST) // 4, guesses(e.truth, np.full(RUNS, 0.5), 9)),
         generator.random((4, LAYERS)) * 0.3,
     )
     features = generator.random((len(y), LAYERS, 7)) + y[:, None, None]
     sample = {"spectral": (spectral, ["sigma_1", "gap_1", "sigma_2", "sigma_3"])} if not answerable else {}
-    return _results(e, names, analysis.analyse(e, list(names), features, updates, sample, controls))
+    found = analysis.analyse(e, list(names), features, updates, sample, controls) | {"controls_not_run": {}}
+    return _results(e, names, found)
 
 
 def _results(e: Evidence, names: tuple[str, ...], found: dict) -> dict:
@@ -167,7 +171,8 @@ def test_without_robustness_there_is_no_verdict_but_the_drop():
     results["analysis"]["robustness"] = {}
     drop = results["analysis"]["representations"]["drops"]["stats"]
     text = told(results, "robustness")
-    assert text.startswith("No verdict: ") and f"costs stats {answers.percent(drop['drop'])} points" in text
+    assert text.startswith("No verdict: no representation was trained with other layers removed")
+    assert f"Without the top 2 of 12 layers stats loses {answers.percent(drop['drop'])} points" in text
     results["analysis"]["representations"] = None
     assert told(results, "robustness").startswith("No verdict: ")
     assert told(results, "representations") == "No representation was run."
@@ -184,12 +189,12 @@ def test_layers_above_chance_and_none():
     reached = f"{first['layer']}, reaches {100 * first['accuracy']:.1f} % ({low:.1f} to {high:.1f}, p < 0.0001)"
     assert reached in text and f"W over 3 runs is {found['stability']['kendall_w']:.2f}" in text
     assert f"their top 2 have {found['rankings']['same_top_k']} in common" in text
-    assert f"{LAYERS - above} of 12 layers are undistinguishable from chance" in " ".join(answers.warnings(results))
+    assert f"{LAYERS - above} of 12 layers are undistinguishable from chance" in " ".join(cautions.warnings(results))
     silent = made("no signal")
     assert told(silent, "layers").startswith("None of the 12 layers can be told from chance (20.0 %).")
     limit = silent["analysis"]["layers"]["null_max"]
-    assert f"chance alone takes the best of so many up to {100 * limit:.1f} %" in told(silent, "layers")
-    warned = " ".join(answers.warnings(silent))
+    assert f"chance alone takes the best of so many no further than {100 * limit:.1f} %" in told(silent, "layers")
+    warned = " ".join(cautions.warnings(silent))
     assert "12 of 12 layers are undistinguishable" in warned and "stats cannot be told from chance" in warned
 
 
@@ -235,7 +240,7 @@ def test_different_information_a_vote_and_what_chance_would_give():
     text = told(results, "information")
     assert f"on {answers.percent(found['disagreement']['mean'])} % of the test LoRAs" in text
     assert f"on labels drawn anew it would be {answers.percent(found['union']['any_by_chance'])} %" in text
-    assert f"a gain of {answers.percent(found['union']['vote_gain'])} points" in text
+    assert f"a difference of {answers.signed(found['union']['vote_gain'])} points" in text
     found["clusters"]["count"] = LAYERS
     assert "form 12 clusters: each stands alone" in told(results, "information")
     found["clusters"]["count"] = 1
@@ -247,18 +252,18 @@ def test_rank_structure_answerable_and_not():
     found = results["analysis"]["rank_structure"]
     expected = f"The effective rank differs between concepts in {found['num_significant']} of 6 modules"
     assert told(results, "rank").startswith(expected) and found["num_significant"] > 0
-    assert "coincide" not in " ".join(answers.warnings(results))
+    assert "coincide" not in " ".join(cautions.warnings(results))
     rank_one = made(answerable=False)
     text = told(rank_one, "rank")
     assert text.startswith(
         "Not answerable at rank 1: the effective rank never varies; the norm of the update is tested"
     )
     assert answer(rank_one, "rank").outcome == "not answerable"
-    warned = answers.warnings(rank_one)
+    warned = cautions.warnings(rank_one)
     assert "At this rank features of spectral coincide: sigma_1 = gap_1." in warned
     assert "At this rank features of spectral never vary: sigma_2, sigma_3." in warned
     rank_one["analysis"]["rank_structure"]["constant"]["spectral"] = ["mean", "gap_2", "gap_3", "gap_4", "gap_9"]
-    assert "never vary: mean, gap_2 to gap_4, gap_9." in " ".join(answers.warnings(rank_one))
+    assert "never vary: mean, gap_2 to gap_4, gap_9." in " ".join(cautions.warnings(rank_one))
     rank_one["analysis"]["rank_structure"]["complexity"]["spearman_spread"] = None
     assert "features is not measured (too few, or constant)" in told(rank_one, "rank")
 
@@ -293,6 +298,202 @@ def test_every_number_of_the_answers_is_one_of_results():
                 assert cell in shown, sentence
 
 
+# -- what was not there, or not run ---------------------------------------------------------------------
+
+
+def without_pairs() -> dict:
+    """Of a run in which no module has both of its layers, as `analysis.rank_structure` tells it."""
+    results = made()
+    found = results["analysis"]["rank_structure"]
+    found |= {"answerable": False, "tested": None, "modules": [], "num_significant": 0,
+              "why": "no module has both of its layers among those looked at"}  # fmt: skip
+    for one in found["complexity"]["by_class"]:
+        one |= {"effective_rank": None, "norm": None}
+    found["complexity"] |= {"spearman_spread": None, "spearman_recall": None}
+    results["analysis"]["hypotheses"][4] |= {"outcome": "not answerable", "number": None, "interval": None,
+                                             "why": found["why"]}  # fmt: skip
+    return results
+
+
+def test_without_whole_pairs_the_fifth_answer_is_why():
+    results = without_pairs()
+    assert answer(results, "rank").sentences == ["No module has both of its layers among those looked at."]
+    made_tables = tables.tables(results)
+    assert "modules" not in made_tables
+    assert made_tables["concepts"].columns == ["concept", "recall", "drop", "best layer", "spread"]
+    assert "mean last" not in made_tables["concepts"].note
+    assert "rank_structure" not in captions.captions(results) and len(captions.captions(results)) == 5
+    assert "None" not in report.render_text(results)
+
+
+def test_the_columns_of_the_analysis_of_a_run_without_whole_pairs_are_those():
+    """`without_pairs` is what the analysis makes of it."""
+    y = np.arange(60) % 3
+    rows = {"train": np.arange(30), "validation": np.arange(30, 40), "test": np.arange(40, 60)}
+    layers = [Layer(f"m{d}.down.weight", f"m{d}", "down", (1, 4), "F32") for d in range(4)]
+    predictions = {"layers/predicted": np.tile(y[30:], (4, 1, 1))}
+    e = Evidence(layers, list("abc"), y, rows, None, np.arange(4), 1, predictions, 0)
+    features = np.random.default_rng(0).random((60, 4, 7))
+    found = analysis.analyse(e, [], features, np.ones((60, 0, 3)), {}, analysis.Controls("none"))["rank_structure"]
+    expected = without_pairs()["analysis"]["rank_structure"]
+    assert found.keys() == expected.keys()
+    for key in ("answerable", "tested", "modules", "num_significant", "why"):
+        assert found[key] == expected[key]
+    assert {one["norm"] for one in found["complexity"]["by_class"]} == {None}
+
+
+def test_no_other_layers_of_the_same_roles():
+    results = made()
+    random = results["analysis"]["robustness"]["stats"]["without_random"]
+    random |= {"draws": 0, "accuracies": []}
+    random |= dict.fromkeys(("mean", "min", "max", "p", "share_below_top_removed"))
+    text = told(results, "robustness")
+    assert "no other layers of the same roles can be removed instead, with the top 2 alone" in text
+    assert "random ones" not in text
+    rows = {row[0]: row[1] for row in tables.tables(results)["controls"].rows}
+    assert rows["without 2 random ones (mean, range)"] == "no other layers of the same roles"
+    assert rows["random draws"] == "0" and rows["random draws at or below the top's"] == "none drawn"
+    assert "no other layers of the same roles): redundant" in captions.captions(results)["ablation_curves"]
+    assert "None" not in report.render_text(results)
+
+
+def test_groups_of_which_no_split_was_made():
+    results = made()
+    groups = results["analysis"]["groups"]
+    groups |= dict.fromkeys(("representation", "random_split", "grouped_split", "interval"))
+    groups["why"] = "these groups allow no split"
+    for lines in (cautions.warnings(results), cautions.checks(results)):
+        line = next(line for line in lines if "artist" in line)
+        assert line.startswith("Groups were not used, though there is a column for them: artist. No split ")
+        assert line.endswith("could be tried: these groups allow no split.") and "None" not in line
+    results["analysis"]["controls_not_run"] = {"grouped split": "training diverged"}  # which is why, then
+    lines = [line for line in cautions.warnings(results) if "split" in line]
+    assert len(lines) == 1 and lines[0].endswith("could be tried: training diverged.")
+    groups |= {"unused": ["artist", "set"], "representation": "stats", "random_split": 0.9, "grouped_split": 0.5,
+               "interval": [0.4, 0.6]}  # fmt: skip
+    text = " ".join(cautions.warnings(results))
+    assert "artist and set. A split that keeps the groups of the first of these that allows it together gives" in text
+
+
+def test_controls_that_were_not_run_are_named_with_the_reason():
+    results = made()
+    analysed = results["analysis"]
+    assert "not run" not in " ".join(cautions.warnings(results))
+    analysed |= {"groups": None, "null_shuffles": None, "controls_not_run": {
+        "stats": "training diverged.", "null shuffles": "the layers cannot be ranked: it diverged",
+        "grouped split": "out of memory"}}  # fmt: skip
+    expected = ["Controls of stats not run: training diverged.",
+                "Null shuffles not run: the layers cannot be ranked: it diverged.",
+                "Grouped split not run: out of memory."]  # fmt: skip
+    for lines in (cautions.warnings(results), cautions.checks(results)):
+        assert [line for line in lines if "not run" in line] == expected
+    analysed["robustness"] = {}
+    text = told(results, "robustness")
+    assert text.startswith("No verdict: the controls of stats, which it would rest on, could not be run. Without ")
+    assert "no representation was trained" not in text
+    del analysed["controls_not_run"]["stats"]  # the others are not what a verdict rests on
+    assert told(results, "robustness").startswith("No verdict: no representation was trained")
+
+
+def test_concepts_without_a_test_lora_are_told_as_unknown_and_claimed_nothing_of():
+    results = made()
+    analysed = results["analysis"]
+    found = analysed["concepts"]
+    for of in (*found["recall"], *found["baseline"].values(), *found["drop"].values()):
+        of[1] = None
+    analysed["rank_structure"]["complexity"]["by_class"][1] |= {"recall": None, "spread": None}
+    assert "dog" not in " ".join(answers.concept_lines(results))
+    assert "recall of the concept by stats, over the 4 with test LoRAs, " in told(results, "rank")
+    row = tables.tables(results)["concepts"].rows[-1]
+    assert list(row[:5]) == ["dog", "unknown", "unknown", "unknown", "unknown"]
+    assert "dog" not in captions.captions(results)["concept_layer_map"]
+    assert "nan" not in report.render_text(results)
+
+
+# -- what the numbers do not say ------------------------------------------------------------------------
+
+
+def test_what_fewer_runs_than_the_tables_rest_on_is_told():
+    results = made()
+    assert "runs)" not in told(results, "robustness")
+    results["baseline_results"]["stats"]["test_accuracy"]["runs"] = [0.9] * 10
+    results["baseline_results"]["spectral"]["test_accuracy"]["runs"] = [0.9]  # as of a kernel
+    results["config"]["num_runs"] = 10
+    found = results["analysis"]["robustness"]
+    one = found["stats"]
+    found |= {"ensemble": copy.deepcopy(one), "spectral": one | {"runs": 1}, "not run": copy.deepcopy(one)}
+    text = told(results, "robustness")
+    assert f"stats (in 3 of the 10 runs): {one['why']}" in text  # and of what only controls are trained on
+    assert f"not run (in 3 of the 10 runs): {one['why']}" in text
+    assert f"ensemble: {one['why']}" in text and f"spectral: {one['why']}" in text
+    rows = {row[0]: row[1:] for row in tables.tables(results)["controls"].rows}
+    assert rows["runs"] == ["3 of 10 runs", "all 3", "all 1", "3 of 10 runs"]
+    assert " % in 3 of the 10 runs (with all" in captions.captions(results)["ablation_curves"]
+
+
+@pytest.mark.parametrize(
+    ("drop", "interval", "expected"),
+    [
+        (0.0123, [0.001, 0.02], "loses 1.2 points (0.1 to 2.0, p = 0.03)"),
+        (-0.022, [-0.05, 0.01], "gains 2.2 points (-1.0 to 5.0, p = 0.03)"),
+        (-0.0004, [-0.01, 0.02], "loses 0.0 points (-1.0 to 2.0, p = 0.03)"),
+    ],
+)
+def test_a_negative_loss_is_a_gain(drop, interval, expected):
+    results = made()
+    results["analysis"]["representations"]["drops"]["stats"] = {"drop": drop, "interval": interval, "p_holm": 0.03}
+    assert f"Without the top 2 it {expected}." in told(results, "representations")
+    results["analysis"]["robustness"] = {}
+    assert f"12 layers stats {expected}." in told(results, "robustness")
+
+
+def test_that_the_top_was_chosen_on_the_test_loras_is_on_the_first_page_once():
+    results = made()
+    chosen = "The top 2 were chosen on the same test LoRAs that the drops are measured on"
+    assert [line for line in cautions.warnings(results) if line.startswith(chosen)]
+    assert unwrapped(report.render_text(results)).count(chosen) == 1
+    results["config"]["rank_by"] = "val"
+    assert "--rank-by" not in report.render_text(results)
+
+
+def test_features_coincide_at_this_rank_only_where_all_updates_have_one():
+    results = made(answerable=False)
+    results["analysis"]["rank_structure"]["answerable"] = True
+    warned = cautions.warnings(results)
+    assert "In these LoRAs features of spectral coincide: sigma_1 = gap_1." in warned
+    assert "In these LoRAs features of spectral never vary: sigma_2, sigma_3." in warned
+    results = without_pairs()  # of no update is anything known
+    results["analysis"]["rank_structure"]["constant"] = {"spectral": ["gap_2"]}
+    assert "In these LoRAs features of spectral never vary: gap_2." in cautions.warnings(results)
+
+
+def test_whose_recall_it_is_that_effective_rank_goes_with():
+    results = made()
+    complexity = results["analysis"]["rank_structure"]["complexity"]
+    assert complexity["recall_by"] == "stats" and "recall of the concept by stats " in told(results, "rank")
+    complexity["recall_by"] = None
+    assert "recall of the concept by the best single layer " in told(results, "rank")
+
+
+def test_the_row_of_the_curve_is_named_by_what_it_is():
+    results = made()
+    found = results["analysis"]["robustness"]["stats"]
+    rows = {row[0]: row[1] for row in tables.tables(results)["controls"].rows}
+    half = found["survives_half"]
+    told_half = f"{answers.percent(half['share'])} ({answers.bounds(half['interval'])}), {half['removed']} gone"
+    assert rows["least left until half of them are gone"] == told_half
+    found |= {"survives": None, "survives_half": None, "verdict": "undecided"}
+    rows = {row[0]: row[1] for row in tables.tables(results)["controls"].rows}
+    assert rows["survives without the top 2"] == "too near chance"
+
+
+def test_p_of_kruskal_and_wallis_have_another_floor_than_those_of_draws():
+    results = made()
+    results["analysis"]["rank_structure"]["modules"][0]["p_fdr"] = 0.0
+    assert tables.tables(results)["modules"].rows[0][1] == "< 1e-9"
+    assert "< 1e-9" not in [row[3] for row in tables.tables(results)["ranking"].rows]
+
+
 # -- what to bear in mind -------------------------------------------------------------------------------
 
 
@@ -301,38 +502,48 @@ def test_a_cheap_explanation_that_does_as_well_is_on_the_first_page():
     assert results["analysis"]["cheap"]["as_good"] == ["metadata"]  # which holds the label
     first_page = unwrapped(report.render_text(results).split("\n1. Which layers predict? Each of")[0])
     cheap = results["analysis"]["cheap"]["metadata"]
-    assert f"metadata alone predict as well as the weights do: {100 * cheap['accuracy']:.1f} %" in first_page
-    said = " ".join(answers.checks(results))
+    assert f"metadata alone give {100 * cheap['accuracy']:.1f} %" in first_page
+    assert f"and stats is worse: its advantage is {answers.bounds(cheap['advantage_of_weights'])} points." in first_page
+    said = " ".join(cautions.checks(results))
     assert "by ranks and shapes: not there, or the same in every LoRA." in said and "by norms: " in said
+    cheap["advantage_of_weights"] = [-0.01, 0.02]
+    results["analysis"]["cheap"]["compared_with"] = "ensemble"  # the best by validation
+    said = " ".join(cautions.warnings(results) + cautions.checks(results))
+    assert "and ensemble is not clearly better: its advantage is -1.0 to 2.0 points." in said
+    assert said.count("the advantage of ensemble is ") == 2 and "the advantage of stats" not in said
+    results["analysis"]["cheap"]["compared_with"] = None  # no representation was run
+    assert "and the best single layer is not clearly better" in " ".join(cautions.warnings(results))
     results["analysis"]["cheap"]["as_good"] = []
-    assert "as well as the weights" not in " ".join(answers.warnings(results))
+    assert "Cheap explanation" not in " ".join(cautions.warnings(results))
     results["analysis"]["cheap"] = None
-    assert "were not tried" in " ".join(answers.checks(results))
+    assert "were not tried" in " ".join(cautions.checks(results))
 
 
 def test_unused_groups_shuffles_and_quick():
     results = made()
-    text = " ".join(answers.warnings(results))
+    text = " ".join(cautions.warnings(results))
     groups = results["analysis"]["groups"]
     assert "artist" in text and f"gives stats {100 * groups['grouped_split']:.1f} %" in text
     assert f"this one {100 * groups['random_split']:.1f} %" in text and "--group-column=artist" in text
     shuffled = results["analysis"]["null_shuffles"]
-    assert f"on shuffled labels (4 times), the best layer reaches {100 * max(shuffled['largest']):.1f} %" in text
+    assert f"(4 times, one run each), the best layer reaches {100 * max(shuffled['largest']):.1f} %" in text
     assert "p = 0.2, the smallest that 4 can give): as it should be." in text and "--quick" not in text
     shuffled |= {"largest": [0.9] * 4, "p": 1.0}
-    assert "(p = 1): no more than chance gives." in " ".join(answers.warnings(results))
+    assert "(p = 1): no more than chance may give." in " ".join(cautions.warnings(results))
+    shuffled |= {"shuffles": 100, "p": 2 / 101}  # one of a hundred is ahead of the true ones
+    assert "(p = 0.02): as it should be." in " ".join(cautions.warnings(results))
     results["analysis"] |= {"groups": None, "null_shuffles": None}
     results["config"]["quick"] = True
-    text = " ".join(answers.warnings(results))
+    text = " ".join(cautions.warnings(results))
     assert "artist" not in text and "shuffled" not in text and "rest on --quick (3 runs, at most 30 classifier" in text
 
 
 def test_attribution_with_and_without_a_correlation():
     results = made()
     found = results["analysis"]["attribution"]
-    assert f"Spearman correlation {answers.number(found['spearman'])} (" in " ".join(answers.checks(results))
+    assert f"Spearman correlation {answers.number(found['spearman'])} (" in " ".join(cautions.checks(results))
     found |= {"spearman": None, "interval": None, "p": None}
-    assert "Spearman correlation not measured" in " ".join(answers.checks(results))
+    assert "Spearman correlation not measured" in " ".join(cautions.checks(results))
 
 
 def test_concepts_best_and_worst_with_and_without_representations():
@@ -341,10 +552,13 @@ def test_concepts_best_and_worst_with_and_without_representations():
     found["recall"] = [[0.1, 0.9, 0.3, 0.3, 0.3], [0.2, 0.8, 0.3, 0.3, 0.3]]
     found["baseline"]["stats"], found["drop"]["stats"] = [1.0, 0.5, 0.9, 0.9, 0.9], [0.0, 0.1, 0.25, 0.0, -0.1]
     assert answers.concept_lines(results) == [
-        "A single layer recognises dog best (90.0 %) and cat worst (20.0 %).",
+        "The best single layer for each concept recognises dog best (90.0 %) and cat worst (20.0 %).",
         "With all layers stats recognises cat best (100.0 %) and dog worst (50.0 %); removing the top 2 takes most "
         "from <script>alert(1)</script> (25.0 points).",
     ]
+    found["recall"], found["drop"]["stats"] = [[0.5] * 5] * 2, [-0.1, 0.0, 0.0, 0.0, 0.0]
+    first, second = answers.concept_lines(results)
+    assert first.endswith("recognises all alike (50.0 %).") and second.endswith("the top 2 costs none of them.")
     results["analysis"]["representations"] = None
     assert len(answers.concept_lines(results)) == 1
     results["analysis"] = None
@@ -372,8 +586,9 @@ def test_results_txt_has_the_answers_first_and_short_lines(kind):
     words = unwrapped(text)
     for one in answers.answers(results):
         assert all(sentence in words for sentence in one.sentences) and one.evidence in words
-    assert all(warning in words for warning in answers.warnings(results))
-    assert all(words.count(check) == 1 for check in answers.checks(results))
+    assert all(warning in words for warning in cautions.warnings(results))
+    assert all(words.count(check) == 1 for check in cautions.checks(results))
+    assert words.count("--rank-by=val") == 1 and text.index("--rank-by=val") < text.index("1. Which layers predict? E")
 
 
 @pytest.mark.parametrize("absent", [True, False])
@@ -383,8 +598,9 @@ def test_without_an_analysis_one_line_says_which_flag_makes_it(absent):
         del results["analysis"]
     else:
         results["analysis"] = None
-    assert answers.answers(results) == [] and answers.checks(results) == []
+    assert answers.answers(results) == [] and cautions.checks(results) == []
     text = report.render_text(results)
+    assert text.count("--rank-by=val avoids that") == 1
     assert text.count("--controls=basic") == 1 and "Short answers" not in text and len(answers.NO_CONTROLS) <= 120
     assert f"\n{report.LAYER_HEADER}\n" in text and f"\n{report.layer_row(1, results['layer_ranking'][0])}\n" in text
     assert list(tables.tables(results)) == ["ranking", "metrics"]
@@ -424,6 +640,15 @@ def test_many_and_long_names_stay_within_the_page():
 
 @pytest.mark.parametrize(
     ("p", "text"),
+    [(0.0, "p < 1e-9"), (3e-9, "p = 3e-9"), (1.234e-5, "p = 1.2e-5"), (0.01234, "p = 0.012"), (1.0, "p = 1")],
+)
+def test_p_of_no_draws_has_the_floor_of_what_results_keep(p, text):
+    assert answers.p_text(p, answers.ROUNDED_P) == text
+    assert answers.p_cell(p, answers.ROUNDED_P) == text.removeprefix("p ").removeprefix("= ")
+
+
+@pytest.mark.parametrize(
+    ("p", "text"),
     [(0.0, "p < 0.0001"), (1 / 10001, "p < 0.0001"), (2 / 10001, "p = 0.0002"), (0.01234, "p = 0.012"), (1, "p = 1")],
 )
 def test_p_has_two_digits_and_a_floor(p, text):
@@ -433,3 +658,4 @@ def test_p_has_two_digits_and_a_floor(p, text):
 def test_no_negative_zero():
     assert (answers.percent(-0.0), answers.percent(-0.0004), answers.number(-0.004)) == ("0.0", "0.0", "0.00")
     assert answers.percent(-0.0126) == "-1.3"
+    assert [answers.signed(one) for one in (-0.0004, 0.0, 0.0126, -0.0126)] == ["0.0", "0.0", "+1.3", "-1.3"]
