@@ -57,8 +57,8 @@ class Controls:
         attributed: Representation, and shares of its gradient attribution, float[R, L].
         cheap: Features of explanations without weights, float[N, F] or None each.
         unused: Columns that look like groups and were not used.
-        grouped: Of a split by the first of them that allows one: representation, and truth int[m], groups int[m] and
-            predictions int[R, m] of its test LoRAs.
+        grouped: Of a split by the first of them that allows one: the column, representation, and truth int[m], groups
+            int[m] and predictions int[R, m] of its test LoRAs.
         shuffled: Accuracy of each layer on shuffled labels, one run, float[shuffles, L].
     """
 
@@ -67,7 +67,7 @@ class Controls:
     attributed: tuple[str, np.ndarray] | None = None
     cheap: dict[str, np.ndarray | None] = field(default_factory=dict)
     unused: Sequence[str] = ()
-    grouped: tuple[str, np.ndarray, np.ndarray, np.ndarray] | None = None
+    grouped: tuple[str, str, np.ndarray, np.ndarray, np.ndarray] | None = None
     shuffled: np.ndarray | None = None
 
 
@@ -280,7 +280,8 @@ def rank_by_concept(e: Evidence, modules: Sequence[str], tested: np.ndarray, sam
         samples = [of_units[units[1] == c] for c in range(len(e.classes))]
         statistic, p = (0.0, 1.0) if np.ptp(of_units) <= same else stats.kruskal(*samples)
         medians = [np.median(values[e.y == c]) for c in range(len(e.classes))]
-        records.append({"module": module, "statistic": statistic, "p": p, "median_by_class": medians})
+        effect = statistic / (len(sizes) - 1)  # ε², the share of the ranks' variance that classes explain
+        records.append({"module": module, "statistic": statistic, "effect": effect, "p": p, "median_by_class": medians})
     adjusted = stats.false_discovery_control([record["p"] for record in records]) if records else []
     return [record | {"p_fdr": p} for record, p in zip(records, adjusted, strict=True)]
 
@@ -422,13 +423,15 @@ def norms(stats_features: np.ndarray, updates: np.ndarray) -> np.ndarray:
 
 def grouped_split(e: Evidence, unused: Sequence[str], grouped: tuple | None) -> dict:
     """What a split gives that keeps groups together, where the experiment's own did not; nulls where there is none."""
-    told = {"unused": list(unused), **dict.fromkeys(("representation", "random_split", "grouped_split", "interval"))}
+    nulls = dict.fromkeys(("column", "representation", "random_split", "grouped_split", "interval"))
+    told = {"unused": list(unused), **nulls}
     if grouped is None:
         return told | {"why": "these groups allow no split, or all that was run is fitted to the split"}
-    name, truth, groups, predicted = grouped
+    column, name, truth, groups, predicted = grouped
     correct = predicted == truth
     drawn = Draws(groups, RESAMPLES, e.seed).accuracies([correct])[0]
     return told | {
+        "column": column,
         "representation": name,
         "random_split": (e.predicted(f"baseline/{name}") == e.truth).mean(),
         "grouped_split": correct.mean(),

@@ -88,11 +88,11 @@ def _unused_groups(found: dict) -> Iterator[str]:
         why = found["controls_not_run"].get("grouped split", groups["why"])
         yield f"{told} No split that keeps them together could be tried: {why.rstrip('.')}."
     else:
-        of = columns[0] if len(columns) == 1 else "the first of these that allows it"
         yield (
-            f"{told} A split that keeps the groups of {of} together gives {name} {percent(groups['grouped_split'])} % "
+            f"{told} A split that keeps the groups of {groups['column']} together gives {name} "
+            f"{percent(groups['grouped_split'])} % "
             f"({bounds(groups['interval'])}), this one {percent(groups['random_split'])} %. "
-            f"--group-column={columns[0]} uses {'it' if len(columns) == 1 else 'the first'}."
+            f"--group-column={groups['column']} uses it."
         )
 
 

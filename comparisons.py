@@ -249,8 +249,8 @@ def grouped(experiment: Experiment, e: Evidence, names: Sequence[str], columns: 
         columns: Of `group_columns`; the first that allows a split is taken.
 
     Returns:
-        The representation, and truth, groups and predictions of the test LoRAs of that split; None where no column
-        allows one, or all representations are fitted.
+        The column, the representation, and truth, groups and predictions of the test LoRAs of that split; None where no
+        column allows one, or all representations are fitted.
 
     Raises:
         TrainingError: A training diverged.
@@ -271,7 +271,7 @@ def grouped(experiment: Experiment, e: Evidence, names: Sequence[str], columns: 
             if isinstance(entry, str):
                 raise TrainingError(entry)
         predicted = again.predictions[f"grouped/{best}/predicted"][:, len(rows["validation"]) :]
-        return best, by_group.y[rows["test"]], by_group.groups[rows["test"]], predicted
+        return column, best, by_group.y[rows["test"]], by_group.groups[rows["test"]], predicted
     return None
 
 

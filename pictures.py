@@ -396,11 +396,11 @@ def _rank_structure(results: dict, figure: Figure) -> None:
 
 
 def _modules(results: dict, ax: Axes) -> None:
-    """How much concepts explain of each module's measure: ε² = H / (N - 1) of the Kruskal-Wallis statistic H."""
-    section, samples = results["analysis"]["rank_structure"], results["dataset"]["num_samples"]
+    """How much concepts explain of each module's measure: ε² of the Kruskal-Wallis test."""
+    section = results["analysis"]["rank_structure"]
     modules = section["modules"]
     layers = {record["module"]: record for record in (results["analysis"].get("layers") or {}).get("records", ())}
-    explained = np.array([100 * min(1, module["statistic"] / max(1, samples - 1)) for module in modules])
+    explained = np.array([100 * min(1, module["effect"]) for module in modules])
     differs = np.array([module["p_fdr"] < ALPHA for module in modules])
     at, size = np.arange(len(modules)), float(np.clip(250 / len(modules), 2.5, 5))
     ax.vlines(at, 0, explained, color="#b8b8b8", lw=min(1, 60 / len(modules)))

@@ -88,7 +88,7 @@ def controls_of(e: Evidence, cheap: bool = False) -> Controls:
         attributed=("stats", generator.random((2, layers))),
         cheap={"norms": generator.normal(size=(len(e.y), 3)), "metadata": None} if cheap else {},
         unused=["artist"],
-        grouped=("stats", e.truth, np.arange(n) // 2, e.predicted("baseline/stats")),
+        grouped=("artist", "stats", e.truth, np.arange(n) // 2, e.predicted("baseline/stats")),
         shuffled=generator.random((3, layers)),
     )
 
@@ -537,7 +537,7 @@ def test_a_cheap_explanation_as_good_as_the_weights_is_named(known, as_good):
 def test_a_leak_through_groups_shows_in_the_grouped_split():
     e = evidence_of()
     tell(e, "baseline/stats", share(e, 0.95))
-    grouped = ("stats", e.truth, np.arange(120) // 10, np.random.default_rng(0).integers(0, 6, (2, 120)))
+    grouped = ("artist", "stats", e.truth, np.arange(120) // 10, np.random.default_rng(0).integers(0, 6, (2, 120)))
     found = analysed(e, Controls("basic", unused=["artist"], grouped=grouped))["groups"]
     assert found["random_split"] > 0.9 and found["interval"][1] < 0.4 and found["unused"] == ["artist"]
 

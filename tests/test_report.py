@@ -68,7 +68,7 @@ def _made(kind: str, names: tuple[str, ...], answerable: bool) -> dict:
         ("stats", generator.random((RUNS, LAYERS))),
         {"norms": generator.random((len(y), 3)), "ranks and shapes": None, "metadata": np.eye(CLASSES)[y]},
         ["artist"],
-        (names[0], e.truth, np.arange(TEST) // 4, guesses(e.truth, np.full(RUNS, 0.5), 9)),
+        ("artist", names[0], e.truth, np.arange(TEST) // 4, guesses(e.truth, np.full(RUNS, 0.5), 9)),
         generator.random((4, LAYERS)) * 0.3,
     )
     features = generator.random((len(y), LAYERS, 7)) + y[:, None, None]
@@ -370,9 +370,10 @@ def test_groups_of_which_no_split_was_made():
     lines = [line for line in cautions.warnings(results) if "split" in line]
     assert len(lines) == 1 and lines[0].endswith("could be tried: training diverged.")
     groups |= {"unused": ["artist", "set"], "representation": "stats", "random_split": 0.9, "grouped_split": 0.5,
-               "interval": [0.4, 0.6]}  # fmt: skip
+               "interval": [0.4, 0.6], "column": "set"}  # fmt: skip
     text = " ".join(cautions.warnings(results))
-    assert "artist and set. A split that keeps the groups of the first of these that allows it together gives" in text
+    assert "artist and set. A split that keeps the groups of set together gives" in text
+    assert "--group-column=set uses it." in text
 
 
 def test_controls_that_were_not_run_are_named_with_the_reason():
