@@ -149,11 +149,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description="Rank LoRA layers by how well they predict the concept, remove the best, compare representations."
     )
     add = parser.add_argument_group("collection").add_argument
-    add(
-        "--dataset",
-        default="1k",
-        help="1k, 10k, 50k, 100k or small, a folder in --data-dir; or any folder of LoRAs (1k)",
-    )
+    add("--dataset", default="1k", help="1k, 10k, 50k, 100k or small, in --data-dir; or any folder of LoRAs (1k)")
     add(
         "--data-dir",
         type=Path,
@@ -508,7 +504,7 @@ def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndar
             "group_column": collection.group_column,
             "num_groups": None if collection.groups is None else int(collection.groups.max()) + 1,
             "samples": store.digest(samples),  # the fingerprint is of contents, and knows no groups
-            "metadata": None if settings.controls == "none" else store.digest(collection.columns),
+            "metadata": store.digest(collection.columns) if comparisons.asked_for(settings) else None,
             "ignored": dict(collection.ignored),
             "skipped": collection.skipped_records,
         },
@@ -565,13 +561,12 @@ def run_phases(experiment: Experiment, chosen: list[str], not_run: dict[str, str
 
 def analyse(experiment: Experiment, results: dict, watch: Stopwatch) -> dict | None:
     """What the numbers of the phases mean, beside controls; the answers are printed. None where none is asked for."""
-    settings = experiment.settings
-    if settings.controls == "none" and not settings.null_shuffles:
+    if not comparisons.asked_for(experiment.settings):
         return None
     say("\nControls, and what the numbers mean")
     names = [name for name in results["baseline_results"] if name in results["ablation_results"]]
     with watch.phase("analysis"):
-        found = comparisons.analysed(experiment, names, settings.controls, settings.null_shuffles, say)
+        found = comparisons.analysed(experiment, names, say)
     if found:  # None on all processes but the first
         say("\n".join(report.short_answers(results | {"analysis": found})))
     return found

@@ -19,7 +19,7 @@ from analysis import Controls
 from controls import Conditions, plan_controls
 from evidence import Evidence, permuted, stream
 from representations import REPRESENTATIONS
-from trainings import ATTRIBUTED, Experiment, TrainingError
+from trainings import ATTRIBUTED, Experiment, Settings, TrainingError
 
 LEVELS = ("none", "basic", "all")
 UPDATES = "updates"  # effective rank, norm and scale of each update
@@ -44,20 +44,24 @@ EXTENTS = {
 DRAWS, ORDERS = {"kept kernels": 200, "else": 20}, {"kept kernels": 5, "else": 1}
 
 
-def analysed(experiment: Experiment, names: Sequence[str], level: str, shuffles: int, say: Callable) -> dict | None:
+def asked_for(settings: Settings) -> bool:
+    """Whether there is to be an analysis."""
+    return settings.controls != "none" or settings.null_shuffles > 0
+
+
+def analysed(experiment: Experiment, names: Sequence[str], say: Callable[[str], None]) -> dict | None:
     """`analysis` of results.json, whatever is trained for it trained.
 
-    None for level "none" without shuffles, and on all processes of a job but the first, which only train.
+    None where none is asked for, and on all processes of a job but the first, which only train.
 
     Args:
         experiment: All phases done.
         names: Representations that were run with and without the top layers.
-        level: One of ``LEVELS``.
-        shuffles: How many rankings to train on shuffled labels.
         say: Prints a line.
     """
-    if level == "none" and not shuffles:
+    if not asked_for(experiment.settings):
         return None
+    level, shuffles = experiment.settings.controls, experiment.settings.null_shuffles
     e, not_run = evidence_of(experiment), {}
 
     def tried(name: str, train: Callable) -> object:

@@ -1,6 +1,7 @@
 """What is trained and read to compare with: controls, groups, metadata, shuffled labels."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,14 @@ def planted(tmp_path_factory):
 
 
 NAMES = ["stats", "update_sketch"]
+
+
+def asked(experiment: Experiment, level: str, shuffles: int = 0):
+    """The analysis of an experiment whose flags ask for these controls."""
+    with pytest.MonkeyPatch.context() as patch:
+        settings = replace(experiment.settings, controls=level, null_shuffles=shuffles)
+        patch.setattr(experiment, "settings", settings)
+        return comparisons.analysed(experiment, NAMES, print)
 
 
 def test_equal_conditions_are_trained_once_and_those_of_the_phases_not_again(planted, monkeypatch):
@@ -155,12 +164,12 @@ def test_rankings_of_shuffled_labels_are_at_chance(planted):
 
 
 def test_no_controls_no_analysis(planted):
-    assert comparisons.analysed(planted, NAMES, "none", 0, print) is None
+    assert asked(planted, "none") is None
 
 
 def test_planted_layers_are_found_localised_and_the_same_again(planted):
-    found = comparisons.analysed(planted, NAMES, "basic", 0, print)
-    assert found == comparisons.analysed(planted, NAMES, "basic", 0, print)
+    found = asked(planted, "basic")
+    assert found == asked(planted, "basic")
     above = {record["depth"] for record in found["layers"]["records"] if record["above_null"]}
     assert above == {1, 4, 6}
     assert list(found["robustness"]) == ["stats"] and found["robustness"]["stats"]["verdict"] == "localized"
@@ -176,7 +185,7 @@ def test_controls_that_diverge_are_named_and_the_rest_goes_on(planted, monkeypat
 
     monkeypatch.setattr(planted, "under", diverge)
     monkeypatch.setattr(comparisons, "shuffled", diverge)
-    found = comparisons.analysed(planted, NAMES, "basic", 2, print)
+    found = asked(planted, "basic", 2)
     assert found["controls_not_run"] == dict.fromkeys(("stats", "null shuffles"), "training diverged")
     assert found["robustness"] == {} and found["null_shuffles"] is None and found["layers"]["num_above_null"] == 3
 
@@ -184,4 +193,4 @@ def test_controls_that_diverge_are_named_and_the_rest_goes_on(planted, monkeypat
 def test_other_processes_train_and_do_not_analyse(planted, monkeypatch):
     monkeypatch.setattr(planted.crew, "rank", 1)
     monkeypatch.setattr(comparisons.analysis, "analyse", None)
-    assert comparisons.analysed(planted, NAMES, "basic", 0, print) is None
+    assert asked(planted, "basic") is None
