@@ -711,6 +711,14 @@ def test_shards_are_written_as_they_are_finished(tmp_path, small_shards):
     assert seen == [("features", done, 3, True) for done in (1, 2, 3)]
 
 
+def test_some_rows_of_features_are_read_from_the_shards_that_hold_them(tmp_path, small_shards):
+    root = write_collection(tmp_path / "zoo", classes=2, per_class=5)
+    found = extracted(root, tmp_path / "cache", ["stats"])
+    assert len(list(found.path("stats").glob("*.npy"))) == 3
+    rows = np.array([9, 0, 4, 3, 3])
+    np.testing.assert_array_equal(found.load("stats", rows), found.load("stats")[rows])
+
+
 def test_a_pass_that_was_stopped_reads_no_finished_shard_again(tmp_path, small_shards, passes, monkeypatch):
     root = write_collection(tmp_path / "zoo", classes=2, per_class=5)
     original, names = store.save_array, ["stats", data.WEIGHTS]

@@ -735,3 +735,20 @@ def test_a_group_column_never_makes_another_column_the_label(tmp_path, capsys):
     arguments = ["--dataset", str(root), "--output-dir", str(tmp_path / "out"), "--group-column=label"]
     assert main(arguments) == 2
     assert "label gives a class with fewer than three groups (0: 1, 1: 1)" in capsys.readouterr().err
+
+
+def test_the_values_beside_the_weights_by_file(tmp_path):
+    """Those of a table go before those of metadata.json; lists, nothing and captions are none."""
+    root = metadata_collection(tmp_path / "zoo", count=4)
+    paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.safetensors"))
+    for i, path in enumerate(paths):
+        beside = root / path
+        fields = {"steps": 10 * i, "artist": f"a{i % 2}", "tags": ["x"], "caption": 201 * "y", "note": None}
+        (beside.parent / "metadata.json").write_text(json.dumps(fields))
+    named = table(tmp_path / "labels.csv", ["file_name", "label", "steps"], *[[path, "c", 7] for path in paths[:3]])
+    found = labels.values_by_file(root, paths, None)
+    assert list(found) == ["artist", "steps"] and found["steps"] == {p: str(10 * i) for i, p in enumerate(paths)}
+    found = labels.values_by_file(root, paths, named)
+    assert list(found) == ["artist", "label", "steps"] and found["steps"] == dict.fromkeys(paths[:3], "7")
+    (root / paths[0]).parent.joinpath("metadata.json").write_text("{broken")
+    assert paths[0] not in labels.values_by_file(root, paths, None)["artist"]

@@ -18,6 +18,7 @@ from stacked_training import (
     Schedule,
     Split,
     Stored,
+    attribution,
     dropout_masks,
     fast_products,
     initial_weights,
@@ -406,3 +407,26 @@ def test_predictions_do_not_depend_on_how_rows_are_sliced(monkeypatch):
     whole = predict_logits(params, x, source, split.train)
     monkeypatch.setattr(stacked_training, "NUMBERS_AT_ONCE", 100)
     torch.testing.assert_close(predict_logits(params, x, source, split.train), whole, rtol=1e-12, atol=0)
+
+
+def test_attribution_is_gradient_times_input_of_the_predicted_class_by_blocks(monkeypatch):
+    x, _, split = problem(features=6)
+    live = torch.tensor([[True] * 6, [True, True, False, False, True, True]])
+    models = Models(torch.zeros(2, dtype=torch.int64), torch.tensor([0, 1]), live)
+    params = initial_weights(models, 6, (*HIDDEN, CLASSES), 0, like=x)
+    shares = attribution(params, x, models.source, split.test, block=2)
+    for m in range(2):
+        of_rows = []
+        for row in split.test.tolist():
+            inputs = x[0, row].clone().requires_grad_()
+            h = inputs
+            for i in range(len(HIDDEN) + 1):
+                h = h @ params[f"weight{i}"][m] + params[f"bias{i}"][m, 0]
+                h = h.relu() if i < len(HIDDEN) else h
+            h.max().backward()
+            of_rows.append((inputs.grad * inputs.detach()).view(3, 2).sum(1).abs())
+        torch.testing.assert_close(shares[m], torch.stack(of_rows).mean(0), rtol=1e-9, atol=1e-12)
+    assert shares[1, 1] == 0 < shares[0, 1]
+    monkeypatch.setattr(stacked_training, "NUMBERS_AT_ONCE", 100)
+    sliced = attribution(params, x, models.source, split.test, block=2)
+    torch.testing.assert_close(sliced, shares, rtol=1e-12, atol=0)
