@@ -115,7 +115,12 @@ def representations_section(accuracy, dropped):
 def rank_section(modules, names, answerable, generator):
     found = {"r": 0.36, "interval": [-0.35, 0.81], "p": 0.3} if len(names) > 3 else None
     records = [
-        {"module": module, "statistic": float(generator.gamma(2, 40)), "p_fdr": (0.01, 0.3)[i % 2]}
+        {
+            "module": module,
+            "statistic": float(generator.gamma(2, 40)),
+            "effect": 0.01 * (i % 50),
+            "p_fdr": (0.01, 0.3)[i % 2],
+        }
         for i, module in enumerate(modules)
     ]
     by_class = [
