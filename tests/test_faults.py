@@ -112,16 +112,20 @@ def assert_whole(out, expected):
 
 @pytest.mark.parametrize("kind", [*KINDS, "../ablation_small/results.txt"])
 def test_a_kill_right_after_each_kind_of_unit_loses_nothing(processes, collection, expected, tmp_path, kind):
-    out = tmp_path / "out"
-    run = started(processes, collection, out)
-    while run.process.is_alive() and not any((out / ".cache").glob(kind)):
-        pass
-    killed = run.kill() == -signal.SIGKILL
-    before = finished_work(out)
-    assert started(processes, collection, out).wait() == 0
-    assert before.items() <= finished_work(out).items()  # nothing was computed again
-    assert_whole(out, expected[0])
-    assert killed or kind.endswith("results.txt")  # the last one comes a moment before the end
+    killed = False
+    for trial in range(10):  # a pass takes its documents away again, maybe before anyone has seen them
+        out = tmp_path / f"out{trial}"
+        run = started(processes, collection, out)
+        while run.process.is_alive() and not any((out / ".cache").glob(kind)):
+            pass
+        killed = run.kill() == -signal.SIGKILL
+        before = finished_work(out)
+        assert started(processes, collection, out).wait() == 0
+        assert before.items() <= finished_work(out).items()  # nothing was computed again
+        assert_whole(out, expected[0])
+        if killed or kind.endswith("results.txt"):  # the last one comes a moment before the end
+            break
+    assert killed or kind.endswith("results.txt")
 
 
 def kills_at_random_moments(processes, collection, expected, tmp_path, number):
