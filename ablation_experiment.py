@@ -376,7 +376,8 @@ def carry_out(args: argparse.Namespace, settings: Settings, crew: Crew) -> int:
         written = RESULT_FILES + (PAGE,) * (results["analysis"] is not None)
         if crew.rank == 0:
             write_results(target, experiment, results)
-    say(f"\nWritten to {target}: {', '.join(written)} ({results['timing']['total']:.0f} s)")
+    left_out = f"; not run, and results.txt says why: {', '.join(plan.not_run)}" * bool(plan.not_run)
+    say(f"\nWritten to {target}: {', '.join(written)} ({results['timing']['total']:.0f} s){left_out}")
     return 3 if plan.not_run else 0
 
 

@@ -19,6 +19,8 @@ from answers import (
 )
 from evidence import ALPHA
 
+FEW = 50  # test LoRAs, below which intervals by resampling them promise too much
+
 
 def warnings(results: dict) -> list[str]:
     """What belongs beside the answers, so that nobody takes them for more than they are."""
@@ -26,6 +28,9 @@ def warnings(results: dict) -> list[str]:
     lines = [_quick(config)] if config["quick"] else []
     if not found:
         return [*lines, NO_CONTROLS]
+    tested = results["dataset"]["split_sizes"]["test"]
+    if tested < FEW:
+        lines.append(f"Only {tested} test LoRAs: intervals by drawing them again are narrower than they should be.")
     if config["rank_by"] == "test":
         lines.append(_chosen_on_test(config["top_k"]))
     above, total = found["layers"]["num_above_null"], len(found["layers"]["records"])

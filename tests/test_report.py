@@ -660,3 +660,11 @@ def test_no_negative_zero():
     assert (answers.percent(-0.0), answers.percent(-0.0004), answers.number(-0.004)) == ("0.0", "0.0", "0.00")
     assert answers.percent(-0.0126) == "-1.3"
     assert [answers.signed(one) for one in (-0.0004, 0.0, 0.0126, -0.0126)] == ["0.0", "0.0", "+1.3", "-1.3"]
+
+
+def test_few_test_loras_are_warned_of():
+    results = made()
+    results["dataset"]["split_sizes"]["test"] = 49
+    assert any(line.startswith("Only 49 test LoRAs") for line in cautions.warnings(results))
+    results["dataset"]["split_sizes"]["test"] = 50
+    assert not any("test LoRAs: intervals" in line for line in cautions.warnings(results))
