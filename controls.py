@@ -174,6 +174,9 @@ def robustness(e: Evidence, conditions: Conditions, predicted: np.ndarray) -> di
             "share": -np.diff(curve["accuracy"])[largest] / np.ptp(curve["accuracy"]),
             "interval": interval(steps[largest] / span),  # of this step: the largest of each draw is always larger
         }
+    if len(random) == 0 and found["survives"]["interval"][0] < LOCALIZED:
+        told = "less than half may survive the removal, and no other layers of these roles tell what any would cost"
+        return found | {"verdict": "undecided", "why": told}
     below_random = len(random) > 0 and bool(without_top < random.min())
     return found | verdict(found["survives"], below_random, found["survives_half"])
 
