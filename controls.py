@@ -174,10 +174,7 @@ def robustness(e: Evidence, conditions: Conditions, predicted: np.ndarray) -> di
             "share": -np.diff(curve["accuracy"])[largest] / np.ptp(curve["accuracy"]),
             "interval": interval(steps[largest] / span),  # of this step: the largest of each draw is always larger
         }
-    if len(random) == 0 and found["survives"]["interval"][0] < LOCALIZED:
-        told = "less than half may survive the removal, and no other layers of these roles tell what any would cost"
-        return found | {"verdict": "undecided", "why": told}
-    below_random = len(random) > 0 and bool(without_top < random.min())
+    below_random = bool(without_top < random.min()) if len(random) else None
     return found | verdict(found["survives"], below_random, found["survives_half"])
 
 
@@ -230,22 +227,24 @@ def removal_curve(
     return told | {"area": areas[0], "area_interval": interval(areas[1])}, points
 
 
-def verdict(survives: dict, below_random: bool, half: dict) -> dict:
+def verdict(survives: dict, below_random: bool | None, half: dict) -> dict:
     """Where a concept lies that can be told at all, and why.
 
     ``localized``: less than half of what is above chance survives the removal of the top k, which costs more than any
     removal of random layers. ``redundant``: nine tenths survive until half of the layers are gone, most predictive
     first, at the worst point of the curve until then. ``distributed``: otherwise. ``undecided``: an interval lies on
-    both sides of such a boundary. (And ``no signal`` where all layers together are not above permuted labels: then
-    nothing can survive.)
+    both sides of such a boundary, or less than half may survive and nothing tells what other layers would cost. (And
+    ``no signal`` where all layers together are not above permuted labels: then nothing can survive.)
 
     Args:
         survives: Share without the top k, and its interval.
-        below_random: Whether the top k cost more than each random draw.
+        below_random: Whether the top k cost more than each random draw; None where nothing could be drawn.
         half: The least share until half of the layers are gone, its interval, and how many are ``removed`` there.
     """
     share, (low, high) = survives["share"], survives["interval"]
     told = f"{_share(share, low, high)} of what is above chance survives the removal"
+    if below_random is None and low < LOCALIZED:
+        return {"verdict": "undecided", "why": f"{told}, and there are no other layers of these roles to remove"}
     if below_random and high < LOCALIZED:
         return {"verdict": "localized", "why": f"{told}, and random layers cost less"}
     if below_random and low < LOCALIZED:

@@ -177,6 +177,8 @@ def shares(share, low, high):
         (shares(0.2, 0.1, 0.3), True, shares(0.1, 0.0, 0.2), "localized"),
         (shares(0.4, 0.3, 0.6), True, shares(0.1, 0.0, 0.2), "undecided"),
         (shares(0.6, 0.4, 0.8), True, shares(0.1, 0.0, 0.2), "undecided"),
+        (shares(0.2, 0.1, 0.3), None, shares(0.1, 0.0, 0.2), "undecided"),  # nothing could be drawn
+        (shares(0.8, 0.7, 0.9), None, shares(0.5, 0.4, 0.6), "distributed"),
         (shares(0.2, 0.1, 0.3), False, shares(0.1, 0.0, 0.2), "distributed"),  # any layers cost as much
         (shares(0.8, 0.7, 0.9), True, shares(0.5, 0.4, 0.6), "distributed"),
         (shares(1.0, 0.9, 1.1), False, shares(0.95, 0.92, 0.98), "redundant"),

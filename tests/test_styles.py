@@ -173,3 +173,4 @@ def test_a_run_of_flattened_weights_alone_still_ranks_the_layers(mixed, tmp_path
     assert main(["--dataset", str(mixed[0]), "--output-dir", str(tmp_path / "out"), *flags]) == 3
     results = json.loads((tmp_path / "out" / "ablation_zoo" / "results.json").read_text())
     assert len(results["layer_ranking"]) == 8 and results["baseline_results"] == {} == results["ablation_results"]
+    assert not list((tmp_path / "out" / ".cache").rglob("weights-*"))  # nothing was packed in vain
