@@ -180,8 +180,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         choices=comparisons.LEVELS,
         help="what to compare with. basic: all that needs no training, and for stats in 3 runs 20 random removals, the "
         "bottom k, the top k alone, curves of at most 12 points, all of it for update_kernel too if it is run, and the "
-        "best representation without fitting on a split by groups where a column looks like one; all: also ensemble and "
-        "update_sketch, every run, 32 points, what each layer adds to the top k (basic; none with --quick)",
+        "best representation without fitting on a split by groups where a column looks like one; all: also ensemble "
+        "and update_sketch, every run, 32 points, what each layer adds to the top k (basic; none with --quick)",
     )
     add(
         "--null-shuffles",
