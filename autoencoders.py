@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stacked_training import Schedule, Split, dropout_masks, rows_at_once, stream, train
+from stacked_training import Schedule, Split, dropout_masks, gather, rows_at_once, stream, train
 
 KL_WEIGHT = 0.1
 TEMPERATURE = 0.5
@@ -278,7 +278,7 @@ class AutoencoderStack:
         for rows in draws.order(self.split.train).split(self.batch_size):
             if len(rows) < 2:
                 continue
-            clean = self.x[self.model[:, None], rows]  # (M, B, in)
+            clean = gather(self.x, self.model, rows[None])  # (M, B, in)
             if self.name == "contrastive":
                 yield self._contrastive_losses(clean, draws.normal("noise", 2, *clean.shape[1:]), draws)
             elif self.name == "vae":
@@ -290,13 +290,13 @@ class AutoencoderStack:
         """Losses [M] over the validation rows: VAE at z = mean, contrastive on fixed views, denoising from clean."""
         rows = self.split.validation
         if self.name == "vae":
-            return self._vae_losses(self.x[self.model[:, None], rows], None)
+            return self._vae_losses(gather(self.x, self.model, rows[None]), None)
         if self.name == "denoising":
-            return self._denoising_losses(self.x[self.model[:, None], rows], None)
+            return self._denoising_losses(gather(self.x, self.model, rows[None]), None)
         # In batches as in training, since NT-Xent grows with the number of negatives.
         total = 0.0
         for part in _batches(len(rows), self.batch_size):
-            clean = self.x[self.model[:, None], rows[part]]
+            clean = gather(self.x, self.model, rows[part][None])
             total = total + self._contrastive_losses(clean, self.validation_noise[:, part], None) * clean.shape[1]
         return total / len(rows)
 

@@ -33,8 +33,8 @@ from stacked_training import DROPOUT, HIDDEN, Models, Schedule, Split, Stored, s
 
 # Parameters in a stack: of 8 classifiers of one layer for a CPU, near whose caches they stay; of 561 for a GPU.
 STACK_PARAMETERS = {"cpu": 4_300_000, "cuda": 300_000_000}
-# Of 4 to 12 autoencoders for a CPU: enough stacks to keep its threads busy to the end.
-AUTOENCODER_PARAMETERS = {"cpu": 7_000_000, "cuda": 300_000_000}
+# Of about 16 autoencoders for a CPU: fewer cost more a model, more leave a thread idle at the end.
+AUTOENCODER_PARAMETERS = {"cpu": 14_500_000, "cuda": 300_000_000}
 RUNS_IN_STACK = {"cpu": 1, "cuda": 10}  # of one representation, so that more runs find the first ones finished
 MEMORY_SHARE = 0.6  # of the device's memory that resident weights may take
 PCA_COMPONENTS = 100
