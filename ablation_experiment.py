@@ -34,32 +34,19 @@ import torch
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-import analysis
-import answers
-import autoencoders
-import captions
-import cautions
 import comparisons
-import controls
 import data
 import digits_zoo
-import drawing
-import evidence
-import hypotheses
-import kernels
 import labels
-import layers
-import lora_files
 import page
 import pictures
 import report
-import representations
-import stacked_training
 import store
-import tables
 from crew import Crew, FaultElsewhereError, assemble
-from data import WEIGHTS, Collection, CollectionError
+from data import Collection, CollectionError
+from extraction import WEIGHTS, extract, identity
 from representations import REPRESENTATIONS
+from splits import split_collection
 from stacked_training import Schedule, scored
 from trainings import OUT_OF_MEMORY, STACK_PARAMETERS, Experiment, Settings, TrainingError, out_of_memory, start_thread
 
@@ -157,12 +144,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "instead: the built-in digits",
     )
     data.add_label_flags(add)
-    add(
-        "--group-column",
-        metavar="NAME",
-        help="column of the table, or field of the metadata.json files: LoRAs that share its value are never on both "
-        "sides of the split (none)",
-    )
     add = parser.add_argument_group("experiment").add_argument
     add("--top-k", type=int, default=5, help="number of most predictive layers to remove (5)")
     add("--num-runs", type=int, help="trainings of each classifier (10; 3 with --quick)")
@@ -354,9 +335,7 @@ def carry_out(args: argparse.Namespace, settings: Settings, crew: Crew) -> int:
             check_alike(crew, collection, plan)
             try:
                 with watch.phase("features"):
-                    extracted = data.extract(
-                        collection, plan.needed, cache, settings.device, crew, progress, args.skip_bad
-                    )
+                    extracted = extract(collection, plan.needed, cache, settings.device, crew, progress, args.skip_bad)
                 break
             except CollectionError as error:
                 if not (args.skip_bad and error.files):
@@ -388,7 +367,7 @@ def check_alike(crew: Crew, collection: Collection, plan: Plan) -> None:
         OSError: This process is not about to do the same as rank 0.
     """
     environment = [plan.header["environment"][key] for key in ("torch", "code")]
-    mine = store.digest([data.identity(collection), plan.header["dataset"], plan.header["config"], environment])
+    mine = store.digest([identity(collection), plan.header["dataset"], plan.header["config"], environment])
     if crew.agree(lambda: mine) != mine:
         raise OSError(f"process {crew.rank} of the job has other files, flags or another program than the first one")
 
@@ -431,7 +410,7 @@ def make_plan(settings: Settings, collection: Collection) -> Plan:
         CollectionError: The labels or groups make no classification task.
     """
     data.check_classes(collection)
-    rows = data.split_collection(collection, settings.seed)
+    rows = split_collection(collection, settings.seed)
     selected = data.select_layers(collection, settings.layers)
     if settings.top_k >= selected.sum():
         matching = f" that match {settings.layers}" if settings.layers else ""
@@ -465,10 +444,7 @@ def only_process(target: Path) -> Iterator[None]:
 
 def environment(device: torch.device) -> dict:
     """The machine and the program, as results.json tells them."""
-    modules = (stacked_training, representations, autoencoders, kernels, lora_files, labels, data, store)
-    modules += (evidence, controls, layers, hypotheses, analysis, comparisons, answers, cautions, tables, report)
-    modules += (drawing, captions, pictures, page)
-    modules += (sys.modules[Crew.__module__], sys.modules[Experiment.__module__], sys.modules[__name__])
+    program = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -476,7 +452,7 @@ def environment(device: torch.device) -> dict:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
         "threads": THREADS,
-        "code": store.code_digest(*modules),
+        "code": store.digest(program),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

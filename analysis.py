@@ -177,6 +177,8 @@ def representations(e: Evidence, names: Sequence[str]) -> dict:
         ]
     drops = _with_holm([difference(("baseline", name), ("ablation", name)) for name in names])
     best = max(names, key=lambda name: accuracy["baseline", name])
+    null = best_by_chance(e, [e.predicted(f"baseline/{name}") for name in names])
+    p_family = exceedance(np.array([accuracy["baseline", name] for name in names]), null[:, None])
     near = [
         ({one["a"], one["b"]} - {best}).pop()
         for one in pairs["baseline"]
@@ -184,6 +186,7 @@ def representations(e: Evidence, names: Sequence[str]) -> dict:
     ]
     return {
         "best": best,
+        "p_family": dict(zip(names, p_family, strict=True)),
         "intervals": {
             condition: {name: interval(drawn[condition, name]) for name in names}
             for condition in ("baseline", "ablation")
@@ -192,6 +195,14 @@ def representations(e: Evidence, names: Sequence[str]) -> dict:
         "pairs": pairs,
         "indistinguishable_from_best": near,
     }
+
+
+def best_by_chance(e: Evidence, predicted: Sequence[np.ndarray]) -> np.ndarray:
+    """The accuracy on permuted test labels of the best of some classifiers, int[R, n] each, float64[B]."""
+    by_runs: dict[int, list[np.ndarray]] = {}
+    for one in predicted:
+        by_runs.setdefault(len(one), []).append(one)
+    return np.max([e.null(np.stack(alike)).max(1) for alike in by_runs.values()], axis=0)
 
 
 def _with_holm(found: list[dict]) -> list[dict]:

@@ -294,11 +294,16 @@ def _best_representation(results: dict, a: dict) -> Iterator[str]:
     means = {name: entry["test_accuracy"]["mean"] for name, entry in results["baseline_results"].items()}
     left = {name: entry["test_accuracy"]["mean"] for name, entry in results["ablation_results"].items()}
     reached = f"{percent(means[best])} % ({bounds(compared['intervals']['baseline'][best])})"
-    if len(means) == 1:
-        yield f"{best} reaches {reached} with all layers; chance is {percent(results['chance']['accuracy'])} %."
+    chance, p = f"{percent(results['chance']['accuracy'])} %", compared["p_family"][best]
+    only = len(means) == 1
+    if p >= ALPHA:
+        none, first = (f"{best} cannot", "it") if only else (f"None of the {len(means)} can", f"the first, {best},")
+        yield f"{none} be told from chance ({chance}) with all layers: {first} reaches {reached}, {p_text(p)}."
+    else:
+        yield f"{best}, with {reached} on all layers; chance is {chance}."
+    if only:
         yield f"It is the only one that was run, so it is compared with none. {_lost(compared, best, k)}"
         return
-    yield f"{best}, with {reached} on all layers; chance is {percent(results['chance']['accuracy'])} %."
     if near:
         yield f"Not to be told from it by these LoRAs (Holm-corrected): {listed(near)}."
     second = max((name for name in means if name != best), key=means.get)

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 import analysis
-import data
 from analysis import Controls
 from controls import Conditions, plan_controls
+from data import Collection, CollectionError, check_classes
 from evidence import Evidence, permuted, stream
 from representations import REPRESENTATIONS
+from splits import split_collection
 from trainings import ATTRIBUTED, Experiment, Settings, TrainingError
 
 LEVELS = ("none", "basic", "all")
@@ -265,9 +266,9 @@ def grouped(experiment: Experiment, e: Evidence, names: Sequence[str], columns: 
         files = tuple(replace(file, group=of_file[file.path]) for file in collection.files)
         by_group = replace(collection, files=files, group_column=column)
         try:
-            data.check_classes(by_group)
-            rows = data.split_collection(by_group, settings.seed)
-        except data.CollectionError:  # too few groups in a class to be dealt to three parts
+            check_classes(by_group)
+            rows = split_collection(by_group, settings.seed)
+        except CollectionError:  # too few groups in a class to be dealt to three parts
             continue
         best = max(fixed, key=lambda name: e.validated(f"baseline/{name}").mean())
         again = another(experiment, by_group, rows, settings.num_runs)
@@ -300,7 +301,7 @@ def shuffled(experiment: Experiment, shuffles: int) -> np.ndarray:
     return np.stack(found)
 
 
-def another(experiment: Experiment, collection: data.Collection, rows: dict, num_runs: int) -> Experiment:
+def another(experiment: Experiment, collection: Collection, rows: dict, num_runs: int) -> Experiment:
     """The same experiment on the same files with other labels, groups or split."""
     return Experiment(
         replace(experiment.settings, num_runs=num_runs),

@@ -27,7 +27,8 @@ import kernels
 import stacked_training
 import store
 from crew import Crew, Task, TaskFailedError
-from data import Collection, Extracted
+from data import Collection
+from extraction import Extracted
 from representations import MEASURES, PCA, REPRESENTATIONS
 from stacked_training import DROPOUT, HIDDEN, Models, Schedule, Split, Stored, scored, standardise, train_classifiers
 

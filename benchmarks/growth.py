@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from sd15_zoo import write_zoo
 
 import data
+import extraction
 from ablation_experiment import THREADS
 from crew import Crew
 from representations import REPRESENTATIONS
@@ -65,9 +66,9 @@ def measure(phase: str, root: Path) -> dict[str, float]:
     collection = data.index_collection(root)
     if phase != "index":
         start = time.perf_counter()
-        names = FEATURES if phase == "features" else [data.WEIGHTS]
+        names = FEATURES if phase == "features" else [extraction.WEIGHTS]
         with tempfile.TemporaryDirectory(dir=root.parent) as cache:
-            data.extract(collection, names, Path(cache), CPU, Crew(THREADS, partial(start_thread, CPU)))
+            extraction.extract(collection, names, Path(cache), CPU, Crew(THREADS, partial(start_thread, CPU)))
             seconds = time.perf_counter() - start  # without the removal
     else:
         seconds = time.perf_counter() - start

@@ -32,10 +32,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data import split_rows
 from evidence import ALPHA, Evidence, stream
 from layers import layer_ranking
 from lora_files import Layer
+from splits import split_rows
 from stacked_training import Models, Schedule, Split, standardise, train_classifiers
 from trainings import start_thread
 

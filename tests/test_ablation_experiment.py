@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import ablation_experiment
 import autoencoders
 import digits_zoo
+import extraction
 import report
 import store
 import trainings
@@ -651,7 +652,7 @@ def test_a_cpu_that_is_out_of_memory_tries_smaller_stacks_and_tells(tmp_path, mo
     left = run(tmp_path, root, *flags, expected=3)
     assert str(error) in left["representations_not_run"][0]["reason"]
     assert "4 models do not fit the memory of cpu: trying 2 at once" in capsys.readouterr().out
-    monkeypatch.setattr(ablation_experiment.data, "extract", too_much)
+    monkeypatch.setattr(ablation_experiment, "extract", too_much)
     run(tmp_path, root, *flags, "--seed=1", expected=2)
     assert capsys.readouterr().err.startswith(f"error: out of memory: {error}. try another --device")
 
@@ -715,7 +716,7 @@ def test_skip_bad_leaves_out_files_in_which_the_pass_finds_nan(tmp_path, capsys,
     def fail(*_):
         raise OSError("Input/output error")
 
-    monkeypatch.setattr(ablation_experiment.data, "_read_file", fail)
+    monkeypatch.setattr(extraction, "_read_file", fail)
     run(tmp_path, root, *flags, out="other", expected=2)
     assert "Input/output error" in capsys.readouterr().err and not (tmp_path / "other").exists()
 

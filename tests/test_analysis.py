@@ -129,6 +129,7 @@ def test_guesses_are_called_guesses_everywhere():
     assert found["layers"]["num_above_null"] == 0
     assert found["robustness"]["stats"]["verdict"] == "no signal"
     assert found["representations"]["indistinguishable_from_best"]
+    assert min(found["representations"]["p_family"].values()) > 0.01  # 0.048: one guesser in twenty is below 0.05
     assert found["rank_structure"]["num_significant"] == 0
     assert found["cheap"]["as_good"] == []
     assert {one["outcome"] for one in found["hypotheses"]} <= {"undecided", "not answerable"}
@@ -192,6 +193,7 @@ def test_a_representation_of_one_run_beside_others_of_several():
     found = analysed(e)["representations"]
     assert found["best"] == "update_kernel" and found["indistinguishable_from_best"] == []
     assert found["intervals"]["baseline"]["update_kernel"] == [1, 1]
+    assert found["p_family"]["update_kernel"] < 0.05 < found["p_family"]["stats"]
     assert found["drops"]["update_kernel"] == {"drop": 0, "interval": [0, 0], "p": 1, "p_holm": 1}
 
 
@@ -302,6 +304,7 @@ def test_representations_are_compared_in_pairs():
     found = analysed(e)
     compared = found["representations"]
     assert compared["best"] == "ensemble" and compared["indistinguishable_from_best"] == []
+    assert compared["p_family"]["ensemble"] == pytest.approx(1 / 2001) and compared["p_family"]["flat_vec"] > 0.05
     pairs = {(one["a"], one["b"]): one for one in compared["pairs"]["baseline"]}
     assert len(pairs) == 6 and pairs["stats", "spectral"]["p_holm"] > 0.5
     low, high = pairs["stats", "ensemble"]["interval"]

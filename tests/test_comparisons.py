@@ -12,9 +12,9 @@ from making import narrow_classifiers, planted_collection, write_collection
 import ablation_experiment
 import analysis
 import comparisons
-import data
 import trainings
 from crew import Crew
+from extraction import extract
 from trainings import Experiment
 
 
@@ -24,7 +24,7 @@ def experiment_on(root: Path, cache: Path, *flags: str) -> Experiment:
     settings, progress = ablation_experiment.resolve(args), ablation_experiment.Progress(False)
     collection = ablation_experiment.index(args, root.name, root, progress)
     plan = ablation_experiment.make_plan(settings, collection)
-    extracted = data.extract(collection, plan.needed, cache, torch.device("cpu"))
+    extracted = extract(collection, plan.needed, cache, torch.device("cpu"))
     experiment = Experiment(settings, collection, plan.selected, plan.rows, extracted, Crew(), progress)
     ablation_experiment.run_phases(experiment, plan.chosen, {}, ablation_experiment.Stopwatch())
     return experiment

@@ -5,8 +5,6 @@ import os
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from making import FILE_NAME, lora, module_names, write_collection, write_lora
 from safetensors.torch import save_file
 
@@ -14,7 +12,8 @@ import data
 import labels
 import trainings
 from ablation_experiment import main
-from data import CollectionError, check_classes, index_collection, select_layers, split_collection, split_rows
+from data import CollectionError, check_classes, index_collection, select_layers
+from splits import split_collection
 
 
 def findings(root, **flags) -> list[str]:
@@ -518,63 +517,6 @@ def test_names_that_no_file_can_hold_are_escaped_where_they_are_listed(tmp_path)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def check_group_split(y, groups, rows):
-    """Groups are apart, classes everywhere, every row in one part."""
-    assert sorted(np.concatenate(list(rows.values()))) == list(range(len(y)))
-    sides = [set(groups[part]) for part in rows.values()]
-    assert sum(map(len, sides)) == len(set.union(*sides))
-    for part in rows.values():
-        assert (np.bincount(y[part], minlength=y.max() + 1) >= 1).all() and (np.diff(part) > 0).all()
-
-
-@settings(deadline=None, max_examples=15)
-@given(
-    sizes=st.lists(st.lists(st.integers(1, 9), min_size=3, max_size=14), min_size=2, max_size=7),
-    seed=st.integers(0, 2**32),
-)
-def test_groups_of_one_class_are_kept_apart_wherever_each_class_has_three(sizes, seed):
-    y = np.concatenate([np.full(sum(of_class), c) for c, of_class in enumerate(sizes)])
-    every = [size for of_class in sizes for size in of_class]
-    groups = np.repeat(np.arange(len(every)), every)
-    check_group_split(y, groups, split_rows(y, seed, groups))
-
-
-def test_groups_of_many_classes_give_the_shares(tmp_path):
-    generator = np.random.default_rng(0)
-    y, groups = generator.integers(0, 5, 1000), generator.integers(0, 60, 1000)
-    rows = split_rows(y, 0, groups)
-    check_group_split(y, groups, rows)
-    for name, share in data.SHARES.items():
-        np.testing.assert_allclose(np.bincount(y[rows[name]]) / np.bincount(y), share, atol=0.06)
-
-
-def test_a_split_by_groups_is_fixed_by_labels_groups_and_seed():
-    y = np.arange(600) % 3
-    groups = np.arange(600) // 10
-    first, again, other = (split_rows(y, seed, groups.copy()) for seed in (1, 1, 2))
-    for part in first:
-        np.testing.assert_array_equal(first[part], again[part])
-        assert set(first[part]) != set(other[part])
-    few = np.arange(600) // 60  # ten groups: all ways are tried, and which one of equals is taken is drawn
-    assert len({tuple(split_rows(y, seed, few)["test"]) for seed in range(9)}) > 3
-    assert [len(rows) for rows in split_rows(y, 0, few).values()] == [420, 60, 120]
-
-
-def test_groups_of_one_are_no_groups():
-    y = np.arange(300) % 3
-    plain, grouped = split_rows(y, 1), split_rows(y, 1, np.arange(300)[::-1])
-    for part in plain:
-        np.testing.assert_array_equal(plain[part], grouped[part])
-
-
-def test_the_only_split_that_there_is_is_found():
-    """Groups A: both classes, B: the first, C: the second, D: both. B and C are one part, or none has both classes."""
-    y, groups = np.array([0, 0, 1, 1, 0, 0, 1, 1, 0, 1, 0, 1]), np.array([0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 3, 3])
-    rows = split_rows(y, 0, groups)
-    check_group_split(y, groups, rows)
-    assert {4, 5, 6, 7} in [set(part) for part in rows.values()]
-
-
 def test_groups_that_cannot_be_parted_are_refused(tmp_path):
     """Each class has three groups, but every split leaves a part without one."""
     groups = ["A"] * 2 + ["B"] * 2 + ["C"] * 1 + ["D"] * 3
@@ -667,6 +609,9 @@ def test_inspect_tells_the_columns_that_could_be_the_label(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["columns"] == {"category_label": 3, "num_images": 2, "name": 12}
     assert found["classes"] == {"4": 6, "5": 6} and found["label_column"] == "num_images"
+    assert found["group_column"] is None and found["num_groups"] is None and "groups:" not in out
+    assert data.main(["inspect", str(tmp_path), "--group-column=num_images"]) == 0
+    assert "groups:  2 by num_images" in capsys.readouterr().out
 
 
 def test_inspect_takes_labels_skip_bad_and_layers(tmp_path, capsys):

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-import data
+import extraction
 from data import CollectionError, index_collection
 from lora_files import LoraFileError
 from representations import REPRESENTATIONS
@@ -265,7 +265,7 @@ def read(root: Path, path: Path, contents: bytes) -> str:
     start = time.perf_counter()
     try:
         (file,) = index_collection(root).files
-        weights, scales, _ = data._read_file(root, file)
+        weights, scales, _ = extraction._read_file(root, file)
     except (CollectionError, LoraFileError) as error:
         assert str(error).isprintable() and len(str(error)) < 2000
         outcome = "refused"
@@ -339,7 +339,7 @@ def test_a_mutated_file_is_refused_in_words_or_read_as_the_library_reads_it(tmp_
     assert total["accepted"] > count // 50
     for i, mutant in enumerate(accepted[:: max(1, 100 * len(accepted) // count)]):
         path.write_bytes(mutant)
-        found = data.extract(index_collection(tmp_path / "zoo"), FEATURES, tmp_path / f"{i}", torch.device("cpu"))
+        found = extraction.extract(index_collection(tmp_path / "zoo"), FEATURES, tmp_path / f"{i}", torch.device("cpu"))
         assert all(np.isfinite(found.load(name)).all() for name in FEATURES)
 
 

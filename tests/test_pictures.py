@@ -100,6 +100,7 @@ def representations_section(accuracy, dropped):
     best = max(accuracy, key=accuracy.get)
     return {
         "best": best,
+        "p_family": dict.fromkeys(accuracy, 1e-4),
         "intervals": {
             "baseline": {name: bounds(value) for name, value in accuracy.items()},
             "ablation": {name: bounds(value - dropped[name]) for name, value in accuracy.items()},
@@ -409,11 +410,11 @@ def test_titles_say_when_there_is_nothing_to_find():
         role |= {"mean": 0.25, "interval": [0.2, 0.3]}
     results["analysis"]["layer_information"]["clusters"]["count"] = 12
     best = results["analysis"]["representations"]["best"]
-    results["analysis"]["representations"]["intervals"]["baseline"][best] = [0.2, 0.9]
+    results["analysis"]["representations"]["p_family"][best] = 0.2
     told = captions.captions(results)
     assert told["layer_importance"].startswith("None of 12 layers predicts above chance; ")
     assert told["layer_importance"].endswith("factors (25.0 and 25.0 %)")
-    assert told["representations"].startswith(f"No representation is clearly above chance; {best} gives most: ")
+    assert told["representations"].startswith(f"No representation can be told from chance; {best} gives most: ")
     assert told["layer_clusters"].startswith("No two of 12 layers have like features")
     assert told["rank_structure"] == (
         "Not answerable at rank 1: the effective rank never varies; "

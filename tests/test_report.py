@@ -218,8 +218,17 @@ def test_the_best_representation_alone_near_others_and_ahead():
     assert "Not to be told from it by these LoRAs (Holm-corrected): spectral." in text and "significantly" not in text
     alone = made(names=("stats",))
     text = told(alone, "representations")
-    assert text.startswith("stats reaches ") and "the only one that was run" in text
+    assert text.startswith("stats, with ") and "the only one that was run" in text
     assert answer(alone, "representations").outcome == "not answerable"
+
+
+def test_a_best_representation_that_cannot_be_told_from_chance():
+    several, alone = made(), made(names=("stats",))
+    for results in (several, alone):
+        results["analysis"]["representations"]["p_family"]["stats"] = 0.2
+    assert told(several, "representations").startswith("None of the 3 can be told from chance (")
+    assert "with all layers: the first, stats, reaches" in told(several, "representations")
+    assert told(alone, "representations").startswith("stats cannot be told from chance (")
 
 
 def test_a_difference_is_told_from_the_best_ones_side():

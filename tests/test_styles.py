@@ -9,9 +9,9 @@ import torch
 from making import FILE_NAME, STYLES, narrow_classifiers, planted_collection, write_lora
 from safetensors.torch import load_file
 
-import data
 from ablation_experiment import main
 from data import index_collection
+from extraction import WEIGHTS, extract
 from representations import REPRESENTATIONS
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def test_every_style_and_type_is_the_same_network_in_the_same_order(tmp_path, st
     assert collection.modules == [module.replace(".", "_") for module in MODULES]
     names = [STYLES[style](module, role) for module in MODULES for role in ("down", "up")]
     assert [layer.name for layer in collection.layers] == names
-    packed = data.extract(collection, [data.WEIGHTS], tmp_path / "cache", CPU).weights().read()
+    packed = extract(collection, [WEIGHTS], tmp_path / "cache", CPU).weights().read()
     for row, file in enumerate(collection.files):
         expected = [tensor.to(dtype).float().flatten() for tensor in factors(int(Path(file.path).parts[1])).values()]
         np.testing.assert_array_equal(packed[row], torch.cat(expected))
@@ -81,7 +81,7 @@ def in_every_style(tmp_path_factory):
 def test_features_do_not_depend_on_the_style(in_every_style, tmp_path):
     assert len(in_every_style) >= 6
     found = {
-        style: data.extract(index_collection(root), HAND_CRAFTED, tmp_path / style, CPU)
+        style: extract(index_collection(root), HAND_CRAFTED, tmp_path / style, CPU)
         for style, root in in_every_style.items()
     }
     for name in HAND_CRAFTED:
@@ -137,7 +137,7 @@ def mixed(tmp_path):
 
 
 def test_the_update_is_the_same_at_any_rank(mixed, tmp_path):
-    padded, even = (data.extract(index_collection(root), HAND_CRAFTED, tmp_path / "cache", CPU) for root in mixed)
+    padded, even = (extract(index_collection(root), HAND_CRAFTED, tmp_path / "cache", CPU) for root in mixed)
     for name in HAND_CRAFTED:
         assert np.isfinite(padded.load(name)).all()
         assert padded.load(name).shape == even.load(name).shape
