@@ -444,7 +444,8 @@ def only_process(target: Path) -> Iterator[None]:
 
 def environment(device: torch.device) -> dict:
     """The machine and the program, as results.json tells them."""
-    program = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
+    files = {getattr(module, "__file__", None) or "": module for module in sys.modules.values()}
+    program = [files[file] for file in sorted(files) if Path(file).parent == Path(__file__).parent]
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -452,7 +453,7 @@ def environment(device: torch.device) -> dict:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
         "threads": THREADS,
-        "code": store.digest(program),
+        "code": store.code_digest(*program),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -177,8 +177,12 @@ def representations(e: Evidence, names: Sequence[str]) -> dict:
         ]
     drops = _with_holm([difference(("baseline", name), ("ablation", name)) for name in names])
     best = max(names, key=lambda name: accuracy["baseline", name])
+    intervals = {
+        condition: {name: interval(drawn[condition, name]) for name in names} for condition in ("baseline", "ablation")
+    }
     null = best_by_chance(e, [e.predicted(f"baseline/{name}") for name in names])
-    p_family = exceedance(np.array([accuracy["baseline", name] for name in names]), null[:, None])
+    p = exceedance(np.array([accuracy["baseline", name] for name in names]), null[:, None])
+    p_family = dict(zip(names, p, strict=True))
     near = [
         ({one["a"], one["b"]} - {best}).pop()
         for one in pairs["baseline"]
@@ -186,11 +190,10 @@ def representations(e: Evidence, names: Sequence[str]) -> dict:
     ]
     return {
         "best": best,
-        "p_family": dict(zip(names, p_family, strict=True)),
-        "intervals": {
-            condition: {name: interval(drawn[condition, name]) for name in names}
-            for condition in ("baseline", "ablation")
-        },
+        "p_family": p_family,
+        # With unequal classes one may know more than permuted labels do, and less than always guessing the largest.
+        "best_above_chance": p_family[best] < ALPHA and intervals["baseline"][best][0] > e.chance,
+        "intervals": intervals,
         "drops": {name: {"drop": one.pop("difference"), **one} for name, one in zip(names, drops, strict=True)},
         "pairs": pairs,
         "indistinguishable_from_best": near,

@@ -294,13 +294,14 @@ def _best_representation(results: dict, a: dict) -> Iterator[str]:
     means = {name: entry["test_accuracy"]["mean"] for name, entry in results["baseline_results"].items()}
     left = {name: entry["test_accuracy"]["mean"] for name, entry in results["ablation_results"].items()}
     reached = f"{percent(means[best])} % ({bounds(compared['intervals']['baseline'][best])})"
-    chance, p = f"{percent(results['chance']['accuracy'])} %", compared["p_family"][best]
-    only = len(means) == 1
-    if p >= ALPHA:
+    chance, only = f"{percent(results['chance']['accuracy'])} %", len(means) == 1
+    if not compared["best_above_chance"]:
         none, first = (f"{best} cannot", "it") if only else (f"None of the {len(means)} can", f"the first, {best},")
-        yield f"{none} be told from chance ({chance}) with all layers: {first} reaches {reached}, {p_text(p)}."
-    else:
-        yield f"{best}, with {reached} on all layers; chance is {chance}."
+        p = p_text(compared["p_family"][best])
+        yield f"{none} be told from chance ({chance}) with all layers: {first} reaches {reached}, {p}."
+        yield _lost(compared, best, k)
+        return
+    yield f"{best}, with {reached} on all layers; chance is {chance}."
     if only:
         yield f"It is the only one that was run, so it is compared with none. {_lost(compared, best, k)}"
         return

@@ -68,7 +68,9 @@ def _representations(results: dict) -> str:
     best, names, near = section["best"], list(section["drops"]), section["indistinguishable_from_best"]
     whole, left = accuracies(results, best)
     told = f"{percent(whole)} % with all layers, {percent(left)} % without {_top(k)}"
-    if section["p_family"][best] >= ALPHA:
+    if not section["best_above_chance"]:
+        if len(names) == 1:
+            return f"{best} cannot be told from chance: {told}"
         return f"No representation can be told from chance; {best} gives most: {told}"
     costs = sum(one["p_holm"] < ALPHA and one["drop"] > 0 for one in section["drops"].values())
     if len(names) == 1:

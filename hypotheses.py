@@ -110,5 +110,5 @@ def _better_than_stats(compared: dict | None) -> dict:
     wins = any(p < ALPHA and difference > 0 for p, (difference, *_) in zip(corrected, found, strict=True))
     loses = [p < ALPHA and difference < 0 for p, (difference, *_) in zip(corrected, found, strict=True)]
     outcome = "confirmed" if wins else "refuted" if loses == [True, True] else "undecided"
-    why = f"of {name}" + (", the more accurate of the two" if len(found) > 1 else "")
+    why = f"{name} less stats" + ("; the better of ensemble and spectral" if len(found) > 1 else "")
     return told | {"outcome": outcome, "number": number, "interval": [low, high], "why": why}

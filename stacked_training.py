@@ -172,7 +172,7 @@ def gather(x: Tensor | Stored, source: Tensor, rows: Tensor) -> Tensor:
     if isinstance(x, Stored):
         return x.rows(rows).expand(len(source), -1, -1)
     # On a CPU the lookup of an embedding copies whole rows, three to five times as fast as indexing.
-    return functional.embedding(source[:, None] * x.shape[1] + rows, x.flatten(0, 1))
+    return functional.embedding(source[:, None] * x.shape[1] + rows, x.view(-1, x.shape[2]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -504,7 +504,7 @@ class ClassifierStack:
         error = torch.softmax(h, 2)  # (M, B, C)
         error.scatter_add_(2, y[:, :, None], error.new_full((1, 1, 1), -1.0).expand(*y.shape, 1)).div_(x.shape[1])
         for i in reversed(range(len(weights))):
-            if i == len(self.hidden):  # a CPU is slow at products with few columns, not at those with few rows
+            if i == len(self.hidden):  # few columns are slow on a CPU, few rows are not
                 gradients[f"weight{i}"].copy_(torch.bmm(error.mT, inputs[i]).mT)
             else:
                 torch.bmm(inputs[i].mT, error, out=gradients[f"weight{i}"])

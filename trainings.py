@@ -34,8 +34,8 @@ from stacked_training import DROPOUT, HIDDEN, Models, Schedule, Split, Stored, s
 
 # Parameters in a stack: of 8 classifiers of one layer for a CPU, near whose caches they stay; of 561 for a GPU.
 STACK_PARAMETERS = {"cpu": 4_300_000, "cuda": 300_000_000}
-# Of about 16 autoencoders for a CPU: fewer cost more a model, more leave a thread idle at the end.
-AUTOENCODER_PARAMETERS = {"cpu": 14_500_000, "cuda": 300_000_000}
+# Of 4 to 12 autoencoders for a CPU: enough stacks to keep its threads busy to the end.
+AUTOENCODER_PARAMETERS = {"cpu": 7_000_000, "cuda": 300_000_000}
 RUNS_IN_STACK = {"cpu": 1, "cuda": 10}  # of one representation, so that more runs find the first ones finished
 MEMORY_SHARE = 0.6  # of the device's memory that resident weights may take
 PCA_COMPONENTS = 100
@@ -503,7 +503,7 @@ class Experiment:
 
     def _read(self, source: str) -> torch.Tensor | Stored:
         if source == EACH_LAYER:
-            return standardise(self.features("stats").transpose(0, 1), self.split.train)  # (L, N, 7)
+            return standardise(self.features("stats").transpose(0, 1).contiguous(), self.split.train)  # (L, N, 7)
         if source == "flat_vec":
             return self._packed
         if source.startswith("pca"):

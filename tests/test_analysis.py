@@ -13,9 +13,9 @@ from sklearn.metrics import cohen_kappa_score
 
 import analysis
 import evidence
-from analysis import Controls, analyse
+from analysis import Controls, analyse, best_by_chance, representations
 from controls import plan_controls, robustness
-from evidence import Evidence
+from evidence import Evidence, exceedance
 from layers import agreement, kendall_w, linear_cka, place, top_share
 from lora_files import Layer
 from stacked_training import Models, Schedule, Split, standardise, train_classifiers
@@ -129,7 +129,7 @@ def test_guesses_are_called_guesses_everywhere():
     assert found["layers"]["num_above_null"] == 0
     assert found["robustness"]["stats"]["verdict"] == "no signal"
     assert found["representations"]["indistinguishable_from_best"]
-    assert min(found["representations"]["p_family"].values()) > 0.01  # 0.048: one guesser in twenty is below 0.05
+    assert not found["representations"]["best_above_chance"]
     assert found["rank_structure"]["num_significant"] == 0
     assert found["cheap"]["as_good"] == []
     assert {one["outcome"] for one in found["hypotheses"]} <= {"undecided", "not answerable"}
@@ -294,6 +294,29 @@ def test_kendalls_w_is_the_textbooks():
 
 
 # -- 3. which representation -------------------------------------------------------------------------------------------
+
+
+def test_the_best_of_several_is_compared_with_the_best_that_chance_gives():
+    e = evidence_of(names=[f"guess {i}" for i in range(15)], runs=3)
+    guesses = [e.predicted(f"baseline/guess {i}") for i in range(15)]
+    null = e.null(np.stack(guesses))
+    np.testing.assert_array_equal(best_by_chance(e, guesses), null.max(1))
+    fewer = best_by_chance(e, [guesses[0], guesses[1][:1]])
+    np.testing.assert_array_equal(fewer, np.maximum(null[:, 0], e.null(guesses[1][None, :1])[:, 0]))
+    accuracies = np.array([(guess == e.truth).mean() for guess in guesses])
+    found = analysed(e)["representations"]
+    assert (exceedance(accuracies, null) < 0.05).any()  # by itself; not where fourteen others guess too
+    assert min(found["p_family"].values()) > 0.05 and found["best_above_chance"] is False
+
+
+def test_more_than_permuted_labels_but_less_than_the_largest_class_is_not_above_chance():
+    e = evidence_of(classes=2, each=60, names=("stats", "spectral"), runs=1)
+    few = np.concatenate([e.rows["test"][e.truth == 0], e.rows["test"][e.truth == 1][:5]])
+    e = replace(e, rows=e.rows | {"test": few})  # 20 of one class and 5 of the other
+    says = np.concatenate([e.y[e.rows["validation"]], np.ones(6), np.zeros(14), np.ones(5)]).astype(np.int32)
+    e.predictions.update(dict.fromkeys(e.predictions, says[None]))  # 19 of 25 are right
+    found = representations(e, ["stats", "spectral"])
+    assert found["p_family"]["stats"] < 0.05 and e.chance == 0.8 and not found["best_above_chance"]
 
 
 def test_representations_are_compared_in_pairs():

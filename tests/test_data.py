@@ -1,6 +1,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,12 +11,6 @@ from safetensors.torch import load_file, save_file
 
 import data
 from data import CollectionError, check_classes, index_collection
-from representations import MEASURES, REPRESENTATIONS
-
-CPU = torch.device("cpu")
-TABLE = REPRESENTATIONS | MEASURES
-MATRIX = [name for name, row in TABLE.items() if row.kind == "matrix"]
-PAIR = [name for name, row in TABLE.items() if row.kind == "pair"]
 
 
 def findings(root) -> list[str]:
@@ -319,6 +315,12 @@ def test_inspect_as_text(tmp_path, capsys):
     assert "F32 (12)" in out
     assert "ignored: nothing" in out
     assert re.search(rf"\n +0  down +2x8  {re.escape(name)}\.lora\.down\.weight +{name.replace('.', '_')}\n", out)
+
+
+def test_inspect_as_a_program(tmp_path):
+    root = write_collection(tmp_path, modules=1)
+    done = subprocess.run([sys.executable, data.__file__, "inspect", root], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(f"{root}: ") and not done.stderr
 
 
 def test_inspect_of_a_faulty_folder(tmp_path, capsys):

@@ -1,7 +1,10 @@
 """Where no GPU is at hand: the "meta" device stands in for one, and no operation may mix it with the CPU.
 
-Tensors there have shapes and no contents, so this tells of every step of training but not of its numbers.
+Tensors there have shapes and no contents, so this tells of the steps of training but not of numbers, and not of what
+looks at numbers: which models have stopped, and which weights are their best.
 """
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,40 +18,44 @@ from stacked_training import Adam, ClassifierStack, Models, Split, attribution, 
 
 META = torch.device("meta")
 ops = torch.ops.aten
-# Copies, and what a GPU lets indices on the CPU choose.
-MAY_MIX = {ops.copy_.default, ops._to_copy.default, ops.index.Tensor}
+CPU = torch.device("cpu")
 
 
 class OneDevice(TorchDispatchMode):
-    """Fails at an operation that takes tensors of two devices, as a GPU would; numbers (no dimensions) may differ."""
+    """Fails at an operation that takes tensors of two devices where a GPU would.
+
+    Allowed are copies, indices on the CPU into what lies on the device, and numbers (of no dimension) on the CPU, but
+    not in the fused Adam, whose kernel reads the count of steps where the weights are.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        devices = {leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()}
-        assert len(devices) < 2 or func in MAY_MIX, f"{func} takes tensors of {devices}"
+        kwargs, looked_at = kwargs or {}, (args, kwargs)
+        if func is ops.copy_.default or (func is ops.index.Tensor and args[0].device == META):
+            looked_at = ()
+        leaves = [leaf for leaf in tree_leaves(looked_at) if isinstance(leaf, Tensor)]
+        if func is not ops._fused_adam_.default:
+            leaves = [leaf for leaf in leaves if leaf.dim() or leaf.device != CPU]
+        devices = {leaf.device for leaf in leaves}
+        assert len(devices) < 2, f"{func} takes tensors of {devices}"
         return func(*args, **kwargs)
 
 
 @pytest.fixture
 def meta_draws(monkeypatch):
-    """There is no generator on the meta device: ones for what is drawn there."""
-    monkeypatch.setattr(
-        stacked_training,
-        "stream",
-        lambda *key, device="cpu": torch.Generator() if torch.device(device).type == "cpu" else device,
-    )
-    for module in (stacked_training, autoencoders):
-        monkeypatch.setattr(
-            module,
-            "dropout_masks",
-            lambda rate, shape, of, dtype: torch.ones(len(of), *shape, dtype=dtype, device=META),
-        )
-    monkeypatch.setattr(autoencoders, "stream", stacked_training.stream)
+    """There is no generator on the meta device: what is drawn there is left as it is."""
+
+    def stream(*key, device="cpu"):
+        return torch.Generator() if torch.device(device) == CPU else SimpleNamespace(device=META)
+
+    monkeypatch.setattr(stacked_training, "stream", stream)
+    monkeypatch.setattr(autoencoders, "stream", stream)
+    monkeypatch.setattr(Tensor, "random_", lambda self, *_, **__: self)
     monkeypatch.setattr(
         autoencoders.Draws, "normal", lambda self, purpose, *shape: torch.ones(shape, device=self.like.device)
     )
 
 
+FUSED = {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0, "eps": 1e-8, "amsgrad": False, "maximize": False}
 SPLIT = Split(torch.arange(70), torch.arange(70, 80), torch.arange(80, 100)).to(META)
 
 
@@ -87,6 +94,17 @@ def test_an_autoencoders_step_stays_on_its_device(meta_draws, name):
 
 
 def test_mixing_is_found():
-    for mixed in (lambda a, b: torch.bmm(a, b), lambda a, b: a.mul_(b), lambda a, b: a + b):
-        with OneDevice(), pytest.raises(AssertionError, match="takes tensors of"):
-            mixed(torch.zeros(1, 3, 3, device=META), torch.zeros(1, 3, 3))
+    there, here, one = torch.zeros(1, 3, 3, device=META), torch.zeros(1, 3, 3), torch.zeros((), device=META)
+    where, adam = torch.zeros(2, dtype=torch.int64), Adam({"weight": there})
+    with OneDevice():
+        assert there[where].shape == (2, 3, 3)
+        for mixed in (
+            lambda: torch.bmm(there, here),
+            lambda: there.mul_(here),
+            lambda: here + one,
+            lambda: here[where.to(META)],
+            lambda: adam.step({"weight": there}, [here], torch.ones(1, dtype=torch.float64)),
+            lambda: torch._fused_adam_(*[[there]] * 4, [], [torch.ones(())], lr=1, **FUSED),
+        ):
+            with pytest.raises(AssertionError, match="takes tensors of"):
+                mixed()

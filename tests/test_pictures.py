@@ -100,7 +100,7 @@ def representations_section(accuracy, dropped):
     best = max(accuracy, key=accuracy.get)
     return {
         "best": best,
-        "p_family": dict.fromkeys(accuracy, 1e-4),
+        "best_above_chance": True,
         "intervals": {
             "baseline": {name: bounds(value) for name, value in accuracy.items()},
             "ablation": {name: bounds(value - dropped[name]) for name, value in accuracy.items()},
@@ -410,7 +410,7 @@ def test_titles_say_when_there_is_nothing_to_find():
         role |= {"mean": 0.25, "interval": [0.2, 0.3]}
     results["analysis"]["layer_information"]["clusters"]["count"] = 12
     best = results["analysis"]["representations"]["best"]
-    results["analysis"]["representations"]["p_family"][best] = 0.2
+    results["analysis"]["representations"]["best_above_chance"] = False
     told = captions.captions(results)
     assert told["layer_importance"].startswith("None of 12 layers predicts above chance; ")
     assert told["layer_importance"].endswith("factors (25.0 and 25.0 %)")

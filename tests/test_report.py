@@ -225,9 +225,10 @@ def test_the_best_representation_alone_near_others_and_ahead():
 def test_a_best_representation_that_cannot_be_told_from_chance():
     several, alone = made(), made(names=("stats",))
     for results in (several, alone):
-        results["analysis"]["representations"]["p_family"]["stats"] = 0.2
+        results["analysis"]["representations"] |= {"p_family": {"stats": 0.2}, "best_above_chance": False}
     assert told(several, "representations").startswith("None of the 3 can be told from chance (")
     assert "with all layers: the first, stats, reaches" in told(several, "representations")
+    assert "It is ahead" not in told(several, "representations")
     assert told(alone, "representations").startswith("stats cannot be told from chance (")
 
 
