@@ -31,6 +31,7 @@ from torch.optim.adam import adam
 HIDDEN = (512, 512, 512)  # the classifier's hidden layers
 DROPOUT = 0.3
 NUMBERS_AT_ONCE = 2**24  # worked on at a time where there may be many: 64 MiB in float32
+FEW_COLUMNS = 16  # a product with fewer than so many takes a CPU longer than its transpose and a copy
 CLIP = 10.0  # standardised inputs beyond ten standard deviations are outliers of a heavy tail, not information
 
 
@@ -488,7 +489,8 @@ class ClassifierStack:
         """Gradient of the sum of the models' mean cross-entropies, for each of ``params``.
 
         What autograd gives for `logits`, by hand, so that gradients, activations and errors are written where the
-        step before left its own: memory handed out anew at each step takes a CPU longer to map than to fill.
+        step before left its own: memory handed out anew at each step takes a CPU longer to map than to fill, but for
+        the little of a layer with few columns.
         """
         weights = [self.params[f"weight{i}"] for i in range(len(self.hidden) + 1)]
         outputs, errors = self._layers_of(x.shape[1])
@@ -504,7 +506,7 @@ class ClassifierStack:
         error = torch.softmax(h, 2)  # (M, B, C)
         error.scatter_add_(2, y[:, :, None], error.new_full((1, 1, 1), -1.0).expand(*y.shape, 1)).div_(x.shape[1])
         for i in reversed(range(len(weights))):
-            if i == len(self.hidden):  # few columns are slow on a CPU, few rows are not
+            if weights[i].shape[2] < FEW_COLUMNS:
                 gradients[f"weight{i}"].copy_(torch.bmm(error.mT, inputs[i]).mT)
             else:
                 torch.bmm(inputs[i].mT, error, out=gradients[f"weight{i}"])

@@ -110,8 +110,10 @@ def test_every_model_of_a_stack_trains_as_plain_torch_does(dtype, rtol, epochs, 
         torch.testing.assert_close(stacked[m], torch.tensor(losses, dtype=dtype), rtol=rtol, atol=0)
 
 
+@pytest.mark.parametrize("few", [0, 1000])  # no layer has few columns, all have
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradients_by_hand_are_those_of_autograd(dropout):
+def test_gradients_by_hand_are_those_of_autograd(dropout, few, monkeypatch):
+    monkeypatch.setattr(stacked_training, "FEW_COLUMNS", few)
     x, y, split = problem(sources=3)
     stack = ClassifierStack(x, y, split, grid(3, 2), CLASSES, seed=7, hidden=HIDDEN, dropout=dropout)
     seen = 0
