@@ -190,15 +190,8 @@ def index_collection(
     ignored: Counter = Counter()
     paths, bad = _find_weight_files(root, ignored)
     labelled = labelling.read_labels(root, paths, labels, label_column, group_column)
-    bad += labelled.findings
-    files = []
-    for path in progress(paths, "index"):
-        try:
-            file = _index_file(root, path, labelled)
-        except (LoraFileError, OSError) as error:
-            bad.append(Finding((path,), str(error)))
-            continue
-        files.append(file)
+    files, faulty = _index_files(root, progress(paths, "index"), labelled)
+    bad += labelled.findings + faulty
     if skip_bad:  # what is left out has no say in which layers are the commonest
         files = _less(files, bad)
     bad += _layer_differences(root, files)
@@ -222,6 +215,17 @@ def index_collection(
         labelled.table,
     )
     return without(collection, [(path, finding.reason) for finding in bad for path in finding.files])
+
+
+def _index_files(root: Path, paths: Iterable[str], labelled: labelling.Labels) -> tuple[list[LoraFile], list[Finding]]:
+    """The files that can be used, and what is wrong with the others."""
+    files, findings = [], []
+    for path in paths:
+        try:
+            files.append(_index_file(root, path, labelled))
+        except (LoraFileError, OSError) as error:
+            findings.append(Finding((path,), str(error)))
+    return files, findings
 
 
 def _index_file(root: Path, path: str, labelled: labelling.Labels) -> LoraFile:
