@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -442,10 +443,16 @@ def only_process(target: Path) -> Iterator[None]:
         yield
 
 
+def program() -> list[ModuleType]:
+    """The modules of this program that are loaded, in the order of their files."""
+    folder = Path(store.__file__).parent  # this module's own file may be a link to it from elsewhere
+    modules = {getattr(module, "__file__", None) or "": module for module in sys.modules.values()}
+    modules[__file__] = sys.modules[__name__]
+    return [modules[file] for file in sorted(modules) if file == __file__ or Path(file).parent == folder]
+
+
 def environment(device: torch.device) -> dict:
     """The machine and the program, as results.json tells them."""
-    files = {getattr(module, "__file__", None) or "": module for module in sys.modules.values()}
-    program = [files[file] for file in sorted(files) if Path(file).parent == Path(__file__).parent]
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -453,7 +460,7 @@ def environment(device: torch.device) -> dict:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
         "threads": THREADS,
-        "code": store.code_digest(*program),
+        "code": store.code_digest(*program()),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

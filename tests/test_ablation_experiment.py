@@ -689,6 +689,18 @@ def test_a_refused_collection_leaves_the_output_folder_as_it_was(tmp_path, capsy
     assert sorted(p.name for p in out.rglob("*")) == [".cache", "mine.txt"]
 
 
+def test_the_program_is_its_own_modules_also_where_the_script_is_a_link(tmp_path):
+    names = {module.__name__ for module in ablation_experiment.program()}
+    assert names >= {"ablation_experiment", "crew", "data", "extraction", "kernels", "report", "stacked_training"}
+    assert not {"making", "numpy", __name__} & names
+    link = tmp_path / "linked.py"
+    link.symlink_to(ablation_experiment.__file__)
+    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]; import linked; "
+    code += "print(*(module.__name__ for module in linked.program()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"linked", "crew", "data", "trainings"} <= set(done.stdout.split())
+
+
 def test_skip_bad_leaves_out_files_in_which_the_pass_finds_nan(tmp_path, capsys, monkeypatch):
     root = write_collection(tmp_path / "bad", classes=2, per_class=6)
     path = root / "class_1" / "0002" / FILE_NAME
