@@ -2,18 +2,27 @@
 
 A task leaves a file behind, and by that file everyone knows that it is finished. So a job goes on where a killed one
 stopped, and what the processes tell each other is small: who takes which task, and what cannot be done.
+
+Training is thousands of small steps, and Python runs one at a time in a process: threads that train on a CPU wait for
+each other. There each thread has a `Helper`, a process that does its tasks.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import multiprocessing
 import os
 import secrets
+import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -37,10 +46,92 @@ class FaultElsewhereError(RuntimeError):
 
 @dataclass(frozen=True)
 class Task:
-    """Work that leaves files behind: ``finished()`` looks for them, ``run()`` writes them."""
+    """Work that leaves files behind: ``finished()`` looks for them, ``run()`` writes them.
+
+    ``here`` keeps it from a `Helper`: it leaves something in memory for other tasks, or has no use for one.
+    """
 
     finished: Callable[[], bool]
     run: Callable[[], None]
+    here: bool = False
+
+
+class Helper:
+    """A process that does tasks for one thread: a copy of this process as it was at the start of the job.
+
+    It ends when it is told to, or when this process does, however that ends.
+
+    Args:
+        tasks: Of the job.
+        prepare: Called first.
+        lifeline: A pipe, of which this process alone holds the end to write to and never does.
+    """
+
+    def __init__(self, tasks: Sequence[Task], prepare: Callable[[], None], lifeline: tuple[int, int]):
+        forked = multiprocessing.get_context("fork")
+        self.connection, other_end = forked.Pipe()
+        self.process = forked.Process(target=self._serve, args=(tasks, prepare, lifeline, other_end), daemon=True)
+        self.process.start()
+
+    def run(self, task: int) -> None:
+        """Have a task done.
+
+        Raises:
+            Exception: Whatever it raised, told again here.
+            OSError: The process has ended.
+        """
+        try:
+            self.connection.send(task)
+            error = self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            code = self.process.exitcode
+            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+            raise OSError(f"a process that trained has ended {how}, as where there is not enough memory") from None
+        if error is not None:
+            raise error
+
+    def end(self) -> None:
+        """Let it go, and wait until it is gone."""
+        with suppress(OSError):  # it has ended before
+            self.connection.send(None)
+        self.process.join()
+
+    def _serve(
+        self, tasks: Sequence[Task], prepare: Callable[[], None], lifeline: tuple[int, int], connection: Connection
+    ) -> None:
+        """What the process does: tasks as it is told their numbers, answered by None or what they raised."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and this one ends with the first
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+        os.close(lifeline[1])
+
+        def hold_on() -> None:
+            os.read(lifeline[0], 1)  # until there is nobody to write
+            os._exit(1)
+
+        threading.Thread(target=hold_on, daemon=True).start()
+        prepare()
+        while (task := connection.recv()) is not None:
+            try:
+                tasks[task].run()
+            except BaseException as error:  # raised again by `run`
+                _send(connection, error)
+            else:
+                connection.send(None)
+
+
+def _send(connection: Connection, error: BaseException) -> None:
+    """Tell an exception to another process, with the traceback of this one as a note."""
+    note = f"\nin a process that trained:\n{''.join(traceback.format_exception(error))}"
+    try:
+        copied = copy.copy(error)  # made anew, as it will be there
+        copied.add_note(note)
+        connection.send(copied)
+    except Exception:  # whatever a class raises that cannot be made anew, or is not known there
+        told = RuntimeError(repr(error))
+        told.add_note(note)
+        connection.send(told)
 
 
 class Crew:
@@ -56,6 +147,7 @@ class Crew:
         shared: A store of torch.distributed through which the processes talk; None: this process is alone.
         rank: Of this process among ``size``. Rank 0 decides and writes what is written once.
         size: Number of processes.
+        forks: Whether each of several threads has a `Helper`.
     """
 
     def __init__(
@@ -65,7 +157,9 @@ class Crew:
         shared: Store | None = None,
         rank: int = 0,
         size: int = 1,
+        forks: bool = False,
     ):
+        self.forks = forks and threads > 1
         self.threads, self.prepare, self.rank, self.size = threads, prepare, rank, size
         self.shared, self.jobs, self.questions, self.meetings = shared or HashStore(), 0, 0, 0
         self.heard = dict.fromkeys(range(size), (0, time.monotonic()))  # signs of life of each process, and since when
@@ -88,13 +182,17 @@ class Crew:
         failed: dict[int, str] = {}  # by task
         faults: list[BaseException] = []
 
-        def work() -> None:
+        def work(helper: Helper | None) -> None:
             try:
                 self.prepare()
                 while not stop.is_set() and (i := self._add(job) - 1) < len(tasks):
                     try:
-                        if not tasks[i].finished():
+                        if tasks[i].finished():
+                            pass
+                        elif helper is None or tasks[i].here:
                             tasks[i].run()
+                        else:
+                            helper.run(i)
                     except TaskFailedError as error:
                         failed[i] = str(error)
                         self._tell(f"{job}, task {i}", str(error))
@@ -106,26 +204,44 @@ class Crew:
                 with news:
                     news.notify()
 
-        workers = [threading.Thread(target=work, daemon=True) for _ in range(min(threads or self.threads, len(tasks)))]
-        for worker in workers:
-            worker.start()
-        try:
-            for i, task in enumerate(tasks):
-                with news:
-                    while not (faults or i in failed or task.finished()):
-                        news.wait(POLL_SECONDS)
-                        if (reason := self._told(f"{job}, task {i}")) is not None:
-                            failed[i] = reason
-                        self._listen()
-                if faults:
-                    raise faults[0]
-                yield failed.get(i, "")
-        finally:
-            stop.set()
+        count = min(threads or self.threads, len(tasks))
+        with self._helpers(count, tasks) as helpers:
+            workers = [threading.Thread(target=work, args=(helper,), daemon=True) for helper in helpers]
             for worker in workers:
-                worker.join()
+                worker.start()
+            try:
+                for i, task in enumerate(tasks):
+                    with news:
+                        while not (faults or i in failed or task.finished()):
+                            news.wait(POLL_SECONDS)
+                            if (reason := self._told(f"{job}, task {i}")) is not None:
+                                failed[i] = reason
+                            self._listen()
+                    if faults:
+                        raise faults[0]
+                    yield failed.get(i, "")
+            finally:
+                stop.set()
+                for worker in workers:
+                    worker.join()
         if faults:  # of a thread that met it when all tasks were finished
             raise faults[0]
+
+    @contextmanager
+    def _helpers(self, count: int, tasks: Sequence[Task]) -> Iterator[list[Helper | None]]:
+        """The helper of each of some threads, which has none where there is nothing to help with."""
+        if not self.forks or all(task.here or task.finished() for task in tasks):
+            yield [None] * count
+            return
+        with ExitStack() as ending:
+            lifeline = os.pipe()
+            for end in lifeline:
+                ending.callback(os.close, end)
+            helpers = []
+            for _ in range(count):  # before there are threads, whose locks a copy would find locked for ever
+                helpers.append(Helper(tasks, self.prepare, lifeline))
+                ending.callback(helpers[-1].end)
+            yield helpers
 
     def agree(self, decide: Callable[[], object]) -> object:
         """What ``decide()`` gives on rank 0, a JSON value, told to every process.
@@ -252,8 +368,9 @@ def assemble(threads: int, prepare: Callable[[], None], device: torch.device) ->
     Raises:
         OSError: The processes do not reach each other.
     """
+    forks = device.type == "cpu" and sys.platform == "linux"
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Crew(threads, prepare)
+        return Crew(threads, prepare, forks=forks)
     try:
         shared, rank, size = next(rendezvous("env://"))
         on_gpu = device.type == "cuda"
@@ -267,4 +384,4 @@ def assemble(threads: int, prepare: Callable[[], None], device: torch.device) ->
         torch.distributed.barrier()  # all are there, and reach each other
     except RuntimeError as error:
         raise OSError(f"the processes of the job do not reach each other ({error})") from error
-    return Crew(threads, prepare, PrefixStore("crew", shared), rank, size)
+    return Crew(threads, prepare, PrefixStore("crew", shared), rank, size, forks)

@@ -122,7 +122,10 @@ def extract(
             held.enter_context(store.locked(passed.folder.with_suffix(".lock"), _tell_of_waiting))
         missing = crew.agree(partial(passed.begin, names))
         shards = passed.shards if missing else []
-        tasks = [Task(partial(passed.finished, rows, missing), partial(passed.run, rows, missing)) for rows in shards]
+        tasks = [
+            Task(partial(passed.finished, rows, missing), partial(passed.run, rows, missing), here=True)
+            for rows in shards
+        ]
         threads = min(crew.threads, PASS_THREADS) if device.type == "cpu" else PASS_THREADS  # a GPU waits for readers
         for done, _ in enumerate(crew.do(tasks, threads), 1):
             progress("features", done, len(tasks))

@@ -140,10 +140,14 @@ class Stored:
 
     def rows(self, rows: Tensor) -> Tensor:
         """Standardised rows, int64[..., n] -> float32[..., n, F]."""
-        with self._one_reads:
-            held = self._held
-            self._mean_and_scale  # noqa: B018
+        held = self.ready()
         return self._read(rows) if held is None else functional.embedding(rows, held)
+
+    def ready(self) -> Tensor | None:
+        """Read what is to be read before the first rows are given out: the matrix as a whole, if it is held."""
+        with self._one_reads:
+            self._mean_and_scale  # noqa: B018
+            return self._held
 
     @cached_property
     def _held(self) -> Tensor | None:

@@ -260,6 +260,18 @@ class LockedError(RuntimeError):
     """Another process holds a lock; the message says which one."""
 
 
+_lock_files: set[BinaryIO] = set()  # of the locks that this process holds
+
+
+def _let_go() -> None:
+    """A forked process has no share in the locks, which would else be held until it too has ended."""
+    for file in _lock_files:
+        file.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 @contextmanager
 def locked(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold a lock file, which the system releases when the process ends, however it ends.
@@ -300,9 +312,11 @@ def locked(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[No
             started = datetime.now(UTC).isoformat(timespec="seconds")
             file.write(f"process {os.getpid()} on {platform.node()}, since {started}".encode())
             file.flush()
+            _lock_files.add(file)
             yield
         finally:
             path.unlink(missing_ok=True)
+            _lock_files.discard(file)
             file.close()
 
 

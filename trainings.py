@@ -33,7 +33,7 @@ from representations import MEASURES, PCA, REPRESENTATIONS
 from stacked_training import DROPOUT, HIDDEN, Models, Schedule, Split, Stored, scored, standardise, train_classifiers
 
 # Parameters in a stack: of 8 classifiers of one layer for a CPU, near whose caches they stay; of 561 for a GPU.
-STACK_PARAMETERS = {"cpu": 4_300_000, "cuda": 300_000_000}
+STACK_PARAMETERS = {"cpu": 2_200_000, "cuda": 300_000_000}
 # Of 4 to 12 autoencoders for a CPU: enough stacks to keep its threads busy to the end.
 AUTOENCODER_PARAMETERS = {"cpu": 7_000_000, "cuda": 300_000_000}
 RUNS_IN_STACK = {"cpu": 1, "cuda": 10}  # of one representation, so that more runs find the first ones finished
@@ -219,7 +219,7 @@ class Experiment:
 
     # -- units of work ------------------------------------------------------------------------------------------------
 
-    def task(self, key: dict, compute: Callable[[list], dict], stack: list, label: str) -> Task:
+    def task(self, key: dict, compute: Callable[[list], dict], stack: list, label: str, here: bool = False) -> Task:
         """The work of ``compute(stack)``; where training diverges or memory does not do, the task has failed."""
 
         def attempt() -> dict[str, np.ndarray]:
@@ -233,7 +233,7 @@ class Experiment:
                 told = str(error).rstrip(". ")
                 raise TaskFailedError(f"out of memory with one model at a time: {told}") from error
 
-        return Task(self.units.path(key).exists, lambda: self.units.save(key, attempt()))
+        return Task(self.units.path(key).exists, lambda: self.units.save(key, attempt()), here)
 
     def _within_memory(self, compute: Callable[[list], dict], stack: list, label: str) -> dict[str, np.ndarray]:
         """Arrays of a stack, trained in smaller ones if need be; ``stack`` int64[M] of them tells in how large ones.
@@ -293,6 +293,8 @@ class Experiment:
         ]
         compute = partial(self._train_classifiers, source, of_model, models)
         tasks = [self.task(key, compute, stack, label) for key, stack in zip(keys, stacks, strict=True)]
+        if source == "flat_vec" and self.crew.forks and not all(task.finished() for task in tasks):
+            self._packed.ready()  # so that helpers, copies of this process, share what it holds
         return Classifiers(label, num_layers, live, keys, tasks)
 
     def _train_classifiers(
@@ -334,7 +336,8 @@ class Experiment:
             classes = len(self.collection.classes)
             return kernels.classify_each(self.update_kernels, kept[stack], self.collection.y, self.rows, classes)
 
-        tasks = [self.task(key, compute, stack, label) for key, stack in zip(keys, stacks, strict=True)]
+        # The kernels stay in memory, for all tasks.
+        tasks = [self.task(key, compute, stack, label, here=True) for key, stack in zip(keys, stacks, strict=True)]
         return Classifiers(label, num_layers, kept[0], keys, tasks)
 
     @cached_property

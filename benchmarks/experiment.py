@@ -6,20 +6,23 @@
 
 Other flags go to the experiment, written with ``=``: ``--quick``, ``--device=cpu``, ``--num-runs=3``, and
 ``--controls=basic`` for the analysis and what is trained for it, which else is left out. It runs in a
-fresh output folder, so nothing is reused. Peak host memory is the resident set (Linux), with pages of mapped files that
-the system could drop at any time.
+fresh output folder, so nothing is reused. Peak host memory (Linux) is the larger of this process's peak and of what it
+and its helpers hold together, looked at every second, with pages of mapped files that the system could drop at any
+time.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import platform
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -31,9 +34,21 @@ from sd15_zoo import write_zoo
 import ablation_experiment
 import digits_zoo
 
+SAMPLE_SECONDS = 1.0
+
+
+def resident() -> int:
+    """Bytes of memory of this process and of those it has forked; what they share counts once (PSS)."""
+    total = 0
+    for process in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+            total += 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total
+
 
 def host_peak() -> int:
-    """Largest resident set since `forget_peaks`, in bytes."""
+    """Largest resident set of this process alone since `forget_peaks`, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
@@ -53,13 +68,24 @@ class Metered(ablation_experiment.Stopwatch):
     def __init__(self):
         super().__init__()
         Metered.latest, self.host, self.device = self, dict.fromkeys(self.PHASES, 0), dict.fromkeys(self.PHASES, 0)
+        self.now: str | None = None  # the phase at hand
+        threading.Thread(target=self._sample, daemon=True).start()
+
+    def _sample(self) -> None:
+        while True:
+            total, now = resident(), self.now
+            if now is not None:
+                self.host[now] = max(self.host[now], total)
+            time.sleep(SAMPLE_SECONDS)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of the body to a phase, and take in its peaks."""
         forget_peaks()
+        self.now = name
         with super().phase(name):
             yield
+        self.now = None
         self.host[name] = max(self.host[name], host_peak())
         if torch.cuda.is_available():
             self.device[name] = max(self.device[name], torch.cuda.max_memory_allocated())

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -31,7 +32,7 @@ from torch.utils.data import DataLoader, TensorDataset
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ablation_experiment import THREADS
-from crew import Crew, Task
+from crew import Task, assemble
 from stacked_training import DROPOUT, HIDDEN, ClassifierStack, Models, Schedule, Split, fast_products, train
 from trainings import STACK_PARAMETERS, start_thread
 
@@ -72,18 +73,18 @@ def textbook(x: torch.Tensor, y: torch.Tensor, split: Split, layers: list[int], 
 def stacked(x: torch.Tensor, y: torch.Tensor, split: Split, models: list[tuple[int, int]], epochs: int) -> None:
     """Train classifiers, (layer, run) each, in stacks of the size that the program uses, and as many at once."""
     size = STACK_PARAMETERS[x.device.type] // PARAMETERS
-    schedule, finished = Schedule(epochs, epochs + 1, BATCH, lr_patience=10), set()
+    schedule = Schedule(epochs, epochs + 1, BATCH, lr_patience=10)
 
-    def train_from(start: int) -> None:
+    def train_from(start: int, done: Path) -> None:
         source, run = (torch.tensor(column) for column in zip(*models[start : start + size], strict=True))
         train(ClassifierStack(x, y, split, Models(source, run), CLASSES, seed=0), schedule)
-        finished.add(start)
+        done.touch()
 
-    tasks = [
-        Task(partial(finished.__contains__, start), partial(train_from, start)) for start in range(0, len(models), size)
-    ]
-    for _ in Crew(THREADS if x.device.type == "cpu" else 1, partial(start_thread, x.device)).do(tasks):
-        pass
+    crew = assemble(THREADS if x.device.type == "cpu" else 1, partial(start_thread, x.device), x.device)
+    with tempfile.TemporaryDirectory() as folder:
+        done = {start: Path(folder, str(start)) for start in range(0, len(models), size)}
+        for _ in crew.do([Task(path.exists, partial(train_from, start, path)) for start, path in done.items()]):
+            pass
 
 
 def seconds(function: Callable[[], None], device: torch.device) -> float:

@@ -436,7 +436,13 @@ def test_a_killed_run_loses_nothing_that_was_finished(tmp_path):
     assert len(list((tmp_path / "out").rglob("classifier-*.npz"))) > len(finished)
 
 
-def test_an_interrupted_run_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def one_process(monkeypatch):
+    """No helpers, so that a test sees what is called."""
+    monkeypatch.setattr(ablation_experiment, "THREADS", 1)
+
+
+def test_an_interrupted_run_continues_where_it_stopped(one_process, tmp_path, monkeypatch, capsys):
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
     whole = run(tmp_path, root, "--top-k=1", *QUICK, out="whole")
     trained, real = [], trainings.train_classifiers
@@ -462,7 +468,7 @@ def test_an_interrupted_run_continues_where_it_stopped(tmp_path, monkeypatch, ca
     assert results["layer_ranking"] == whole["layer_ranking"]
 
 
-def test_a_higher_top_k_and_more_runs_train_only_what_is_new(tmp_path, monkeypatch):
+def test_a_higher_top_k_and_more_runs_train_only_what_is_new(one_process, tmp_path, monkeypatch):
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
     seen, real = [], trainings.train_classifiers
 
@@ -487,7 +493,7 @@ def test_a_higher_top_k_and_more_runs_train_only_what_is_new(tmp_path, monkeypat
     assert fresh["layer_ranking"] == more["layer_ranking"] and fresh["baseline_results"] == more["baseline_results"]
 
 
-def test_a_stack_that_does_not_fit_memory_is_made_smaller_and_told(tmp_path, monkeypatch, capsys):
+def test_a_stack_that_does_not_fit_memory_is_made_smaller_and_told(tmp_path, monkeypatch, capfd):
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
     flags = ("--top-k=1", "--quick", "--representations=stats,vae")
     whole, real, learn = run(tmp_path, root, *flags), trainings.train_classifiers, autoencoders.fit_transform
@@ -507,12 +513,12 @@ def test_a_stack_that_does_not_fit_memory_is_made_smaller_and_told(tmp_path, mon
     smaller = run(tmp_path, root, *flags, out="smaller")
     made = smaller["config"]["stack"]["smaller"]
     assert made["fitting vae, 16 weights a layer"] == 1 and made["ranking"] <= 2
-    assert "12 models do not fit the memory of cpu: trying 6 at once" in capsys.readouterr().out
+    assert "12 models do not fit the memory of cpu: trying 6 at once" in capfd.readouterr().out
     for name in ("stats", "vae"):  # as far as a matrix product does not depend on how many are done at once
         metrics = [value(results, "baseline_results", name, "train_accuracy", "mean") for results in (whole, smaller)]
         assert metrics[0] == pytest.approx(metrics[1], abs=0.1)
     assert run(tmp_path, root, *flags, out="smaller") == smaller  # nothing to do
-    assert "Nothing to do" in capsys.readouterr().out
+    assert "Nothing to do" in capfd.readouterr().out
 
     monkeypatch.setattr(autoencoders, "fit_transform", out_of_memory)
     left = run(tmp_path, root, *flags, "--seed=1", out="without", expected=3)
@@ -521,7 +527,7 @@ def test_a_stack_that_does_not_fit_memory_is_made_smaller_and_told(tmp_path, mon
     monkeypatch.setattr(trainings, "train_classifiers", out_of_memory)
     run(tmp_path, root, *flags, "--seed=2", out="never", expected=2)
     told = "error: the layers cannot be ranked: out of memory with one model at a time: Tried to allocate 2.00 GiB. try"
-    assert capsys.readouterr().err.startswith(told)
+    assert capfd.readouterr().err.startswith(told)
 
 
 def out_of_memory(*_, **__):
@@ -642,7 +648,7 @@ def test_a_gpu_has_a_number_and_each_process_its_own(monkeypatch):
 @pytest.mark.parametrize(
     "error", [MemoryError("512 MiB for an array"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
-def test_a_cpu_that_is_out_of_memory_tries_smaller_stacks_and_tells(tmp_path, monkeypatch, capsys, error):
+def test_a_cpu_that_is_out_of_memory_tries_smaller_stacks_and_tells(tmp_path, monkeypatch, capfd, error):
     def too_much(*_, **__):
         raise error
 
@@ -651,10 +657,10 @@ def test_a_cpu_that_is_out_of_memory_tries_smaller_stacks_and_tells(tmp_path, mo
     monkeypatch.setattr(autoencoders, "fit_transform", too_much)
     left = run(tmp_path, root, *flags, expected=3)
     assert str(error) in left["representations_not_run"][0]["reason"]
-    assert "4 models do not fit the memory of cpu: trying 2 at once" in capsys.readouterr().out
+    assert "4 models do not fit the memory of cpu: trying 2 at once" in capfd.readouterr().out
     monkeypatch.setattr(ablation_experiment, "extract", too_much)
     run(tmp_path, root, *flags, "--seed=1", expected=2)
-    assert capsys.readouterr().err.startswith(f"error: out of memory: {error}. try another --device")
+    assert capfd.readouterr().err.startswith(f"error: out of memory: {error}. try another --device")
 
 
 def test_processes_of_one_machine_share_its_memory(monkeypatch):

@@ -1,5 +1,11 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from torch.distributed import HashStore
@@ -88,6 +94,132 @@ def test_who_no_longer_listens_stops_the_threads(tmp_path):
     assert next(outcomes) == ""
     outcomes.close()
     assert len(begun) < 10
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="helpers are for Linux")
+
+
+@linux
+def test_helpers_do_what_is_not_to_be_done_here(tmp_path):
+    def run(i):
+        (tmp_path / str(i)).write_text(str(os.getpid()))
+        time.sleep(0.05)
+
+    tasks = [Task((tmp_path / str(i)).exists, lambda i=i: run(i), here=i % 3 == 0) for i in range(12)]
+    assert list(Crew(2, forks=True).do(tasks)) == [""] * 12
+    at_work = [int((tmp_path / str(i)).read_text()) for i in range(12)]
+    assert set(at_work[::3]) == {os.getpid()}
+    helpers = {pid for i, pid in enumerate(at_work) if i % 3}
+    assert os.getpid() not in helpers and len(helpers) == 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in helpers)
+
+
+@linux
+def test_helpers_are_prepared_and_find_what_there_was_at_the_start(tmp_path):
+    prepared, there = [], {"weights": 3}
+    tasks = [
+        task(tmp_path, str(i), lambda i=i: (tmp_path / f"{i}.seen").write_text(f"{prepared} {there}")) for i in range(4)
+    ]
+    assert list(Crew(2, lambda: prepared.append("ready"), forks=True).do(tasks)) == [""] * 4
+    for i in range(4):
+        assert (tmp_path / f"{i}.seen").read_text() == "['ready'] {'weights': 3}"
+
+
+def test_nobody_is_forked_for_one_thread_or_for_finished_tasks(tmp_path, monkeypatch):
+    monkeypatch.setattr(crew, "Helper", None)
+    tasks = [task(tmp_path, str(i)) for i in range(3)]
+    assert list(Crew(1, forks=True).do(tasks)) == [""] * 3
+    assert list(Crew(2, forks=True).do(tasks)) == [""] * 3
+
+
+class Unspeakable(Exception):
+    """Cannot be told to another process: it is made of two things and keeps one."""
+
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+@linux
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (OSError("disk full"), OSError),
+        (KeyboardInterrupt("disk full"), KeyboardInterrupt),
+        (SystemExit("disk full"), SystemExit),
+        (Unspeakable("disk full", 2), RuntimeError),
+    ],
+)
+def test_what_a_helper_raises_is_raised_here_and_says_where(tmp_path, fault, told):
+    def fail():
+        raise fault
+
+    tasks = [task(tmp_path, "0", fail), *(task(tmp_path, str(i), lambda: time.sleep(0.2)) for i in range(1, 9))]
+    with pytest.raises(told, match="disk full") as caught:
+        list(Crew(2, forks=True).do(tasks))
+    assert "in fail" in "".join(caught.value.__notes__)
+    assert len(list(tmp_path.iterdir())) < 8
+
+
+@linux
+def test_a_helper_tells_of_a_task_that_cannot_be_done(tmp_path):
+    def fail():
+        raise TaskFailedError("diverged")
+
+    tasks = [task(tmp_path, "a"), task(tmp_path, "b", fail), task(tmp_path, "c")]
+    assert list(Crew(2, forks=True).do(tasks)) == ["", "diverged", ""]
+
+
+@linux
+def test_a_helper_that_is_killed_ends_the_job(tmp_path):
+    tasks = [task(tmp_path, "a", lambda: os.kill(os.getpid(), signal.SIGKILL)), task(tmp_path, "b")]
+    with pytest.raises(OSError, match="ended by SIGKILL, as where there is not enough memory"):
+        list(Crew(2, forks=True).do(tasks))
+
+
+@linux
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
+def test_no_helper_outlives_its_process(tmp_path, ending):
+    """A job whose tasks never end, and write down who they are; SIGINT reaches all processes, as from a terminal."""
+    job = f"""
+    import os, pathlib, sys, time
+    sys.path.insert(0, {str(Path(crew.__file__).parent)!r})
+    from crew import Crew, Task
+    def run(i):
+        pathlib.Path({str(tmp_path)!r}, str(i)).write_text(str(os.getpid()))
+        while True: time.sleep(1)
+    list(Crew(2, forks=True).do([Task(lambda: False, lambda i=i: run(i)) for i in range(2)]))
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(job)], start_new_session=True)
+    try:
+        until(lambda: len([f for f in tmp_path.iterdir() if f.read_text()]) == 2)
+        helpers = [int(file.read_text()) for file in tmp_path.iterdir()]
+        if ending == signal.SIGKILL:
+            process.kill()
+            until(lambda: not any(alive(pid) for pid in helpers))
+        else:
+            os.killpg(process.pid, ending)  # Python's own handler: it waits for its threads, which wait for the helpers
+            time.sleep(0.5)
+            assert all(alive(pid) for pid in helpers)
+    finally:
+        process.kill()
+        process.wait()
+    until(lambda: not any(alive(pid) for pid in helpers))
+
+
+def alive(pid):
+    """Whether a process is there and has not ended, unlike one that waits to be collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def until(condition, seconds=60):
+    """Wait for what must come about."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_processes_share_the_tasks_and_tell_of_failures(tmp_path):

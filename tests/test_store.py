@@ -284,6 +284,25 @@ def test_one_holds_a_lock_at_a_time_and_its_end_frees_it(tmp_path):
     assert not path.exists()
 
 
+def test_a_forked_process_has_no_share_in_a_lock(tmp_path):
+    path, asleep, (there, ready) = tmp_path / "lock", None, os.pipe()
+    try:
+        with store.locked(path):
+            asleep = os.fork()
+            if asleep == 0:
+                os.write(ready, b"!")
+                time.sleep(60)
+                os._exit(0)
+            assert os.read(there, 1) == b"!"
+            descriptor = os.open(path, os.O_RDWR)
+        # Its holder removed the file at the end; nobody holds what was open.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+    finally:
+        os.kill(asleep, 9)
+        os.waitpid(asleep, 0)
+
+
 def test_who_waits_for_a_lock_is_told_for_whom(tmp_path):
     path, told, order = tmp_path / "x.lock", [], []
 
