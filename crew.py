@@ -4,7 +4,7 @@ A task leaves a file behind, and by that file everyone knows that it is finished
 stopped, and what the processes tell each other is small: who takes which task, and what cannot be done.
 
 Training is thousands of small steps, and Python runs one at a time in a process: threads that train on a CPU wait for
-each other. There each thread has a `Helper`, a process that does its tasks.
+each other. So there, where there are several and the system is Linux, each has a `Helper`, a process that works for it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -48,7 +49,8 @@ class FaultElsewhereError(RuntimeError):
 class Task:
     """Work that leaves files behind: ``finished()`` looks for them, ``run()`` writes them.
 
-    ``here`` keeps it from a `Helper`: it leaves something in memory for other tasks, or has no use for one.
+    ``here`` keeps it from a `Helper`: it leaves something in memory for other tasks (kernels), or consists of few large
+    steps, which let each other run (the pass over files).
     """
 
     finished: Callable[[], bool]
@@ -72,6 +74,7 @@ class Helper:
         self.connection, other_end = forked.Pipe()
         self.process = forked.Process(target=self._serve, args=(tasks, prepare, lifeline, other_end), daemon=True)
         self.process.start()
+        other_end.close()  # so that it is closed when the process has ended
 
     def run(self, task: int) -> None:
         """Have a task done.
@@ -87,7 +90,9 @@ class Helper:
             self.process.join()
             code = self.process.exitcode
             how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-            raise OSError(f"a process that trained has ended {how}, as where there is not enough memory") from None
+            if code == -signal.SIGKILL:
+                how += ", as where memory does not do: fewer threads (OMP_NUM_THREADS) take less"
+            raise OSError(f"a process that trained has ended {how}") from None
         if error is not None:
             raise error
 
@@ -96,14 +101,15 @@ class Helper:
         with suppress(OSError):  # it has ended before
             self.connection.send(None)
         self.process.join()
+        self.connection.close()
 
     def _serve(
         self, tasks: Sequence[Task], prepare: Callable[[], None], lifeline: tuple[int, int], connection: Connection
     ) -> None:
         """What the process does: tasks as it is told their numbers, answered by None or what they raised."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and this one ends with the first
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGUSR1):  # a terminal, or a cluster, sends them to all processes of a job
+            signal.signal(number, signal.SIG_IGN)  # this one ends with the first
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.close(lifeline[1])
 
         def hold_on() -> None:
@@ -230,7 +236,7 @@ class Crew:
     @contextmanager
     def _helpers(self, count: int, tasks: Sequence[Task]) -> Iterator[list[Helper | None]]:
         """The helper of each of some threads, which has none where there is nothing to help with."""
-        if not self.forks or all(task.here or task.finished() for task in tasks):
+        if not self.forks or sum(not (task.here or task.finished()) for task in tasks) < 2:
             yield [None] * count
             return
         with ExitStack() as ending:
@@ -242,6 +248,11 @@ class Crew:
                 helpers.append(Helper(tasks, self.prepare, lifeline))
                 ending.callback(helpers[-1].end)
             yield helpers
+
+    def prepared(self, function: Callable[[], object]) -> None:
+        """Call a function in a thread that is prepared as those that work are."""
+        with ThreadPoolExecutor(1, initializer=self.prepare) as thread:
+            thread.submit(function).result()
 
     def agree(self, decide: Callable[[], object]) -> object:
         """What ``decide()`` gives on rank 0, a JSON value, told to every process.

@@ -32,7 +32,7 @@ from extraction import Extracted
 from representations import MEASURES, PCA, REPRESENTATIONS
 from stacked_training import DROPOUT, HIDDEN, Models, Schedule, Split, Stored, scored, standardise, train_classifiers
 
-# Parameters in a stack: of 8 classifiers of one layer for a CPU, near whose caches they stay; of 561 for a GPU.
+# Parameters in a stack: of 4 classifiers of one layer for a CPU, near whose caches they stay; of 561 for a GPU.
 STACK_PARAMETERS = {"cpu": 2_200_000, "cuda": 300_000_000}
 # Of 4 to 12 autoencoders for a CPU: enough stacks to keep its threads busy to the end.
 AUTOENCODER_PARAMETERS = {"cpu": 7_000_000, "cuda": 300_000_000}
@@ -294,7 +294,11 @@ class Experiment:
         compute = partial(self._train_classifiers, source, of_model, models)
         tasks = [self.task(key, compute, stack, label) for key, stack in zip(keys, stacks, strict=True)]
         if source == "flat_vec" and self.crew.forks and not all(task.finished() for task in tasks):
-            self._packed.ready()  # so that helpers, copies of this process, share what it holds
+            try:
+                self.crew.prepared(self._packed.ready)  # so that helpers, copies of this process, share what it holds
+            except OUT_OF_MEMORY as error:  # which each task will meet, and tell
+                if not out_of_memory(error):
+                    raise
         return Classifiers(label, num_layers, live, keys, tasks)
 
     def _train_classifiers(
@@ -492,14 +496,16 @@ class Experiment:
         }
 
     def inputs(self, source: str) -> torch.Tensor | Stored:
-        """What classifiers read, standardised, float32[S, N, F]; those of the latest two sources are kept.
+        """What classifiers read, standardised, float32[S, N, F].
+
+        Those of the latest two sources are kept, as threads may be at either; a helper, which is one, keeps one.
 
         Args:
             source: A representation, `EACH_LAYER` (S is then L), or principal components by the layers they are of.
         """
         with self._one_reads:
             if source not in self._inputs:
-                while len(self._inputs) > 1:
+                while len(self._inputs) > (0 if self.crew.forks else 1):
                     del self._inputs[next(iter(self._inputs))]
                 self._inputs[source] = self._read(source)
             return self._inputs[source]

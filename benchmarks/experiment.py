@@ -7,14 +7,12 @@
 Other flags go to the experiment, written with ``=``: ``--quick``, ``--device=cpu``, ``--num-runs=3``, and
 ``--controls=basic`` for the analysis and what is trained for it, which else is left out. It runs in a
 fresh output folder, so nothing is reused. Peak host memory (Linux) is the larger of this process's peak and of what it
-and its helpers hold together, looked at every second, with pages of mapped files that the system could drop at any
-time.
+and its helpers hold together, looked at every five seconds, with pages of mapped files that the system could drop.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import platform
 import sys
@@ -34,13 +32,14 @@ from sd15_zoo import write_zoo
 import ablation_experiment
 import digits_zoo
 
-SAMPLE_SECONDS = 1.0
+SAMPLE_SECONDS = 5.0
 
 
 def resident() -> int:
     """Bytes of memory of this process and of those it has forked; what they share counts once (PSS)."""
     total = 0
-    for process in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()  # of the main thread, which forks
+    for process in ("self", *children):
         with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
             total += 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
@@ -73,8 +72,8 @@ class Metered(ablation_experiment.Stopwatch):
 
     def _sample(self) -> None:
         while True:
-            total, now = resident(), self.now
-            if now is not None:
+            now, total = self.now, resident()
+            if now is not None and now == self.now:
                 self.host[now] = max(self.host[now], total)
             time.sleep(SAMPLE_SECONDS)
 

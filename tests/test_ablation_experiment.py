@@ -530,6 +530,16 @@ def test_a_stack_that_does_not_fit_memory_is_made_smaller_and_told(tmp_path, mon
     assert capfd.readouterr().err.startswith(told)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_weights_that_memory_does_not_hold_leave_one_representation_out(tmp_path, monkeypatch, threads):
+    root = write_collection(tmp_path / "small", classes=2, per_class=10)
+    monkeypatch.setattr(ablation_experiment, "THREADS", threads)
+    monkeypatch.setattr(Stored, "_raw", out_of_memory)
+    left = run(tmp_path, root, "--top-k=1", "--quick", "--representations=stats,flat_vec", expected=3)
+    assert list(left["baseline_results"]) == ["stats"]
+    assert "2.00 GiB" in left["representations_not_run"][0]["reason"]
+
+
 def out_of_memory(*_, **__):
     raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
 

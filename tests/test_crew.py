@@ -125,11 +125,20 @@ def test_helpers_are_prepared_and_find_what_there_was_at_the_start(tmp_path):
         assert (tmp_path / f"{i}.seen").read_text() == "['ready'] {'weights': 3}"
 
 
-def test_nobody_is_forked_for_one_thread_or_for_finished_tasks(tmp_path, monkeypatch):
+def test_nobody_is_forked_for_one_thread_one_task_or_finished_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(crew, "Helper", None)
     tasks = [task(tmp_path, str(i)) for i in range(3)]
     assert list(Crew(1, forks=True).do(tasks)) == [""] * 3
-    assert list(Crew(2, forks=True).do(tasks)) == [""] * 3
+    assert list(Crew(2, forks=True).do([*tasks, task(tmp_path, "3")])) == [""] * 4
+
+
+def test_a_function_is_called_in_a_prepared_thread():
+    prepared, called = [], []
+    crew = Crew(2, lambda: prepared.append(threading.get_ident()))
+    crew.prepared(lambda: called.append(threading.get_ident()))
+    assert called == prepared != [threading.get_ident()]
+    with pytest.raises(MemoryError):
+        crew.prepared(lambda: bytearray(2**62))
 
 
 class Unspeakable(Exception):
@@ -172,7 +181,7 @@ def test_a_helper_tells_of_a_task_that_cannot_be_done(tmp_path):
 @linux
 def test_a_helper_that_is_killed_ends_the_job(tmp_path):
     tasks = [task(tmp_path, "a", lambda: os.kill(os.getpid(), signal.SIGKILL)), task(tmp_path, "b")]
-    with pytest.raises(OSError, match="ended by SIGKILL, as where there is not enough memory"):
+    with pytest.raises(OSError, match="ended by SIGKILL, as where memory does not do"):
         list(Crew(2, forks=True).do(tasks))
 
 

@@ -255,14 +255,19 @@ def test_two_processes_with_one_cache_do_the_same_in_two_folders(processes, coll
 # -- several processes of one job ---------------------------------------------------------------------------
 
 
-def torchrun(collection, out, *flags):
+def torchrun(collection, out, *flags, threads=1):
+    """Two processes of one job; with several threads each has helpers."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", ROOT / "ablation_experiment.py"]
     command += ["--dataset", collection, "--output-dir", out, *FLAGS, *flags]
-    return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    return subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
 
 
-def test_two_processes_of_one_job_give_the_same_bytes_as_one(collection, expected, tmp_path):
-    job = torchrun(collection, tmp_path / "out")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_two_processes_of_one_job_give_the_same_bytes_as_one(collection, expected, tmp_path, threads):
+    job = torchrun(collection, tmp_path / "out", threads=threads)
     output, _ = job.communicate(timeout=240)
     assert job.returncode == 0, output
     assert output.count("Phase 1") == 1  # only one of them speaks

@@ -297,10 +297,10 @@ def test_a_forked_process_has_no_share_in_a_lock(tmp_path):
             descriptor = os.open(path, os.O_RDWR)
         # Its holder removed the file at the end; nobody holds what was open.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.close(descriptor)
     finally:
-        os.kill(asleep, 9)
-        os.waitpid(asleep, 0)
+        if asleep is not None:
+            os.kill(asleep, 9)
+            os.waitpid(asleep, 0)
 
 
 def test_who_waits_for_a_lock_is_told_for_whom(tmp_path):
