@@ -193,12 +193,11 @@ class Crew:
                 self.prepare()
                 while not stop.is_set() and (i := self._add(job) - 1) < len(tasks):
                     try:
-                        if tasks[i].finished():
-                            pass
-                        elif helper is None or tasks[i].here:
-                            tasks[i].run()
-                        else:
-                            helper.run(i)
+                        if not tasks[i].finished():
+                            if helper is None or tasks[i].here:
+                                tasks[i].run()
+                            else:
+                                helper.run(i)
                     except TaskFailedError as error:
                         failed[i] = str(error)
                         self._tell(f"{job}, task {i}", str(error))
@@ -379,7 +378,8 @@ def assemble(threads: int, prepare: Callable[[], None], device: torch.device) ->
     Raises:
         OSError: The processes do not reach each other.
     """
-    forks = device.type == "cpu" and sys.platform == "linux"
+    # A forked process can use neither a GPU, which autograd looks for wherever one shows, nor the libraries of macOS.
+    forks = device.type == "cpu" and sys.platform == "linux" and not torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Crew(threads, prepare, forks=forks)
     try:

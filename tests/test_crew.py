@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed import HashStore
 
 import crew
-from crew import Crew, FaultElsewhereError, Task, TaskFailedError
+from crew import Crew, FaultElsewhereError, Task, TaskFailedError, assemble
 
 
 def task(folder, name, work=lambda: None):
@@ -130,6 +131,16 @@ def test_nobody_is_forked_for_one_thread_one_task_or_finished_ones(tmp_path, mon
     tasks = [task(tmp_path, str(i)) for i in range(3)]
     assert list(Crew(1, forks=True).do(tasks)) == [""] * 3
     assert list(Crew(2, forks=True).do([*tasks, task(tmp_path, "3")])) == [""] * 4
+
+
+@linux
+@pytest.mark.parametrize(
+    ("device", "shows_gpus", "forks"), [("cpu", False, True), ("cpu", True, False), ("cuda", True, False)]
+)
+def test_there_are_helpers_on_a_cpu_where_no_gpu_shows(monkeypatch, device, shows_gpus, forks):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: shows_gpus)
+    assert assemble(2, lambda: None, torch.device(device)).forks == forks
 
 
 def test_a_function_is_called_in_a_prepared_thread():
