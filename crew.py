@@ -20,7 +20,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -34,6 +33,7 @@ from torch.distributed.rendezvous import rendezvous
 POLL_SECONDS = 0.1  # between looks for what other processes do
 FILE_SYSTEM_SECONDS = 120  # until every machine sees a new file
 BEAT_SECONDS = 5.0  # between signs of life
+THREADS = Path("/proc/self/task")  # the system's own list of the threads of this process
 SILENT_SECONDS = 300.0  # without one, and a process is taken for lost
 
 
@@ -228,7 +228,7 @@ class Crew:
             finally:
                 stop.set()
                 for worker in workers:
-                    worker.join()
+                    _join(worker)
         if faults:  # of a thread that met it when all tasks were finished
             raise faults[0]
 
@@ -249,9 +249,25 @@ class Crew:
             yield helpers
 
     def prepared(self, function: Callable[[], object]) -> None:
-        """Call a function in a thread that is prepared as those that work are."""
-        with ThreadPoolExecutor(1, initializer=self.prepare) as thread:
-            thread.submit(function).result()
+        """Call a function in a thread that is prepared as those that work are.
+
+        Raises:
+            Exception: Whatever the function raised.
+        """
+        faults: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                self.prepare()
+                function()
+            except BaseException as error:  # raised again below
+                faults.append(error)
+
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        _join(worker)
+        if faults:
+            raise faults[0]
 
     def agree(self, decide: Callable[[], object]) -> object:
         """What ``decide()`` gives on rank 0, a JSON value, told to every process.
@@ -364,6 +380,17 @@ class Crew:
                 raise OSError(f"process {rank} of the job is lost")
 
 
+def _join(worker: threading.Thread) -> None:
+    """Wait until a thread has ended, for the system too.
+
+    `Thread.join` returns while the native thread still cleans up what its libraries kept for it. A process forked at
+    that moment copies a lock of MKL's allocator that nobody will ever release there, and spins for ever.
+    """
+    worker.join()
+    while THREADS.joinpath(str(worker.native_id)).exists():
+        time.sleep(0.001)
+
+
 def assemble(threads: int, prepare: Callable[[], None], device: torch.device) -> Crew:
     """The threads of this process; and those of the others, where torchrun has started several.
 
@@ -379,7 +406,8 @@ def assemble(threads: int, prepare: Callable[[], None], device: torch.device) ->
         OSError: The processes do not reach each other.
     """
     # A forked process can use neither a GPU, which autograd looks for wherever one shows, nor the libraries of macOS.
-    forks = device.type == "cpu" and sys.platform == "linux" and not torch.cuda.is_available()
+    # Without the system's list of threads nobody knows when it is safe to fork.
+    forks = device.type == "cpu" and sys.platform == "linux" and THREADS.is_dir() and not torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Crew(threads, prepare, forks=forks)
     try:

@@ -115,6 +115,41 @@ def test_helpers_do_what_is_not_to_be_done_here(tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in helpers)
 
 
+def many_jobs(folder, rounds):
+    """Jobs of threads, each followed at once by one of helpers, and by a function in a prepared thread."""
+
+    def run(path):
+        x = torch.ones(200, 200)
+        torch.linalg.svd(x @ x)  # so that MKL allocates memory for this thread
+        path.touch()
+
+    def job(name, here):
+        paths = [Path(folder, f"{name}-{i}") for i in range(2)]
+        return [Task(path.exists, lambda path=path: run(path), here) for path in paths]
+
+    crew = Crew(2, lambda: torch.set_num_threads(1), forks=True)
+    for number in range(rounds):
+        assert list(crew.do(job(f"threads-{number}", True))) == ["", ""]
+        assert list(crew.do(job(f"helpers-{number}", False))) == ["", ""]
+        crew.prepared(lambda number=number: run(Path(folder, f"prepared-{number}")))
+        assert list(crew.do(job(f"more-{number}", False))) == ["", ""]
+
+
+@linux
+@pytest.mark.parametrize("rounds", [10, pytest.param(200, marks=pytest.mark.slow)])
+def test_helpers_forked_right_after_threads_never_hang(tmp_path, rounds):
+    script = f"import test_crew; test_crew.many_jobs({str(tmp_path)!r}, {rounds})"
+    folders = os.pathsep.join([str(Path(crew.__file__).parent), str(Path(__file__).parent)])
+    environment = os.environ | {"PYTHONPATH": folders}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=30 + 3 * rounds)
+
+
+@linux
+def test_a_fault_in_a_prepared_thread_is_raised_here():
+    with pytest.raises(OSError, match="disk full"):
+        Crew(1).prepared(lambda: (_ for _ in ()).throw(OSError("disk full")))
+
+
 @linux
 def test_helpers_are_prepared_and_find_what_there_was_at_the_start(tmp_path):
     prepared, there = [], {"weights": 3}
