@@ -28,34 +28,41 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-import comparisons
 import data
-import digits_zoo
-import labels
-import page
-import pictures
-import report
-import store
-from crew import Crew, FaultElsewhereError, assemble
 from data import Collection, CollectionError
-from extraction import WEIGHTS, extract, identity
+from experiment import controls, store
+from experiment.extraction import WEIGHTS, extract, identity
+from experiment.phases import (
+    OUT_OF_MEMORY,
+    STACK_PARAMETERS,
+    Experiment,
+    Settings,
+    TrainingError,
+    out_of_memory,
+    start_thread,
+)
+from experiment.workers import Crew, FaultElsewhereError, assemble
+from loras import digits_zoo, labels
+from report import figures, page, text
 from representations import REPRESENTATIONS
-from splits import split_collection
-from stacked_training import Schedule, scored
-from trainings import OUT_OF_MEMORY, STACK_PARAMETERS, Experiment, Settings, TrainingError, out_of_memory, start_thread
+from training.splits import split_collection
+from training.stacks import Schedule, scored
 
 BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000}
 NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small")
 THREADS = torch.get_num_threads()  # tasks at once on a CPU, one thread each
 RESULT_FILES = ("top_layers.json", "results.txt", "samples.csv", "predictions.npz", "results.json")
 PAGE = "figures/report.html"  # and the pictures beside it; not without an analysis
+PROGRAM = (  # of which results are; tests and benchmarks are no part of it
+    *("ablation_experiment", "autoencoders", "data", "representations"),
+    *("analysis", "experiment", "loras", "report", "training"),
+)
 LOG_SECONDS = 60  # between lines of progress in a log file
 SCHEMA_VERSION = 1
 
@@ -159,7 +166,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=42, help="of the split and of all training (42)")
     add(
         "--controls",
-        choices=comparisons.LEVELS,
+        choices=controls.LEVELS,
         help="what to compare with. basic: all that needs no training, and for stats in 3 runs 20 random removals, the "
         "bottom k, the top k alone, curves of at most 12 points, all of it for update_kernel too if it is run, and the "
         "best representation without fitting on a split by groups where a column looks like one; all: also ensemble "
@@ -322,7 +329,7 @@ def run(args: argparse.Namespace) -> int:
 def carry_out(args: argparse.Namespace, settings: Settings, crew: Crew) -> int:
     """What each process of the job does: see `run`."""
     progress, cache = Progress(crew.rank == 0), args.cache_dir or args.output_dir / ".cache"
-    say(report.settings_lines(settings.config(), environment(settings.device), args.output_dir))
+    say(text.settings_lines(settings.config(), environment(settings.device), args.output_dir))
     name, folder = crew.agree(lambda: [str(part) for part in locate(args, progress)])
     watch = Stopwatch()
     with watch.phase("index"):
@@ -420,11 +427,11 @@ def make_plan(settings: Settings, collection: Collection) -> Plan:
     not_run = {n: collection.mixed_ranks for n in flat if collection.mixed_ranks}
     chosen = [n for n in settings.representations if n not in not_run]
     weights = [n for n in chosen if n in flat or REPRESENTATIONS[n].kind == "kernel"]
-    needed = {"stats", comparisons.UPDATES} | set(chosen) - set(weights) | ({WEIGHTS} if weights else set())
+    needed = {"stats", controls.UPDATES} | set(chosen) - set(weights) | ({WEIGHTS} if weights else set())
     header = describe(settings, collection, rows, selected)
-    say(report.collection_lines(header, len(chosen)))
+    say(text.collection_lines(header, len(chosen)))
     for left_out, reason in not_run.items():
-        say(report.not_run_line(left_out, reason))
+        say(text.not_run_line(left_out, reason))
     return Plan(selected, rows, chosen, not_run, sorted(needed), header)
 
 
@@ -443,14 +450,6 @@ def only_process(target: Path) -> Iterator[None]:
         yield
 
 
-def program() -> list[ModuleType]:
-    """The modules of this program that are loaded, in the order of their files."""
-    folder = Path(store.__file__).parent  # this module's own file may be a link to it from elsewhere
-    modules = {getattr(module, "__file__", None) or "": module for module in sys.modules.values()}
-    modules[__file__] = sys.modules[__name__]
-    return [modules[file] for file in sorted(modules) if file == __file__ or Path(file).parent == folder]
-
-
 def environment(device: torch.device) -> dict:
     """The machine and the program, as results.json tells them."""
     return {
@@ -460,7 +459,7 @@ def environment(device: torch.device) -> dict:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
         "threads": THREADS,
-        "code": store.code_digest(*program()),
+        "code": store.code_digest(*PROGRAM),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -489,7 +488,7 @@ def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndar
             "group_column": collection.group_column,
             "num_groups": None if collection.groups is None else int(collection.groups.max()) + 1,
             "samples": store.digest(samples),  # the fingerprint is of contents, and knows no groups
-            "metadata": store.digest(collection.columns) if comparisons.asked_for(settings) else None,
+            "metadata": store.digest(collection.columns) if controls.asked_for(settings) else None,
             "ignored": dict(collection.ignored),
             "skipped": collection.skipped_records,
         },
@@ -502,11 +501,11 @@ def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndar
 def run_phases(experiment: Experiment, chosen: list[str], not_run: dict[str, str], watch: Stopwatch) -> dict:
     """The three phases, each result printed as it arrives; adds what turns out not to be possible to ``not_run``."""
     settings, layers = experiment.settings, experiment.layers
-    say(f"\nPhase 1: each of {len(layers)} layers alone, on 7 statistics\n{report.LAYER_HEADER}")
+    say(f"\nPhase 1: each of {len(layers)} layers alone, on 7 statistics\n{text.LAYER_HEADER}")
     with watch.phase("ranking"):
         ranking = experiment.rank_layers()
     for rank, record in enumerate(ranking[: settings.top_k], 1):
-        say(report.layer_row(rank, record))
+        say(text.layer_row(rank, record))
     top = [record["layer"] for record in ranking[: settings.top_k]]
     removed = [depth for depth, layer in enumerate(layers) if layer.name in top]
     for name in chosen:
@@ -514,27 +513,27 @@ def run_phases(experiment: Experiment, chosen: list[str], not_run: dict[str, str
         if REPRESENTATIONS[name].kind in ("pair", "kernel") and not experiment.whole_pairs(kept).any():
             whose = f"the top {settings.top_k} layers leave" if len(experiment.pairs) else "--layers leaves"
             not_run[name] = f"{whose} no pair whole"
-            say(report.not_run_line(name, not_run[name]))
+            say(text.not_run_line(name, not_run[name]))
     learned = [name for name in chosen if name == "pca" or REPRESENTATIONS[name].kind == "autoencoder"]
     with watch.phase("autoencoders"):
         for name, reason in experiment.learn(learned, [removed, []]).items():
             not_run[name] = reason
-            say(report.not_run_line(name, reason))
+            say(text.not_run_line(name, reason))
     found: dict[str, dict] = {"ablation": {}, "baseline": {}}
     for condition, without, title in (
         ("ablation", removed, f"Phase 2: without the top {settings.top_k} layers"),
         ("baseline", [], "Phase 3: with all layers"),
     ):
-        say(f"\n{title}\n{report.RESULT_HEADER}")
+        say(f"\n{title}\n{text.RESULT_HEADER}")
         left = [name for name in chosen if name not in not_run]
         with watch.phase(condition):
             for name, entry in experiment.evaluate(left, without, condition):
                 if isinstance(entry, str):
                     not_run[name] = entry
-                    say(report.not_run_line(name, entry))
+                    say(text.not_run_line(name, entry))
                 else:
                     found[condition][name] = entry
-                    say(report.result_row(name, entry))
+                    say(text.result_row(name, entry))
     return {
         "layer_ranking": ranking,
         "top_layers": top,
@@ -546,14 +545,14 @@ def run_phases(experiment: Experiment, chosen: list[str], not_run: dict[str, str
 
 def analyse(experiment: Experiment, results: dict, watch: Stopwatch) -> dict | None:
     """What the numbers of the phases mean, beside controls; the answers are printed. None where none is asked for."""
-    if not comparisons.asked_for(experiment.settings):
+    if not controls.asked_for(experiment.settings):
         return None
     say("\nControls, and what the numbers mean")
     names = [name for name in results["baseline_results"] if name in results["ablation_results"]]
     with watch.phase("analysis"):
-        found = comparisons.analysed(experiment, names, say)
+        found = controls.analysed(experiment, names, say)
     if found:  # None on all processes but the first
-        say("\n".join(report.short_answers(results | {"analysis": found})))
+        say("\n".join(text.short_answers(results | {"analysis": found})))
     return found
 
 
@@ -574,12 +573,12 @@ def finished_results(target: Path, header: dict) -> dict | None:
 
 def write_results(target: Path, experiment: Experiment, results: dict) -> None:
     """Write all result files, results.json last; what lies there of other settings is moved to previous/<n>/ first."""
-    drawn = pictures.draw(results)
-    figures = {f"figures/{name}": content for name, content in drawn.items()}
+    drawn = figures.draw(results)
+    files = {f"figures/{name}": content for name, content in drawn.items()}
     if results["analysis"] is not None:
-        figures[PAGE] = page.render_page(results, drawn)
+        files[PAGE] = page.render_page(results, drawn)
     earlier = {path.relative_to(target).as_posix() for path in (target / "figures").glob("[!.]*")}
-    store.replace_all(target, figures | result_files(experiment, results), sorted(earlier - figures.keys()))
+    store.replace_all(target, files | result_files(experiment, results), sorted(earlier - files.keys()))
 
 
 def result_files(experiment: Experiment, results: dict) -> dict[str, bytes]:
@@ -595,7 +594,7 @@ def result_files(experiment: Experiment, results: dict) -> dict[str, bytes]:
     top = results["layer_ranking"][: experiment.settings.top_k]
     contents = (
         store.canonical_json(top, indent=2),
-        report.render_text(results).encode(),
+        text.render_text(results).encode(),
         table.getvalue().encode(),
         store.packed_arrays(experiment.predictions),
         store.canonical_json(results, indent=2),

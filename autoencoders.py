@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stacked_training import Schedule, Split, dropout_masks, gather, rows_at_once, stream, train
+from training.stacks import Schedule, Split, dropout_masks, gather, rows_at_once, stream, train
 
 KL_WEIGHT = 0.1
 TEMPERATURE = 0.5

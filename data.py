@@ -25,10 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
-import labels as labelling
-import lora_files
-from labels import Finding
-from lora_files import Layer, Layout, LoraFileError
+from loras import labels as labelling
+from loras import lora_files
+from loras.labels import Finding
+from loras.lora_files import Layer, Layout, LoraFileError
 
 PREFERRED_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -517,7 +517,7 @@ def main(arguments: list[str] | None = None) -> int:
     publish.add_argument("--split", help="of a data set of the hub that has several (the only one)")
     args = parser.parse_args(arguments)
     if args.command == "import":
-        import published  # needs libraries that nothing else does
+        from loras import published  # needs libraries that nothing else does
 
         return published.run(args)
     try:

@@ -33,11 +33,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from sd15_zoo import write_zoo
 
 import data
-import extraction
 from ablation_experiment import THREADS
-from crew import Crew
+from experiment import extraction
+from experiment.phases import start_thread
+from experiment.workers import Crew
 from representations import REPRESENTATIONS
-from trainings import start_thread
 
 PHASES = ("index", "features", "packing")
 FEATURES = [name for name, row in REPRESENTATIONS.items() if row.kind in ("matrix", "pair")]

@@ -32,9 +32,9 @@ from torch.utils.data import DataLoader, TensorDataset
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ablation_experiment import THREADS
-from crew import Task, assemble
-from stacked_training import DROPOUT, HIDDEN, ClassifierStack, Models, Schedule, Split, fast_products, train
-from trainings import STACK_PARAMETERS, start_thread
+from experiment.phases import STACK_PARAMETERS, start_thread
+from experiment.workers import Task, assemble
+from training.stacks import DROPOUT, HIDDEN, ClassifierStack, Models, Schedule, Split, fast_products, train
 
 SAMPLES, FEATURES, CLASSES, BATCH = 1000, 7, 10, 32
 WIDTHS = (FEATURES, *HIDDEN, CLASSES)

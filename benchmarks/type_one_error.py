@@ -32,12 +32,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from evidence import ALPHA, Evidence, stream
-from layers import layer_ranking
-from lora_files import Layer
-from splits import split_rows
-from stacked_training import Models, Schedule, Split, standardise, train_classifiers
-from trainings import start_thread
+from analysis.evidence import ALPHA, Evidence, stream
+from analysis.layers import layer_ranking
+from experiment.phases import start_thread
+from loras.lora_files import Layer
+from training.splits import split_rows
+from training.stacks import Models, Schedule, Split, standardise, train_classifiers
 
 LORAS, CLASSES, FEATURES, RUNS = 240, 4, 7, 2
 GROUPS, GROUPED_CLASSES = 48, 2

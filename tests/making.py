@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import trainings
+from experiment import phases
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 
@@ -104,5 +104,5 @@ def planted_collection(
 def narrow_classifiers(width: int) -> Iterator[None]:
     """Hidden layers of another width: the same program, in a fraction of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainings, "HIDDEN", (width, width, width))
+        patch.setattr(phases, "HIDDEN", (width, width, width))
         yield

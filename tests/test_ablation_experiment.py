@@ -13,14 +13,12 @@ from safetensors.torch import load_file, save_file
 
 import ablation_experiment
 import autoencoders
-import digits_zoo
-import extraction
-import report
-import store
-import trainings
 from ablation_experiment import RESULT_FILES, main
+from experiment import extraction, phases, store
+from loras import digits_zoo
+from report import text
 from representations import REPRESENTATIONS
-from stacked_training import Stored
+from training.stacks import Stored
 
 ROOT = Path(ablation_experiment.__file__).parent
 
@@ -37,7 +35,7 @@ def run(tmp_path, dataset, *flags, out="out", expected=0):
 def narrow_networks():
     """Hidden layers a quarter as wide: the same program, in a fraction of the time."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(trainings, "HIDDEN", (128, 128, 128))
+    patch.setattr(phases, "HIDDEN", (128, 128, 128))
     patch.setattr(autoencoders, "HIDDEN", dict.fromkeys(autoencoders.HIDDEN, (64, 32)))
     yield
     patch.undo()
@@ -226,13 +224,13 @@ def test_results_txt_tells_what_was_run_and_chance(everything):
 
 def test_results_txt_is_rendered_from_results_json_alone(everything):
     folder, results = everything
-    assert report.render_text(results) == (folder / "results.txt").read_text()
+    assert text.render_text(results) == (folder / "results.txt").read_text()
     results = json.loads(json.dumps(results))
     results["config"]["rank_by"], results["config"]["quick"] = "val", False
     results["dataset"]["split_sizes"]["validation"] = 50
-    text = report.render_text(results)
-    assert "ranked by validation accuracy" in text
-    assert not any(words in text for words in ("--rank-by=val", "--quick", "Early stopping"))
+    rendered = text.render_text(results)
+    assert "ranked by validation accuracy" in rendered
+    assert not any(words in rendered for words in ("--rank-by=val", "--quick", "Early stopping"))
 
 
 def test_two_runs_with_separate_caches_give_the_same_bytes(everything, planted, tmp_path):
@@ -275,8 +273,8 @@ def test_the_analysis_says_what_was_planted(analysed, planted):
     assert found["robustness"]["stats"]["verdict"] == "localized"
     assert len(found["hypotheses"]) == 5 and "norms" in found["cheap"]["as_good"]
     assert found["representations"]["drops"]["stats"]["interval"][0] > 0.3
-    text = (folder / "results.txt").read_text()
-    assert report.render_text(results) == text and "localized" in text
+    written = (folder / "results.txt").read_text()
+    assert text.render_text(results) == written and "localized" in written
     predictions = store.load_arrays(folder / "predictions.npz")
     conditions = predictions["controls/stats/names"].tolist()
     right = predictions["controls/stats/predicted"][conditions.index("top alone")] == predictions["y"]
@@ -311,7 +309,7 @@ def test_a_lost_page_is_made_again_and_nothing_is_trained(analysed, planted, tmp
     shutil.copytree(folder.parent, tmp_path / "out")
     page = tmp_path / "out" / "ablation_planted" / "figures" / "report.html"
     page.unlink()
-    monkeypatch.setattr(trainings, "train_classifiers", not_again)
+    monkeypatch.setattr(phases, "train_classifiers", not_again)
     run(tmp_path, planted[0], *ANALYSED)
     assert page.read_bytes() == (folder / "figures" / "report.html").read_bytes()
 
@@ -352,7 +350,7 @@ def test_a_rerun_does_nothing_and_other_settings_keep_the_old_results(tmp_path, 
     folder = tmp_path / "out" / "ablation_small"
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
 
-    monkeypatch.setattr(trainings, "train_classifiers", not_again)
+    monkeypatch.setattr(phases, "train_classifiers", not_again)
     monkeypatch.setattr(autoencoders, "fit_transform", not_again)
     capsys.readouterr()
     assert run(tmp_path, root, "--top-k=1", *QUICK) == first
@@ -398,7 +396,7 @@ def test_finished_units_are_trusted_only_for_the_very_inputs_and_network(tmp_pat
 
     first, before = run(tmp_path, root, *flags), units()
     for name, value in (("PCA_COMPONENTS", 3), ("DROPOUT", 0.1), ("HIDDEN", (32, 32, 32))):
-        monkeypatch.setattr(trainings, name, value)
+        monkeypatch.setattr(phases, name, value)
         shutil.rmtree(tmp_path / "out" / "ablation_small")
         results = run(tmp_path, root, *flags)
         assert units() > before, name
@@ -413,7 +411,7 @@ def test_a_cache_folder_of_ones_own_serves_another_output_folder(tmp_path, monke
     root = write_collection(tmp_path / "small", classes=2, per_class=5)
     cache = f"--cache-dir={tmp_path / 'cache'}"
     first = run(tmp_path, root, "--top-k=1", cache, *QUICK, out="one")
-    monkeypatch.setattr(trainings, "train_classifiers", not_again)
+    monkeypatch.setattr(phases, "train_classifiers", not_again)
     monkeypatch.setattr(autoencoders, "fit_transform", not_again)
     second = run(tmp_path, root, "--top-k=1", cache, *QUICK, out="two")
     assert first["baseline_results"] == second["baseline_results"]
@@ -445,7 +443,7 @@ def one_process(monkeypatch):
 def test_an_interrupted_run_continues_where_it_stopped(one_process, tmp_path, monkeypatch, capsys):
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
     whole = run(tmp_path, root, "--top-k=1", *QUICK, out="whole")
-    trained, real = [], trainings.train_classifiers
+    trained, real = [], phases.train_classifiers
 
     def stop_at_third(*args, **kwargs):
         if len(trained) == 2:
@@ -453,12 +451,12 @@ def test_an_interrupted_run_continues_where_it_stopped(one_process, tmp_path, mo
         trained.append(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(trainings, "train_classifiers", stop_at_third)
+    monkeypatch.setattr(phases, "train_classifiers", stop_at_third)
     assert main(["--dataset", str(root), "--output-dir", str(tmp_path / "out"), "--top-k=1", *QUICK]) == 130
     assert "continues" in capsys.readouterr().err
     assert not (tmp_path / "out" / "ablation_small").exists()
     finished = []
-    monkeypatch.setattr(trainings, "train_classifiers", lambda *a, **k: finished.append(1) or real(*a, **k))
+    monkeypatch.setattr(phases, "train_classifiers", lambda *a, **k: finished.append(1) or real(*a, **k))
     results = run(tmp_path, root, "--top-k=1", *QUICK)
     units = len(list((tmp_path / "out" / ".cache").rglob("classifier-*.npz")))
     assert len(finished) == units - 2
@@ -470,16 +468,16 @@ def test_an_interrupted_run_continues_where_it_stopped(one_process, tmp_path, mo
 
 def test_a_higher_top_k_and_more_runs_train_only_what_is_new(one_process, tmp_path, monkeypatch):
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
-    seen, real = [], trainings.train_classifiers
+    seen, real = [], phases.train_classifiers
 
     def counted(x, y, split, models, *args, **kwargs):
         seen.extend(zip(models.source.tolist(), models.run.tolist(), strict=True))
         return real(x, y, split, models, *args, **kwargs)
 
-    monkeypatch.setattr(trainings, "train_classifiers", counted)
+    monkeypatch.setattr(phases, "train_classifiers", counted)
     flags = ("--quick", "--num-runs=2", "--representations=stats,flat_vec")
     # So small that a stack of the ranking holds one run of the four layers; one of a representation holds one run.
-    monkeypatch.setitem(trainings.STACK_PARAMETERS, "cpu", 160_000)
+    monkeypatch.setitem(phases.STACK_PARAMETERS, "cpu", 160_000)
     run(tmp_path, root, "--top-k=1", *flags)
     assert len(seen) == 4 * 2 + 2 * 2 * 2
     seen.clear()
@@ -488,7 +486,7 @@ def test_a_higher_top_k_and_more_runs_train_only_what_is_new(one_process, tmp_pa
     seen.clear()
     more = run(tmp_path, root, "--top-k=2", *flags, "--num-runs=3")
     assert len(seen) == 4 + 2 * 2 and {run for _, run in seen} == {2}
-    monkeypatch.setattr(trainings, "train_classifiers", real)
+    monkeypatch.setattr(phases, "train_classifiers", real)
     fresh = run(tmp_path, root, "--top-k=2", *flags, "--num-runs=3", out="fresh")
     assert fresh["layer_ranking"] == more["layer_ranking"] and fresh["baseline_results"] == more["baseline_results"]
 
@@ -496,7 +494,7 @@ def test_a_higher_top_k_and_more_runs_train_only_what_is_new(one_process, tmp_pa
 def test_a_stack_that_does_not_fit_memory_is_made_smaller_and_told(tmp_path, monkeypatch, capfd):
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
     flags = ("--top-k=1", "--quick", "--representations=stats,vae")
-    whole, real, learn = run(tmp_path, root, *flags), trainings.train_classifiers, autoencoders.fit_transform
+    whole, real, learn = run(tmp_path, root, *flags), phases.train_classifiers, autoencoders.fit_transform
 
     def train_two(x, y, split, models, *args, **kwargs):
         if len(models.run) > 2:
@@ -508,7 +506,7 @@ def test_a_stack_that_does_not_fit_memory_is_made_smaller_and_told(tmp_path, mon
             raise torch.OutOfMemoryError("Tried to allocate a lot.")
         return learn(name, x, *args, **kwargs)
 
-    monkeypatch.setattr(trainings, "train_classifiers", train_two)
+    monkeypatch.setattr(phases, "train_classifiers", train_two)
     monkeypatch.setattr(autoencoders, "fit_transform", learn_one)
     smaller = run(tmp_path, root, *flags, out="smaller")
     made = smaller["config"]["stack"]["smaller"]
@@ -524,7 +522,7 @@ def test_a_stack_that_does_not_fit_memory_is_made_smaller_and_told(tmp_path, mon
     left = run(tmp_path, root, *flags, "--seed=1", out="without", expected=3)
     assert list(left["baseline_results"]) == ["stats"]
     assert "2.00 GiB" in left["representations_not_run"][0]["reason"]
-    monkeypatch.setattr(trainings, "train_classifiers", out_of_memory)
+    monkeypatch.setattr(phases, "train_classifiers", out_of_memory)
     run(tmp_path, root, *flags, "--seed=2", out="never", expected=2)
     told = "error: the layers cannot be ranked: out of memory with one model at a time: Tried to allocate 2.00 GiB. try"
     assert capfd.readouterr().err.startswith(told)
@@ -548,9 +546,9 @@ def test_weights_that_do_not_fit_the_device_are_streamed_and_give_the_same(tmp_p
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
     flags = ("--top-k=1", "--quick", "--representations=flat_vec")
     resident = run(tmp_path, root, *flags)
-    monkeypatch.setattr(trainings, "memory_of", lambda _: 1000)
+    monkeypatch.setattr(phases, "memory_of", lambda _: 1000)
     held = []
-    monkeypatch.setattr(trainings, "Stored", lambda *args, hold: held.append(hold) or Stored(*args, hold))
+    monkeypatch.setattr(phases, "Stored", lambda *args, hold: held.append(hold) or Stored(*args, hold))
     streamed = run(tmp_path, root, *flags, out="streamed")
     assert held == [False]
     for key in ("layer_ranking", "baseline_results", "ablation_results"):
@@ -611,7 +609,7 @@ def test_ties_by_validation_never_look_at_the_test_rows(tmp_path, monkeypatch):
                 "train_f1": np.ones(count), "epochs": np.ones(count), "best_epoch": np.ones(count),
                 "validation_loss": loss}  # fmt: skip
 
-    monkeypatch.setattr(trainings, "train_classifiers", trained)
+    monkeypatch.setattr(phases, "train_classifiers", trained)
     flags = ("--top-k=1", "--quick", "--num-runs=1", "--representations=stats")
     by_test = run(tmp_path, root, *flags, out="test")["layer_ranking"]
     by_val = run(tmp_path, root, *flags, "--rank-by=val", out="val")["layer_ranking"]
@@ -674,9 +672,9 @@ def test_a_cpu_that_is_out_of_memory_tries_smaller_stacks_and_tells(tmp_path, mo
 
 
 def test_processes_of_one_machine_share_its_memory(monkeypatch):
-    whole = trainings.memory_of(torch.device("cpu"))
+    whole = phases.memory_of(torch.device("cpu"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert trainings.memory_of(torch.device("cpu")) == whole // 4 > 0
+    assert phases.memory_of(torch.device("cpu")) == whole // 4 > 0
 
 
 def test_flags_are_checked_before_the_collection_is_touched(tmp_path, capsys):
@@ -705,16 +703,19 @@ def test_a_refused_collection_leaves_the_output_folder_as_it_was(tmp_path, capsy
     assert sorted(p.name for p in out.rglob("*")) == [".cache", "mine.txt"]
 
 
-def test_the_program_is_its_own_modules_also_where_the_script_is_a_link(tmp_path):
-    names = {module.__name__ for module in ablation_experiment.program()}
-    assert names >= {"ablation_experiment", "crew", "data", "extraction", "kernels", "report", "stacked_training"}
-    assert not {"making", "numpy", __name__} & names
+def test_the_program_is_found_beside_its_modules_also_where_the_script_is_a_link(planted, tmp_path):
     link = tmp_path / "linked.py"
     link.symlink_to(ablation_experiment.__file__)
-    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]; import linked; "
-    code += "print(*(module.__name__ for module in linked.program()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert {"linked", "crew", "data", "trainings"} <= set(done.stdout.split())
+    command = [sys.executable, link, "--dataset", planted[0], "--top-k=30", "--output-dir", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: --top-k 30: "), done.stderr
+
+
+def test_results_are_of_all_modules_of_the_program():
+    modules = {path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.py")}
+    folders = ("tests/", "benchmarks/", ".")
+    parts = {name if "/" not in name else name.split("/")[0] for name in modules if not name.startswith(folders)}
+    assert parts == set(ablation_experiment.PROGRAM)
 
 
 def test_skip_bad_leaves_out_files_in_which_the_pass_finds_nan(tmp_path, capsys, monkeypatch):

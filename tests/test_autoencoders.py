@@ -6,7 +6,7 @@ from torch.nn import functional
 
 import autoencoders
 from autoencoders import AutoencoderStack, Draws, fit_transform, latent_width, nt_xent, num_parameters, parameter_shapes
-from stacked_training import Schedule, Split, stream, train
+from training.stacks import Schedule, Split, stream, train
 
 NAMES = ("vae", "contrastive", "denoising")
 

@@ -279,7 +279,9 @@ def test_no_pickle_is_loaded_whatever_it_is_called(tmp_path, good, earlier, caps
 
 def test_no_module_can_load_a_pickle():
     """None imports a module that unpickles, and numpy and torch are never asked to."""
-    for path in ROOT.glob("*.py"):
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")]:
+        if path.parent.name in ("tests", "benchmarks"):
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = {alias.name for alias in node.names} if isinstance(node, ast.Import | ast.ImportFrom) else set()
             names |= {node.module} if isinstance(node, ast.ImportFrom) else set()

@@ -1,189 +1,195 @@
-"""Which conditions are trained, and what is concluded from predictions that are planted under them."""
+"""What is trained and read to compare with: controls, groups, metadata, shuffled labels."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.integrate import trapezoid
+import torch
+from making import narrow_classifiers, planted_collection, write_collection
 
-from controls import CURVES, conditional_importance, curve_points, plan_controls, robustness, verdict
-from evidence import Evidence
-from lora_files import Layer
-
-LAYERS, TOP_K = 16, 2
-
-
-def evidence_of(ranking=None, layers=LAYERS, test_rows=120, classes=4, seed=0) -> Evidence:
-    """Evidence without any prediction; the last rows are the test rows."""
-    y = np.arange(2 * test_rows) % classes
-    rows = {"train": np.arange(10), "validation": np.arange(10, 20), "test": np.arange(test_rows, 2 * test_rows)}
-    described = [Layer(f"layer {d}", f"module_{d // 2}", ("down", "up")[d % 2], (1, 4), "F32") for d in range(layers)]
-    ranking = np.arange(layers) if ranking is None else np.asarray(ranking)
-    return Evidence(described, [str(c) for c in range(classes)], y, rows, None, ranking, TOP_K, {}, seed)
+import ablation_experiment
+from analysis import questions
+from experiment import controls, phases
+from experiment.extraction import extract
+from experiment.phases import Experiment
+from experiment.workers import Crew
 
 
-def planned(e: Evidence, **more):
-    roles = [layer.role for layer in e.layers]
-    settings = {"runs": 3, "draws": 20, "points": 11, "seed": 0} | more
-    return plan_controls(e.ranking, roles, e.top_k, **settings)
+def experiment_on(root: Path, cache: Path, *flags: str) -> Experiment:
+    """An experiment whose phases are done."""
+    args = ablation_experiment.parse_arguments(["--dataset", str(root), "--device=cpu", "--quick", *flags])
+    settings, progress = ablation_experiment.resolve(args), ablation_experiment.Progress(False)
+    collection = ablation_experiment.index(args, root.name, root, progress)
+    plan = ablation_experiment.make_plan(settings, collection)
+    extracted = extract(collection, plan.needed, cache, torch.device("cpu"))
+    experiment = Experiment(settings, collection, plan.selected, plan.rows, extracted, Crew(), progress)
+    ablation_experiment.run_phases(experiment, plan.chosen, {}, ablation_experiment.Stopwatch())
+    return experiment
 
 
-def guesses(e: Evidence, conditions, recognised) -> np.ndarray:
-    """Predictions that are right for a share ``recognised(kept)`` of the test LoRAs, and guessed for the others."""
-    generator = np.random.default_rng(1)
-    shape = (*conditions.kept.shape[:2], len(e.truth))
-    share = np.array([[recognised(kept) for kept in of_runs] for of_runs in conditions.kept])
-    knows = np.arange(len(e.truth)) % 20 < 20 * share[:, :, None]  # of each class the same share
-    return np.where(knows, e.truth, generator.integers(0, len(e.classes), shape))
+def describe_files(root: Path, fields) -> None:
+    """Give the metadata.json beside the i-th weight file ``fields(i)`` more."""
+    for i, folder in enumerate(sorted(path.parent for path in root.rglob("*.safetensors"))):
+        path = folder / "metadata.json"
+        there = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(there | fields(i)))
 
 
-def test_the_planned_conditions_remove_what_they_say():
-    e = evidence_of(ranking=np.random.default_rng(0).permutation(LAYERS))
-    conditions = planned(e)
-    removed = {
-        name: [set(np.flatnonzero(~kept)) for kept in conditions.kept[conditions.where(name)][0]]
-        for name in conditions.names
-    }
-    order = e.ranking.tolist()
-    assert removed["all"] == [set()] * 3
-    assert removed["without top"] == [set(order[:2])] * 3
-    assert removed["without bottom"] == [set(order[-2:])] * 3
-    assert removed["top alone"] == [set(order[2:])] * 3
-    assert removed["most first 8"] == [set(order[:8])] * 3 and removed["least first 8"] == [set(order[8:])] * 3
-    in_random_order = removed["random order 8"]
-    assert all(len(one) == 8 for one in in_random_order) and len(set(map(frozenset, in_random_order))) == 3
-    assert all(a < b for a, b in zip(removed["random order 8"], removed["random order 9"], strict=True))
+@pytest.fixture(scope="module", autouse=True)
+def narrow_networks():
+    with narrow_classifiers(32):
+        yield
 
 
-def test_random_layers_are_of_the_top_layers_roles_and_not_among_them():
-    e = evidence_of(ranking=[1, 3, *[d for d in range(LAYERS) if d not in (1, 3)]])  # two ups
-    conditions = planned(e)
-    random = conditions.where("without random")
-    assert len(random) == 15  # 6 ups are left: no more than 15 pairs of them
-    for i in random:
-        removed = np.flatnonzero(~conditions.kept[i, 0])
-        assert len(removed) == 2 and (removed % 2 == 1).all() and not set(removed) & {1, 3}
-    assert len({conditions.kept[i].tobytes() for i in random}) == 15
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """90 LoRAs of 3 classes and 8 layers of which three carry the class, in groups of three, with numbers beside."""
+    root = tmp_path_factory.mktemp("collections") / "planted"
+    planted_collection(root, per_class=30)
+    generator = np.random.default_rng(0)
+    describe_files(
+        root,
+        lambda i: {
+            "artist": f"artist {i // 3}",
+            "class_id": i // 30,
+            "images": int(generator.integers(5, 9)),
+            "seed": i,
+            "note": "x",
+        },
+    )
+    return experiment_on(root, root.parent / "cache", "--top-k=3", "--representations=stats,update_sketch")
 
 
-def test_random_layers_are_of_the_whole_role_where_few_are_left():
-    conditions = planned(evidence_of(ranking=[1, 3, 0, 2, 4, 5], layers=6))
-    removed = {tuple(np.flatnonzero(~conditions.kept[i, 0])) for i in conditions.where("without random")}
-    assert removed == {(1, 5), (3, 5)}  # and never the top two themselves
+NAMES = ["stats", "update_sketch"]
 
 
-def test_where_the_top_layers_are_a_whole_role_nothing_is_drawn_and_nothing_is_localized():
-    e = evidence_of(ranking=[1, 3, 0, 2], layers=4)
-    conditions = planned(e)
-    assert len(conditions.where("without random")) == 0
-    found = robustness(e, conditions, guesses(e, conditions, lambda kept: 0.9 * kept[1]))
-    assert found["without_random"] == {"draws": 0, "accuracies": pytest.approx([]), **dict.fromkeys(
-        ("mean", "min", "max", "share_below_top_removed", "p"))}  # fmt: skip
-    assert found["survives"]["share"] < 0.2 and found["verdict"] == "undecided"
+def asked(experiment: Experiment, level: str, shuffles: int = 0):
+    """The analysis of an experiment whose flags ask for these controls."""
+    with pytest.MonkeyPatch.context() as patch:
+        settings = replace(experiment.settings, controls=level, null_shuffles=shuffles)
+        patch.setattr(experiment, "settings", settings)
+        return controls.analysed(experiment, NAMES, print)
 
 
-@pytest.mark.parametrize("layers", [2, 5, 64, 128])
-def test_a_curve_has_at_most_as_many_points_as_asked_and_half_of_the_layers_is_one(layers):
-    for at_most in (11, 12, 32):
-        points = curve_points(layers, at_most)
-        assert points[0] == 0 and points[-1] == layers and layers // 2 in points and len(points) <= at_most
+def test_equal_conditions_are_trained_once_and_those_of_the_phases_not_again(planted, monkeypatch):
+    trained = []
+    train = phases.train_classifiers
+
+    def counted(*arguments, **more):
+        trained.append(len(arguments[3].run))
+        return train(*arguments, **more)
+
+    monkeypatch.setattr(phases, "train_classifiers", counted)
+    kept = np.ones((4, 2, 8), bool)
+    kept[1, :, planted.ranking[:3]] = False  # as in the ablation
+    kept[2:, :, 0] = False
+    found = planted.under("stats", kept)
+    assert found["predicted"].shape == (4, 2, 9 + 18) and found["attribution"].shape == (4, 2, 8)
+    assert sum(trained) == 2  # the first two were trained by the phases, the last is the third
+    np.testing.assert_array_equal(found["predicted"][0], planted.predictions["baseline/stats/predicted"][:2])
+    np.testing.assert_array_equal(found["predicted"][1], planted.predictions["ablation/stats/predicted"][:2])
+    np.testing.assert_array_equal(found["predicted"][2], found["predicted"][3])
 
 
-def test_conditional_importance_finds_the_layer_that_adds_something():
-    e = evidence_of()
-    conditions = planned(e, conditional=True)
-    predicted = guesses(e, conditions, lambda kept: 0.4 * kept[0] + 0.4 * kept[9])
-    found = conditional_importance(e, conditions, predicted)
-    assert len(found) == LAYERS - TOP_K and found[0]["layer"] == "layer 9"
-    assert found[0]["interval"][0] > 0.1 and found[1]["interval"][0] < 0
+def test_conditions_without_an_input_are_chance_and_not_trained(planted):
+    kept = np.zeros((2, 1, 8), bool)
+    kept[1, 0, [0, 2, 4, 6]] = True  # the downs alone: no pair is whole
+    found = planted.under("update_sketch", kept)
+    assert "attribution" not in found and len(np.unique(found["predicted"])) == 1
+    truth = planted.y[planted.rows["test"]].numpy()
+    assert (found["predicted"][0, 0, 9:] == truth).mean() == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize(
-    ("recognised", "expected"),
-    [
-        (lambda kept: 0.9 * kept[0], "localized"),
-        (lambda kept: 0.9 * kept.mean(), "distributed"),
-        (lambda kept: 0.9 * kept.any(), "redundant"),
-        (lambda kept: 0.0, "no signal"),
-    ],
-)
-def test_the_verdict_names_what_was_planted(recognised, expected):
-    e = evidence_of()
-    conditions = planned(e)
-    assert robustness(e, conditions, guesses(e, conditions, recognised))["verdict"] == expected
+def test_attribution_finds_the_layers_that_carry_the_class_and_no_removed_one(planted):
+    kept = np.ones((2, 3, 8), bool)
+    kept[1, :, 1] = False
+    shares = planted.under("stats", kept)["attribution"].mean(1)
+    assert set(np.argsort(-shares[0])[:3].tolist()) == {1, 4, 6} and shares[1, 1] == 0 < shares[0, 1]
 
 
-def test_the_numbers_of_a_planted_removal():
-    e = evidence_of()
-    conditions = planned(e)
-    found = robustness(e, conditions, guesses(e, conditions, lambda kept: kept[0] * 1.0))
-    assert found["all"]["accuracy"] == 1 and found["top_alone"]["accuracy"] == 1
-    assert abs(found["survives"]["share"]) < 0.1 and found["without_random"]["min"] == 1
-    assert found["survives"]["interval"][0] < 0.1 and found["survives"]["interval"][1] < 0.5
-    most, least = found["curves"]["most_first"], found["curves"]["least_first"]
-    assert most["removed"] == curve_points(LAYERS, 11) and most["accuracy"][-1] == e.chance
-    assert least["accuracy"][:-1] == [1.0] * (len(least["removed"]) - 1)
-    assert least["area_interval"][0] <= least["area"] <= least["area_interval"][1]
-    assert least["area"] == pytest.approx(trapezoid(least["accuracy"], np.array(least["removed"]) / LAYERS))
-    assert most["area"] < found["curves"]["random_order"]["area"] < least["area"]
-    assert found["largest_step"]["share"] > 0.9
-    assert set(found["curves"]) == {curve.replace(" ", "_") for curve in CURVES}
+def test_metadata_are_numbers_that_are_neither_the_label_nor_ids(planted):
+    numbers = controls.metadata(planted)
+    assert numbers.shape == (90, 1) and set(numbers.ravel().tolist()) == {5, 6, 7, 8}
+    assert controls.ranks(planted) is None
 
 
-def test_worse_than_guessing_the_largest_class_is_no_share_of_anything():
-    e = evidence_of()
-    y = e.y.copy()
-    y[e.rows["test"]] = np.where(np.arange(120) < 96, 0, e.truth)  # four fifths are of one class
-    e = Evidence(e.layers, e.classes, y, e.rows, None, e.ranking, TOP_K, {}, 0)
-    conditions = planned(e)
-    some = np.arange(120) % 2 == 0
-    predicted = np.broadcast_to(np.where(some, e.truth, (e.truth + 1) % 4), (len(conditions.names), 3, 120))
-    found = robustness(e, conditions, predicted)
-    assert found["all"]["accuracy"] < e.chance and found["survives"] is None
-    assert found["verdict"] in ("undecided", "no signal")
+def test_ranks_are_told_where_they_differ(tmp_path):
+    write_collection(tmp_path / "mixed", per_class=5)
+    write_collection(tmp_path / "other", per_class=5, rank=4)
+    for c in range(2):
+        (tmp_path / "other" / f"class_{c}").rename(tmp_path / "mixed" / f"class_{c}" / "more")
+    for path in (tmp_path / "mixed").glob("class_*/more/*"):
+        path.rename(path.parents[1] / f"more_{path.name}")
+    experiment = experiment_on(tmp_path / "mixed", tmp_path / "cache", "--top-k=1", "--representations=stats")
+    assert controls.ranks(experiment).shape == (20, 4)
+    assert set(controls.ranks(experiment).ravel().tolist()) == {2, 4}
 
 
-def test_shares_of_what_may_be_nothing_are_no_verdict():
-    e = evidence_of(test_rows=400)
-    conditions = planned(e)
-    right = np.arange(400) // 4 % 100 < 29  # of each class 29 in a hundred: four points above chance
-    predicted = np.where(right, e.truth, (e.truth + 1) % 4)
-    found = robustness(e, conditions, np.broadcast_to(predicted, (len(conditions.names), 3, 400)))
-    assert found["all"]["p"] < 0.05 and found["all"]["interval"][0] <= e.chance < found["all"]["accuracy"]
-    assert found["verdict"] == "undecided" and found["survives"] is None
+def test_a_column_whose_values_lie_within_classes_looks_like_groups(planted):
+    assert list(controls.group_columns(planted)) == ["artist"]
 
 
-def test_of_two_steps_one_is_always_half():
-    e = replace(evidence_of(layers=2), top_k=1)
-    conditions = planned(e)
-    found = robustness(e, conditions, guesses(e, conditions, lambda kept: 0.9 * kept.mean()))
-    assert found["largest_step"] is None and found["survives"]["share"] == pytest.approx(0.5, abs=0.1)
+def test_an_unused_group_column_is_split_by_and_the_best_representation_trained_again(planted):
+    e = controls.evidence_of(planted)
+    columns = controls.group_columns(planted)
+    column, best, truth, groups, predicted = controls.grouped(planted, e, NAMES, columns)
+    assert column == "artist" and best in NAMES
+    assert predicted.shape == (3, len(truth)) and len(np.unique(groups)) == len(truth) / 3
+    assert (predicted == truth).mean() > 1 / 3 + 2 * (1 / 3 * 2 / 3 / len(truth)) ** 0.5
 
 
-def test_how_rare_so_costly_a_removal_is_among_random_ones():
-    e = evidence_of()
-    conditions = planned(e)
-    found = robustness(e, conditions, guesses(e, conditions, lambda kept: 0.9 * kept[0]))["without_random"]
-    assert found["draws"] == 20 and found["p"] == pytest.approx(1 / 21) and found["share_below_top_removed"] == 0
+def test_a_group_column_in_use_is_not_told_of(tmp_path, planted):
+    root = planted.collection.root
+    flags = ("--top-k=3", "--representations=stats", "--group-column=artist")
+    experiment = experiment_on(root, tmp_path / "cache", *flags)
+    assert controls.group_columns(experiment) == {}
 
 
-def shares(share, low, high):
-    return {"share": share, "interval": [low, high], "removed": 8}
+def test_groups_that_allow_no_split_are_told_of_and_not_trained(planted):
+    e, files = controls.evidence_of(planted), planted.collection.files
+    too_few = {"artist": {file.path: f"{file.label} by one of {i % 2}" for i, file in enumerate(files)}}
+    assert controls.grouped(planted, e, NAMES, too_few) is None
+    assert controls.grouped(planted, e, [], controls.group_columns(planted)) is None
+    found = questions.grouped_split(e, ["artist"], None)
+    assert found["unused"] == ["artist"] and found["representation"] is None and "no split" in found["why"]
 
 
-@pytest.mark.parametrize(
-    ("survives", "below_random", "half", "expected"),
-    [
-        (shares(0.2, 0.1, 0.3), True, shares(0.1, 0.0, 0.2), "localized"),
-        (shares(0.4, 0.3, 0.6), True, shares(0.1, 0.0, 0.2), "undecided"),
-        (shares(0.6, 0.4, 0.8), True, shares(0.1, 0.0, 0.2), "undecided"),
-        (shares(0.2, 0.1, 0.3), None, shares(0.1, 0.0, 0.2), "undecided"),  # nothing could be drawn
-        (shares(0.8, 0.7, 0.9), None, shares(0.5, 0.4, 0.6), "distributed"),
-        (shares(0.2, 0.1, 0.3), False, shares(0.1, 0.0, 0.2), "distributed"),  # any layers cost as much
-        (shares(0.8, 0.7, 0.9), True, shares(0.5, 0.4, 0.6), "distributed"),
-        (shares(1.0, 0.9, 1.1), False, shares(0.95, 0.92, 0.98), "redundant"),
-        (shares(1.0, 0.9, 1.1), False, shares(0.95, 0.85, 1.05), "undecided"),
-    ],
-)
-def test_verdicts_by_their_boundaries(survives, below_random, half, expected):
-    assert verdict(survives, below_random, half)["verdict"] == expected
+def test_rankings_of_shuffled_labels_are_at_chance(planted):
+    found = controls.shuffled(planted, 3)
+    assert found.shape == (3, 8) and abs(found.mean() - 1 / 3) < 0.15
+    assert len(np.unique(found, axis=0)) == 3
+
+
+def test_no_controls_no_analysis(planted):
+    assert asked(planted, "none") is None
+
+
+def test_planted_layers_are_found_localised_and_the_same_again(planted):
+    found = asked(planted, "basic")
+    assert found == asked(planted, "basic")
+    above = {record["depth"] for record in found["layers"]["records"] if record["above_null"]}
+    assert above == {1, 4, 6}
+    assert list(found["robustness"]) == ["stats"] and found["robustness"]["stats"]["verdict"] == "localized"
+    assert found["groups"]["unused"] == ["artist"] and found["attribution"]["same_top_k"] == 3
+    assert found["cheap"]["metadata"]["p"] > 0.05 and "norms" in found["cheap"]["as_good"]  # only scales are planted
+    assert found["controls_not_run"] == {}
+    json.dumps(found, allow_nan=False)
+
+
+def test_controls_that_diverge_are_named_and_the_rest_goes_on(planted, monkeypatch):
+    def diverge(*_):
+        raise phases.TrainingError("training diverged")
+
+    monkeypatch.setattr(planted, "under", diverge)
+    monkeypatch.setattr(controls, "shuffled", diverge)
+    found = asked(planted, "basic", 2)
+    assert found["controls_not_run"] == dict.fromkeys(("stats", "null shuffles"), "training diverged")
+    assert found["robustness"] == {} and found["null_shuffles"] is None and found["layers"]["num_above_null"] == 3
+
+
+def test_other_processes_train_and_do_not_analyse(planted, monkeypatch):
+    monkeypatch.setattr(planted.crew, "rank", 1)
+    monkeypatch.setattr(controls.questions, "analyse", None)
+    assert asked(planted, "basic") is None

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import autoencoders
-import stacked_training
-from stacked_training import Adam, ClassifierStack, Models, Split, attribution, predict_logits, standardise
+from training import stacks
+from training.stacks import Adam, ClassifierStack, Models, Split, attribution, predict_logits, standardise
 
 META = torch.device("meta")
 ops = torch.ops.aten
@@ -47,7 +47,7 @@ def meta_draws(monkeypatch):
     def stream(*key, device="cpu"):
         return torch.Generator() if torch.device(device) == CPU else SimpleNamespace(device=META)
 
-    monkeypatch.setattr(stacked_training, "stream", stream)
+    monkeypatch.setattr(stacks, "stream", stream)
     monkeypatch.setattr(autoencoders, "stream", stream)
     monkeypatch.setattr(Tensor, "random_", lambda self, *_, **__: self)
     monkeypatch.setattr(

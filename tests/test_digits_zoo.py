@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-import digits_zoo as zoo
+from loras import digits_zoo as zoo
 
 
 def files_of(folder):

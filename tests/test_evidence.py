@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-import evidence
-from evidence import Draws, exceedance, holm, interval, null_accuracies, permuted, sign_p, spearman, stream
+from analysis import evidence
+from analysis.evidence import Draws, exceedance, holm, interval, null_accuracies, permuted, sign_p, spearman, stream
 
 
 def test_a_classifier_that_is_always_right_is_right_in_every_draw():

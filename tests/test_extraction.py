@@ -10,11 +10,10 @@ import torch
 from making import FILE_NAME, lora, module_names, planted_collection, write_collection, write_lora
 from safetensors.torch import load_file, save_file
 
-import extraction
-import store
-from crew import Crew
 from data import CollectionError, index_collection
-from extraction import WEIGHTS, Extracted, extract
+from experiment import extraction, store
+from experiment.extraction import WEIGHTS, Extracted, extract
+from experiment.workers import Crew
 from representations import MEASURES, REPRESENTATIONS, matrix_features, pair_features
 
 CPU = torch.device("cpu")

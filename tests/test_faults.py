@@ -15,8 +15,8 @@ import pytest
 from making import write_collection
 
 import ablation_experiment
-import store
 from ablation_experiment import RESULT_FILES
+from experiment import store
 
 ROOT = Path(ablation_experiment.__file__).parent
 FLAGS = ("--top-k=1", "--quick", "--num-runs=2", "--device=cpu", "--representations=stats,pca,coupling,vae,flat_vec")

@@ -8,8 +8,8 @@ from sklearn.metrics import accuracy_score, f1_score
 from sklearn.preprocessing import KernelCenterer
 from sklearn.svm import SVC, LinearSVC
 
-import kernels
-from kernels import GRID, UpdateKernels, classify, classify_each, module_kernel
+from training import kernels
+from training.kernels import GRID, UpdateKernels, classify, classify_each, module_kernel
 
 PARTS = ("train", "validation", "test")
 

@@ -9,11 +9,11 @@ from making import FILE_NAME, lora, module_names, write_collection, write_lora
 from safetensors.torch import save_file
 
 import data
-import labels
-import trainings
 from ablation_experiment import main
 from data import CollectionError, check_classes, index_collection, select_layers
-from splits import split_collection
+from experiment import phases
+from loras import labels
+from training.splits import split_collection
 
 
 def findings(root, **flags) -> list[str]:
@@ -638,7 +638,7 @@ def test_inspect_takes_labels_skip_bad_and_layers(tmp_path, capsys):
 
 
 def test_results_tell_labels_groups_and_what_was_left_out(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trainings, "HIDDEN", (16, 16, 16))
+    monkeypatch.setattr(phases, "HIDDEN", (16, 16, 16))
     root = metadata_collection(tmp_path / "zoo", 24)
     for i in range(24):
         (root / f"{i:02}" / "metadata.json").write_text(json.dumps({"kind": i % 2, "owner": f"o{i // 3}"}))

@@ -15,8 +15,16 @@ from hypothesis import strategies as st
 from making import STYLES, lora, module_names, write_lora
 from safetensors.torch import save
 
-import lora_files
-from lora_files import LoraFileError, canonical_module, depth_key, load_weights, parse_key, parse_layout, read_header
+from loras import lora_files
+from loras.lora_files import (
+    LoraFileError,
+    canonical_module,
+    depth_key,
+    load_weights,
+    parse_key,
+    parse_layout,
+    read_header,
+)
 
 Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 

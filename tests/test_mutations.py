@@ -16,9 +16,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-import extraction
 from data import CollectionError, index_collection
-from lora_files import LoraFileError
+from experiment import extraction
+from loras.lora_files import LoraFileError
 from representations import REPRESENTATIONS
 
 MOST_SECONDS = 5.0

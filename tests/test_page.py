@@ -8,15 +8,9 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from test_report import CLASS_NAMES, made, without_pairs
+from test_text import CLASS_NAMES, made, without_pairs
 
-import answers
-import captions
-import cautions
-import page
-import pictures
-import report
-import tables
+from report import captions, cautions, figures, page, sentences, tables
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 3"><rect width="4" height="3" fill="#08c"/></svg>'
@@ -74,7 +68,7 @@ def test_nesting_is_right_and_every_section_is_there(analysed):
     assert all(element["aria-labelledby"] in ids for element in reader.of("section"))
     assert [tag for tag, _ in reader.elements].count("h1") == 1 and reader.of("html") == [{"lang": "en"}]
     if not analysed:
-        assert all(answers.NO_CONTROLS in reader.text[anchor] for anchor in ("answers", "layers", "controls"))
+        assert all(sentences.NO_CONTROLS in reader.text[anchor] for anchor in ("answers", "layers", "controls"))
         assert tables.tables(results)["ranking"].rows[-1][-1] in reader.text["layers"]
 
 
@@ -114,18 +108,18 @@ def test_words_and_numbers_are_those_of_results():
     results = made("distributed", answerable=False)
     results["config"]["quick"] = True
     reader = Reader(page.render_page(results, ALL))
-    for answer in answers.answers(results):
+    for answer in sentences.answers(results):
         for anchor in (answer.anchor, "answers"):
-            text = reader.text[anchor]
-            assert answer.question in text and f"Hypothesis: {answer.hypothesis}. {answer.outcome}" in text
-            assert answer.evidence in text and answer.sentences[0] in text
+            shown = reader.text[anchor]
+            assert answer.question in shown and f"Hypothesis: {answer.hypothesis}. {answer.outcome}" in shown
+            assert answer.evidence in shown and answer.sentences[0] in shown
         assert all(sentence in reader.text[answer.anchor] for sentence in answer.sentences)
     assert all(warning in reader.text["answers"] for warning in cautions.warnings(results))
     assert all(check in reader.text["controls"] for check in cautions.checks(results))
     for table in tables.tables(results).values():
         assert all(cell in reader.text[table.anchor] for row in table.rows for cell in row)
-    assert all(f"{name}" in reader.text["robustness"] for name in answers.VERDICTS)
-    assert all(line[10:] in reader.text[""] for line in report.run_lines(results))
+    assert all(f"{name}" in reader.text["robustness"] for name in sentences.VERDICTS)
+    assert all(line[10:] in reader.text[""] for line in text.run_lines(results))
     for name in ("classifier.max_epochs", "split_sizes.train", "device"):
         assert name in reader.text["settings"]
 
@@ -144,14 +138,14 @@ def test_pictures_stand_in_their_section_with_their_finding():
         section = content.split(f'<section id="{anchor}"')[1].split("</section>")[0]
         alt = next(one["alt"] for one in Reader(section.encode()[section.index(">") + 1 :]).of("img"))
         assert alt.startswith(shows), name
-        told = [answer.sentences[0] for answer in answers.answers(results) if answer.anchor == anchor]
-        told += answers.concept_lines(results) if anchor == "concepts" else []
+        told = [answer.sentences[0] for answer in sentences.answers(results) if answer.anchor == anchor]
+        told += sentences.concept_lines(results) if anchor == "concepts" else []
         assert told and all(sentence in alt for sentence in told)
 
 
 def test_every_picture_has_a_finding_a_drawing_and_a_section():
-    assert set(page.PICTURES) == set(captions.FINDINGS) == set(pictures.PICTURES)
-    assert {anchor for _, anchor in page.PICTURES.values()} == {*answers.QUESTIONS, "concepts"}
+    assert set(page.PICTURES) == set(captions.FINDINGS) == set(figures.PICTURES)
+    assert {anchor for _, anchor in page.PICTURES.values()} == {*sentences.QUESTIONS, "concepts"}
 
 
 def test_without_whole_pairs_the_section_says_why_and_no_more():
@@ -211,7 +205,7 @@ def test_a_browser_shows_every_section_and_has_no_complaint(tmp_path):
     reader = Reader(dom.encode())
     assert [section["id"] for section in reader.of("section")] == list(page.SECTIONS)
     assert len(reader.of("img")) == len(page.PICTURES) and not reader.of("script")
-    for answer in answers.answers(results):
+    for answer in sentences.answers(results):
         assert all(sentence in reader.text[answer.anchor] for sentence in answer.sentences)
     for name in CLASS_NAMES:
         assert name in reader.text["concepts"]

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file
 
 import ablation_experiment
 import data
-import published
-import store
+from experiment import store
+from loras import published
 
 ROOT = Path(__file__).parent.parent
 RANK, WIDTH = 2, 4
@@ -494,7 +494,7 @@ def test_an_import_goes_on_where_it_was_stopped(tmp_path, monkeypatch, stop):
 def test_a_killed_import_goes_on(tmp_path):
     source = write(tmp_path / "c.parquet", as_table(weights(150)))
     assert run(source, tmp_path / "whole") == 0
-    code = "import sys, data, published; published.BATCH_ROWS = 8; sys.exit(data.main(sys.argv[1:]))"
+    code = "import sys, data; from loras import published; published.BATCH_ROWS = 8; sys.exit(data.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "import", str(source), str(tmp_path / "out")]
     draw = random.Random(0)
     for _ in range(2):

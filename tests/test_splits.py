@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splits import SHARES, split_rows
+from training.splits import SHARES, split_rows
 
 SIZES = st.one_of(
     st.lists(st.integers(3, 60), min_size=1, max_size=30),

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import store
+from experiment import store
 
-ROOT = Path(store.__file__).parent
+ROOT = Path(store.__file__).parent.parent
 
 ARRAYS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -272,11 +272,11 @@ def test_one_holds_a_lock_at_a_time_and_its_end_frees_it(tmp_path):
     with store.locked(path):
         with pytest.raises(store.LockedError, match=f"process {os.getpid()} on .*, since 20"), store.locked(path):
             pass
-        child = "import sys, store; store.locked(store.Path(sys.argv[1])).__enter__()"
+        child = "import sys; from experiment import store; store.locked(store.Path(sys.argv[1])).__enter__()"
         refused = subprocess.run([sys.executable, "-c", child, path], capture_output=True, text=True, cwd=ROOT)
         assert "LockedError" in refused.stderr
     assert list(tmp_path.iterdir()) == []  # nor are folders left that were made for it
-    killed = "import os, sys, store; held = store.locked(store.Path(sys.argv[1])); held.__enter__(); os.abort()"
+    killed = "import os, sys; from experiment import store; held = store.locked(store.Path(sys.argv[1])); held.__enter__(); os.abort()"
     assert subprocess.run([sys.executable, "-c", killed, path], cwd=ROOT).returncode < 0
     assert path.exists()
     with store.locked(path):

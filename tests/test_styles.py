@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from ablation_experiment import main
 from data import index_collection
-from extraction import WEIGHTS, extract
+from experiment.extraction import WEIGHTS, extract
 from representations import REPRESENTATIONS
 
 CPU = torch.device("cpu")

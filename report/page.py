@@ -11,16 +11,13 @@ import json
 from collections.abc import Iterator
 from html import escape
 
-import answers
-import cautions
-import report
-import tables
+from report import cautions, sentences, tables, text
 
 SVG_LIMIT = 300_000  # bytes above which the smaller of SVG and PNG is taken: six of them stay below 3 MB
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 SECTIONS = {  # anchor -> heading; the five questions come from answers.QUESTIONS
     "answers": "Short answers",
-    **answers.QUESTIONS,
+    **sentences.QUESTIONS,
     "concepts": "Concepts",
     "controls": "Controls that keep us honest",
     "settings": "Settings",
@@ -151,7 +148,7 @@ def _header(results: dict, title: str) -> Iterator[str]:
     )
     yield '<dl class="run">'
     before = ""
-    for line in report.run_lines(results):
+    for line in text.run_lines(results):
         word = line[:10].strip()
         yield f"<dt>{escape(word)}</dt>" * (word != before) + f"<dd>{escape(line[10:])}</dd>"
         before = word
@@ -188,12 +185,12 @@ def _section(anchor: str, results: dict, pictures: dict[str, bytes]) -> Iterator
 
 def _words(text: str) -> str:
     """A sentence as HTML."""
-    return escape(answers.kept_together(text))
+    return escape(sentences.kept_together(text))
 
 
 def _short_answers(results: dict) -> Iterator[str]:
     """What matters most of each answer, the hypotheses, and what to bear in mind."""
-    told = answers.answers(results)
+    told = sentences.answers(results)
     if told:
         level = 100 * results["analysis"]["level"]
         yield f'<p class="soft">Numbers in brackets are intervals of {level:.0f} % over the test LoRAs.</p>'
@@ -207,7 +204,7 @@ def _short_answers(results: dict) -> Iterator[str]:
         yield f"<ul>{''.join(f'<li>{_words(line)}</li>' for line in lines)}</ul></aside>"
 
 
-def _hypothesis(answer: answers.Answer) -> str:
+def _hypothesis(answer: sentences.Answer) -> str:
     badge = f'<span class="outcome {answer.outcome.replace(" ", "-")}">{escape(answer.outcome)}</span>'
     told = f"Hypothesis: {escape(answer.hypothesis)}. {badge} {_words(answer.evidence)}"
     return f'<p class="hypothesis">{told}</p>'
@@ -216,23 +213,23 @@ def _hypothesis(answer: answers.Answer) -> str:
 def _answer(anchor: str, results: dict) -> Iterator[str]:
     """The whole of an answer, or why there is none."""
     if not results.get("analysis"):
-        yield f'<p class="soft">{escape(answers.NO_CONTROLS)}</p>'
-    for answer in answers.answers(results):
+        yield f'<p class="soft">{escape(sentences.NO_CONTROLS)}</p>'
+    for answer in sentences.answers(results):
         if answer.anchor == anchor:
             yield from (f"<p>{_words(sentence)}</p>" for sentence in answer.sentences)
             yield _hypothesis(answer)
     if anchor == "concepts":
-        yield from (f"<p>{_words(line)}</p>" for line in answers.concept_lines(results))
+        yield from (f"<p>{_words(line)}</p>" for line in sentences.concept_lines(results))
 
 
 def _controls(results: dict) -> Iterator[str]:
-    lines = cautions.checks(results) or [answers.NO_CONTROLS]
+    lines = cautions.checks(results) or [sentences.NO_CONTROLS]
     yield f'<ul class="checks">{"".join(f"<li>{_words(line)}</li>" for line in lines)}</ul>'
 
 
 def _verdicts() -> Iterator[str]:
     yield '<h3>What the verdicts mean</h3><dl class="verdicts">'
-    yield from (f"<dt>{name}</dt><dd>{escape(meaning)}</dd>" for name, meaning in answers.VERDICTS.items())
+    yield from (f"<dt>{name}</dt><dd>{escape(meaning)}</dd>" for name, meaning in sentences.VERDICTS.items())
     yield "</dl>"
 
 
@@ -243,8 +240,8 @@ def _verdicts() -> Iterator[str]:
 
 def _figures(anchor: str, results: dict, pictures: dict[str, bytes]) -> Iterator[str]:
     """The pictures of a section that are there, each with its finding as the text for those who do not see it."""
-    findings = {answer.anchor: answer.sentences[0] for answer in answers.answers(results)}
-    findings["concepts"] = " ".join(answers.concept_lines(results))
+    findings = {answer.anchor: answer.sentences[0] for answer in sentences.answers(results)}
+    findings["concepts"] = " ".join(sentences.concept_lines(results))
     for name, (shows, section) in PICTURES.items():
         if section == anchor and (source := _inlined(name, pictures)):
             text = f"{shows}. {findings.get(anchor, '')}".strip()

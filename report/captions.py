@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from answers import NO_OTHERS, bounds, capital, correlation_text, listed, percent, runs_text
-from drawing import cut
-from evidence import ALPHA
+from analysis.evidence import ALPHA
+from report.drawing import cut
+from report.sentences import NO_OTHERS, bounds, capital, correlation_text, listed, percent, runs_text
 
 NAMED = 2  # representations that a caption names at most; of more it says how many
 

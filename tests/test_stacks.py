@@ -10,8 +10,8 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 from torch.nn import functional
 
-import stacked_training
-from stacked_training import (
+from training import stacks
+from training.stacks import (
     ClassifierStack,
     Models,
     Plateau,
@@ -113,7 +113,7 @@ def test_every_model_of_a_stack_trains_as_plain_torch_does(dtype, rtol, epochs, 
 @pytest.mark.parametrize("few", [0, 1000])  # no layer has few columns, all have
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradients_by_hand_are_those_of_autograd(dropout, few, monkeypatch):
-    monkeypatch.setattr(stacked_training, "FEW_COLUMNS", few)
+    monkeypatch.setattr(stacks, "FEW_COLUMNS", few)
     x, y, split = problem(sources=3)
     stack = ClassifierStack(x, y, split, grid(3, 2), CLASSES, seed=7, hidden=HIDDEN, dropout=dropout)
     seen = 0
@@ -143,7 +143,7 @@ def test_dropout_keeps_as_many_as_it_should_and_their_mean():
 
 
 def test_inputs_read_from_storage_train_as_those_in_memory_do(monkeypatch):
-    monkeypatch.setattr(stacked_training, "NUMBERS_AT_ONCE", 60)  # so that mean and scale come from several blocks
+    monkeypatch.setattr(stacks, "NUMBERS_AT_ONCE", 60)  # so that mean and scale come from several blocks
     x, y, split = problem(features=6, dtype=torch.float32)
     stored = (x[0] * torch.tensor([1.0, 1e3, 1e-3, 1.0, 1.0, 0.0]) + 5).numpy()
     in_memory = standardise(torch.from_numpy(stored)[None], split.train)
@@ -356,7 +356,7 @@ def test_standardise_in_blocks_is_numpys_mean_and_deviation(monkeypatch):
         expected = np.clip((x.double().numpy() - train.mean(0)) / train.std(0), -10, 10)
     expected[:, 3] = 0
     for numbers in (7, 7 * 11, 2**24):
-        monkeypatch.setattr(stacked_training, "NUMBERS_AT_ONCE", numbers)
+        monkeypatch.setattr(stacks, "NUMBERS_AT_ONCE", numbers)
         np.testing.assert_allclose(standardise(x, rows), expected, atol=1e-4)
 
 
@@ -407,7 +407,7 @@ def test_predictions_do_not_depend_on_how_rows_are_sliced(monkeypatch):
     params = initial_weights(grid(1, 2), 5, (*HIDDEN, CLASSES), 0, like=x)
     source = torch.tensor([0, 0])
     whole = predict_logits(params, x, source, split.train)
-    monkeypatch.setattr(stacked_training, "NUMBERS_AT_ONCE", 100)
+    monkeypatch.setattr(stacks, "NUMBERS_AT_ONCE", 100)
     torch.testing.assert_close(predict_logits(params, x, source, split.train), whole, rtol=1e-12, atol=0)
 
 
@@ -429,6 +429,6 @@ def test_attribution_is_gradient_times_input_of_the_predicted_class_by_blocks(mo
             of_rows.append((inputs.grad * inputs.detach()).view(3, 2).sum(1).abs())
         torch.testing.assert_close(shares[m], torch.stack(of_rows).mean(0), rtol=1e-9, atol=1e-12)
     assert shares[1, 1] == 0 < shares[0, 1]
-    monkeypatch.setattr(stacked_training, "NUMBERS_AT_ONCE", 100)
+    monkeypatch.setattr(stacks, "NUMBERS_AT_ONCE", 100)
     sliced = attribution(params, x, models.source, split.test, block=2)
     torch.testing.assert_close(sliced, shares, rtol=1e-12, atol=0)

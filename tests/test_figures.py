@@ -13,13 +13,11 @@ from matplotlib.text import Text
 from PIL import Image
 from scipy.cluster import hierarchy
 
-import captions
-import drawing
-import pictures
-from analysis import Controls, analyse
-from controls import plan_controls
-from evidence import Evidence
-from lora_files import Layer
+from analysis.evidence import Evidence
+from analysis.questions import Controls, analyse
+from analysis.removal import plan_controls
+from loras.lora_files import Layer
+from report import captions, drawing, figures
 
 pytestmark = pytest.mark.filterwarnings("error")
 SAVED = drawing.saved
@@ -210,11 +208,11 @@ def results():
 
 @pytest.fixture(scope="module")
 def drawn(results):
-    return pictures.draw(results)
+    return figures.draw(results)
 
 
 @pytest.fixture
-def figures(monkeypatch):
+def drawn_figures(monkeypatch):
     """The figures themselves, finished, by name; no file is made of them."""
     found = []
 
@@ -222,11 +220,11 @@ def figures(monkeypatch):
         found.append(figure)
         return b""
 
-    monkeypatch.setattr(pictures, "saved", keep)
+    monkeypatch.setattr(figures, "saved", keep)
 
     def of(results):
         found.clear()
-        pictures.draw(results)
+        figures.draw(results)
         return dict(zip(captions.captions(results), found[::2], strict=True))
 
     return of
@@ -280,7 +278,7 @@ def test_the_same_results_give_the_same_bytes_in_two_threads_and_under_other_set
     with matplotlib.rc_context({"font.size": 20, "savefig.dpi": 50, "axes.grid": True, "svg.fonttype": "none"}):
         before = dict(matplotlib.rcParams)
         with ThreadPoolExecutor(2) as threads:
-            again = list(threads.map(pictures.draw, [some, copy.deepcopy(some)]))
+            again = list(threads.map(figures.draw, [some, copy.deepcopy(some)]))
         assert dict(matplotlib.rcParams) == before
     assert list(again[0]) == [name for name in drawn if name.startswith(("layer_importance", "representations"))]
     for files in again:
@@ -300,7 +298,7 @@ def test_the_results_are_not_changed(drawn, results):
 @pytest.mark.parametrize("absent", [{}, {"analysis": None}, {"analysis": {}}])
 def test_without_an_analysis_there_is_no_picture(results, absent):
     bare = {key: value for key, value in results.items() if key != "analysis"} | absent
-    assert pictures.draw(bare) == {}
+    assert figures.draw(bare) == {}
     assert captions.captions(bare) == {}
 
 
@@ -314,11 +312,11 @@ def test_without_an_analysis_there_is_no_picture(results, absent):
         ("rank_structure", {"rank_structure"}),
     ],
 )
-def test_a_missing_section_leaves_out_its_picture_and_only_that(figures, results, section, gone):
+def test_a_missing_section_leaves_out_its_picture_and_only_that(drawn_figures, results, section, gone):
     without = {key: value for key, value in results["analysis"].items() if key != section}
     for analysis in (without, without | {section: {}}):
         assert set(captions.captions(results | {"analysis": analysis})) == set(NAMES) - gone
-    assert set(figures(results | {"analysis": without | {section: None}})) == set(NAMES) - gone
+    assert set(drawn_figures(results | {"analysis": without | {section: None}})) == set(NAMES) - gone
 
 
 def test_one_layer_has_no_tree(results):
@@ -327,36 +325,36 @@ def test_one_layer_has_no_tree(results):
     assert set(captions.captions(found)) == set(NAMES) - {"layer_clusters"}
 
 
-def test_without_whole_pairs_there_is_no_picture_of_ranks(figures, results):
+def test_without_whole_pairs_there_is_no_picture_of_ranks(drawn_figures, results):
     found = copy.deepcopy(results)
     found["analysis"]["rank_structure"] |= {"answerable": False, "tested": None, "modules": [], "num_significant": 0}
-    assert figures(only(found, "rank_structure")) == {}
+    assert drawn_figures(only(found, "rank_structure")) == {}
     assert set(captions.captions(found)) == set(NAMES) - {"rank_structure"}
 
 
-def test_without_other_layers_of_the_same_roles_the_picture_says_so(figures):
+def test_without_other_layers_of_the_same_roles_the_picture_says_so(drawn_figures):
     results = only(results_of(robust=("stats", "ensemble"), told=("stats", "ensemble")), "layers", "robustness")
     random = results["analysis"]["robustness"]["stats"]["without_random"]
     random |= {"draws": 0, "accuracies": [], "mean": None, "min": None, "max": None}
     told = captions.captions(results)["ablation_curves"]
     assert "(with all 95.3 %, no other layers of the same roles): distributed" in told
-    figure = figures(results)["ablation_curves"]
+    figure = drawn_figures(results)["ablation_curves"]
     texts = [[text.get_text() for text in ax.texts] for ax in figure.axes]
     assert texts == [[], ["no other layers of the same roles"], [], []]
     entries = [text.get_text() for text in figure.legends[0].get_texts()]
     assert "one random draw" in entries  # of ensemble
     results["analysis"]["robustness"]["ensemble"]["without_random"] = random
-    entries = [text.get_text() for text in figures(results)["ablation_curves"].legends[0].get_texts()]
+    entries = [text.get_text() for text in drawn_figures(results)["ablation_curves"].legends[0].get_texts()]
     assert "one random draw" not in entries
 
 
-def test_a_concept_without_a_test_lora_is_left_out(figures, results):
+def test_a_concept_without_a_test_lora_is_left_out(drawn_figures, results):
     found = copy.deepcopy(results)
     section = found["analysis"]["concepts"]
     for of in (*section["recall"], *section["baseline"].values(), *section["drop"].values()):
         of[2] = None
     found["analysis"]["rank_structure"]["complexity"]["by_class"][2]["recall"] = None
-    drawn = figures(only(found, "layers", "concepts", "representations", "rank_structure"))
+    drawn = drawn_figures(only(found, "layers", "concepts", "representations", "rank_structure"))
     axes = drawn["concept_layer_map"].axes[0]
     assert sorted(label.get_text() for label in axes.get_yticklabels()) == ["cat", "dog", "tree"]
     assert np.isfinite(np.asarray(axes.images[0].get_array())).all()
@@ -429,12 +427,12 @@ def test_runs_are_told_where_the_accuracies_are_of_more():
     assert told.startswith("Without the top 3 layers stats reaches 81.2 % in 3 of the 10 runs (with all 95.3 %, ")
 
 
-def test_the_recall_of_the_picture_is_that_of_who_is_named(figures, results):
+def test_the_recall_of_the_picture_is_that_of_who_is_named(drawn_figures, results):
     results = copy.deepcopy(only(results, "rank_structure"))
-    axes = figures(results)["rank_structure"].axes[1]
+    axes = drawn_figures(results)["rank_structure"].axes[1]
     assert axes.get_xlabel().startswith("recall by a_very_long") and "…" in axes.get_xlabel()
     results["analysis"]["rank_structure"]["complexity"]["recall_by"] = None
-    assert figures(results)["rank_structure"].axes[1].get_xlabel() == "recall by the best single layer, %"
+    assert drawn_figures(results)["rank_structure"].axes[1].get_xlabel() == "recall by the best single layer, %"
 
 
 def test_many_verdicts_are_counted_and_few_are_named():
@@ -446,14 +444,14 @@ def test_many_verdicts_are_counted_and_few_are_named():
     )
 
 
-def test_the_title_on_the_picture_is_the_caption_and_tells_of_a_quick_run(figures):
+def test_the_title_on_the_picture_is_the_caption_and_tells_of_a_quick_run(drawn_figures):
     results = results_of(quick=True)
-    for name, figure in figures(results).items():
+    for name, figure in drawn_figures(results).items():
         assert figure.get_suptitle().replace("\n", " ") == f"{captions.captions(results)[name]} [a --quick run]"
 
 
-def test_what_is_drawn_is_what_was_found(figures, results):
-    drawn = figures(results)
+def test_what_is_drawn_is_what_was_found(drawn_figures, results):
+    drawn = drawn_figures(results)
     records = results["analysis"]["layers"]["records"]
     down, _ = drawn["layer_importance"].axes
     points = {tuple(point) for line in down.lines for point in line.get_xydata().tolist() if line.get_marker() == "v"}
@@ -496,14 +494,14 @@ EXTREMES = {
 
 
 @pytest.mark.parametrize("shape", EXTREMES.values(), ids=EXTREMES)
-def test_no_text_lies_on_another_or_leaves_the_picture_which_stays_small(figures, monkeypatch, shape):
+def test_no_text_lies_on_another_or_leaves_the_picture_which_stays_small(drawn_figures, monkeypatch, shape):
     original, texts = Text.draw, []
 
     def draw(text, renderer):  # what is really drawn: matplotlib keeps labels of ticks outside the axes too
         texts.append(text)
         original(text, renderer)
 
-    for name, figure in figures(results_of(**shape)).items():
+    for name, figure in drawn_figures(results_of(**shape)).items():
         with monkeypatch.context() as patched, style.context(drawing.STYLE, after_reset=True):
             patched.setattr(Text, "draw", draw)
             assert len(SAVED(figure, "png", name)) < 300_000
@@ -520,7 +518,7 @@ def test_no_text_lies_on_another_or_leaves_the_picture_which_stays_small(figures
 
 
 def test_the_oddest_names_make_valid_files():
-    files = pictures.draw(results_of(**EXTREMES["one role, no blocks"]))
+    files = figures.draw(results_of(**EXTREMES["one role, no blocks"]))
     assert len(files) == 12
     for name, content in files.items():
         if name.endswith("svg"):
@@ -562,7 +560,7 @@ def test_blocks_are_named_as_briefly_as_they_can_be():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_analysis_itself_is_drawn(figures):
+def test_the_analysis_itself_is_drawn(drawn_figures):
     generator = np.random.default_rng(0)
     layers = [
         Layer(f"layer {d}", f"blocks_{d // 4}_to_q_{d // 2}", ("down", "up")[d % 2], (1, 4), "F32") for d in range(8)
@@ -589,6 +587,6 @@ def test_the_analysis_itself_is_drawn(figures):
         "ablation_results": accuracies,
         "analysis": analyse(e, names, features, updates, {}, controls),
     }
-    assert list(figures(results)) == NAMES
+    assert list(drawn_figures(results)) == NAMES
     results["analysis"] = analyse(e, (), features, np.ones((120, 4, 2)), {}, Controls("none"))
-    assert set(figures(results)) == set(NAMES) - {"ablation_curves", "representations"}
+    assert set(drawn_figures(results)) == set(NAMES) - {"ablation_curves", "representations"}

@@ -33,9 +33,9 @@ import numpy as np
 from safetensors.numpy import save
 from tqdm import tqdm
 
-import lora_files
-import store
-from lora_files import LoraFileError
+from experiment import store
+from loras import lora_files
+from loras.lora_files import LoraFileError
 
 try:
     import pyarrow as pa

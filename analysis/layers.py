@@ -15,7 +15,7 @@ from scipy import stats
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
-from evidence import ALPHA, Evidence, exceedance, interval, spearman
+from analysis.evidence import ALPHA, Evidence, exceedance, interval, spearman
 
 COARSE_CLASSES = 4  # classes below which no clusters of them are looked for
 CLUSTER_DISTANCE = 0.5  # 1 - CKA at which layers count as different

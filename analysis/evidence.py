@@ -21,7 +21,7 @@ from itertools import permutations
 import numpy as np
 from scipy import sparse, stats
 
-from lora_files import Layer
+from loras.lora_files import Layer
 
 BLOCK = 2**24  # numbers worked on at a time
 LEVEL, ALPHA = 0.95, 0.05  # of all intervals and tests

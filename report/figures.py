@@ -18,9 +18,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from answers import NO_OTHERS, bounds, by_whom, correlation_text, percent, signed
-from captions import accuracies, captions
-from drawing import (
+from analysis.evidence import ALPHA
+from report.captions import accuracies, captions
+from report.drawing import (
     BLUE,
     DARK,
     GREY,
@@ -39,7 +39,7 @@ from drawing import (
     tree_lines,
     write_numbers,
 )
-from evidence import ALPHA
+from report.sentences import NO_OTHERS, bounds, by_whom, correlation_text, percent, signed
 
 NAMED = 12  # concepts at most that are named in a cloud of points
 MARKERS = {"down": "v", "up": "^"}

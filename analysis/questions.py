@@ -21,8 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from controls import Conditions, conditional_importance, robustness
-from evidence import (
+from analysis.evidence import (
     ALPHA,
     LEVEL,
     PERMUTATIONS,
@@ -37,8 +36,9 @@ from evidence import (
     spearman,
     stream,
 )
-from hypotheses import hypotheses
-from layers import layer_information, layer_ranking, rankings_agree
+from analysis.hypotheses import hypotheses
+from analysis.layers import layer_information, layer_ranking, rankings_agree
+from analysis.removal import Conditions, conditional_importance, robustness
 
 CHEAP_ROWS = 10_000  # train rows that a cheap explanation is fitted on at most
 FEATURE_NUMBERS = 2**24  # of features that what describes them only (CKA, clusters, spread) looks at, at most

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from sd15_zoo import write_zoo
 
 import ablation_experiment
-import digits_zoo
+from loras import digits_zoo
 
 SAMPLE_SECONDS = 5.0
 

@@ -19,11 +19,11 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import BinaryIO
 
 import numpy as np
 
+PROGRAM = Path(__file__).parent.parent  # the folder of this program
 TEMPORARY = re.compile(r"^\..*\.[0-9a-f]{8}$")  # what files are called while they are written
 STALE_SECONDS = 3600  # a temporary file as old as this is no longer being written
 
@@ -75,14 +75,21 @@ def digest(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def code_digest(*modules: ModuleType) -> str:
-    """Stands for the source of modules: what they compute is not trusted once they have changed."""
-    return digest([_source(module) for module in modules])
+def code_digest(*parts: str) -> str:
+    """Return 16 hexadecimal digits that stand for the source of modules: results of another source are not trusted.
+
+    Args:
+        parts: Modules and folders of this program, such as "autoencoders", "experiment/store" and "training".
+    """
+    return digest([_source(part) for part in parts])
 
 
-@cache  # the source that is running, also when the file is edited under a long run
-def _source(module: ModuleType) -> str:
-    return Path(module.__file__).read_text(encoding="utf-8")
+@cache  # the source that is running, also when a file is edited under a long run
+def _source(part: str) -> list[list[str]]:
+    """Names and contents of a module, or of all modules of a folder."""
+    folder = PROGRAM / part
+    paths = sorted(folder.glob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+    return [[path.name, path.read_text(encoding="utf-8")] for path in paths]
 
 
 def array_digest(*arrays: np.ndarray) -> str:

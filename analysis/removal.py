@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.integrate import trapezoid
 
-from evidence import ALPHA, Evidence, estimate, exceedance, interval, stream
+from analysis.evidence import ALPHA, Evidence, estimate, exceedance, interval, stream
 
 LOCALIZED, REDUNDANT = 0.5, 0.9  # shares of what is above chance at which the verdict changes
 LEAST_STEPS = 4  # of a removal curve, below which the largest one says nothing: of two, one is always half

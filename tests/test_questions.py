@@ -11,14 +11,13 @@ import torch
 from scipy import stats
 from sklearn.metrics import cohen_kappa_score
 
-import analysis
-import evidence
-from analysis import Controls, analyse, best_by_chance, representations
-from controls import plan_controls, robustness
-from evidence import Evidence, exceedance
-from layers import agreement, kendall_w, linear_cka, place, top_share
-from lora_files import Layer
-from stacked_training import Models, Schedule, Split, standardise, train_classifiers
+from analysis import evidence, questions
+from analysis.evidence import Evidence, exceedance
+from analysis.layers import agreement, kendall_w, linear_cka, place, top_share
+from analysis.questions import Controls, analyse, best_by_chance, representations
+from analysis.removal import plan_controls, robustness
+from loras.lora_files import Layer
+from training.stacks import Models, Schedule, Split, standardise, train_classifiers
 
 
 @pytest.fixture(autouse=True)
@@ -209,12 +208,12 @@ def test_a_class_without_a_test_row_has_no_recall():
 
 
 def test_a_number_that_is_not_finite_is_refused():
-    assert analysis.plain({"a": np.float32(0.5), 1: [np.int64(2), None, np.bool_(True), -1e-12]}) == {
+    assert questions.plain({"a": np.float32(0.5), 1: [np.int64(2), None, np.bool_(True), -1e-12]}) == {
         "a": 0.5,
         "1": [2, None, True, 0.0],
     }
     with pytest.raises(ValueError, match="not finite"):
-        analysis.plain([math.inf])
+        questions.plain([math.inf])
 
 
 # -- 1. which layers predict -------------------------------------------------------------------------------------------
@@ -403,8 +402,8 @@ def test_layers_with_the_same_features_are_one_cluster():
 def test_standardised_features_forget_scale_and_outliers():
     x = np.random.default_rng(0).normal(size=(500, 2, 3))
     x[0, 0, 0], x[:, 1, 1] = 1e6, 7
-    found = analysis.standardised(x)
-    assert np.abs(found).max() == analysis.CLIP and (found[:, 1, 1] == 0).all()
+    found = questions.standardised(x)
+    assert np.abs(found).max() == questions.CLIP and (found[:, 1, 1] == 0).all()
     assert found[:, 1, 0].mean() == pytest.approx(0, abs=1e-12) and found[:, 1, 0].std() == pytest.approx(1)
 
 
@@ -530,7 +529,7 @@ def test_effective_rank_goes_with_complexity(sign, expected):
 def test_features_that_coincide_and_those_that_never_vary_are_named():
     x = np.random.default_rng(0).random((10, 4, 5))
     x[..., 3], x[..., 4] = x[..., 1], 2
-    assert analysis.coinciding(x, list("abcde")) == ([["b", "d"]], ["e"])
+    assert questions.coinciding(x, list("abcde")) == ([["b", "d"]], ["e"])
     found = analysed(evidence_of(), samples={"spectral": (x, list("abcde")), "plain": (x[..., :2], ["a", "b"])})
     assert found["rank_structure"]["coinciding"] == {"spectral": [["b", "d"]]}
     assert found["rank_structure"]["constant"] == {"spectral": ["e"]}
@@ -578,15 +577,15 @@ def test_shuffled_labels_against_the_best_layer():
 def test_norms_are_those_of_the_factors_and_the_updates():
     weights = np.random.default_rng(0).normal(1, 2, (4, 3, 50))
     described = np.stack([weights.mean(2), weights.std(2)], axis=-1)
-    found = analysis.norms(described, np.full((4, 1, 2), 7.0))
+    found = questions.norms(described, np.full((4, 1, 2), 7.0))
     np.testing.assert_allclose(found[:, :3], np.linalg.norm(weights, axis=2) / np.sqrt(50))
     assert found.shape == (4, 4) and (found[:, 3] == 7).all()
 
 
 def test_some_rows_are_all_where_they_are_few_and_else_of_every_class():
-    assert analysis.some_rows(np.zeros(5, int), 9, 0).tolist() == [0, 1, 2, 3, 4]
+    assert questions.some_rows(np.zeros(5, int), 9, 0).tolist() == [0, 1, 2, 3, 4]
     y = np.repeat([0, 1, 2], [900, 90, 3])
-    few = analysis.some_rows(y, 33, 0)
+    few = questions.some_rows(y, 33, 0)
     assert (np.diff(few) > 0).all() and np.bincount(y[few]).tolist() == [15, 15, 3]
     assert few.tolist() != list(range(33))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from evidence import ALPHA
+from analysis.evidence import ALPHA
 
 DRAWN_P = 1e-4  # p of draws below this are not told apart: 1 / 10,001 is the smallest that 10,000 permutations give
 ROUNDED_P = 1e-9  # and other p below this: results.json keeps 9 decimals

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -23,14 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import data
-import lora_files
-import representations
-import store
-from crew import Crew, Task
 from data import Collection, CollectionError, LoraFile, by_layout, file_stat
-from labels import Finding
-from lora_files import Layout, LoraFileError, NotFiniteError
+from experiment import store
+from experiment.workers import Crew, Task
+from loras import lora_files
+from loras.labels import Finding
+from loras.lora_files import Layout, LoraFileError, NotFiniteError
 from representations import MEASURES, REPRESENTATIONS, matrix_features, pair_features
 
 CHUNK_NUMBERS = 2**22  # weights worked on at once, 16 MiB
@@ -161,7 +158,9 @@ class _Pass:
         self.collection, self.cache, self.device = collection, cache, device
         self.identity = identity(collection)
         self.folder = cache / "passes" / store.digest(str(collection.root.resolve()))
-        code = store.code_digest(representations, lora_files, store, data, sys.modules[__name__])
+        code = store.code_digest(
+            "representations", "loras/lora_files", "experiment/store", "experiment/extraction", "data"
+        )
         self.suffix = f"{store.digest([code, torch.__version__])[:8]}-{device.type}"
         count = len(collection.files)
         per_shard = min(count, max(1, SHARD_NUMBERS // _numbers_of_a_lora(collection)))

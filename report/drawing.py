@@ -30,7 +30,7 @@ from matplotlib.textpath import text_to_path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from answers import wrapped
+from report.sentences import wrapped
 
 WIDTH, DPI = 7.2, 150  # inches, as wide as a page of two columns; dots per inch
 FONT, SIZE, SMALL, TITLE = "DejaVu Sans", 8, 6.5, 9.5  # the font comes with matplotlib; sizes in points

@@ -26,7 +26,7 @@ from sklearn.preprocessing import KernelCenterer
 from sklearn.svm import SVC, LinearSVC
 from torch import Tensor
 
-from stacked_training import scored
+from training.stacks import scored
 
 KEPT, KEPT_NUMBERS = 2_000, 2**29  # up to so many LoRAs, and 2 GiB in float32, the kernels of modules are kept
 EXACT = 5_000  # LoRAs, above which the kernel is approximated

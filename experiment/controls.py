@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-import analysis
-from analysis import Controls
-from controls import Conditions, plan_controls
+from analysis import questions
+from analysis.evidence import Evidence, permuted, stream
+from analysis.questions import Controls
+from analysis.removal import Conditions, plan_controls
 from data import Collection, CollectionError, check_classes
-from evidence import Evidence, permuted, stream
+from experiment.phases import ATTRIBUTED, Experiment, Settings, TrainingError
 from representations import REPRESENTATIONS
-from splits import split_collection
-from trainings import ATTRIBUTED, Experiment, Settings, TrainingError
+from training.splits import split_collection
 
 LEVELS = ("none", "basic", "all")
 UPDATES = "updates"  # effective rank, norm and scale of each update
@@ -88,12 +88,12 @@ def analysed(experiment: Experiment, names: Sequence[str], say: Callable[[str], 
         return None
     statistics, updates = (loaded(experiment, name) for name in ("stats", UPDATES))
     cheap = {
-        "norms": analysis.norms(statistics, updates),
+        "norms": questions.norms(statistics, updates),
         "ranks and shapes": ranks(experiment),
         "metadata": metadata(experiment),
     }
     controls = Controls(level, conditions, attributed, cheap, list(columns), again, on_shuffled)
-    return analysis.analyse(e, names, statistics, updates, samples(experiment, names), controls) | {
+    return questions.analyse(e, names, statistics, updates, samples(experiment, names), controls) | {
         "controls_not_run": not_run
     }
 

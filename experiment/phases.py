@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -23,14 +22,13 @@ import sklearn
 import torch
 
 import autoencoders
-import kernels
-import stacked_training
-import store
-from crew import Crew, Task, TaskFailedError
 from data import Collection
-from extraction import Extracted
+from experiment import store
+from experiment.extraction import Extracted
+from experiment.workers import Crew, Task, TaskFailedError
 from representations import MEASURES, PCA, REPRESENTATIONS
-from stacked_training import DROPOUT, HIDDEN, Models, Schedule, Split, Stored, scored, standardise, train_classifiers
+from training import kernels
+from training.stacks import DROPOUT, HIDDEN, Models, Schedule, Split, Stored, scored, standardise, train_classifiers
 
 # Parameters in a stack: of 4 classifiers of one layer for a CPU, near whose caches they stay; of 561 for a GPU.
 STACK_PARAMETERS = {"cpu": 2_200_000, "cuda": 300_000_000}
@@ -175,7 +173,7 @@ class Experiment:
         self._one_reads = threading.Lock()
         self._pca_keys: dict[str, dict] = {}  # of finished scores, by what classifiers call them
         self.key = {  # what every unit depends on beside its models
-            "code": store.code_digest(stacked_training, store, sys.modules[__name__]),
+            "code": store.code_digest("training", "experiment/phases", "experiment/store"),
             "features": extracted.suffix,
             "torch": torch.__version__,
             "device": self.device.type,
@@ -286,7 +284,7 @@ class Experiment:
         key = {"kind": "classifier", **self.key, "inputs": source}
         key |= {"schedule": asdict(schedule), "hidden": HIDDEN, "dropout": DROPOUT}
         if source in autoencoders.HIDDEN:
-            key |= {"learner": store.code_digest(autoencoders), "learned by": asdict(self.settings.autoencoder)}
+            key |= {"learner": store.code_digest("autoencoders"), "learned by": asdict(self.settings.autoencoder)}
         keys = [
             {**key, "live": store.array_digest(_common(of_model[stack])), "models": [models[i] for i in stack]}
             for stack in stacks
@@ -333,7 +331,7 @@ class Experiment:
         """Plan a support vector machine for each choice of pairs, bool[K, P]; one run each, as nothing is drawn."""
         at_once = self.update_kernels.at_once
         stacks = [list(range(len(kept)))[start : start + at_once] for start in range(0, len(kept), at_once)]
-        key = {"kind": "kernel", **self.key, "learner": store.code_digest(kernels), "sklearn": sklearn.__version__}
+        key = {"kind": "kernel", **self.key, "sklearn": sklearn.__version__}
         keys = [{**key, "pairs": store.array_digest(kept[stack]), "models": len(stack) * [0]} for stack in stacks]
 
         def compute(stack: list[int]) -> dict[str, np.ndarray]:
@@ -575,7 +573,7 @@ class Experiment:
     def autoencoder_stacks(self, name: str) -> list[tuple[dict, list[int], str]]:
         """The stacks of a representation: key, layers, and what progress calls it; one autoencoder for each layer."""
         key = {"kind": "autoencoder", **self.key, "learned": name}
-        key |= {"learner": store.code_digest(autoencoders), "schedule": asdict(self.settings.autoencoder)}
+        key |= {"learner": store.code_digest("autoencoders"), "schedule": asdict(self.settings.autoencoder)}
         stacks: list[tuple[dict, list[int], str]] = []
         for width in np.unique(self.widths).tolist():
             layers = np.flatnonzero(self.widths == width).tolist()

@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TextIO
 
-from lora_files import LoraFileError
+from loras.lora_files import LoraFileError
 
 FILE_NAME = "file_name"
 TABLES = ("metadata.csv", "metadata.jsonl")  # at the root of a collection

@@ -7,15 +7,11 @@ from functools import cache
 import numpy as np
 import pytest
 
-import analysis
-import answers
-import captions
-import cautions
-import report
-import tables
-from controls import plan_controls
-from evidence import Evidence
-from lora_files import Layer
+from analysis import questions
+from analysis.evidence import Evidence
+from analysis.removal import plan_controls
+from loras.lora_files import Layer
+from report import captions, cautions, sentences, tables, text
 
 LAYERS, TOP_K, RUNS, CLASSES, TEST = 12, 2, 3, 5, 200
 CLASS_NAMES = ["cat", "dog", "<script>alert(1)</script>", "a & b", '"quoted"']
@@ -62,7 +58,7 @@ def _made(kind: str, names: tuple[str, ...], answerable: bool) -> dict:
     updates[..., 0] = updates[..., 0] if answerable else 1
     spectral = generator.random((30, LAYERS, 4))
     spectral[..., 1], spectral[..., 2:] = spectral[..., 0], 1
-    controls = analysis.Controls(
+    controls = questions.Controls(
         "all",
         {"stats": (conditions, taken)},
         ("stats", generator.random((RUNS, LAYERS))),
@@ -73,7 +69,7 @@ def _made(kind: str, names: tuple[str, ...], answerable: bool) -> dict:
     )
     features = generator.random((len(y), LAYERS, 7)) + y[:, None, None]
     sample = {"spectral": (spectral, ["sigma_1", "gap_1", "sigma_2", "sigma_3"])} if not answerable else {}
-    found = analysis.analyse(e, list(names), features, updates, sample, controls) | {"controls_not_run": {}}
+    found = questions.analyse(e, list(names), features, updates, sample, controls) | {"controls_not_run": {}}
     return _results(e, names, found)
 
 
@@ -120,8 +116,8 @@ def made(kind="redundant", names=("stats", "spectral", "ensemble"), answerable=T
     return copy.deepcopy(_made(kind, names, answerable))
 
 
-def answer(results: dict, anchor: str) -> answers.Answer:
-    return next(one for one in answers.answers(results) if one.anchor == anchor)
+def answer(results: dict, anchor: str) -> sentences.Answer:
+    return next(one for one in sentences.answers(results) if one.anchor == anchor)
 
 
 def told(results: dict, anchor: str) -> str:
@@ -148,7 +144,7 @@ def test_each_verdict_is_told_with_its_meaning_and_numbers(kind):
     found = results["analysis"]["robustness"]["stats"]
     assert found["verdict"] == kind  # what was planted
     text = told(results, "robustness")
-    assert text.startswith(f"{kind[0].upper()}{kind[1:]} by stats: {answers.VERDICTS[kind]}.")
+    assert text.startswith(f"{kind[0].upper()}{kind[1:]} by stats: {sentences.VERDICTS[kind]}.")
     whole, left, random = (found[key] for key in ("all", "without_top", "without_random"))
     assert f"With all 12 layers {100 * whole['accuracy']:.1f} % ({100 * whole['interval'][0]:.1f} to " in text
     assert f"without the top 2 {100 * left['accuracy']:.1f} %" in text and found["why"] in text
@@ -170,13 +166,13 @@ def test_without_robustness_there_is_no_verdict_but_the_drop():
     results = made()
     results["analysis"]["robustness"] = {}
     drop = results["analysis"]["representations"]["drops"]["stats"]
-    text = told(results, "robustness")
-    assert text.startswith("No verdict: no representation was trained with other layers removed")
-    assert f"Without the top 2 of 12 layers stats loses {answers.percent(drop['drop'])} points" in text
+    written = told(results, "robustness")
+    assert written.startswith("No verdict: no representation was trained with other layers removed")
+    assert f"Without the top 2 of 12 layers stats loses {sentences.percent(drop['drop'])} points" in written
     results["analysis"]["representations"] = None
     assert told(results, "robustness").startswith("No verdict: ")
     assert told(results, "representations") == "No representation was run."
-    assert "controls" not in tables.tables(results) and report.render_text(results)
+    assert "controls" not in tables.tables(results) and text.render_text(results)
 
 
 def test_layers_above_chance_and_none():
@@ -211,7 +207,9 @@ def test_the_best_representation_alone_near_others_and_ahead():
     assert compared["best"] == "stats" and compared["indistinguishable_from_best"] == []
     text = told(results, "representations")
     ahead = next(one for one in compared["pairs"]["baseline"] if (one["a"], one["b"]) == ("stats", "spectral"))
-    assert f"spectral, by {answers.percent(ahead['difference'])} points ({answers.bounds(ahead['interval'])}" in text
+    assert (
+        f"spectral, by {sentences.percent(ahead['difference'])} points ({sentences.bounds(ahead['interval'])}" in text
+    )
     assert "of all others significantly" in text and "Significant losses: 0 of 3" in text
     compared["indistinguishable_from_best"] = ["spectral"]
     text = told(results, "representations")
@@ -241,16 +239,16 @@ def test_a_difference_is_told_from_the_best_ones_side():
     one |= {"a": "stats", "b": "ensemble", "difference": -one["difference"], "interval": [-high, -low]}
     assert told(turned, "representations") == before
     row = next(row for row in tables.tables(turned)["differences"].rows if row[0] == "stats")
-    assert row[-2] == f"{answers.percent(-one['difference'])} ({answers.bounds((low, high))})"
+    assert row[-2] == f"{sentences.percent(-one['difference'])} ({sentences.bounds((low, high))})"
 
 
 def test_different_information_a_vote_and_what_chance_would_give():
     results = made()
     found = results["analysis"]["layer_information"]
     text = told(results, "information")
-    assert f"on {answers.percent(found['disagreement']['mean'])} % of the test LoRAs" in text
-    assert f"on labels drawn anew it would be {answers.percent(found['union']['any_by_chance'])} %" in text
-    assert f"a difference of {answers.signed(found['union']['vote_gain'])} points" in text
+    assert f"on {sentences.percent(found['disagreement']['mean'])} % of the test LoRAs" in text
+    assert f"on labels drawn anew it would be {sentences.percent(found['union']['any_by_chance'])} %" in text
+    assert f"a difference of {sentences.signed(found['union']['vote_gain'])} points" in text
     found["clusters"]["count"] = LAYERS
     assert "form 12 clusters: each stands alone" in told(results, "information")
     found["clusters"]["count"] = 1
@@ -283,7 +281,7 @@ def test_hypotheses_keep_their_outcome_number_and_interval():
     for outcome in ("confirmed", "refuted", "undecided"):
         for one in results["analysis"]["hypotheses"]:
             one |= {"outcome": outcome, "number": 0.1234, "interval": [-0.00001, 0.5678], "why": "because"}
-        told_ones = answers.answers(results)
+        told_ones = sentences.answers(results)
         assert [one.outcome for one in told_ones] == [outcome] * 5
         assert [one.hypothesis.lower() for one in told_ones] == [
             one["hypothesis"].lower() for one in results["analysis"]["hypotheses"]
@@ -292,7 +290,7 @@ def test_hypotheses_keep_their_outcome_number_and_interval():
         assert plain.endswith(" 0.12 (0.00 to 0.57); because.")
         assert share.endswith(" 12.3 % (0.0 to 56.8); because.")
         assert points.endswith(" 12.3 points (0.0 to 56.8); because.")
-        assert unwrapped(report.render_text(results)).count(f": {outcome.upper()}. ") == 5
+        assert unwrapped(text.render_text(results)).count(f": {outcome.upper()}. ") == 5
 
 
 def test_every_number_of_the_answers_is_one_of_results():
@@ -301,7 +299,7 @@ def test_every_number_of_the_answers_is_one_of_results():
     known += [*numbers(results["ablation_results"]), results["chance"]["accuracy"]]
     shown = {f"{scale * value:.{digits}f}" for value in known for scale, digits in ((100, 1), (1, 2), (-100, 1))}
     shown |= {f"{value:.2g}" for value in known} | {"0.05", "0.0001", "0.50"}
-    for one in answers.answers(results):
+    for one in sentences.answers(results):
         for sentence in [*one.sentences, one.evidence]:
             text = sentence.replace(results["layer_ranking"][0]["layer"], "")
             for cell in re.findall(r"-?\d+\.\d+", text):
@@ -333,7 +331,7 @@ def test_without_whole_pairs_the_fifth_answer_is_why():
     assert made_tables["concepts"].columns == ["concept", "recall", "drop", "best layer", "spread"]
     assert "mean last" not in made_tables["concepts"].note
     assert "rank_structure" not in captions.captions(results) and len(captions.captions(results)) == 5
-    assert "None" not in report.render_text(results)
+    assert "None" not in text.render_text(results)
 
 
 def test_the_columns_of_the_analysis_of_a_run_without_whole_pairs_are_those():
@@ -344,7 +342,7 @@ def test_the_columns_of_the_analysis_of_a_run_without_whole_pairs_are_those():
     predictions = {"layers/predicted": np.tile(y[30:], (4, 1, 1))}
     e = Evidence(layers, list("abc"), y, rows, None, np.arange(4), 1, predictions, 0)
     features = np.random.default_rng(0).random((60, 4, 7))
-    found = analysis.analyse(e, [], features, np.ones((60, 0, 3)), {}, analysis.Controls("none"))["rank_structure"]
+    found = questions.analyse(e, [], features, np.ones((60, 0, 3)), {}, questions.Controls("none"))["rank_structure"]
     expected = without_pairs()["analysis"]["rank_structure"]
     assert found.keys() == expected.keys()
     for key in ("answerable", "tested", "modules", "num_significant", "why"):
@@ -357,14 +355,14 @@ def test_no_other_layers_of_the_same_roles():
     random = results["analysis"]["robustness"]["stats"]["without_random"]
     random |= {"draws": 0, "accuracies": []}
     random |= dict.fromkeys(("mean", "min", "max", "p", "share_below_top_removed"))
-    text = told(results, "robustness")
-    assert "no other layers of the same roles can be removed instead, with the top 2 alone" in text
-    assert "random ones" not in text
+    written = told(results, "robustness")
+    assert "no other layers of the same roles can be removed instead, with the top 2 alone" in written
+    assert "random ones" not in written
     rows = {row[0]: row[1] for row in tables.tables(results)["controls"].rows}
     assert rows["without 2 random ones (mean, range)"] == "no other layers of the same roles"
     assert rows["random draws"] == "0" and rows["random draws at or below the top's"] == "none drawn"
     assert "no other layers of the same roles): redundant" in captions.captions(results)["ablation_curves"]
-    assert "None" not in report.render_text(results)
+    assert "None" not in text.render_text(results)
 
 
 def test_groups_of_which_no_split_was_made():
@@ -413,12 +411,12 @@ def test_concepts_without_a_test_lora_are_told_as_unknown_and_claimed_nothing_of
     for of in (*found["recall"], *found["baseline"].values(), *found["drop"].values()):
         of[1] = None
     analysed["rank_structure"]["complexity"]["by_class"][1] |= {"recall": None, "spread": None}
-    assert "dog" not in " ".join(answers.concept_lines(results))
+    assert "dog" not in " ".join(sentences.concept_lines(results))
     assert "recall of the concept by stats, over the 4 with test LoRAs, " in told(results, "rank")
     row = tables.tables(results)["concepts"].rows[-1]
     assert list(row[:5]) == ["dog", "unknown", "unknown", "unknown", "unknown"]
     assert "dog" not in captions.captions(results)["concept_layer_map"]
-    assert "nan" not in report.render_text(results)
+    assert "nan" not in text.render_text(results)
 
 
 # -- what the numbers do not say ------------------------------------------------------------------------
@@ -462,9 +460,9 @@ def test_that_the_top_was_chosen_on_the_test_loras_is_on_the_first_page_once():
     results = made()
     chosen = "The top 2 were chosen on the same test LoRAs that the drops are measured on"
     assert [line for line in cautions.warnings(results) if line.startswith(chosen)]
-    assert unwrapped(report.render_text(results)).count(chosen) == 1
+    assert unwrapped(text.render_text(results)).count(chosen) == 1
     results["config"]["rank_by"] = "val"
-    assert "--rank-by" not in report.render_text(results)
+    assert "--rank-by" not in text.render_text(results)
 
 
 def test_features_coincide_at_this_rank_only_where_all_updates_have_one():
@@ -491,7 +489,7 @@ def test_the_row_of_the_curve_is_named_by_what_it_is():
     found = results["analysis"]["robustness"]["stats"]
     rows = {row[0]: row[1] for row in tables.tables(results)["controls"].rows}
     half = found["survives_half"]
-    told_half = f"{answers.percent(half['share'])} ({answers.bounds(half['interval'])}), {half['removed']} gone"
+    told_half = f"{sentences.percent(half['share'])} ({sentences.bounds(half['interval'])}), {half['removed']} gone"
     assert rows["least left until half of them are gone"] == told_half
     found |= {"survives": None, "survives_half": None, "verdict": "undecided"}
     rows = {row[0]: row[1] for row in tables.tables(results)["controls"].rows}
@@ -511,10 +509,12 @@ def test_p_of_kruskal_and_wallis_have_another_floor_than_those_of_draws():
 def test_a_cheap_explanation_that_does_as_well_is_on_the_first_page():
     results = made("distributed")
     assert results["analysis"]["cheap"]["as_good"] == ["metadata"]  # which holds the label
-    first_page = unwrapped(report.render_text(results).split("\n1. Which layers predict? Each of")[0])
+    first_page = unwrapped(text.render_text(results).split("\n1. Which layers predict? Each of")[0])
     cheap = results["analysis"]["cheap"]["metadata"]
     assert f"metadata alone give {100 * cheap['accuracy']:.1f} %" in first_page
-    assert f"and stats is worse: its advantage is {answers.bounds(cheap['advantage_of_weights'])} points." in first_page
+    assert (
+        f"and stats is worse: its advantage is {sentences.bounds(cheap['advantage_of_weights'])} points." in first_page
+    )
     said = " ".join(cautions.checks(results))
     assert "by ranks and shapes: not there, or the same in every LoRA." in said and "by norms: " in said
     cheap["advantage_of_weights"] = [-0.01, 0.02]
@@ -552,7 +552,7 @@ def test_unused_groups_shuffles_and_quick():
 def test_attribution_with_and_without_a_correlation():
     results = made()
     found = results["analysis"]["attribution"]
-    assert f"Spearman correlation {answers.number(found['spearman'])} (" in " ".join(cautions.checks(results))
+    assert f"Spearman correlation {sentences.number(found['spearman'])} (" in " ".join(cautions.checks(results))
     found |= {"spearman": None, "interval": None, "p": None}
     assert "Spearman correlation not measured" in " ".join(cautions.checks(results))
 
@@ -562,18 +562,18 @@ def test_concepts_best_and_worst_with_and_without_representations():
     found = results["analysis"]["concepts"]
     found["recall"] = [[0.1, 0.9, 0.3, 0.3, 0.3], [0.2, 0.8, 0.3, 0.3, 0.3]]
     found["baseline"]["stats"], found["drop"]["stats"] = [1.0, 0.5, 0.9, 0.9, 0.9], [0.0, 0.1, 0.25, 0.0, -0.1]
-    assert answers.concept_lines(results) == [
+    assert sentences.concept_lines(results) == [
         "The best single layer for each concept recognises dog best (90.0 %) and cat worst (20.0 %).",
         "With all layers stats recognises cat best (100.0 %) and dog worst (50.0 %); removing the top 2 takes most "
         "from <script>alert(1)</script> (25.0 points).",
     ]
     found["recall"], found["drop"]["stats"] = [[0.5] * 5] * 2, [-0.1, 0.0, 0.0, 0.0, 0.0]
-    first, second = answers.concept_lines(results)
+    first, second = sentences.concept_lines(results)
     assert first.endswith("recognises all alike (50.0 %).") and second.endswith("the top 2 costs none of them.")
     results["analysis"]["representations"] = None
-    assert len(answers.concept_lines(results)) == 1
+    assert len(sentences.concept_lines(results)) == 1
     results["analysis"] = None
-    assert answers.concept_lines(results) == []
+    assert sentences.concept_lines(results) == []
 
 
 # -- results.txt ----------------------------------------------------------------------------------------
@@ -584,22 +584,23 @@ def test_results_txt_has_the_answers_first_and_short_lines(kind):
     results = made(kind, answerable=False)
     results["representations_not_run"] = [{"representation": "pca", "reason": "ranks differ"}]
     before = copy.deepcopy(results)
-    text = report.render_text(results)
+    rendered = text.render_text(results)
     assert results == before
-    lines = text.splitlines()
-    assert max(map(len, lines)) <= 120 and len(lines) < 200 and text.endswith("\n")
+    lines = rendered.splitlines()
+    assert max(map(len, lines)) <= 120 and len(lines) < 200 and rendered.endswith("\n")
     heads = ["chance  ", "Short answers", "To bear in mind", "1. Which layers predict? Each of 12", "2 and 3. Every",
              "Removing the top 2", "Not run", "Accuracies and macro-F1"]  # fmt: skip
-    positions = [text.index(head) for head in heads]
+    positions = [rendered.index(head) for head in heads]
     assert positions == sorted(positions)
-    for i, question in enumerate(answers.QUESTIONS.values(), 1):
-        assert f"\n{i}. {question}\n" in text
-    words = unwrapped(text)
-    for one in answers.answers(results):
+    for i, question in enumerate(sentences.QUESTIONS.values(), 1):
+        assert f"\n{i}. {question}\n" in rendered
+    words = unwrapped(rendered)
+    for one in sentences.answers(results):
         assert all(sentence in words for sentence in one.sentences) and one.evidence in words
     assert all(warning in words for warning in cautions.warnings(results))
     assert all(words.count(check) == 1 for check in cautions.checks(results))
-    assert words.count("--rank-by=val") == 1 and text.index("--rank-by=val") < text.index("1. Which layers predict? E")
+    assert words.count("--rank-by=val") == 1
+    assert rendered.index("--rank-by=val") < rendered.index("1. Which layers predict? E")
 
 
 @pytest.mark.parametrize("absent", [True, False])
@@ -609,11 +610,17 @@ def test_without_an_analysis_one_line_says_which_flag_makes_it(absent):
         del results["analysis"]
     else:
         results["analysis"] = None
-    assert answers.answers(results) == [] and cautions.checks(results) == []
-    text = report.render_text(results)
-    assert text.count("--rank-by=val avoids that") == 1
-    assert text.count("--controls=basic") == 1 and "Short answers" not in text and len(answers.NO_CONTROLS) <= 120
-    assert f"\n{report.LAYER_HEADER}\n" in text and f"\n{report.layer_row(1, results['layer_ranking'][0])}\n" in text
+    assert sentences.answers(results) == [] and cautions.checks(results) == []
+    rendered = text.render_text(results)
+    assert rendered.count("--rank-by=val avoids that") == 1
+    assert (
+        rendered.count("--controls=basic") == 1
+        and "Short answers" not in rendered
+        and len(sentences.NO_CONTROLS) <= 120
+    )
+    assert (
+        f"\n{text.LAYER_HEADER}\n" in rendered and f"\n{text.layer_row(1, results['layer_ranking'][0])}\n" in rendered
+    )
     assert list(tables.tables(results)) == ["ranking", "metrics"]
 
 
@@ -629,13 +636,13 @@ def test_tables_are_rectangular_and_hold_what_results_hold():
     assert [row[-1] for row in ranking.rows] == [record["layer"] for record in results["layer_ranking"]]
     record = results["analysis"]["layers"]["records"][0]
     assert ranking.rows[0][2:5] == [
-        answers.bounds(record["interval"]),
+        sentences.bounds(record["interval"]),
         "< 0.0001",
         f"{100 * record['top_k_share']:.0f}",
     ]
     concepts, drop = made_tables["concepts"], results["analysis"]["concepts"]["drop"]["stats"]
     assert sorted(row[0] for row in concepts.rows) == sorted(CLASS_NAMES)
-    assert concepts.rows[0][2] == answers.percent(max(drop))
+    assert concepts.rows[0][2] == sentences.percent(max(drop))
     area = results["analysis"]["robustness"]["stats"]["curves"]["most_first"]["area"]
     assert ["area under the curve, most first", f"{area:.2f}"] in [list(row) for row in made_tables["controls"].rows]
 
@@ -644,7 +651,7 @@ def test_many_and_long_names_stay_within_the_page():
     results = made()
     for section in (results["analysis"]["concepts"]["classes"], results["dataset"]["classes"]):
         section[:] = ["a very long name of a concept " * 5 + str(c) for c in range(CLASSES)]
-    lines = report.render_text(results).splitlines()
+    lines = text.render_text(results).splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("Each concept"))
     assert all(len(line) <= 120 and "..." in line for line in lines[at + 2 : at + 7])
 
@@ -654,8 +661,8 @@ def test_many_and_long_names_stay_within_the_page():
     [(0.0, "p < 1e-9"), (3e-9, "p = 3e-9"), (1.234e-5, "p = 1.2e-5"), (0.01234, "p = 0.012"), (1.0, "p = 1")],
 )
 def test_p_of_no_draws_has_the_floor_of_what_results_keep(p, text):
-    assert answers.p_text(p, answers.ROUNDED_P) == text
-    assert answers.p_cell(p, answers.ROUNDED_P) == text.removeprefix("p ").removeprefix("= ")
+    assert sentences.p_text(p, sentences.ROUNDED_P) == text
+    assert sentences.p_cell(p, sentences.ROUNDED_P) == text.removeprefix("p ").removeprefix("= ")
 
 
 @pytest.mark.parametrize(
@@ -663,13 +670,13 @@ def test_p_of_no_draws_has_the_floor_of_what_results_keep(p, text):
     [(0.0, "p < 0.0001"), (1 / 10001, "p < 0.0001"), (2 / 10001, "p = 0.0002"), (0.01234, "p = 0.012"), (1, "p = 1")],
 )
 def test_p_has_two_digits_and_a_floor(p, text):
-    assert answers.p_text(p) == text
+    assert sentences.p_text(p) == text
 
 
 def test_no_negative_zero():
-    assert (answers.percent(-0.0), answers.percent(-0.0004), answers.number(-0.004)) == ("0.0", "0.0", "0.00")
-    assert answers.percent(-0.0126) == "-1.3"
-    assert [answers.signed(one) for one in (-0.0004, 0.0, 0.0126, -0.0126)] == ["0.0", "0.0", "+1.3", "-1.3"]
+    assert (sentences.percent(-0.0), sentences.percent(-0.0004), sentences.number(-0.004)) == ("0.0", "0.0", "0.00")
+    assert sentences.percent(-0.0126) == "-1.3"
+    assert [sentences.signed(one) for one in (-0.0004, 0.0, 0.0126, -0.0126)] == ["0.0", "0.0", "+1.3", "-1.3"]
 
 
 def test_few_test_loras_are_warned_of():

@@ -7,8 +7,8 @@ from functools import partial
 
 import numpy as np
 
-from evidence import ALPHA, holm
-from layers import COARSE_CLASSES
+from analysis.evidence import ALPHA, holm
+from analysis.layers import COARSE_CLASSES
 
 STEEP = 0.5  # of the range of a removal curve, above which a step is none of a graceful degradation
 

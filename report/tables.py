@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from answers import (
+from report.sentences import (
     NO_OTHERS,
     ROUNDED_P,
     bounds,

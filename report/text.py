@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from answers import NO_CONTROLS, answers, metric, signed, wrapped
-from cautions import checks, warnings
-from tables import Table, tables
+from report.cautions import checks, warnings
+from report.sentences import NO_CONTROLS, answers, metric, signed, wrapped
+from report.tables import Table, tables
 
 SMALL_VALIDATION = 50  # rows; below this the results say how little early stopping rests on
 LAYER_HEADER = f"{'rank':>4}  {'test accuracy':>13}  {'validation':>10}  {'role':4}  layer"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from answers import (
+from analysis.evidence import ALPHA
+from report.sentences import (
     BEYOND_REMOVAL,
     NO_CONTROLS,
     accuracy_text,
@@ -17,7 +18,6 @@ from answers import (
     percent,
     ranges,
 )
-from evidence import ALPHA
 
 FEW = 50  # test LoRAs, below which intervals by resampling them promise too much
 

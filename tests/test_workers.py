@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-import crew
-from crew import Crew, FaultElsewhereError, Task, TaskFailedError, assemble
+from experiment import workers
+from experiment.workers import Crew, FaultElsewhereError, Task, TaskFailedError, assemble
 
 
 def task(folder, name, work=lambda: None):
@@ -138,8 +138,8 @@ def many_jobs(folder, rounds):
 @linux
 @pytest.mark.parametrize("rounds", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_helpers_forked_right_after_threads_never_hang(tmp_path, rounds):
-    script = f"import test_crew; test_crew.many_jobs({str(tmp_path)!r}, {rounds})"
-    folders = os.pathsep.join([str(Path(crew.__file__).parent), str(Path(__file__).parent)])
+    script = f"import test_workers; test_workers.many_jobs({str(tmp_path)!r}, {rounds})"
+    folders = os.pathsep.join([str(Path(workers.__file__).parent.parent), str(Path(__file__).parent)])
     environment = os.environ | {"PYTHONPATH": folders}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=30 + 3 * rounds)
 
@@ -162,7 +162,7 @@ def test_helpers_are_prepared_and_find_what_there_was_at_the_start(tmp_path):
 
 
 def test_nobody_is_forked_for_one_thread_one_task_or_finished_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr(crew, "Helper", None)
+    monkeypatch.setattr(workers, "Helper", None)
     tasks = [task(tmp_path, str(i)) for i in range(3)]
     assert list(Crew(1, forks=True).do(tasks)) == [""] * 3
     assert list(Crew(2, forks=True).do([*tasks, task(tmp_path, "3")])) == [""] * 4
@@ -237,8 +237,8 @@ def test_no_helper_outlives_its_process(tmp_path, ending):
     """A job whose tasks never end, and write down who they are; SIGINT reaches all processes, as from a terminal."""
     job = f"""
     import os, pathlib, sys, time
-    sys.path.insert(0, {str(Path(crew.__file__).parent)!r})
-    from crew import Crew, Task
+    sys.path.insert(0, {str(Path(workers.__file__).parent.parent)!r})
+    from experiment.workers import Crew, Task
     def run(i):
         pathlib.Path({str(tmp_path)!r}, str(i)).write_text(str(os.getpid()))
         while True: time.sleep(1)
@@ -336,8 +336,8 @@ def test_nobody_leaves_a_meeting_before_all_are_there():
 
 
 def test_a_process_without_signs_of_life_is_lost(monkeypatch, tmp_path):
-    monkeypatch.setattr(crew, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(crew, "SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(workers, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(workers, "SILENT_SECONDS", 0.5)
     alone = Crew(1, shared=HashStore(), rank=0, size=2)
     with pytest.raises(OSError, match="process 1 of the job is lost"):
         alone.wait()
@@ -346,7 +346,7 @@ def test_a_process_without_signs_of_life_is_lost(monkeypatch, tmp_path):
 
 
 def test_processes_that_see_other_folders_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(crew, "FILE_SYSTEM_SECONDS", 0.3)
+    monkeypatch.setattr(workers, "FILE_SYSTEM_SECONDS", 0.3)
     shared, raised = HashStore(), {}
 
     def process(rank):

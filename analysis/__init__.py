@@ -1,0 +1,1 @@
+"""Numbers in, numbers out: evidence, and the five questions. Imports nothing of ours."""
