@@ -373,12 +373,12 @@ def matrix_features(w: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
 
     Args:
         w: Weight matrices, float[N, rows, cols].
-        names: Names of the table's rows of kind "matrix"; another is a ValueError.
+        names: Names of computed rows whose unit is "layer"; another is a ValueError.
 
     Returns:
         Features by name, in the order asked for, each float32[N, F].
     """
-    names = _checked_names(names, "matrix")
+    names = _checked_names(names, "layer")
     _check("w", w, "[N, rows, cols]")
     parts = []
     for block in w.split(_block_length(w)):
@@ -397,22 +397,20 @@ def pair_features(
         up: Second factors, float[N, out, r].
         module_id: Canonical name of the module that all N updates are of, or N names.
         scale: s = alpha / rank of each update, float[N]; None: 1.
-        names: Names of rows of kind "pair", of either table; another is a ValueError.
+        names: Names of computed rows whose unit is "pair", of either table; another is a ValueError.
 
     Returns:
         Features by name, in the order asked for, each float32[N, F].
     """
-    functions = {name: (REPRESENTATIONS | MEASURES)[name].function for name in _checked_names(names, "pair")}
+    functions = {name: FEATURES[name].function for name in _checked_names(names, "pair")}
     pair = _pair(down, up, scale)
     length = _block_length(down, up)
     modules = [module_id] * len(down) if isinstance(module_id, str) else module_id
-    found: dict[str, list[Tensor]] = {name: [] for name in functions}
+    parts: dict[str, list[Tensor]] = {name: [] for name in functions}
     for start, *block in zip(range(0, len(down), length), *(x.split(length) for x in pair), strict=True):
-        d, u, s = block
         for name, function in functions.items():
-            takes_module = (modules[start : start + length],) if name == "update_sketch" else ()
-            found[name].append(function(d, u, *takes_module, s))
-    return {name: torch.cat(parts) for name, parts in found.items()}
+            parts[name].append(function(*block, modules[start : start + length]))
+    return {name: torch.cat(blocks) for name, blocks in parts.items()}
 
 
 class Rows(Protocol):
@@ -603,11 +601,11 @@ def _check(name: str, x: Tensor, shape: str) -> None:
         raise ValueError(f"{name}: {bad} of {total} values are NaN, Inf or beyond float32; drop their samples")
 
 
-def _checked_names(names: Iterable[str], kind: str) -> list[str]:
-    """The names, if the tables have all of them as this kind."""
-    names, known = list(names), [name for name, row in (REPRESENTATIONS | MEASURES).items() if row.kind == kind]
+def _checked_names(names: Iterable[str], unit: str) -> list[str]:
+    """Return the names, if the tables have all of them as computed by this unit."""
+    names, known = list(names), [name for name, row in FEATURES.items() if (row.unit, row.made) == (unit, "computed")]
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"{unknown} not of kind {kind!r}; choose from {', '.join(known)}")
+        raise ValueError(f"{unknown} not computed by {unit}; choose from {', '.join(known)}")
     return names
 
 
@@ -707,22 +705,31 @@ def _gaussian(module_id: str, side: str, length: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Representation:
-    """One row of the table.
+    """A row of the table; what the experiment does with it follows from ``unit`` and ``made``.
 
     Attributes:
         name: As on the command line and in the results.
-        kind: "matrix" (of one matrix), "pair" (of an update's two factors), "weights" (of all weights in a
-            collection), "autoencoder" (learned from those) or "kernel" (inner products of updates; see kernels.py).
-        feature_names: What the columns hold; their number is the width. Empty where the data decides it.
-        source: Where the idea is from.
-        function: What computes it; None where a batch of matrices or pairs alone does not decide it.
+        unit: "layer" or "pair": what goes when a layer is removed, that layer or the whole module.
+        made: "computed" (by a function of a matrix or of an update's two factors), "flat" (the weights themselves),
+            "pca" (components of them), "autoencoder" (learned from them, see autoencoders.py) or "kernel" (inner
+            products of updates, see training/kernels.py).
+        feature_names: Names of the columns of a unit; their number is the width. Empty where the data decides it.
+        source: The paper that the idea is from.
+        function: Computes it where it is "computed": of a matrix, float[N, rows, cols] or `Shared`; of a pair, as
+            ``function(down, up, scale, modules)``.
     """
 
     name: str
-    kind: str
+    unit: str
+    made: str
     feature_names: tuple[str, ...]
     source: str
     function: Callable[..., Tensor] | None = None
+
+    @property
+    def joins_others(self) -> bool:
+        """Whether its features are those of other representations, under names with a point."""
+        return any("." in name for name in self.feature_names)
 
 
 def _numbered(prefix: str, count: int) -> tuple[str, ...]:
@@ -749,28 +756,44 @@ ENSEMBLE = {
 }
 _ALL = tuple(f"{part}.{feature}" for part, features in ENSEMBLE.items() for feature in features)
 
+
+def _coupling(down: Tensor, up: Tensor, scale: Tensor, _: Sequence[str]) -> Tensor:
+    return coupling(down, up, scale)
+
+
+def _update_sketch(down: Tensor, up: Tensor, scale: Tensor, modules: Sequence[str]) -> Tensor:
+    return update_sketch(down, up, modules, scale)
+
+
+def _update_measures(down: Tensor, up: Tensor, scale: Tensor, _: Sequence[str]) -> Tensor:
+    return update_measures(down, up, scale)
+
+
+RANKING = "stats"  # the representation by which single layers are ranked
 REPRESENTATIONS: dict[str, Representation] = {
     row.name: row
     for row in (
-        Representation("flat_vec", "weights", (), "Eilertsen et al., 2020, Classifying the classifier"),
-        Representation("stats", "matrix", _STATS, "Unterthiner et al., 2020", stats),
-        Representation("pca", "weights", (), "Pearson, 1901"),
-        Representation("spectral", "matrix", _SPECTRAL, "Roy & Vetterli, 2007", spectral),
-        Representation("matrix_norms", "matrix", _NORMS, "Golub & Van Loan, section 2.3", matrix_norms),
-        Representation("distribution", "matrix", _DISTRIBUTION, "Unterthiner et al., 2020", distribution),
-        Representation("coupling", "pair", _COUPLING, "LoRA: Hu et al., 2022", coupling),
-        Representation("frequency", "matrix", _FREQUENCY, "FourierFT: Gao et al., 2024", frequency),
-        Representation("info_theoretic", "matrix", _INFO, "Shannon, 1948", info_theoretic),
-        Representation("ensemble", "matrix", _ALL, "the five that it joins", ensemble),
-        Representation("vae", "autoencoder", (), "Kingma & Welling, 2014"),
-        Representation("contrastive", "autoencoder", (), "SimCLR: Chen et al., 2020"),
-        Representation("denoising", "autoencoder", (), "Vincent et al., 2008"),
-        Representation("update_sketch", "pair", _SKETCH, "Putterman et al., 2024", update_sketch),
-        Representation("update_kernel", "kernel", (), "SVM: Cortes & Vapnik, 1995"),
+        Representation("flat_vec", "layer", "flat", (), "Eilertsen et al., 2020, Classifying the classifier"),
+        Representation("stats", "layer", "computed", _STATS, "Unterthiner et al., 2020", stats),
+        Representation("pca", "layer", "pca", (), "Pearson, 1901"),
+        Representation("spectral", "layer", "computed", _SPECTRAL, "Roy & Vetterli, 2007", spectral),
+        Representation("matrix_norms", "layer", "computed", _NORMS, "Golub & Van Loan, section 2.3", matrix_norms),
+        Representation("distribution", "layer", "computed", _DISTRIBUTION, "Unterthiner et al., 2020", distribution),
+        Representation("coupling", "pair", "computed", _COUPLING, "LoRA: Hu et al., 2022", _coupling),
+        Representation("frequency", "layer", "computed", _FREQUENCY, "FourierFT: Gao et al., 2024", frequency),
+        Representation("info_theoretic", "layer", "computed", _INFO, "Shannon, 1948", info_theoretic),
+        Representation("ensemble", "layer", "computed", _ALL, "the five that it joins", ensemble),
+        Representation("vae", "layer", "autoencoder", (), "Kingma & Welling, 2014"),
+        Representation("contrastive", "layer", "autoencoder", (), "SimCLR: Chen et al., 2020"),
+        Representation("denoising", "layer", "autoencoder", (), "Vincent et al., 2008"),
+        Representation("update_sketch", "pair", "computed", _SKETCH, "Putterman et al., 2024", _update_sketch),
+        Representation("update_kernel", "pair", "kernel", (), "SVM: Cortes & Vapnik, 1995"),
     )
 }
+UPDATES = "updates"  # effective rank, norm and scale of each update: for the analysis, no classifier reads them
 MEASURES: dict[str, Representation] = {
-    "updates": Representation(
-        "updates", "pair", ("effective_rank", "norm", "scale"), "Roy & Vetterli, 2007", update_measures
+    UPDATES: Representation(
+        UPDATES, "pair", "computed", ("effective_rank", "norm", "scale"), "Roy & Vetterli, 2007", _update_measures
     )
 }
+FEATURES = REPRESENTATIONS | MEASURES

@@ -1,10 +1,10 @@
-"""Who does the work: threads of one process, or of several that torchrun has started, which take tasks in turn.
+"""Workers: threads of one process, or of several that torchrun has started, which take tasks in turn.
 
-A task leaves a file behind, and by that file everyone knows that it is finished. So a job goes on where a killed one
-stopped, and what the processes tell each other is small: who takes which task, and what cannot be done.
+A task leaves a file behind, and by that file every process knows that it is finished. So a job goes on where a killed
+one stopped, and the messages between processes are small: the number of the next task, and what cannot be done.
 
 Training is thousands of small steps, and Python runs one at a time in a process: threads that train on a CPU wait for
-each other. So there, where there are several and the system is Linux, each has a `Helper`, a process that works for it.
+each other. So there, where there are several and the system is Linux, each thread has a `WorkerProcess`.
 """
 
 from __future__ import annotations
@@ -33,35 +33,40 @@ from torch.distributed.rendezvous import rendezvous
 POLL_SECONDS = 0.1  # between looks for what other processes do
 FILE_SYSTEM_SECONDS = 120  # until every machine sees a new file
 BEAT_SECONDS = 5.0  # between signs of life
+SILENT_SECONDS = 300.0  # without a sign of life, and a process is taken for lost
 THREADS = Path("/proc/self/task")  # the system's own list of the threads of this process
-SILENT_SECONDS = 300.0  # without one, and a process is taken for lost
 
 
 class TaskFailedError(RuntimeError):
-    """One task cannot be done, by whomever, and the others can; the message says why."""
+    """A task that no process can do, though others can be done; the message says why."""
 
 
 class FaultElsewhereError(RuntimeError):
-    """Rank 0 has met a fault, which it tells itself."""
+    """A fault of rank 0, which reports it."""
 
 
 @dataclass(frozen=True)
 class Task:
     """Work that leaves files behind: ``finished()`` looks for them, ``run()`` writes them.
 
-    ``here`` keeps it from a `Helper`: it leaves something in memory for other tasks (kernels), or consists of few large
-    steps, which let each other run (the pass over files).
+    ``in_main`` keeps it from a `WorkerProcess`: it leaves something in memory for other tasks (kernels), or consists of
+    few large steps, which let each other run (the pass over files).
     """
 
     finished: Callable[[], bool]
     run: Callable[[], None]
-    here: bool = False
+    in_main: bool = False
 
 
-class Helper:
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes that train for threads
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class WorkerProcess:
     """A process that does tasks for one thread: a copy of this process as it was at the start of the job.
 
-    It ends when it is told to, or when this process does, however that ends.
+    It ends when it is asked to, or when this process does, however that ends.
 
     Args:
         tasks: Of the job.
@@ -80,7 +85,7 @@ class Helper:
         """Have a task done.
 
         Raises:
-            Exception: Whatever it raised, told again here.
+            Exception: Whatever it raised, raised again here.
             OSError: The process has ended.
         """
         try:
@@ -91,13 +96,13 @@ class Helper:
             code = self.process.exitcode
             how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
             if code == -signal.SIGKILL:
-                how += ", as where memory does not do: fewer threads (OMP_NUM_THREADS) take less"
+                how += ", as where memory runs out: fewer threads (OMP_NUM_THREADS) take less"
             raise OSError(f"a process that trained has ended {how}") from None
         if error is not None:
             raise error
 
     def end(self) -> None:
-        """Let it go, and wait until it is gone."""
+        """Ask it to end, and wait until it has."""
         with suppress(OSError):  # it has ended before
             self.connection.send(None)
         self.process.join()
@@ -106,17 +111,17 @@ class Helper:
     def _serve(
         self, tasks: Sequence[Task], prepare: Callable[[], None], lifeline: tuple[int, int], connection: Connection
     ) -> None:
-        """What the process does: tasks as it is told their numbers, answered by None or what they raised."""
+        """Do tasks by their numbers, each answered by None or by what it raised."""
         for number in (signal.SIGINT, signal.SIGUSR1):  # a terminal, or a cluster, sends them to all processes of a job
             signal.signal(number, signal.SIG_IGN)  # this one ends with the first
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.close(lifeline[1])
 
-        def hold_on() -> None:
+        def end_with_parent() -> None:
             os.read(lifeline[0], 1)  # until there is nobody to write
             os._exit(1)
 
-        threading.Thread(target=hold_on, daemon=True).start()
+        threading.Thread(target=end_with_parent, daemon=True).start()
         prepare()
         while (task := connection.recv()) is not None:
             try:
@@ -128,32 +133,134 @@ class Helper:
 
 
 def _send(connection: Connection, error: BaseException) -> None:
-    """Tell an exception to another process, with the traceback of this one as a note."""
+    """Send an exception to another process, with the traceback of this one as a note."""
     note = f"\nin a process that trained:\n{''.join(traceback.format_exception(error))}"
     try:
         copied = copy.copy(error)  # made anew, as it will be there
         copied.add_note(note)
         connection.send(copied)
     except Exception:  # whatever a class raises that cannot be made anew, or is not known there
-        told = RuntimeError(repr(error))
-        told.add_note(note)
-        connection.send(told)
+        message = RuntimeError(repr(error))
+        message.add_note(note)
+        connection.send(message)
 
 
-class Crew:
+@contextmanager
+def worker_processes(count: int, tasks: Sequence[Task], prepare: Callable[[], None]) -> Iterator[list[WorkerProcess]]:
+    """Start processes, before there are threads: a copy would find their locks locked for ever."""
+    with ExitStack() as ending:
+        lifeline = os.pipe()
+        for end in lifeline:
+            ending.callback(os.close, end)
+        processes = []
+        for _ in range(count):
+            processes.append(WorkerProcess(tasks, prepare, lifeline))
+            ending.callback(processes[-1].end)
+        yield processes
+
+
+def join(worker: threading.Thread) -> None:
+    """Wait until a thread has ended, for the system too.
+
+    `Thread.join` returns while the native thread still cleans up what its libraries kept for it. A process forked at
+    that moment copies a lock of MKL's allocator that nobody will ever release there, and spins for ever.
+    """
+    worker.join()
+    while THREADS.joinpath(str(worker.native_id)).exists():
+        time.sleep(0.001)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Messages between processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Messages:
+    """Texts and counters that the processes of a job share, and signs of life of each.
+
+    Args:
+        shared: A store of torch.distributed; None: this process is alone.
+        rank: Of this process among ``size``.
+        size: Number of processes.
+    """
+
+    def __init__(self, shared: Store | None, rank: int, size: int):
+        self.shared, self.rank, self.size = shared or HashStore(), rank, size
+        self.heard = dict.fromkeys(range(size), (0, time.monotonic()))  # signs of life of each process, and since when
+        self.listened = time.monotonic()
+        if size > 1:
+            threading.Thread(target=self._beat, daemon=True).start()
+
+    def add(self, name: str, number: int = 1) -> int:
+        """Add to a counter; return its sum over all processes."""
+        try:
+            return self.shared.add(name, number)
+        except RuntimeError as error:
+            raise OSError("the other processes of the job cannot be reached") from error
+
+    def set(self, name: str, text: str) -> None:
+        """Send a text to all processes under a name."""
+        try:
+            self.shared.set(name, text)
+        except RuntimeError as error:
+            raise OSError("the other processes of the job cannot be reached") from error
+
+    def get(self, name: str) -> str | None:
+        """Return the text that a process has sent under a name; None as long as none has."""
+        try:
+            return self.shared.get(name).decode() if self.shared.check([name]) else None
+        except RuntimeError as error:
+            raise OSError("the other processes of the job cannot be reached") from error
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for the others in short steps, so that signals are handled meanwhile."""
+        while not condition():
+            self.listen()
+            time.sleep(POLL_SECONDS)
+
+    def listen(self) -> None:
+        """Look for signs of life of the others.
+
+        Raises:
+            OSError: A process has given none for a long time.
+        """
+        now = time.monotonic()
+        if self.size == 1 or now - self.listened < BEAT_SECONDS:
+            return
+        self.listened = now
+        for rank, (beats, since) in self.heard.items():
+            if (count := self.add(f"alive {rank}", 0)) != beats:
+                self.heard[rank] = count, now
+            elif now - since > SILENT_SECONDS:
+                raise OSError(f"process {rank} of the job is lost")
+
+    def _beat(self) -> None:
+        """Give a sign of life from time to time."""
+        with suppress(OSError):  # there is nobody left to hear it
+            while True:
+                self.add(f"alive {self.rank}")
+                time.sleep(BEAT_SECONDS)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The workers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Workers:
     """The threads that share the tasks: of this process, and of others if there are several.
 
-    Each thread takes the next task that nobody has taken, so that none waits while there is one. Processes tell each
-    other of finished tasks by the files themselves, so they see one file system, and they ask for the same jobs in the
-    same order.
+    Each thread takes the next task that nobody has taken, so that none waits while there is one. Processes learn of
+    finished tasks by the files themselves, so they see one file system, and they ask for the same jobs in the same
+    order.
 
     Args:
         threads: Of this process.
         prepare: Called first in each thread.
-        shared: A store of torch.distributed through which the processes talk; None: this process is alone.
+        shared: A store of torch.distributed for messages between processes; None: this process is alone.
         rank: Of this process among ``size``. Rank 0 decides and writes what is written once.
         size: Number of processes.
-        forks: Whether each of several threads has a `Helper`.
+        forks: Whether each of several threads has a `WorkerProcess`.
     """
 
     def __init__(
@@ -167,14 +274,11 @@ class Crew:
     ):
         self.forks = forks and threads > 1
         self.threads, self.prepare, self.rank, self.size = threads, prepare, rank, size
-        self.shared, self.jobs, self.questions, self.meetings = shared or HashStore(), 0, 0, 0
-        self.heard = dict.fromkeys(range(size), (0, time.monotonic()))  # signs of life of each process, and since when
-        self.listened = time.monotonic()
-        if size > 1:
-            threading.Thread(target=self._beat, daemon=True).start()
+        self.messages = Messages(shared, rank, size)
+        self.jobs = self.broadcasts = self.barriers = 0
 
     def do(self, tasks: Sequence[Task], threads: int | None = None) -> Iterator[str]:
-        """Do what is not finished; yields for each task in order, as soon as it is finished, "" or why it failed.
+        """Do what is not finished; yield for each task in order, as soon as it is finished, "" or why it failed.
 
         Args:
             tasks: The same in every process.
@@ -184,71 +288,30 @@ class Crew:
             Exception: Whatever a task of this process raised, other than `TaskFailedError`.
         """
         self.jobs += 1
-        job, news, stop = f"job {self.jobs}", threading.Condition(), threading.Event()
-        failed: dict[int, str] = {}  # by task
-        faults: list[BaseException] = []
-
-        def work(helper: Helper | None) -> None:
-            try:
-                self.prepare()
-                while not stop.is_set() and (i := self._add(job) - 1) < len(tasks):
-                    try:
-                        if not tasks[i].finished():
-                            if helper is None or tasks[i].here:
-                                tasks[i].run()
-                            else:
-                                helper.run(i)
-                    except TaskFailedError as error:
-                        failed[i] = str(error)
-                        self._tell(f"{job}, task {i}", str(error))
-                    with news:
-                        news.notify()
-            except BaseException as error:  # raised again in the main thread
-                faults.append(error)
-                stop.set()
-                with news:
-                    news.notify()
-
+        job = _Job(f"job {self.jobs}", tasks, self.messages, self.prepare)
         count = min(threads or self.threads, len(tasks))
-        with self._helpers(count, tasks) as helpers:
-            workers = [threading.Thread(target=work, args=(helper,), daemon=True) for helper in helpers]
+        with self._processes(count, tasks) as processes:
+            workers = [threading.Thread(target=job.work, args=(process,), daemon=True) for process in processes]
             for worker in workers:
                 worker.start()
             try:
-                for i, task in enumerate(tasks):
-                    with news:
-                        while not (faults or i in failed or task.finished()):
-                            news.wait(POLL_SECONDS)
-                            if (reason := self._told(f"{job}, task {i}")) is not None:
-                                failed[i] = reason
-                            self._listen()
-                    if faults:
-                        raise faults[0]
-                    yield failed.get(i, "")
+                yield from job.outcomes()
             finally:
-                stop.set()
+                job.stop.set()
                 for worker in workers:
-                    _join(worker)
-        if faults:  # of a thread that met it when all tasks were finished
-            raise faults[0]
+                    join(worker)
+        job.raise_fault()  # of a thread that met it when all tasks were finished
 
     @contextmanager
-    def _helpers(self, count: int, tasks: Sequence[Task]) -> Iterator[list[Helper | None]]:
-        """The helper of each of some threads, which has none where there is nothing to help with."""
-        if not self.forks or sum(not (task.here or task.finished()) for task in tasks) < 2:
+    def _processes(self, count: int, tasks: Sequence[Task]) -> Iterator[list[WorkerProcess | None]]:
+        """Start the process of each of some threads; None for each where there is nothing for processes to do."""
+        if not self.forks or sum(not (task.in_main or task.finished()) for task in tasks) < 2:
             yield [None] * count
             return
-        with ExitStack() as ending:
-            lifeline = os.pipe()
-            for end in lifeline:
-                ending.callback(os.close, end)
-            helpers = []
-            for _ in range(count):  # before there are threads, whose locks a copy would find locked for ever
-                helpers.append(Helper(tasks, self.prepare, lifeline))
-                ending.callback(helpers[-1].end)
-            yield helpers
+        with worker_processes(count, tasks, self.prepare) as processes:
+            yield processes
 
-    def prepared(self, function: Callable[[], object]) -> None:
+    def call_prepared(self, function: Callable[[], object]) -> None:
         """Call a function in a thread that is prepared as those that work are.
 
         Raises:
@@ -265,45 +328,45 @@ class Crew:
 
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
-        _join(worker)
+        join(worker)
         if faults:
             raise faults[0]
 
-    def agree(self, decide: Callable[[], object]) -> object:
-        """What ``decide()`` gives on rank 0, a JSON value, told to every process.
+    def broadcast(self, decide: Callable[[], object]) -> object:
+        """Return what ``decide()`` gives on rank 0, a JSON value, on every process.
 
         Raises:
             FaultElsewhereError: It raised an exception there, where it is raised too.
         """
-        self.questions += 1
-        question = f"question {self.questions}"
+        self.broadcasts += 1
+        name = f"broadcast {self.broadcasts}"
         if self.rank == 0:
             try:
-                told = json.dumps({"decided": decide()})
+                message = json.dumps({"decided": decide()})
             except Exception:
-                self._tell(question, json.dumps({}))
+                self.messages.set(name, json.dumps({}))
                 raise
-            self._tell(question, told)
+            self.messages.set(name, message)
         else:
-            self._until(lambda: self._told(question) is not None)
-            told = self._told(question)
-        if "decided" not in (answer := json.loads(told)):
+            self.messages.wait_until(lambda: self.messages.get(name) is not None)
+            message = self.messages.get(name)
+        if "decided" not in (answer := json.loads(message)):
             raise FaultElsewhereError
         return answer["decided"]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until every process has come here."""
-        self.meetings += 1
-        here = f"meeting {self.meetings}"
-        self._add(here)
-        self._until(lambda: self._add(here, 0) >= self.size)
+        self.barriers += 1
+        name = f"barrier {self.barriers}"
+        self.messages.add(name)
+        self.messages.wait_until(lambda: self.messages.add(name, 0) >= self.size)
 
     def leave(self) -> None:
-        """Wait for the others at the end; rank 0, through whose machine they may talk, leaves last."""
-        self.wait()
-        self._add("left")
+        """Wait for the others at the end; rank 0, on whose machine the messages may be, leaves last."""
+        self.barrier()
+        self.messages.add("left")
         if self.rank == 0:
-            self._until(lambda: self._add("left", 0) >= self.size)
+            self.messages.wait_until(lambda: self.messages.add("left", 0) >= self.size)
 
     def check_shared(self, folder: Path) -> None:
         """Refuse to share work with processes that do not see the same folder, which must be there.
@@ -313,89 +376,80 @@ class Crew:
         """
         if self.size == 1:
             return
-        token = folder / f".seen-by-all-{self.agree(lambda: secrets.token_hex(8))}"
+        token = folder / f".seen-by-all-{self.broadcast(lambda: secrets.token_hex(8))}"
         try:
             if self.rank == 0:
                 token.touch()
-            self.wait()
+            self.barrier()
             since = time.monotonic()
             while not token.exists():
                 if time.monotonic() - since > FILE_SYSTEM_SECONDS:
-                    raise OSError(f"{folder} is not one folder for all processes. it must be, for them to share work")
+                    raise OSError(f"{folder} is not one folder for all processes. It must be, for them to share work")
                 time.sleep(POLL_SECONDS)
-            self.wait()
+            self.barrier()
         finally:
             if self.rank == 0:
                 token.unlink()
 
-    # -- what the processes tell each other -----------------------------------------------------------------------
 
-    def _until(self, condition: Callable[[], bool]) -> None:
-        """Wait for the others in short steps, so that signals are heard meanwhile."""
-        while not condition():
-            self._listen()
-            time.sleep(POLL_SECONDS)
+class _Job:
+    """The state of one `Workers.do`: which tasks failed, what a thread raised, and whether to stop."""
 
-    def _add(self, name: str, number: int = 1) -> int:
-        """Count, together with the others."""
+    def __init__(self, name: str, tasks: Sequence[Task], messages: Messages, prepare: Callable[[], None]):
+        self.name, self.tasks, self.messages, self.prepare = name, tasks, messages, prepare
+        self.news, self.stop = threading.Condition(), threading.Event()
+        self.failed: dict[int, str] = {}  # by task
+        self.faults: list[BaseException] = []
+
+    def work(self, process: WorkerProcess | None) -> None:
+        """Take tasks until there are none, or until a fault."""
         try:
-            return self.shared.add(name, number)
-        except RuntimeError as error:
-            raise OSError("the other processes of the job cannot be reached") from error
+            self.prepare()
+            while not self.stop.is_set() and (i := self.messages.add(self.name) - 1) < len(self.tasks):
+                try:
+                    self._do(i, process)
+                except TaskFailedError as error:
+                    self.failed[i] = str(error)
+                    self.messages.set(f"{self.name}, task {i}", str(error))
+                with self.news:
+                    self.news.notify()
+        except BaseException as error:  # raised again in the main thread
+            self.faults.append(error)
+            self.stop.set()
+            with self.news:
+                self.news.notify()
 
-    def _tell(self, name: str, text: str) -> None:
-        try:
-            self.shared.set(name, text)
-        except RuntimeError as error:
-            raise OSError("the other processes of the job cannot be reached") from error
-
-    def _told(self, name: str) -> str | None:
-        """What some process has told under a name; None as long as none has."""
-        try:
-            return self.shared.get(name).decode() if self.shared.check([name]) else None
-        except RuntimeError as error:
-            raise OSError("the other processes of the job cannot be reached") from error
-
-    def _beat(self) -> None:
-        """Give a sign of life from time to time."""
-        with suppress(OSError):  # there is nobody left to hear it
-            while True:
-                self._add(f"alive {self.rank}")
-                time.sleep(BEAT_SECONDS)
-
-    def _listen(self) -> None:
-        """Look for signs of life of the others.
-
-        Raises:
-            OSError: One of them has given none for a long time.
-        """
-        now = time.monotonic()
-        if self.size == 1 or now - self.listened < BEAT_SECONDS:
+    def _do(self, i: int, process: WorkerProcess | None) -> None:
+        if self.tasks[i].finished():
             return
-        self.listened = now
-        for rank, (beats, since) in self.heard.items():
-            if (count := self._add(f"alive {rank}", 0)) != beats:
-                self.heard[rank] = count, now
-            elif now - since > SILENT_SECONDS:
-                raise OSError(f"process {rank} of the job is lost")
+        if process is None or self.tasks[i].in_main:
+            self.tasks[i].run()
+        else:
+            process.run(i)
+
+    def outcomes(self) -> Iterator[str]:
+        """Yield "" or why it failed, for each task in order."""
+        for i, task in enumerate(self.tasks):
+            with self.news:
+                while not (self.faults or i in self.failed or task.finished()):
+                    self.news.wait(POLL_SECONDS)
+                    if (reason := self.messages.get(f"{self.name}, task {i}")) is not None:
+                        self.failed[i] = reason
+                    self.messages.listen()
+            self.raise_fault()
+            yield self.failed.get(i, "")
+
+    def raise_fault(self) -> None:
+        """Raise what a thread raised first, if any did."""
+        if self.faults:
+            raise self.faults[0]
 
 
-def _join(worker: threading.Thread) -> None:
-    """Wait until a thread has ended, for the system too.
+def start_workers(threads: int, prepare: Callable[[], None], device: torch.device) -> Workers:
+    """Return the workers of this process; and of the others, where torchrun has started several.
 
-    `Thread.join` returns while the native thread still cleans up what its libraries kept for it. A process forked at
-    that moment copies a lock of MKL's allocator that nobody will ever release there, and spins for ever.
-    """
-    worker.join()
-    while THREADS.joinpath(str(worker.native_id)).exists():
-        time.sleep(0.001)
-
-
-def assemble(threads: int, prepare: Callable[[], None], device: torch.device) -> Crew:
-    """The threads of this process; and those of the others, where torchrun has started several.
-
-    The processes of a job meet through torch.distributed, nccl where they train on GPUs, gloo on CPUs, and then talk
-    through its store.
+    The processes of a job meet through torch.distributed, nccl where they train on GPUs, gloo on CPUs, and then send
+    messages through its store.
 
     Args:
         threads: Of this process.
@@ -409,7 +463,7 @@ def assemble(threads: int, prepare: Callable[[], None], device: torch.device) ->
     # Without the system's list of threads nobody knows when it is safe to fork.
     forks = device.type == "cpu" and sys.platform == "linux" and THREADS.is_dir() and not torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Crew(threads, prepare, forks=forks)
+        return Workers(threads, prepare, forks=forks)
     try:
         shared, rank, size = next(rendezvous("env://"))
         on_gpu = device.type == "cuda"
@@ -423,4 +477,4 @@ def assemble(threads: int, prepare: Callable[[], None], device: torch.device) ->
         torch.distributed.barrier()  # all are there, and reach each other
     except RuntimeError as error:
         raise OSError(f"the processes of the job do not reach each other ({error})") from error
-    return Crew(threads, prepare, PrefixStore("crew", shared), rank, size, forks)
+    return Workers(threads, prepare, PrefixStore("workers", shared), rank, size, forks)

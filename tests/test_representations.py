@@ -28,9 +28,9 @@ from representations import (
     update_sketch,
 )
 
-MATRIX = [name for name, row in REPRESENTATIONS.items() if row.kind == "matrix"]
+MATRIX = [name for name, row in REPRESENTATIONS.items() if (row.unit, row.made) == ("layer", "computed")]
 TABLE = REPRESENTATIONS | MEASURES
-PAIR = [name for name, row in TABLE.items() if row.kind == "pair"]
+PAIR = [name for name, row in TABLE.items() if (row.unit, row.made) == ("pair", "computed")]
 SHAPES = {
     "tall": (40, 6),
     "wide": (6, 40),
@@ -571,17 +571,18 @@ def test_the_table():
     assert list(REPRESENTATIONS)[:15] == first + last
     for name, row in REPRESENTATIONS.items():
         assert row.name == name and row.source
-        assert row.kind in {"matrix", "pair", "weights", "autoencoder", "kernel"}
-        assert (row.function is not None) == bool(row.feature_names) == (row.kind in {"matrix", "pair"})
+        assert row.unit in {"layer", "pair"} and row.made in {"computed", "flat", "pca", "autoencoder", "kernel"}
+        assert (row.function is not None) == bool(row.feature_names) == (row.made == "computed")
+        assert row.joins_others == (name == "ensemble")
         assert len(row.feature_names) == len(set(row.feature_names))
         assert len(row.feature_names) == WIDTHS.get(name, 0) or name not in first + last
-        assert row.function is None or row.function.__name__ == name
+        assert row.function is None or row.function.__name__.removeprefix("_") == name
 
 
 def test_measures_are_no_representations():
     assert list(MEASURES) == ["updates"] and not MEASURES.keys() & REPRESENTATIONS.keys()
     row = MEASURES["updates"]
-    assert (row.name, row.kind, row.function) == ("updates", "pair", update_measures)
+    assert (row.name, row.unit, row.made) == ("updates", "pair", "computed")
     assert row.feature_names == ("effective_rank", "norm", "scale")
 
 

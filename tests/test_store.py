@@ -276,7 +276,10 @@ def test_one_holds_a_lock_at_a_time_and_its_end_frees_it(tmp_path):
         refused = subprocess.run([sys.executable, "-c", child, path], capture_output=True, text=True, cwd=ROOT)
         assert "LockedError" in refused.stderr
     assert list(tmp_path.iterdir()) == []  # nor are folders left that were made for it
-    killed = "import os, sys; from experiment import store; held = store.locked(store.Path(sys.argv[1])); held.__enter__(); os.abort()"
+    killed = (
+        "import os, sys; from experiment import store; "
+        "held = store.locked(store.Path(sys.argv[1])); held.__enter__(); os.abort()"
+    )
     assert subprocess.run([sys.executable, "-c", killed, path], cwd=ROOT).returncode < 0
     assert path.exists()
     with store.locked(path):
