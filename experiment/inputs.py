@@ -1,0 +1,276 @@
+"""Inputs: what classifiers read under a choice of layers, and what is learned from the weights for them.
+
+Everything learned is fitted on train rows only.
+
+Shape letters: N LoRAs, L layers, P pairs (modules of which both layers are there), F features, S input sources.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+
+import autoencoders
+from data import Collection
+from experiment import store
+from experiment.extraction import Extracted
+from experiment.settings import AUTOENCODER_PARAMETERS, Settings, memory_of
+from experiment.units import Units
+from experiment.workers import Task
+from representations import FEATURES, RANKING, REPRESENTATIONS
+from training.kernels import UpdateKernels
+from training.pca import PCA
+from training.stacks import Split, Stored, standardise
+
+MEMORY_SHARE = 0.6  # of the device's memory that resident weights may take
+PCA_COMPONENTS = 100
+
+
+@dataclass(frozen=True)
+class Source:
+    """Inputs that classifiers read: a representation of all layers side by side, float32[1, N, F].
+
+    ``each_layer``: instead of that, of each layer alone, float32[L, N, F]. ``fitted_to``: the layers that components
+    were fitted to, by position; None for a representation that is the same whatever layers are kept.
+    """
+
+    name: str
+    each_layer: bool = False
+    fitted_to: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows and columns of the packed weights, given out in blocks of rows: what PCA asks of a matrix."""
+
+    packed: store.Shards
+    rows: np.ndarray
+    columns: np.ndarray
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return len(self.rows), len(self.columns)
+
+    def split(self, length: int) -> Iterator[torch.Tensor]:
+        """Yield blocks float32[length, F] on the device; the last may be shorter."""
+        for start in range(0, len(self.rows), length):
+            block = self.packed.read(self.rows[start : start + length], self.columns)
+            yield torch.from_numpy(block).to(self.device)
+
+
+class Inputs:
+    """The inputs of all classifiers of an experiment, from features and weights in the cache.
+
+    Args:
+        settings: Device, schedule of autoencoders, seed.
+        collection: The LoRAs.
+        selected: The layers that the experiment is about, bool[L of the files].
+        rows: Row indices of ``train``, ``validation`` and ``test``.
+        extracted: Features and packed weights.
+        units: Where what is learned lies.
+        kept_sources: How many sources are kept in memory: as many as threads may be at.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        collection: Collection,
+        selected: np.ndarray,
+        rows: dict[str, np.ndarray],
+        extracted: Extracted,
+        units: Units,
+        kept_sources: int = 2,
+    ):
+        self.settings, self.collection, self.rows = settings, collection, rows
+        self.extracted, self.units, self.device = extracted, units, settings.device
+        self.depths = np.flatnonzero(selected)  # of the L layers that the experiment is about, in the files' layers
+        self.layers = [collection.layers[depth] for depth in self.depths]
+        self.widths = np.array(collection.weights_per_layer)[self.depths]
+        self.pair_of_layer = collection.pair_of_layer[self.depths]
+        self.pairs = np.flatnonzero(np.bincount(self.pair_of_layer) == 2)  # of which both layers are there
+        self.split = Split(*(torch.from_numpy(rows[part]) for part in ("train", "validation", "test"))).to(self.device)
+        self._kept_sources = kept_sources
+        self._read_sources: dict[Source, torch.Tensor | Stored] = {}  # the latest ones
+        self._reading = threading.Lock()
+
+    # -- which columns are of which layers ----------------------------------------------------------------------------
+
+    def without(self, removed: list[int]) -> np.ndarray:
+        """Return the layers that are kept, bool[L], given the positions of those removed."""
+        kept = np.ones(len(self.layers), bool)
+        kept[removed] = False
+        return kept
+
+    def whole_pairs(self, kept: np.ndarray) -> np.ndarray:
+        """Return the pairs that have both layers among those kept, bool[..., L] -> bool[..., P]."""
+        members = [np.flatnonzero(self.pair_of_layer == pair) for pair in self.pairs]
+        return kept[..., np.array(members, int).reshape(-1, 2)].all(-1)
+
+    def kept_units(self, name: str, kept: np.ndarray) -> np.ndarray:
+        """Return the units of a representation of layers kept: those layers, or the whole pairs among them."""
+        return self.whole_pairs(kept) if REPRESENTATIONS[name].unit == "pair" else kept
+
+    def live(self, name: str, kept: np.ndarray) -> np.ndarray:
+        """Return the inputs of a representation that are of layers kept, bool[..., L] -> bool[..., F].
+
+        Of components all are, as they are fitted to the layers kept; of a kernel the pairs whose kernels are summed.
+        """
+        if REPRESENTATIONS[name].made == "pca":
+            return np.ones(min(PCA_COMPONENTS, len(self.rows["train"]) - 1, self.widths[kept].sum()), bool)
+        return np.repeat(self.kept_units(name, kept), self._columns_per_unit(name), axis=-1)
+
+    def _columns_per_unit(self, name: str) -> int | list[int]:
+        made = REPRESENTATIONS[name].made
+        if made == "kernel":
+            return 1
+        if made == "computed":
+            return len(REPRESENTATIONS[name].feature_names)
+        if made == "flat":
+            return self.widths.tolist()
+        return [autoencoders.latent_width(name, width) for width in self.widths.tolist()]
+
+    def count_layers(self, name: str, kept: np.ndarray) -> int:
+        """Return how many of the layers kept a representation reads."""
+        units = int(self.kept_units(name, kept).sum())
+        return 2 * units if REPRESENTATIONS[name].unit == "pair" else units
+
+    def source(self, name: str, kept: np.ndarray) -> Source:
+        """Return what classifiers of a representation read where the layers ``kept`` bool[L] are kept."""
+        fitted = REPRESENTATIONS[name].made == "pca"  # components of what is left, not what is left of the components
+        return Source(name, fitted_to=tuple(np.flatnonzero(kept).tolist()) if fitted else None)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def features(self, name: str) -> torch.Tensor:
+        """Return cached features on the device, float32[N, L or P, F]."""
+        units = self.pairs if FEATURES[name].unit == "pair" else self.depths
+        return torch.from_numpy(self.extracted.load(name)[:, units]).to(self.device)
+
+    def read(self, source: Source) -> torch.Tensor | Stored:
+        """Return what classifiers read, standardised, float32[S, N, F]; the latest sources are kept."""
+        with self._reading:
+            if source not in self._read_sources:
+                while len(self._read_sources) >= self._kept_sources:
+                    del self._read_sources[next(iter(self._read_sources))]
+                self._read_sources[source] = self._read(source)
+            return self._read_sources[source]
+
+    def _read(self, source: Source) -> torch.Tensor | Stored:
+        made = REPRESENTATIONS[source.name].made
+        if source.each_layer:
+            return standardise(self.features(source.name).transpose(0, 1).contiguous(), self.split.train)  # (L, N, F)
+        if made == "flat":
+            return self.flat_weights
+        if made == "pca":
+            x = torch.from_numpy(self.units.load(self._pca_key(source.fitted_to))["scores"])
+        elif made == "autoencoder":
+            x = torch.from_numpy(np.concatenate(self.encoded(source.name), axis=1))
+        else:
+            x = self.features(source.name).flatten(1)
+        return standardise(x.to(self.device), self.split.train)[None]
+
+    @cached_property
+    def flat_weights(self) -> Stored:
+        """The weights; held on the device where they fit it, and read only if a stack is to be trained."""
+        packed, columns = self.extracted.weights(), self._columns(self.without([]))
+        shape = packed.shape[0], len(columns)
+        read = packed.read if shape == packed.shape else partial(packed.read, columns=columns)
+        fits = 4 * math.prod(shape) < MEMORY_SHARE * memory_of(self.device)
+        return Stored(read, shape, self.split.train, hold=fits)
+
+    @cached_property
+    def kernels(self) -> UpdateKernels:
+        """Kernels of the pairs; nothing is read before the first is asked for."""
+        read = self.extracted.factor_reader(self.collection)
+        return UpdateKernels(
+            lambda p, rows: read(int(self.pairs[p]), rows),
+            len(self.pairs),
+            self.rows["train"],
+            len(self.collection.files),
+            seed=self.settings.seed,
+            device=self.device,
+        )
+
+    def _columns(self, kept: np.ndarray) -> np.ndarray:
+        """Return where the weights of layers ``kept`` bool[L] lie among those of a file, int64[W]."""
+        in_files = np.zeros(len(self.collection.layers), bool)
+        in_files[self.depths[kept]] = True
+        return np.flatnonzero(np.repeat(in_files, self.collection.weights_per_layer))
+
+    # -- what is learned from the weights -----------------------------------------------------------------------------
+
+    def fitting_tasks(self, name: str, conditions: list[list[int]]) -> list[Task]:
+        """Return the work that fits a representation; none for one that is not learned.
+
+        Args:
+            name: The representation.
+            conditions: Lists of removed layers, under each of which components are fitted.
+        """
+        if REPRESENTATIONS[name].made == "pca":
+            return [self._pca_task(self.without(removed)) for removed in conditions]
+        if REPRESENTATIONS[name].made == "autoencoder":
+            fit = partial(self._fit_autoencoders, name)
+            return [self.units.task(key, fit, stack, label) for key, stack, label in self.autoencoder_stacks(name)]
+        return []
+
+    def _pca_key(self, fitted_to: tuple[int, ...]) -> dict:
+        return {"kind": "pca", "fitted to": fitted_to, "components": PCA_COMPONENTS}
+
+    def _pca_task(self, kept: np.ndarray) -> Task:
+        """Return the work of the scores float32[N, k] of layers ``kept`` bool[L]."""
+
+        def compute(_: list) -> dict[str, np.ndarray]:
+            packed, columns = self.extracted.weights(), self._columns(kept)
+            train = StoredRows(packed, self.rows["train"], columns, self.device)
+            rows = StoredRows(packed, np.arange(packed.shape[0]), columns, self.device)
+            return {"scores": PCA(PCA_COMPONENTS).fit(train).transform(rows).cpu().numpy()}
+
+        return self.units.task(self._pca_key(tuple(np.flatnonzero(kept).tolist())), compute, [0], "pca")
+
+    def autoencoder_stacks(self, name: str) -> list[tuple[dict, list[int], str]]:
+        """Return the stacks of a representation: key, layers, and label; one autoencoder for each layer."""
+        key = {"kind": "autoencoder", "name": name} | self.autoencoder_key()
+        stacks: list[tuple[dict, list[int], str]] = []
+        for width in np.unique(self.widths).tolist():
+            layers = np.flatnonzero(self.widths == width).tolist()
+            # A parameter is held five times: itself, its gradient, two moments, the best so far; a weight once.
+            parameters = autoencoders.num_parameters(name, width, self.settings.autoencoder.hidden)
+            parameters += len(self.collection.files) * width // 5
+            count = math.ceil(len(layers) * parameters / AUTOENCODER_PARAMETERS[self.device.type])
+            at_once = math.ceil(len(layers) / min(count, len(layers)))  # stacks of about equal size
+            for start in range(0, len(layers), at_once):
+                stack = layers[start : start + at_once]
+                stacks.append(({**key, "models": stack}, stack, f"fitting {name}, {width} weights a layer"))
+        return stacks
+
+    def autoencoder_key(self) -> dict:
+        """Return what autoencoders depend on: their source and schedule."""
+        return {"autoencoders": store.code_digest("autoencoders"), "fitted by": asdict(self.settings.autoencoder)}
+
+    def _fit_autoencoders(self, name: str, layers: list[int]) -> dict[str, np.ndarray]:
+        packed, columns = self.extracted.weights(), self.collection.files[0].layout.columns
+        x = torch.empty(len(layers), packed.shape[0], self.widths[layers[0]], device=self.device)
+        for m, layer in enumerate(layers):
+            weights = torch.from_numpy(packed.read(None, columns[self.depths[layer]])).to(self.device)
+            x[m] = standardise(weights, self.split.train)
+        schedule, seed = self.settings.autoencoder, self.settings.seed
+        return autoencoders.fit_transform(name, x, self.split, schedule=schedule, seed=seed)
+
+    def encoded(self, name: str) -> list[np.ndarray]:
+        """Return features float32[N, latent] of each layer from its finished autoencoder."""
+        by_layer: dict[int, np.ndarray] = {}
+        for key, layers, _ in self.autoencoder_stacks(name):
+            by_layer |= zip(layers, self.units.load(key, ["features"])["features"], strict=True)
+        return [by_layer[layer] for layer in range(len(by_layer))]
+
+    def ranking_source(self) -> Source:
+        """Return what the classifiers of the ranking read: each layer alone."""
+        return Source(RANKING, each_layer=True)

@@ -1,0 +1,181 @@
+"""Plans: which models train in which unit, and the scores of those that are finished.
+
+Which models share a unit is fixed by the collection, the flags and the kind of device, never by what is left to do, who
+works, or free memory.
+
+Shape letters: M models, F features, P pairs of layers, K conditions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import sklearn
+import torch
+
+from experiment import store
+from experiment.inputs import Inputs, Source
+from experiment.settings import STACK_PARAMETERS, Settings
+from experiment.units import OutOfMemory, Units, one_memory_error
+from experiment.workers import Task, Workers
+from representations import REPRESENTATIONS
+from training import kernels
+from training.classifier import DROPOUT, Models, scored, train_classifiers
+
+
+class TrainingError(RuntimeError):
+    """Something without which the experiment cannot go on could not be trained; the message says why."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Models that read the same inputs: the live columns, and the units that hold the models.
+
+    ``live`` bool[F]; ``keys`` are of the finished units, ``tasks`` the work that finishes them.
+    """
+
+    label: str
+    num_layers: int
+    live: np.ndarray
+    keys: list[dict]
+    tasks: list[Task]
+
+
+class Planner:
+    """Plans the classifiers and support vector machines of an experiment.
+
+    Args:
+        settings: Schedule, seed, device.
+        inputs: What they read.
+        units: Where finished ones lie.
+        workers: Who will train.
+        smaller_stacks: Receives, by label, the size of stacks that had to be smaller than planned.
+    """
+
+    def __init__(
+        self, settings: Settings, inputs: Inputs, units: Units, workers: Workers, smaller_stacks: dict[str, int]
+    ):
+        self.settings, self.inputs, self.units, self.workers = settings, inputs, units, workers
+        self.smaller_stacks = smaller_stacks
+        self.y, self.num_classes = inputs.collection.y, len(inputs.collection.classes)
+        self.held_out = np.concatenate([inputs.rows["validation"], inputs.rows["test"]])
+
+    def plan_classifiers(
+        self,
+        source: Source,
+        live: np.ndarray,
+        models: list[tuple[int, int]],
+        label: str,
+        num_layers: int,
+        at_most: int | None = None,
+    ) -> Plan:
+        """Plan multilayer perceptrons in stacks.
+
+        Args:
+            source: What they read.
+            live: The columns of it that they see, bool[F], or bool[M, F] where each sees others.
+            models: (source, run) of each model, in the order that fills the stacks.
+            label: For the progress bar, and to report smaller stacks.
+            num_layers: How many layers the live columns are of.
+            at_most: Models in a stack, even where it would take more; None: no bound.
+        """
+        schedule = self.settings.classifier
+        widths = (live.shape[-1], *schedule.hidden, self.num_classes)
+        parameters = sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise(widths))
+        at_once = max(1, min(STACK_PARAMETERS[self.settings.device.type] // parameters, at_most or len(models)))
+        live_of_model = np.broadcast_to(live, (len(models), live.shape[-1]))
+        key = {"kind": "classifier", "inputs": asdict(source), "schedule": asdict(schedule), "dropout": DROPOUT}
+        if REPRESENTATIONS[source.name].made == "autoencoder":
+            key |= self.inputs.autoencoder_key()
+        stacks = _stacks(len(models), at_once)
+        keys = [
+            {**key, "live": store.array_digest(_common(live_of_model[stack])), "models": [models[i] for i in stack]}
+            for stack in stacks
+        ]
+        compute = partial(self._train_classifiers, source, live_of_model, models)
+        tasks = [self.units.task(key, compute, stack, label) for key, stack in zip(keys, stacks, strict=True)]
+        self._read_before_fork(source, tasks)
+        return Plan(label, num_layers, live, keys, tasks)
+
+    def _read_before_fork(self, source: Source, tasks: list[Task]) -> None:
+        """Read flat weights into this process, so that those forked from it share them."""
+        if REPRESENTATIONS[source.name].made != "flat" or not self.workers.forks:
+            return
+        if all(task.finished() for task in tasks):
+            return
+        with suppress(OutOfMemory), one_memory_error():  # each task will meet it, and report it
+            self.workers.call_prepared(self.inputs.flat_weights.ready)
+
+    def _train_classifiers(
+        self, source: Source, live: np.ndarray, models: list[tuple[int, int]], stack: list[int]
+    ) -> dict[str, np.ndarray]:
+        source_of_model, run = (torch.tensor(column) for column in zip(*(models[i] for i in stack), strict=True))
+        row = REPRESENTATIONS[source.name]
+        attributed = (row.unit, row.made) == ("layer", "computed") and not source.each_layer
+        return train_classifiers(
+            self.inputs.read(source),
+            torch.from_numpy(self.y).to(self.settings.device),
+            self.inputs.split,
+            Models(source_of_model, run, None if live[stack].all() else torch.from_numpy(live[stack])),
+            self.num_classes,
+            schedule=self.settings.classifier,
+            seed=self.settings.seed,
+            block=len(row.feature_names) if attributed else None,
+        )
+
+    def plan_kernels(self, kept: np.ndarray, label: str, num_layers: int) -> Plan:
+        """Plan a support vector machine for each choice of pairs, bool[K, P]; one run each, as nothing is drawn."""
+        stacks = _stacks(len(kept), self.inputs.kernels.at_once)
+        key = {"kind": "kernel", "sklearn": sklearn.__version__}
+        keys = [{**key, "pairs": store.array_digest(kept[stack]), "models": len(stack) * [0]} for stack in stacks]
+
+        def compute(stack: list[int]) -> dict[str, np.ndarray]:
+            inputs = self.inputs
+            return kernels.classify_each(inputs.kernels, kept[stack], self.y, inputs.rows, self.num_classes)
+
+        # The kernels stay in memory, for all tasks.
+        tasks = [self.units.task(key, compute, stack, label, True) for key, stack in zip(keys, stacks, strict=True)]
+        return Plan(label, num_layers, kept[0], keys, tasks)
+
+    def carry_out(self, plan: Plan, progress: Callable[[str, int, int], None]) -> dict[str, np.ndarray]:
+        """Do the work of a plan; return its scores.
+
+        Raises:
+            TrainingError: A training diverged, or memory ran out.
+        """
+        for done, reason in enumerate(self.workers.do(plan.tasks), 1):
+            progress(plan.label, done, len(plan.tasks))
+            if reason:
+                raise TrainingError(reason)
+        return self.load_scores(plan)
+
+    def load_scores(self, plan: Plan) -> dict[str, np.ndarray]:
+        """Return the arrays of finished units, and the metrics of every part of the split, for all models of a plan."""
+        self.note_smaller(plan.keys, plan.label)
+        finished = [self.units.load(key) for key in plan.keys]
+        scores = {name: np.concatenate([arrays[name] for arrays in finished]) for name in finished[0]}
+        boundary = len(self.inputs.rows["validation"])
+        for name, part in (("val", slice(None, boundary)), ("test", slice(boundary, None))):
+            truth, predicted = self.y[self.held_out[part]], scores["predicted"][:, part]
+            scores[f"{name}_accuracy"], scores[f"{name}_f1"] = scored(truth, predicted, self.num_classes)
+        return scores
+
+    def note_smaller(self, keys: list[dict], label: str) -> None:
+        """Note where finished stacks were smaller than planned."""
+        if (size := self.units.smaller_stack(keys)) is not None:
+            self.smaller_stacks[label] = size
+
+
+def _stacks(count: int, at_once: int) -> list[list[int]]:
+    """Return the positions of so many models in stacks."""
+    return [list(range(start, min(start + at_once, count))) for start in range(0, count, at_once)]
+
+
+def _common(rows: np.ndarray) -> np.ndarray:
+    """Return the row that all rows equal, or else all of them."""
+    return rows[0] if (rows == rows[0]).all() else rows

@@ -1,0 +1,199 @@
+"""Settings: what the experiment does, resolved from the flags and checked before anything is read."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from loras import labels
+from representations import REPRESENTATIONS
+from training.classifier import DROPOUT
+from training.stacks import Schedule
+
+# Parameters in a stack: of 4 classifiers of one layer for a CPU, near whose caches they stay; of 561 for a GPU.
+STACK_PARAMETERS = {"cpu": 2_200_000, "cuda": 300_000_000}
+# Of 4 to 12 autoencoders for a CPU: enough stacks to keep its threads busy to the end.
+AUTOENCODER_PARAMETERS = {"cpu": 7_000_000, "cuda": 300_000_000}
+RUNS_IN_STACK = {"cpu": 1, "cuda": 10}  # of one representation, so that more runs find the first ones finished
+
+
+class UsageError(ValueError):
+    """A flag that cannot be used; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Widths of hidden layers; ``autoencoder`` None stands for those of each autoencoder's own row."""
+
+    classifier: tuple[int, ...] = (512, 512, 512)
+    autoencoder: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The experiment that is asked for, all flags resolved."""
+
+    top_k: int
+    num_runs: int
+    rank_by: str
+    seed: int
+    quick: bool
+    device: torch.device
+    representations: tuple[str, ...]
+    layers: str | None  # pattern; see `data.select_layers`
+    controls: str  # a key of `controls.LEVELS`
+    null_shuffles: int  # rankings to train on shuffled labels
+    classifier: Schedule
+    autoencoder: Schedule
+
+    def config(self) -> dict:
+        """Return what results.json keeps of the settings: all that decides the numbers, no path and no machine."""
+        return {
+            "top_k": self.top_k,
+            "num_runs": self.num_runs,
+            "rank_by": self.rank_by,
+            "seed": self.seed,
+            "quick": self.quick,
+            "device": self.device.type,
+            "representations": list(self.representations),
+            "layers": self.layers,
+            "controls": self.controls,
+            "null_shuffles": self.null_shuffles,
+            "classifier": {"hidden": list(self.classifier.hidden), "dropout": DROPOUT} | _numbers(self.classifier),
+            "autoencoder": _numbers(self.autoencoder),
+            "stack": {
+                "parameters": STACK_PARAMETERS[self.device.type],
+                "autoencoder_parameters": AUTOENCODER_PARAMETERS[self.device.type],
+                "runs": RUNS_IN_STACK[self.device.type],
+            },
+        }
+
+
+def _numbers(schedule: Schedule) -> dict:
+    """Return the numbers of a schedule by name; widths of networks are told elsewhere."""
+    return {name: value for name, value in asdict(schedule).items() if name != "hidden"}
+
+
+def resolve(args: argparse.Namespace, networks: Networks) -> Settings:
+    """Return the settings that the flags ask for.
+
+    Raises:
+        UsageError: A flag is out of range or names what is not there.
+    """
+    _check_numbers(args)
+    _check_collection_flags(args)
+    check_writable("--output-dir", args.output_dir)
+    if args.cache_dir is not None:
+        check_writable("--cache-dir", args.cache_dir)
+    quick = args.quick
+    return Settings(
+        top_k=args.top_k,
+        num_runs=args.num_runs or (3 if quick else 10),
+        rank_by=args.rank_by,
+        seed=args.seed,
+        quick=quick,
+        device=resolve_device(args.device),
+        representations=resolve_representations(args.representations),
+        layers=args.layers,
+        controls=args.controls or ("none" if quick else "basic"),
+        null_shuffles=args.null_shuffles,
+        classifier=Schedule(
+            max_epochs=30 if quick else 1000, patience=5 if quick else 20, lr_patience=10, hidden=networks.classifier
+        ),
+        autoencoder=Schedule(
+            max_epochs=8 if quick else 100, patience=5 if quick else 15, hidden=networks.autoencoder
+        ),
+    )
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    if args.top_k < 1:
+        raise UsageError(f"--top-k {args.top_k}: at least one layer is to be removed. Give 1 or more.")
+    if args.num_runs is not None and args.num_runs < 1:
+        raise UsageError(f"--num-runs {args.num_runs}: at least one run is needed. Give 1 or more.")
+    if args.null_shuffles < 0:
+        raise UsageError(f"--null-shuffles {args.null_shuffles}: a negative number. Give 0 or more.")
+
+
+def _check_collection_flags(args: argparse.Namespace) -> None:
+    if not args.dataset:
+        raise UsageError("--dataset: empty. Give a folder of LoRAs, or leave it out.")
+    if args.labels is not None and (fault := labels.table_fault(args.labels)):
+        raise UsageError(f"--labels {args.labels}: {fault}")
+    for flag, value in (("--label-column", args.label_column), ("--group-column", args.group_column)):
+        if value is not None and not value.strip():
+            raise UsageError(f"{flag}: empty. Name a column, or leave it out.")
+    if args.layers is not None and not all(map(str.strip, args.layers.split(","))):
+        raise UsageError(f"--layers {args.layers}: an empty pattern. Give a part of a layer's name, or leave it out.")
+
+
+def resolve_representations(names: str) -> tuple[str, ...]:
+    """Return the representations of a comma list, or all, in the order of the table.
+
+    Raises:
+        UsageError: A name is not in the table.
+    """
+    asked = list(REPRESENTATIONS) if names == "all" else [name.strip() for name in names.split(",")]
+    if unknown := [name for name in asked if name not in REPRESENTATIONS]:
+        raise UsageError(f"--representations {','.join(unknown)}: not known. Choose from {', '.join(REPRESENTATIONS)}.")
+    return tuple(name for name in REPRESENTATIONS if name in asked)
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to, before any work is done for it."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"{flag} {folder}: {nearest} is not a folder that can be written to. Give another.")
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the torch device of a --device flag.
+
+    Raises:
+        UsageError: It is no device of a supported kind, or it is not there.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if gpus else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # of several processes each has a GPU of its own
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: not a device. Give auto, cpu, cuda or cuda:N.") from error
+    if device.type not in STACK_PARAMETERS:
+        raise UsageError(f"--device {name}: not supported. Give auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        fewer = ", or start fewer processes" if "LOCAL_RANK" in os.environ else ""
+        raise UsageError(f"--device {name}: there are {gpus} GPUs here. Give cpu, or one that is there{fewer}.")
+    return device
+
+
+def start_thread(device: torch.device) -> None:
+    """Prepare a thread that trains: it uses one core, and the process's GPU.
+
+    Results then do not depend on the number of threads. Classifiers that are sure of their train rows are full of
+    numbers below 1e-38, over which a CPU takes many times as long: they count as 0.
+    """
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def memory_of(device: torch.device) -> int:
+    """Return the bytes of memory that a device has for this process, used or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    group = Path("/proc/self/cgroup")  # Linux, version 2: what a job or a container may take
+    if group.exists():
+        inside = Path("/sys/fs/cgroup", group.read_text().splitlines()[-1].split(":", 2)[2].lstrip("/"))
+        for folder in (inside, *inside.parents):
+            bound = folder / "memory.max"
+            limits += [int(bound.read_text())] if bound.exists() and bound.read_text().strip().isdigit() else []
+    return min(limits) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
