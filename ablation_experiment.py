@@ -22,7 +22,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,7 +32,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
 import data
 from data import Collection, CollectionError
@@ -48,7 +47,8 @@ from experiment.phases import (
     start_thread,
 )
 from experiment.workers import Crew, FaultElsewhereError, assemble
-from loras import digits_zoo, labels
+from loras import building, digits_zoo, labels
+from loras.building import Progress
 from report import figures, page, text
 from representations import REPRESENTATIONS
 from training.splits import split_collection
@@ -63,7 +63,6 @@ PROGRAM = (  # of which results are; tests and benchmarks are no part of it
     *("ablation_experiment", "autoencoders", "data", "representations"),
     *("analysis", "experiment", "loras", "report", "training"),
 )
-LOG_SECONDS = 60  # between lines of progress in a log file
 SCHEMA_VERSION = 1
 
 
@@ -79,36 +78,6 @@ class UsageError(ValueError):
 def say(line: str = "") -> None:
     """Print a line at once, also into a log file."""
     print(line, flush=True)
-
-
-class Progress:
-    """Shows how far a stage is: a bar on a terminal, in a log file a plain line about once a minute."""
-
-    def __init__(self, shown: bool = True):
-        self.shown, self.stage, self.bar, self.told = shown, "", None, time.monotonic()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """``done`` of ``total`` steps of a stage are finished."""
-        if not self.shown:
-            return
-        if sys.stderr.isatty():
-            if stage != self.stage:
-                self.stage, self.bar = stage, tqdm(total=total, desc=stage, leave=False)
-            self.bar.update(done - self.bar.n)
-            if done == total:
-                self.bar.close()
-                self.stage = ""
-        elif time.monotonic() - self.told > LOG_SECONDS:
-            self.told = time.monotonic()
-            say(f"  {stage}: {done} of {total}")
-
-    def track(self, items: Iterable, stage: str) -> Iterator:
-        """Iterate and show how far it is."""
-        items = list(items)
-        for done, item in enumerate(items):
-            self(stage, done, len(items))
-            yield item
-        self(stage, len(items), len(items))
 
 
 class Stopwatch:
@@ -298,7 +267,7 @@ def locate(args: argparse.Namespace, progress: Progress) -> tuple[str, Path]:
         )
     try:
         digits_zoo.build(built_in, count, progress=progress)  # returns at once where it is whole
-    except FileExistsError as error:
+    except (FileExistsError, building.LockedError) as error:
         raise UsageError(str(error)) from error
     return name, built_in
 
@@ -337,7 +306,7 @@ def carry_out(args: argparse.Namespace, settings: Settings, crew: Crew) -> int:
     plan = make_plan(settings, collection)
     target = args.output_dir / f"ablation_{name}"
     with only_process(target) if crew.rank == 0 else nullcontext():
-        with store.made(cache) if crew.size > 1 else nullcontext():
+        with building.made(cache) if crew.size > 1 else nullcontext():
             crew.check_shared(cache)
         while True:
             check_alike(crew, collection, plan)
@@ -355,7 +324,7 @@ def carry_out(args: argparse.Namespace, settings: Settings, crew: Crew) -> int:
         if there := crew.agree(lambda: finished_results(target, plan.header)):
             say(f"\nNothing to do: {target} holds the results of these settings on these files.")
             return 3 if there["not run"] else 0
-        store.remove_stale(extracted.folder)
+        building.remove_temporaries(extracted.folder)
         experiment = Experiment(settings, collection, plan.selected, plan.rows, extracted, crew, progress)
         results = plan.header | run_phases(experiment, plan.chosen, plan.not_run, watch)
         results |= {"analysis": analyse(experiment, results, watch), "timing": watch.timing()}
@@ -444,8 +413,8 @@ def only_process(target: Path) -> Iterator[None]:
     """
     with ExitStack() as held:
         try:
-            held.enter_context(store.locked(target.with_name(f".{target.name}.lock")))
-        except store.LockedError as error:
+            held.enter_context(building.locked(target.with_name(f".{target.name}.lock")))
+        except building.LockedError as error:
             raise UsageError(f"{target}: {error} is at work in it. wait, or give another --output-dir.") from None
         yield
 
@@ -593,11 +562,11 @@ def result_files(experiment: Experiment, results: dict) -> dict[str, bytes]:
         writer.writerow((file.path, file.label, part, file.group)[: 3 + grouped])
     top = results["layer_ranking"][: experiment.settings.top_k]
     contents = (
-        store.canonical_json(top, indent=2),
+        building.canonical_json(top, indent=2),
         text.render_text(results).encode(),
         table.getvalue().encode(),
         store.packed_arrays(experiment.predictions),
-        store.canonical_json(results, indent=2),
+        building.canonical_json(results, indent=2),
     )
     return dict(zip(RESULT_FILES, contents, strict=True))
 

@@ -36,7 +36,7 @@ MAX_FINDINGS = 20
 
 
 class CollectionError(ValueError):
-    """A collection cannot be used; each finding reads ``<path>: what is wrong. what to do.``.
+    """A collection cannot be used; each finding reads ``<path>: what is wrong. What to do.``.
 
     ``files`` are path and reason of those without which it could be.
     """
@@ -186,7 +186,7 @@ def index_collection(
         CollectionError: No LoRA is there, or files are faulty, unlabelled, or disagree about the layers.
     """
     if not root.is_dir():
-        raise CollectionError([f"{root}: no such folder. give a folder of LoRAs."])
+        raise CollectionError([f"{root}: no such folder. Give a folder of LoRAs."])
     ignored: Counter = Counter()
     paths, bad = _find_weight_files(root, ignored)
     labelled = labelling.read_labels(root, paths, labels, label_column, group_column)
@@ -198,7 +198,7 @@ def index_collection(
     told = labelled.faults + ([] if skip_bad and files else [finding.told(root) for finding in bad])
     if not files and not told:
         links = f" ({ignored['linked folders']} linked folders are not followed)" if ignored["linked folders"] else ""
-        told.append(f"{root}: no *.safetensors file in it{links}. lay them out as <class>/<lora>.safetensors.")
+        told.append(f"{root}: no *.safetensors file in it{links}. Lay them out as <class>/<lora>.safetensors.")
     if told:
         raise CollectionError(list(dict.fromkeys(told)))
     files = _less(files, bad)
@@ -243,7 +243,7 @@ def _index_file(root: Path, path: str, labelled: labelling.Labels) -> LoraFile:
         lora_files.update_scales(layout, {}, adapter_config)  # refuses what cannot be used
     label, group = labelled.label.get(path, ""), labelled.group.get(path)
     if labelling.NOT_TEXT.search(path + label + (group or "")):
-        raise LoraFileError(f"its name {path!a}, label {label!a} or group {group!a} is not plain text. rename it.")
+        raise LoraFileError(f"its name {path!a}, label {label!a} or group {group!a} is not plain text. Rename it.")
     return LoraFile(path, label, layout, stat, adapter_config, group)
 
 
@@ -297,11 +297,11 @@ def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[str], list[Fi
         if weights:
             ignored["pickles beside *.safetensors"] += len(pickles)
         else:
-            told = "a pickle checkpoint: never loaded. convert it to safetensors."
+            told = "a pickle checkpoint: never loaded. Convert it to safetensors."
             findings += [Finding((path,), told) for path in pickles]
     for error in errors:
         folder = os.path.relpath(error.filename, root)
-        findings.append(Finding((folder,), f"cannot be listed ({error.strerror}). mend its permissions."))
+        findings.append(Finding((folder,), f"cannot be listed ({error.strerror}). Mend its permissions."))
     return sorted(paths), findings
 
 
@@ -336,11 +336,11 @@ def _layer_differences(root: Path, files: list[LoraFile]) -> list[Finding]:
         if lacking or extra:
             told = [f"lacks {len(lacking)} layers ({lacking[0]} ...)"] if lacking else []
             told += [f"adds {len(extra)} layers ({extra[0]} ...)"] if extra else []
-            told = f"{' and '.join(told)} compared with {others}. keep LoRAs of the same layers to a collection."
+            told = f"{' and '.join(told)} compared with {others}. Keep LoRAs of the same layers to a collection."
             findings.append(Finding(tuple(paths), told, where))
         elif other := next((layer for layer in found if found[layer] != widths[layer]), None):
             told = f"{other} is {found[other]} wide, but {widths[other]} in {others}: mixed base models"
-            findings.append(Finding(tuple(paths), f"{told}. keep one base model to a collection.", where))
+            findings.append(Finding(tuple(paths), f"{told}. Keep one base model to a collection.", where))
     return findings
 
 
@@ -352,11 +352,11 @@ def check_classes(collection: Collection) -> None:
     """
     counts = collection.class_counts
     if len(counts) < 2:
-        fault = f"fewer than two classes ({_rarest(counts)}). at least two concepts are needed."
+        fault = f"fewer than two classes ({_rarest(counts)}). At least two concepts are needed."
     elif len(counts) == len(collection.files):
         fault = f"as many labels as LoRAs ({len(counts)}): looks like an id; {_columns_for_classes(collection)}"
     elif min(counts.values()) < 3:
-        fault = f"a class with fewer than three LoRAs ({_rarest(counts)}). train, validation and test need one each."
+        fault = f"a class with fewer than three LoRAs ({_rarest(counts)}). Train, validation and test need one each."
     else:
         _check_groups(collection)
         return
@@ -374,8 +374,8 @@ def _columns_for_classes(collection: Collection) -> str:
     """Which columns could be the label instead, in words."""
     values = labelling.column_values(collection.root, [file.path for file in collection.files], collection.table)
     if fitting := labelling.would_make_classes(values, len(collection.files)):
-        return f"columns that would make classes: {labelling.counted(fitting)}. choose one with --label-column."
-    return "no other column would make classes. choose labels that repeat."
+        return f"columns that would make classes: {labelling.counted(fitting)}. Choose one with --label-column."
+    return "no other column would make classes. Choose labels that repeat."
 
 
 def _check_groups(collection: Collection) -> None:
@@ -387,7 +387,7 @@ def _check_groups(collection: Collection) -> None:
     if min(counts.values()) < 3:
         where = f"{collection.root}: {collection.group_column} gives a class with fewer than three groups"
         raise CollectionError(
-            [f"{where} ({_rarest(counts)}). train, validation and test need one each: group by another column."]
+            [f"{where} ({_rarest(counts)}). Train, validation and test need one each: group by another column."]
         )
 
 
@@ -413,7 +413,7 @@ def select_layers(collection: Collection, pattern: str | None) -> np.ndarray:
         matching = [_matches(layer, single.strip()) for layer in collection.layers]
         if not any(matching):
             names = ", ".join(layer.name for layer in collection.layers[:3])
-            fault = f"{single.strip()!r} matches none of {len(collection.layers)} layers. the first ones are {names}."
+            fault = f"{single.strip()!r} matches none of {len(collection.layers)} layers. The first ones are {names}."
             raise CollectionError([f"--layers {pattern}: {fault}"])
         selected |= matching
     return selected

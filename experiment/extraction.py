@@ -25,7 +25,7 @@ import torch
 from data import Collection, CollectionError, LoraFile, by_layout, file_stat
 from experiment import store
 from experiment.workers import Crew, Task
-from loras import lora_files
+from loras import building, lora_files
 from loras.labels import Finding
 from loras.lora_files import Layout, LoraFileError, NotFiniteError
 from representations import MEASURES, REPRESENTATIONS, matrix_features, pair_features
@@ -115,8 +115,8 @@ def extract(
         return passed.extracted(*found)
     with ExitStack() as held:
         if crew.rank == 0:
-            held.enter_context(store.made(cache))
-            held.enter_context(store.locked(passed.folder.with_suffix(".lock"), _tell_of_waiting))
+            held.enter_context(building.made(cache))
+            held.enter_context(building.locked(passed.folder.with_suffix(".lock"), _tell_of_waiting))
         missing = crew.agree(partial(passed.begin, names))
         shards = passed.shards if missing else []
         tasks = [
@@ -204,13 +204,13 @@ class _Pass:
         documents = [_read_object(self._document(rows)) for rows in self.shards]
         if findings := [finding for document in documents for finding in document["findings"]]:
             if keep_findings and all(at_fault for *_, at_fault in findings):
-                store.write_atomically(self.known, store.canonical_json({"findings": findings}))
+                building.write_atomically(self.known, building.canonical_json({"findings": findings}))
             self._remove()
             return {"findings": findings}
         contents = [line for document in documents for line in document["contents"]]
         fingerprint = store.digest(contents)
         # First the fingerprint: if killed among the renames, the next pass finds what is in its place and what is not.
-        store.write_atomically(self.known, store.canonical_json({"fingerprint": fingerprint}))
+        building.write_atomically(self.known, building.canonical_json({"fingerprint": fingerprint}))
         done = self.extracted(fingerprint)
         (done.folder / "features").mkdir(parents=True, exist_ok=True)
         for name in computed:
@@ -225,7 +225,7 @@ class _Pass:
         mine = f"{self.identity} {self.suffix}"
         if not (owner.exists() and owner.read_text() == mine):
             self._remove()
-            store.write_atomically(owner, mine.encode())
+            building.write_atomically(owner, mine.encode())
 
     def _remove(self) -> None:
         if self.folder.exists():
@@ -270,7 +270,7 @@ class _Pass:
             for name, array in arrays.items():
                 store.save_array(store.shard_path(self._arrays(name), rows.start), array)
         document = {"contents": contents, "findings": findings}
-        store.write_atomically(self._document(rows), store.canonical_json(document))
+        building.write_atomically(self._document(rows), building.canonical_json(document))
 
 
 def _numbers_of_a_lora(collection: Collection) -> int:
@@ -317,7 +317,7 @@ def _read_file(root: Path, file: LoraFile) -> tuple[np.ndarray, dict[str, float]
     path = root / file.path
     content = np.fromfile(path, np.uint8)
     if file_stat(path) != file.stat:
-        raise LoraFileError("changed since it was indexed. start again.")
+        raise LoraFileError("changed since it was indexed. Start again.")
     weights, alphas = lora_files.load_weights(content, file.layout)
     lora_files.check_finite(weights, file.layout)
     scales = lora_files.update_scales(file.layout, alphas, file.adapter_config)

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import io
 import json
 import os
-import platform
-import re
-import secrets
-import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from loras.building import TEMPORARY, write_atomically, written_atomically
+
 PROGRAM = Path(__file__).parent.parent  # the folder of this program
-TEMPORARY = re.compile(r"^\..*\.[0-9a-f]{8}$")  # what files are called while they are written
-STALE_SECONDS = 3600  # a temporary file as old as this is no longer being written
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees all of it or nothing."""
-    with _written_atomically(path) as file:
-        file.write(data)
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -42,31 +28,9 @@ def save_array(path: Path, array: np.ndarray) -> None:
     array = np.asarray(array, order="C")
     if array.dtype.hasobject:
         raise ValueError(f"{path}: objects would have to be pickled")
-    with _written_atomically(path) as file:
+    with written_atomically(path) as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(array.data)  # not numpy's own way of writing, which does not say why it failed
-
-
-@contextmanager
-def _written_atomically(path: Path) -> Iterator[BinaryIO]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and error.filename is None:  # of a disk that is full, say
-            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
-        raise
-
-
-def canonical_json(value: object, indent: int | None = None) -> bytes:
-    """Strict JSON (no NaN, no Infinity) with keys in the order given, the same bytes for equal values."""
-    return (json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
 def digest(value: object) -> str:
@@ -240,101 +204,6 @@ def _read_into(array: np.ndarray, file: BinaryIO, offset: int) -> None:
         if not count:
             raise OSError(f"{file.name}: cut short. remove the cache folder that it lies in.")
         wanted, offset = wanted[count:], offset + count
-
-
-def remove_stale(folder: Path) -> None:
-    """Remove the temporary files that killed processes have left below a folder, long ago."""
-    for path in folder.rglob(".*"):
-        with suppress(FileNotFoundError):  # others may clear away too
-            if TEMPORARY.search(path.name) and path.is_file() and time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink()
-
-
-@contextmanager
-def made(folder: Path) -> Iterator[None]:
-    """Make a folder and its parents; afterwards those that were made here and are empty are removed."""
-    new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        for path in new:
-            with suppress(OSError):  # not empty, or already gone
-                path.rmdir()
-
-
-class LockedError(RuntimeError):
-    """Another process holds a lock; the message says which one."""
-
-
-_lock_files: set[BinaryIO] = set()  # of the locks that this process holds
-
-
-def _let_go() -> None:
-    """A forked process has no share in the locks, which would else be held until it too has ended."""
-    for file in _lock_files:
-        file.close()
-
-
-os.register_at_fork(after_in_child=_let_go)
-
-
-@contextmanager
-def locked(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold a lock file, which the system releases when the process ends, however it ends.
-
-    Args:
-        path: The lock file; removed afterwards.
-        wait: Told who holds the lock before waiting for it; None: not to wait.
-
-    Raises:
-        LockedError: Another process holds it.
-    """
-    with made(path.parent):
-        while True:
-            try:
-                file = open(path, "a+b")  # noqa: SIM115
-            except FileNotFoundError:  # its holder has made the folder, and removed it meanwhile
-                path.parent.mkdir(parents=True, exist_ok=True)
-                continue
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = _holder(file)
-                if wait is None:
-                    file.close()
-                    raise LockedError(holder) from None
-                wait(holder)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                    raise
-                # A file system without locks: two at once may be in each other's way, but files are written whole.
-            with suppress(FileNotFoundError):
-                if os.fstat(file.fileno()).st_ino == os.stat(path).st_ino:
-                    break
-            file.close()  # its holder has removed it meanwhile
-        try:
-            file.truncate(0)
-            started = datetime.now(UTC).isoformat(timespec="seconds")
-            file.write(f"process {os.getpid()} on {platform.node()}, since {started}".encode())
-            file.flush()
-            _lock_files.add(file)
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            _lock_files.discard(file)
-            file.close()
-
-
-def _holder(file: BinaryIO) -> str:
-    """Who holds a lock file, in words; it may be about to write them."""
-    for _ in range(20):
-        file.seek(0)
-        if holder := file.read().decode(errors="replace").strip():
-            return holder
-        time.sleep(0.05)
-    return "another process"
 
 
 class Units:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,9 @@ from safetensors.torch import load_file, save
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-Progress = Callable[[str, int, int], None]
+from loras.building import METADATA_NAME, WEIGHTS_NAME, partial_folder, read_object, write_atomically, write_lora
+
+Report = Callable[[str, int, int], None]  # stage, done, total
 Weights = dict[str, Tensor]  # frozen base model, by name
 Factors = dict[str, tuple[Tensor, Tensor]]  # module -> (down float[M, r, in], up float[M, out, r])
 
@@ -55,7 +56,7 @@ LORA_MODULES = [
     for attention in ("attn1", "attn2")
     for projection in ("to_q", "to_k", "to_v", "to_out.0")
 ]
-WEIGHTS_NAME, METADATA_NAME, RECIPE_NAME = "pytorch_lora_weights.safetensors", "metadata.json", "recipe.json"
+RECIPE_NAME = "recipe.json"
 
 # Measured on 2 cores of a server CPU; a guide for the announcement, not a promise.
 SECONDS_BASE, SECONDS_PER_LORA, BYTES_PER_LORA = 30.0, 0.15, 82_000  # bytes in blocks of 4 KiB
@@ -71,7 +72,7 @@ def estimate(count: int) -> tuple[float, int]:
     return SECONDS_BASE + SECONDS_PER_LORA * trained, BYTES_PER_LORA * count
 
 
-def build(out: Path, count: int, *, seed: int = 0, progress: Progress | None = None) -> None:
+def build(out: Path, count: int, *, seed: int = 0, progress: Report | None = None) -> None:
     """Train a collection of ``count`` LoRAs and put it at ``out``; do nothing if it is there already.
 
     The work is done in ``<out>.partial`` beside ``out``, which is renamed when whole: a folder named ``out`` is
@@ -89,48 +90,48 @@ def build(out: Path, count: int, *, seed: int = 0, progress: Progress | None = N
     Raises:
         ValueError: ``count`` is below 1.
         FileExistsError: ``out`` or ``<out>.partial`` is something else than this collection.
+        LockedError: Another process is building it.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, not {count}")
     out = Path(out)
     recipe = _recipe(seed, count)
     if out.exists():
-        _check_same_collection(out, recipe, "choose another folder")
-        found = sum(1 for _ in out.glob(f"*/*/{WEIGHTS_NAME}"))
-        if found != count:
-            raise FileExistsError(f"{out}: has {found} of {count} LoRAs. Remove it to build it again.")
+        _check_same_collection(out, recipe, "Choose another folder")
+        count_there = sum(1 for _ in out.glob(f"*/*/{WEIGHTS_NAME}"))
+        if count_there != count:
+            raise FileExistsError(f"{out}: has {count_there} of {count} LoRAs. Remove it to build it again.")
         return
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists() and any(path.suffix != ".tmp" for path in partial.iterdir()):
-        _check_same_collection(partial, recipe, "remove it, or finish it with its own settings")
-    partial.mkdir(parents=True, exist_ok=True)
-    _write_atomic(partial / RECIPE_NAME, json.dumps(recipe).encode())
 
-    report = progress or (lambda stage, done, total: None)
+    def check(partial: Path) -> None:
+        _check_same_collection(partial, recipe, "Remove it, or finish it with its own settings")
+
+    with partial_folder(out, check) as partial:
+        write_atomically(partial / RECIPE_NAME, json.dumps(recipe).encode())
+        base_path = out.parent / f"base-model-seed{seed}.safetensors"
+        _build_loras(partial, base_path, count, seed, progress or (lambda stage, done, total: None))
+
+
+def _build_loras(folder: Path, base_path: Path, count: int, seed: int, report: Report) -> None:
+    """Train and write the LoRAs that are not in a folder yet, and the base model before them."""
     images, labels = load_images()
     groups = image_groups(labels, seed)
-    base = _load_or_train_base(out.parent / f"base-model-seed{seed}.safetensors", images, labels, seed, report)
+    base = _load_or_train_base(base_path, images, labels, seed, report)
     for first in range(0, count, STACK):
         end = min(first + STACK, count)
-        missing = [i for i in range(first, end) if not _is_whole(_folder(partial, i))]
+        missing = [i for i in range(first, end) if not _is_whole(_folder(folder, i))]
         if missing:
             # The whole stack, even for one missing LoRA: its bytes then depend on neither count nor history.
             plans = [plan_lora(seed, i, groups) for i in range(first, first + STACK)]
             factors = train_stack(base, images, plans)
             for i in missing:
-                _write_lora(_folder(partial, i), plans[i - first], factors, i - first)
+                _save_lora(_folder(folder, i), plans[i - first], factors, i - first)
         report("LoRAs", end, count)
-    for leftover in partial.rglob("*.tmp"):
-        leftover.unlink()
-    partial.rename(out)
 
 
 def is_built_here(folder: Path) -> bool:
-    """Whether a folder is, or is on the way to, a collection of this module's."""
-    try:
-        return json.loads((folder / RECIPE_NAME).read_bytes()).get("built_by") == "digits_zoo"
-    except (OSError, ValueError, AttributeError):  # no recipe, or somebody else's
-        return False
+    """Return whether a folder is, or will become, a collection that this module builds."""
+    return (read_object(folder / RECIPE_NAME) or {}).get("built_by") == "digits_zoo"
 
 
 def load_images() -> tuple[Tensor, np.ndarray]:
@@ -234,7 +235,7 @@ def init_base(seed: int) -> Weights:
     return weights
 
 
-def train_base(images: Tensor, labels: np.ndarray, seed: int, report: Progress) -> Weights:
+def train_base(images: Tensor, labels: np.ndarray, seed: int, report: Report) -> Weights:
     """Train the denoiser on all digits with prompts such as "a picture of seven".
 
     Flow matching: ``x_t = (1 - t) x + t noise``, t uniform, mean squared error to ``noise - x``. The word
@@ -277,7 +278,7 @@ def _prompt(word: str) -> list[int]:
     return [WORDS.index(w) for w in ("a", "picture", "of", word)]
 
 
-def _load_or_train_base(path: Path, images: Tensor, labels: np.ndarray, seed: int, report: Progress) -> Weights:
+def _load_or_train_base(path: Path, images: Tensor, labels: np.ndarray, seed: int, report: Report) -> Weights:
     """The base model from its file if that was made by the same recipe, else trained and kept there."""
     recipe = json.dumps(_recipe(seed, 0)["base"])
     try:
@@ -287,7 +288,7 @@ def _load_or_train_base(path: Path, images: Tensor, labels: np.ndarray, seed: in
     except (FileNotFoundError, SafetensorError):
         pass  # absent or cut short: train it again
     weights = train_base(images, labels, seed, report)
-    _write_atomic(path, save(weights, {"recipe": recipe}))
+    write_atomically(path, save(weights, {"recipe": recipe}))
     return weights
 
 
@@ -352,7 +353,7 @@ def _folder(root: Path, index: int) -> Path:
     return root / str(index % CLASSES) / f"{index:05d}"
 
 
-def _write_lora(folder: Path, plan: LoraPlan, factors: Factors, row: int) -> None:
+def _save_lora(folder: Path, plan: LoraPlan, factors: Factors, row: int) -> None:
     """Write one LoRA of the stack; the weights come last, so that a folder with weights is whole."""
     tensors = {}
     for module, (down, up) in factors.items():
@@ -365,9 +366,7 @@ def _write_lora(folder: Path, plan: LoraPlan, factors: Factors, row: int) -> Non
         "rank": RANK,
         "max_train_steps": LORA_STEPS,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_atomic(folder / METADATA_NAME, json.dumps(metadata, indent=2).encode())
-    _write_atomic(folder / WEIGHTS_NAME, save(tensors, {"format": "pt"}))
+    write_lora(folder, json.dumps(metadata, indent=2).encode(), save(tensors, {"format": "pt"}))
 
 
 def _is_whole(folder: Path) -> bool:
@@ -388,19 +387,12 @@ def _recipe(seed: int, count: int) -> dict:
 
 
 def _check_same_collection(folder: Path, recipe: dict, mend: str) -> None:
-    try:
-        found = json.loads((folder / RECIPE_NAME).read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        raise FileExistsError(f"{folder}: exists and is not a collection of digits_zoo. {mend}.") from None
-    if found != recipe:
-        raise FileExistsError(f"{folder}: was built with {found}, wanted is {recipe}. {mend}.")
-
-
-def _write_atomic(path: Path, data: bytes) -> None:
-    # Beside the target, then over it: a reader sees all of a file or none.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    """Refuse a folder whose recipe is another one; ``mend`` says what to do then."""
+    recipe_there = read_object(folder / RECIPE_NAME)
+    if recipe_there is None:
+        raise FileExistsError(f"{folder}: exists and is not a collection of digits_zoo. {mend}.")
+    if recipe_there != recipe:
+        raise FileExistsError(f"{folder}: was built with {recipe_there}, wanted is {recipe}. {mend}.")
 
 
 def _generator(seed: int, purpose: str, index: int) -> torch.Generator:

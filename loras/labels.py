@@ -35,7 +35,7 @@ NOT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control character
 
 
 class LabelError(ValueError):
-    """Nothing can be labelled; each finding reads ``<path>: what is wrong. what to do.``."""
+    """Nothing can be labelled; each finding reads ``<path>: what is wrong. What to do.``."""
 
     def __init__(self, *findings: str):
         super().__init__("\n".join(findings))
@@ -46,7 +46,7 @@ class LabelError(ValueError):
 class Finding:
     """What is wrong with some files, which can be left out; their paths are relative to the collection.
 
-    ``reason`` reads ``what is wrong. what to do.``; ``place`` is told instead of the path of the first file.
+    ``reason`` reads ``what is wrong. What to do.``; ``place`` is told instead of the path of the first file.
     """
 
     files: tuple[str, ...]
@@ -54,7 +54,7 @@ class Finding:
     place: str = ""
 
     def told(self, root: Path) -> str:
-        """The finding as a line ``<path>: what is wrong. what to do.``."""
+        """The finding as a line ``<path>: what is wrong. What to do.``."""
         return plain(f"{self.place or root / self.files[0]}: {self.reason}")
 
 
@@ -119,9 +119,9 @@ def read_labels(
 def table_fault(table: Path) -> str:
     """What is wrong with a --labels file at first sight; empty where nothing is."""
     if not table.is_file():
-        return "no such file. give a csv or jsonl with the columns file_name and label."
+        return "no such file. Give a csv or jsonl with the columns file_name and label."
     if table.suffix.lower() not in (".csv", ".jsonl"):
-        return "neither .csv nor .jsonl. give a table with the columns file_name and label."
+        return "neither .csv nor .jsonl. Give a table with the columns file_name and label."
     return ""
 
 
@@ -129,7 +129,7 @@ def _table_at(root: Path) -> Path | None:
     """The table at the root of a collection, if there is one."""
     there = [root / name for name in TABLES if os.path.lexists(root / name)]
     if len(there) > 1:
-        raise LabelError(f"{root}: holds both {' and '.join(TABLES)}. keep one, or name one with --labels.")
+        raise LabelError(f"{root}: holds both {' and '.join(TABLES)}. Keep one, or name one with --labels.")
     return there[0] if there else None
 
 
@@ -140,14 +140,14 @@ def _label_by_table(
     table = found.table
     columns = list(dict.fromkeys(name for _, row in _rows(table) for name in row))
     if not columns:
-        raise LabelError(f"{table}: no label: holds no row. name each weight file in file_name, and its label.")
+        raise LabelError(f"{table}: no label: holds no row. Name each weight file in file_name, and its label.")
     if FILE_NAME not in columns:
-        raise LabelError(f"{table}: no column {FILE_NAME}, but {_listed(columns)}. name each weight file in one.")
+        raise LabelError(f"{table}: no column {FILE_NAME}, but {_listed(columns)}. Name each weight file in one.")
     columns.remove(FILE_NAME)
     found.column = column or _default_column(table, columns, group_column)
     if found.column not in columns:
         there = f"the columns there are: {counted(column_values(root, paths, table))}"
-        raise LabelError(f"{table}: no label: no column {found.column}; {there}. choose one with --label-column.")
+        raise LabelError(f"{table}: no label: no column {found.column}; {there}. Choose one with --label-column.")
     found.source = f"{found.column} in {table.name}"
     for path, row in _rows_of_files(found, root, paths, columns):
         _put(found.label, path, row.get(found.column))
@@ -155,7 +155,7 @@ def _label_by_table(
     tried = f"no row with {found.column} for it in {table.name}; the columns there are: {_listed(columns)}"
     for path in paths:
         if path not in found.label:
-            found.findings.append(Finding((path,), f"no label: {tried}. label it or leave it out."))
+            found.findings.append(Finding((path,), f"no label: {tried}. Label it or leave it out."))
         elif group_column in columns and path not in found.group:
             found.findings.append(_no_group(path, group_column, f"its row in {table.name}"))
     return columns
@@ -171,7 +171,7 @@ def _default_column(table: Path, columns: list[str], group_column: str | None) -
         return others[0]
     tried, there = " or ".join(LABEL_COLUMNS), counted(column_values(table.parent, [], table))
     raise LabelError(
-        f"{table}: no label: no column {tried}; the columns there are: {there}. choose one with --label-column."
+        f"{table}: no label: no column {tried}; the columns there are: {there}. Choose one with --label-column."
     )
 
 
@@ -191,15 +191,15 @@ def _rows_of_files(found: Labels, root: Path, paths: list[str], columns: list[st
     for line, row in _rows(found.table):
         name, place = row.get(FILE_NAME), f"{found.table}: line {line}"
         if not isinstance(name, str) or not name.strip():
-            faults.append(f"{place}: names no file in {FILE_NAME}. name one, or remove the row.")
+            faults.append(f"{place}: names no file in {FILE_NAME}. Name one, or remove the row.")
         elif "://" in name or name[0] in "/\\" or ".." in re.split(r"[/\\]", name):
-            faults.append(f"{place}: {name!r} is not a path below the collection. name it relative to {root}.")
+            faults.append(f"{place}: {name!r} is not a path below the collection. Name it relative to {root}.")
         elif (path := known.get(PurePosixPath(name).as_posix())) is None:
             fault = f"a label for a missing file: no weight file {name!r} in {root}, of whose folders hidden and linked"
             fault += f" ones are not read; the columns there are: {_listed(columns)}"
-            found.findings.append(Finding((name,), f"{fault}. fetch the file or remove the row.", place))
+            found.findings.append(Finding((name,), f"{fault}. Fetch the file or remove the row.", place))
         elif path in lines:
-            faults.append(f"{place}: {name!r} again, after line {lines[path]}. keep one row for each LoRA.")
+            faults.append(f"{place}: {name!r} again, after line {lines[path]}. Keep one row for each LoRA.")
         else:
             lines[path] = line
             yield path, row
@@ -237,7 +237,7 @@ def _rows(table: Path) -> Iterator[tuple[int, dict]]:
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         if isinstance(error, LabelError):
             raise
-        raise LabelError(f"{table}: line {max(line, 1)}: not readable ({error}). mend the table.") from error
+        raise LabelError(f"{table}: line {max(line, 1)}: not readable ({error}). Mend the table.") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def _label_by_metadata_or_folder(found: Labels, root: Path, beside: _Beside, col
     """Fill in labels of metadata.json, if a file has the field or it is asked for by name, else of folders."""
     name = column or METADATA_FIELD
     if column and column not in beside.there:
-        raise LabelError(f"{root}: no label: {_no_field(root, beside, column)}. choose one with --label-column.")
+        raise LabelError(f"{root}: no label: {_no_field(root, beside, column)}. Choose one with --label-column.")
     if name in beside.there:
         found.column, found.source = name, f"{name} in {METADATA}"
         for path, fields in beside.fields.items():
@@ -300,7 +300,7 @@ def _label_by_metadata_or_folder(found: Labels, root: Path, beside: _Beside, col
         tried = f"no {METADATA} with {name} beside it, and it does not lie in <class>/ or <class>/<lora>/"
     missing = [path for path in beside.fields if path not in found.label]
     there = _columns_there(root, list(beside.fields)) if missing else ""
-    found.findings += [Finding((path,), f"no label: {tried}; {there}. label it or leave it out.") for path in missing]
+    found.findings += [Finding((path,), f"no label: {tried}; {there}. Label it or leave it out.") for path in missing]
 
 
 def _group_by_metadata(found: Labels, root: Path, beside: _Beside, name: str) -> None:
@@ -308,7 +308,7 @@ def _group_by_metadata(found: Labels, root: Path, beside: _Beside, name: str) ->
     if name not in beside.there:
         tried = f"no column {name} in {found.table.name}, and " if found.table else ""
         fault = f"no group: {tried}{_no_field(root, beside, name)}"
-        raise LabelError(f"{root}: {fault}. choose one with --group-column.")
+        raise LabelError(f"{root}: {fault}. Choose one with --group-column.")
     for path, fields in beside.fields.items():
         _put(found.group, path, fields.get(name))
         if path not in found.group:
@@ -320,7 +320,7 @@ def _no_field(root: Path, beside: _Beside, name: str) -> str:
 
 
 def _no_group(path: str, name: str, where: str) -> Finding:
-    return Finding((path,), f"no group: {where} has no {name} (a text or a number). add it or leave the file out.")
+    return Finding((path,), f"no group: {where} has no {name} (a text or a number). Add it or leave the file out.")
 
 
 def read_json(path: str) -> dict | None:
@@ -336,9 +336,9 @@ def read_json(path: str) -> dict | None:
     except FileNotFoundError:
         return None
     except _NoObjectError as error:
-        raise LoraFileError(f"{name} holds no JSON object. mend or remove it.") from error
+        raise LoraFileError(f"{name} holds no JSON object. Mend or remove it.") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise LoraFileError(f"{name} is not readable as JSON ({error}). mend or remove it.") from error
+        raise LoraFileError(f"{name} is not readable as JSON ({error}). Mend or remove it.") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def parse_key(key: str) -> _Key | None:
     """
     for name, pattern in REFUSED_FAMILIES.items():
         if re.search(pattern, key):
-            raise LoraFileError(f"{name} adapter ({key}), which cannot be read. convert it or leave it out.")
+            raise LoraFileError(f"{name} adapter ({key}), which cannot be read. Convert it or leave it out.")
     for name, pattern in KEY_FAMILIES.items():
         if match := re.match(pattern, key):
             parts = match.groupdict()
@@ -228,22 +228,22 @@ def read_header(path: Path | str) -> bytes:
     with open(path, "rb", opener=_open_without_waiting) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise LoraFileError("a pipe or a device, not a file. remove it.")
+            raise LoraFileError("a pipe or a device, not a file. Remove it.")
         size = status.st_size
         start = file.read(64)
         if start.startswith(b"version https://git-lfs"):
-            raise LoraFileError("a Git LFS pointer, not weights. fetch the weights with `git lfs pull`.")
+            raise LoraFileError("a Git LFS pointer, not weights. Fetch the weights with `git lfs pull`.")
         if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-            raise LoraFileError("a web page saved as weights. download the file itself.")
+            raise LoraFileError("a web page saved as weights. Download the file itself.")
         if start.startswith(b"PK\x03\x04"):
-            raise LoraFileError("a pickle checkpoint: never loaded. convert it to safetensors.")
+            raise LoraFileError("a pickle checkpoint: never loaded. Convert it to safetensors.")
         if size < 8:
-            raise LoraFileError(f"incomplete download: has {size} bytes, a header alone needs 8. download it again.")
+            raise LoraFileError(f"incomplete download: has {size} bytes, a header alone needs 8. Download it again.")
         length = int.from_bytes(start[:8], "little")
         if length > MAX_HEADER_BYTES and re.match(rb"\x80[\x02-\x05]", start):
-            raise LoraFileError("a pickle checkpoint: never loaded. convert it to safetensors.")
+            raise LoraFileError("a pickle checkpoint: never loaded. Convert it to safetensors.")
         if length > MAX_HEADER_BYTES:
-            raise LoraFileError(f"not a safetensors file: its header would be {length} bytes. download it again.")
+            raise LoraFileError(f"not a safetensors file: its header would be {length} bytes. Download it again.")
         if 8 + length > size:
             raise _incomplete(size, 8 + length)
         header = start[8 : 8 + length]
@@ -263,7 +263,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def _incomplete(size: int, promised: int) -> LoraFileError:
-    return LoraFileError(f"incomplete download: has {size} bytes, header promises {promised}. download it again.")
+    return LoraFileError(f"incomplete download: has {size} bytes, header promises {promised}. Download it again.")
 
 
 def _check_header(path: Path | str, header: bytes, size: int) -> None:
@@ -281,7 +281,7 @@ def _check_header(path: Path | str, header: bytes, size: int) -> None:
         short = False
     if short:
         raise _incomplete(size, 8 + len(header) + data) from fault
-    raise LoraFileError(f"not a readable safetensors file ({fault}). download it again.") from fault
+    raise LoraFileError(f"not a readable safetensors file ({fault}). Download it again.") from fault
 
 
 @dataclass(frozen=True)
@@ -314,7 +314,7 @@ def _without_doubles(pairs: list[tuple[str, object]]) -> dict:
     entries = dict(pairs)
     if len(entries) != len(pairs):
         double, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise LoraFileError(f"two tensors have the key {double}. keep one.")
+        raise LoraFileError(f"two tensors have the key {double}. Keep one.")
     return entries
 
 
@@ -335,12 +335,12 @@ _METADATA = re.compile(
 def _parse(header: str) -> _Stored:
     """What `parse_layout` and `load_weights` need of a header without metadata."""
     if len(header) > MAX_TENSORS_BYTES:
-        raise LoraFileError(f"its header tells of tensors in {len(header)} bytes, more than any LoRA has. is it one?")
+        raise LoraFileError(f"its header describes tensors in {len(header)} bytes, more than any LoRA has. Is it one?")
     entries = json.loads(header, object_pairs_hook=_without_doubles)
     entries.pop("__metadata__", None)
     factors, alphas, ignored = _sorted_out(entries)
     if not factors:
-        raise LoraFileError(f"no LoRA pair; the first keys are {', '.join(list(entries)[:3]) or 'none'}. is it a LoRA?")
+        raise LoraFileError(f"no LoRA pair; the first keys are {', '.join(list(entries)[:3]) or 'none'}. Is it a LoRA?")
     mids = {module: key for (module, role), key in factors.items() if role == "mid"}
     layers = {}
     for (module, role), key in factors.items():
@@ -370,24 +370,24 @@ def _sorted_out(entries: dict) -> tuple[dict[tuple[str, str], str], dict[str, st
     adapters: dict[str, str] = {}
     for key, entry in entries.items():
         if len(key) > MAX_KEY_LENGTH:
-            raise LoraFileError(f"a key of {len(key)} characters, {key}. is it a LoRA?")
+            raise LoraFileError(f"a key of {len(key)} characters, {key}. Is it a LoRA?")
         if parsed := parse_key(key):
             if not key.isprintable():
-                raise LoraFileError(f"the key {key!a} is not plain text. rename it or leave the file out.")
+                raise LoraFileError(f"the key {key!a} is not plain text. Rename it or leave the file out.")
             if parsed.adapter:
                 adapters.setdefault(parsed.adapter, key)
             if len(adapters) > 1:
-                raise LoraFileError(f"holds several adapters ({', '.join(adapters.values())}). save one to a file.")
+                raise LoraFileError(f"holds several adapters ({', '.join(adapters.values())}). Save one to a file.")
             first = factors.setdefault((parsed.module, parsed.role), key)
             if first != key:
                 told = f"two tensors are the {parsed.role} of module {parsed.module}: {first} and {key}"
-                raise LoraFileError(f"{told}. keep one.")
+                raise LoraFileError(f"{told}. Keep one.")
         elif match := re.match(SCALE, key):
             _check_alpha(key, entry)
             module = canonical_module(match["m"])
             first = alphas.setdefault(sys.intern(module), sys.intern(key))
             if first != key:
-                raise LoraFileError(f"two tensors are the alpha of module {module}: {first} and {key}. keep one.")
+                raise LoraFileError(f"two tensors are the alpha of module {module}: {first} and {key}. Keep one.")
         else:
             ignored[_ignored_as(key)] += 1
     for module in alphas.keys() - {module for module, _ in factors}:
@@ -398,9 +398,9 @@ def _sorted_out(entries: dict) -> tuple[dict[tuple[str, str], str], dict[str, st
 
 def _check_alpha(key: str, entry: dict) -> None:
     if prod(entry["shape"]) != 1:
-        raise LoraFileError(f"{key} has shape {entry['shape']}, not that of a number. save alpha as one.")
+        raise LoraFileError(f"{key} has shape {entry['shape']}, not that of a number. Save alpha as one.")
     if entry["dtype"] not in FLOAT_TYPES + INTEGER_TYPES:
-        raise LoraFileError(f"{key} is of type {entry['dtype']}. save it as one of {', '.join(FLOAT_TYPES)}.")
+        raise LoraFileError(f"{key} is of type {entry['dtype']}. Save it as one of {', '.join(FLOAT_TYPES)}.")
 
 
 # Of tens of thousands of files each layer, and mostly each layout, is held once.
@@ -433,9 +433,9 @@ def _matrix_shape(key: str, role: str, entry: dict) -> tuple[int, int]:
     """Rows and columns of a factor; a convolution's kernel is part of the columns."""
     shape = entry["shape"]
     if entry["dtype"] not in FLOAT_TYPES:
-        raise LoraFileError(f"{key} is of type {entry['dtype']}. save it as one of {', '.join(FLOAT_TYPES)}.")
+        raise LoraFileError(f"{key} is of type {entry['dtype']}. Save it as one of {', '.join(FLOAT_TYPES)}.")
     if len(shape) not in (2, 4) or prod(shape) == 0 or (len(shape) == 4 and role == "up" and shape[2:] != [1, 1]):
-        raise LoraFileError(f"{key} has shape {shape}: neither a matrix nor a convolution's factor. is it a LoRA?")
+        raise LoraFileError(f"{key} has shape {shape}: neither a matrix nor a convolution's factor. Is it a LoRA?")
     return shape[0], prod(shape[1:])
 
 
@@ -446,12 +446,12 @@ def _with_mid(down: Layer | None, module: str, mid: str, entries: dict) -> Layer
     """
     shape = entries[mid]["shape"]
     if entries[mid]["dtype"] not in FLOAT_TYPES:
-        raise LoraFileError(f"{mid} is of type {entries[mid]['dtype']}. save it as one of {', '.join(FLOAT_TYPES)}.")
+        raise LoraFileError(f"{mid} is of type {entries[mid]['dtype']}. Save it as one of {', '.join(FLOAT_TYPES)}.")
     if down is None:
-        raise LoraFileError(f"module {module} has a mid {shape} but no down. save both factors.")
+        raise LoraFileError(f"module {module} has a mid {shape} but no down. Save both factors.")
     thin = entries[down.name]["shape"]
     if len(shape) != 4 or prod(shape) == 0 or shape[:2] != [down.rank, down.rank] or prod(thin[2:]) != 1:
-        raise LoraFileError(f"ranks differ in module {module}: down {thin}, mid {shape}. save all factors of one LoRA.")
+        raise LoraFileError(f"ranks differ in module {module}: down {thin}, mid {shape}. Save all factors of one LoRA.")
     return _layer(down.name, module, "down", (down.rank, down.free_side * prod(shape[2:])), down.dtype)
 
 
@@ -461,7 +461,7 @@ def _ignored_as(key: str) -> str:
         if re.search(pattern, key):
             return name
     if "lora" in key.lower():
-        raise LoraFileError(f"{key} names a LoRA in an unknown way. rename its keys or leave the file out.")
+        raise LoraFileError(f"{key} names a LoRA in an unknown way. Rename its keys or leave the file out.")
     return "tensors that are no LoRA"
 
 
@@ -471,11 +471,11 @@ def _check_pairs(layers: dict[tuple[str, str], Layer]) -> None:
         other = "up" if role == "down" else "down"
         partner = layers.get((module, other))
         if partner is None:
-            raise LoraFileError(f"module {module} has a {role} {list(layer.shape)} but no {other}. save both factors.")
+            raise LoraFileError(f"module {module} has a {role} {list(layer.shape)} but no {other}. Save both factors.")
         if layer.rank != partner.rank:
             down, up = (layer, partner) if role == "down" else (partner, layer)
             shapes = f"down {list(down.shape)}, up {list(up.shape)}"
-            raise LoraFileError(f"ranks differ in module {module}: {shapes}. save both factors of one LoRA.")
+            raise LoraFileError(f"ranks differ in module {module}: {shapes}. Save both factors of one LoRA.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -503,7 +503,7 @@ def load_weights(data: bytes | np.ndarray, layout: Layout) -> tuple[np.ndarray, 
             raise ValueError("another layout")
         return _weights(data, end, stored), _alphas(data, end, stored)
     except _UNREADABLE as error:
-        raise LoraFileError("changed since it was indexed. start again.") from error
+        raise LoraFileError("changed since it was indexed. Start again.") from error
 
 
 def _weights(data: bytes | np.ndarray, end: int, stored: _Stored) -> np.ndarray:
@@ -537,7 +537,7 @@ def check_finite(weights: np.ndarray, layout: Layout) -> None:
     if not np.isfinite(weights).all():
         named = zip(layout.layers, layout.columns, strict=True)
         bad = [layer.name for layer, columns in named if not np.isfinite(weights[columns]).all()]
-        raise NotFiniteError(f"NaN or infinity in {len(bad)} tensors, first in {bad[0]}. train again or leave it out.")
+        raise NotFiniteError(f"NaN or infinity in {len(bad)} tensors, first in {bad[0]}. Train again or leave it out.")
 
 
 def _numbers(data: bytes | np.ndarray, dtype: str, start: int, count: int) -> np.ndarray:
@@ -583,7 +583,7 @@ def update_scales(layout: Layout, alphas: dict[str, float], adapter_config: dict
         from_file = layer.module in alphas
         alpha = alphas[layer.module] if from_file else _configured_alpha(config, layer)
         if not abs(alpha) <= FLOAT32_MAX:  # not >, which NaN would pass
-            raise LoraFileError(f"alpha of module {layer.module} is {alpha}. mend it or leave the file out.")
+            raise LoraFileError(f"alpha of module {layer.module} is {alpha}. Mend it or leave the file out.")
         root = 0.5 if config.get("use_rslora") and not from_file else 1.0
         scales[layer.module] = alpha / layer.rank**root if alpha else 1.0
     return scales
@@ -597,10 +597,10 @@ def _configured_alpha(config: dict, layer: Layer) -> float:
         rank = _configured(config, "rank_pattern", "r", path)
     except (*_UNREADABLE, OverflowError, re.error) as error:
         told = f"adapter_config.json has an unusable alpha or rank ({error})"
-        raise LoraFileError(f"{told}. mend or remove it.") from error
+        raise LoraFileError(f"{told}. Mend or remove it.") from error
     if rank and rank != layer.rank:
         told = f"adapter_config.json says rank {rank:g} for {path}, where the file has {layer.rank}"
-        raise LoraFileError(f"{told}. mend or remove it.")
+        raise LoraFileError(f"{told}. Mend or remove it.")
     return alpha
 
 

@@ -15,14 +15,12 @@ pyarrow, and datasets for the hub, are optional and imported here only.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import re
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -31,10 +29,8 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save
-from tqdm import tqdm
 
-from experiment import store
-from loras import lora_files
+from loras import building, lora_files
 from loras.lora_files import LoraFileError
 
 try:
@@ -44,19 +40,18 @@ try:
 except ModuleNotFoundError:  # told when it is needed
     pa = None
 
-WEIGHTS_NAME, METADATA_NAME, STATE_NAME = "pytorch_lora_weights.safetensors", "metadata.json", "import.json"
+STATE_NAME = "import.json"
 BATCH_BYTES = 2**25  # of the rows that are held at a time, as parquet counts them
 BATCH_ROWS = 64  # at most; after each such batch the state is written
 HUB_ROWS = 16  # at a time, of a data set whose rows have no size beforehand
-LOG_SECONDS = 60  # between lines of progress in a log file
 MAX_NAMED = 3  # columns named in a message
 
 
-class ImportFault(ValueError):
-    """A source cannot be imported; each line reads ``<path>: what is wrong. what to do.``."""
+class RefusedError(ValueError):
+    """A source cannot be imported; each line reads ``<path>: what is wrong. What to do.``."""
 
 
-class BadRow(ValueError):
+class BadRowError(ValueError):
     """A row is no LoRA; the message says what is wrong."""
 
 
@@ -111,17 +106,17 @@ def open_source(name: str, subset: str | None = None, split: str | None = None) 
     """A parquet file, a folder of them (in the order of their paths), or a data set ``owner/name`` of the hub.
 
     Raises:
-        ImportFault: It is not there, cannot be read, or needs a library that is not installed.
+        RefusedError: It is not there, cannot be read, or needs a library that is not installed.
     """
     path = Path(name)
     if not path.exists() and (name.endswith(".parquet") or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
-        raise ImportFault(f"{name}: no such file or folder. give parquet files, or owner/name of a hub data set.")
+        raise RefusedError(f"{name}: no such file or folder. Give parquet files, or owner/name of a hub data set.")
     if pa is None:
-        raise ImportFault(f"{name}: pyarrow, which reads parquet, is not installed. `pip install pyarrow`.")
+        raise RefusedError(f"{name}: pyarrow, which reads parquet, is not installed. Run `pip install pyarrow`.")
     if not path.exists():
         return hub_source(name, subset, split)
     if subset or split:
-        raise ImportFault(f"{name}: --subset and --split are for data sets of the hub. leave them out.")
+        raise RefusedError(f"{name}: --subset and --split are for data sets of the hub. Leave them out.")
     return parquet_source(path)
 
 
@@ -130,7 +125,7 @@ def parquet_source(path: Path) -> Source:
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     if not files:
-        raise ImportFault(f"{path}: no *.parquet file in it. give the folder that holds the shards.")
+        raise RefusedError(f"{path}: no *.parquet file in it. Give the folder that holds the shards.")
     identity, counts, schema = [], [], None
     for file in files:
         with _reading(file), pq.ParquetFile(file) as parquet:
@@ -138,7 +133,7 @@ def parquet_source(path: Path) -> Source:
         schema = schema or found
         if not found.equals(schema):
             told = f"its columns differ from those of {files[0]}"
-            raise ImportFault(f"{file}: {told}. import one collection at a time, each into its own folder.")
+            raise RefusedError(f"{file}: {told}. Import one collection at a time, each into its own folder.")
         counts.append(rows)
         stat = file.stat()
         identity.append([os.path.relpath(file, path), stat.st_size, stat.st_mtime_ns])
@@ -178,9 +173,9 @@ def _reading(file: Path) -> Iterator[None]:
     except (pa.ArrowException, OSError) as error:
         with open(file, "rb") as stream:
             if stream.read(40).startswith(b"version https://git-lfs"):
-                fault = "a Git LFS pointer, not parquet. fetch the file with `git lfs pull`."
-                raise ImportFault(f"{file}: {fault}") from error
-        raise ImportFault(f"{file}: not a readable parquet file ({_one_line(error)}). download it again.") from error
+                fault = "a Git LFS pointer, not parquet. Fetch the file with `git lfs pull`."
+                raise RefusedError(f"{file}: {fault}") from error
+        raise RefusedError(f"{file}: not a readable parquet file ({_one_line(error)}). Download it again.") from error
 
 
 def hub_source(name: str, subset: str | None = None, split: str | None = None) -> Source:
@@ -189,17 +184,17 @@ def hub_source(name: str, subset: str | None = None, split: str | None = None) -
         import datasets
     except ModuleNotFoundError as error:
         told = "no such folder, and datasets, which reads the hub, is not installed"
-        raise ImportFault(f"{name}: {told}. `pip install datasets`.") from error
+        raise RefusedError(f"{name}: {told}. Run `pip install datasets`.") from error
     with _asking(name):
         found = datasets.load_dataset(name, subset, split=split, streaming=True)
         if isinstance(found, dict):
             if len(found) > 1:
-                raise ImportFault(f"{name}: has the splits {', '.join(found)}. choose one with --split.")
+                raise RefusedError(f"{name}: has the splits {', '.join(found)}. Choose one with --split.")
             split, found = next(iter(found.items()))
         found = found.with_format("arrow")
         head = next(iter(found.iter(1)), None)
     if head is None:
-        raise ImportFault(f"{name}: holds no rows. look at its page, or choose another with --subset or --split.")
+        raise RefusedError(f"{name}: holds no rows. Look at its page, or choose another with --subset or --split.")
 
     def batches(start: int, names: list[str]) -> Iterator[tuple[str, int, pa.RecordBatch]]:
         with _asking(name):
@@ -217,11 +212,11 @@ def _asking(name: str) -> Iterator[None]:
     """Faults of the hub and of the way to it in the library's words."""
     try:
         yield
-    except ImportFault:
+    except RefusedError:
         raise
     except Exception as error:  # the library, what it downloads with, and the parsers of files: no common class
         told = f"datasets says {type(error).__name__}: {_one_line(error)}"
-        raise ImportFault(f"{name}: {told}. mend that and start again, which continues.") from error
+        raise RefusedError(f"{name}: {told}. Mend that and start again, which continues.") from error
 
 
 def _one_line(error: Exception) -> str:
@@ -237,7 +232,7 @@ def sort_columns(name: str, schema: pa.Schema, leave_out: list[str]) -> Columns:
     """Tell weights, label and small columns apart by name and type.
 
     Raises:
-        ImportFault: There are no layers, or columns of numbers that no layer's name stands over, or no label.
+        RefusedError: There are no layers, or columns of numbers that no layer's name stands over, or no label.
     """
     roles: dict[str, str] = {}
     shapes, flat, small, left_out, unknown = {}, set(), [], [], []
@@ -247,7 +242,7 @@ def sort_columns(name: str, schema: pa.Schema, leave_out: list[str]) -> Columns:
             left_out.append(column.name)
         elif (role := _role(name, column.name)) is not None:
             if not _is_number(leaf) or depth not in ((0, 1) if role == "" else (1, 2, 4)):
-                raise ImportFault(f"{name}: column {column.name} is {column.type}, not lists of numbers. mend it.")
+                raise RefusedError(f"{name}: column {column.name} is {column.type}, not lists of numbers. Mend it.")
             roles[column.name] = role
             if isinstance(column.type, pa.FixedShapeTensorType):
                 shapes[column.name] = _tensor_shape(name, column)
@@ -260,13 +255,13 @@ def sort_columns(name: str, schema: pa.Schema, leave_out: list[str]) -> Columns:
         else:
             left_out.append(column.name)
     if len(set(schema.names)) != len(schema.names):
-        raise ImportFault(f"{name}: two columns have one name. rename one.")
+        raise RefusedError(f"{name}: two columns have one name. Rename one.")
     _check_layers(name, roles, unknown, schema)
     chosen = [column for column in ("category_label", "label") if column in small + left_out]
     label = next((column for column in chosen if not any(fnmatchcase(column, pattern) for pattern in leave_out)), None)
     if label is None or not (_is_text(schema.field(label).type) or pa.types.is_integer(schema.field(label).type)):
         there = f"the other columns are {_first(small + left_out)}"
-        raise ImportFault(f"{name}: no column category_label or label of texts or whole numbers; {there}. add one.")
+        raise RefusedError(f"{name}: no column category_label or label of texts or whole numbers; {there}. Add one.")
     return Columns(roles, shapes, frozenset(flat), label, tuple(small), tuple(left_out))
 
 
@@ -275,19 +270,19 @@ def _check_layers(name: str, roles: dict[str, str], unknown: list[str], schema: 
     layers = [column for column, role in roles.items() if role]
     if not layers and len(unknown) == 1:
         fault = f"one flat vector per row ({unknown[0]}): it has no layers"
-        raise ImportFault(f"{name}: {fault}. get the collection with a column for each layer.")
+        raise RefusedError(f"{name}: {fault}. Get the collection with a column for each layer.")
     if not layers:
         fault = f"no column is named as a layer is; the first columns are {_first(unknown or schema.names)}"
-        raise ImportFault(f"{name}: {fault}. name them by the keys of a LoRA, <module>.lora.down.weight.")
+        raise RefusedError(f"{name}: {fault}. Name them by the keys of a LoRA, <module>.lora.down.weight.")
     if unknown:
         fault = f"columns of numbers that are not named as a layer is: {_first(unknown)} ({len(unknown)} in all)"
-        raise ImportFault(f"{name}: {fault}. name them by the keys of a LoRA, or --leave-out their names.")
+        raise RefusedError(f"{name}: {fault}. Name them by the keys of a LoRA, or --leave-out their names.")
     # Numbers of one shape for each column: what is wrong then is wrong with the columns.
     header = {column: {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]} for column in roles}
     try:
         lora_files.parse_layout(json.dumps(header).encode())
     except LoraFileError as error:
-        raise ImportFault(f"{name}: its columns: {error}") from error
+        raise RefusedError(f"{name}: its columns: {error}") from error
 
 
 def _role(name: str, column: str) -> str | None:
@@ -295,7 +290,7 @@ def _role(name: str, column: str) -> str | None:
     try:
         parsed = lora_files.parse_key(column)
     except LoraFileError as error:
-        raise ImportFault(f"{name}: {error}") from error
+        raise RefusedError(f"{name}: {error}") from error
     if parsed:
         return parsed.role
     return "" if re.match(lora_files.SCALE, column) else None
@@ -323,7 +318,7 @@ def _tensor_shape(name: str, column: pa.Field) -> tuple[int, ...]:
     """The shape that Arrow's own tensor type tells."""
     order = column.type.permutation
     if order is not None and list(order) != sorted(order):
-        raise ImportFault(f"{name}: column {column.name} holds permuted tensors. save them in the order of rows.")
+        raise RefusedError(f"{name}: column {column.name} holds permuted tensors. Save them in the order of rows.")
     return tuple(column.type.shape)
 
 
@@ -343,15 +338,15 @@ def lora_of_row(batch: pa.RecordBatch, i: int, columns: Columns, rank: int | Non
     the rank that ``rank``, or else a column of that name, or else nothing tells: then r = 1.
 
     Raises:
-        BadRow: A cell is missing, NaN, infinite, or of no matrix's shape, or the factors of a module do not match.
+        BadRowError: A cell is missing, NaN, infinite, or of no matrix's shape, or the factors of a module do not match.
     """
     metadata = {name: _small_cell(batch, name, i) for name in columns.small}
     if metadata[columns.label] in (None, ""):
-        raise BadRow(f"column {columns.label}: missing")
+        raise BadRowError(f"column {columns.label}: missing")
     if columns.flat and rank is None:
         rank = metadata.get("rank", 1)
     if columns.flat and (type(rank) is not int or rank < 1):
-        raise BadRow(f"column rank: {rank} is no rank, and flat lists have no shape without one")
+        raise BadRowError(f"column rank: {rank} is no rank, and flat lists have no shape without one")
     tensors = {}
     for name, role in columns.roles.items():
         try:
@@ -359,12 +354,12 @@ def lora_of_row(batch: pa.RecordBatch, i: int, columns: Columns, rank: int | Non
             if name in columns.flat:
                 tensors[name] = tensors[name].reshape((rank, -1) if role == "down" else (-1, rank))
         except ValueError as error:
-            raise BadRow(f"column {name}: {error}") from error
+            raise BadRowError(f"column {name}: {error}") from error
     data = save(tensors, {"format": "pt"})
     try:
         lora_files.parse_layout(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except LoraFileError as error:
-        raise BadRow(str(error)) from error
+        raise BadRowError(str(error)) from error
     return data, {"category_label": metadata[columns.label]} | metadata
 
 
@@ -396,7 +391,7 @@ def _small_cell(batch: pa.RecordBatch, name: str, i: int) -> str | int | float |
     try:
         value = batch.column(name)[i].as_py()
     except UnicodeDecodeError as error:
-        raise BadRow(f"column {name}: not Unicode text") from error
+        raise BadRowError(f"column {name}: not Unicode text") from error
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
@@ -415,36 +410,49 @@ def import_rows(source: Source, columns: Columns, out: Path, rank: int | None, s
         The state at the end, and whether ``out`` was there already.
 
     Raises:
-        ImportFault: ``out`` is something else, another import is at work there, a row is bad (without ``skip_bad``; the
-            rows of the batches before it are kept), or all are.
+        RefusedError: ``out`` is something else, a row is bad (without ``skip_bad``; the rows of the batches before it
+            are kept), or all are.
+        LockedError: Another import is at work there.
     """
     identity = source.identity | {"rank": rank, "left_out": list(columns.left_out)}
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         return _state_of(out, identity), True
-    with _half_built(out, identity) as (half, state):
-        names = [*columns.roles, *columns.small]
-        for where, first, batch in _shown(source.batches(state.rows, names), state, source.rows):
-            loras, faults = [], []
-            for i in range(batch.num_rows):
-                try:
-                    loras.append((state.rows + i, *lora_of_row(batch, i, columns, rank)))
-                except BadRow as error:
-                    faults.append(f"{where}: row {first + i} (counted from 0): {str(error).rstrip('.')}.")
+    with building.partial_folder(out, lambda partial: _state_of(partial, identity)) as partial:
+        state = _state_of(partial, identity) if (partial / STATE_NAME).exists() else State(identity)
+        _remove_rows_beyond(partial, state.rows)
+        _write_state(partial, state)
+        progress = building.Progress()
+        for where, first, batch in source.batches(state.rows, [*columns.roles, *columns.small]):
+            loras, faults = _loras_of_batch(batch, where, first, columns, rank)
             if faults and not skip_bad:
-                mend = "mend it, or leave out such rows with --skip-bad."
-                raise ImportFault("\n".join(f"{fault} {mend}" for fault in faults))
-            for row, data, metadata in loras:  # the weights last: a folder with weights is whole
-                store.write_atomically(half / f"{row:06}" / METADATA_NAME, store.canonical_json(metadata, indent=2))
-                store.write_atomically(half / f"{row:06}" / WEIGHTS_NAME, data)
+                mend = "Mend it, or leave out such rows with --skip-bad."
+                raise RefusedError("\n".join(f"{fault} {mend}" for fault in faults))
+            for row, data, metadata in loras:
+                folder = partial / f"{state.rows + row:06}"
+                building.write_lora(folder, building.canonical_json(metadata, indent=2), data)
             state.rows += batch.num_rows
             state.left_out += len(faults)
             state.faults = (state.faults + faults)[:MAX_NAMED]
-            store.write_atomically(half / STATE_NAME, store.canonical_json(asdict(state)))
+            _write_state(partial, state)
+            progress("import", state.rows, source.rows)
+        progress("import", state.rows, state.rows)  # the end, also where nobody knew how many rows there are
         if state.rows == state.left_out:
-            told = f"none of its {state.rows} rows is a LoRA. give another collection."
-            raise ImportFault("\n".join([f"{source.name}: {told}", *state.faults]))
-        half.rename(out)
+            fault = f"none of its {state.rows} rows is a LoRA. Give another collection."
+            raise RefusedError("\n".join([f"{source.name}: {fault}", *state.faults]))
     return state, False
+
+
+def _loras_of_batch(
+    batch: pa.RecordBatch, where: str, first: int, columns: Columns, rank: int | None
+) -> tuple[list[tuple[int, bytes, dict]], list[str]]:
+    """Return row, file and metadata of each LoRA of a batch, and the faults of its other rows."""
+    loras, faults = [], []
+    for row in range(batch.num_rows):
+        try:
+            loras.append((row, *lora_of_row(batch, row, columns, rank)))
+        except BadRowError as error:
+            faults.append(f"{where}: row {first + row} (counted from 0): {str(error).rstrip('.')}.")
+    return loras, faults
 
 
 def _state_of(folder: Path, identity: dict) -> State:
@@ -452,71 +460,23 @@ def _state_of(folder: Path, identity: dict) -> State:
     try:
         state = State(**json.loads((folder / STATE_NAME).read_bytes()))
         known = state.source == identity
-    except (OSError, ValueError, TypeError):  # no state, or somebody else's
-        raise ImportFault(f"{folder}: is there and is no import. give another folder, or remove it.") from None
+    except (OSError, ValueError, TypeError):  # no state, or that of another program
+        raise RefusedError(f"{folder}: is there and is no import. Give another folder, or remove it.") from None
     if not known:
         fault = "was imported from another source, or with other --rank or --leave-out"
-        raise ImportFault(f"{folder}: {fault}. give another folder, or remove it.")
+        raise RefusedError(f"{folder}: {fault}. Give another folder, or remove it.")
     return state
 
 
-@contextmanager
-def _half_built(out: Path, identity: dict) -> Iterator[tuple[Path, State]]:
-    """The folder ``<out>.partial``, held against another import, and its state; removed on a fault before any LoRA."""
-    half = out.with_name(out.name + ".partial")
-    made = [folder for folder in (half, *half.absolute().parents) if not folder.exists()]
-    half.mkdir(parents=True, exist_ok=True)
-    with _alone_in(half):
-        unwritten = sorted(half.glob(f".{STATE_NAME}.*"))
-        begun = len(os.listdir(half)) > len(unwritten)
-        state = _state_of(half, identity) if begun else State(identity)
-        _remove_beyond(half, state.rows, unwritten)
-        try:
-            store.write_atomically(half / STATE_NAME, store.canonical_json(asdict(state)))
-            yield half, state
-        except BaseException:
-            if state.rows == state.left_out:
-                shutil.rmtree(half)
-                for folder in made[1:]:
-                    if not any(folder.iterdir()):
-                        folder.rmdir()
-            raise
+def _write_state(folder: Path, state: State) -> None:
+    building.write_atomically(folder / STATE_NAME, building.canonical_json(asdict(state)))
 
 
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Refuse to work where another process does; a lock on the folder itself ends with its holder, without a file."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ImportFault(f"{folder}: another import is at work there. wait for it, or end it.") from None
-    try:
-        yield
-    finally:
-        os.close(handle)
-
-
-def _remove_beyond(folder: Path, rows: int, unwritten: list[Path]) -> None:
-    """Remove what was begun after the state was written: folders of rows that it does not know, and states."""
-    for path in unwritten:
-        path.unlink()
+def _remove_rows_beyond(folder: Path, rows: int) -> None:
+    """Remove the folders of rows that were begun after the state was written."""
     for path in folder.iterdir():
         if path.name.isdecimal() and int(path.name) >= rows:
             shutil.rmtree(path)
-
-
-def _shown(batches: Iterator, state: State, total: int | None) -> Iterator:
-    """Show how far it is: a bar on a terminal, in a log file a plain line about once a minute."""
-    told = time.monotonic()
-    with tqdm(total=total, initial=state.rows, unit=" rows", leave=False, disable=None) as bar:
-        for item in batches:
-            yield item
-            bar.update(item[2].num_rows)
-            if bar.disable and time.monotonic() - told > LOG_SECONDS:
-                told = time.monotonic()
-                print(f"  import: row {state.rows}" + (f" of {total}" if total else ""), flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -528,18 +488,18 @@ def run(args: argparse.Namespace) -> int:
     """``python data.py import`` from its arguments. Exit codes: 0 done, 2 refused or failed, 130 interrupted."""
     try:
         if args.rank is not None and args.rank < 1:
-            raise ImportFault(f"--rank {args.rank}: no rank. give 1 or more.")
+            raise RefusedError(f"--rank {args.rank}: no rank. Give 1 or more.")
         if args.out.name in ("", ".."):
-            raise ImportFault(f"{args.out}: has no name of its own. give a folder by its name.")
+            raise RefusedError(f"{args.out}: has no name of its own. Give a folder by its name.")
         source = open_source(args.source, args.subset, args.split)
         columns = sort_columns(source.name, source.schema, args.leave_out)
         state, was_there = import_rows(source, columns, args.out, args.rank, args.skip_bad)
-    except ImportFault as error:
+    except (RefusedError, building.LockedError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
     except OSError as error:
-        print(f"error: {error}. mend that; the same command then continues.", file=sys.stderr)
+        print(f"error: {error}. Mend that; the same command then continues.", file=sys.stderr)
     except KeyboardInterrupt:
-        print("\ninterrupted. the same command continues where this one stopped.", file=sys.stderr)
+        print("\nInterrupted. The same command continues where this one stopped.", file=sys.stderr)
         return 130
     else:
         print("\n".join(_outcome(args, columns, state, was_there)))

@@ -852,17 +852,3 @@ def test_a_log_file_gets_plain_lines(tmp_path):
     assert [line.split()[0] for line in lines[:6]] == ["settings", "at", "device", "data", "classes", "split"]
     rows = [line for line in lines if line.startswith(("stats ", "vae "))]
     assert len(rows) == 4 and len({line.index("±") for line in rows}) == 1
-
-
-def test_progress_is_lines_in_a_log_and_a_bar_on_a_terminal(monkeypatch, capsys):
-    clock = iter([0.0, 10.0, 70.0, 80.0, 90.0, 140.0, 150.0])
-    with monkeypatch.context() as patch:
-        patch.setattr(ablation_experiment.time, "monotonic", lambda: next(clock))
-        progress = ablation_experiment.Progress()
-        assert list(progress.track("ab", "stage")) == ["a", "b"]
-        progress("later", 7, 9)
-    assert capsys.readouterr().out == "  stage: 1 of 2\n"
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert list(ablation_experiment.Progress().track("abc", "stage")) == ["a", "b", "c"]
-    shown = capsys.readouterr()
-    assert "stage:   0%" in shown.err and shown.out == ""

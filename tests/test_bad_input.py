@@ -74,29 +74,29 @@ def with_number(number: float, *keys: str) -> Callable[[Path], Path]:
     return tensors(change)
 
 
-PICKLE = "a pickle checkpoint: never loaded. convert it to safetensors."
+PICKLE = "a pickle checkpoint: never loaded. Convert it to safetensors."
 LIBRARY = "not a readable safetensors file (Error while deserializing header: "
 FILES = {
     "Git LFS pointer": (
         contents(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 3188\n"),
-        "a Git LFS pointer, not weights. fetch the weights with `git lfs pull`.",
+        "a Git LFS pointer, not weights. Fetch the weights with `git lfs pull`.",
     ),
-    "empty": (contents(b""), "incomplete download: has 0 bytes, a header alone needs 8. download it again."),
-    "7 bytes": (contents(b"1234567"), "incomplete download: has 7 bytes, a header alone needs 8. download it again."),
+    "empty": (contents(b""), "incomplete download: has 0 bytes, a header alone needs 8. Download it again."),
+    "7 bytes": (contents(b"1234567"), "incomplete download: has 7 bytes, a header alone needs 8. Download it again."),
     "within the header": (
         contents(WHOLE[: HEADER_END - 1]),
-        f"incomplete download: has {HEADER_END - 1} bytes, header promises {HEADER_END}. download it again.",
+        f"incomplete download: has {HEADER_END - 1} bytes, header promises {HEADER_END}. Download it again.",
     ),
     "without data": (
         contents(WHOLE[:HEADER_END]),
-        f"incomplete download: has {HEADER_END} bytes, header promises {len(WHOLE)}. download it again.",
+        f"incomplete download: has {HEADER_END} bytes, header promises {len(WHOLE)}. Download it again.",
     ),
     "a byte short": (
         contents(WHOLE[:-1]),
-        f"incomplete download: has {len(WHOLE) - 1} bytes, header promises {len(WHOLE)}. download it again.",
+        f"incomplete download: has {len(WHOLE) - 1} bytes, header promises {len(WHOLE)}. Download it again.",
     ),
-    "<!DOCTYPE": (contents(b"<!DOCTYPE html><html></html>"), "a web page saved as weights. download the file itself."),
-    "<html": (contents(b"<html><body>404"), "a web page saved as weights. download the file itself."),
+    "<!DOCTYPE": (contents(b"<!DOCTYPE html><html></html>"), "a web page saved as weights. Download the file itself."),
+    "<html": (contents(b"<html><body>404"), "a web page saved as weights. Download the file itself."),
     **{name: (beside(name), PICKLE) for name in ("weights.bin", "x.pt", "x.ckpt", "x.pth", "x.pkl", "X.CKPT")},
     "zip magic": (contents(b"PK\x03\x04" + bytes(200)), PICKLE),
     "pickle of old": (contents(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."), PICKLE),
@@ -108,59 +108,59 @@ FILES = {
     "more data than told": (contents(WHOLE + b"x"), f"{LIBRARY}incomplete metadata, file not fully covered)"),
     "absurd length": (
         contents((2**60).to_bytes(8, "little") + b"{}"),
-        f"not a safetensors file: its header would be {2**60} bytes. download it again.",
+        f"not a safetensors file: its header would be {2**60} bytes. Download it again.",
     ),
     "no LoRA pair": (
         tensors(lambda _: {f"model.{i}.weight": torch.ones(2) for i in range(5)}),
-        "no LoRA pair; the first keys are model.0.weight, model.1.weight, model.2.weight. is it a LoRA?",
+        "no LoRA pair; the first keys are model.0.weight, model.1.weight, model.2.weight. Is it a LoRA?",
     ),
-    "no tensors": (contents(with_header(b"{}")), "no LoRA pair; the first keys are none. is it a LoRA?"),
+    "no tensors": (contents(with_header(b"{}")), "no LoRA pair; the first keys are none. Is it a LoRA?"),
     "a down without its up": (
         tensors(lambda whole: {DOWN: whole[DOWN]}),
-        f"module {ID} has a down [2, 8] but no up. save both factors.",
+        f"module {ID} has a down [2, 8] but no up. Save both factors.",
     ),
     "an up without its down": (
         tensors(lambda whole: {UP: whole[UP]}),
-        f"module {ID} has a up [8, 2] but no down. save both factors.",
+        f"module {ID} has a up [8, 2] but no down. Save both factors.",
     ),
     "ranks of a pair differ": (
         tensors(lambda whole: whole | {DOWN: torch.ones(3, 8)}),
-        f"ranks differ in module {ID}: down [3, 8], up [8, 2]. save both factors of one LoRA.",
+        f"ranks differ in module {ID}: down [3, 8], up [8, 2]. Save both factors of one LoRA.",
     ),
     "LoHa": (
         added("lora_unet_a.hada_w1_a"),
-        "a LoHa adapter (lora_unet_a.hada_w1_a), which cannot be read. convert it",
+        "a LoHa adapter (lora_unet_a.hada_w1_a), which cannot be read. Convert it",
     ),
-    "LoKr": (added("lora_unet_a.lokr_w1"), "a LoKr adapter (lora_unet_a.lokr_w1), which cannot be read. convert it"),
+    "LoKr": (added("lora_unet_a.lokr_w1"), "a LoKr adapter (lora_unet_a.lokr_w1), which cannot be read. Convert it"),
     "OFT": (
         added("lora_unet_a.oft_blocks"),
-        "an OFT adapter (lora_unet_a.oft_blocks), which cannot be read. convert it",
+        "an OFT adapter (lora_unet_a.oft_blocks), which cannot be read. Convert it",
     ),
-    "diff": (added("unet.a.diff"), "a full-difference adapter (unet.a.diff), which cannot be read. convert it"),
-    "diff_b": (added("unet.a.diff_b"), "a full-difference adapter (unet.a.diff_b), which cannot be read. convert it"),
+    "diff": (added("unet.a.diff"), "a full-difference adapter (unet.a.diff), which cannot be read. Convert it"),
+    "diff_b": (added("unet.a.diff_b"), "a full-difference adapter (unet.a.diff_b), which cannot be read. Convert it"),
     "mangled": (
         added("lora_unet_a_lora_down.weight"),
-        "a mangled kohya adapter (lora_unet_a_lora_down.weight), which cannot be read. convert it",
+        "a mangled kohya adapter (lora_unet_a_lora_down.weight), which cannot be read. Convert it",
     ),
     "NaN": (
         with_number(float("nan"), DOWN, UP),
-        f"NaN or infinity in 2 tensors, first in {DOWN}. train again or leave it out.",
+        f"NaN or infinity in 2 tensors, first in {DOWN}. Train again or leave it out.",
     ),
     "Inf": (
         with_number(float("-inf"), UP),
-        f"NaN or infinity in 1 tensors, first in {UP}. train again or leave it out.",
+        f"NaN or infinity in 1 tensors, first in {UP}. Train again or leave it out.",
     ),
     "more layers": (
         tensors(lambda _: lora(2)),
-        f"adds 2 layers ({module_names(2)[1].replace('.', '_')} down ...) compared with 9 files. keep LoRAs of",
+        f"adds 2 layers ({module_names(2)[1].replace('.', '_')} down ...) compared with 9 files. Keep LoRAs of",
     ),
     "other layers": (
         tensors(lambda whole: {key.replace("to_q", "to_k"): tensor for key, tensor in whole.items()}),
-        f"lacks 2 layers ({ID} down ...) and adds 2 layers ({ID[:-1]}k down ...) compared with 9 files. keep LoRAs of",
+        f"lacks 2 layers ({ID} down ...) and adds 2 layers ({ID[:-1]}k down ...) compared with 9 files. Keep LoRAs of",
     ),
     "other widths": (
         tensors(lambda _: lora(1, width=12)),
-        f"{ID} down is 12 wide, but 8 in 9 files: mixed base models. keep one base model to a collection.",
+        f"{ID} down is 12 wide, but 8 in 9 files: mixed base models. Keep one base model to a collection.",
     ),
 }
 
@@ -226,7 +226,7 @@ def test_faults_of_the_whole_collection_are_told_at_once(tmp_path, good, earlier
         path.write_bytes(b"<html>" if i % 2 else b"")
     lines = refusals(root, tmp_path, earlier, capsys).splitlines()
     assert len(lines) == 21
-    assert lines[1] == f"error: {root}/class_0/1001/{FILE_NAME}: a web page saved as weights. download the file itself."
+    assert lines[1] == f"error: {root}/class_0/1001/{FILE_NAME}: a web page saved as weights. Download the file itself."
     assert lines[20].startswith("error: and 5 more")
 
 

@@ -134,7 +134,7 @@ def test_pickles_are_never_loaded(tmp_path, suffix):
     path.parent.mkdir()
     path.write_bytes(b"\x80\x04.")
     (finding,) = findings(tmp_path)
-    assert finding == f"{path}: a pickle checkpoint: never loaded. convert it to safetensors."
+    assert finding == f"{path}: a pickle checkpoint: never loaded. Convert it to safetensors."
 
 
 def test_nothing_there(tmp_path):
@@ -327,4 +327,4 @@ def test_inspect_of_a_faulty_folder(tmp_path, capsys):
     assert data.main(["inspect", str(tmp_path / "nowhere")]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == f"error: {tmp_path / 'nowhere'}: no such folder. give a folder of LoRAs.\n"
+    assert captured.err == f"error: {tmp_path / 'nowhere'}: no such folder. Give a folder of LoRAs.\n"

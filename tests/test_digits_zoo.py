@@ -1,6 +1,7 @@
 """The built-in collection: files, seeds, interruption, and stacked training against a literal reference."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -314,7 +315,7 @@ def test_half_written_files_are_made_again(small, tmp_path):
     weights[1].write_bytes(b"")
     weights[2].unlink()
     weights[3].with_name("metadata.json").write_bytes(b"\xff{")
-    weights[4].with_name(f"{zoo.WEIGHTS_NAME}.123.tmp").write_bytes(b"cut short")
+    weights[4].with_name(f".{zoo.WEIGHTS_NAME}.0123abcd").write_bytes(b"cut short")
     base = tmp_path / "base-model-seed0.safetensors"
     base.write_bytes(base.read_bytes()[:5000])
     zoo.build(out, 8)
@@ -323,7 +324,7 @@ def test_half_written_files_are_made_again(small, tmp_path):
 
 def test_a_kill_while_writing_leaves_no_half_file(small, tmp_path, monkeypatch):
     zoo.build(tmp_path / "whole", 4)
-    replace, calls = zoo.os.replace, []
+    replace, calls = os.replace, []
 
     def replace_until(source, target):
         calls.append(target)
@@ -331,12 +332,16 @@ def test_a_kill_while_writing_leaves_no_half_file(small, tmp_path, monkeypatch):
             raise Killed
         replace(source, target)
 
-    monkeypatch.setattr(zoo.os, "replace", replace_until)
+    monkeypatch.setattr(os, "replace", replace_until)
     with pytest.raises(Killed):
         zoo.build(tmp_path / "zoo", 4)
     assert not (tmp_path / "zoo").exists()
-    assert len(list((tmp_path / "zoo.partial").rglob("*.tmp"))) == 1
-    monkeypatch.setattr(zoo.os, "replace", replace)
+    assert sorted(files_of(tmp_path / "zoo.partial")) == [
+        f"0/00000/{zoo.METADATA_NAME}",
+        f"0/00000/{zoo.WEIGHTS_NAME}",
+        zoo.RECIPE_NAME,
+    ]
+    monkeypatch.setattr(os, "replace", replace)
     zoo.build(tmp_path / "zoo", 4)
     assert loras_of(tmp_path / "zoo") == loras_of(tmp_path / "whole")
 
@@ -347,9 +352,9 @@ def test_a_whole_collection_is_left_alone_and_another_is_refused(small, tmp_path
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     zoo.build(out, 3, progress=kill_at("LoRAs", 3))  # nothing to do: the progress is never called
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    with pytest.raises(FileExistsError, match="choose another folder"):
+    with pytest.raises(FileExistsError, match="Choose another folder"):
         zoo.build(out, 4)
-    with pytest.raises(FileExistsError, match="choose another folder"):
+    with pytest.raises(FileExistsError, match="Choose another folder"):
         zoo.build(out, 3, seed=1)
     (out / "1" / "00001" / zoo.WEIGHTS_NAME).unlink()
     with pytest.raises(FileExistsError, match="has 2 of 3 LoRAs"):
@@ -364,7 +369,7 @@ def test_foreign_folders_and_other_settings_are_refused(small, tmp_path):
     with pytest.raises(Killed):
         zoo.build(tmp_path / "zoo", 5, progress=kill_at("LoRAs", 4))
     before = files_of(tmp_path)
-    with pytest.raises(FileExistsError, match="remove it"):
+    with pytest.raises(FileExistsError, match="Remove it, or finish it"):
         zoo.build(tmp_path / "zoo", 6)
     with pytest.raises(ValueError, match="at least 1"):
         zoo.build(tmp_path / "none", 0)

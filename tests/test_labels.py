@@ -107,7 +107,7 @@ def test_several_columns_and_none_of_a_known_name_are_listed_with_their_numbers_
     table(flat_collection(tmp_path) / "metadata.csv", ["file_name", "animal", "number"], *rows)
     assert findings(tmp_path) == [
         f"{tmp_path / 'metadata.csv'}: no label: no column category_label or label; the columns there are: "
-        "animal (2 values), number (6 values). choose one with --label-column."
+        "animal (2 values), number (6 values). Choose one with --label-column."
     ]
     assert index_collection(tmp_path, label_column="animal").classes == ["cat", "dog"]
     # The column of the groups is not the label: one other is left.
@@ -168,7 +168,7 @@ def test_names_that_lead_out_of_the_collection_are_refused(tmp_path, monkeypatch
     line = 8 if suffix == "csv" else 7
     for skip_bad in (False, True):
         assert findings(root, skip_bad=skip_bad) == [
-            f"{path}: line {line}: {name!r} is not a path below the collection. name it relative to {root}."
+            f"{path}: line {line}: {name!r} is not a path below the collection. Name it relative to {root}."
         ]
     assert set(opened) == {str(root / f"{i}.safetensors") for i in range(6)}
 
@@ -250,7 +250,7 @@ def test_two_tables_are_refused(tmp_path):
     for name in labels.TABLES:
         table(flat_collection(tmp_path) / name, ["file_name", "label"], *rows_of(6, cats_and_dogs))
     assert findings(tmp_path) == [
-        f"{tmp_path}: holds both metadata.csv and metadata.jsonl. keep one, or name one with --labels."
+        f"{tmp_path}: holds both metadata.csv and metadata.jsonl. Keep one, or name one with --labels."
     ]
     assert index_collection(tmp_path, labels=tmp_path / "metadata.csv").classes == ["cat", "dog"]
 
@@ -261,7 +261,7 @@ def test_labels_and_groups_are_plain_text(tmp_path, label):
         rows = [(name, label if column == "label" else "x", label) for name, _ in rows_of(6, str)]
         table(flat_collection(tmp_path) / "metadata.jsonl", ["file_name", "label", "group"], *rows)
         told = findings(tmp_path, group_column="group")
-        assert len(told) == 6 and all("is not plain text. rename it." in finding for finding in told)
+        assert len(told) == 6 and all("is not plain text. Rename it." in finding for finding in told)
         assert not any(labels.NOT_TEXT.search(finding) for finding in told)
 
 
@@ -274,7 +274,7 @@ def no_label_in_a_folder(root):
     write_collection(root)
     path = write_lora(root / "stray.safetensors", lora())
     tried = "no metadata.json with category_label beside it, and it does not lie in <class>/ or <class>/<lora>/"
-    return [], f"{path}: no label: {tried}; there is no metadata.json with fields. label it or leave it out."
+    return [], f"{path}: no label: {tried}; there is no metadata.json with fields. Label it or leave it out."
 
 
 def no_label_in_a_metadata_json(root):
@@ -283,7 +283,7 @@ def no_label_in_a_metadata_json(root):
     (path.parent / "metadata.json").write_text('{"num_images": 4}')
     tried = "no category_label (a text or a number) in metadata.json beside it, as other files here have"
     there = "category_label (3 values), num_images (2 values), name (11 values)"
-    return [], f"{path}: no label: {tried}; the fields there are: {there}. label it or leave it out."
+    return [], f"{path}: no label: {tried}; the fields there are: {there}. Label it or leave it out."
 
 
 def no_such_field(root):
@@ -291,27 +291,27 @@ def no_such_field(root):
     there = "category_label (3 values), num_images (2 values), name (12 values)"
     return ["--label-column=concept"], (
         f"{root}: no label: no metadata.json beside a weight file has concept; the fields there are: {there}. "
-        "choose one with --label-column."
+        "Choose one with --label-column."
     )
 
 
 def no_row_for_a_file(root):
     path = table(flat_collection(root) / "metadata.csv", ["file_name", "label", "x"], *rows_of(5, cats_and_dogs, str))
     tried = f"no row with label for it in {path.name}; the columns there are: label, x"
-    return [], f"{root / '5.safetensors'}: no label: {tried}. label it or leave it out."
+    return [], f"{root / '5.safetensors'}: no label: {tried}. Label it or leave it out."
 
 
 def an_empty_cell(root):
     rows = [*rows_of(5, cats_and_dogs), ("5.safetensors", " ")]
     table(flat_collection(root) / "metadata.csv", ["file_name", "label"], *rows)
     tried = "no row with label for it in metadata.csv; the columns there are: label"
-    return [], f"{root / '5.safetensors'}: no label: {tried}. label it or leave it out."
+    return [], f"{root / '5.safetensors'}: no label: {tried}. Label it or leave it out."
 
 
 def no_such_column(root):
     path = table(flat_collection(root) / "metadata.csv", ["file_name", "label"], *rows_of(6, cats_and_dogs))
     there = "the columns there are: label (2 values)"
-    told = f"{path}: no label: no column concept; {there}. choose one with --label-column."
+    told = f"{path}: no label: no column concept; {there}. Choose one with --label-column."
     return ["--label-column=concept"], told
 
 
@@ -319,7 +319,7 @@ def a_label_for_a_missing_file(root):
     rows = [*rows_of(6, cats_and_dogs), ("6.safetensors", "cat")]
     path = table(flat_collection(root).parent / "mine.csv", ["file_name", "label"], *rows)
     fault = f"no weight file '6.safetensors' in {root}, of whose folders hidden and linked ones are not read"
-    told = f"{path}: line 8: a label for a missing file: {fault}; the columns there are: label. fetch the file or "
+    told = f"{path}: line 8: a label for a missing file: {fault}; the columns there are: label. Fetch the file or "
     return [f"--labels={path}"], f"{told}remove the row."
 
 
@@ -327,7 +327,7 @@ def a_label_for_each_lora(root):
     metadata_collection(root)
     return ["--label-column=name"], (
         f"{root}: labels from name in metadata.json give as many labels as LoRAs (12): looks like an id; columns that "
-        "would make classes: category_label (3 values), num_images (2 values). choose one with --label-column."
+        "would make classes: category_label (3 values), num_images (2 values). Choose one with --label-column."
     )
 
 
@@ -335,13 +335,13 @@ def a_label_for_each_lora_and_nothing_else(root):
     table(flat_collection(root) / "metadata.csv", ["file_name", "label"], *rows_of(6, str))
     return [], (
         f"{root}: labels from label in metadata.csv give as many labels as LoRAs (6): looks like an id; no other "
-        "column would make classes. choose labels that repeat."
+        "column would make classes. Choose labels that repeat."
     )
 
 
 def one_class(root):
     write_collection(root, classes=1)
-    told = "labels from the folder names give fewer than two classes (class_0: 3). at least two concepts are needed."
+    told = "labels from the folder names give fewer than two classes (class_0: 3). At least two concepts are needed."
     return [], f"{root}: {told}"
 
 
@@ -351,7 +351,7 @@ def a_class_of_two(root):
         (root / "class_1" / f"000{i}" / FILE_NAME).unlink()
     return [], (
         f"{root}: labels from the folder names give a class with fewer than three LoRAs (class_1: 2, class_0: 4). "
-        "train, validation and test need one each."
+        "Train, validation and test need one each."
     )
 
 
@@ -359,14 +359,14 @@ def no_group_beside(root):
     metadata_collection(root)
     path = root / "03" / FILE_NAME
     (path.parent / "metadata.json").write_text('{"category_label": "c0"}')
-    told = "no group: metadata.json beside it has no num_images (a text or a number). add it or leave the file out."
+    told = "no group: metadata.json beside it has no num_images (a text or a number). Add it or leave the file out."
     return ["--group-column=num_images"], f"{path}: {told}"
 
 
 def no_group_in_a_row(root):
     rows = [*rows_of(5, cats_and_dogs, str), ("5.safetensors", "cat", "")]
     table(flat_collection(root) / "metadata.csv", ["file_name", "label", "owner"], *rows)
-    told = "no group: its row in metadata.csv has no owner (a text or a number). add it or leave the file out."
+    told = "no group: its row in metadata.csv has no owner (a text or a number). Add it or leave the file out."
     return ["--group-column=owner"], f"{root / '5.safetensors'}: {told}"
 
 
@@ -374,13 +374,13 @@ def no_group_column(root):
     table(flat_collection(root) / "metadata.csv", ["file_name", "label"], *rows_of(6, cats_and_dogs))
     return ["--group-column=owner"], (
         f"{root}: no group: no column owner in metadata.csv, and no metadata.json beside a weight file has owner; "
-        "there is no metadata.json with fields. choose one with --group-column."
+        "there is no metadata.json with fields. Choose one with --group-column."
     )
 
 
 def two_groups_in_a_class(root):
     metadata_collection(root)
-    told = "num_images gives a class with fewer than three groups (c0: 2, c1: 2, c2: 2). train, validation and test"
+    told = "num_images gives a class with fewer than three groups (c0: 2, c1: 2, c2: 2). Train, validation and test"
     return ["--group-column=num_images"], f"{root}: {told} need one each: group by another column."
 
 
@@ -426,7 +426,7 @@ def listing(root) -> dict:
         (["--label-column="], "--label-column: empty"),
         (["--group-column= "], "--group-column: empty"),
         (["--layers=a,,b"], "--layers a,,b: an empty pattern"),
-        (["--layers=attn7"], "--layers attn7: 'attn7' matches none of 4 layers. the first ones are unet."),
+        (["--layers=attn7"], "--layers attn7: 'attn7' matches none of 4 layers. The first ones are unet."),
         (["--layers=attentions.0", "--top-k=2"], "--top-k 2: these LoRAs have 2 layers that match attentions.0"),
     ],
 )
@@ -496,8 +496,8 @@ def test_files_can_be_left_out_later_and_the_rest_is_the_collection_without_them
     whole = index_collection(root)
     bad = [whole.files[i].path for i in (0, 5)]
     assert whole.y.tolist() == [0] * 4 + [1] * 4  # known before, and not to be kept
-    less = data.without(whole, [(bad[1], "NaN. train again."), (bad[0], "too old."), (bad[0], "another reason.")])
-    assert less.skipped == ((bad[0], "too old."), (bad[1], "NaN. train again."))
+    less = data.without(whole, [(bad[1], "NaN. Train again."), (bad[0], "too old."), (bad[0], "another reason.")])
+    assert less.skipped == ((bad[0], "too old."), (bad[1], "NaN. Train again."))
     assert less.y.tolist() == [0] * 3 + [1] * 3 and less.class_counts == {"class_0": 3, "class_1": 3}
     assert data.without(less, [(less.files[0].path, "x.")]).skipped[:2] == less.skipped
     with pytest.raises(CollectionError) as error:
@@ -581,7 +581,7 @@ def test_layers_are_chosen_by_name_whatever_wrote_the_files(tmp_path, pattern, e
 def test_layers_are_chosen_by_shown_names_too(tmp_path):
     diffusers, kohya = two_styles(tmp_path)
     assert np.flatnonzero(select_layers(diffusers, "*.lora.up.weight")).tolist() == [1, 3, 5, 7]
-    with pytest.raises(CollectionError, match=r"--layers .*matches none of 8 layers\. the first ones are lora_"):
+    with pytest.raises(CollectionError, match=r"--layers .*matches none of 8 layers\. The first ones are lora_"):
         select_layers(kohya, "*.lora.up.weight")
 
 

@@ -272,7 +272,7 @@ def test_a_message_is_short_however_long_a_key_is():
     message = refusal(pair("x" * 100_000))
     assert len(message) < 1100
     assert message.startswith("a key of 100017 characters, xxx")
-    assert message.endswith("is it a LoRA?")
+    assert message.endswith("Is it a LoRA?")
 
 
 def test_keys_of_other_alphabets_are_read():

@@ -17,8 +17,7 @@ from safetensors.numpy import load_file
 
 import ablation_experiment
 import data
-from experiment import store
-from loras import published
+from loras import building, published
 
 ROOT = Path(__file__).parent.parent
 RANK, WIDTH = 2, 4
@@ -323,11 +322,11 @@ def test_a_source_that_cannot_be_read_is_refused(tmp_path, capsys, monkeypatch):
     write(Path("differ/0.parquet"), as_table(weights(3)))
     write(Path("differ/1.parquet"), as_table(weights(3), steps=[1, 2, 3]))
     for source, message in (
-        ("nowhere", "nowhere: no such file or folder. give parquet files, or owner/name"),
+        ("nowhere", "nowhere: no such file or folder. Give parquet files, or owner/name"),
         ("some/nowhere.parquet", "some/nowhere.parquet: no such file or folder. "),
         ("empty", "empty: no *.parquet file in it. "),
         ("text.parquet", "text.parquet: not a readable parquet file ("),
-        ("pointer.parquet", "pointer.parquet: a Git LFS pointer, not parquet. fetch the file with `git lfs pull`."),
+        ("pointer.parquet", "pointer.parquet: a Git LFS pointer, not parquet. Fetch the file with `git lfs pull`."),
         ("cut.parquet", "cut.parquet: not a readable parquet file ("),
         ("differ", "differ/1.parquet: its columns differ from those of differ/0.parquet. "),
     ):
@@ -369,7 +368,7 @@ def test_bad_rows_are_refused_by_number_and_column(tmp_path, capsys):
     source = write(tmp_path / "c.parquet", bad_rows())
     assert run(source, tmp_path / "out") == 2
     assert capsys.readouterr().err.splitlines() == [
-        f"error: {source}: row {row} (counted from 0): column {told}. mend it, or leave out such rows with --skip-bad."
+        f"error: {source}: row {row} (counted from 0): column {told}. Mend it, or leave out such rows with --skip-bad."
         for row, told in (
             (1, f"{LAYERS[1]}: NaN, infinity, or beyond float32"),
             (2, f"{LAYERS[1]}: missing"),
@@ -440,7 +439,7 @@ def test_an_out_that_holds_something_else_is_refused(tmp_path, capsys, contents)
     before = tree(tmp_path)
     assert run(source, out) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {out}: ") and "give another folder, or remove it." in error
+    assert error.startswith(f"error: {out}: ") and "Give another folder, or remove it." in error
     assert tree(tmp_path) == before and os.path.lexists(out)
 
 
@@ -457,7 +456,7 @@ def test_the_second_time_nothing_is_done(tmp_path, capsys, monkeypatch):
     out.mkdir()  # an empty folder holds nothing else
     assert run(source, out) == 0
     before = tree(out)
-    monkeypatch.setattr(store, "write_atomically", None)
+    monkeypatch.setattr(building, "write_atomically", None)
     capsys.readouterr()
     assert run(source, out) == 0
     assert f"{out}: 3 LoRAs of 4 layers, imported before: nothing to do" in capsys.readouterr().out
@@ -472,7 +471,7 @@ def test_an_import_goes_on_where_it_was_stopped(tmp_path, monkeypatch, stop):
     monkeypatch.setattr(published, "BATCH_ROWS", 2)
     source = write(tmp_path / "c.parquet", as_table(weights(5)))
     assert run(source, tmp_path / "whole") == 0
-    written, plain = [], store.write_atomically
+    written, plain = [], building.write_atomically
 
     def write_some(path, contents):
         if len(written) == stop:
@@ -482,9 +481,11 @@ def test_an_import_goes_on_where_it_was_stopped(tmp_path, monkeypatch, stop):
         written.append(path)
         plain(path, contents)
 
-    monkeypatch.setattr(store, "write_atomically", write_some)
+    monkeypatch.setattr(building, "write_atomically", write_some)
     assert run(source, tmp_path / "out") == 130 and not (tmp_path / "out").exists()
-    monkeypatch.setattr(store, "write_atomically", lambda path, contents: (written.append(path), plain(path, contents)))
+    monkeypatch.setattr(
+        building, "write_atomically", lambda path, contents: (written.append(path), plain(path, contents))
+    )
     assert run(source, tmp_path / "out") == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     weight_files = [path.parent.name for path in written if path.name.endswith(".safetensors")]
@@ -511,26 +512,28 @@ def test_a_killed_import_goes_on(tmp_path):
 
 def test_two_imports_never_work_in_one_folder(tmp_path, capsys):
     source = write(tmp_path / "c.parquet", as_table(weights(3)))
-    (tmp_path / "out.partial").mkdir()
-    with published._alone_in(tmp_path / "out.partial"):
+    with building.partial_folder(tmp_path / "out", None) as partial:
         assert run(source, tmp_path / "out") == 2
-    assert "out.partial: another import is at work there." in capsys.readouterr().err
+        assert list(partial.iterdir()) == []
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'out.partial'}: process {os.getpid()} on ")
+    assert error.endswith(" is at work there. Wait for it, or end it.\n") and error.count("\n") == 1
     assert run(source, tmp_path / "out") == 0
 
 
 def test_a_full_disk_is_told_and_the_import_goes_on(tmp_path, monkeypatch, capsys):
-    source, plain = write(tmp_path / "c.parquet", as_table(weights(3))), store.write_atomically
+    source, plain = write(tmp_path / "c.parquet", as_table(weights(3))), building.write_atomically
 
     def full(path, contents):
         if path.name.endswith(".safetensors"):
             raise OSError(28, "No space left on device", str(path))
         plain(path, contents)
 
-    monkeypatch.setattr(store, "write_atomically", full)
+    monkeypatch.setattr(building, "write_atomically", full)
     assert run(source, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "No space left on device" in error and "then continues." in error
-    monkeypatch.setattr(store, "write_atomically", plain)
+    monkeypatch.setattr(building, "write_atomically", plain)
     assert run(source, tmp_path / "out") == 0
 
 
@@ -614,7 +617,7 @@ def test_a_hub_that_breaks_off_is_told_in_its_words_and_the_import_goes_on(tmp_p
     table = as_table(weights(5))
     hub(Stream(table, broken="the line\nis dead."))
     assert run("someone/loras", "out", "--split=train") == 2
-    told = "datasets says ConnectionError: the line is dead. mend that and start again, which continues."
+    told = "datasets says ConnectionError: the line is dead. Mend that and start again, which continues."
     assert capsys.readouterr().err == f"error: someone/loras: {told}\n"
     assert sorted(os.listdir(tmp_path / "out.partial")) == ["000000", "000001", "import.json"]
     hub(Stream(table))
@@ -629,7 +632,7 @@ def test_a_hub_that_breaks_off_is_told_in_its_words_and_the_import_goes_on(tmp_p
             ValueError("Config name is missing.\nPick one"),
             "datasets says ValueError: Config name is missing. Pick one. ",
         ),
-        ({"train": None, "test": None}, "has the splits train, test. choose one with --split."),
+        ({"train": None, "test": None}, "has the splits train, test. Choose one with --split."),
         (Stream(as_table(weights(1)).slice(1)), "holds no rows. "),
         (Stream(FLAT), "one flat vector per row (weights)"),
     ],
@@ -685,11 +688,11 @@ def test_without_pyarrow_or_datasets_one_line_says_so(tmp_path, monkeypatch, cap
     Path("c.parquet").write_text("")
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert run("someone/loras", "out") == 2
-    told = "no such folder, and datasets, which reads the hub, is not installed. `pip install datasets`."
+    told = "no such folder, and datasets, which reads the hub, is not installed. Run `pip install datasets`."
     assert capsys.readouterr().err == f"error: someone/loras: {told}\n"
     monkeypatch.setattr(published, "pa", None)
     assert run("c.parquet", "out") == 2
-    told = "pyarrow, which reads parquet, is not installed. `pip install pyarrow`."
+    told = "pyarrow, which reads parquet, is not installed. Run `pip install pyarrow`."
     assert capsys.readouterr().err == f"error: c.parquet: {told}\n"
 
 
@@ -697,4 +700,4 @@ def test_a_python_without_pyarrow_loads_the_module():
     code = "import sys; sys.modules['pyarrow'] = None; import data; sys.exit(data.main(['import', 'data.py', '/out']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
-    assert done.stderr == "error: data.py: pyarrow, which reads parquet, is not installed. `pip install pyarrow`.\n"
+    assert done.stderr == "error: data.py: pyarrow, which reads parquet, is not installed. Run `pip install pyarrow`.\n"

@@ -1,0 +1,258 @@
+"""A collection in the making, and what everything that is written to disk shares: whole files, locks, progress.
+
+A file is written beside its place and then renamed over it, so a reader or a crash sees all of it or nothing. A folder
+of many LoRAs is built as ``<out>.partial`` and renamed when it is whole; after a kill the next build continues there.
+Locks keep processes of one user out of each other's way; they are no protection from a hostile one.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+from tqdm import tqdm
+
+WEIGHTS_NAME, METADATA_NAME = "pytorch_lora_weights.safetensors", "metadata.json"  # of a LoRA that is built here
+TEMPORARY = re.compile(r"^\..*\.[0-9a-f]{8}$")  # the name of a file while it is written
+STALE_SECONDS = 3600  # a temporary file of this age is no longer being written
+LOG_SECONDS = 60  # between lines of progress in a log file
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees all of it or nothing."""
+    with written_atomically(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def written_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Yield a temporary file beside ``path`` that replaces it when the body ends; it is removed when the body fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a crash of the machine could leave the new name with old or no content
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # a full disk names no file
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+        raise
+
+
+def canonical_json(value: object, indent: int | None = None) -> bytes:
+    """Return strict JSON (no NaN, no Infinity) with keys in the order given, the same bytes for equal values."""
+    return (json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def read_object(path: Path) -> dict | None:
+    """Return the JSON object in a file; None where the file is absent, unreadable or holds something else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def remove_temporaries(folder: Path, age: float = STALE_SECONDS) -> None:
+    """Remove the temporary files below a folder that killed processes left more than ``age`` seconds ago."""
+    for path in folder.rglob(".*"):
+        with suppress(FileNotFoundError):  # another process may remove it too
+            if TEMPORARY.search(path.name) and path.is_file() and time.time() - path.stat().st_mtime > age:
+                path.unlink()
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Make a folder and its parents; afterwards remove those that were made here and are empty."""
+    new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for path in new:
+            with suppress(OSError):  # not empty, or already removed
+                path.rmdir()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Locks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class LockedError(RuntimeError):
+    """Another process holds a lock; the message names it."""
+
+
+_lock_files: set[BinaryIO] = set()  # of the locks that this process holds
+
+
+def _release_after_fork() -> None:
+    """Close the lock files in a forked process, which would otherwise hold the locks until it too has ended."""
+    for file in _lock_files:
+        file.close()
+
+
+os.register_at_fork(after_in_child=_release_after_fork)
+
+
+@contextmanager
+def locked(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold a lock file, which the system releases when the process ends, however it ends.
+
+    Args:
+        path: The lock file; removed afterwards.
+        wait: Called with the holder before waiting for it; None: do not wait.
+
+    Raises:
+        LockedError: Another process holds it.
+    """
+    with made(path.parent):
+        file = _open_locked(path, wait)
+        try:
+            file.truncate(0)
+            started = datetime.now(UTC).isoformat(timespec="seconds")
+            file.write(f"process {os.getpid()} on {platform.node()}, since {started}".encode())
+            file.flush()
+            _lock_files.add(file)
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            _lock_files.discard(file)
+            file.close()
+
+
+def _open_locked(path: Path, wait: Callable[[str], None] | None) -> BinaryIO:
+    """Open and lock a file, and make sure that it still has its name when the lock is ours."""
+    while True:
+        try:
+            file = open(path, "a+b")  # noqa: SIM115
+        except FileNotFoundError:  # its holder had made the folder, and has just removed it
+            path.parent.mkdir(parents=True, exist_ok=True)
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(file)
+            if wait is None:
+                file.close()
+                raise LockedError(holder) from None
+            wait(holder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            # A file system without locks: two processes may do the same work, but files are written whole.
+        with suppress(FileNotFoundError):
+            if os.fstat(file.fileno()).st_ino == os.stat(path).st_ino:
+                return file
+        file.close()  # its holder has just removed it, and others would lock a new one of that name
+
+
+def _holder(file: BinaryIO) -> str:
+    """Return the text with which the holder of a lock file names itself; it may be about to write it."""
+    for _ in range(20):
+        file.seek(0)
+        if holder := file.read().decode(errors="replace").strip():
+            return holder
+        time.sleep(0.05)
+    return "another process"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A collection in the making
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def partial_folder(out: Path, check: Callable[[Path], object]) -> Iterator[Path]:
+    """Yield ``<out>.partial``, held by this process alone, and rename it to ``out`` when the body ends.
+
+    What an earlier build left there stays, less its temporary files; the body completes it. When the body fails before
+    any LoRA is written, the folder is removed, and so are the parents that were made for it.
+
+    Args:
+        out: The collection; absent, or an empty folder.
+        check: Called with the partial folder where it holds something; raises where that is no part of this build.
+
+    Raises:
+        LockedError: Another process is building there.
+    """
+    partial = out.with_name(out.name + ".partial")
+    try:
+        with locked(out.with_name(f".{out.name}.lock")):
+            partial.mkdir(parents=True, exist_ok=True)
+            if any(not TEMPORARY.search(path.name) for path in partial.iterdir()):
+                check(partial)
+            remove_temporaries(partial, age=-math.inf)  # whatever the clock of the file system says
+            try:
+                yield partial
+            except BaseException:
+                if not any(path.is_dir() for path in partial.iterdir()):
+                    shutil.rmtree(partial)
+                raise
+            partial.rename(out)
+    except LockedError as error:
+        raise LockedError(f"{partial}: {error} is at work there. Wait for it, or end it.") from None
+
+
+def write_lora(folder: Path, metadata: bytes, weights: bytes) -> None:
+    """Write the two files of a LoRA; the weights come last, so that a folder with weights is whole."""
+    write_atomically(folder / METADATA_NAME, metadata)
+    write_atomically(folder / WEIGHTS_NAME, weights)
+
+
+class Progress:
+    """The progress of a stage: a bar on a terminal, in a log file a plain line about once a minute."""
+
+    def __init__(self, shown: bool = True):
+        self.shown = shown
+        self.stage = ""
+        self.bar = None
+        self.last_line = time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        """Show that ``done`` of ``total`` steps of a stage are finished; None: nobody knows how many there are."""
+        if not self.shown:
+            return
+        if sys.stderr.isatty():
+            if stage != self.stage:
+                self.stage = stage
+                self.bar = tqdm(total=total, desc=stage, leave=False)
+            self.bar.update(done - self.bar.n)
+            if done == total:
+                self.bar.close()
+                self.stage = ""
+        elif time.monotonic() - self.last_line > LOG_SECONDS:
+            self.last_line = time.monotonic()
+            count = f"{done}" if total is None else f"{done} of {total}"
+            print(f"  {stage}: {count}", flush=True)
+
+    def track(self, items: Iterable, stage: str) -> Iterator:
+        """Yield the items and show how many are done."""
+        items = list(items)
+        for done, item in enumerate(items):
+            self(stage, done, len(items))
+            yield item
+        self(stage, len(items), len(items))

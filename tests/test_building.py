@@ -1,0 +1,213 @@
+"""Whole files, locks, a collection in the making and its progress."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from loras import building
+
+ROOT = Path(building.__file__).parent.parent
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_json_is_strict(number):
+    with pytest.raises(ValueError, match="JSON"):
+        building.canonical_json({"a": [number]})
+
+
+@pytest.mark.parametrize("step", ["replace", "fsync"])
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatch, step):
+    path = tmp_path / "x.json"
+    building.write_atomically(path, b"old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(OSError, match="disk full"):
+        building.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_replaces_the_file_and_obeys_the_umask(tmp_path):
+    path = tmp_path / "x.json"
+    building.write_atomically(path, b"old")
+    before = os.umask(0o027)
+    try:
+        building.write_atomically(path, b"new")
+    finally:
+        os.umask(before)
+    assert path.read_bytes() == b"new"
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_keeps_order_and_letters():
+    assert building.canonical_json({"ü": 1, "a": [0.1]}) == '{"ü": 1, "a": [0.1]}\n'.encode()
+
+
+def test_one_holds_a_lock_at_a_time_and_its_end_frees_it(tmp_path):
+    path = tmp_path / "deep" / "x.lock"
+    with building.locked(path):
+        with pytest.raises(building.LockedError, match=f"process {os.getpid()} on .*, since 20"), building.locked(path):
+            pass
+        child = "import sys; from loras import building; building.locked(building.Path(sys.argv[1])).__enter__()"
+        refused = subprocess.run([sys.executable, "-c", child, path], capture_output=True, text=True, cwd=ROOT)
+        assert "LockedError" in refused.stderr
+    assert list(tmp_path.iterdir()) == []  # nor are folders left that were made for it
+    killed = (
+        "import os, sys; from loras import building; "
+        "held = building.locked(building.Path(sys.argv[1])); held.__enter__(); os.abort()"
+    )
+    assert subprocess.run([sys.executable, "-c", killed, path], cwd=ROOT).returncode < 0
+    assert path.exists()
+    with building.locked(path):
+        pass
+    assert not path.exists()
+
+
+def test_a_forked_process_has_no_share_in_a_lock(tmp_path):
+    path, asleep, (there, ready) = tmp_path / "lock", None, os.pipe()
+    try:
+        with building.locked(path):
+            asleep = os.fork()
+            if asleep == 0:
+                os.write(ready, b"!")
+                time.sleep(60)
+                os._exit(0)
+            assert os.read(there, 1) == b"!"
+            descriptor = os.open(path, os.O_RDWR)
+        # Its holder removed the file at the end; nobody holds what was open.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        if asleep is not None:
+            os.kill(asleep, 9)
+            os.waitpid(asleep, 0)
+
+
+def test_who_waits_for_a_lock_is_told_for_whom(tmp_path):
+    path, told, order = tmp_path / "x.lock", [], []
+
+    def second():
+        with building.locked(path, told.append):
+            order.append("second")
+
+    with building.locked(path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        while not told:
+            time.sleep(0.01)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"] and str(os.getpid()) in told[0] and not path.exists()
+
+
+def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with building.locked(tmp_path / "x.lock"):
+        assert (tmp_path / "x.lock").exists()
+
+
+def test_only_old_temporary_files_are_cleared_away(tmp_path):
+    old, new, kept = tmp_path / "a" / ".unit.npz.12345678", tmp_path / ".unit.npz.abcdef01", tmp_path / "a" / "unit.npz"
+    old.parent.mkdir()
+    for path in (old, new, kept):
+        path.write_text("x")
+    for path in (old, kept):
+        os.utime(path, (0, 0))
+    building.remove_temporaries(tmp_path)
+    assert not old.exists() and new.exists() and kept.exists()
+
+
+class Killed(BaseException):
+    """Stands for Ctrl-C."""
+
+
+def build(out: Path, rows: range, owner: bytes = b"me") -> None:
+    """Write the files of some rows and a record of whose they are; fail where a row is missing from the range."""
+
+    def check(folder: Path) -> None:
+        if (folder / "record").read_bytes() != owner:
+            raise FileExistsError(f"{folder}: another collection. Remove it.")
+
+    with building.partial_folder(out, check) as partial:
+        building.write_atomically(partial / "record", owner)
+        for row in rows:
+            building.write_lora(partial / str(row), b"{}", b"weights")
+        if len(rows) < 3:
+            raise Killed
+
+
+def names_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_collection_in_the_making_is_continued_and_renamed_when_whole(tmp_path):
+    out = tmp_path / "made" / "here" / "zoo"
+    with pytest.raises(Killed):
+        build(out, range(1))
+    partial = out.with_name("zoo.partial")
+    kept = (partial / "0" / building.WEIGHTS_NAME).stat().st_ino
+    (partial / "0" / f".{building.WEIGHTS_NAME}.0123abcd").write_bytes(b"cut short")
+    (partial / ".record.89abcdef").write_bytes(b"cut short")
+    with pytest.raises(Killed):
+        build(out, range(1, 2))
+    assert not out.exists() and (partial / "0" / building.WEIGHTS_NAME).stat().st_ino == kept
+    build(out, range(1, 4))
+    assert sorted(path.name for path in out.parent.iterdir()) == ["zoo"]
+    loras = [f"{row}/{name}" for row in range(4) for name in (building.METADATA_NAME, building.WEIGHTS_NAME)]
+    assert names_below(out) == [*loras, "record"]
+
+
+def test_a_build_that_fails_before_any_lora_leaves_nothing(tmp_path):
+    with pytest.raises(Killed):
+        build(tmp_path / "made" / "here" / "zoo", range(0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_partial_folder_of_another_build_is_left_as_it_is(tmp_path):
+    partial = tmp_path / "zoo.partial"
+    partial.mkdir()
+    for name in ("record", ".thesis.txt.01234567"):  # as a temporary file is called
+        (partial / name).write_bytes(b"you")
+    with pytest.raises(FileExistsError, match="another collection"):
+        build(tmp_path / "zoo", range(3))
+    assert names_below(tmp_path) == ["zoo.partial/.thesis.txt.01234567", "zoo.partial/record"]
+
+
+def test_two_builds_never_work_in_one_folder(tmp_path):
+    out = tmp_path / "zoo"
+    with building.partial_folder(out, None):
+        words = rf"zoo\.partial: process {os.getpid()} on .* is at work there\. Wait for it, or end it\."
+        with pytest.raises(building.LockedError, match=words):
+            build(out, range(3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo"]
+
+
+def test_progress_is_lines_in_a_log_and_a_bar_on_a_terminal(monkeypatch, capsys):
+    clock = iter([0.0, 10.0, 70.0, 80.0, 90.0, 140.0, 150.0])
+    with monkeypatch.context() as patch:
+        patch.setattr(building.time, "monotonic", lambda: next(clock))
+        progress = building.Progress()
+        assert list(progress.track("ab", "stage")) == ["a", "b"]
+        progress("later", 7, 9)
+    assert capsys.readouterr().out == "  stage: 1 of 2\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(building.time, "monotonic", iter([0.0, 70.0, 70.0]).__next__)
+        building.Progress()("import", 7, None)  # nobody knows how many rows there are
+    assert capsys.readouterr().out == "  import: 7\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(building.Progress().track("abc", "stage")) == ["a", "b", "c"]
+    shown = capsys.readouterr()
+    assert "stage:   0%" in shown.err and shown.out == ""
