@@ -16,7 +16,7 @@ from analysis import comparison, questions
 from analysis.evidence import Evidence, permuted, stream
 from analysis.questions import Controls
 from analysis.removal import Conditions, plan_controls
-from data import Collection, CollectionError, check_classes
+from data import CollectionError, check_classes
 from experiment.phases import Experiment, split_collection
 from experiment.plans import TrainingError
 from experiment.settings import Settings

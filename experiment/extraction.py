@@ -1,8 +1,8 @@
 """The one pass over the weights: features and packed weights of a collection, in a cache named by its contents.
 
 Each file is read once. The pass hashes the contents, refuses NaN and infinity, computes all hand-crafted features and
-packs the flattened weights, in shards of consecutive files that are shared among a crew. What is finished is found
-again: a killed pass goes on where it was, and nothing is computed twice for the same contents.
+packs the flattened weights, in shards of consecutive files that the workers share. What is finished is found again: a
+killed pass goes on where it was, and nothing is computed twice for the same contents.
 
 Shape letters: N LoRAs, L layers, P modules (pairs of a down and an up), F features, W weights of a LoRA.
 """
@@ -10,7 +10,6 @@ Shape letters: N LoRAs, L layers, P modules (pairs of a down and an up), F featu
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -22,19 +21,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Collection, CollectionError, LoraFile, by_layout, file_stat
+from data import Collection, CollectionError, LoraFile, by_layout, file_stat, without
 from experiment import store
-from experiment.workers import Crew, Task
+from experiment.workers import Task, Workers
 from loras import building, lora_files
 from loras.labels import Finding
 from loras.lora_files import Layout, LoraFileError, NotFiniteError
-from representations import MEASURES, REPRESENTATIONS, matrix_features, pair_features
+from representations import FEATURES, UPDATES, matrix_features, pair_features
 
 CHUNK_NUMBERS = 2**22  # weights worked on at once, 16 MiB
 SHARD_NUMBERS = 2**24  # features and packed weights of files, held and then written together: 64 MiB
 PASS_THREADS = 8  # threads at most, each with a shard in memory
 WEIGHTS = "weights"  # the name under which the packed weights are kept, beside the features
-FEATURES = REPRESENTATIONS | MEASURES  # what is computed of a matrix or a pair
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Extracted:
     suffix: str
 
     def load(self, name: str, rows: np.ndarray | None = None) -> np.ndarray:
-        """Features of all LoRAs, float32[N, L or P, F], memory-mapped where they are one shard; or of some rows."""
+        """Return features of all LoRAs, float32[N, L or P, F], memory-mapped where they are one shard; or of rows."""
         shards = store.map_shards(self.path(name))
         if rows is not None:
             starts = np.cumsum([0, *map(len, shards)])
@@ -55,16 +53,16 @@ class Extracted:
         return shards[0] if len(shards) == 1 else np.concatenate(shards)
 
     def weights(self) -> store.Shards:
-        """The packed weights, float32[N, W], which no memory need hold whole; see `Collection.packed_layout`."""
+        """Return the packed weights, float32[N, W], which no memory need hold whole; see `Collection.packed_layout`."""
         return store.Shards(self.path(WEIGHTS))
 
     def factor_reader(self, collection: Collection) -> Callable[[int, np.ndarray | None], tuple[torch.Tensor, ...]]:
-        """Reads updates of a module: from its position and row indices int64[n] (None: all) to their factors.
+        """Return a reader of updates: from a module's position and row indices int64[n] (None: all) to their factors.
 
         These are down float32[n, r, in], up float32[n, out, r] and scale float32[n]. Where ranks differ, r is the
-        largest, and missing rows and columns are 0. ``WEIGHTS`` and "updates" are to have been extracted.
+        largest, and missing rows and columns are 0. ``WEIGHTS`` and ``UPDATES`` are to have been extracted.
         """
-        packed, scales, layout = self.weights(), self.load("updates")[..., 2].copy(), collection.packed_layout
+        packed, scales, layout = self.weights(), self.load(UPDATES)[..., 2].copy(), collection.packed_layout
         shapes, columns = [layer.shape for layer in layout.layers], layout.columns
 
         def read(module: int, rows: np.ndarray | None = None) -> tuple[torch.Tensor, ...]:
@@ -76,7 +74,7 @@ class Extracted:
         return read
 
     def path(self, name: str) -> Path:
-        """The folder in which the shards of this name lie."""
+        """Return the folder in which the shards of this name lie."""
         return self.folder / "features" / f"{name}-{self.suffix}"
 
 
@@ -85,64 +83,69 @@ def extract(
     names: Iterable[str],
     cache: Path,
     device: torch.device,
-    crew: Crew | None = None,
+    workers: Workers | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-    keep_findings: bool = False,
+    skip_bad: bool = False,
 ) -> Extracted:
     """Compute, or find in the cache, the named arrays of a collection.
 
-    The pass goes by shards of consecutive files, shared among the crew; a shard that is finished is not read again by
-    a pass that takes up where one was killed.
+    The pass goes by shards of consecutive files, shared among the workers; a shard that is finished is not read again
+    by a pass that continues a killed one.
 
     Args:
         collection: What to read.
-        names: Matrix-wise and pair-wise representations and measures, and ``WEIGHTS`` for the packed weights.
+        names: Computed representations and measures, and ``WEIGHTS`` for the packed weights.
         cache: Folder that holds a folder for each fingerprint.
         device: Where features are computed.
-        crew: Who computes; None: one thread.
-        progress: Told the stage, how many shards are finished, and of how many.
-        keep_findings: Whether to remember which weights are not finite, for a caller that goes on without them; else
-            nothing is left of a collection that is refused.
+        workers: Who computes; None: one thread.
+        progress: Called with the stage, how many shards are finished, and of how many.
+        skip_bad: Whether the caller goes on without files whose weights are not finite: then they are remembered, and
+            the arrays of the others kept, so that these are not read again. Else nothing is left of a collection
+            that is refused.
 
     Raises:
         CollectionError: Weights are NaN or infinite, or files have changed since they were indexed.
     """
-    crew, names = crew or Crew(), list(names)
-    passed = _Pass(collection, cache, device)
-    if bad := crew.agree(lambda: passed.read_known().get("findings", [])):
+    workers, names = workers or Workers(), list(names)
+    weight_pass = _Pass(collection, cache, device, skip_bad)
+    if bad := workers.broadcast(lambda: weight_pass.read_known().get("findings", [])):
         raise _bad_weights(collection, bad)
-    if found := crew.agree(lambda: [] if passed.missing(names) else [passed.known_fingerprint()]):
-        return passed.extracted(*found)
+    if known := workers.broadcast(lambda: [] if weight_pass.missing(names) else [weight_pass.known_fingerprint()]):
+        return weight_pass.extracted(*known)
     with ExitStack() as held:
-        if crew.rank == 0:
+        if workers.rank == 0:
             held.enter_context(building.made(cache))
-            held.enter_context(building.locked(passed.folder.with_suffix(".lock"), _tell_of_waiting))
-        missing = crew.agree(partial(passed.begin, names))
-        shards = passed.shards if missing else []
+            held.enter_context(building.locked(weight_pass.folder.with_suffix(".lock"), _say_waiting))
+        missing = workers.broadcast(partial(weight_pass.begin, names))
+        shards = weight_pass.shards if missing else []
         tasks = [
-            Task(partial(passed.finished, rows, missing), partial(passed.run, rows, missing), here=True)
+            Task(partial(weight_pass.finished, rows, missing), partial(weight_pass.run, rows, missing), in_main=True)
             for rows in shards
         ]
-        threads = min(crew.threads, PASS_THREADS) if device.type == "cpu" else PASS_THREADS  # a GPU waits for readers
-        for done, _ in enumerate(crew.do(tasks, threads), 1):
+        threads = min(workers.threads, PASS_THREADS) if device.type == "cpu" else PASS_THREADS  # a GPU waits for them
+        for done, _ in enumerate(workers.do(tasks, threads), 1):
             progress("features", done, len(tasks))
-        crew.wait()  # until nobody looks for shards where rank 0 will now take them away
-        outcome = crew.agree(partial(passed.end, names, missing, keep_findings))
+        workers.barrier()  # until nobody looks for shards where rank 0 will now take them away
+        outcome = workers.broadcast(partial(weight_pass.end, names, missing))
     if "findings" in outcome:
         raise _bad_weights(collection, outcome["findings"])
-    if outcome["missing"]:  # the contents are others than when the rest was computed, though nothing told so
-        return extract(collection, names, cache, device, crew, progress, keep_findings)
-    return passed.extracted(outcome["fingerprint"])
+    if outcome["missing"]:  # the contents are others than when the rest was computed, though no file's state said so
+        return extract(collection, names, cache, device, workers, progress, skip_bad)
+    return weight_pass.extracted(outcome["fingerprint"])
 
 
 def _bad_weights(collection: Collection, findings: list) -> CollectionError:
-    """What a pass has found: path, reason, and whether the file itself is at fault and not its reading."""
-    told = [Finding((path,), reason).told(collection.root) for path, reason, _ in findings]
-    without = [(path, reason) for path, reason, _ in findings] if all(at_fault for *_, at_fault in findings) else []
-    return CollectionError(told, without)
+    """Return the error of findings: path, reason, and whether the file itself is at fault and not its reading."""
+    messages = [Finding((path,), reason).told(collection.root) for path, reason, _ in findings]
+    files = [(path, reason) for path, reason, _ in findings] if _all_at_fault(findings) else []
+    return CollectionError(messages, files)
 
 
-def _tell_of_waiting(holder: str) -> None:
+def _all_at_fault(findings: list) -> bool:
+    return all(at_fault for *_, at_fault in findings)
+
+
+def _say_waiting(holder: str) -> None:
     print(f"waiting for {holder}, which reads the same collection", flush=True)
 
 
@@ -154,70 +157,96 @@ class _Pass:
     folder of the fingerprint.
     """
 
-    def __init__(self, collection: Collection, cache: Path, device: torch.device):
-        self.collection, self.cache, self.device = collection, cache, device
+    def __init__(self, collection: Collection, cache: Path, device: torch.device, skip_bad: bool = False):
+        self.collection, self.cache, self.device, self.skip_bad = collection, cache, device, skip_bad
         self.identity = identity(collection)
         self.folder = cache / "passes" / store.digest(str(collection.root.resolve()))
-        code = store.code_digest(
-            "representations", "loras/lora_files", "experiment/store", "experiment/extraction", "data"
-        )
+        code = store.code_digest("representations", "loras/lora_files", "experiment/extraction", "experiment/store")
         self.suffix = f"{store.digest([code, torch.__version__])[:8]}-{device.type}"
         count = len(collection.files)
         per_shard = min(count, max(1, SHARD_NUMBERS // _numbers_of_a_lora(collection)))
         self.shards = [range(first, min(first + per_shard, count)) for first in range(0, count, per_shard)]
 
     def extracted(self, fingerprint: str) -> Extracted:
-        """Where arrays of these contents lie, whether they are there or not."""
+        """Return where arrays of these contents lie, finished or not."""
         return Extracted(fingerprint, self.cache / fingerprint, self.suffix)
 
     @property
     def known(self) -> Path:
-        """The file that tells the fingerprint of unchanged files."""
+        """The file that holds the fingerprint of unchanged files."""
         return self.cache / "collections" / f"{self.identity}-{self.suffix}.json"
 
     def read_known(self) -> dict:
-        """``fingerprint`` or ``findings`` of these very files, if they have been read before; else empty."""
-        return _read_object(self.known)
+        """Return ``fingerprint`` or ``findings`` of these very files, if they have been read before; else empty."""
+        return building.read_object(self.known) or {}
 
     def known_fingerprint(self) -> str | None:
-        """The fingerprint, if these very files have been read before."""
+        """Return the fingerprint, if these very files have been read before."""
         return self.read_known().get("fingerprint")
 
     # -- rank 0, before and after -------------------------------------------------------------------------------------
 
     def missing(self, names: list[str]) -> list[str]:
-        """The names whose arrays are still to be computed."""
+        """Return the names whose arrays are still to be computed."""
         fingerprint = self.known_fingerprint()
         return [name for name in names if not (fingerprint and self.extracted(fingerprint).path(name).exists())]
 
     def begin(self, names: list[str]) -> list[str]:
-        """What is `missing`; makes ready for it."""
+        """Return what is `missing`; make ready for it."""
         names = self.missing(names)
         if names:
             self._clear_unless_mine()
         return names
 
-    def end(self, names: list[str], computed: list[str], keep_findings: bool) -> dict:
-        """``fingerprint`` of the contents, arrays in their places; or ``findings``, nothing left of the pass."""
+    def end(self, names: list[str], computed: list[str]) -> dict:
+        """Put the arrays in their places; return ``fingerprint`` and what is ``missing``, or ``findings``.
+
+        With ``skip_bad`` the arrays are those of the files without findings, put where a pass over these alone would
+        put them.
+        """
         if not computed:
             return {"fingerprint": self.known_fingerprint(), "missing": []}
-        documents = [_read_object(self._document(rows)) for rows in self.shards]
-        if findings := [finding for document in documents for finding in document["findings"]]:
-            if keep_findings and all(at_fault for *_, at_fault in findings):
-                building.write_atomically(self.known, building.canonical_json({"findings": findings}))
+        documents = [building.read_object(self._document(rows)) for rows in self.shards]
+        findings = [finding for document in documents for finding in document["findings"]]
+        contents = [line for document in documents for line in document["contents"]]
+        if findings and not (self.skip_bad and _all_at_fault(findings) and contents):
             self._remove()
             return {"findings": findings}
-        contents = [line for document in documents for line in document["contents"]]
+        good = self._less(findings) if findings else self
+        # Weights are padded to the largest rank, which may have been that of a bad file: they are then read again.
+        same = [layer.shape for layer in good.collection.packed_layout.layers] == [
+            layer.shape for layer in self.collection.packed_layout.layers
+        ]
+        good._put_in_place([name for name in computed if same or name != WEIGHTS], documents, contents, self)
+        if findings:
+            building.write_atomically(self.known, building.canonical_json({"findings": findings}))
+        self._remove()
+        if findings:
+            return {"findings": findings}
+        return {"fingerprint": store.digest(contents), "missing": self.missing(names)}
+
+    def _less(self, findings: list) -> _Pass:
+        """Return the pass over the files of which nothing was found."""
+        return _Pass(without(self.collection, [finding[:2] for finding in findings]), self.cache, self.device)
+
+    def _put_in_place(self, names: list[str], documents: list[dict], contents: list[str], read_by: _Pass) -> None:
+        """Rename arrays from where a pass has written them to the folder of their fingerprint."""
         fingerprint = store.digest(contents)
         # First the fingerprint: if killed among the renames, the next pass finds what is in its place and what is not.
         building.write_atomically(self.known, building.canonical_json({"fingerprint": fingerprint}))
         done = self.extracted(fingerprint)
         (done.folder / "features").mkdir(parents=True, exist_ok=True)
-        for name in computed:
-            if not done.path(name).exists():  # else files of the same contents were read from elsewhere
-                self._arrays(name).rename(done.path(name))
-        self._remove()
-        return {"fingerprint": fingerprint, "missing": self.missing(names)}
+        for name in names:
+            if done.path(name).exists():  # files of the same contents were read from elsewhere
+                continue
+            kept, first = read_by.folder / "kept" / name, 0  # where no shard can be taken for one of other rows
+            shutil.rmtree(kept, ignore_errors=True)
+            kept.mkdir(parents=True)
+            for rows, document in zip(read_by.shards, documents, strict=True):
+                if document["contents"]:  # rows left out shift those behind them
+                    store.shard_path(read_by._arrays(name), rows.start).rename(store.shard_path(kept, first))
+                    first += len(document["contents"])
+            kept.rename(done.path(name))
 
     def _clear_unless_mine(self) -> None:
         """Remove what a killed pass over other files of this folder, or another version of it, has left."""
@@ -240,57 +269,52 @@ class _Pass:
         return self.folder / f"{rows.start:08}.json"
 
     def finished(self, rows: range, names: list[str]) -> bool:
-        """Whether a shard needs no work: its arrays are there, or what is wrong with its files."""
-        document = _read_object(self._document(rows))
-        there = all(store.shard_path(self._arrays(name), rows.start).exists() for name in names)
-        return bool(document) and (there or bool(document["findings"]))
+        """Return whether a shard needs no work: its arrays are written, or what is wrong with its files."""
+        document = building.read_object(self._document(rows))
+        if not document:
+            return False
+        if document["findings"] and (not self.skip_bad or not document["contents"]):
+            return True
+        return all(store.shard_path(self._arrays(name), rows.start).exists() for name in names)
 
     def run(self, rows: range, names: list[str]) -> None:
-        """Read each file of a shard once; write its arrays and then its document."""
+        """Read each file of a shard once; write its arrays, without rows of bad files, and then its document."""
         arrays = _allocate(self.collection, names, len(rows))
         contents: list[str] = []
         findings: list[tuple[str, str, bool]] = []
         per_chunk = max(1, CHUNK_NUMBERS // max(file.layout.width for file in self.collection.files))
         for start in range(rows.start, rows.stop, per_chunk):
-            chunk = range(start, min(start + per_chunk, rows.stop))
-            weights, scales = [], []
-            for file in self.collection.files[chunk.start : chunk.stop]:
+            files, weights, scales = [], [], []
+            first = len(contents)
+            for file in self.collection.files[start : min(start + per_chunk, rows.stop)]:
                 try:
                     flat, scale, digest = _read_file(self.collection.root, file)
                 except (LoraFileError, OSError) as error:
                     findings.append((file.path, str(error), isinstance(error, NotFiniteError)))
                     continue
+                files.append(file)
                 weights.append(flat)
                 scales.append(scale)
                 contents.append(store.digest([file.path, digest, str(file.adapter_config)]))
-            if not findings:  # else go on reading, to tell of every fault at once
-                part = {name: a[chunk.start - rows.start : chunk.stop - rows.start] for name, a in arrays.items()}
-                _fill(part, self.collection, chunk, weights, scales, self.device)
-        if not findings:
+            if files and (self.skip_bad or not findings):  # else go on reading, to report every fault at once
+                part = {name: array[first : len(contents)] for name, array in arrays.items()}
+                _fill(part, self.collection, files, weights, scales, self.device)
+        if contents and (self.skip_bad or not findings):
             for name, array in arrays.items():
-                store.save_array(store.shard_path(self._arrays(name), rows.start), array)
+                store.save_array(store.shard_path(self._arrays(name), rows.start), array[: len(contents)])
         document = {"contents": contents, "findings": findings}
         building.write_atomically(self._document(rows), building.canonical_json(document))
 
 
 def _numbers_of_a_lora(collection: Collection) -> int:
-    """Weights and all features of one: what a shard holds of it at most, whatever is asked for."""
-    items = {"matrix": len(collection.layers), "pair": len(collection.modules)}
-    features = sum(len(row.feature_names) * items[row.kind] for row in FEATURES.values() if row.kind in items)
+    """Return how many weights and features a shard holds of one LoRA at most, whatever is asked for."""
+    units = {"layer": len(collection.layers), "pair": len(collection.modules)}
+    features = sum(len(row.feature_names) * units[row.unit] for row in FEATURES.values())
     return features + collection.packed_layout.width
 
 
-def _read_object(path: Path) -> dict:
-    """A JSON object of the cache; empty where there is none, or it is damaged: it is then made again."""
-    try:
-        value = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def identity(collection: Collection) -> str:
-    """Stands for the files as the file system tells them apart; a cache is trusted on this."""
+    """Return a digest of the files as the file system tells them apart; a cache is trusted on this."""
     return store.digest(
         [str(collection.root.resolve())]
         + [[file.path, *file.stat, str(file.adapter_config)] for file in collection.files]
@@ -298,21 +322,22 @@ def identity(collection: Collection) -> str:
 
 
 def _allocate(collection: Collection, names: list[str], rows: int) -> dict[str, np.ndarray]:
-    """An array for a shard of each name: features [rows, L or P, F], or packed weights [rows, W]."""
+    """Return an array for a shard of each name: features [rows, L or P, F], or packed weights [rows, W]."""
     shapes = {}
     for name in names:
         if name == WEIGHTS:
             shapes[name] = (rows, collection.packed_layout.width)
         else:
-            items = collection.layers if FEATURES[name].kind == "matrix" else collection.modules
-            shapes[name] = (rows, len(items), len(FEATURES[name].feature_names))
+            units = collection.layers if FEATURES[name].unit == "layer" else collection.modules
+            shapes[name] = (rows, len(units), len(FEATURES[name].feature_names))
     return {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
 
 
 def _read_file(root: Path, file: LoraFile) -> tuple[np.ndarray, dict[str, float], str]:
-    """Weights float32[W], scale of each module's update, and a digest of the contents.
+    """Return weights float32[W], the scale of each module's update, and a digest of the contents.
 
-    Refuses what changed or is not finite.
+    Raises:
+        LoraFileError: The file has changed since it was indexed, or its weights are not finite.
     """
     path = root / file.path
     content = np.fromfile(path, np.uint8)
@@ -325,10 +350,14 @@ def _read_file(root: Path, file: LoraFile) -> tuple[np.ndarray, dict[str, float]
 
 
 def _fill(
-    arrays: dict, collection: Collection, rows: range, weights: list[np.ndarray], scales: list[dict], device
+    arrays: dict,
+    collection: Collection,
+    files: list[LoraFile],
+    weights: list[np.ndarray],
+    scales: list[dict],
+    device: torch.device,
 ) -> None:
-    """Compute or copy the rows of some consecutive files, into arrays of just these."""
-    files = collection.files[rows.start : rows.stop]
+    """Compute or copy the rows of files, into arrays of just these."""
     # Matrices [n, rows, cols] of each layer, with the n rows of the arrays that they are of.
     matrices: list[list[tuple[list[int], torch.Tensor]]] = [[] for _ in collection.layers]
     for members in by_layout(files):
@@ -344,7 +373,7 @@ def _fill(
 
 
 def _packed(flat: np.ndarray, layout: Layout, packed: Layout) -> np.ndarray:
-    """Flattened weights of some files of one layout as they are packed: zeros where a rank falls short.
+    """Return flattened weights of files of one layout as they are packed: zeros where a rank falls short.
 
     float32[n, W of the layout] -> float32[n, W of the packed layout]. A down is given rows of zeros, an up columns, so
     that their product stays what it was.
@@ -360,11 +389,11 @@ def _packed(flat: np.ndarray, layout: Layout, packed: Layout) -> np.ndarray:
 
 
 def _fill_matrix_features(arrays: dict, matrices: list) -> None:
-    """Matrix-wise features of a chunk of files; all matrices of one shape, whatever file and layer, at once."""
-    names = [name for name in arrays if name != WEIGHTS and FEATURES[name].kind == "matrix"]
+    """Compute features by layer of files; all matrices of one shape, whatever file and layer, at once."""
+    names = [name for name in arrays if name != WEIGHTS and FEATURES[name].unit == "layer"]
     groups = defaultdict(list)
-    for depth, of_layer in enumerate(matrices):
-        for members, batch in of_layer:
+    for depth, batches in enumerate(matrices):
+        for members, batch in batches:
             groups[batch.shape[1:]].append((members, depth, batch))
     for group in groups.values() if names else ():
         row = [i for members, _, _ in group for i in members]
@@ -375,8 +404,8 @@ def _fill_matrix_features(arrays: dict, matrices: list) -> None:
 
 
 def _fill_pair_features(arrays: dict, collection: Collection, matrices: list, scales: list[dict]) -> None:
-    """Pair-wise features of a chunk of files; all pairs of one shape, whatever file and module, at once."""
-    names = [name for name in arrays if name != WEIGHTS and FEATURES[name].kind == "pair"]
+    """Compute features by pair of files; all pairs of one shape, whatever file and module, at once."""
+    names = [name for name in arrays if name != WEIGHTS and FEATURES[name].unit == "pair"]
     groups = defaultdict(list)
     for p, module in enumerate(collection.modules):
         # In the network's order a module's up follows its down.

@@ -15,6 +15,7 @@ from functools import cached_property, partial
 
 import numpy as np
 import torch
+from training.pca import PCA
 
 import autoencoders
 from data import Collection
@@ -25,7 +26,6 @@ from experiment.units import Units
 from experiment.workers import Task
 from representations import FEATURES, RANKING, REPRESENTATIONS
 from training.kernels import UpdateKernels
-from training.pca import PCA
 from training.stacks import Split, Stored, standardise
 
 MEMORY_SHARE = 0.6  # of the device's memory that resident weights may take

@@ -194,9 +194,7 @@ class Experiment:
         return {
             "num_layers": plan.num_layers,
             "num_features": int(plan.live.sum()),
-            **{
-                m: {"mean": mean(scores[m]), "std": deviation(scores[m]), "runs": scores[m].tolist()} for m in metrics
-            },
+            **{m: {"mean": mean(scores[m]), "std": deviation(scores[m]), "runs": scores[m].tolist()} for m in metrics},
         }
 
     # -- controls -----------------------------------------------------------------------------------------------------
@@ -241,9 +239,7 @@ class Experiment:
     def again(self, collection: Collection, rows: dict[str, np.ndarray], num_runs: int) -> Experiment:
         """Return the same experiment on the same files with other labels, groups or split."""
         settings = replace(self.settings, num_runs=num_runs)
-        return Experiment(
-            settings, collection, self.selected, rows, self.extracted, self.workers, self.progress
-        )
+        return Experiment(settings, collection, self.selected, rows, self.extracted, self.workers, self.progress)
 
 
 def _common_key(

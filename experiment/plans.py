@@ -17,6 +17,7 @@ from itertools import pairwise
 import numpy as np
 import sklearn
 import torch
+from training.classifier import DROPOUT, Models, scored, train_classifiers
 
 from experiment import store
 from experiment.inputs import Inputs, Source
@@ -25,7 +26,6 @@ from experiment.units import OutOfMemory, Units, one_memory_error
 from experiment.workers import Task, Workers
 from representations import REPRESENTATIONS
 from training import kernels
-from training.classifier import DROPOUT, Models, scored, train_classifiers
 
 
 class TrainingError(RuntimeError):

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from training.classifier import DROPOUT
 
 from loras import labels
 from representations import REPRESENTATIONS
-from training.classifier import DROPOUT
 from training.stacks import Schedule
 
 # Parameters in a stack: of 4 classifiers of one layer for a CPU, near whose caches they stay; of 561 for a GPU.
@@ -104,9 +104,7 @@ def resolve(args: argparse.Namespace, networks: Networks) -> Settings:
         classifier=Schedule(
             max_epochs=30 if quick else 1000, patience=5 if quick else 20, lr_patience=10, hidden=networks.classifier
         ),
-        autoencoder=Schedule(
-            max_epochs=8 if quick else 100, patience=5 if quick else 15, hidden=networks.autoencoder
-        ),
+        autoencoder=Schedule(max_epochs=8 if quick else 100, patience=5 if quick else 15, hidden=networks.autoencoder),
     )
 
 

@@ -1,4 +1,4 @@
-"""Finished work as small files: written whole or not at all, found again by what they depend on."""
+"""Finished work on disk: arrays and shards, digests of what they depend on, and results that replace others."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def digest(value: object) -> str:
-    """Sixteen hexadecimal digits that stand for a JSON value, whatever the order of its keys."""
+    """Return 16 hexadecimal digits that stand for a JSON value, whatever the order of its keys."""
     text = json.dumps(value, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def code_digest(*parts: str) -> str:
-    """Return 16 hexadecimal digits that stand for the source of modules: results of another source are not trusted.
+    """Return 16 hexadecimal digits that stand for the source of modules: results of another one are not trusted.
 
     Args:
         parts: Modules and folders of this program, such as "autoencoders", "experiment/store" and "training".
@@ -50,14 +50,14 @@ def code_digest(*parts: str) -> str:
 
 @cache  # the source that is running, also when a file is edited under a long run
 def _source(part: str) -> list[list[str]]:
-    """Names and contents of a module, or of all modules of a folder."""
+    """Return names and contents of a module, or of all modules of a folder."""
     folder = PROGRAM / part
     paths = sorted(folder.glob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
     return [[path.name, path.read_text(encoding="utf-8")] for path in paths]
 
 
 def array_digest(*arrays: np.ndarray) -> str:
-    """Sixteen hexadecimal digits that stand for the shapes and contents of arrays."""
+    """Return 16 hexadecimal digits that stand for the shapes and contents of arrays."""
     contents = hashlib.sha256()
     for array in arrays:
         contents.update(f"{array.dtype.str}{array.shape}".encode())
@@ -77,24 +77,32 @@ def replace_all(folder: Path, contents: dict[str, bytes], also: Sequence[str] = 
         also: Files there that belong to those of before, and have no like among those to be written.
     """
     *others, last = contents
-    paths = [folder / name for name in contents]
-    for left in [found for path in paths for found in path.parent.glob(f".{path.name}.*")]:
-        if TEMPORARY.search(left.name):
-            left.unlink()
-    there = [*also, *(name for name in (*others, last) if (folder / name).exists())]
-    if also or last in there or any((folder / name).read_bytes() != contents[name] for name in there):
-        numbers = [int(kept.name) for kept in (folder / "previous").glob("[0-9]*") if kept.name.isdecimal()]
-        latest = max(numbers, default=0)
-        kept = folder / "previous" / str(latest)
-        # A folder with neither the last one nor anything else that is here was begun by a process that was killed.
-        moved = {path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()}
-        begun = latest and last in there and last not in moved and moved.isdisjoint(there)
-        kept = kept if begun else kept.with_name(str(latest + 1))
-        for name in there:
-            (kept / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).rename(kept / name)
+    for path in (folder / name for name in contents):
+        for temporary in path.parent.glob(f".{path.name}.*"):
+            if TEMPORARY.search(temporary.name):
+                temporary.unlink()
+    present = [*also, *(name for name in (*others, last) if (folder / name).exists())]
+    if also or last in present or any((folder / name).read_bytes() != contents[name] for name in present):
+        target = _previous(folder, present, last)
+        for name in present:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).rename(target / name)
     for name, content in contents.items():
         write_atomically(folder / name, content)
+
+
+def _previous(folder: Path, present: list[str], last: str) -> Path:
+    """Return the folder ``previous/<n>`` that files are moved to: a new one, or one that a killed process began.
+
+    It was begun and not finished where the last file is still present, and neither that nor any other that is present
+    has been moved there.
+    """
+    numbers = [int(path.name) for path in (folder / "previous").glob("[0-9]*") if path.name.isdecimal()]
+    latest = max(numbers, default=0)
+    target = folder / "previous" / str(latest)
+    moved = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+    begun = latest and last in present and last not in moved and moved.isdisjoint(present)
+    return target if begun else target.with_name(str(latest + 1))
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -103,7 +111,7 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def packed_arrays(arrays: dict[str, np.ndarray]) -> bytes:
-    """The content of an .npz, the same bytes for equal arrays (`np.savez` stores the time of day)."""
+    """Return the content of an .npz, the same bytes for equal arrays (`np.savez` stores the time of day)."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in arrays.items():
@@ -116,29 +124,29 @@ def packed_arrays(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def load_arrays(path: Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """All arrays of an .npz, or those of the given names; nothing pickled is ever loaded."""
+    """Return all arrays of an .npz, or those of the given names; nothing pickled is ever loaded."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in names or archive.files}
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, LookupError) as error:
-        raise OSError(f"{path} is damaged ({error}). remove it") from error
+        raise OSError(f"{path} is damaged ({error}). Remove it") from error
 
 
 def shard_path(folder: Path, first_row: int) -> Path:
-    """Where the shard that begins with a row lies."""
+    """Return where the shard that begins with a row lies."""
     return folder / f"{first_row:08}.npy"
 
 
 def map_shards(folder: Path) -> list[np.ndarray]:
-    """The shards of a folder in the order of their rows, memory-mapped; their names tell of one that is missing."""
+    """Return the shards of a folder in the order of their rows, memory-mapped; their names tell of one that is missing."""
     arrays, rows = [], 0
     for path in sorted(folder.glob("[0-9]*.npy")):
         if path != shard_path(folder, rows):
-            raise OSError(f"{folder}: rows {rows} to {int(path.stem) - 1} are missing. remove that folder.")
+            raise OSError(f"{folder}: rows {rows} to {int(path.stem) - 1} are missing. Remove that folder.")
         try:
             arrays.append(np.load(path, mmap_mode="r", allow_pickle=False))
         except (ValueError, EOFError) as error:
-            raise OSError(f"{path} is damaged ({error}). remove the folder that it lies in") from error
+            raise OSError(f"{path} is damaged ({error}). Remove the folder that it lies in") from error
         rows += len(arrays[-1])
     return arrays
 
@@ -156,7 +164,7 @@ class Shards:
         self.shape = (int(self.starts[-1]), mapped[0].shape[1])
 
     def read(self, rows: np.ndarray | None = None, columns: slice | np.ndarray | None = None) -> np.ndarray:
-        """Some rows and columns.
+        """Return rows and columns of the array.
 
         Args:
             rows: In any order, also repeated, int[n]; None: all.
@@ -202,27 +210,5 @@ def _read_into(array: np.ndarray, file: BinaryIO, offset: int) -> None:
     while wanted:
         count = os.preadv(file.fileno(), [wanted], offset)
         if not count:
-            raise OSError(f"{file.name}: cut short. remove the cache folder that it lies in.")
+            raise OSError(f"{file.name}: cut short. Remove the cache folder that it lies in.")
         wanted, offset = wanted[count:], offset + count
-
-
-class Units:
-    """Finished units of work in a folder, each a small .npz named by a digest of all that it depends on.
-
-    A unit whose key has been computed before is read instead of computed: that is how a rerun resumes.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def path(self, key: dict) -> Path:
-        """Where the unit of this key lies, whether it is there or not."""
-        return self.folder / f"{key['kind']}-{digest(key)}.npz"
-
-    def save(self, key: dict, arrays: dict[str, np.ndarray]) -> None:
-        """Keep the arrays of a unit that is finished."""
-        save_arrays(self.path(key), arrays)
-
-    def load(self, key: dict, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-        """The arrays of a finished unit, or those of the given names only."""
-        return load_arrays(self.path(key), names)

@@ -17,7 +17,7 @@ from experiment import store
 from experiment.workers import Task, TaskFailedError
 
 
-class OutOfMemory(MemoryError):  # noqa: N818 (as torch's own name, which it stands for)
+class OutOfMemory(MemoryError):
     """Memory has run out; the message is the library's."""
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.distributed import HashStore
 
 from experiment import workers
-from experiment.workers import Workers, FaultElsewhereError, Task, TaskFailedError, start_workers
+from experiment.workers import FaultElsewhereError, Task, TaskFailedError, Workers, start_workers
 
 
 def task(folder, name, work=lambda: None):
@@ -252,7 +252,9 @@ def test_no_process_outlives_its_process(tmp_path, ending):
             process.kill()
             until(lambda: not any(alive(pid) for pid in processs))
         else:
-            os.killpg(process.pid, ending)  # Python's own handler: it waits for its threads, which wait for the processs
+            os.killpg(
+                process.pid, ending
+            )  # Python's own handler: it waits for its threads, which wait for the processs
             time.sleep(0.5)
             assert all(alive(pid) for pid in processs)
     finally:
