@@ -199,12 +199,9 @@ def test_the_tree_in_the_readme_names_every_module_and_no_other():
     tree = re.search(r"## The house\n.*?```\n(.*?)```", readme(), re.DOTALL)[1]
     folder, named = "", set()
     for line in tree.splitlines():
-        entry = line.split()[0]
-        indented = line.startswith(" ")
-        if not indented:
-            folder = entry if entry.endswith("/") else ""
-        if entry.endswith(".py"):
-            named.add((folder if indented else "") + entry)
+        if not line.startswith(" "):
+            folder = line.split()[0] if line.split()[0].endswith("/") else ""
+        named |= {folder + name for name in re.findall(r"\b\w+\.py\b", line)}
     modules = {name_of(path) for path in source_files() if path.name != "__init__.py"}
     assert (sorted(modules - named), sorted(named - modules)) == ([], [])
 
