@@ -51,8 +51,9 @@ from experiment.workers import Crew, FaultElsewhereError, assemble
 from loras import digits_zoo, labels
 from report import figures, page, text
 from representations import REPRESENTATIONS
+from training.classifier import scored
 from training.splits import split_collection
-from training.stacks import Schedule, scored
+from training.stacks import Schedule
 
 BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000}
 NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small")

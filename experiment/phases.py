@@ -12,7 +12,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -26,9 +26,11 @@ from data import Collection
 from experiment import store
 from experiment.extraction import Extracted
 from experiment.workers import Crew, Task, TaskFailedError
-from representations import MEASURES, PCA, REPRESENTATIONS
+from representations import MEASURES, REPRESENTATIONS
 from training import kernels
-from training.stacks import DROPOUT, HIDDEN, Models, Schedule, Split, Stored, scored, standardise, train_classifiers
+from training.classifier import DROPOUT, HIDDEN, Models, scored, train_classifiers
+from training.pca import PCA
+from training.stacks import Schedule, Split, Stored, standardise
 
 # Parameters in a stack: of 4 classifiers of one layer for a CPU, near whose caches they stay; of 561 for a GPU.
 STACK_PARAMETERS = {"cpu": 2_200_000, "cuda": 300_000_000}
@@ -283,7 +285,7 @@ class Experiment:
         of_model = np.broadcast_to(live, (len(models), live.shape[-1]))
         key = {"kind": "classifier", **self.key, "inputs": source}
         key |= {"schedule": asdict(schedule), "hidden": HIDDEN, "dropout": DROPOUT}
-        if source in autoencoders.HIDDEN:
+        if source in autoencoders.AUTOENCODERS:
             key |= {"learner": store.code_digest("autoencoders"), "learned by": asdict(self.settings.autoencoder)}
         keys = [
             {**key, "live": store.array_digest(_common(of_model[stack])), "models": [models[i] for i in stack]}
@@ -309,10 +311,9 @@ class Experiment:
             self.split,
             Models(of_source, run, None if live[stack].all() else torch.from_numpy(live[stack])),
             len(self.collection.classes),
-            schedule=self.settings.classifier,
+            schedule=replace(self.settings.classifier, hidden=HIDDEN),
             seed=self.settings.seed,
             block=len(REPRESENTATIONS[source].feature_names) if source == ATTRIBUTED else None,
-            hidden=HIDDEN,
             dropout=DROPOUT,
         )
 
@@ -515,7 +516,7 @@ class Experiment:
             return self._packed
         if source.startswith("pca"):
             x = torch.from_numpy(self.units.load(self._pca_keys[source])["scores"])
-        elif source in autoencoders.HIDDEN:
+        elif source in autoencoders.AUTOENCODERS:
             x = torch.from_numpy(np.concatenate(self.encoded(source), axis=1))
         else:
             x = self.features(source).flatten(1)
