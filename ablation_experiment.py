@@ -32,7 +32,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
-from training.classifier import scored
 
 import data
 from data import Collection, CollectionError
@@ -47,6 +46,7 @@ from loras import building, digits_zoo
 from loras.building import Progress
 from report import figures, page, text
 from representations import RANKING, REPRESENTATIONS, UPDATES
+from training.classifier import scored
 
 BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000}
 NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small")

@@ -1,6 +1,6 @@
 """The learned representations: one autoencoder per layer, fitted on train rows, then applied to every row.
 
-Autoencoders of layers of equal width are one stack (see stacked_training.py): every parameter has a leading model
+Autoencoders of layers of equal width are one stack (see training/stacks.py): every parameter has a leading model
 axis, and all models of a stack share their initial weights, minibatches, noise and dropout masks.
 
 A hidden block is a linear map, batch norm, ReLU and, where the kind has it, dropout. Widths, with ``in`` the number of
@@ -10,12 +10,15 @@ weights of the layer and ``latent`` as in `latent_width`:
     contrastive  in - 512 - 512 - latent - 512 - 512 - in;  projection head  latent - 64 - 64
     denoising    in - 512 - 256 - latent - 256 - 512 - in;  a skip over the second hidden block of either side
 
+Another kind is a row of `AUTOENCODERS` and a loss function.
+
 Shape letters: M models, N samples, B minibatch, D latent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -27,289 +30,104 @@ from training.stacks import Schedule, Split, dropout_masks, gather, rows_at_once
 
 KL_WEIGHT = 0.1
 TEMPERATURE = 0.5
-NOISE = 0.2  # standard deviation of input noise, in units of the standardised inputs
 HEAD = 64
-HIDDEN = {"vae": (512, 256), "contrastive": (512, 512), "denoising": (512, 256)}
-DROPOUT = {"vae": 0.0, "contrastive": 0.2, "denoising": 0.2}
 NORM_MOMENTUM, NORM_EPS = 0.1, 1e-5  # torch's defaults
 
-
-def latent_width(name: str, inputs: int) -> int:
-    """Features per layer: min(128, max(4, in // 5)) for contrastive, else min(64, max(2, in // 10))."""
-    return min(128, max(4, inputs // 5)) if name == "contrastive" else min(64, max(2, inputs // 10))
-
-
-def parameter_shapes(name: str, inputs: int) -> dict[str, tuple[int, int]]:
-    """Shapes of one autoencoder's parameters, by name; biases and batch norm's scale and shift are (1, out)."""
-    outer, inner = HIDDEN[name]
-    latent = latent_width(name, inputs)
-    hidden = {
-        "encode0": (inputs, outer),
-        "encode1": (outer, inner),
-        "decode0": (latent, inner),
-        "decode1": (inner, outer),
-    }
-    plain = {"reconstruct": (outer, inputs), "latent": (inner, latent)}
-    if name == "vae":
-        plain["log_variance"] = (inner, latent)
-    if name == "contrastive":
-        hidden["head0"], plain["head1"] = (latent, HEAD), (HEAD, HEAD)
-    shapes = {}
-    for layer, (fan_in, fan_out) in (hidden | plain).items():
-        shapes |= {f"{layer}.weight": (fan_in, fan_out), f"{layer}.bias": (1, fan_out)}
-        if layer in hidden:
-            shapes |= {f"{layer}.scale": (1, fan_out), f"{layer}.shift": (1, fan_out)}
-    if name == "denoising":
-        shapes |= {"encode1.skip": (outer, inner), "decode1.skip": (inner, outer)}
-    return shapes
+# Layers that every kind has, and the named widths that they lead from and to; see `parameter_shapes`.
+BLOCKS = {
+    "encode0": ("in", "outer"),
+    "encode1": ("outer", "inner"),
+    "decode0": ("latent", "inner"),
+    "decode1": ("inner", "outer"),
+}
+LINEAR = {"reconstruct": ("outer", "in"), "latent": ("inner", "latent")}
 
 
-def num_parameters(name: str, inputs: int) -> int:
-    """Number of parameters of one autoencoder."""
-    return sum(rows * columns for rows, columns in parameter_shapes(name, inputs).values())
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-class Draws:
-    """The random numbers of one epoch, each kind from a stream of its own, the same for all models of a stack."""
+@dataclass(frozen=True)
+class Autoencoder:
+    """One row of the table.
 
-    def __init__(self, seed: int, name: str, epoch: int, like: Tensor):
-        self.order_generator = stream(seed, name, "order", epoch)
-        self.generators = {
-            purpose: stream(seed, name, purpose, epoch, device=like.device)
-            for purpose in ("noise", "latent", "dropout")
-        }
-        self.like = like
-
-    def order(self, rows: Tensor) -> Tensor:
-        """The rows in this epoch's order."""
-        return rows[torch.randperm(len(rows), generator=self.order_generator).to(rows.device)]
-
-    def normal(self, purpose: str, *shape: int) -> Tensor:
-        """Standard normal numbers."""
-        generator = self.generators[purpose]
-        return torch.randn(shape, generator=generator, dtype=self.like.dtype, device=self.like.device)
-
-    def dropout_mask(self, rate: float, *shape: int) -> Tensor | None:
-        """Zeros at a rate, else 1 / (1 - rate); None for rate 0."""
-        return dropout_masks(rate, shape, [self.generators["dropout"]], self.like.dtype)[0] if rate else None
-
-
-class StackedLinear(torch.autograd.Function):
-    """``added + x @ weight`` of every model, the weights' gradient written over that of the step before.
-
-    A fresh gradient as large as the weights is memory that the system hands out anew at every step, which on a CPU
-    takes longer than the product. The price: a weight may stand only once in a graph.
+    Attributes:
+        hidden: Widths of the outer and the inner hidden block of either side.
+        latent: Features per layer, of the number of weights.
+        loss: Losses float[M] of clean inputs; see `vae_loss`.
+        dropout: Probability of dropping a hidden activation of encoder and decoder.
+        blocks: Further hidden blocks, as in ``BLOCKS``.
+        linear: Further linear maps, as in ``LINEAR``.
+        skips: Hidden blocks with a linear map from their input to their output.
+        noise: Standard deviation of the noise that is drawn in training, in units of the standardised inputs.
+        views: Draws of noise for each row; 0: no noise.
+        validation_noise: Whether validation losses are of fixed noise, in batches as in training; else of clean inputs.
     """
 
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, added: Tensor, gradient: Tensor) -> Tensor:
-        """``x`` float[M, B, in], ``weight`` and ``gradient`` float[M, in, out], ``added`` float[M, 1 or B, out]."""
-        ctx.save_for_backward(x, weight)
-        ctx.gradient, ctx.added_shape = gradient, added.shape
-        return torch.baddbmm(added, x, weight)
-
-    @staticmethod
-    def backward(ctx, above: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
-        """Gradients of x (where it has one), weight and what was added."""
-        x, weight = ctx.saved_tensors
-        below = torch.bmm(above, weight.mT) if ctx.needs_input_grad[0] else None
-        torch.bmm(x.mT, above, out=ctx.gradient)
-        return below, ctx.gradient, above.sum_to_size(ctx.added_shape), None
+    hidden: tuple[int, int]
+    latent: Callable[[int], int]
+    loss: Callable[[AutoencoderStack, Tensor, Tensor | None, Draws | None], Tensor]
+    dropout: float = 0.0
+    blocks: dict[str, tuple[str, str]] = field(default_factory=dict)
+    linear: dict[str, tuple[str, str]] = field(default_factory=dict)
+    skips: tuple[str, ...] = ()
+    noise: float = 0.0
+    views: int = 0
+    validation_noise: bool = False
 
 
-class HiddenBlock(torch.autograd.Function):
-    """A hidden block in training: linear map, batch norm over the minibatch (Ioffe & Szegedy, 2015), ReLU, dropout.
-
-    One step of the graph instead of a dozen, with the weights' gradient kept as in `StackedLinear`. The bias before a
-    batch norm changes nothing, so its gradient is 0; autograd would give rounding, of which Adam makes whole steps.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, scale, shift, mask: Tensor | None, gradient: Tensor):
-        """``x`` float[M, B, in], ``mask`` float[B, out]; returns the block's output, batch mean and variance."""
-        h = torch.baddbmm(bias, x, weight)  # (M, B, out)
-        mean = h.mean(1, keepdim=True)
-        h -= mean
-        variance = h.square().mean(1, keepdim=True)
-        inverse = (variance + NORM_EPS).rsqrt()
-        h *= inverse
-        out = torch.addcmul(shift, h, scale).relu_()
-        if mask is not None:
-            out *= mask
-        ctx.save_for_backward(x, weight, h, inverse, scale, out)
-        ctx.mask, ctx.gradient = mask, gradient
-        ctx.mark_non_differentiable(mean, variance)
-        return out, mean, variance
-
-    @staticmethod
-    def backward(ctx, above: Tensor, *_):
-        """Gradients of x (where it has one), weight, bias, scale and shift."""
-        x, weight, h, inverse, scale, out = ctx.saved_tensors
-        error = above * out.sign()
-        if ctx.mask is not None:
-            error *= ctx.mask
-        for_shift, for_scale = error.sum(1, keepdim=True), (error * h).sum(1, keepdim=True)
-        error.sub_(for_shift / h.shape[1]).addcmul_(h, for_scale / -h.shape[1]).mul_(scale * inverse)
-        below = torch.bmm(error, weight.mT) if ctx.needs_input_grad[0] else None
-        torch.bmm(x.mT, error, out=ctx.gradient)
-        return below, ctx.gradient, torch.zeros_like(for_shift), for_scale, for_shift, None, None
+def latent_tenth(inputs: int) -> int:
+    """Return a tenth of the inputs, between 2 and 64."""
+    return min(64, max(2, inputs // 10))
 
 
-class AutoencoderStack:
-    """M autoencoders of one kind, each for one layer's weights; trains under `stacked_training.train`.
+def latent_fifth(inputs: int) -> int:
+    """Return a fifth of the inputs, between 4 and 128."""
+    return min(128, max(4, inputs // 5))
+
+
+def vae_loss(stack: AutoencoderStack, clean: Tensor, noise: Tensor | None, draws: Draws | None) -> Tensor:
+    """Compute squared error summed over inputs + 0.1 KL(q(z|x) || N(0, 1)), averaged over rows.
+
+    "Auto-Encoding Variational Bayes" (Kingma & Welling, 2014); in evaluation mode z is the mean.
 
     Args:
-        name: "vae", "contrastive" or "denoising".
-        x: Weights of each layer, standardised on the train rows, float[M, N, in].
-        split: Train and validation rows; the test rows are not read.
-        seed: Of all streams.
-        batch_size: Rows of a minibatch. A last minibatch of one row is left out that epoch: batch norm needs two.
+        stack: The networks.
+        clean: Inputs, float[M, B, in].
+        noise: Noise to add to the inputs, float[views, B, in]; None for kinds without, and in validation without.
+        draws: Random numbers of the epoch; None in evaluation mode.
+
+    Returns:
+        float[M].
     """
-
-    def __init__(self, name: str, x: Tensor, split: Split, seed: int, batch_size: int = 32):
-        self.name, self.x, self.split, self.seed, self.batch_size = name, x, split, seed, batch_size
-        self.model = torch.arange(len(x), device=x.device)  # which model stands at each position
-        self.dropout = DROPOUT[name]
-        generator = stream(seed, name, "init")
-        self.params, self.buffers = {}, {}
-        for key, shape in parameter_shapes(name, x.shape[2]).items():
-            fan_in = parameter_shapes(name, x.shape[2])[key.split(".")[0] + ".weight"][0]
-            if key.endswith((".scale", ".shift")):
-                value = torch.full(shape, float(key.endswith(".scale")), dtype=x.dtype)
-            else:  # torch's default for a linear layer
-                value = (torch.rand(shape, generator=generator, dtype=x.dtype) * 2 - 1) * fan_in**-0.5
-            self.params[key] = value.to(x.device).repeat(len(x), 1, 1).requires_grad_()
-            if key.endswith(".scale"):
-                layer = key.removesuffix(".scale")
-                self.buffers[f"{layer}.mean"] = x.new_zeros(len(x), *shape)
-                self.buffers[f"{layer}.variance"] = x.new_ones(len(x), *shape)
-        views = stream(seed, name, "validation views")
-        shape = (2, len(split.validation), x.shape[2])
-        self.validation_noise = (
-            torch.randn(shape, generator=views, dtype=x.dtype).to(x.device) if name == "contrastive" else None
-        )
-
-        self._place()
-
-    def take(self, index: Tensor) -> None:
-        """Keep the models at these positions, in this order."""
-        self.model = self.model[index.to(self.model.device)]
-        self.params = {key: p.detach()[index].requires_grad_() for key, p in self.params.items()}
-        self.buffers = {key: b[index] for key, b in self.buffers.items()}
-        self._place()
-
-    def _place(self) -> None:
-        """Make room for the gradients of the matrices."""
-        self.kept = {k: torch.empty_like(p) for k, p in self.params.items() if k.endswith((".weight", ".skip"))}
-
-    # -- the network -------------------------------------------------------------------------------------
-
-    def _linear(self, layer: str, h: Tensor) -> Tensor:
-        weight = f"{layer}.weight"
-        return StackedLinear.apply(h, self.params[weight], self.params[f"{layer}.bias"], self.kept[weight])
-
-    def _hidden(self, layer: str, x: Tensor, draws: Draws | None, dropout: float) -> Tensor:
-        """A hidden block, float[M, B, in] -> float[M, B, out]; without draws in evaluation mode.
-
-        Batch norm's running statistics are kept as torch keeps them.
-        """
-        weight, bias, scale, shift = (self.params[f"{layer}.{part}"] for part in ("weight", "bias", "scale", "shift"))
-        mean, variance = self.buffers[f"{layer}.mean"], self.buffers[f"{layer}.variance"]
-        if draws is None:
-            scale = scale * (variance + NORM_EPS).rsqrt()
-            h = torch.addcmul(shift, torch.baddbmm(bias - mean, x, weight), scale).relu_()
-        else:
-            rows = x.shape[1]
-            mask = draws.dropout_mask(dropout, rows, weight.shape[2])
-            kept = self.kept[f"{layer}.weight"]
-            h, batch_mean, batch_variance = HiddenBlock.apply(x, weight, bias, scale, shift, mask, kept)
-            mean.lerp_(batch_mean, NORM_MOMENTUM)
-            variance.lerp_(batch_variance * (rows / (rows - 1)), NORM_MOMENTUM)
-        skip = f"{layer}.skip"
-        return StackedLinear.apply(x, self.params[skip], h, self.kept[skip]) if skip in self.params else h
-
-    def _encode_hidden(self, x: Tensor, draws: Draws | None) -> Tensor:
-        return self._hidden("encode1", self._hidden("encode0", x, draws, self.dropout), draws, self.dropout)
-
-    def _decode(self, z: Tensor, draws: Draws | None) -> Tensor:
-        h = self._hidden("decode1", self._hidden("decode0", z, draws, self.dropout), draws, self.dropout)
-        return self._linear("reconstruct", h)
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Features in evaluation mode, float[M, B, in] -> float[M, B, D]; of the VAE, the means."""
-        return self._linear("latent", self._encode_hidden(x, None))
-
-    # -- the losses, float[M] each, of clean inputs float[M, B, in] ----------------------------------------
-
-    def _vae_losses(self, clean: Tensor, draws: Draws | None) -> Tensor:
-        """Squared error summed over inputs + 0.1 KL(q(z|x) || N(0, 1)), averaged over rows (Kingma & Welling, 2014)."""
-        h = self._encode_hidden(clean, draws)
-        mean, log_variance = self._linear("latent", h), self._linear("log_variance", h)
-        z = mean
-        if draws is not None:
-            z = mean + torch.exp(0.5 * log_variance) * draws.normal("latent", *mean.shape[1:])
-        divergence = 0.5 * (log_variance.exp() + mean.square() - 1 - log_variance).sum(2)
-        return ((self._decode(z, draws) - clean).square().sum(2) + KL_WEIGHT * divergence).mean(1)
-
-    def _contrastive_losses(self, clean: Tensor, noise: Tensor, draws: Draws | None) -> Tensor:
-        """Mean squared error to the clean input + NT-Xent between two noisy views, ``noise`` float[2, B, in]."""
-        views = (clean[:, None] + NOISE * noise).flatten(1, 2)  # (M, 2B, in): all first views, then all second
-        z = self._linear("latent", self._encode_hidden(views, draws))
-        projected = self._linear("head1", self._hidden("head0", z, draws, dropout=0.0))
-        error = (self._decode(z, draws) - clean.repeat(1, 2, 1)).square().mean((1, 2))
-        return error + nt_xent(projected)
-
-    def _denoising_losses(self, clean: Tensor, draws: Draws | None) -> Tensor:
-        """Mean squared error to the clean input, from a noisy one in training (Vincent et al., 2008)."""
-        noisy = clean if draws is None else clean + NOISE * draws.normal("noise", *clean.shape[1:])
-        z = self._linear("latent", self._encode_hidden(noisy, draws))
-        return (self._decode(z, draws) - clean).square().mean((1, 2))
-
-    # -- what `train` asks for -----------------------------------------------------------------------------
-
-    def gradients(self, epoch: int) -> Iterator[tuple[Tensor, ...]]:
-        """Gradients of the models' losses over each minibatch."""
-        for losses in self.minibatch_losses(epoch):
-            yield torch.autograd.grad(losses.sum(), list(self.params.values()))
-
-    def minibatch_losses(self, epoch: int) -> Iterator[Tensor]:
-        """Training losses [M] of each minibatch of an epoch."""
-        draws = Draws(self.seed, self.name, epoch, self.x)
-        for rows in draws.order(self.split.train).split(self.batch_size):
-            if len(rows) < 2:
-                continue
-            clean = gather(self.x, self.model, rows[None])  # (M, B, in)
-            if self.name == "contrastive":
-                yield self._contrastive_losses(clean, draws.normal("noise", 2, *clean.shape[1:]), draws)
-            elif self.name == "vae":
-                yield self._vae_losses(clean, draws)
-            else:
-                yield self._denoising_losses(clean, draws)
-
-    def validation_losses(self) -> Tensor:
-        """Losses [M] over the validation rows: VAE at z = mean, contrastive on fixed views, denoising from clean."""
-        rows = self.split.validation
-        if self.name == "vae":
-            return self._vae_losses(gather(self.x, self.model, rows[None]), None)
-        if self.name == "denoising":
-            return self._denoising_losses(gather(self.x, self.model, rows[None]), None)
-        # In batches as in training, since NT-Xent grows with the number of negatives.
-        total = 0.0
-        for part in _batches(len(rows), self.batch_size):
-            clean = gather(self.x, self.model, rows[part][None])
-            total = total + self._contrastive_losses(clean, self.validation_noise[:, part], None) * clean.shape[1]
-        return total / len(rows)
+    hidden = stack.encode_hidden(clean, draws)
+    mean, log_variance = stack.linear("latent", hidden), stack.linear("log_variance", hidden)  # (M, B, D) each
+    z = mean
+    if draws is not None:
+        z = mean + torch.exp(0.5 * log_variance) * draws.normal("latent", *mean.shape[1:])
+    divergence = 0.5 * (log_variance.exp() + mean.square() - 1 - log_variance).sum(2)  # (M, B)
+    return ((stack.decode(z, draws) - clean).square().sum(2) + KL_WEIGHT * divergence).mean(1)
 
 
-def _batches(rows: int, size: int) -> list[slice]:
-    """Slices of about ``size`` rows, as equal as can be, so that none holds a single row."""
-    count = max(1, round(rows / size))
-    ends = [round(i * rows / count) for i in range(count + 1)]
-    return [slice(start, end) for start, end in pairwise(ends)]
+def contrastive_loss(stack: AutoencoderStack, clean: Tensor, noise: Tensor | None, draws: Draws | None) -> Tensor:
+    """Compute the mean squared error to the clean input + NT-Xent (see `nt_xent`) between two noisy views."""
+    views = (clean[:, None] + noise).flatten(1, 2)  # (M, 2B, in): all first views, then all second
+    z = stack.linear("latent", stack.encode_hidden(views, draws))  # (M, 2B, D)
+    projected = stack.linear("head1", stack.block("head0", z, draws))  # (M, 2B, HEAD)
+    error = (stack.decode(z, draws) - clean.repeat(1, 2, 1)).square().mean((1, 2))
+    return error + nt_xent(projected)
+
+
+def denoising_loss(stack: AutoencoderStack, clean: Tensor, noise: Tensor | None, draws: Draws | None) -> Tensor:
+    """Compute the mean squared error to the clean input, from a noisy input in training (Vincent et al., 2008)."""
+    noisy = clean if noise is None else clean + noise[0]
+    z = stack.linear("latent", stack.encode_hidden(noisy, draws))  # (M, B, D)
+    return (stack.decode(z, draws) - clean).square().mean((1, 2))
 
 
 def nt_xent(projected: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    """Normalised temperature-scaled cross-entropy between two views (SimCLR; Chen et al., 2020).
+    """Compute the normalised temperature-scaled cross-entropy between two views (SimCLR; Chen et al., 2020).
 
     The mean over all 2B views i of ``-log(exp(s_ij / t) / sum_{k != i} exp(s_ik / t))``, with s the cosine similarity
     and j the other view of the same sample; never of a view with itself. 0 for a single sample, which has no negatives.
@@ -330,27 +148,312 @@ def nt_xent(projected: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     return -scores[:, torch.arange(count, device=views.device), partner].mean(1)
 
 
+AUTOENCODERS: dict[str, Autoencoder] = {
+    "vae": Autoencoder((512, 256), latent_tenth, vae_loss, linear={"log_variance": ("inner", "latent")}),
+    "contrastive": Autoencoder(
+        (512, 512),
+        latent_fifth,
+        contrastive_loss,
+        dropout=0.2,
+        blocks={"head0": ("latent", "head")},
+        linear={"head1": ("head", "head")},
+        noise=0.2,
+        views=2,
+        validation_noise=True,
+    ),
+    "denoising": Autoencoder(
+        (512, 256), latent_tenth, denoising_loss, dropout=0.2, skips=("encode1", "decode1"), noise=0.2, views=1
+    ),
+}
+
+
+def latent_width(name: str, inputs: int) -> int:
+    """Return the features per layer."""
+    return AUTOENCODERS[name].latent(inputs)
+
+
+def parameter_shapes(name: str, inputs: int, hidden: tuple[int, ...] | None = None) -> dict[str, tuple[int, int]]:
+    """Return shapes of one autoencoder's parameters, by name, in the order in which they are drawn.
+
+    Biases and batch norm's scale and shift are (1, out).
+    """
+    kind = AUTOENCODERS[name]
+    outer, inner = hidden or kind.hidden
+    widths = {"in": inputs, "outer": outer, "inner": inner, "latent": kind.latent(inputs), "head": HEAD}
+    blocks = BLOCKS | kind.blocks
+    shapes = {}
+    for layer, (before, after) in (blocks | LINEAR | kind.linear).items():
+        shapes |= {f"{layer}.weight": (widths[before], widths[after]), f"{layer}.bias": (1, widths[after])}
+        if layer in blocks:
+            shapes |= {f"{layer}.scale": (1, widths[after]), f"{layer}.shift": (1, widths[after])}
+    for layer in kind.skips:
+        shapes[f"{layer}.skip"] = shapes[f"{layer}.weight"]
+    return shapes
+
+
+def num_parameters(name: str, inputs: int, hidden: tuple[int, ...] | None = None) -> int:
+    """Return the number of parameters of one autoencoder."""
+    return sum(rows * columns for rows, columns in parameter_shapes(name, inputs, hidden).values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stack
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Draws:
+    """The random numbers of one epoch, each kind from a stream of its own, the same for all models of a stack."""
+
+    def __init__(self, seed: int, name: str, epoch: int, like: Tensor):
+        self.order_generator = stream(seed, name, "order", epoch)
+        self.generators = {
+            purpose: stream(seed, name, purpose, epoch, device=like.device)
+            for purpose in ("noise", "latent", "dropout")
+        }
+        self.like = like
+
+    def order(self, rows: Tensor) -> Tensor:
+        """Return the rows in this epoch's order."""
+        return rows[torch.randperm(len(rows), generator=self.order_generator).to(rows.device)]
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        """Draw standard normal numbers."""
+        generator = self.generators[purpose]
+        return torch.randn(shape, generator=generator, dtype=self.like.dtype, device=self.like.device)
+
+    def dropout_mask(self, rate: float, *shape: int) -> Tensor | None:
+        """Draw zeros at a rate, else 1 / (1 - rate); None for rate 0."""
+        return dropout_masks(rate, shape, [self.generators["dropout"]], self.like.dtype)[0] if rate else None
+
+
+class StackedLinear(torch.autograd.Function):
+    """``added + x @ weight`` of every model, the weights' gradient written over that of the step before.
+
+    A fresh gradient as large as the weights is memory that the system hands out anew at every step, which on a CPU
+    takes longer than the product. The price: a weight may stand only once in a graph.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, added: Tensor, gradient: Tensor) -> Tensor:
+        """Map ``x`` float[M, B, in]; ``weight`` and ``gradient`` float[M, in, out], ``added`` float[M, 1 or B, out]."""
+        ctx.save_for_backward(x, weight)
+        ctx.gradient, ctx.added_shape = gradient, added.shape
+        return torch.baddbmm(added, x, weight)
+
+    @staticmethod
+    def backward(ctx, above: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        """Return gradients of x (where it has one), weight and what was added."""
+        x, weight = ctx.saved_tensors
+        below = torch.bmm(above, weight.mT) if ctx.needs_input_grad[0] else None
+        torch.bmm(x.mT, above, out=ctx.gradient)
+        return below, ctx.gradient, above.sum_to_size(ctx.added_shape), None
+
+
+class HiddenBlock(torch.autograd.Function):
+    """A hidden block in training: linear map, batch norm over the minibatch (Ioffe & Szegedy, 2015), ReLU, dropout.
+
+    One step of the graph instead of a dozen, with the weights' gradient kept as in `StackedLinear`. The bias before a
+    batch norm changes nothing, so its gradient is 0; autograd would give rounding, of which Adam makes whole steps.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale, shift, mask: Tensor | None, gradient: Tensor):
+        """Map ``x`` float[M, B, in] with ``mask`` float[B, out]; return the output, batch mean and variance."""
+        normal = torch.baddbmm(bias, x, weight)  # (M, B, out)
+        mean = normal.mean(1, keepdim=True)
+        normal -= mean
+        variance = normal.square().mean(1, keepdim=True)
+        inverse = (variance + NORM_EPS).rsqrt()
+        normal *= inverse
+        out = torch.addcmul(shift, normal, scale).relu_()
+        if mask is not None:
+            out *= mask
+        ctx.save_for_backward(x, weight, normal, inverse, scale, out)
+        ctx.mask, ctx.gradient = mask, gradient
+        ctx.mark_non_differentiable(mean, variance)
+        return out, mean, variance
+
+    @staticmethod
+    def backward(ctx, above: Tensor, *_):
+        """Return gradients of x (where it has one), weight, bias, scale and shift."""
+        x, weight, normal, inverse, scale, out = ctx.saved_tensors
+        error = above * out.sign()  # (M, B, out)
+        if ctx.mask is not None:
+            error *= ctx.mask
+        for_shift, for_scale = error.sum(1, keepdim=True), (error * normal).sum(1, keepdim=True)  # (M, 1, out)
+        rows = normal.shape[1]
+        error.sub_(for_shift / rows).addcmul_(normal, for_scale / -rows).mul_(scale * inverse)
+        below = torch.bmm(error, weight.mT) if ctx.needs_input_grad[0] else None
+        torch.bmm(x.mT, error, out=ctx.gradient)
+        return below, ctx.gradient, torch.zeros_like(for_shift), for_scale, for_shift, None, None
+
+
+class AutoencoderStack:
+    """M autoencoders of one kind, each for one layer's weights; trained by `training.stacks.train`.
+
+    Args:
+        name: A row of ``AUTOENCODERS``.
+        x: Weights of each layer, standardised on the train rows, float[M, N, in].
+        split: Train and validation rows; the test rows are not read.
+        seed: Of all streams.
+        batch_size: Rows of a minibatch. A last minibatch of one row is left out that epoch: batch norm needs two.
+        hidden: Widths in place of the row's.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        x: Tensor,
+        split: Split,
+        seed: int,
+        batch_size: int = 32,
+        hidden: tuple[int, ...] | None = None,
+    ):
+        self.name, self.kind, self.hidden = name, AUTOENCODERS[name], hidden
+        self.x, self.split, self.seed, self.batch_size = x, split, seed, batch_size
+        self.model = torch.arange(len(x), device=x.device)  # the model at each position
+        self._draw_parameters()
+        self.validation_noise = self._fixed_noise() if self.kind.validation_noise else None
+        self._place()
+
+    def _draw_parameters(self) -> None:
+        """Draw the initial parameters, the same for all models, and set batch norm's running statistics."""
+        x, models = self.x, len(self.x)
+        generator = stream(self.seed, self.name, "init")
+        shapes = parameter_shapes(self.name, x.shape[2], self.hidden)
+        self.params: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
+        for key, shape in shapes.items():
+            layer, part = key.split(".")
+            if part in ("scale", "shift"):
+                value = torch.full(shape, float(part == "scale"), dtype=x.dtype)
+            else:  # torch's default for a linear layer
+                fan_in = shapes[f"{layer}.weight"][0]
+                value = (torch.rand(shape, generator=generator, dtype=x.dtype) * 2 - 1) * fan_in**-0.5
+            self.params[key] = value.to(x.device).repeat(models, 1, 1).requires_grad_()
+            if part == "scale":
+                self.buffers[f"{layer}.mean"] = x.new_zeros(models, *shape)
+                self.buffers[f"{layer}.variance"] = x.new_ones(models, *shape)
+
+    def _fixed_noise(self) -> Tensor:
+        """Draw the noise of the validation rows, float[views, V, in]."""
+        shape = (self.kind.views, len(self.split.validation), self.x.shape[2])
+        generator = stream(self.seed, self.name, "validation views")
+        return self.kind.noise * torch.randn(shape, generator=generator, dtype=self.x.dtype).to(self.x.device)
+
+    def take(self, index: Tensor) -> None:
+        """Keep the models at these positions, in this order."""
+        self.model = self.model[index.to(self.model.device)]
+        self.params = {key: parameter.detach()[index].requires_grad_() for key, parameter in self.params.items()}
+        self.buffers = {key: buffer[index] for key, buffer in self.buffers.items()}
+        self._place()
+
+    def _place(self) -> None:
+        """Make room for the gradients of the matrices."""
+        matrices = [key for key in self.params if key.endswith((".weight", ".skip"))]
+        self.kept_gradients = {key: torch.empty_like(self.params[key]) for key in matrices}
+
+    # -- the network -------------------------------------------------------------------------------------
+
+    def linear(self, layer: str, x: Tensor) -> Tensor:
+        """Apply a linear map, float[M, B, in] -> float[M, B, out]."""
+        weight = f"{layer}.weight"
+        return StackedLinear.apply(x, self.params[weight], self.params[f"{layer}.bias"], self.kept_gradients[weight])
+
+    def block(self, layer: str, x: Tensor, draws: Draws | None, dropout: float = 0.0) -> Tensor:
+        """Apply a hidden block, float[M, B, in] -> float[M, B, out]; without draws in evaluation mode.
+
+        Batch norm's running statistics are kept as torch keeps them.
+        """
+        weight, bias, scale, shift = (self.params[f"{layer}.{part}"] for part in ("weight", "bias", "scale", "shift"))
+        mean, variance = self.buffers[f"{layer}.mean"], self.buffers[f"{layer}.variance"]
+        if draws is None:
+            scale = scale * (variance + NORM_EPS).rsqrt()
+            out = torch.addcmul(shift, torch.baddbmm(bias - mean, x, weight), scale).relu_()
+        else:
+            rows = x.shape[1]
+            mask = draws.dropout_mask(dropout, rows, weight.shape[2])
+            kept = self.kept_gradients[f"{layer}.weight"]
+            out, batch_mean, batch_variance = HiddenBlock.apply(x, weight, bias, scale, shift, mask, kept)
+            mean.lerp_(batch_mean, NORM_MOMENTUM)
+            variance.lerp_(batch_variance * (rows / (rows - 1)), NORM_MOMENTUM)
+        skip = f"{layer}.skip"
+        return StackedLinear.apply(x, self.params[skip], out, self.kept_gradients[skip]) if skip in self.params else out
+
+    def encode_hidden(self, x: Tensor, draws: Draws | None) -> Tensor:
+        """Apply the encoder's hidden blocks, float[M, B, in] -> float[M, B, inner]."""
+        hidden = self.block("encode0", x, draws, self.kind.dropout)
+        return self.block("encode1", hidden, draws, self.kind.dropout)
+
+    def decode(self, z: Tensor, draws: Draws | None) -> Tensor:
+        """Reconstruct inputs, float[M, B, D] -> float[M, B, in]."""
+        hidden = self.block("decode0", z, draws, self.kind.dropout)
+        return self.linear("reconstruct", self.block("decode1", hidden, draws, self.kind.dropout))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Compute features in evaluation mode, float[M, B, in] -> float[M, B, D]; of the VAE, the means."""
+        return self.linear("latent", self.encode_hidden(x, None))
+
+    # -- what `train` asks for -----------------------------------------------------------------------------
+
+    def gradients(self, epoch: int) -> Iterator[tuple[Tensor, ...]]:
+        """Yield gradients of the models' losses over each minibatch."""
+        for losses in self.minibatch_losses(epoch):
+            yield torch.autograd.grad(losses.sum(), list(self.params.values()))
+
+    def minibatch_losses(self, epoch: int) -> Iterator[Tensor]:
+        """Yield training losses [M] of each minibatch of an epoch."""
+        draws = Draws(self.seed, self.name, epoch, self.x)
+        for rows in draws.order(self.split.train).split(self.batch_size):
+            if len(rows) < 2:
+                continue
+            clean = gather(self.x, self.model, rows[None])  # (M, B, in)
+            noise = None
+            if self.kind.views:
+                noise = self.kind.noise * draws.normal("noise", self.kind.views, *clean.shape[1:])  # (views, B, in)
+            yield self.kind.loss(self, clean, noise, draws)
+
+    def validation_losses(self) -> Tensor:
+        """Return losses [M] over the validation rows, clean or with fixed noise."""
+        rows = self.split.validation
+        if self.validation_noise is None:
+            return self.kind.loss(self, gather(self.x, self.model, rows[None]), None, None)
+        # In batches as in training, since NT-Xent grows with the number of negatives.
+        total = 0.0
+        for part in _batches(len(rows), self.batch_size):
+            clean = gather(self.x, self.model, rows[part][None])  # (M, B, in)
+            total = total + self.kind.loss(self, clean, self.validation_noise[:, part], None) * clean.shape[1]
+        return total / len(rows)
+
+
+def _batches(rows: int, size: int) -> list[slice]:
+    """Return slices of about ``size`` rows, as equal as can be, so that none holds a single row."""
+    count = max(1, round(rows / size))
+    ends = [round(i * rows / count) for i in range(count + 1)]
+    return [slice(start, end) for start, end in pairwise(ends)]
+
+
 def fit_transform(name: str, x: Tensor, split: Split, *, schedule: Schedule, seed: int) -> dict[str, np.ndarray]:
     """Fit an autoencoder to each layer's train rows and describe every row.
 
     Args:
-        name: "vae", "contrastive" or "denoising".
+        name: A row of ``AUTOENCODERS``.
         x: Weights of each layer, standardised on the train rows, float[M, N, in].
         split: Train rows to fit, validation rows to stop early by.
-        schedule: Epochs, patience, learning rate.
+        schedule: Hidden widths (None: the row's), epochs, patience, learning rate.
         seed: Of all random streams.
 
     Returns:
         ``features`` float32[M, N, D] of clean inputs in evaluation mode at the best epoch; ``epochs``, ``best_epoch``
         int64[M]; ``validation_loss`` float64[M].
     """
-    stack = AutoencoderStack(name, x, split, seed, schedule.batch_size)
+    stack = AutoencoderStack(name, x, split, seed, schedule.batch_size, schedule.hidden)
     trained = train(stack, schedule)
     stack.params = {key: trained.state[key] for key in stack.params}
     stack.buffers = {key: trained.state[key] for key in stack.buffers}
     with torch.no_grad():
-        at_once = rows_at_once(len(x) * max(x.shape[2], *HIDDEN[name]))
-        features = torch.cat([stack.encode(part) for part in x.split(at_once, dim=1)], dim=1)
+        length = rows_at_once(len(x) * max(x.shape[2], *(schedule.hidden or AUTOENCODERS[name].hidden)))
+        features = torch.cat([stack.encode(part) for part in x.split(length, dim=1)], dim=1)
     return {
         "features": features.float().cpu().numpy(),
         "epochs": trained.epochs.numpy(),

@@ -1,28 +1,26 @@
-"""Ways of describing a weight matrix: pure functions from matrices to features, and the one table of them.
+"""Descriptions of weight matrices: pure functions from matrices to features, and the one table of them.
 
 Matrix-wise functions take ``float[N, rows, cols]`` and return ``float32[N, F]``; pair-wise functions take the
 two factors of an update ΔW = s·up·down. ``REPRESENTATIONS`` lists them all with their feature names. To add a
 matrix-wise one, write the function and give it a row there. ``MEASURES`` are computed like pair-wise representations,
 but for the analysis: no classifier reads them.
 
-Shapes: ``N`` samples, ``F`` features, ``r`` rank, ``n = rows * cols`` values of one matrix,
-``k = min(rows, cols)`` singular values (or ``k`` components of a PCA).
+Shapes: ``N`` samples, ``F`` features, ``r`` rank, ``n = rows * cols`` values of one matrix, ``k = min(rows, cols)``
+singular values.
 
 Numbers: any float dtype comes in, all is computed in float64 on the input's device, float32 leaves. Moments
-are population moments, kurtosis is Pearson's (normal: 3), quantiles interpolate linearly. What is undefined
-is 0 (a ratio at norm 0, a correlation or a skewness of a constant, everything spectral of a zero matrix); so
+are population moments, kurtosis is Pearson's (normal: 3), quantiles interpolate linearly. Undefined values
+are 0 (a ratio at norm 0, a correlation or a skewness of a constant, everything spectral of a zero matrix); so
 are missing entries (the tenth of four singular values). Every function refuses, with a ValueError that states
-the mend, what has the wrong shape or dtype, is empty, or holds NaN, Inf or values beyond float32's range.
+the mend, input of the wrong shape or dtype, empty input, and NaN, Inf or values beyond float32's range.
 """
 
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -35,14 +33,10 @@ SKETCH = 8  # rows and columns of an update's sketch
 QUANTILES = (0.05, 0.10, 0.25, 0.50, 0.75, 0.90, 0.95)
 ROUNDING = 1e-12  # a value below this share of its scale is float64 rounding, hence zero
 BLOCK = 2**18  # values worked on at a time: 2 MiB in float64 stay in a CPU's cache
-PCA_BLOCK = 2**24  # values of x that PCA works on at a time
-GRAM_ROWS = 8_000  # up to this many rows or columns PCA forms a Gram matrix (512 MB)
-OVERSAMPLING, CONVERGED = 28, 8e-4  # beyond, it iterates: columns above k, share of the variance that may be left
-SINGLE = 10 * torch.finfo(torch.float32).eps  # rounding, as a share, of sums of products in float32
 
 
 class Shared:
-    """A batch of matrices and what several features need of it: one sort, SVD and FFT, each when first asked.
+    """A batch of matrices, and the parts that several features share: one sort, SVD and FFT, each when first asked.
 
     Args:
         w: Weight matrices, float[N, rows, cols]. Left untouched.
@@ -54,7 +48,7 @@ class Shared:
         self.features: dict[str, Tensor] = {}
 
     def feature(self, name: str) -> Tensor:
-        """The matrix-wise representation of this name, computed once, float32[N, F]."""
+        """Return the matrix-wise representation of this name, computed once, float32[N, F]."""
         if name not in self.features:
             self.features[name] = REPRESENTATIONS[name].function(self)
         return self.features[name]
@@ -108,9 +102,8 @@ class Shared:
         first are those that occur once, the second those that occur twice, so that n = a + 2b.
         """
         rows, cols = self.matrix.shape[1:]
-        wide = (
-            self.matrix if rows <= cols else self.matrix.mT
-        )  # the long side is halved; its FFT is the same, transposed
+        # The long side is halved; the FFT of the transpose is the same, transposed.
+        wide = self.matrix if rows <= cols else self.matrix.mT
         half = torch.fft.rfft2(wide)  # (N, short, long // 2 + 1)
         size = (half.real.square() + half.imag.square()).sqrt()  # thrice as fast as abs; no float32 overflows squared
         # Column 0 is its own partner, and so is the last where the long side is even.
@@ -120,12 +113,12 @@ class Shared:
 
 
 def shared(w: Tensor | Shared) -> Shared:
-    """The batch wrapped for sharing; an already wrapped batch as it is."""
+    """Wrap a batch for sharing; return an already wrapped batch as it is."""
     return w if isinstance(w, Shared) else Shared(w)
 
 
 def singular_values(a: Tensor) -> Tensor:
-    """Singular values, by way of the small triangle of a QR factorisation, which has the same ones.
+    """Compute singular values, by way of the small triangle of a QR factorisation, which has the same ones.
 
     Values of at most 1e-12 of the largest become 0: they are noise, which standardising would blow up.
 
@@ -147,11 +140,10 @@ def singular_values(a: Tensor) -> Tensor:
 
 
 def effective_rank(s: Tensor) -> Tensor:
-    """Exponentiated entropy of the normalised spectrum (Roy & Vetterli, 2007).
+    """Return the exponentiated entropy of the normalised spectrum (Roy & Vetterli, 2007).
 
-    ``exp(-sum_i p_i log p_i)`` with ``p_i = s_i / sum_j s_j`` and ``0 log 0 = 0``.
-    1 for a rank-one matrix, k for k equal singular values, unchanged when the
-    matrix is rescaled. A zero matrix has effective rank 0 by convention.
+    ``exp(-sum_i p_i log p_i)`` with ``p_i = s_i / sum_j s_j`` and ``0 log 0 = 0``. 1 for a rank-one matrix, k for k
+    equal singular values, unchanged when the matrix is rescaled. A zero matrix has effective rank 0 by convention.
 
     Args:
         s: Nonnegative singular values, any order, float[N, k].
@@ -168,7 +160,7 @@ def effective_rank(s: Tensor) -> Tensor:
 
 
 def stats(w: Tensor | Shared) -> Tensor:
-    """Seven statistics of the values (networks described by such: Unterthiner et al., 2020).
+    """Compute seven statistics of the values (networks described by such: Unterthiner et al., 2020).
 
     Mean, std, median, min, max, skewness ``m3 / m2^1.5``, kurtosis ``m4 / m2^2``. Blind to the order of the
     entries. Skewness and kurtosis of a constant are 0 by convention.
@@ -182,7 +174,7 @@ def stats(w: Tensor | Shared) -> Tensor:
 
 
 def spectral(w: Tensor | Shared) -> Tensor:
-    """Leading singular values and the shape of the spectrum (effective rank: Roy & Vetterli, 2007).
+    """Compute leading singular values and the shape of the spectrum (effective rank: Roy & Vetterli, 2007).
 
     σ1..σ10; each over the sum of *all*; effective rank; condition number σ1/σmin, σmin the smallest above
     σ1·max(rows, cols)·eps(float32); the gaps σ1-σ2..σ9-σ10; nuclear norm. Unchanged by rotations; shares,
@@ -202,7 +194,7 @@ def spectral(w: Tensor | Shared) -> Tensor:
 
 
 def matrix_norms(w: Tensor | Shared) -> Tensor:
-    """Five matrix norms and two ratios of them (Golub & Van Loan, Matrix Computations, section 2.3).
+    """Compute five matrix norms and two ratios of them (Golub & Van Loan, Matrix Computations, section 2.3).
 
     Frobenius, nuclear ``sum s``, spectral ``max s``, L1 (largest column sum of magnitudes), L∞ (largest row
     sum); nuclear/Frobenius in [1, sqrt(k)], spectral/Frobenius in [1/sqrt(k), 1]. Rescaling scales the norms
@@ -220,7 +212,7 @@ def matrix_norms(w: Tensor | Shared) -> Tensor:
 
 
 def distribution(w: Tensor | Shared) -> Tensor:
-    """How the values are spread (quantiles as in Unterthiner et al., 2020).
+    """Measure the spread of the values (quantiles as in Unterthiner et al., 2020).
 
     Quantiles 5, 10, 25, 50, 75, 90, 95 %; interquartile range; mean absolute deviation about the mean;
     std/abs(mean); skewness; kurtosis. Blind to the order of the entries. Skewness and kurtosis of a constant
@@ -238,7 +230,7 @@ def distribution(w: Tensor | Shared) -> Tensor:
 
 
 def frequency(w: Tensor | Shared) -> Tensor:
-    """Magnitudes of the 2-D Fourier transform (fine-tuning in that domain: Gao et al., 2024).
+    """Compute magnitudes of the 2-D Fourier transform (fine-tuning in that domain: Gao et al., 2024).
 
     Of the magnitudes of all rows·cols coefficients: the ten largest, mean, std, max, and the ten largest's
     share of the energy ``sum |c|^2``. Unchanged by circular shifts of rows or columns. A constant has a
@@ -249,8 +241,8 @@ def frequency(w: Tensor | Shared) -> Tensor:
     once, twice = shared(w).magnitudes
     n = once.shape[1] + 2 * twice.shape[1]
 
-    def average(of_once: Tensor, of_twice: Tensor) -> Tensor:
-        return (of_once.sum(1, keepdim=True) + 2 * of_twice.sum(1, keepdim=True)) / n
+    def average(single: Tensor, paired: Tensor) -> Tensor:
+        return (single.sum(1, keepdim=True) + 2 * paired.sum(1, keepdim=True)) / n
 
     pairs = twice.topk(min(TOP // 2, twice.shape[1]), dim=1).values
     candidates = torch.cat([once, pairs, pairs], dim=1)
@@ -262,7 +254,7 @@ def frequency(w: Tensor | Shared) -> Tensor:
 
 
 def info_theoretic(w: Tensor | Shared) -> Tensor:
-    """Entropy of the histogram of the values (Shannon, 1948).
+    """Compute the entropy of the histogram of the values (Shannon, 1948).
 
     ``-sum_i p_i log p_i`` in nats over 50 equal bins from min to max, the last one closed; and the same over
     log 50. log 50 and 1 for evenly filled bins; unchanged by rescaling. A constant has 0 by convention.
@@ -273,14 +265,14 @@ def info_theoretic(w: Tensor | Shared) -> Tensor:
     low, high = values[:, :1], values[:, -1:]
     # The edges of numpy.histogram, operation for operation, so that its counts come out, exactly.
     edges = torch.arange(BINS, dtype=torch.float64, device=values.device) * ((high - low) / BINS) + low  # (N, 50)
-    below = torch.searchsorted(values, edges)  # how many values lie below each bin
+    below = torch.searchsorted(values, edges)  # number of values below each bin, (N, 50)
     counts = below.diff(dim=1, append=torch.full_like(below[:, :1], values.shape[1]))
     entropy = _entropy(counts.double() / values.shape[1])[:, None]  # a constant fills the last bin: 0
     return _leave(entropy, entropy / math.log(BINS))
 
 
 def ensemble(w: Tensor | Shared) -> Tensor:
-    """Spectral, matrix_norms, distribution, frequency and info_theoretic, side by side in this order.
+    """Join spectral, matrix_norms, distribution, frequency and info_theoretic, side by side in this order.
 
     Shapes: w float[N, rows, cols] or its `Shared`; features in the table's order, float32[N, 67].
     """
@@ -289,7 +281,7 @@ def ensemble(w: Tensor | Shared) -> Tensor:
 
 
 def coupling(down: Tensor, up: Tensor, scale: Tensor | None = None) -> Tensor:
-    """How the two factors of an update relate (LoRA: Hu et al., 2022).
+    """Measure the relation of the two factors of an update (LoRA: Hu et al., 2022).
 
     Of down and upᵀ, the narrower padded with zero columns: Pearson correlation and cosine of the entries;
     Frobenius norm of the update s·up·down, which is never formed; Pearson correlation of the r singular
@@ -315,7 +307,7 @@ def coupling(down: Tensor, up: Tensor, scale: Tensor | None = None) -> Tensor:
 
 
 def update_sketch(down: Tensor, up: Tensor, module_id: str | Sequence[str], scale: Tensor | None = None) -> Tensor:
-    """A fixed random projection of the update, whatever its factors (invariance: Putterman et al., 2024).
+    """Project the update at random, but always alike, whatever its factors (invariance: Putterman et al., 2024).
 
     ``PᵀΔWQ = s·(Pᵀup)(down·Q)``, P [out, 8] and Q [in, 8] Gaussian of variance 1/8, decided by the module's
     name alone: a module is seen from the same side in every adapter. Linear in ΔW; the expected square of its
@@ -335,16 +327,16 @@ def update_sketch(down: Tensor, up: Tensor, module_id: str | Sequence[str], scal
     for row, module in enumerate([module_id] * len(down) if isinstance(module_id, str) else module_id):
         rows[module].append(row)
     sketch = torch.empty(len(down), SKETCH, SKETCH, dtype=torch.float64, device=down.device)
-    for module, of_module in rows.items():  # one product for all updates of a module: no projection is copied
-        at = torch.tensor(of_module, device=down.device)
-        p = _gaussian(module, "P", up.shape[1]).to(up.device)
-        q = _gaussian(module, "Q", down.shape[2]).to(down.device)
-        sketch[at] = (up[at].mT @ p).mT @ (down[at] @ q)
+    for module, module_rows in rows.items():  # one product for all updates of a module: no projection is copied
+        index = torch.tensor(module_rows, device=down.device)
+        p = _gaussian(module, "P", up.shape[1]).to(up.device)  # (out, 8)
+        q = _gaussian(module, "Q", down.shape[2]).to(down.device)  # (in, 8)
+        sketch[index] = (up[index].mT @ p).mT @ (down[index] @ q)
     return _leave((scale[:, None, None] * sketch).flatten(1))
 
 
 def update_measures(down: Tensor, up: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Effective rank (Roy & Vetterli, 2007) and Frobenius norm of the update, and its scale.
+    """Compute effective rank (Roy & Vetterli, 2007) and Frobenius norm of the update, and its scale.
 
     Of the singular values of ``s·up·down``, which is never formed: QR of both factors, and an r x r core between
     them. Unchanged when (up, down) becomes (up·G⁻¹, G·down), and the effective rank when the update is rescaled.
@@ -368,12 +360,13 @@ def update_measures(down: Tensor, up: Tensor, scale: Tensor | None = None) -> Te
     return _leave(effective_rank(s)[:, None], norm[:, None], scale[:, None])
 
 
-def matrix_features(w: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-    """Several matrix-wise representations out of one sort, one SVD and one FFT per matrix.
+def matrix_features(w: Tensor, names: Iterable[str], block: int = BLOCK) -> dict[str, Tensor]:
+    """Compute several matrix-wise representations out of one sort, one SVD and one FFT per matrix.
 
     Args:
         w: Weight matrices, float[N, rows, cols].
         names: Names of computed rows whose unit is "layer"; another is a ValueError.
+        block: Values to work on at a time on a CPU.
 
     Returns:
         Features by name, in the order asked for, each float32[N, F].
@@ -381,16 +374,21 @@ def matrix_features(w: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
     names = _checked_names(names, "layer")
     _check("w", w, "[N, rows, cols]")
     parts = []
-    for block in w.split(_block_length(w)):
-        m = Shared(block)
+    for matrices in w.split(samples_at_once(w, block=block)):
+        m = Shared(matrices)
         parts.append({name: m.feature(name) for name in names})
     return {name: torch.cat([part[name] for part in parts]) for name in names}
 
 
 def pair_features(
-    down: Tensor, up: Tensor, module_id: str | Sequence[str], scale: Tensor | None, names: Iterable[str]
+    down: Tensor,
+    up: Tensor,
+    module_id: str | Sequence[str],
+    scale: Tensor | None,
+    names: Iterable[str],
+    block: int = BLOCK,
 ) -> dict[str, Tensor]:
-    """Several pair-wise representations of updates of equal shape, whatever their modules.
+    """Compute several pair-wise representations of updates of equal shape, whatever their modules.
 
     Args:
         down: First factors, float[N, r, in].
@@ -398,196 +396,26 @@ def pair_features(
         module_id: Canonical name of the module that all N updates are of, or N names.
         scale: s = alpha / rank of each update, float[N]; None: 1.
         names: Names of computed rows whose unit is "pair", of either table; another is a ValueError.
+        block: Values to work on at a time on a CPU.
 
     Returns:
         Features by name, in the order asked for, each float32[N, F].
     """
     functions = {name: FEATURES[name].function for name in _checked_names(names, "pair")}
     pair = _pair(down, up, scale)
-    length = _block_length(down, up)
+    length = samples_at_once(down, up, block=block)
     modules = [module_id] * len(down) if isinstance(module_id, str) else module_id
     parts: dict[str, list[Tensor]] = {name: [] for name in functions}
-    for start, *block in zip(range(0, len(down), length), *(x.split(length) for x in pair), strict=True):
+    for start in range(0, len(down), length):
+        rows = slice(start, start + length)
+        down_block, up_block, scale_block = (x[rows] for x in pair)
         for name, function in functions.items():
-            parts[name].append(function(*block, modules[start : start + length]))
+            parts[name].append(function(down_block, up_block, scale_block, modules[rows]))
     return {name: torch.cat(blocks) for name, blocks in parts.items()}
 
 
-class Rows(Protocol):
-    """Rows too many for memory, as PCA takes them: a shape (N, F), and a split that yields blocks of rows in order."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
-
-    def split(self, length: int) -> Iterable[Tensor]:
-        """Blocks of ``length`` rows, the last maybe shorter, float[rows, F], on the device to compute on."""
-
-
-class PCA:
-    """Principal components of centred, unscaled rows (Pearson, 1901).
-
-    Where x has at most ``GRAM_ROWS`` rows or columns: exact, by the smaller Gram matrix in float64, XᵀX [F, F] or, for
-    more columns than rows, XXᵀ [N, N] mapped back (Sirovich, 1987). Otherwise by block Lanczos from a random block
-    (see `_krylov`): x is read by row blocks only, once for the mean and once for each of about 4 (spectra that fall)
-    to 20 (pure noise of 70,000 rows) products with XᵀX in float32. It stops where the variance explained by the k
-    components falls short of the best by an estimated 8e-4 of it; on all spectra tried it was less than 1e-3.
-
-    Of each component the entry of largest magnitude is positive. A component whose variance is rounding is zero by
-    convention: at most max(N, F)·eps(float64) of the largest, or ``SINGLE`` after products in float32.
-
-    Args:
-        n_components: Components wanted; k is the least of it, N - 1 and F.
-
-    Attributes:
-        mean_: Column means, float64[F].
-        components_: Orthonormal (or zero) rows, of falling variance, float64[k, F].
-        explained_variance_: Variance along each, over N - 1, float64[k].
-        passes_: How many times x was read.
-    """
-
-    def __init__(self, n_components: int = 100):
-        self.n_components = n_components
-
-    def fit(self, x: Tensor | Rows) -> "PCA":
-        """Learn mean and components of train rows x, float[N, F] with N at least 2, and return self.
-
-        Of `Rows` with at most GRAM_ROWS rows and more columns than rows, all are gathered into one tensor.
-        """
-        _check_rows(x)
-        rows, columns = x.shape
-        if rows < 2:
-            raise ValueError("PCA needs at least 2 train rows to see any variance; use more train samples")
-        wide, small = columns > rows, min(rows, columns) <= GRAM_ROWS
-        if wide and small and not isinstance(x, Tensor):
-            x = torch.cat(list(x.split(_block_rows(columns))))
-        total, largest = 0, 0.0
-        for block in _checked_blocks(x):
-            total = total + block.double().sum(0)
-            largest = max(largest, block.abs().max().item())
-        self.mean_ = total / rows
-        self.passes_ = 1
-        k = min(self.n_components, rows - 1, columns)
-        values, directions = self._gram(x, k, wide) if small else self._krylov(x, k, largest or 1.0)
-        peak = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-        self.components_ = torch.where(values[:, None] > 0, directions * peak.sign(), 0)
-        self.explained_variance_ = values / (rows - 1)
-        return self
-
-    def transform(self, x: Tensor | Rows) -> Tensor:
-        """Scores ``(x - mean_) @ components_.T`` of rows x, float[N, F] with the fitted F: float32[N, k]; one pass."""
-        _check_rows(x)
-        if x.shape[1] != len(self.mean_):
-            raise ValueError(f"PCA was fitted on {len(self.mean_)} columns, got {x.shape[1]}; pass the same ones")
-        scores = [(block.double() - self.mean_) @ self.components_.mT for block in _checked_blocks(x)]
-        return _leave(torch.cat(scores))
-
-    def _gram(self, x: Tensor | Rows, k: int, wide: bool) -> tuple[Tensor, Tensor]:
-        """Leading k eigenvalues of XᵀX, falling, 0 where rounding, and their vectors, float64[k, F]; exact."""
-        side = min(x.shape)
-        gram = torch.zeros(side, side, dtype=torch.float64, device=self.mean_.device)
-        for block in self._centred_columns(x) if wide else (b.double() - self.mean_ for b in _checked_blocks(x)):
-            gram += block @ block.mT if wide else block.mT @ block
-        self.passes_ += 1
-        values, vectors = torch.linalg.eigh(gram)  # ascending
-        values, directions = values.flip(0)[:k], vectors.flip(1)[:, :k].mT
-        values = _without_rounding(values[None], max(x.shape) * torch.finfo(torch.float64).eps)[0]
-        if wide:  # from (k, N) to (k, F)
-            directions = torch.cat([directions @ block for block in self._centred_columns(x)], dim=1)
-            directions = _ratio(directions, values.sqrt()[:, None])
-            self.passes_ += 1
-        return values, directions
-
-    def _centred_columns(self, x: Tensor) -> Iterator[Tensor]:
-        """Blocks of whole columns of x less its mean, in float64."""
-        length = _block_rows(len(x))
-        for block, mean in zip(x.split(length, dim=1), self.mean_.split(length), strict=True):
-            yield block.double() - mean
-
-    def _krylov(self, x: Tensor | Rows, k: int, scale: float) -> tuple[Tensor, Tensor]:
-        """Leading k eigenpairs of XᵀX, as `_gram` returns them, by block Lanczos (Golub & Underwood, 1977).
-
-        Rayleigh-Ritz on the Krylov space span(Q, AQ, A²Q, ...), A = XᵀX, of a random block Q of k + 28 columns, which
-        needs no gaps in the spectrum (Musco & Musco, 2015). Each block is made orthogonal to all before it, so the
-        basis, float32[F, k + 28] a pass, is what takes memory. See `_converged` for when it stops. Works on x / scale,
-        the largest magnitude, so that squares neither overflow float32 nor vanish in it.
-        """
-        columns = x.shape[1]
-        width = min(k + OVERSAMPLING, columns)
-        generator = torch.Generator().manual_seed(0)
-        q = torch.randn(columns, width, generator=generator).to(self.mean_.device)
-        q = torch.linalg.qr(q).Q
-        basis: list[Tensor] = []
-        core = torch.zeros(0, 0, dtype=torch.float64, device=q.device)  # basisᵀ·A·basis
-        explained: list[float] = []
-        while True:
-            basis.append(q)
-            product = self._gram_times(x, q, scale)
-            column = torch.cat([b.mT @ product for b in basis]).double()
-            core = pad(core, (0, width, 0, width))
-            core[:, -width:], core[-width:] = column, column.mT
-            explained.append(torch.linalg.eigvalsh(core)[-k:].sum().item())
-            if _converged(explained) or (len(basis) + 1) * width > columns:
-                break
-            q = product
-            for _ in range(2):  # a second time, for what rounding has left of the first
-                for b in basis:
-                    q -= b @ (b.mT @ q)
-                q = torch.linalg.qr(q).Q
-        values, vectors = torch.linalg.eigh(core)
-        leading = vectors.flip(1)[:, :k].split(width)
-        directions = sum(b.double() @ part for b, part in zip(basis, leading, strict=True))  # (F, k)
-        # Orthonormal up to float32 by now; the factorisation makes it up to float64.
-        return scale**2 * _without_rounding(values.flip(0)[None, :k], SINGLE)[0], torch.linalg.qr(directions).Q.mT
-
-    def _gram_times(self, x: Tensor | Rows, q: Tensor, scale: float) -> Tensor:
-        """XᵀX·q / scale² of the centred rows X, in float32 [F, b], in one pass over x."""
-        product = torch.zeros_like(q)
-        for block in x.split(_block_rows(x.shape[1])):
-            centred = (block.double() - self.mean_).float()  # a mean far above the deviation would drown it in float32
-            product.addmm_(centred.mT, centred @ q / scale / scale)
-        self.passes_ += 1
-        return product
-
-
-def _converged(explained: list[float]) -> bool:
-    """Whether sums of Ritz values, one a step, are within CONVERGED of their limit.
-
-    Their gains fall about geometrically, so what is left is estimated from the last two (Aitken, 1926); where strong
-    directions have just been found and weak ones have not, that is too little, hence never less than the last gain,
-    and twice in a row.
-    """
-    gains = [after - before for before, after in pairwise(explained)]
-    left = []
-    for before, gain in pairwise(gains):
-        further = gain**2 / (before - gain) if gain < before else math.inf
-        left.append(max(gain, further) if gain > SINGLE * explained[-1] else 0.0)
-    return len(left) > 1 and max(left[-2:]) <= CONVERGED * explained[-1]
-
-
-def _block_rows(row: int) -> int:
-    """How many rows (or columns) of this many numbers PCA takes at a time."""
-    return max(1, PCA_BLOCK // row)
-
-
-def _check_rows(x: Tensor | Rows) -> None:
-    """Refuse what is not a matrix; `Rows` are looked at block by block on the way."""
-    if isinstance(x, Tensor):
-        _check("x", x, "[N, F]")
-    elif len(x.shape) != 2 or 0 in x.shape:
-        raise ValueError(f"x must be float[N, F] and hold values, got shape {list(x.shape)}; reshape it")
-
-
-def _checked_blocks(x: Tensor | Rows) -> Iterator[Tensor]:
-    """Blocks of rows; those of a tensor have been checked as a whole."""
-    for block in x.split(_block_rows(x.shape[1])):
-        if not isinstance(x, Tensor):
-            _check("x", block, "[N, F]")
-        yield block
-
-
 def _check(name: str, x: Tensor, shape: str) -> None:
-    """Refuse what is not a finite floating tensor with such a shape, in words that state the mend."""
+    """Refuse all but finite floating tensors of such a shape, in words that state the mend."""
     if x.ndim != shape.count(",") + 1:
         raise ValueError(f"{name} must be float{shape}, got shape {list(x.shape)}; reshape it")
     if not x.is_floating_point():
@@ -610,7 +438,7 @@ def _checked_names(names: Iterable[str], unit: str) -> list[str]:
 
 
 def _pair(down: Tensor, up: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The checked factors and scales; scale 1 where none is given."""
+    """Return the checked factors and scales; scale 1 where none is given."""
     if scale is None:
         scale = torch.ones(len(down), dtype=torch.float64, device=down.device)
     _check("down", down, "[N, r, in]")
@@ -626,19 +454,19 @@ def _pair(down: Tensor, up: Tensor, scale: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def _leave(*columns: Tensor) -> Tensor:
-    """Columns side by side in float32; beyond its range, its largest number, so that all is finite."""
+    """Join columns side by side in float32; beyond its range, its largest number, so that all is finite."""
     largest = torch.finfo(torch.float32).max
     return torch.cat(columns, dim=1).clamp(-largest, largest).float()
 
 
-def _block_length(*of: Tensor) -> int:
-    """How many samples to work on at a time; a GPU has no such cache, and wants fewer and larger operations."""
-    values = BLOCK if of[0].device.type == "cpu" else 16 * BLOCK
-    return max(1, values // sum(x[0].numel() for x in of))
+def samples_at_once(*tensors: Tensor, block: int = BLOCK) -> int:
+    """Return the number of samples to work on at a time; a GPU has no such cache, and wants larger operations."""
+    values = block if tensors[0].device.type == "cpu" else 16 * block
+    return max(1, values // sum(tensor[0].numel() for tensor in tensors))
 
 
 def _sorted_rows(x: Tensor) -> Tensor:
-    """Rows of x [N, F], ascending, in x's dtype or float32; on a CPU by numpy, 20 times as fast as torch's sort."""
+    """Sort rows of x [N, F], ascending, in x's dtype or float32; on a CPU by numpy, 20 times as fast as torch."""
     if x.device.type != "cpu":
         return x.sort(dim=1).values
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()  # numpy has no bfloat16
@@ -646,22 +474,22 @@ def _sorted_rows(x: Tensor) -> Tensor:
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """Quotient a / b, and 0 where b is 0."""
+    """Return the quotient a / b, and 0 where b is 0."""
     return torch.where(b == 0, 0, a / torch.where(b == 0, 1, b))
 
 
 def _entropy(p: Tensor) -> Tensor:
-    """Shannon entropy, in nats, of the rows of p [N, F]: [N]."""
+    """Return the Shannon entropy, in nats, of the rows of p [N, F]: [N]."""
     return -torch.xlogy(p, p).sum(1)
 
 
 def _triangle(a: Tensor) -> Tensor:
-    """R of the QR factorisation of a [N, rows, cols], or of its transpose if that is taller: [N, k, k]."""
+    """Return R of the QR factorisation of a [N, rows, cols], or of its transpose if that is taller: [N, k, k]."""
     return torch.linalg.qr(a if a.shape[1] >= a.shape[2] else a.mT, mode="r").R
 
 
 def _triangles(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """R of ``downᵀ = Q·R`` and of ``up = Q'·R'``, down [N, r, in] and up [N, out, r]: [N, at most r, r] each.
+    """Return R of ``downᵀ = Q·R`` and of ``up = Q'·R'``, down [N, r, in], up [N, out, r]: [N, at most r, r] each.
 
     The update has the singular values and the norm of R'·Rᵀ.
     """
@@ -670,24 +498,24 @@ def _triangles(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(torch.linalg.qr(x, mode="r").R for x in (down.mT, up))
 
 
-def _without_rounding(descending: Tensor, share: float = ROUNDING) -> Tensor:
-    """Rows [N, F] with what is at most this share of the first entry set to 0."""
-    return torch.where(descending > share * descending[:, :1], descending, 0)  # not >=, or rows of zeros fail
+def _without_rounding(descending: Tensor) -> Tensor:
+    """Set entries of rows [N, F] that are rounding, as a share of the first, to 0."""
+    return torch.where(descending > ROUNDING * descending[:, :1], descending, 0)  # not >=, or rows of zeros fail
 
 
 def _leading(descending: Tensor) -> Tensor:
-    """The first ten columns, zero columns for missing ones."""
+    """Return the first ten columns, zero columns for missing ones."""
     return pad(descending[:, :TOP], (0, max(0, TOP - descending.shape[1])))
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine between the rows of a and b [N, F]: [N, 1]; 0 where one is zero."""
+    """Return the cosine between the rows of a and b [N, F]: [N, 1]; 0 where one is zero."""
     norms = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
     return _ratio((a * b).sum(1), norms)[:, None]
 
 
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson correlation of the rows of a and b [N, F]: [N, 1]; 0 where one is constant up to rounding."""
+    """Return Pearson's correlation of the rows of a and b [N, F]: [N, 1]; 0 where one is constant up to rounding."""
     constant = torch.zeros(len(a), 1, dtype=torch.bool, device=a.device)
     for x in (a, b):
         low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)  # three times as fast as aminmax along rows
@@ -697,7 +525,7 @@ def _pearson(a: Tensor, b: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _gaussian(module_id: str, side: str, length: int) -> Tensor:
-    """The fixed projection of one side of a module, normal with variance 1/8, float64[length, 8]."""
+    """Draw the fixed projection of one side of a module, normal with variance 1/8, float64[length, 8]."""
     seed = int.from_bytes(hashlib.sha256(f"{module_id}/{side}".encode()).digest(), "big")
     drawn = np.random.Generator(np.random.PCG64(seed)).standard_normal((length, SKETCH))
     return torch.from_numpy(drawn / math.sqrt(SKETCH))

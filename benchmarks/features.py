@@ -29,19 +29,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sd15_zoo import MODULES
 
-import representations
-from representations import REPRESENTATIONS, Shared, matrix_features, pair_features
+from representations import REPRESENTATIONS, Shared, matrix_features, pair_features, samples_at_once
 
 MATRIX = [name for name, row in REPRESENTATIONS.items() if row.kind == "matrix"]
 PAIR = [name for name, row in REPRESENTATIONS.items() if row.kind == "pair"]
 AGREEMENT = 1e-4  # largest relative difference allowed between the two ways
 
 Lora = list[tuple[np.ndarray, np.ndarray]]  # the down and up factor of each module, in the order of MODULES
-Found = dict[str, np.ndarray]  # name -> features float32[samples, layers or modules, F]
+Features = dict[str, np.ndarray]  # name -> features float32[samples, layers or modules, F]
 
 
 def draw(samples: int, rank: int) -> list[Lora]:
-    """LoRAs of the zoo's modules with normal weights of a realistic size, float32."""
+    """Draw LoRAs of the zoo's modules with normal weights of a realistic size, float32."""
     generator = np.random.default_rng(0)
 
     def normal(std: float, *shape: int) -> np.ndarray:
@@ -59,13 +58,13 @@ def draw(samples: int, rank: int) -> list[Lora]:
 
 
 def plain_stats(w: np.ndarray) -> list:
-    """Mean, std, median, min, max, skewness, kurtosis."""
+    """Compute mean, std, median, min, max, skewness, kurtosis."""
     x = w.ravel()
     return [x.mean(), x.std(), np.median(x), x.min(), x.max(), scipy.stats.skew(x), scipy.stats.kurtosis(x) + 3]
 
 
 def plain_spectral(w: np.ndarray) -> list:
-    """Leading singular values, their shares, effective rank, condition number, gaps, nuclear norm."""
+    """Compute leading singular values, their shares, effective rank, condition number, gaps, nuclear norm."""
     s = np.linalg.svd(w, compute_uv=False)
     top = np.zeros(10)
     top[: len(s)] = s[:10]
@@ -75,13 +74,13 @@ def plain_spectral(w: np.ndarray) -> list:
 
 
 def plain_matrix_norms(w: np.ndarray) -> list:
-    """Frobenius, nuclear, spectral, L1, L∞ and two ratios."""
+    """Compute Frobenius, nuclear, spectral, L1, L∞ norms and two ratios."""
     frobenius, nuclear, spectral, l1, linf = (np.linalg.norm(w, order) for order in ("fro", "nuc", 2, 1, np.inf))
     return [frobenius, nuclear, spectral, l1, linf, nuclear / frobenius, spectral / frobenius]
 
 
 def plain_distribution(w: np.ndarray) -> list:
-    """Seven quantiles, interquartile range, mean absolute deviation, std / abs(mean), skewness, kurtosis."""
+    """Compute quantiles, interquartile range, mean absolute deviation, std / abs(mean), skewness, kurtosis."""
     x = w.ravel()
     q = np.quantile(x, [0.05, 0.10, 0.25, 0.50, 0.75, 0.90, 0.95])
     deviation = np.abs(x - x.mean()).mean()
@@ -89,7 +88,7 @@ def plain_distribution(w: np.ndarray) -> list:
 
 
 def plain_frequency(w: np.ndarray) -> list:
-    """The ten largest magnitudes of the Fourier transform, mean, std, max, and the ten's share of the energy."""
+    """Compute the ten largest magnitudes of the Fourier transform, mean, std, max, and the ten's energy share."""
     magnitudes = np.abs(np.fft.fft2(w)).ravel()
     top = np.sort(magnitudes)[::-1][:10]
     share = (top**2).sum() / (magnitudes**2).sum()
@@ -97,7 +96,7 @@ def plain_frequency(w: np.ndarray) -> list:
 
 
 def plain_info_theoretic(w: np.ndarray) -> list:
-    """Entropy of a histogram of 50 bins, and the same over log 50."""
+    """Compute the entropy of a histogram of 50 bins, and the same over log 50."""
     counts = np.histogram(w, bins=50)[0]
     p = counts[counts > 0] / w.size
     entropy = -(p * np.log(p)).sum()
@@ -105,13 +104,13 @@ def plain_info_theoretic(w: np.ndarray) -> list:
 
 
 def plain_ensemble(w: np.ndarray) -> list:
-    """The five parts again, as a plain script computes one representation after the other."""
+    """Compute the five parts again, as a plain script computes one representation after the other."""
     parts = (plain_spectral, plain_matrix_norms, plain_distribution, plain_frequency, plain_info_theoretic)
     return [feature for part in parts for feature in part(w)]
 
 
 def plain_coupling(down: np.ndarray, up: np.ndarray, module: str) -> list:
-    """Correlation and cosine of the padded entries, norm of the update, correlation of the singular values."""
+    """Compute correlation and cosine of padded entries, the update's norm, correlation of singular values."""
     width = max(down.shape[1], len(up))
     a = np.pad(down, ((0, 0), (0, width - down.shape[1]))).ravel()
     b = np.pad(up.T, ((0, 0), (0, width - len(up)))).ravel()
@@ -123,20 +122,20 @@ def plain_coupling(down: np.ndarray, up: np.ndarray, module: str) -> list:
 
 @cache
 def plain_projection(module: str, side: str, length: int) -> np.ndarray:
-    """The fixed projection of one side of a module; drawn once, as a plain script would too."""
+    """Draw the fixed projection of one side of a module, once, as a plain script would too."""
     seed = int.from_bytes(hashlib.sha256(f"{module}/{side}".encode()).digest(), "big")
     return np.random.Generator(np.random.PCG64(seed)).normal(0, np.sqrt(1 / 8), (length, 8))
 
 
 def plain_update_sketch(down: np.ndarray, up: np.ndarray, module: str) -> list:
-    """The update between two fixed random projections."""
+    """Compute the update between two fixed random projections."""
     p, q = plain_projection(module, "P", len(up)), plain_projection(module, "Q", down.shape[1])
     return list(((p.T @ up) @ (down @ q)).ravel())
 
 
-def plain(loras: list[Lora], device: torch.device) -> Found:
-    """Every representation of every layer and module, one after the other; on the CPU, whatever the device."""
-    found = defaultdict(list)
+def plain(loras: list[Lora], device: torch.device) -> Features:
+    """Compute every representation of every layer and module, one by one; on the CPU, whatever the device."""
+    features = defaultdict(list)
     for lora in loras:
         rows = defaultdict(list)
         for module, factors in zip(MODULES, lora, strict=True):
@@ -147,8 +146,8 @@ def plain(loras: list[Lora], device: torch.device) -> Found:
             for name in PAIR:
                 rows[name].append(globals()[f"plain_{name}"](down, up, module))
         for name, row in rows.items():
-            found[name].append(row)
-    return {name: np.array(rows, dtype=np.float32) for name, rows in found.items()}
+            features[name].append(row)
+    return {name: np.array(rows, dtype=np.float32) for name, rows in features.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -157,7 +156,7 @@ def plain(loras: list[Lora], device: torch.device) -> Found:
 
 
 def matrices_by_shape(loras: list[Lora], device: torch.device) -> Iterator[tuple[list[int], list[int], torch.Tensor]]:
-    """Samples, layers and the stacked matrices of each shape."""
+    """Yield samples, layers and the stacked matrices of each shape."""
     places = defaultdict(list)
     for sample, lora in enumerate(loras):
         for layer, w in enumerate(factor for factors in lora for factor in factors):
@@ -168,7 +167,7 @@ def matrices_by_shape(loras: list[Lora], device: torch.device) -> Iterator[tuple
 
 
 def pairs_by_shape(loras: list[Lora], device: torch.device) -> Iterator[tuple]:
-    """Samples, module numbers, stacked down and up factors and module names of each pair of shapes."""
+    """Yield samples, module numbers, stacked down and up factors and module names of each pair of shapes."""
     places = defaultdict(list)
     for sample, lora in enumerate(loras):
         for number, (module, (down, up)) in enumerate(zip(MODULES, lora, strict=True)):
@@ -179,18 +178,18 @@ def pairs_by_shape(loras: list[Lora], device: torch.device) -> Iterator[tuple]:
         yield list(sample), list(number), torch.stack(down).to(device), torch.stack(up).to(device), modules
 
 
-def one_pass(loras: list[Lora], device: torch.device) -> Found:
-    """Every representation of every layer and module, those of one shape together."""
+def one_pass(loras: list[Lora], device: torch.device) -> Features:
+    """Compute every representation of every layer and module, those of one shape together."""
     counts = {"matrix": 2 * len(MODULES), "pair": len(MODULES)}
     widths = {name: (counts[REPRESENTATIONS[name].kind], len(REPRESENTATIONS[name].feature_names)) for name in NAMES}
-    found = {name: np.empty((len(loras), *shape), dtype=np.float32) for name, shape in widths.items()}
+    arrays = {name: np.empty((len(loras), *shape), dtype=np.float32) for name, shape in widths.items()}
     for sample, layer, w in matrices_by_shape(loras, device):
         for name, features in matrix_features(w, MATRIX).items():
-            found[name][sample, layer] = features.cpu().numpy()
+            arrays[name][sample, layer] = features.cpu().numpy()
     for sample, number, down, up, modules in pairs_by_shape(loras, device):
         for name, features in pair_features(down, up, modules, None, PAIR).items():
-            found[name][sample, number] = features.cpu().numpy()
-    return found
+            arrays[name][sample, number] = features.cpu().numpy()
+    return arrays
 
 
 NAMES = MATRIX + PAIR
@@ -209,19 +208,19 @@ PARTS: dict[str, Callable] = {
 
 
 def time_of_parts(loras: list[Lora], device: torch.device) -> dict[str, float]:
-    """Milliseconds per LoRA of each part of the pass."""
+    """Measure milliseconds per LoRA of each part of the pass."""
     spent: dict[str, float] = defaultdict(float)
 
-    def timed(part: str, function: Callable, *given):
+    def timed(part: str, function: Callable, *arguments):
         start = time.perf_counter()
-        result = function(*given)
+        result = function(*arguments)
         if device.type == "cuda":
             torch.cuda.synchronize()
         spent[part] += 1e3 * (time.perf_counter() - start) / len(loras)
         return result
 
     for _, _, w in timed("stacking", lambda: list(matrices_by_shape(loras, device))):
-        for block in w.split(representations._block_length(w)):
+        for block in w.split(samples_at_once(w)):
             m = timed("checks", Shared, block)
             for part, function in PARTS.items():
                 timed(part, function, m)
@@ -231,8 +230,8 @@ def time_of_parts(loras: list[Lora], device: torch.device) -> dict[str, float]:
     return spent
 
 
-def largest_difference(ours: Found, theirs: Found) -> tuple[float, str]:
-    """The largest relative difference between the two ways, and whose it is."""
+def largest_difference(ours: Features, theirs: Features) -> tuple[float, str]:
+    """Return the largest relative difference between the two ways, and the feature that has it."""
     worst = []
     for name in NAMES:
         a, b = ours[name].astype(np.float64), theirs[name].astype(np.float64)
@@ -252,26 +251,27 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     loras = draw(args.samples, args.rank)
-    on = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, numpy {np.__version__}, scipy {scipy.__version__}, {on}")
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, numpy {np.__version__}, scipy {scipy.__version__}, {machine}")
     print(f"{args.samples} LoRAs of {len(MODULES)} modules, rank {args.rank}; {args.repeats} alternations")
 
-    plainly = loras[:4]
-    theirs = plain(plainly, device)  # warms up, as the next line does
-    worst, where = largest_difference({name: f[: len(plainly)] for name, f in one_pass(loras, device).items()}, theirs)
+    few = loras[:4]
+    theirs = plain(few, device)  # warms up, as the next line does
+    ours = {name: features[: len(few)] for name, features in one_pass(loras, device).items()}
+    worst, feature = largest_difference(ours, theirs)
     times: dict[str, list[float]] = {"plain": [], "one_pass": []}
     parts = []
     for _ in range(args.repeats):
-        for function, given in ((plain, plainly), (one_pass, loras)):
+        for function, samples in ((plain, few), (one_pass, loras)):
             start = time.perf_counter()
-            function(given, device)  # its results come back to the CPU: nothing is left running
-            times[function.__name__].append(1e3 * (time.perf_counter() - start) / len(given))
+            function(samples, device)  # its results come back to the CPU: nothing is left running
+            times[function.__name__].append(1e3 * (time.perf_counter() - start) / len(samples))
         parts.append(time_of_parts(loras, device))
         print(f"plain {times['plain'][-1]:.1f} ms, one pass {times['one_pass'][-1]:.2f} ms per LoRA", flush=True)
     print("one pass, ms per LoRA by part (measured apart from the above)")
     for part in parts[0]:
-        print(f"  {part:20} {statistics.median(one[part] for one in parts):7.3f}")
-    print(f"largest relative difference between the two: {worst:.1e} ({where})")
+        print(f"  {part:20} {statistics.median(times_of_parts[part] for times_of_parts in parts):7.3f}")
+    print(f"largest relative difference between the two: {worst:.1e} ({feature})")
     if not worst <= AGREEMENT:
         sys.exit(f"error: the two ways differ by more than {AGREEMENT}")
     medians = {name: statistics.median(spent) for name, spent in times.items()}

@@ -5,7 +5,7 @@
 Collections of Stable Diffusion 1.5's shapes (`sd15_zoo`, 0.4 MB a LoRA) and of small LoRAs, each with a metadata.json
 and an adapter_config.json beside it and metadata of its own in its header, are written to the temporary folder and
 removed again; the packed weights take as much disk as a collection. Each phase of each collection runs in a process of
-its own, which tells its seconds and its peak resident memory, the interpreter and torch included. The files were
+its own, which prints its seconds and its peak resident memory, the interpreter and torch included. The files were
 just written, so they come from the page cache where that holds them. With repeats the sizes alternate, and times are
 medians. The last line is the time per LoRA of all phases at the largest size over that at the smallest.
 """
@@ -61,7 +61,7 @@ def write_small(out: Path, count: int) -> None:
 
 
 def measure(phase: str, root: Path) -> dict[str, float]:
-    """Run one phase in this process: its seconds, and the process's peak resident memory in MiB."""
+    """Run one phase in this process; return its seconds, and the process's peak resident memory in MiB."""
     start = time.perf_counter()
     collection = data.index_collection(root)
     if phase != "index":
@@ -78,7 +78,7 @@ def measure(phase: str, root: Path) -> dict[str, float]:
 
 
 def in_fresh_process(phase: str, root: Path) -> dict[str, float]:
-    """`measure` in a process of its own."""
+    """Call `measure` in a process of its own."""
     command = [sys.executable, __file__, "--measure", phase, str(root)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
@@ -101,16 +101,16 @@ def main() -> None:
         roots = {size: Path(folder) / str(size) for size in sizes}
         for size, root in roots.items():
             write_zoo(root, size)
-        found: dict[tuple[str, int], list[dict]] = {(phase, size): [] for phase in PHASES for size in sizes}
+        measured: dict[tuple[str, int], list[dict]] = {(phase, size): [] for phase in PHASES for size in sizes}
         for _ in range(args.repeats):
-            for (phase, size), runs in found.items():
+            for (phase, size), runs in measured.items():
                 runs.append(in_fresh_process(phase, roots[size]))
-    per_lora = {key: statistics.median(run["seconds"] for run in runs) / key[1] for key, runs in found.items()}
+    per_lora = {key: statistics.median(run["seconds"] for run in runs) / key[1] for key, runs in measured.items()}
     header = "".join(f"{f'N = {size:,}':>12}" for size in sizes)
     print(f"{'ms per LoRA':12}{header}{'ratio':>8}   peak memory, MiB")
     for phase in PHASES:
         times = [per_lora[phase, size] for size in sizes]
-        peaks = (f"{max(run['mib'] for run in found[phase, size]):8,.0f}" for size in sizes)
+        peaks = (f"{max(run['mib'] for run in measured[phase, size]):8,.0f}" for size in sizes)
         columns = "".join(f"{1000 * seconds:12.3f}" for seconds in times)
         print(f"{phase:12}{columns}{times[-1] / times[0]:8.2f}   {''.join(peaks)}", flush=True)
     totals = [sum(per_lora[phase, size] for phase in PHASES) for size in sizes]

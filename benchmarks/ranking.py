@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ablation_experiment import THREADS
 from experiment.phases import STACK_PARAMETERS, start_thread
 from experiment.workers import Task, assemble
-from training.stacks import DROPOUT, HIDDEN, ClassifierStack, Models, Schedule, Split, fast_products, train
+from training.classifier import DROPOUT, HIDDEN, ClassifierStack, Models
+from training.stacks import Schedule, Split, fast_products, train
 
 SAMPLES, FEATURES, CLASSES, BATCH = 1000, 7, 10, 32
 WIDTHS = (FEATURES, *HIDDEN, CLASSES)
@@ -80,15 +81,15 @@ def stacked(x: torch.Tensor, y: torch.Tensor, split: Split, models: list[tuple[i
         train(ClassifierStack(x, y, split, Models(source, run), CLASSES, seed=0), schedule)
         done.touch()
 
-    crew = assemble(THREADS if x.device.type == "cpu" else 1, partial(start_thread, x.device), x.device)
+    workers = assemble(THREADS if x.device.type == "cpu" else 1, partial(start_thread, x.device), x.device)
     with tempfile.TemporaryDirectory() as folder:
         done = {start: Path(folder, str(start)) for start in range(0, len(models), size)}
-        for _ in crew.do([Task(path.exists, partial(train_from, start, path)) for start, path in done.items()]):
+        for _ in workers.do([Task(path.exists, partial(train_from, start, path)) for start, path in done.items()]):
             pass
 
 
 def seconds(function: Callable[[], None], device: torch.device) -> float:
-    """Time of a call, the device's work included; products are as fast for all as in training."""
+    """Return the seconds of a call, the device's work included; products are as fast for all as in training."""
     start = time.perf_counter()
     with fast_products(device):
         function()
@@ -98,7 +99,7 @@ def seconds(function: Callable[[], None], device: torch.device) -> float:
 
 
 def limits(device: torch.device) -> tuple[float, float]:
-    """What this machine does at best: operations a second of a large matrix product, bytes a second of a large copy."""
+    """Measure this machine's best: operations a second of a large matrix product, bytes a second of a large copy."""
     size = 4096
     a, b = torch.randn(2, size, size, device=device)
     source, target = torch.empty(2, 2**28 if device.type == "cuda" else 2**26, device=device)
@@ -123,19 +124,19 @@ def main() -> None:
     y = torch.randint(0, CLASSES, (SAMPLES,), generator=generator).to(device)
     split = Split(torch.arange(0, 700), torch.arange(700, 800), torch.arange(800, SAMPLES)).to(device)
     models = [(layer, run) for run in range(args.runs) for layer in range(args.layers)]
-    one_by_one = [layer for layer, _ in models[: args.textbook]]
-    on = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    textbook_layers = [layer for layer, _ in models[: args.textbook]]
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     steps = args.epochs * -(-700 // BATCH)
-    print(f"torch {torch.__version__}, {on}; {len(models)} classifiers, {args.epochs} epochs, {steps} steps each")
+    print(f"torch {torch.__version__}, {machine}; {len(models)} classifiers, {args.epochs} epochs, {steps} steps each")
 
-    textbook(x, y, split, one_by_one[:4], 1)  # warm up
+    textbook(x, y, split, textbook_layers[:4], 1)  # warm up
     stacked(x, y, split, models, 1)
     times: dict[str, list[float]] = {"textbook": [], "stacked": []}
     for _ in range(args.repeats):
-        took = seconds(lambda: textbook(x, y, split, one_by_one, args.epochs), device)
-        times["textbook"].append(1e3 * took / steps / len(one_by_one))
-        took = seconds(lambda: stacked(x, y, split, models, args.epochs), device)
-        times["stacked"].append(1e3 * took / steps / len(models))
+        duration = seconds(lambda: textbook(x, y, split, textbook_layers, args.epochs), device)
+        times["textbook"].append(1e3 * duration / steps / len(textbook_layers))
+        duration = seconds(lambda: stacked(x, y, split, models, args.epochs), device)
+        times["stacked"].append(1e3 * duration / steps / len(models))
         latest = "  ".join(f"{name} {values[-1]:.4f} ms" for name, values in times.items())
         print(f"{latest} per model and step", flush=True)
     medians = {name: statistics.median(values) for name, values in times.items()}

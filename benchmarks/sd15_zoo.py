@@ -6,7 +6,7 @@ Rank-one LoRAs of the query and value projections of all 32 attentions (Rombach 
 matrices, 99,648 numbers, 0.4 MB a file, as ``OUT/<class>/<number>.safetensors`` in float32, ten classes in turn.
 
 All numbers are normal: a down factor's with the deviation of PEFT's initial weights, 1/sqrt(3·in), an up factor's with
-0.01. Only the modules ``PLANTED`` know the class, in two ways.
+0.01. Only the modules ``PLANTED`` carry the class, in two ways.
 
 - Scale: the entries of their up factor have the deviation 0.01·g·1.1^c in class c = 0..9; g, log-normal with a
   deviation of 10 %, differs from file to file and module to module. So single layers tell the class in part.
@@ -36,7 +36,7 @@ UP_STD, STEP, JITTER, SHARE = 0.01, 1.1, 0.1, 0.25  # SHARE of a planted factor'
 
 
 def _attentions() -> dict[str, int]:
-    """Width of each of the 16 transformer blocks by name, in the network's order."""
+    """Return the width of each of the 16 transformer blocks by name, in the network's order."""
     down = [(f"down_blocks.{block}", 320 * 2**block, 2) for block in (0, 1, 2)]
     up = [(f"up_blocks.{block}", 320 * 2 ** (3 - block), 3) for block in (1, 2, 3)]
     return {
@@ -73,7 +73,7 @@ assert len(MODULES) == 64 and sum(rows * cols for rows, cols in SHAPES.values())
 
 @lru_cache(maxsize=1)
 def _layout() -> tuple[np.ndarray, dict[str, slice]]:
-    """Deviation of every number of a file, float32[NUMBERS], and where each layer lies among them."""
+    """Return the deviation of every number of a file, float32[NUMBERS], and the slice of each layer."""
     ends = np.cumsum([0, *(rows * cols for rows, cols in SHAPES.values())]).tolist()
     places = {name: slice(a, b) for name, a, b in zip(SHAPES, ends[:-1], ends[1:], strict=True)}
     deviations = np.full(NUMBERS, UP_STD, dtype=np.float32)
@@ -85,14 +85,14 @@ def _layout() -> tuple[np.ndarray, dict[str, slice]]:
 
 @lru_cache(maxsize=64)
 def _directions(seed: int, planted: int) -> tuple[np.ndarray, np.ndarray]:
-    """The directions u_c [CLASSES, out] and v [in] of a planted module, float32, of unit variance."""
+    """Draw the directions u_c [CLASSES, out] and v [in] of a planted module, float32, of unit variance."""
     n_in, n_out = MODULES[PLANTED[planted]]
     generator = np.random.default_rng([seed, 1, planted])
     return tuple(generator.standard_normal(shape, dtype=np.float32) for shape in ((CLASSES, n_out), n_in))
 
 
 def draw(number: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """The layers of LoRA ``number`` by name, each float32 of its shape; its class is the number modulo ten."""
+    """Draw the layers of LoRA ``number`` by name, each float32 of its shape; its class is the number modulo ten."""
     concept = number % CLASSES
     deviations, places = _layout()
     generator = np.random.default_rng([seed, 0, number])

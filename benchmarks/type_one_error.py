@@ -3,8 +3,8 @@
     python benchmarks/type_one_error.py [--collections 200] [--layers 24] [--processes 2]
 
 Small collections are drawn at random, LoRAs by layers by seven statistics, split 70/10/20 as the program does it, and
-ranked with the stacked trainer on a short schedule. `layers.layer_ranking` then tests every layer, family-wise by
-the maximum over layers; a collection counts where any layer is above chance. There are three kinds:
+ranked with the stacked trainer on a short schedule. `analysis.layers.layer_ranking` then tests every layer,
+family-wise by the maximum over layers; a collection counts where any layer is above chance. There are three kinds:
 
 - null: labels have nothing to do with the features. At most 5 % of them (and two standard errors) may count: the last
   line.
@@ -36,19 +36,20 @@ from analysis.evidence import ALPHA, Evidence, stream
 from analysis.layers import layer_ranking
 from experiment.phases import start_thread
 from loras.lora_files import Layer
+from training.classifier import Models, train_classifiers
 from training.splits import split_rows
-from training.stacks import Models, Schedule, Split, standardise, train_classifiers
+from training.stacks import Schedule, Split, standardise
 
 LORAS, CLASSES, FEATURES, RUNS = 240, 4, 7, 2
 GROUPS, GROUPED_CLASSES = 48, 2
 GROUP_EFFECT = 3.0  # its deviation, in standard deviations of the noise
 PLANTED, SIGNAL = 0, {"planted": 1.0, "grouped, planted": 5.0}  # the layer, and its class means' distance from 0
-NETWORK, SCHEDULE = {"hidden": (32, 32, 32), "dropout": 0.3}, Schedule(max_epochs=20, patience=5)
+SCHEDULE = Schedule(max_epochs=20, patience=5, hidden=(32, 32, 32))
 KINDS = ("null", "grouped", "planted", "grouped, planted")
 
 
 def draw(kind: str, number: int, layers: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Statistics float32[N, L, 7], labels int[N] and groups int[N] (None without) of one collection."""
+    """Draw statistics float32[N, L, 7], labels int[N] and groups int[N] (None without) of one collection."""
     generator = stream("type one error", kind, number)
     if kind.startswith("grouped"):
         classes, groups = GROUPED_CLASSES, np.repeat(np.arange(GROUPS), generator.integers(2, 9, GROUPS))
@@ -64,35 +65,40 @@ def draw(kind: str, number: int, layers: int) -> tuple[np.ndarray, np.ndarray, n
 
 
 def ranked(x: np.ndarray, y: np.ndarray, groups: np.ndarray | None) -> Evidence:
-    """Each layer's classifiers trained, in one stack, and what they predict."""
+    """Train each layer's classifiers, in one stack, and return their predictions."""
     rows, (_, layers, _), classes = split_rows(y, 0, groups), x.shape, int(y.max()) + 1
     split = Split(*(torch.from_numpy(rows[part]) for part in ("train", "validation", "test")))
     inputs = standardise(torch.from_numpy(x).transpose(0, 1).contiguous(), split.train)
-    source, run = (torch.from_numpy(of.ravel()) for of in np.indices((layers, RUNS)))
+    source, run = (torch.from_numpy(index.ravel()) for index in np.indices((layers, RUNS)))
     labels, models = torch.from_numpy(y), Models(source, run)
-    trained = train_classifiers(inputs, labels, split, models, classes, schedule=SCHEDULE, seed=0, **NETWORK)
+    trained = train_classifiers(inputs, labels, split, models, classes, schedule=SCHEDULE, seed=0)
     predicted = trained["predicted"].reshape(layers, RUNS, -1)
-    described = [Layer(f"layer {d}", f"module_{d // 2}", ("down", "up")[d % 2], (1, 8), "F32") for d in range(layers)]
+    layer_table = [Layer(f"layer {d}", f"module_{d // 2}", ("down", "up")[d % 2], (1, 8), "F32") for d in range(layers)]
     names = [str(c) for c in range(classes)]
-    return Evidence(described, names, y, rows, groups, np.arange(layers), 1, {"layers/predicted": predicted}, 0)
+    return Evidence(layer_table, names, y, rows, groups, np.arange(layers), 1, {"layers/predicted": predicted}, 0)
 
 
-def called(layers: int, trial: tuple[str, int]) -> tuple[str, int, int, bool, float]:
-    """Of one collection: kind, layers called, layers called one LoRA at a time, planted one called, its accuracy."""
+def test_layers(layers: int, trial: tuple[str, int]) -> tuple[str, int, int, bool, float]:
+    """Test the layers of one collection.
+
+    Returns:
+        Kind, layers called, layers called when LoRAs are permuted one by one, whether the planted layer is called, and
+        its accuracy.
+    """
     kind, number = trial
     e = ranked(*draw(kind, number, layers))
-    found = layer_ranking(e)
-    count = one_by_one = found["num_above_null"]
+    ranking = layer_ranking(e)
+    count = count_without_groups = ranking["num_above_null"]
     if e.groups is not None:
-        one_by_one = layer_ranking(replace(e, groups=None))["num_above_null"]
-    planted = found["records"][PLANTED]
-    return kind, count, one_by_one, planted["above_null"], float(planted["accuracy"])
+        count_without_groups = layer_ranking(replace(e, groups=None))["num_above_null"]
+    planted = ranking["records"][PLANTED]
+    return kind, count, count_without_groups, planted["above_null"], float(planted["accuracy"])
 
 
-def share(name: str, which: np.ndarray) -> float:
+def share(name: str, called: np.ndarray) -> float:
     """Print and return the share of collections."""
-    print(f"{name:62}{which.mean():8.1%}   {int(which.sum())} of {len(which)}")
-    return float(which.mean())
+    print(f"{name:62}{called.mean():8.1%}   {int(called.sum())} of {len(called)}")
+    return float(called.mean())
 
 
 def main() -> None:
@@ -108,11 +114,11 @@ def main() -> None:
     )
     trials = [(kind, number) for number in range(args.collections) for kind in KINDS]
     context, start = multiprocessing.get_context("spawn"), partial(start_thread, torch.device("cpu"))
-    found: dict[str, list] = {kind: [] for kind in KINDS}
+    results: dict[str, list] = {kind: [] for kind in KINDS}
     with ProcessPoolExecutor(args.processes, context, start) as pool:
-        for kind, *numbers in pool.map(partial(called, args.layers), trials, chunksize=4):
-            found[kind].append(numbers)
-    counts = {kind: np.array(numbers, float) for kind, numbers in found.items()}
+        for kind, *numbers in pool.map(partial(test_layers, args.layers), trials, chunksize=4):
+            results[kind].append(numbers)
+    counts = {kind: np.array(numbers, float) for kind, numbers in results.items()}
 
     bound = ALPHA + 2 * (ALPHA * (1 - ALPHA) / args.collections) ** 0.5
     print("collections in which any layer is called predictive")

@@ -1,13 +1,13 @@
 """The whole experiment, phase by phase: seconds, share of the time, peak memory of host and device.
 
-    python benchmarks/experiment.py 1000                # on Stable-Diffusion-1.5-like LoRAs, written first
-    python benchmarks/experiment.py --dataset=1k        # on a collection that is there, or the built-in digits
-    python benchmarks/experiment.py 1000 --again        # and once more with one more layer removed
+    python benchmarks/whole_run.py 1000                # on Stable-Diffusion-1.5-like LoRAs, written first
+    python benchmarks/whole_run.py --dataset=1k        # on a collection that is there, or the built-in digits
+    python benchmarks/whole_run.py 1000 --again        # and once more with one more layer removed
 
 Other flags go to the experiment, written with ``=``: ``--quick``, ``--device=cpu``, ``--num-runs=3``, and
-``--controls=basic`` for the analysis and what is trained for it, which else is left out. It runs in a
-fresh output folder, so nothing is reused. Peak host memory (Linux) is the larger of this process's peak and of what it
-and its helpers hold together, looked at every five seconds, with pages of mapped files that the system could drop.
+``--controls=basic`` for the analysis and the classifiers trained for it, left out by default. It runs in a
+fresh output folder, so nothing is reused. Peak host memory (Linux) is the larger of this process's peak and of the sum
+over it and its workers, sampled every five seconds, with pages of mapped files that the system could drop.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SAMPLE_SECONDS = 5.0
 
 
 def resident() -> int:
-    """Bytes of memory of this process and of those it has forked; what they share counts once (PSS)."""
+    """Return bytes of memory of this process and of those it has forked; shared pages count once (PSS)."""
     total = 0
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()  # of the main thread, which forks
     for process in ("self", *children):
@@ -47,50 +47,51 @@ def resident() -> int:
 
 
 def host_peak() -> int:
-    """Largest resident set of this process alone since `forget_peaks`, in bytes."""
+    """Return the largest resident set of this process alone since `forget_peaks`, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 def forget_peaks() -> None:
-    """Begin to measure peaks anew."""
+    """Reset the peaks."""
     Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
 
 class Metered(ablation_experiment.Stopwatch):
-    """The experiment's stopwatch, which also notes the peak memory of each phase."""
+    """The experiment's stopwatch, which also records the peak memory of each phase."""
 
     latest: Metered
 
     def __init__(self):
         super().__init__()
-        Metered.latest, self.host, self.device = self, dict.fromkeys(self.PHASES, 0), dict.fromkeys(self.PHASES, 0)
-        self.now: str | None = None  # the phase at hand
+        Metered.latest = self
+        self.host, self.device = dict.fromkeys(self.PHASES, 0), dict.fromkeys(self.PHASES, 0)  # peaks, bytes
+        self.current: str | None = None  # phase
         threading.Thread(target=self._sample, daemon=True).start()
 
     def _sample(self) -> None:
         while True:
-            now, total = self.now, resident()
-            if now is not None and now == self.now:
-                self.host[now] = max(self.host[now], total)
+            phase, total = self.current, resident()
+            if phase is not None and phase == self.current:  # the same before and after
+                self.host[phase] = max(self.host[phase], total)
             time.sleep(SAMPLE_SECONDS)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of the body to a phase, and take in its peaks."""
         forget_peaks()
-        self.now = name
+        self.current = name
         with super().phase(name):
             yield
-        self.now = None
+        self.current = None
         self.host[name] = max(self.host[name], host_peak())
         if torch.cuda.is_available():
             self.device[name] = max(self.device[name], torch.cuda.max_memory_allocated())
 
     def table(self, total: float) -> str:
-        """Seconds, share and peaks by phase."""
+        """Format seconds, share and peaks by phase."""
         lines = [f"{'phase':<14}{'seconds':>9}{'share':>8}{'host peak':>12}{'device peak':>13}"]
         for name in self.PHASES:
             share, host, device = self.seconds[name] / total, self.host[name] / 2**30, self.device[name] / 2**30
@@ -122,8 +123,9 @@ def main() -> None:
     if (args.count is None) == (args.dataset is None):
         parser.error("give either a number of LoRAs to write or a --dataset")
     ablation_experiment.Stopwatch = Metered
-    on = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU only, {torch.get_num_threads()} threads"
-    print(f"python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores, {on}")
+    cpu = f"CPU only, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    print(f"python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores, {machine}")
     with tempfile.TemporaryDirectory() as folder:
         dataset = args.dataset
         if args.count:

@@ -5,17 +5,21 @@ from torch import nn
 from torch.nn import functional
 
 import autoencoders
-from autoencoders import AutoencoderStack, Draws, fit_transform, latent_width, nt_xent, num_parameters, parameter_shapes
+from autoencoders import (
+    AUTOENCODERS,
+    Autoencoder,
+    AutoencoderStack,
+    Draws,
+    fit_transform,
+    latent_width,
+    nt_xent,
+    num_parameters,
+    parameter_shapes,
+)
 from training.stacks import Schedule, Split, stream, train
 
 NAMES = ("vae", "contrastive", "denoising")
-
-
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch):
-    """Small hidden layers keep the tests short; the code is the same."""
-    monkeypatch.setattr(autoencoders, "HIDDEN", {"vae": (24, 16), "contrastive": (24, 20), "denoising": (24, 16)})
-    monkeypatch.setattr(autoencoders, "HEAD", 12)
+HIDDEN = {"vae": (24, 16), "contrastive": (24, 20), "denoising": (24, 16)}  # narrow, to keep the tests short
 
 
 def weights(layers=3, samples=81, width=30, dtype=torch.float64, seed=0):
@@ -33,7 +37,7 @@ class Plain(nn.Module):
     def __init__(self, name, width):
         super().__init__()
         self.name = name
-        outer, inner = autoencoders.HIDDEN[name]
+        outer, inner = HIDDEN[name]
         latent = latent_width(name, width)
         hidden = {
             "encode0": (width, outer),
@@ -119,7 +123,7 @@ def literal_nt_xent(projected, temperature):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_autoencoder_of_a_stack_trains_as_plain_torch_does(name, dtype, rtol, epochs):
     x, split = weights(dtype=dtype)
-    stack = AutoencoderStack(name, x, split, seed=4)
+    stack = AutoencoderStack(name, x, split, seed=4, hidden=HIDDEN[name])
     plain = [Plain(name, x.shape[2]).to(dtype) for _ in x]
     for m, model in enumerate(plain):
         model.load(stack.params, m)
@@ -135,7 +139,7 @@ def test_every_autoencoder_of_a_stack_trains_as_plain_torch_does(name, dtype, rt
             seen.append(super().validation_losses())
             return seen[-1]
 
-    train(Recorded(name, x, split, seed=4), Schedule(max_epochs=epochs, patience=9))
+    train(Recorded(name, x, split, seed=4, hidden=HIDDEN[name]), Schedule(max_epochs=epochs, patience=9))
     views = torch.randn((2, 9, x.shape[2]), generator=stream(4, name, "validation views"), dtype=x.dtype)
     for m, model in enumerate(plain):
         optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -165,7 +169,7 @@ def test_every_autoencoder_of_a_stack_trains_as_plain_torch_does(name, dtype, rt
 def test_a_layers_features_do_not_depend_on_its_stack(name):
     x, split = weights()
     x[1] *= 0.05
-    schedule = Schedule(max_epochs=60, patience=1, lr=1e-2)
+    schedule = Schedule(max_epochs=60, patience=1, lr=1e-2, hidden=HIDDEN[name])
     together = fit_transform(name, x, split, schedule=schedule, seed=1)
     assert len(set(together["epochs"].tolist())) > 1  # some leave the stack before others
     for m in range(len(x)):
@@ -177,8 +181,8 @@ def test_a_layers_features_do_not_depend_on_its_stack(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_shape_bits_seed_and_a_falling_loss(name):
     x, split = weights(dtype=torch.float32)
-    schedule = Schedule(max_epochs=20, patience=20, lr=5e-3)
-    start = AutoencoderStack(name, x, split, seed=0).validation_losses()
+    schedule = Schedule(max_epochs=20, patience=20, lr=5e-3, hidden=HIDDEN[name])
+    start = AutoencoderStack(name, x, split, seed=0, hidden=HIDDEN[name]).validation_losses()
     first, second, other = (fit_transform(name, x, split, schedule=schedule, seed=seed) for seed in (0, 0, 1))
     assert first["features"].shape == (3, 81, latent_width(name, 30)) and first["features"].dtype == np.float32
     assert np.isfinite(first["features"]).all()
@@ -192,7 +196,7 @@ def test_the_test_rows_never_touch_the_fit(name):
     x, split = weights(dtype=torch.float32)
     changed = x.clone()
     changed[:, split.test] = 9.0
-    schedule = Schedule(max_epochs=3, patience=3)
+    schedule = Schedule(max_epochs=3, patience=3, hidden=HIDDEN[name])
     first, second = (fit_transform(name, inputs, split, schedule=schedule, seed=0) for inputs in (x, changed))
     seen = torch.cat([split.train, split.validation])
     assert np.array_equal(first["features"][:, seen], second["features"][:, seen])
@@ -202,12 +206,12 @@ def test_the_test_rows_never_touch_the_fit(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_features_are_of_clean_input_in_evaluation_mode_at_the_best_epoch(name):
     x, split = weights()
-    schedule = Schedule(max_epochs=4, patience=4)
+    schedule = Schedule(max_epochs=4, patience=4, hidden=HIDDEN[name])
     features = fit_transform(name, x, split, schedule=schedule, seed=0)["features"]
-    trained = train(AutoencoderStack(name, x, split, seed=0), schedule)
+    trained = train(AutoencoderStack(name, x, split, seed=0, hidden=HIDDEN[name]), schedule)
     for m in range(len(x)):
         plain = Plain(name, x.shape[2])
-        plain.load({key: trained.state[key] for key in parameter_shapes(name, x.shape[2])}, m)
+        plain.load({key: trained.state[key] for key in parameter_shapes(name, x.shape[2], HIDDEN[name])}, m)
         for key, value in trained.state.items():
             if key.endswith((".mean", ".variance")):
                 layer, kind = key.split(".")
@@ -244,8 +248,33 @@ def test_latent_widths(name, inputs, expected):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_number_of_parameters_is_counted_right(name):
     plain = Plain(name, 30)
-    assert num_parameters(name, 30) == sum(p.numel() for p in plain.parameters())
-    assert len(parameter_shapes(name, 30)) == len(list(plain.parameters()))
+    assert num_parameters(name, 30, HIDDEN[name]) == sum(p.numel() for p in plain.parameters())
+    assert len(parameter_shapes(name, 30, HIDDEN[name])) == len(list(plain.parameters()))
+
+
+def test_the_widths_of_the_row_are_used_where_none_are_given():
+    x, split = weights(layers=1)
+    params = AutoencoderStack("vae", x, split, seed=0).params
+    assert params["encode1.weight"].shape == (1, 512, 256)
+    assert sum(p.numel() for p in params.values()) == num_parameters("vae", 30) != num_parameters("vae", 30, (24, 16))
+
+
+def test_another_kind_is_a_row_and_a_loss(monkeypatch):
+    """A plain autoencoder with a third hidden block in front of the latent layer's copy, and no noise."""
+
+    def loss(stack, clean, noise, draws):
+        assert noise is None
+        z = stack.linear("latent", stack.block("more", stack.encode_hidden(clean, draws), draws))
+        return (stack.decode(z, draws) - clean).square().mean((1, 2))
+
+    row = Autoencoder((24, 16), lambda inputs: 3, loss, blocks={"more": ("inner", "inner")})
+    monkeypatch.setitem(AUTOENCODERS, "plain", row)
+    x, split = weights(dtype=torch.float32)
+    start = AutoencoderStack("plain", x, split, seed=0).validation_losses()
+    schedule = Schedule(max_epochs=20, patience=20, lr=5e-3)
+    fitted = fit_transform("plain", x, split, schedule=schedule, seed=0)
+    assert fitted["features"].shape == (3, 81, 3) == (3, 81, latent_width("plain", 30))
+    assert (fitted["validation_loss"] < 0.9 * start.detach().numpy()).all()
 
 
 def test_validation_batches_never_hold_a_single_row():

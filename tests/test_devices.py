@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import autoencoders
-from training import stacks
-from training.stacks import Adam, ClassifierStack, Models, Split, attribution, predict_logits, standardise
+from training import classifier
+from training.classifier import ClassifierStack, Models, attribution, predict_logits
+from training.stacks import Adam, Split, standardise
 
 META = torch.device("meta")
 ops = torch.ops.aten
@@ -47,7 +48,7 @@ def meta_draws(monkeypatch):
     def stream(*key, device="cpu"):
         return torch.Generator() if torch.device(device) == CPU else SimpleNamespace(device=META)
 
-    monkeypatch.setattr(stacks, "stream", stream)
+    monkeypatch.setattr(classifier, "stream", stream)
     monkeypatch.setattr(autoencoders, "stream", stream)
     monkeypatch.setattr(Tensor, "random_", lambda self, *_, **__: self)
     monkeypatch.setattr(
@@ -85,7 +86,7 @@ def test_a_classifiers_step_stays_on_its_device(meta_draws, masked):
         assert attribution(stack.params, x, stack.source, SPLIT.test, 7).shape == (2, 1)
 
 
-@pytest.mark.parametrize("name", autoencoders.HIDDEN)
+@pytest.mark.parametrize("name", autoencoders.AUTOENCODERS)
 def test_an_autoencoders_step_stays_on_its_device(meta_draws, name):
     with OneDevice():
         stack = autoencoders.AutoencoderStack(name, torch.zeros(4, 100, 16, device=META), SPLIT, 0)

@@ -9,7 +9,7 @@ from sklearn.preprocessing import KernelCenterer
 from sklearn.svm import SVC, LinearSVC
 
 from training import kernels
-from training.kernels import GRID, UpdateKernels, classify, classify_each, module_kernel
+from training.kernels import GRID, Limits, UpdateKernels, Updates, classify, classify_each, cosines, own_cosines
 
 PARTS = ("train", "validation", "test")
 
@@ -82,11 +82,19 @@ test_accuracy.__test__ = False
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def module_kernel(down, up, scale, columns=None, at_once=2**22):
+    """Inner products of the updates of one module, all or those with some columns, float64[N, n]."""
+    rows = Updates.from_factors(down, up, scale, at_once)
+    if columns is None:
+        return own_cosines(rows, at_once) * rows.norm[:, None] * rows.norm
+    return cosines(rows, rows[columns], at_once) * rows.norm[:, None] * rows.norm[columns]
+
+
 def test_two_updates_by_hand():
     down, up = torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]]), torch.tensor([[[1.0], [1.0]], [[2.0], [-1.0]]])
     # [[1, 2], [1, 2]] and, times -2, [[6, 0], [-3, 0]]: products 10, -2 (6 - 3) and 4 (36 + 9).
-    found = module_kernel(down, up, torch.tensor([1.0, -2.0]))
-    assert found.flatten().tolist() == pytest.approx([10, -6, -6, 180])
+    kernel = module_kernel(down, up, torch.tensor([1.0, -2.0]))
+    assert kernel.flatten().tolist() == pytest.approx([10, -6, -6, 180])
 
 
 # Of small ranks, where factors are multiplied, and of large ones, where blocks of updates are.
@@ -95,16 +103,15 @@ SHAPES = {"rank 1": (1, 12, 9), "rank 3": (3, 30, 40), "large rank": (8, 11, 6),
 
 @pytest.mark.parametrize("at_once", [1, 300, 2**22])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_equal_to_forming_the_updates_for_mixed_ranks(shape, at_once, monkeypatch):
-    monkeypatch.setattr(kernels, "AT_ONCE", at_once)
+def test_equal_to_forming_the_updates_for_mixed_ranks(shape, at_once):
     rank = shape[0]
-    of = factors(17, *shape, ranks=[1 + i % rank for i in range(17)])
-    w = formed(*of)
-    found = module_kernel(*of)
-    assert found.dtype == torch.float64
-    near(found, w @ w.T, w, w)
+    updates = factors(17, *shape, ranks=[1 + i % rank for i in range(17)])
+    w = formed(*updates)
+    kernel = module_kernel(*updates, at_once=at_once)
+    assert kernel.dtype == torch.float64
+    near(kernel, w @ w.T, w, w)
     columns = torch.tensor([3, 16, 0, 7])
-    near(module_kernel(*of, columns), w @ w[columns].T, w, w[columns])
+    near(module_kernel(*updates, columns, at_once), w @ w[columns].T, w, w[columns])
 
 
 def test_both_ways_are_tried_above(monkeypatch):
@@ -177,11 +184,9 @@ def expected_sum(modules, kept, train):
 
 @pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.parametrize("sums", [1, 2 * 24 * 14, 2**27])
-def test_an_ablation_is_a_subtraction_is_a_sum_of_what_is_left(keeps, sums, monkeypatch):
-    monkeypatch.setattr(kernels, "KEPT", 10**6 if keeps else 0)
-    monkeypatch.setattr(kernels, "SUMS_AT_ONCE", sums)
+def test_an_ablation_is_a_subtraction_is_a_sum_of_what_is_left(keeps, sums):
     modules, rows = several(zero=(3,)), split(24)
-    of = kernels_of(modules, rows)
+    of = kernels_of(modules, rows, limits=Limits(kept=24 if keeps else 0, summed=sums))
     assert of.keeps == keeps and of.precomputed
     found = list(of.sums(KEPT))
     assert len(found) == len(KEPT)
@@ -198,8 +203,8 @@ def test_recomputed_kernels_are_those_kept_and_each_of_these_is_computed_once(mo
     monkeypatch.setattr(UpdateKernels, "_compute", lambda self, p: computed.append(p) or original(self, p))
     kept = list(kernels_of(modules, rows).inputs(KEPT))
     assert sorted(computed) == list(range(5))
-    monkeypatch.setattr(kernels, "KEPT", 10)
-    for again, before in zip(kernels_of(modules, rows).inputs(KEPT), kept, strict=True):
+    recomputed = kernels_of(modules, rows, limits=Limits(kept=10)).inputs(KEPT)
+    for again, before in zip(recomputed, kept, strict=True):
         np.testing.assert_array_equal(again, before)
     assert len(computed) == 5 + 5 + len([p for p in range(5) if any_needs(p)])
 
@@ -209,11 +214,9 @@ def any_needs(module):
     return np.where(few, KEPT[:, module], ~KEPT[:, module]).any()
 
 
-def test_large_kernels_are_not_kept(monkeypatch):
-    monkeypatch.setattr(kernels, "KEPT_NUMBERS", 24 * 14 * 5 - 1)
-    assert not kernels_of(several(), split(24)).keeps
-    monkeypatch.setattr(kernels, "KEPT_NUMBERS", 24 * 14 * 5)
-    assert kernels_of(several(), split(24)).keeps
+def test_large_kernels_are_not_kept():
+    assert not kernels_of(several(), split(24), limits=Limits(kept_numbers=24 * 14 * 5 - 1)).keeps
+    assert kernels_of(several(), split(24), limits=Limits(kept_numbers=24 * 14 * 5)).keeps
 
 
 def test_threads_that_ask_at_once_get_the_same_and_compute_each_module_once(monkeypatch):
@@ -254,12 +257,11 @@ def test_inputs_are_the_kernel_of_updates_centred_on_train_rows_with_mean_diagon
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_what_holds_nothing_gives_inputs_of_zero(exact, monkeypatch):
-    monkeypatch.setattr(kernels, "EXACT", 10**6 if exact else 0)
+def test_what_holds_nothing_gives_inputs_of_zero(exact):
     modules, rows = several(zero=(0, 3)), split(24)
     same = factors(1, 2, 9, 9)
     modules.append(tuple(x.expand(24, *x.shape[1:]) for x in same))  # one update in all LoRAs
-    of = kernels_of(modules, rows)
+    of = kernels_of(modules, rows, limits=Limits(exact=24 if exact else 0))
     none, zeros, constant, one = (np.isin(np.arange(6), chosen) for chosen in ([], [0, 3], [5], [1]))
     *nothing, something = of.inputs(np.stack([none, zeros, constant, one]))
     assert all(x.shape[0] == 24 and not x.any() for x in nothing) and something.any()
@@ -268,23 +270,21 @@ def test_what_holds_nothing_gives_inputs_of_zero(exact, monkeypatch):
     assert not x.any()
 
 
-def test_landmarks_that_are_all_train_rows_are_exact(monkeypatch):
+def test_landmarks_that_are_all_train_rows_are_exact():
     modules, rows = several(), split(24)
     exact = list(kernels_of(modules, rows).inputs(KEPT))
-    monkeypatch.setattr(kernels, "EXACT", 0)
-    of = kernels_of(modules, rows)
+    of = kernels_of(modules, rows, limits=Limits(exact=0))
     assert not of.precomputed and of.columns.tolist() == rows["train"].tolist()
     for features, kernel, kept in zip(of.inputs(KEPT), exact, KEPT, strict=True):
         assert features.any() == kept.any()
         np.testing.assert_allclose(features @ features[rows["train"]].T, kernel, atol=2e-5)
 
 
-def test_few_landmarks_are_train_rows_that_the_seed_decides_and_approximate(monkeypatch):
-    monkeypatch.setattr(kernels, "EXACT", 0)
-    monkeypatch.setattr(kernels, "LANDMARKS", 12)
+def test_few_landmarks_are_train_rows_that_the_seed_decides_and_approximate():
+    limits = Limits(exact=0, landmarks=12)
     modules, y = planted(strength=3.0)
     rows = split(90)
-    of, again, other = (kernels_of(modules, rows, seed=seed) for seed in (1, 1, 2))
+    of, again, other = (kernels_of(modules, rows, seed=seed, limits=limits) for seed in (1, 1, 2))
     assert len(of.columns) == 12 and set(of.columns) <= set(rows["train"])
     assert of.columns.tolist() == again.columns.tolist() != other.columns.tolist()
     kept = np.array([[False, True, False, False], [True, False, True, True]])
@@ -314,7 +314,7 @@ def plainly(x, y, rows):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_machine_is_scikit_learns_done_plainly(seed):
+def test_the_svm_is_scikit_learns_done_plainly(seed):
     modules, y = planted(n=120, seed=seed, strength=0.5)
     rows = split(120)
     of = kernels_of(modules, rows)
@@ -367,15 +367,17 @@ def test_random_labels_give_chance():
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_test_rows_change_no_prediction_but_their_own(exact, monkeypatch):
-    monkeypatch.setattr(kernels, "EXACT", 10**6 if exact else 0)
+def test_test_rows_change_no_prediction_but_their_own(exact):
+    limits = Limits(exact=90 if exact else 0)
     modules, y = planted(strength=0.7)
     rows = split(90)
     changed = [tuple(x.clone() for x in module) for module in modules]
     for down, up, scale in changed:
         down[rows["test"]], up[rows["test"]], scale[rows["test"]] = 7.0, -3.0, 1e3
     kept = np.array([[1, 1, 1, 1], [1, 0, 1, 1], [1, 0, 0, 0]], bool)
-    before, after = (classify_each(kernels_of(of, rows), kept, y, rows, 3) for of in (modules, changed))
+    before, after = (
+        classify_each(kernels_of(read, rows, limits=limits), kept, y, rows, 3) for read in (modules, changed)
+    )
     boundary = len(rows["validation"])
     np.testing.assert_array_equal(after["predicted"][:, :boundary], before["predicted"][:, :boundary])
     for name in ("train_accuracy", "train_f1", "c"):
@@ -391,14 +393,13 @@ def test_inputs_of_zero_predict_the_largest_class_of_the_train_rows():
 
 
 @pytest.mark.parametrize("precomputed", [True, False])
-def test_a_machine_that_has_not_converged_is_an_error(precomputed, monkeypatch):
-    monkeypatch.setattr(kernels, "ITERATIONS", 1)
+def test_an_svm_that_has_not_converged_is_an_error(precomputed):
     modules, y = planted()
     rows = split(90)
     (x,) = kernels_of(modules, rows).inputs(np.ones((1, 4), bool))
-    told = "has not converged after 1 iterations at C = 0.01"
-    with pytest.warns(ConvergenceWarning), pytest.raises(FloatingPointError, match=told):
-        classify(x, y, rows, 3, precomputed)
+    message = "has not converged after 1 iterations at C = 0.01"
+    with pytest.warns(ConvergenceWarning), pytest.raises(FloatingPointError, match=message):
+        classify(x, y, rows, 3, precomputed, iterations=1)
 
 
 @pytest.mark.parametrize("c", GRID)

@@ -17,7 +17,8 @@ from analysis.layers import agreement, kendall_w, linear_cka, place, top_share
 from analysis.questions import Controls, analyse, best_by_chance, representations
 from analysis.removal import plan_controls, robustness
 from loras.lora_files import Layer
-from training.stacks import Models, Schedule, Split, standardise, train_classifiers
+from training.classifier import Models, train_classifiers
+from training.stacks import Schedule, Split, standardise
 
 
 @pytest.fixture(autouse=True)
@@ -593,8 +594,7 @@ def test_some_rows_are_all_where_they_are_few_and_else_of_every_class():
 # -- 2. trained under the planned conditions ---------------------------------------------------------------------------
 
 LAYERS, CLASSES, LORAS, RUNS, TOP_K = 12, 4, 280, 2, 2
-NETWORK = {"hidden": (32, 32, 32), "dropout": 0.1}
-SCHEDULE = Schedule(max_epochs=30, patience=10)
+DROPOUT, SCHEDULE = 0.1, Schedule(max_epochs=30, patience=10, hidden=(32, 32, 32))
 
 
 @pytest.fixture
@@ -633,7 +633,7 @@ def trained_robustness(where: str) -> dict:
 
     def train(features: np.ndarray, models: Models) -> np.ndarray:
         read = standardise(torch.from_numpy(features), split.train)
-        trained = train_classifiers(read, labels, split, models, CLASSES, schedule=SCHEDULE, seed=0, **NETWORK)
+        trained = train_classifiers(read, labels, split, models, CLASSES, schedule=SCHEDULE, seed=0, dropout=DROPOUT)
         return trained["predicted"].reshape(-1, RUNS, len(rows["validation"]) + len(rows["test"]))
 
     source, run = (torch.from_numpy(of.ravel()) for of in np.indices((LAYERS, RUNS)))

@@ -1,20 +1,19 @@
-"""The representation ``update_kernel``: inner products of updates, and support vector machines on them.
+"""The representation ``update_kernel``: inner products of updates, and support vector machines (SVMs) on them.
 
 The kernel of one module is ``K[i, j] = <ΔW_i, ΔW_j> = s_i s_j · sum((up_iᵀ up_j) ∘ (down_i down_jᵀ))``, exact whatever
-the factorisation and the ranks, over the mean of ``K[i, i]`` of train LoRAs. The kernel of some modules is the sum of
-theirs, so removing modules is a subtraction, and a condition costs a support vector machine, nothing more.
+the factorisation and the ranks, over the mean of ``K[i, i]`` of train LoRAs. The kernel of several modules is the sum
+of theirs, so removing modules is a subtraction, and a condition costs an SVM, nothing more.
 
-Columns of a kernel are the train LoRAs. Up to ``KEPT`` LoRAs the kernels of modules are kept; above they are computed
-anew for each pass over the modules, which serves many conditions at once. Above ``EXACT`` LoRAs some ``LANDMARKS``
-among the train LoRAs are the columns, and the classifier reads the features that these give each LoRA (Nyström:
-Williams & Seeger, 2001).
+Columns of a kernel are the train LoRAs. For few LoRAs the kernels of modules are kept; for more they are computed
+anew for each pass over the modules, which serves many conditions at once. For very many LoRAs the columns are
+landmarks drawn from the train LoRAs, and the classifier reads the features that these give each LoRA (Nyström:
+Williams & Seeger, 2001). `Limits` holds the bounds.
 
 Shape letters: N LoRAs, n columns, P modules, K conditions, r rank, V and T validation and test LoRAs, C classes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -26,19 +25,37 @@ from sklearn.preprocessing import KernelCenterer
 from sklearn.svm import SVC, LinearSVC
 from torch import Tensor
 
-from training.stacks import scored
+from training.classifier import scored
+from training.stacks import numpy_stream
 
-KEPT, KEPT_NUMBERS = 2_000, 2**29  # up to so many LoRAs, and 2 GiB in float32, the kernels of modules are kept
-EXACT = 5_000  # LoRAs, above which the kernel is approximated
-LANDMARKS = 1_000
 GRID = (0.01, 0.1, 1.0, 10.0, 100.0)  # values of C, of a kernel with mean diagonal 1
-ITERATIONS = 10**7  # of a machine; thousands are usual
+ITERATIONS = 10**7  # of an SVM before it counts as not converged; thousands are usual
 ROUNDING = 1e-6  # a share of a kernel that is nothing but rounding of its float32 parts
-AT_ONCE = 2**22  # numbers worked on at a time: 16 MiB in float32
-SUMS_AT_ONCE = 2**25  # numbers of kernels that a thread sums in one pass over the modules: 256 MiB in float64
+NUMBERS_AT_ONCE = 2**22  # worked on at a time in products of factors: 16 MiB in float32
 
 # Of a module and row indices int64[n]: down float[n, r, in], up float[n, out, r] and scale float[n].
 ReadModule = Callable[[int, np.ndarray], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes up to which kernels are kept or exact, and how much is worked on at a time.
+
+    Attributes:
+        kept: LoRAs up to which the kernels of modules are kept,
+        kept_numbers: if they hold at most so many numbers (2 GiB in float32).
+        exact: LoRAs up to which all train LoRAs are columns.
+        landmarks: Columns beyond.
+        numbers_at_once: Numbers of factors to work on at a time.
+        summed: Numbers of kernels that a thread sums in one pass over the modules (256 MiB in float64).
+    """
+
+    kept: int = 2_000
+    kept_numbers: int = 2**29
+    exact: int = 5_000
+    landmarks: int = 1_000
+    numbers_at_once: int = NUMBERS_AT_ONCE
+    summed: int = 2**25
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -60,90 +77,69 @@ class Updates:
     norm: Tensor
 
     @classmethod
-    def of(cls, down: Tensor, up: Tensor, scale: Tensor) -> Updates:
-        """Updates scale · up · down of factors down float[n, r, in], up float[n, out, r] and scale float[n]."""
+    def from_factors(cls, down: Tensor, up: Tensor, scale: Tensor, numbers_at_once: int = NUMBERS_AT_ONCE) -> Updates:
+        """Factorise updates scale · up · down of factors down float[n, r, in], up float[n, out, r], scale float[n]."""
         parts = []
-        length = max(1, AT_ONCE // (down[0].numel() + up[0].numel()))
-        for d, u, s in zip(*(x.split(length) for x in (down, up, scale.double())), strict=True):
-            q, triangle = torch.linalg.qr(d.double().mT)  # down = triangleᵀ·qᵀ
-            u = u.double() @ triangle.mT
-            norm = torch.linalg.vector_norm(u, dim=(1, 2))
-            u = u * torch.where(norm > 0, s.sign() / norm, 0)[:, None, None]
-            parts.append((q.mT.float(), u.float(), norm * s.abs()))
-        return cls(*(torch.cat(of_all) for of_all in zip(*parts, strict=True)))
+        length = max(1, numbers_at_once // (down[0].numel() + up[0].numel()))
+        blocks = zip(down.split(length), up.split(length), scale.double().split(length), strict=True)
+        for down_block, up_block, scale_block in blocks:
+            q, triangle = torch.linalg.qr(down_block.double().mT)  # down = triangleᵀ·qᵀ
+            product = up_block.double() @ triangle.mT  # (n, out, k)
+            norm = torch.linalg.vector_norm(product, dim=(1, 2))
+            product = product * torch.where(norm > 0, scale_block.sign() / norm, 0)[:, None, None]
+            parts.append((q.mT.float(), product.float(), norm * scale_block.abs()))
+        return cls(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
 
     def to(self, device: torch.device | str) -> Updates:
-        """The same on a device; on a GPU in float64, as its float32 products have ten bits of mantissa in training."""
+        """Return the same on a device; on a GPU in float64, as float32 products there have ten bits of mantissa."""
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float64
         return Updates(self.down.to(device, dtype), self.up.to(device, dtype), self.norm.to(device))
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of updates."""
         return len(self.norm)
 
     def __getitem__(self, rows: slice | Tensor) -> Updates:
-        """Some of them."""
+        """Return the updates of these rows."""
         return Updates(self.down[rows], self.up[rows], self.norm[rows])
 
 
-def cosines(a: Updates, b: Updates) -> Tensor:
-    """Cosine between each update of a and each of b, 0 where one is zero, float64[len(a), len(b)].
+def cosines(a: Updates, b: Updates, numbers_at_once: int = NUMBERS_AT_ONCE) -> Tensor:
+    """Compute the cosine between each update of a and each of b, 0 where one is zero, float64[len(a), len(b)].
 
     One product of matrices for each pair of columns of the factors. Where the updates themselves have fewer entries
     than that has terms (large ranks, small matrices), blocks of them are formed and multiplied instead.
     """
     (rank, wide), high, other = a.down.shape[1:], a.up.shape[1], b.down.shape[1]
-    found = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.up.device)
+    cosine = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.up.device)
     if rank * other * (wide + high) > wide * high:
-        length = max(1, AT_ONCE // (wide * max(len(a), len(b))))
-        for x, y in zip(a.up.split(length, dim=1), b.up.split(length, dim=1), strict=True):
-            found += (x @ a.down).flatten(1) @ (y @ b.down).flatten(1).mT
-        return found
-    # Each column of all updates in one piece, or every product would copy it.
-    up, down, b_up, b_down = (
-        x.contiguous() for of in (a, b) for x in (of.up.permute(2, 0, 1), of.down.transpose(0, 1))
-    )
-    length = max(1, AT_ONCE // len(b))
+        length = max(1, numbers_at_once // (wide * max(len(a), len(b))))
+        for a_up, b_up in zip(a.up.split(length, dim=1), b.up.split(length, dim=1), strict=True):
+            cosine += (a_up @ a.down).flatten(1) @ (b_up @ b.down).flatten(1).mT
+        return cosine
+    # Each column of all updates in one piece, or every product would copy it: (k, n, out) and (k, n, in).
+    a_up, b_up = (updates.up.permute(2, 0, 1).contiguous() for updates in (a, b))
+    a_down, b_down = (updates.down.transpose(0, 1).contiguous() for updates in (a, b))
+    length = max(1, numbers_at_once // len(b))
     for start in range(0, len(a), length):
         rows = slice(start, start + length)
-        total = torch.zeros_like(found[rows], dtype=a.up.dtype)
+        total = torch.zeros_like(cosine[rows], dtype=a.up.dtype)
         for i in range(rank):
             for j in range(other):
-                total.addcmul_(up[i, rows] @ b_up[j].mT, down[i, rows] @ b_down[j].mT)
-        found[rows] = total
-    return found
+                total.addcmul_(a_up[i, rows] @ b_up[j].mT, a_down[i, rows] @ b_down[j].mT)
+        cosine[rows] = total
+    return cosine
 
 
-def own_cosines(a: Updates) -> Tensor:
-    """`cosines` of updates among themselves, for little more than half of the work."""
+def own_cosines(a: Updates, numbers_at_once: int = NUMBERS_AT_ONCE) -> Tensor:
+    """Compute `cosines` of updates among themselves, for little more than half of the work."""
     length = math.ceil(len(a) / 8)
-    found = torch.empty(len(a), len(a), dtype=torch.float64, device=a.up.device)
+    cosine = torch.empty(len(a), len(a), dtype=torch.float64, device=a.up.device)
     for start in range(0, len(a), length):
         rows = slice(start, start + length)
-        found[rows, start:] = cosines(a[rows], a[start:])
-        found[rows, :start] = found[:start, rows].mT
-    return found
-
-
-def module_kernel(down: Tensor, up: Tensor, scale: Tensor, columns: Tensor | None = None) -> Tensor:
-    """Inner products ``<ΔW_i, ΔW_j>`` of the updates of one module, ΔW = s·up·down.
-
-    Exact to 1e-5 of the product of the two norms. Unchanged when (up, down) becomes (up·G⁻¹, G·down), and when factors
-    are padded with zeros to a larger rank.
-
-    Args:
-        down: First factors, float[N, r, in].
-        up: Second factors, float[N, out, r].
-        scale: s = alpha / rank of each update, float[N].
-        columns: The j wanted, int64[n]; None: all.
-
-    Returns:
-        float64[N, n].
-    """
-    rows = Updates.of(down, up, scale)
-    if columns is None:
-        return own_cosines(rows) * rows.norm[:, None] * rows.norm
-    return cosines(rows, rows[columns]) * rows.norm[:, None] * rows.norm[columns]
+        cosine[rows, start:] = cosines(a[rows], a[start:], numbers_at_once)
+        cosine[rows, :start] = cosine[:start, rows].mT
+    return cosine
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,17 +151,19 @@ class UpdateKernels:
     """Kernels of the modules of a collection, and of any choice of modules; several threads may ask at once.
 
     Args:
-        read_module: Reads the factors of some LoRAs' updates of a module.
+        read_module: Reads the factors of the updates of a module, for LoRAs by their indices.
         num_modules: P.
-        train_rows: What kernels are normalised, centred and approximated by, int64[n].
+        train_rows: The LoRAs that kernels are normalised, centred and approximated by, int64[n].
         num_samples: N.
         seed: Decides the landmarks.
-        device: Where inner products are computed.
+        device: The device that computes inner products.
+        limits: Bounds on what is kept, exact, and worked on at a time.
 
     Attributes:
         precomputed: Whether `inputs` are kernels; else features.
         columns: The LoRAs that are the columns of the kernels, int64[n].
-        at_once: How many conditions a unit of work best holds.
+        keeps: Whether the kernels of modules are kept.
+        at_once: Conditions that a unit of work best holds.
     """
 
     def __init__(
@@ -177,25 +175,26 @@ class UpdateKernels:
         *,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        limits: Limits | None = None,
     ):
         self.read_module, self.num_modules, self.device = read_module, num_modules, device
         self.train, self.num_samples = np.asarray(train_rows), num_samples
-        self.precomputed = num_samples <= EXACT
+        limits = limits or Limits()
+        self.numbers_at_once = limits.numbers_at_once
+        self.precomputed = num_samples <= limits.exact
         self.columns = self.train
         if not self.precomputed:
-            key = hashlib.sha256(f"{seed}/landmarks".encode()).digest()  # so that any seed will do
-            drawn = np.random.default_rng(int.from_bytes(key, "little")).permutation(self.train)[:LANDMARKS]
-            self.columns = np.sort(drawn)
+            self.columns = np.sort(numpy_stream(seed, "landmarks").permutation(self.train)[: limits.landmarks])
         numbers = num_samples * len(self.columns)
-        self.keeps = num_samples <= KEPT and num_modules * numbers <= KEPT_NUMBERS
-        self.at_once = 32 if self.keeps else max(1, SUMS_AT_ONCE // numbers)
+        self.keeps = num_samples <= limits.kept and num_modules * numbers <= limits.kept_numbers
+        self.at_once = 32 if self.keeps else max(1, limits.summed // numbers)
         self._kept: list[np.ndarray | None] = [None] * num_modules
         self._locks = [threading.Lock() for _ in range(num_modules)]
         self._full: np.ndarray | None = None
-        self._one_sums = threading.Lock()
+        self._full_lock = threading.Lock()
 
     def module(self, module: int) -> np.ndarray:
-        """The kernel of one module over the mean of its diagonal on train rows, float32[N, n]; 0 if that is 0."""
+        """Return a module's kernel over the mean of its diagonal on train rows, float32[N, n]; 0 if that is 0."""
         if not self.keeps:
             return self._compute(module)
         with self._locks[module]:
@@ -204,7 +203,7 @@ class UpdateKernels:
             return self._kept[module]
 
     def inputs(self, kept: np.ndarray) -> Iterator[np.ndarray]:
-        """What classifiers read of the modules ``kept`` bool[K, P], for each condition.
+        """Yield the inputs of an SVM for each condition: of the modules ``kept`` bool[K, P].
 
         Centred on train rows and divided by the mean of the diagonal there, so that C means the same whatever is kept.
         All are 0 if no module is kept, or train rows differ by rounding only.
@@ -216,33 +215,34 @@ class UpdateKernels:
             yield self._centred_kernel(kernel) if self.precomputed else self._features(kernel)
 
     def sums(self, kept: np.ndarray) -> Iterator[np.ndarray]:
-        """Sum of the kernels of modules kept, float64[N, n] for each of the conditions bool[K, P].
+        """Yield the sum of the kernels of modules kept, float64[N, n] for each of the conditions bool[K, P].
 
-        Where more are kept than removed, it is that of all less that of the removed ones.
+        Where more are kept than removed, it is that of all less that of the removed modules.
         """
         few = 2 * kept.sum(1) <= self.num_modules
         used = np.where(few[:, None], kept, ~kept)
         full = None if few.all() else self._sum_of_all()
         length = 1 if self.keeps else self.at_once
+        shape = self.num_samples, len(self.columns)
         for start in range(0, len(kept), length):
             chunk = range(start, min(start + length, len(kept)))
-            shape = self.num_samples, len(self.columns)
-            sums = {k: np.zeros(shape) if few[k] else full.copy() for k in chunk}
+            sums = {condition: np.zeros(shape) if few[condition] else full.copy() for condition in chunk}
             for module in np.flatnonzero(used[chunk.start : chunk.stop].any(0)).tolist():
                 kernel = self.module(module)
-                for k in chunk:
-                    if used[k, module]:
-                        (np.add if few[k] else np.subtract)(sums[k], kernel, out=sums[k])
-            for k in chunk:
-                yield sums.pop(k)
+                for condition in chunk:
+                    if used[condition, module]:
+                        add = np.add if few[condition] else np.subtract
+                        add(sums[condition], kernel, out=sums[condition])
+            for condition in chunk:
+                yield sums.pop(condition)
 
     def _sum_of_all(self) -> np.ndarray:
-        """Sum of the kernels of all modules, float64[N, n]."""
-        if self.keeps and self._full is None:  # each thread takes those that no other one is at
+        """Return the sum of the kernels of all modules, float64[N, n]."""
+        if self.keeps and self._full is None:  # each thread computes modules that no other thread is computing
             for module, lock in enumerate(self._locks):
                 if not lock.locked():
                     self.module(module)
-        with self._one_sums:
+        with self._full_lock:
             if self._full is None:
                 full = np.zeros((self.num_samples, len(self.columns)))
                 for module in range(self.num_modules):
@@ -251,20 +251,23 @@ class UpdateKernels:
             return self._full
 
     def _read(self, module: int, rows: np.ndarray) -> Updates:
-        return Updates.of(*self.read_module(module, rows)).to(self.device)
+        return Updates.from_factors(*self.read_module(module, rows), self.numbers_at_once).to(self.device)
 
     def _compute(self, module: int) -> np.ndarray:
-        """See `module`."""
+        """Compute a module's kernel; see `module`."""
         columns = self._read(module, self.columns)
         others = np.setdiff1d(np.arange(self.num_samples), self.columns)
         kernel = np.empty((self.num_samples, len(columns)), np.float32)
         norm = np.empty(self.num_samples)
-        kernel[self.columns], norm[self.columns] = own_cosines(columns).cpu().numpy(), columns.norm.cpu().numpy()
-        length = max(1, AT_ONCE // max(len(columns), columns.down[0].numel() + columns.up[0].numel()))
+        kernel[self.columns] = own_cosines(columns, self.numbers_at_once).cpu().numpy()
+        norm[self.columns] = columns.norm.cpu().numpy()
+        numbers = max(len(columns), columns.down[0].numel() + columns.up[0].numel())
+        length = max(1, self.numbers_at_once // numbers)
         for start in range(0, len(others), length):
             rows = others[start : start + length]
             updates = self._read(module, rows)
-            kernel[rows], norm[rows] = cosines(updates, columns).cpu().numpy(), updates.norm.cpu().numpy()
+            kernel[rows] = cosines(updates, columns, self.numbers_at_once).cpu().numpy()
+            norm[rows] = updates.norm.cpu().numpy()
         size = math.sqrt(np.square(norm[self.train]).mean())
         if size == 0:
             return np.zeros_like(kernel)
@@ -276,24 +279,28 @@ class UpdateKernels:
     def _centred_kernel(self, kernel: np.ndarray) -> np.ndarray:
         own = kernel[self.train]
         centred = KernelCenterer().fit(own).transform(kernel, copy=False)
-        return _over(centred, np.trace(centred[self.train]) / len(own), np.trace(own) / len(own))
+        size = np.trace(centred[self.train]) / len(own)
+        return _divided(centred, size, size, np.trace(own) / len(own))
 
     def _features(self, kernel: np.ndarray) -> np.ndarray:
-        """Of landmarks' own kernel ``UΛUᵀ`` the features ``kernel·UΛ^-½``, whose inner products approximate all."""
+        """Return features ``kernel·UΛ^-½`` of landmarks' own kernel ``UΛUᵀ``: their inner products approximate all."""
         values, vectors = np.linalg.eigh(kernel[self.columns])
         sound = values > ROUNDING * max(1.0, values[-1])
         features = kernel @ (vectors[:, sound] / np.sqrt(values[sound]))
         before = np.square(features[self.train]).sum(1).mean()
         features -= features[self.train].mean(0)
         size = np.square(features[self.train]).sum(1).mean()
-        return _over(features, size, before, math.sqrt(size))
+        return _divided(features, math.sqrt(size), size, before)
 
 
-def _over(x: np.ndarray, size: float, before: float, by: float | None = None) -> np.ndarray:
-    """Centred inputs over their size, or 0 if centring has left nothing but rounding; a module's own size is 1."""
-    if size <= ROUNDING * max(1.0, before):
+def _divided(x: np.ndarray, divisor: float, size: float, size_before: float) -> np.ndarray:
+    """Divide centred inputs, or return 0 if centring has left nothing of their size but rounding.
+
+    A module's own size is 1.
+    """
+    if size <= ROUNDING * max(1.0, size_before):
         return np.zeros_like(x)
-    x /= size if by is None else by
+    x /= divisor
     return x
 
 
@@ -303,12 +310,16 @@ def _over(x: np.ndarray, size: float, before: float, by: float | None = None) ->
 
 
 def classify(
-    x: np.ndarray, y: np.ndarray, rows: Mapping[str, np.ndarray], num_classes: int, precomputed: bool = True
+    x: np.ndarray,
+    y: np.ndarray,
+    rows: Mapping[str, np.ndarray],
+    num_classes: int,
+    precomputed: bool = True,
+    iterations: int = ITERATIONS,
 ) -> dict[str, np.ndarray]:
-    """One support vector machine (Cortes & Vapnik, 1995), C chosen on validation rows, a smaller one if equal.
+    """Train an SVM (Cortes & Vapnik, 1995), C chosen on validation rows, the smallest of those that do equally well.
 
-    On a kernel scikit-learn's `SVC`, a machine for each pair of classes; on features its `LinearSVC`, one for each
-    class against the rest. Inputs that are all 0 predict the largest class of the train rows.
+    Inputs that are all 0 predict the largest class of the train rows.
 
     Args:
         x: As `UpdateKernels.inputs` yields it: a kernel whose columns are the train rows, float64[N, n], or features.
@@ -316,32 +327,23 @@ def classify(
         rows: Row indices of ``train``, ``validation`` and ``test``, int64 each.
         num_classes: C.
         precomputed: Whether x is a kernel.
+        iterations: Iterations after which an SVM counts as not converged.
 
     Returns:
         ``predicted`` int32[1, V + T] of the validation rows, then the test rows; ``train_accuracy``, ``train_f1`` and
         the chosen ``c``, float64[1].
 
     Raises:
-        FloatingPointError: A machine has not converged.
+        FloatingPointError: An SVM has not converged.
     """
-    train, validation = rows["train"], rows["validation"]
-    held_out = np.concatenate([validation, rows["test"]])
-    best, chosen, accuracy = None, GRID[0], -1.0
+    train = rows["train"]
+    held_out = np.concatenate([rows["validation"], rows["test"]])
     if x[train].any():
-        own, truth = x[train], y[train]
-        for c in GRID:
-            model = SVC(kernel="precomputed") if precomputed else LinearSVC(dual=False)
-            model.set_params(C=c, max_iter=ITERATIONS)
-            _fit(model, own, truth)
-            found = float((model.predict(x[validation]) == y[validation]).mean())
-            if found > accuracy:
-                best, chosen, accuracy = model, c, found
-            if accuracy == 1 or (precomputed and np.abs(model.dual_coef_).max() < c):
-                break  # no other C can be chosen, or a larger one, which no coefficient is held back by, is the same
-        fitted, predicted = best.predict(own), best.predict(x[held_out])
+        model = _best_svm(x, y, rows, precomputed, iterations)
+        chosen, fitted, predicted = model.C, model.predict(x[train]), model.predict(x[held_out])
     else:
         largest = np.bincount(y[train]).argmax()
-        fitted, predicted = np.full(len(train), largest), np.full(len(held_out), largest)
+        chosen, fitted, predicted = GRID[0], np.full(len(train), largest), np.full(len(held_out), largest)
     train_accuracy, train_f1 = scored(y[train], fitted[None], num_classes)
     return {
         "predicted": predicted[None].astype(np.int32),
@@ -351,21 +353,44 @@ def classify(
     }
 
 
+def _best_svm(
+    x: np.ndarray, y: np.ndarray, rows: Mapping[str, np.ndarray], precomputed: bool, iterations: int
+) -> SVC | LinearSVC:
+    """Return the SVM of the smallest C with the best validation accuracy.
+
+    On a kernel scikit-learn's `SVC`, an SVM for each pair of classes; on features its `LinearSVC`, an SVM for each
+    class against the rest.
+    """
+    inputs, truth = x[rows["train"]], y[rows["train"]]
+    validation = x[rows["validation"]]
+    best, best_accuracy = None, -1.0
+    for c in GRID:
+        model = SVC(kernel="precomputed") if precomputed else LinearSVC(dual=False)
+        _fit(model.set_params(C=c, max_iter=iterations), inputs, truth)
+        accuracy = float((model.predict(validation) == y[rows["validation"]]).mean())
+        if accuracy > best_accuracy:
+            best, best_accuracy = model, accuracy
+        # A larger C cannot be chosen, or trains the same SVM, as C holds no coefficient back.
+        if best_accuracy == 1 or (precomputed and np.abs(model.dual_coef_).max() < c):
+            break
+    return best
+
+
 def _fit(model: SVC | LinearSVC, x: np.ndarray, y: np.ndarray) -> None:
-    """Fit a machine, which is not to stop before it has converged."""
+    """Fit an SVM, and refuse one that stopped before it had converged."""
     model.fit(x, y)
     stopped = model.fit_status_ if isinstance(model, SVC) else model.n_iter_ >= model.max_iter
     if stopped:
-        told = f"after {np.max(model.n_iter_)} iterations at C = {model.C:g}"
-        raise FloatingPointError(f"a support vector machine has not converged {told}")
+        iterations = f"after {np.max(model.n_iter_)} iterations at C = {model.C:g}"
+        raise FloatingPointError(f"a support vector machine has not converged {iterations}")
 
 
 def classify_each(
     kernels: UpdateKernels, kept: np.ndarray, y: np.ndarray, rows: Mapping[str, np.ndarray], num_classes: int
 ) -> dict[str, np.ndarray]:
-    """`classify` of each of the conditions ``kept`` bool[K, P]: its arrays, with K in place of 1.
+    """Call `classify` for each of the conditions ``kept`` bool[K, P], and join its arrays: K in place of 1.
 
     The rows of ``train`` are to be those of the kernels.
     """
-    found = [classify(x, y, rows, num_classes, kernels.precomputed) for x in kernels.inputs(kept)]
-    return {name: np.concatenate([of_one[name] for of_one in found]) for name in found[0]}
+    results = [classify(x, y, rows, num_classes, kernels.precomputed) for x in kernels.inputs(kept)]
+    return {name: np.concatenate([result[name] for result in results]) for name in results[0]}

@@ -1,11 +1,12 @@
 """Train, validation and test rows of a collection: stratified by class, and with groups that stay together.
 
+scikit-learn's stratified splitters can leave a rare class out of a part, which is why rows are allotted here.
+
 Shape letters: N LoRAs, C classes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from itertools import islice, product
@@ -13,32 +14,19 @@ from itertools import islice, product
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
-from data import Collection, CollectionError
+from training.stacks import numpy_stream, seed_of
 
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 NEAR = 0.02  # of a class on the wrong side of the shares, on average: other folds are not tried
 FOLDS = 10
-
-
-def split_collection(collection: Collection, seed: int) -> dict[str, np.ndarray]:
-    """`split_rows` of a collection's labels and groups.
-
-    Raises:
-        CollectionError: No split was found that keeps groups apart.
-    """
-    try:
-        return split_rows(collection.y, seed, collection.groups)
-    except ValueError as error:
-        where = f"{collection.root}: groups by {collection.group_column}"
-        raise CollectionError([f"{where}: {error}. group by another column, or leave out --group-column."]) from error
+NUMBERS_AT_ONCE = 2**20  # of ways to part the folds times classes
 
 
 def split_rows(y: np.ndarray, seed: int, groups: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """Stratified rows for ``train``, ``validation`` and ``test`` (70/10/20), fixed by labels, groups and seed alone.
+    """Draw stratified rows for ``train``, ``validation`` and ``test`` (70/10/20), fixed by labels, groups and seed.
 
     Validation has max(round(0.1 N), C) rows and test max(round(0.2 N), C); every class has a row in each part.
-    (scikit-learn's stratified splitters can leave a rare class out of one, which is why rows are allotted here.)
-    With groups, all rows of one are in one part, and sizes are as near to these shares as groups allow.
+    With groups, all rows of a group are in one part, and sizes are as near to these shares as groups allow.
 
     Args:
         y: Class of each sample, every class at least three times, int64[N].
@@ -51,29 +39,28 @@ def split_rows(y: np.ndarray, seed: int, groups: np.ndarray | None = None) -> di
     Raises:
         ValueError: No split of these groups has every class in each part.
     """
-    key = int.from_bytes(hashlib.sha256(f"{seed}/split".encode()).digest(), "little")
     if groups is not None and len(np.unique(groups)) < len(y):
-        part = _split_groups(y, groups, key % 2**32)
-        return {name: np.flatnonzero(part == p) for p, name in enumerate(SHARES)}
+        part_of_row = _split_groups(y, groups, seed_of(seed, "split") % 2**32)
+        return {name: np.flatnonzero(part_of_row == part) for part, name in enumerate(SHARES)}
     sizes = np.bincount(y)
     test = _allot(max(round(SHARES["test"] * len(y)), len(sizes)), sizes, most=sizes - 2)
     validation = _allot(max(round(SHARES["validation"] * len(y)), len(sizes)), sizes, most=sizes - test - 1)
-    generator = np.random.default_rng(key)
+    generator = numpy_stream(seed, "split")
     parts: dict[str, list[np.ndarray]] = {name: [] for name in SHARES}
-    for c in range(len(sizes)):
-        rows = generator.permutation(np.flatnonzero(y == c))
-        ends = np.cumsum([test[c], validation[c]])
+    for label in range(len(sizes)):
+        rows = generator.permutation(np.flatnonzero(y == label))
+        ends = np.cumsum([test[label], validation[label]])
         for name, part in zip(("test", "validation", "train"), np.split(rows, ends), strict=True):
             parts[name].append(part)
     return {name: np.sort(np.concatenate(part)) for name, part in parts.items()}
 
 
 def _split_groups(y: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
-    """Part (position in ``SHARES``) of each row, int64[N], the same for all rows of a group.
+    """Return the part (position in ``SHARES``) of each row, int64[N], the same for all rows of a group.
 
     scikit-learn deals the groups into ten stratified folds, of which those sets are taken as parts that are nearest to
     the shares, among all that have every class in each part. Rare classes may need fewer folds; up to ten groups are a
-    fold each, and so all ways to part them are tried.
+    fold each, so that all ways to part them are tried.
     """
     group = np.unique(groups, return_inverse=True)[1]
     count, best, nearest = group.max() + 1, None, math.inf
@@ -95,7 +82,7 @@ def _split_groups(y: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _stratified_folds(y: np.ndarray, group: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """Fold of each row, int64[N], by scikit-learn's `StratifiedGroupKFold`."""
+    """Return the fold of each row, int64[N], by scikit-learn's `StratifiedGroupKFold`."""
     fold = np.empty(len(y), np.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of classes with fewer members than folds
@@ -106,22 +93,23 @@ def _stratified_folds(y: np.ndarray, group: np.ndarray, folds: int, seed: int) -
 
 
 def _nearest_parts(per_fold: np.ndarray) -> tuple[np.ndarray | None, float]:
-    """The way to part folds that is nearest to the shares in every class, and by how much of a class it misses them.
+    """Search for the parts of folds that are nearest to the shares in every class.
 
     Args:
         per_fold: Samples of each fold and class, int64[folds, C].
 
     Returns:
-        Part of each fold, int64[folds], and the distance; None and infinity where each leaves a part without a class.
+        Part of each fold, int64[folds], and by how much of a class the parts miss the shares, on average; None and
+        infinity where each choice leaves a part without a class.
     """
     ideal = np.array(list(SHARES.values()))[:, None]  # (3, 1)
     ways = product(range(len(SHARES)), repeat=len(per_fold))
-    at_once = max(1, 2**20 // per_fold.shape[1])
+    length = max(1, NUMBERS_AT_ONCE // per_fold.shape[1])
     best, nearest = None, math.inf
-    while block := list(islice(ways, at_once)):
+    while block := list(islice(ways, length)):
         parts = np.array(block)  # (ways, folds)
-        counts = np.stack([(parts == p) @ per_fold for p in range(len(SHARES))], axis=1)  # (ways, 3, C)
-        distance = np.abs(counts / per_fold.sum(0) - ideal).sum(1).mean(1) / 2
+        counts = np.stack([(parts == part) @ per_fold for part in range(len(SHARES))], axis=1)  # (ways, 3, C)
+        distance = np.abs(counts / per_fold.sum(0) - ideal).sum(1).mean(1) / 2  # (ways,)
         distance[(counts == 0).any((1, 2))] = np.inf
         first = int(distance.argmin())
         if distance[first] < nearest:
