@@ -1,11 +1,14 @@
-"""What pictures are made of: style, text that fits, blocks and trees of layers, and files.
+"""What figures are made of: style, colours, text that fits, blocks and trees of layers, and files.
 
-Things are told apart by marker, line style, hatch or lightness, so the pictures can be printed in black and white; the
-colours are some of Okabe and Ito's, which the colour-blind tell apart.
+Groups are distinguished by marker, line style, hatch or lightness, so that figures can be printed in black and white;
+the colours are close to Okabe and Ito's, which the colour-blind distinguish.
+
+An SVG holds its colours for dark screens too, as a style sheet with a media query that recolours what ``ON_DARK``
+lists. Viewers that know no media queries, and every PNG, show it dark on white.
 
 Text in the SVGs is drawn as outlines, not as text: an SVG carries no font, another font's letters are wider or
-narrower than those that the layout was made for, and labels would then overlap. What the pictures say can be searched
-as text in the title that each file holds, and in the report.
+narrower than those that the layout was made for, and labels would then overlap. The text of a figure can be searched
+in the title that each file holds, and in the report.
 """
 
 from __future__ import annotations
@@ -24,19 +27,37 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.image import AxesImage
+from matplotlib.patches import Patch
 from matplotlib.textpath import text_to_path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from report.sentences import wrapped
+from report.wording import wrapped
 
 WIDTH, DPI = 7.2, 150  # inches, as wide as a page of two columns; dots per inch
 FONT, SIZE, SMALL, TITLE = "DejaVu Sans", 8, 6.5, 9.5  # the font comes with matplotlib; sizes in points
-DARK, BLUE, ORANGE, GREY = "#1a1a1a", "#0072b2", "#e69f00", "#8c8c8c"  # in print: black, dark, light, middle
+GROUND, INK = "#ffffff", "#1a1a1a"
+BLUE, ORANGE, GREY = "#0072b2", "#cc7a00", "#868686"  # in print: dark, light, middle
+SOFT, FAINT, PALE = "#505050", "#bdbdbd", "#e4e4e4"  # minor text, minor lines, areas
+ON_DARK = {  # colour of a figure -> the same on a dark screen; others, as those of maps, stay
+    GROUND: "#14181d",
+    INK: "#e3e8ee",
+    BLUE: "#56b4e9",
+    ORANGE: "#f0ad3d",
+    GREY: "#97a1ac",
+    SOFT: "#a9b3be",
+    FAINT: "#4d5763",
+    PALE: "#2b323a",
+}
+ON_CELLS = ("#000000", "#fafafa")  # text on light and on dark cells of a map, the same on every screen
 STYLE = {
+    "axes.edgecolor": INK,
     "axes.grid": False,
+    "axes.labelcolor": INK,
     "axes.linewidth": 0.6,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -52,22 +73,30 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.2,
     "svg.fonttype": "path",
+    "text.color": INK,
     "text.parse_math": False,  # names may hold a $
+    "xtick.color": INK,
     "xtick.labelsize": SMALL + 0.5,
     "xtick.major.width": 0.6,
+    "ytick.color": INK,
     "ytick.labelsize": SMALL + 0.5,
     "ytick.major.width": 0.6,
 }
-_LOCK = threading.Lock()  # matplotlib's settings are one for all threads
+_LOCK = threading.Lock()  # matplotlib's settings are those of all threads
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures and files
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def new_figure(name: str, title: str) -> Iterator[Figure]:
-    """A figure under its title, to be drawn on and saved while matplotlib's settings are ours.
+    """Yield a figure under its title, to be drawn on and saved while matplotlib's settings are ours.
 
     Args:
-        name: From which the SVG makes its identifiers.
-        title: Wrapped to the width of the figure.
+        name: Seed of the identifiers in the SVG.
+        title: Text above, which is wrapped to the width of the figure.
     """
     with _LOCK, style.context(STYLE | {"svg.hashsalt": name}, after_reset=True):
         figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
@@ -75,20 +104,42 @@ def new_figure(name: str, title: str) -> Iterator[Figure]:
         yield figure
 
 
+def set_height(figure: Figure, inches: float) -> None:
+    """Set a figure's height, to which that of its title is added."""
+    figure.set_figheight(inches + 0.18 * (1 + figure.get_suptitle().count("\n")))
+
+
 def saved(figure: Figure, kind: str, title: str) -> bytes:
-    """The finished file: no date and no version in it, so that equal pictures are equal bytes."""
-    buffer = io.BytesIO()
-    if kind == "png":
-        canvas, told = FigureCanvasAgg(figure), PngInfo()
-        canvas.draw()
-        told.add_itxt("Title", title)
-        image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-        image = image.quantize(256, dither=Image.Dither.NONE)  # a palette, which makes a third of the bytes
-        image.save(buffer, "PNG", dpi=(DPI, DPI), pnginfo=told, optimize=True)
-    else:
-        metadata = {"Title": title, "Date": None, "Creator": None}
-        FigureCanvasSVG(figure).print_figure(buffer, format="svg", metadata=metadata)
+    """Return the finished file, without date and version, so that equal figures are equal bytes."""
+    return _png(figure, title) if kind == "png" else _svg(figure, title)
+
+
+def _png(figure: Figure, title: str) -> bytes:
+    canvas, texts, buffer = FigureCanvasAgg(figure), PngInfo(), io.BytesIO()
+    canvas.draw()
+    texts.add_itxt("Title", title)
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    image = image.quantize(256, dither=Image.Dither.NONE)  # a palette, which makes a third of the bytes
+    image.save(buffer, "PNG", dpi=(DPI, DPI), pnginfo=texts, optimize=True)
     return buffer.getvalue()
+
+
+def _svg(figure: Figure, title: str) -> bytes:
+    buffer = io.BytesIO()
+    metadata = {"Title": title, "Date": None, "Creator": None}
+    FigureCanvasSVG(figure).print_figure(buffer, format="svg", metadata=metadata)
+    return buffer.getvalue().replace(
+        b"</style>", f"\n{_dark_style()}</style>".encode(), 1
+    )  # at the end of matplotlib's
+
+
+def _dark_style() -> str:
+    """Return CSS for dark screens: colours stand in style attributes, those of patterns in fill."""
+    rules = []
+    for light, dark in ON_DARK.items():
+        rules += [f'[style*="{name}: {light}"] {{{name}: {dark} !important}}' for name in ("fill", "stroke")]
+        rules.append(f'[fill="{light}"] {{fill: {dark}}}')
+    return "\n".join(["@media screen and (prefers-color-scheme: dark) {", *rules, "}\n"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -97,13 +148,13 @@ def saved(figure: Figure, kind: str, title: str) -> bytes:
 
 
 def width_of(text: str, size: float) -> float:
-    """How wide a text is, as the sum of its letters."""
+    """Return the width of a text in inches, as the sum of its letters."""
     return size * sum(map(_advance, text))
 
 
 @cache
 def _advance(letter: str) -> float:
-    """How far a letter takes the next one, in inches at 1 point."""
+    """Return the width that a letter takes, in inches at 1 point."""
     font = FontProperties(family=FONT, size=100)
     alone, between = (text_to_path.get_text_width_height_descent(f"n{x}n", font, False)[0] for x in ("", letter))
     return (between - alone) / 7200
@@ -115,11 +166,11 @@ def _drawable() -> frozenset[int]:
 
 
 def cut(name: str, inches: float, size: float = SIZE) -> str:
-    """A name on one line, its middle left out where it is too long; □ for what the font has no letter for."""
+    """Return a name on one line, its middle left out where it is too long; □ for what the font has no letter for."""
     name = "".join(letter if ord(letter) in _drawable() else "□" for letter in " ".join(str(name).split()))
-    kept, whole, wide = len(name), name, width_of(name, size)
-    if wide > 2 * inches:
-        kept = int(len(name) * 2 * inches / wide)  # still too long, but near it
+    kept, whole, width = len(name), name, width_of(name, size)
+    if width > 2 * inches:
+        kept = int(len(name) * 2 * inches / width)  # still too long, but near it
     while kept > 2 and width_of(name, size) > inches:
         kept -= 1
         name = f"{whole[: kept - kept // 3]}…{whole[len(whole) - kept // 3 :]}"
@@ -127,19 +178,17 @@ def cut(name: str, inches: float, size: float = SIZE) -> str:
 
 
 def cut_labels(names: Sequence[str], inches: float, size: float) -> list[str]:
-    """Names cut to a width; those that would then look the same get their number in front."""
+    """Return names cut to a width; those that would then look alike get their number in front."""
     labels = [cut(name, inches, size) for name in names]
     times = Counter(labels)
-    if len(times) == len(labels):
-        return labels
-    numbered = (f"{i}: {name}" for i, name in enumerate(names, 1))
-    return [
-        cut(other, inches, size) if times[label] > 1 else label for label, other in zip(labels, numbered, strict=True)
-    ]
+    for i, name in enumerate(names):
+        if times[labels[i]] > 1:
+            labels[i] = cut(f"{i + 1}: {name}", inches, size)
+    return labels
 
 
 def in_lines(text: str, inches: float = WIDTH - 0.2, size: float = TITLE) -> str:
-    """A text in lines no wider than so many inches."""
+    """Return a text in lines no wider than so many inches."""
     for width in range(140, 20, -4):
         lines = wrapped(text, width)
         if max(width_of(line, size) for line in lines) <= inches:
@@ -148,112 +197,157 @@ def in_lines(text: str, inches: float = WIDTH - 0.2, size: float = TITLE) -> str
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Parts of pictures
+# Blocks, labels and maps
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def make_high(figure: Figure, inches: float) -> None:
-    """Set a figure's height, to which that of its title is added."""
-    figure.set_figheight(inches + 0.18 * (1 + figure.get_suptitle().count("\n")))
-
-
 def _runs(blocks: Sequence[str | None]) -> list[tuple[str | None, int, int]]:
-    """Neighbours of the same block: its name, first and last position."""
+    """Return the neighbours of the same block: its name, first and last position."""
     starts = [i for i, block in enumerate(blocks) if i == 0 or block != blocks[i - 1]]
-    return [(blocks[a], a, b - 1) for a, b in zip(starts, [*starts[1:], len(blocks)], strict=True)]
+    return [(blocks[first], first, end - 1) for first, end in zip(starts, [*starts[1:], len(blocks)], strict=True)]
 
 
 def block_words(block: str) -> tuple[str, str]:
-    """Kind and number of a block: of ``down_blocks_0`` down and 0, of ``transformer_blocks_3`` block and 3."""
-    kind, number = re.fullmatch(r"(.*?)_?(\d*)", block, re.DOTALL).groups()
+    """Return kind and number of a block: of ``down_blocks_0`` down and 0, of ``transformer_blocks_3`` block and 3."""
+    kind, digits = re.fullmatch(r"(.*?)_?(\d*)", block, re.DOTALL).groups()
     words = [word for word in kind.split("_") if word not in ("transformer", "blocks", "block")]
-    return " ".join(words) or "block", number
+    return " ".join(words) or "block", digits
 
 
-def mark_blocks(ax: Axes, positions: Sequence[float], blocks: Sequence[str | None], inches: float, name: bool) -> None:
-    """Lines between blocks and, above the axes, as many of their names as there is room for."""
+def mark_blocks(ax: Axes, blocks: Sequence[str | None], inches: float, named: bool = True) -> None:
+    """Draw lines between the blocks of layers at 0, 1, ..., unless these are too many, and write their names above.
+
+    Args:
+        ax: The axes.
+        blocks: The block of each layer.
+        inches: Width of the axes, which has room for as many names.
+        named: Whether to write names.
+    """
     runs = _runs(blocks)
-    edges = [(positions[a - 1] + positions[a]) / 2 for _, a, _ in runs[1:]]
     if len(runs) <= 80:
-        ax.vlines(
-            edges, 0, 1, transform=ax.get_xaxis_transform(), color="#c0c0c0", lw=0.5, zorder=2 if ax.images else 0
-        )
-    if not name:
+        edges, layer = [first - 0.5 for _, first, _ in runs[1:]], 2 if ax.images else 0
+        ax.vlines(edges, 0, 1, transform=ax.get_xaxis_transform(), color=FAINT, lw=0.5, zorder=layer)
+    if not named:
         return
-    span = positions[-1] - positions[0] + (positions[-1] - positions[0]) / max(1, len(positions) - 1) or 1
-    ticks, labels, free, last = [], [], -math.inf, None
-    for block, a, b in runs:
-        kind, number = block_words(block) if block else ("", "")
-        centre = (positions[a] + positions[b]) / 2
-        label = number if kind == last and number else f"{kind} {number}".strip()
+    ticks, labels, free, last_kind = [], [], -math.inf, None
+    for block, first, last in runs:
+        kind, digits = block_words(block) if block else ("", "")
+        label = digits if kind == last_kind and digits else f"{kind} {digits}".strip()
         label = cut(label, 1.2, SMALL)
-        wide, at = width_of(label, SMALL), centre / span * inches
-        if label and at - wide / 2 > free:
+        centre = (first + last) / 2
+        half, at = width_of(label, SMALL) / 2, centre / len(blocks) * inches
+        if label and at - half > free:
             ticks.append(centre)
             labels.append(label)
-            free, last = at + wide / 2 + 0.06, kind
+            free, last_kind = at + half + 0.06, kind
     top = ax.secondary_xaxis("top")
-    top.set_xticks(ticks, labels, fontsize=SMALL, color="#505050")
+    top.set_xticks(ticks, labels, fontsize=SMALL, color=SOFT)
     top.tick_params(length=0, pad=1)
     top.spines["top"].set_visible(False)
 
 
 def place(ax: Axes, points: Sequence, texts: Sequence[str], size: float, beside: bool) -> None:
-    """Texts above or beside the first points, in this order; one that would lie on another text or point is left out.
+    """Write texts above or beside the first points, in this order, but none that would lie on another text or point.
 
     Args:
-        ax: The axes, finished otherwise, of a figure whose layout is done: it decides what lies on what.
-        points: Which no text may cover, float[., 2]; the first ones are the texts' own.
-        texts: Of the first points.
-        size: Of the font.
+        ax: The axes, otherwise finished, of a figure whose layout is done, as that decides what lies on what.
+        points: Points that no text may cover, float[., 2]; the first are the texts' own.
+        texts: Texts of the first points.
+        size: Size of the font.
         beside: Whether to try right, left, above and below; else only above.
     """
-    left, bottom, right, top = ax.get_window_extent().extents / DPI  # in inches
-    where = ax.transData.transform(np.asarray(points, float).reshape(-1, 2)) / DPI
-    taken = [(x - 0.05, y - 0.05, x + 0.05, y + 0.05) for x, y in where]
-    for (x, y), point, text in zip(where, points, texts, strict=False):
-        wide, high = width_of(text, size), 1.15 * size / 72
-        above, below = (-wide / 2, 0.06), (-wide / 2, -0.06 - high)
-        for dx, dy in [(0.07, -high / 2), (-0.07 - wide, -high / 2), above, below] if beside else [above]:
-            box = (x + dx, y + dy, x + dx + wide, y + dy + high)
-            fits = box[0] >= left and box[1] >= bottom and box[2] <= right and box[3] <= top
-            if fits and not any(a < box[2] and box[0] < c and b < box[3] and box[1] < d for a, b, c, d in taken):
-                offset = ((dx + wide / 2) * 72, (dy + high / 2) * 72)
-                where_to = {"textcoords": "offset points", "ha": "center", "va": "center"}
-                ax.annotate(text, point, offset, fontsize=size, **where_to).set_in_layout(False)
+    axes = ax.get_window_extent().extents / DPI  # in inches, as all that follows
+    centres = ax.transData.transform(np.asarray(points, float).reshape(-1, 2)) / DPI
+    taken = [(x - 0.05, y - 0.05, x + 0.05, y + 0.05) for x, y in centres]
+    height = 1.15 * size / 72
+    for (x, y), point, text in zip(centres, points, texts, strict=False):
+        width = width_of(text, size)
+        corners = [(-width / 2, 0.06)]
+        if beside:
+            corners = [(0.07, -height / 2), (-0.07 - width, -height / 2), *corners, (-width / 2, -0.06 - height)]
+        for dx, dy in corners:
+            box = (x + dx, y + dy, x + dx + width, y + dy + height)
+            if _inside(box, axes) and not any(_overlap(box, other) for other in taken):
+                offset = ((dx + width / 2) * 72, (dy + height / 2) * 72)
+                centred = {"textcoords": "offset points", "ha": "center", "va": "center"}
+                ax.annotate(text, point, offset, fontsize=size, **centred).set_in_layout(False)
                 taken.append(box)
                 break
 
 
-def write_numbers(ax: Axes, values: np.ndarray, largest: float, high: float, wide: float) -> None:
-    """The numbers in the cells of a map, where cells of so many inches have room for them."""
-    if high < 0.12 or wide < 0.25:
+def _inside(box: Sequence[float], outer: Sequence[float]) -> bool:
+    return box[0] >= outer[0] and box[1] >= outer[1] and box[2] <= outer[2] and box[3] <= outer[3]
+
+
+def _overlap(box: Sequence[float], other: Sequence[float]) -> bool:
+    return other[0] < box[2] and box[0] < other[2] and other[1] < box[3] and box[1] < other[3]
+
+
+def write_numbers(ax: Axes, values: np.ndarray, largest: float, height: float, width: float) -> None:
+    """Write the numbers in the cells of a map, where cells of so many inches have room for them."""
+    if height < 0.12 or width < 0.25:
         return
     for (row, column), value in np.ndenumerate(values):
-        color = "white" if value > 0.5 * largest else DARK
+        color = ON_CELLS[1] if value > 0.5 * largest else ON_CELLS[0]
         ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=SMALL, color=color)
 
 
+def map_legend(image: AxesImage, noun: str) -> list[Patch]:
+    """Return patches of six steps of a map in percent: a bar of colours has no good place in a constrained layout."""
+    most = image.norm.vmax
+    steps = np.linspace(0, most, 6)
+    patches = [Patch(fc=image.cmap(image.norm(step)), ec=INK, lw=0.5, label=f"{step:.0f} %") for step in steps]
+    patches[-1].set_label(f"{most:.0f} % {noun}" if most >= 100 else f"{most:.0f} % {noun} or more")
+    return patches
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Trees and kinds of layers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def tree_lines(linkage: Sequence, order: Sequence[int]) -> np.ndarray:
-    """The links of scipy's linkage as lines of four points over the leaves in this order, float[L - 1, 4, 2].
+    """Return the links of scipy's linkage as lines of four points over the leaves in this order, float[L - 1, 4, 2].
 
     Not scipy's dendrogram, which calls itself for each link and so fails on a chain of more than a thousand layers.
     """
-    place = {leaf: (float(x), 0.0) for x, leaf in enumerate(order)}
+    top_of = {leaf: (float(x), 0.0) for x, leaf in enumerate(order)}
     links = np.empty((len(linkage), 4, 2))
-    for i, (a, b, height, _) in enumerate(linkage):
-        (left, low_left), (right, low_right) = sorted((place[int(a)], place[int(b)]))
-        links[i] = [(left, low_left), (left, height), (right, height), (right, low_right)]
-        place[len(order) + i] = ((left + right) / 2, height)
+    for i, (first, second, height, _) in enumerate(linkage):
+        (left, left_height), (right, right_height) = sorted((top_of[int(first)], top_of[int(second)]))
+        links[i] = [(left, left_height), (left, height), (right, height), (right, right_height)]
+        top_of[len(order) + i] = ((left + right) / 2, height)
     return links
 
 
+def draw_tree(ax: Axes, linkage: Sequence, order: Sequence[int], threshold: float) -> None:
+    """Draw the links of scipy's linkage, those below a distance in bold, and the distance."""
+    links = tree_lines(linkage, order)
+    below = links[:, 1, 1] < threshold
+    ax.add_collection(LineCollection(links[~below], color=GREY, lw=0.7))
+    ax.add_collection(LineCollection(links[below], color=INK, lw=float(np.clip(120 / len(order), 0.4, 1.2))))
+    ax.axhline(threshold, color=ORANGE, lw=1, ls=(0, (4, 2)))
+    ax.set_ylim(0, 1.03 * max(links[..., 1].max(), threshold))
+
+
 def kinds_of(records: Sequence[dict]) -> list[tuple[str, np.ndarray]]:
-    """Roles, kinds of attention and projections that occur, the 8 most frequent of each, and which layers have them."""
+    """Return roles, kinds of attention and projections, of each the 8 most frequent, and a mask of their layers."""
     rows = []
     for field in ("role", "attention", "projection"):
         values = [record[field] for record in records]
         common = {value for value, _ in Counter(value for value in values if value).most_common(8)}
         present = dict.fromkeys(record[field] for record in sorted(records, key=lambda record: record["depth"]))
-        rows += [(value, np.array([one == value for one in values])) for value in present if value in common]
+        rows += [(kind, np.array([value == kind for value in values])) for kind in present if kind in common]
     return rows
+
+
+def draw_kinds(ax: Axes, kinds: Sequence[tuple[str, np.ndarray]]) -> None:
+    """Draw a row for each kind of layer of `kinds_of`, in it a bar for each of its layers."""
+    layers = len(kinds[0][1])
+    half = 0.4 if layers < 150 else 0.5  # bars touch where they are many
+    for y, (_, members) in enumerate(kinds):
+        ax.broken_barh([(x - half, 2 * half) for x in np.flatnonzero(members)], (y - 0.38, 0.76), fc=INK, ec="none")
+    ax.hlines(np.arange(len(kinds)) + 0.5, -0.5, layers - 0.5, color=FAINT, lw=0.5)
+    ax.set_yticks(range(len(kinds)), cut_labels([name for name, _ in kinds], 1.0, SMALL), fontsize=SMALL)
+    ax.set_ylim(len(kinds) - 0.5, -0.5)
+    ax.tick_params(length=0)

@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from report.sentences import (
+from report.wording import (
     NO_OTHERS,
     ROUNDED_P,
+    accuracy_text,
     bounds,
     capital,
     metric,
@@ -25,13 +26,13 @@ class Table:
     """Cells as text, for results.txt and report.html alike.
 
     Attributes:
-        anchor: Of the section of report.html that shows it.
-        title: What the table holds.
+        anchor: Name of the section of report.html that shows it.
+        title: Line above it.
         columns: Heads of the columns.
         rows: Cells; rows are as long as ``columns``.
         words: Positions of the columns that hold words and are aligned left.
         shown: Number of rows that results.txt shows.
-        note: A line below it.
+        note: Line below it.
     """
 
     anchor: str
@@ -42,32 +43,38 @@ class Table:
     shown: int = 20
     note: str = ""
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables
-# ----------------------------------------------------------------------------------------------------------------------
+    @property
+    def head(self) -> int:
+        """Position of the column that names its row: the first of words, or the last where only that holds words."""
+        last = len(self.columns) - 1
+        return last if last in self.words and 0 not in self.words else 0
 
 
 def tables(results: dict) -> dict[str, Table]:
-    """All tables by name, from the content of results.json; those whose numbers are not there are left out."""
+    """Return all tables by name, from the content of results.json, without those that have no rows."""
     made = {"ranking": _ranking_table(results), "metrics": _metrics_table(results)}
-    if found := results.get("analysis"):
+    if analysis := results.get("analysis"):
         made |= {
-            "places": _places_table(found["layers"]["groups"]),
-            "conditional": _conditional_table(found.get("conditional"), results["config"]["top_k"]),
-            "controls": _controls_table(results, found["robustness"]),
-            "differences": _differences_table(results, found["representations"]),
-            "disagreement": _disagreement_table(results, found["layer_information"]),
-            "clusters": _clusters_table(found["layer_information"]["clusters"]["members"]),
-            "modules": _modules_table(found["rank_structure"]),
-            "concepts": _concepts_table(found),
+            "places": _places_table(analysis["layers"]["groups"]),
+            "conditional": _conditional_table(analysis.get("conditional"), results["config"]["top_k"]),
+            "controls": _controls_table(results),
+            "differences": _differences_table(results),
+            "disagreement": _disagreement_table(results),
+            "clusters": _clusters_table(analysis["layer_information"]["clusters"]["members"]),
+            "modules": _modules_table(analysis["rank_structure"]),
+            "concepts": _concepts_table(analysis),
         }
     return {name: table for name, table in made.items() if table is not None and table.rows}
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Layers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def _ranking_table(results: dict) -> Table:
-    """All layers; results.txt shows the top ones."""
-    config, found = results["config"], results.get("analysis")
+    """Return the table of all layers, of which results.txt shows the top ones."""
+    config, analysis = results["config"], results.get("analysis")
     columns = ["rank", "test accuracy", "validation", "role", "layer"]
     rows = [
         [
@@ -80,126 +87,184 @@ def _ranking_table(results: dict) -> Table:
         for rank, record in enumerate(results["layer_ranking"], 1)
     ]
     note = ""
-    if found:
-        record_of = {record["layer"]: record for record in found["layers"]["records"]}
+    if analysis:
+        record_of = {record["layer"]: record for record in analysis["layers"]["records"]}
         columns[2:2] = ["95 % interval", "p", f"in top {config['top_k']}, % of redraws"]
         for row in rows:
-            of = record_of[row[-1]]
-            row[2:2] = [bounds(of["interval"]), p_cell(of["p_family"]), f"{100 * of['top_k_share']:.0f}"]
-        note = "p is family-wise: the choice of the best among all layers is counted in."
+            record = record_of[row[-1]]
+            row[2:2] = [bounds(record["interval"]), p_cell(record["p_family"]), f"{100 * record['top_k_share']:.0f}"]
+        note = "p is family-wise: it is corrected for the choice of the best among all layers."
     words = (len(columns) - 2, len(columns) - 1)
     return Table("layers", "Each layer alone, on 7 statistics", columns, rows, words, config["top_k"], note)
 
 
-def _metrics_table(results: dict) -> Table:
-    """Every representation with and without the top layers."""
-    k, ablation = results["config"]["top_k"], results["ablation_results"]
-    columns = ["representation", "features", "test accuracy", "test F1"]
-    columns += [f"features without top {k}", f"test accuracy without top {k}", f"test F1 without top {k}", "change"]
-    rows = []
-    for name, entry in _best_first(results):
-        left = ablation[name]
-        change = left["test_accuracy"]["mean"] - entry["test_accuracy"]["mean"]
-        cells = [
-            [str(one["num_features"]), metric(one["test_accuracy"]).strip(), metric(one["test_f1"]).strip()]
-            for one in (entry, left)
-        ]
-        rows.append([name, *cells[0], *cells[1], signed(change)])
-    return Table("representations", f"Every representation with all layers and without the top {k}", columns, rows)
-
-
-def _best_first(results: dict) -> list[tuple[str, dict]]:
-    return sorted(results["baseline_results"].items(), key=lambda item: -item[1]["test_accuracy"]["mean"])
-
-
 def _places_table(groups: dict) -> Table:
-    """Mean accuracy of the layers of each role, projection, kind of attention and block."""
+    """Return mean accuracies of the layers of each role, projection, kind of attention and block."""
     rows = [
-        [kind, value, str(of["layers"]), percent(of["mean"]), bounds(of["interval"])]
+        [kind, value, str(group["layers"]), percent(group["mean"]), bounds(group["interval"])]
         for kind, values in groups.items()
-        for value, of in values.items()
+        for value, group in values.items()
     ]
     columns = ["by", "value", "layers", "mean accuracy", "95 % interval"]
     return Table("layers", "Where in the network layers predict", columns, rows, (0, 1), 16)
 
 
-def _conditional_table(found: list[dict] | None, k: int) -> Table | None:
-    if not found:
+def _conditional_table(records: list[dict] | None, k: int) -> Table | None:
+    if not records:
         return None
-    rows = [[percent(one["adds"]), bounds(one["interval"]), one["layer"]] for one in found]
+    rows = [[percent(record["adds"]), bounds(record["interval"]), record["layer"]] for record in records]
     title = f"What one more layer adds to the top {k}, in points"
     return Table("layers", title, ["adds", "95 % interval", "layer"], rows, (2,), 3)
 
 
-def _controls_table(results: dict, found: dict) -> Table | None:
-    """What is left when the top layers go, beside what is left when others do; a column for each representation."""
-    if not found:
+def _disagreement_table(results: dict) -> Table | None:
+    """Return disagreement and kappa between the top layers, where they are few."""
+    section = results["analysis"]["layer_information"]
+    disagreement, kappa = section["disagreement"]["top_k"], section["kappa"]["top_k"]
+    k = len(disagreement)
+    if not 1 < k <= 12:
+        return None
+    rows = []
+    for i, record in enumerate(results["layer_ranking"][:k]):
+        cells = [f"{percent(disagreement[i][j])} ({number(kappa[i][j])})" for j in range(k)]
+        cells[i] = ""
+        rows.append([f"{i + 1}. {record['layer']}", *cells])
+    title = f"Test LoRAs for which two of the top {k} predict different classes, in percent (kappa)"
+    return Table("information", title, ["layer", *(f"{j + 1}." for j in range(k))], rows)
+
+
+def _clusters_table(members: list[dict]) -> Table:
+    """Return clusters of two or more layers."""
+    rows = []
+    for cluster in members:
+        if cluster["layers"] > 1:
+            kinds = (
+                ", ".join(f"{name} {count}" for name, count in cluster[kind].items())
+                for kind in ("roles", "projections")
+            )
+            rows.append([str(cluster["cluster"]), str(cluster["layers"]), *kinds])
+    columns = ["cluster", "layers", "roles", "projections"]
+    return Table("information", "Clusters of two or more layers", columns, rows, (2, 3))
+
+
+def _modules_table(section: dict) -> Table | None:
+    """Return the Kruskal-Wallis test of each module, the most significant first."""
+    if section["tested"] is None:
+        return None
+    ordered = sorted(section["modules"], key=lambda record: (record["p_fdr"], -record["statistic"]))
+    rows = [[f"{record['statistic']:.1f}", p_cell(record["p_fdr"], ROUNDED_P), record["module"]] for record in ordered]
+    title = f"{capital(section['tested'])} by concept (Kruskal-Wallis), module by module"
+    return Table("rank", title, ["H", "p (false discovery rate)", "module"], rows, (2,), 3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Removal of layers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _controls_table(results: dict) -> Table | None:
+    """Return accuracies without the top layers, and without others; a column for each representation."""
+    sections = results["analysis"]["robustness"]
+    if not sections:
         return None
     k, total = results["config"]["top_k"], len(results["layer_ranking"])
-    lines: dict[str, Callable[[dict], str]] = {
-        f"all {total} layers": lambda one: _plain(one["all"]),
-        f"without the top {k}": lambda one: _plain(one["without_top"]),
-        f"without {k} random ones (mean, range)": lambda one: _range(one["without_random"]),
-        "random draws": lambda one: str(one["without_random"]["draws"]),
-        "random draws at or below the top's": lambda one: _share_below(one["without_random"]),
-        f"without the bottom {k}": lambda one: _plain(one["without_bottom"]),
-        f"the top {k} alone": lambda one: _plain(one["top_alone"]),
-        f"survives without the top {k}": lambda one: _surviving(one["survives"]),
-        "least left until half of them are gone": lambda one: _surviving(one["survives_half"]),
-        "area under the curve, most first": lambda one: number(one["curves"]["most_first"]["area"]),
-        "area under the curve, least first": lambda one: number(one["curves"]["least_first"]["area"]),
-        "area under the curve, random order": lambda one: number(one["curves"]["random_order"]["area"]),
-        "verdict": lambda one: one["verdict"],
+    cells_of: dict[str, Callable[[dict], str]] = {
+        f"all {total} layers": lambda section: accuracy_text(section["all"]).replace(" %", ""),
+        f"without the top {k}": lambda section: accuracy_text(section["without_top"]).replace(" %", ""),
+        f"without {k} random ones (mean, range)": lambda section: _range(section["without_random"]),
+        "random draws": lambda section: str(section["without_random"]["draws"]),
+        "random draws at or below the top's": lambda section: _share_below(section["without_random"]),
+        f"without the bottom {k}": lambda section: accuracy_text(section["without_bottom"]).replace(" %", ""),
+        f"the top {k} alone": lambda section: accuracy_text(section["top_alone"]).replace(" %", ""),
+        f"survives without the top {k}": lambda section: _surviving(section["survives"]),
+        "lowest share until half are removed": lambda section: _surviving(section["survives_half"]),
+        "area under the curve, most first": lambda section: _area(section, "most_first"),
+        "area under the curve, least first": lambda section: _area(section, "least_first"),
+        "area under the curve, random order": lambda section: _area(section, "random_order"),
     }
-    rows = [[line, *map(tell, found.values())] for line, tell in lines.items()]
-    runs = [runs_text(results, name).replace("the ", "") or f"all {one['runs']}" for name, one in found.items()]
-    rows.insert(-1, ["runs", *runs])
+    rows = [[line, *map(cell, sections.values())] for line, cell in cells_of.items()]
+    rows.append(["runs", *(_runs(results, name) for name in sections)])
+    rows.append(["verdict", *(section["verdict"] for section in sections.values())])
     title = f"Removing the top {k}, and what else could be removed"
     note = (
-        "In percent. Survives: of the accuracy above chance, when the most predictive layers are gone. Area: under the "
-        "accuracy from all layers to none, 1 at most."
+        "In percent. Survives: share of the accuracy above chance when the most predictive layers are removed; lowest "
+        "share: until half of all layers are removed. Area: under the accuracy from all layers to none, 1 at most."
     )
-    return Table("robustness", title, ["layers", *found], rows, note=note)
+    return Table("robustness", title, ["layers", *sections], rows, note=note)
 
 
-def _plain(found: dict) -> str:
-    return f"{percent(found['accuracy'])} ({bounds(found['interval'])})"
-
-
-def _range(found: dict) -> str:
-    if not found["draws"]:
+def _range(random: dict) -> str:
+    if not random["draws"]:
         return NO_OTHERS
-    return f"{percent(found['mean'])}, {percent(found['min'])} to {percent(found['max'])}"
+    return f"{percent(random['mean'])}, {percent(random['min'])} to {percent(random['max'])}"
 
 
-def _share_below(found: dict) -> str:
-    return percent(found["share_below_top_removed"]) if found["draws"] else "none drawn"
+def _share_below(random: dict) -> str:
+    return percent(random["share_below_top_removed"]) if random["draws"] else "none drawn"
 
 
-def _surviving(found: dict | None) -> str:
-    """A share with its interval and, of a curve, how many layers are gone there."""
-    if found is None:
+def _surviving(survival: dict | None) -> str:
+    """Return a share with its interval and, of a curve, the number of layers removed at that point."""
+    if survival is None:
         return "too near chance"
-    gone = f", {found['removed']} gone" if "removed" in found else ""
-    return f"{percent(found['share'])} ({bounds(found['interval'])}){gone}"
+    removed = f", {survival['removed']} removed" if "removed" in survival else ""
+    return f"{percent(survival['share'])} ({bounds(survival['interval'])}){removed}"
 
 
-def _differences_table(results: dict, found: dict | None) -> Table | None:
-    """Intervals of the accuracies, what the ablation costs, and how far each is behind the best."""
-    if not found:
-        return None
-    best, k = found["best"], results["config"]["top_k"]
-    behind = {}
-    for one in found["pairs"]["baseline"]:
-        if best in (one["a"], one["b"]):
-            sign = 1 if one["a"] == best else -1
-            low, high = sorted(sign * bound for bound in one["interval"])
-            told = f"{percent(sign * one['difference'])} ({bounds((low, high))})"
-            behind[one["b"] if sign > 0 else one["a"]] = (told, p_cell(one["p_holm"]))
+def _area(section: dict, curve: str) -> str:
+    return number(section["curves"][curve]["area"])
+
+
+def _runs(results: dict, name: str) -> str:
+    runs = results["analysis"]["robustness"][name]["runs"]
+    return runs_text(results, name).replace("the ", "") or f"all {runs}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Representations and concepts
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _best_first(results: dict) -> list[str]:
+    accuracy = {name: entry["test_accuracy"]["mean"] for name, entry in results["baseline_results"].items()}
+    return sorted(accuracy, key=lambda name: -accuracy[name])
+
+
+def _metrics_table(results: dict) -> Table:
+    """Return the metrics of every representation with and without the top layers."""
+    k = results["config"]["top_k"]
+    columns = ["representation", "features", "test accuracy", "test F1"]
+    columns += [f"features without top {k}", f"test accuracy without top {k}", f"test F1 without top {k}", "change"]
     rows = []
-    for name, _ in _best_first(results):
-        drop = found["drops"][name]
-        intervals = [bounds(found["intervals"][condition][name]) for condition in ("baseline", "ablation")]
+    for name in _best_first(results):
+        row, accuracies = [name], []
+        for condition in ("baseline_results", "ablation_results"):
+            entry = results[condition][name]
+            row += [
+                str(entry["num_features"]),
+                metric(entry["test_accuracy"]).strip(),
+                metric(entry["test_f1"]).strip(),
+            ]
+            accuracies.append(entry["test_accuracy"]["mean"])
+        rows.append([*row, signed(accuracies[1] - accuracies[0])])
+    return Table("representations", f"Every representation with all layers and without the top {k}", columns, rows)
+
+
+def _differences_table(results: dict) -> Table | None:
+    """Return intervals of the accuracies, the drops by the ablation, and distances behind the best."""
+    section, k = results["analysis"]["representations"], results["config"]["top_k"]
+    if not section:
+        return None
+    behind = {}
+    for pair in section["pairs"]["baseline"]:
+        if section["best"] in (pair["a"], pair["b"]):
+            sign, other = (1, pair["b"]) if pair["a"] == section["best"] else (-1, pair["a"])
+            interval = sorted(sign * bound for bound in pair["interval"])
+            behind[other] = (f"{percent(sign * pair['difference'])} ({bounds(interval)})", p_cell(pair["p_holm"]))
+    rows = []
+    for name in _best_first(results):
+        drop = section["drops"][name]
+        intervals = [bounds(section["intervals"][condition][name]) for condition in ("baseline", "ablation")]
         lost = f"{percent(drop['drop'])} ({bounds(drop['interval'])})"
         rows.append([name, *intervals, lost, p_cell(drop["p_holm"]), *behind.get(name, ("", ""))])
     columns = ["representation", "all layers", f"without top {k}", "drop", "p", "behind the best", "p"]
@@ -207,70 +272,34 @@ def _differences_table(results: dict, found: dict | None) -> Table | None:
     return Table("representations", "95 % intervals, drops and distances, in points", columns, rows, note=note)
 
 
-def _disagreement_table(results: dict, found: dict) -> Table | None:
-    """Disagreement and kappa between the top layers, where they are few."""
-    apart, kappa = found["disagreement"]["top_k"], found["kappa"]["top_k"]
-    k = len(apart)
-    if not 1 < k <= 12:
-        return None
-    rows = [
-        [f"{i + 1}. {results['layer_ranking'][i]['layer']}"]
-        + ["" if i == j else f"{percent(apart[i][j])} ({number(kappa[i][j])})" for j in range(k)]
-        for i in range(k)
-    ]
-    title = f"Test LoRAs on which two of the top {k} disagree, in percent (kappa)"
-    return Table("information", title, ["layer", *(f"{j + 1}." for j in range(k))], rows)
-
-
-def _clusters_table(members: list[dict]) -> Table:
-    """Clusters of two or more layers."""
-    rows = [
-        [str(one["cluster"]), str(one["layers"])]
-        + [", ".join(f"{name} {count}" for name, count in one[kind].items()) for kind in ("roles", "projections")]
-        for one in members
-        if one["layers"] > 1
-    ]
-    columns = ["cluster", "layers", "roles", "projections"]
-    return Table("information", "Clusters of two or more layers", columns, rows, (2, 3))
-
-
-def _modules_table(found: dict) -> Table | None:
-    """Kruskal-Wallis test of each module, the clearest first."""
-    if found["tested"] is None:
-        return None
-    ordered = sorted(found["modules"], key=lambda one: (one["p_fdr"], -one["statistic"]))
-    rows = [[f"{one['statistic']:.1f}", p_cell(one["p_fdr"], ROUNDED_P), one["module"]] for one in ordered]
-    title = f"{capital(found['tested'])} by concept (Kruskal-Wallis), module by module"
-    return Table("rank", title, ["H", "p (false discovery rate)", "module"], rows, (2,), 3)
-
-
-def _concepts_table(a: dict) -> Table:
-    """What is known of each concept, those that lose most by the ablation first."""
-    found, compared, structure = a["concepts"], a["representations"], a["rank_structure"]
-    columns, rows = ["concept"], [[str(name)] for name in found["classes"]]
-    title, last = "Each concept", "."
+def _concepts_table(analysis: dict) -> Table:
+    """Return what is known of each concept, those that lose most by the ablation first."""
+    section, compared, structure = analysis["concepts"], analysis["representations"], analysis["rank_structure"]
+    columns, rows = ["concept"], [[str(name)] for name in section["classes"]]
+    title, note = "Each concept", "best layer: highest recall by one layer alone; spread: of the concept's features"
     if compared:
         best = compared["best"]
         columns += ["recall", "drop"]
-        title = f"Each concept: recall by {best} with all layers, what the ablation takes from it (points)"
-        for row, recall, drop in zip(rows, found["baseline"][best], found["drop"][best], strict=True):
+        title = f"Each concept: recall by {best} with all layers, and what the ablation takes from it (points)"
+        for row, recall, drop in zip(rows, section["baseline"][best], section["drop"][best], strict=True):
             row += [_known(recall), _known(drop)]
     columns += ["best layer", "spread"]
-    alone = zip(*found["recall"], strict=True)
-    for row, of, one in zip(rows, alone, structure["complexity"]["by_class"], strict=True):
-        row += [_known(None if None in of else max(of)), _known(one["spread"], number)]
+    by_class = structure["complexity"]["by_class"]
+    for row, recalls, record in zip(rows, zip(*section["recall"], strict=True), by_class, strict=True):
+        highest = None if None in recalls else max(recalls)
+        row += [_known(highest), _known(record["spread"], number)]
     if structure["tested"] is not None:
-        measured, last = "effective_rank" if structure["answerable"] else "norm", "; updates' mean last."
-        columns.append(measured.replace("_", " "))
-        for row, one in zip(rows, structure["complexity"]["by_class"], strict=True):
-            row.append(f"{one[measured]:.3g}")
+        measure = "effective_rank" if structure["answerable"] else "norm"
+        columns.append(measure.replace("_", " "))
+        note += f"; {columns[-1]}: mean of the updates"
+        for row, record in zip(rows, by_class, strict=True):
+            row.append(f"{record[measure]:.3g}")
     if compared:
-        drops = [-math.inf if drop is None else drop for drop in found["drop"][best]]
+        drops = [-math.inf if drop is None else drop for drop in section["drop"][best]]
         rows = [rows[c] for c in sorted(range(len(rows)), key=lambda c: -drops[c])]
-    note = f"best layer: highest recall by one layer alone; spread: of the concept's features{last}"
-    return Table("concepts", title, columns, rows, shown=10, note=note)
+    return Table("concepts", title, columns, rows, shown=10, note=f"{note}.")
 
 
 def _known(value: float | None, shown: Callable[[float], str] = percent) -> str:
-    """A number of a concept, which without test LoRAs has some not."""
+    """Return a number of a concept, which without test LoRAs has not all of them."""
     return "unknown" if value is None else shown(value)
