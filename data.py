@@ -28,7 +28,7 @@ import numpy as np
 from loras import labels as labelling
 from loras import lora_files
 from loras.labels import Finding
-from loras.lora_files import Layer, Layout, LoraFileError
+from loras.lora_files import Header, Layer, Layout, LoraFileError, by_layout, file_stat
 
 PREFERRED_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -57,10 +57,15 @@ class LoraFile:
 
     path: str
     label: str
-    layout: Layout
+    header: Header
     stat: tuple[int, int, int]  # size, mtime in ns, inode
     adapter_config: dict | None
     group: str | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """The layers of the file, in the network's order."""
+        return self.header.layout
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Collection:
     @cached_property
     def modules(self) -> list[str]:
         """Canonical ids of the P modules, in order; each has a down and an up."""
-        return [layer.module for layer in self.layers if layer.role == "down"]
+        return self.files[0].layout.modules
 
     @cached_property
     def pair_of_layer(self) -> np.ndarray:
@@ -121,6 +126,9 @@ class Collection:
         """The values of each column of the table and field of the metadata.json files, by path; read when asked for."""
         return labelling.values_by_file(self.root, [file.path for file in self.files], self.table)
 
+    def _by_layout(self) -> list[list[int]]:
+        return by_layout(file.layout for file in self.files)
+
     @property
     def skipped_records(self) -> list[dict[str, str]]:
         """The files left out, as results.json lists them."""
@@ -134,7 +142,7 @@ class Collection:
     @cached_property
     def mixed_ranks(self) -> str:
         """Why weights cannot be flattened to one width, in words; empty where they can."""
-        for file in (self.files[positions[0]] for positions in by_layout(self.files)):
+        for file in (self.files[positions[0]] for positions in self._by_layout()):
             for first, layer in zip(self.layers, file.layout.layers, strict=True):
                 if layer.shape != first.shape:
                     return f"ranks differ between LoRAs: {first.name} has {first.rank}, and {layer.rank} in {file.path}"
@@ -142,13 +150,8 @@ class Collection:
 
     @cached_property
     def packed_layout(self) -> Layout:
-        """How packed weights lie: shape and columns of each layer, padded to its largest rank where ranks differ."""
-        layout = self.files[0].layout
-        if not self.mixed_ranks:
-            return layout
-        layouts = [self.files[positions[0]].layout for positions in by_layout(self.files)]
-        ranks = [max(layer.rank for layer in of_files) for of_files in zip(*(x.layers for x in layouts), strict=True)]
-        return Layout(tuple(_of_rank(layer, rank) for layer, rank in zip(layout.layers, ranks, strict=True)))
+        """The layout of packed weights: each layer is padded to its largest rank where ranks differ."""
+        return lora_files.packed_layout([self.files[positions[0]].layout for positions in self._by_layout()])
 
     @property
     def weights_per_layer(self) -> list[int]:
@@ -237,14 +240,14 @@ def _index_file(root: Path, path: str, labelled: labelling.Labels) -> LoraFile:
     """
     full = os.path.join(root, path)
     stat = file_stat(full)
-    layout = lora_files.parse_layout(lora_files.read_header(full))
+    header = lora_files.parse_header(lora_files.read_header(full))
     adapter_config = labelling.read_json(os.path.join(os.path.dirname(full), "adapter_config.json"))
     if adapter_config:
-        lora_files.update_scales(layout, {}, adapter_config)  # refuses what cannot be used
+        lora_files.update_scales(header.layout, {}, adapter_config)  # refuses what cannot be used
     label, group = labelled.label.get(path, ""), labelled.group.get(path)
     if labelling.NOT_TEXT.search(path + label + (group or "")):
         raise LoraFileError(f"its name {path!a}, label {label!a} or group {group!a} is not plain text. Rename it.")
-    return LoraFile(path, label, layout, stat, adapter_config, group)
+    return LoraFile(path, label, header, stat, adapter_config, group)
 
 
 def _less(files: list[LoraFile], findings: list[Finding]) -> list[LoraFile]:
@@ -273,12 +276,6 @@ def without(collection: Collection, findings: Iterable[tuple[str, str]]) -> Coll
     return replace(collection, files=files, skipped=(*collection.skipped, *skipped))
 
 
-def file_stat(path: Path | str) -> tuple[int, int, int]:
-    """What tells an unchanged file: size, mtime in ns, inode."""
-    stat = os.stat(path)
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
-
-
 def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[str], list[Finding]]:
     """Weight files below a folder, as sorted paths relative to it, and what is wrong with the folders."""
     paths, findings = [], []
@@ -305,23 +302,10 @@ def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[str], list[Fi
     return sorted(paths), findings
 
 
-def by_layout(files: Sequence[LoraFile]) -> list[list[int]]:
-    """Positions of the files that share a layout, for each layout; there are far fewer of them than files."""
-    positions = defaultdict(list)
-    for i, file in enumerate(files):
-        positions[id(file.layout)].append(i)
-    return list(positions.values())
-
-
-def _of_rank(layer: Layer, rank: int) -> Layer:
-    """The layer with another rank."""
-    return replace(layer, shape=(rank, layer.free_side) if layer.role == "down" else (layer.free_side, rank))
-
-
 def _layer_differences(root: Path, files: list[LoraFile]) -> list[Finding]:
     """Where files differ in their layers, or in more than the rank, in words; the commonest layers are the measure."""
     holders = defaultdict(list)
-    for positions in by_layout(files):
+    for positions in by_layout(file.layout for file in files):
         layout = files[positions[0]].layout
         layers = tuple((f"{layer.module} {layer.role}", layer.free_side) for layer in layout.layers)
         holders[layers] += [files[i].path for i in positions]
@@ -433,7 +417,7 @@ def _matches(layer: Layer, pattern: str) -> bool:
 def inspection(collection: Collection, layers: str | None = None) -> dict:
     """What ``inspect --json`` prints; ``layers`` is a pattern, see `select_layers`."""
     dtypes: Counter = Counter()
-    for positions in by_layout(collection.files):
+    for positions in by_layout(file.layout for file in collection.files):
         for layer in collection.files[positions[0]].layout.layers:
             dtypes[layer.dtype] += len(positions)
     paths = [file.path for file in collection.files]

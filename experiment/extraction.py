@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Collection, CollectionError, LoraFile, by_layout, file_stat, without
+from data import Collection, CollectionError, LoraFile, without
 from experiment import store
 from experiment.workers import Task, Workers
 from loras import building, lora_files
 from loras.labels import Finding
-from loras.lora_files import Layout, LoraFileError, NotFiniteError
+from loras.lora_files import Layout, LoraFileError, NotFiniteError, by_layout, file_stat
 from representations import FEATURES, UPDATES, matrix_features, pair_features
 
 CHUNK_NUMBERS = 2**22  # weights worked on at once, 16 MiB
@@ -161,7 +161,9 @@ class _Pass:
         self.collection, self.cache, self.device, self.skip_bad = collection, cache, device, skip_bad
         self.identity = identity(collection)
         self.folder = cache / "passes" / store.digest(str(collection.root.resolve()))
-        code = store.code_digest("representations", "loras/lora_files", "experiment/extraction", "experiment/store")
+        code = store.code_digest(
+            "representations", "loras/keys", "loras/lora_files", "experiment/extraction", "experiment/store"
+        )
         self.suffix = f"{store.digest([code, torch.__version__])[:8]}-{device.type}"
         count = len(collection.files)
         per_shard = min(count, max(1, SHARD_NUMBERS // _numbers_of_a_lora(collection)))
@@ -343,7 +345,7 @@ def _read_file(root: Path, file: LoraFile) -> tuple[np.ndarray, dict[str, float]
     content = np.fromfile(path, np.uint8)
     if file_stat(path) != file.stat:
         raise LoraFileError("changed since it was indexed. Start again.")
-    weights, alphas = lora_files.load_weights(content, file.layout)
+    weights, alphas = lora_files.load_weights(content, file.header)
     lora_files.check_finite(weights, file.layout)
     scales = lora_files.update_scales(file.layout, alphas, file.adapter_config)
     return weights, scales, hashlib.sha256(content).hexdigest()
@@ -360,7 +362,7 @@ def _fill(
     """Compute or copy the rows of files, into arrays of just these."""
     # Matrices [n, rows, cols] of each layer, with the n rows of the arrays that they are of.
     matrices: list[list[tuple[list[int], torch.Tensor]]] = [[] for _ in collection.layers]
-    for members in by_layout(files):
+    for members in by_layout(file.layout for file in files):
         layout = files[members[0]].layout
         flat = np.stack([weights[i] for i in members])
         if WEIGHTS in arrays:

@@ -1,8 +1,8 @@
-"""One LoRA file: which layers it holds, in the network's order, and what is wrong with it, in words.
+"""One LoRA file: its layers in the network's order, its weights, and what is wrong with it, in words.
 
 A LoRA writes the update of a weight matrix as a product of two factors: ``down`` (A), float[rank, in], and ``up`` (B),
-float[out, rank]. Every trainer names them differently. Here each key is parsed into a canonical module and a role, so
-that one network has one set of layers whatever wrote the file; a layer is shown under the name it has in the file.
+float[out, rank]. One network has one set of layers whatever wrote the file (see keys.py); a layer is shown under the
+name that it has in the file. A header is parsed once, and the weights are read with what parsing found.
 """
 
 from __future__ import annotations
@@ -13,70 +13,30 @@ import os
 import re
 import stat
 import sys
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-MAX_HEADER_BYTES = 25_000_000  # of the 100 MB that the library allows, hostile ones took it 9 seconds and 1.4 GB
+from loras.keys import SCALE, LoraFileError, canonical_module, depth_key, ignored_as, parse_key
+
+MAX_HEADER_BYTES = 25_000_000  # the library allows 100 MB, but takes 9 seconds and 1.4 GB for a hostile header of these
 MAX_TENSORS_BYTES = 5_000_000  # of a header less its metadata: some 30,000 tensors
 MAX_KEY_LENGTH = 1000
-MAX_MESSAGE_LENGTH = 1000
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 INTEGER_TYPES = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")  # of an alpha
 
-# Each pattern gives the module `m`, the role `r`, and where a file can hold several adapters, the adapter `a`.
-KEY_FAMILIES = {
-    "numbered": r"^lora\.(?P<r>down|up)\.weight\.(?P<m>\d+)$",
-    "diffusers": r"^(?P<m>.+)\.lora\.(?P<r>down|up)\.weight$",
-    "diffusers text encoder": r"^(?P<m>.+)\.lora_linear_layer\.(?P<r>down|up)\.weight$",
-    "diffusers legacy": r"^(?P<m>.+?)(?:\.processor)?\.to_(?P<p>q|k|v|out)_lora\.(?P<r>down|up)\.weight$",
-    "PEFT": r"^(?P<m>.+)\.lora_(?P<r>A|B)\.weight$",
-    "PEFT with adapter name": r"^(?P<m>.+)\.lora_(?P<r>A|B)\.(?P<a>[^.]+)\.weight$",
-    "PEFT bare": r"^(?P<m>.+)\.lora_(?P<r>A|B)$",
-    "kohya": r"^(?P<m>.+)\.lora_(?P<r>down|up|mid)\.weight$",
-    "XLabs": r"^(?P<m>.+\.processor\.(?:qkv|proj)_lora[12]?)\.(?P<r>down|up)\.weight$",
-    "cloneofsimo": r"^(?P<m>(?:unet|text_encoder):\d+):(?P<r>down|up)$",
-}
-SCALE = r"^(?P<m>.+)\.alpha$"
-REFUSED_FAMILIES = {
-    "a LoHa": r"\.hada_(w[12]_[ab]|t[12])$",
-    "a LoKr": r"\.lokr_(w[12](_[ab])?|t[12])$",
-    "an OFT": r"\.oft_blocks$",
-    "a full-difference": r"\.(diff|diff_b)$",
-    "a mangled kohya": r"^lora_(unet|te\d?)_.+_lora_(down|up)\.weight$",
-}
-IGNORED = {
-    "*.dora_scale": r"\.dora_scale$",
-    "*.lora_magnitude_vector": r"\.lora_magnitude_vector(\.[^.]+)?(\.weight)?$",
-    "*.lora_A.bias, *.lora_B.bias": r"\.lora_[AB]\.bias$",
-    "embeddings <...>": r"^<.+>$",
-    "*.modules_to_save.*": r"\.modules_to_save\.",
-}
-
-
-class LoraFileError(ValueError):
-    """A file cannot be used; the message says what is wrong and what to do.
-
-    Names in it come from files that anyone may have written: the message is one line of printable characters, and what
-    is too long is cut in the middle.
-    """
-
-    def __init__(self, message: str):
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-        if len(line) > MAX_MESSAGE_LENGTH:
-            line = f"{line[: MAX_MESSAGE_LENGTH // 2]} ... {line[-MAX_MESSAGE_LENGTH // 2 :]}"
-        super().__init__(line)
-
 
 class NotFiniteError(LoraFileError):
-    """Weights are NaN or infinite."""
+    """Weights that are NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -104,17 +64,22 @@ class Layer:
         return self.shape[1] if self.role == "down" else self.shape[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: equal layouts are mostly one object
 class Layout:
-    """What a header promises: layers in the network's order, the key of each module's alpha, and what was ignored."""
+    """Layers that a header promises, in the network's order, the key of each module's alpha, and what is ignored."""
 
     layers: tuple[Layer, ...]
     alphas: dict[str, str] = field(default_factory=dict)
     ignored: Counter = field(default_factory=Counter)
 
     @property
+    def modules(self) -> list[str]:
+        """Canonical ids of the modules, in the network's order; each has a down and an up."""
+        return [layer.module for layer in self.layers if layer.role == "down"]
+
+    @property
     def columns(self) -> tuple[slice, ...]:
-        """Where each layer lies among the flattened weights."""
+        """The columns of each layer in the flattened weights."""
         ends = accumulate((prod(layer.shape) for layer in self.layers), initial=0)
         return tuple(slice(start, end) for start, end in pairwise(ends))
 
@@ -124,87 +89,28 @@ class Layout:
         return sum(prod(layer.shape) for layer in self.layers)
 
 
-def canonical_module(raw: str) -> str:
-    """The one id of a module in every style of naming.
+def by_layout(layouts: Iterable[Layout]) -> list[list[int]]:
+    """Return the positions of each distinct layout; equal ones are mostly one object, so there are few."""
+    positions = defaultdict(list)
+    for position, layout in enumerate(layouts):
+        positions[id(layout)].append(position)
+    return list(positions.values())
 
-    Wrappers (``base_model.model.``, ``diffusion_model.``) are stripped, kohya's component prefixes spelled out,
-    ``.processor`` dropped and dots (and cloneofsimo's colon) become underscores. The inverse is ambiguous.
 
-    Example:
-        >>> canonical_module("unet.mid_block.attentions.0.proj_in")
-        'unet_mid_block_attentions_0_proj_in'
-        >>> canonical_module("lora_unet_mid_block_attentions_0_proj_in")
-        'unet_mid_block_attentions_0_proj_in'
+def packed_layout(layouts: Sequence[Layout]) -> Layout:
+    """Return the layout of weights that are packed to one width: each layer is padded to its largest rank.
+
+    The layouts differ in nothing but ranks. Where these are equal too, the first layout is returned itself.
     """
-    while (stripped := raw.removeprefix("base_model.model.").removeprefix("diffusion_model.")) != raw:
-        raw = stripped
-    for kohya, component in (
-        ("lora_unet_", "unet_"),
-        ("lora_transformer_", "transformer_"),
-        ("lora_te_", "text_encoder_"),
-        ("lora_te1_", "text_encoder_"),
-        ("lora_te2_", "text_encoder_2_"),
-        ("lora_te3_", "text_encoder_3_"),
-    ):
-        if raw.startswith(kohya):
-            raw = component + raw.removeprefix(kohya)
-    return re.sub(r"\.processor(?=\.|$)", "", raw).replace(".", "_").replace(":", "_")
-
-
-_WORD = re.compile(r"conv_in|conv_out|single_transformer_blocks|transformer_blocks|[^\W\d_]+|\d{1,18}")
-# Words of one row stand in the row's order, wherever the alphabet would put them.
-_ORDERED_WORDS = (
-    ("conv_in", "down", "mid", "up", "conv_out"),
-    ("transformer_blocks", "single_transformer_blocks"),
-    ("q", "k", "v", "out"),
-)
-_RANK_OF_WORD = {word: (row[0], i) for row in _ORDERED_WORDS for i, word in enumerate(row)}
-
-
-@lru_cache(maxsize=2**16)
-def depth_key(module: str, role: str) -> tuple:
-    """Sort key that puts layers in the network's order; a file's own order is alphabetical and means nothing.
-
-    Natural sort of the canonical id, text encoders before unet or transformer; conv_in, down, mid, up, out;
-    transformer_blocks before single_transformer_blocks; q, k, v, out; down before up.
-    """
-    parts = []
-    for word in _WORD.findall(module):
-        if word.isdecimal():
-            parts.append((1, int(word), "", 0))  # numbers after words: text_encoder before text_encoder_2
-        else:
-            parts.append((0, 0, *_RANK_OF_WORD.get(word, (word, 0))))
-    return (not module.startswith("text_encoder"), parts, module, role == "up")
-
-
-@dataclass(frozen=True)
-class _Key:
-    """A parsed key: its module as the file spells it and as everyone does, its role, and the adapter it belongs to."""
-
-    module: str
-    role: str
-    adapter: str
-
-
-@lru_cache(maxsize=2**16)  # headers differ more than keys do
-def parse_key(key: str) -> _Key | None:
-    """Module, role and adapter of a weight's key; None for a key that is no LoRA weight.
-
-    Raises:
-        LoraFileError: The key belongs to a family that is refused.
-    """
-    for name, pattern in REFUSED_FAMILIES.items():
-        if re.search(pattern, key):
-            raise LoraFileError(f"{name} adapter ({key}), which cannot be read. Convert it or leave it out.")
-    for name, pattern in KEY_FAMILIES.items():
-        if match := re.match(pattern, key):
-            parts = match.groupdict()
-            module = parts["m"]
-            if name == "diffusers legacy":
-                module += ".to_out.0" if parts["p"] == "out" else f".to_{parts['p']}"
-            role = {"A": "down", "B": "up"}.get(parts["r"], parts["r"])
-            return _Key(canonical_module(module), role, parts.get("a") or "")
-    return None
+    first = layouts[0]
+    layers_of_files = list(zip(*(layout.layers for layout in layouts), strict=True))
+    if all(layer.shape == layers[0].shape for layers in layers_of_files for layer in layers):
+        return first
+    padded = []
+    for layers in layers_of_files:
+        rank, side = max(layer.rank for layer in layers), layers[0].free_side
+        padded.append(replace(layers[0], shape=(rank, side) if layers[0].role == "down" else (side, rank)))
+    return Layout(tuple(padded))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -212,18 +118,18 @@ def parse_key(key: str) -> _Key | None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-_checked: set[tuple[bytes, int]] = set()  # digests of headers that the library has accepted, with the file's size
+_accepted: set[tuple[bytes, int]] = set()  # digests of headers that the library has accepted, with the file's size
 # What parsing raises where the contents are not what they should be.
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def read_header(path: Path | str) -> bytes:
-    """The JSON header of a safetensors file, checked against the size of the file; no tensor is read.
+    """Read the JSON header of a safetensors file and check it against the file's size; no tensor is read.
 
-    Its size is bounded before it is read.
+    The size of a header is bounded before it is read.
 
     Raises:
-        LoraFileError: The file is something else, or not all of it is here.
+        LoraFileError: The file is something else, or incomplete.
     """
     with open(path, "rb", opener=_open_without_waiting) as file:
         status = os.fstat(file.fileno())
@@ -248,17 +154,17 @@ def read_header(path: Path | str) -> bytes:
             raise _incomplete(size, 8 + length)
         header = start[8 : 8 + length]
         header += file.read(length - len(header))
-    seen = (hashlib.sha256(header).digest(), size)
-    if seen not in _checked:
+    known = (hashlib.sha256(header).digest(), size)
+    if known not in _accepted:
         _check_header(path, header, size)
-        if len(_checked) >= 2**12:  # files of one collection mostly share their header to the byte
-            _checked.clear()
-        _checked.add(seen)
+        if len(_accepted) >= 2**12:  # files of one collection mostly share their header to the byte
+            _accepted.clear()
+        _accepted.add(known)
     return header
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    """Opens a pipe at once, that nobody may ever write to."""
+    """Open a file, also a pipe that nobody may ever write to, without waiting."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
@@ -284,33 +190,66 @@ def _check_header(path: Path | str, header: bytes, size: int) -> None:
     raise LoraFileError(f"not a readable safetensors file ({fault}). Download it again.") from fault
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A parsed header: the layout, and where in the data its weights lie.
+class _Run(NamedTuple):
+    """Weights of one type that lie in the data as in the layout: first byte, first column and end in the flat array."""
 
-    ``runs`` are (type, first byte, columns of the flattened weights) of neighbouring tensors; ``alphas`` (module,
-    type, first byte); ``cores`` the header's entries of a down and a mid, with the columns of what they multiply to.
+    dtype: str
+    byte: int
+    start: int
+    stop: int
+
+
+class _Factor(NamedTuple):
+    """A tensor of a LoCon in Tucker form."""
+
+    dtype: str
+    byte: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Places:
+    """A layout, and the places of its numbers in the data of a file.
+
+    ``alphas`` are (module, type, first byte); ``cores`` a down, a mid and the columns of what they multiply to.
     """
 
     layout: Layout
-    runs: list[tuple[str, int, slice]]
-    alphas: list[tuple[str, str, int]]
-    cores: list[tuple[dict, dict, slice]]
+    runs: tuple[_Run, ...]
+    alphas: tuple[tuple[str, str, int], ...]
+    cores: tuple[tuple[_Factor, _Factor, int, int], ...]
 
 
-def parse_layout(header: bytes) -> Layout:
-    """Layers, alphas and ignored tensors that a safetensors header promises.
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The parsed header of a file: places, which files of equal tensors share, and what is its own.
 
-    Equal ones are mostly the same object, also where the headers differ in their metadata or in the order of keys.
+    ``data_start`` is the byte of the file at which its data begin, ``digest`` stands for the bytes of the header.
+    """
+
+    places: Places
+    data_start: int
+    digest: bytes
+
+    @property
+    def layout(self) -> Layout:
+        """The layers that the header promises; equal layouts are mostly one object."""
+        return self.places.layout
+
+
+def parse_header(header: bytes) -> Header:
+    """Parse a safetensors header: layers, alphas, ignored tensors, and where each lies.
+
+    Places are mostly one object for files of equal tensors, layouts also where the order of keys differs.
 
     Raises:
         LoraFileError: No LoRA pair, a missing partner, ranks that differ, two adapters, or a family that is refused.
     """
-    return _parse(_without_metadata(header)).layout
+    return Header(_parse(_without_metadata(header)), 8 + len(header), hashlib.sha256(header).digest())
 
 
 def _without_doubles(pairs: list[tuple[str, object]]) -> dict:
-    """An object of a header; JSON allows a key to stand twice, and then readers may differ about which one counts."""
+    """Return an object of a header; refuse a key that stands twice, as readers differ about which one counts."""
     entries = dict(pairs)
     if len(entries) != len(pairs):
         double, _ = Counter(key for key, _ in pairs).most_common(1)[0]
@@ -319,26 +258,26 @@ def _without_doubles(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _without_metadata(header: bytes) -> str:
-    """The header less ``__metadata__``, which writers put first and where kohya tells of each training at length."""
+    """Return the header without ``__metadata__``, which writers put first and kohya fills differently for each file."""
     text = header.decode()
     metadata = _METADATA.match(text)
     return "{" + text[metadata.end() :] if metadata else text
 
 
-# Names and values are texts, as the library has made sure of; nothing is tried twice, so the time grows as the length.
+# Names and values are texts, as the library has checked; nothing is matched twice, so time is linear in the length.
 _METADATA = re.compile(
     r"""\{\s*"__metadata__"\s*:\s*(?:null|\{(?:[^"{}]++|"(?:[^"\\]++|\\.)*+")*+\})[\s,]*+""", re.DOTALL
 )
 
 
 @lru_cache(maxsize=64)
-def _parse(header: str) -> _Stored:
-    """What `parse_layout` and `load_weights` need of a header without metadata."""
+def _parse(header: str) -> Places:
+    """Parse a header without metadata."""
     if len(header) > MAX_TENSORS_BYTES:
         raise LoraFileError(f"its header describes tensors in {len(header)} bytes, more than any LoRA has. Is it one?")
     entries = json.loads(header, object_pairs_hook=_without_doubles)
     entries.pop("__metadata__", None)
-    factors, alphas, ignored = _sorted_out(entries)
+    factors, alphas, ignored = _sort_keys(entries)
     if not factors:
         raise LoraFileError(f"no LoRA pair; the first keys are {', '.join(list(entries)[:3]) or 'none'}. Is it a LoRA?")
     mids = {module: key for (module, role), key in factors.items() if role == "mid"}
@@ -352,18 +291,11 @@ def _parse(header: str) -> _Stored:
     _check_pairs(layers)
     ordered = sorted(layers.values(), key=lambda layer: depth_key(layer.module, layer.role))
     layout = _layout(tuple(ordered), tuple(sorted(alphas.items())), tuple(sorted(ignored.items())))
-    places = [(entries[key], module) for module, key in layout.alphas.items()]
-    stored = [(module, entry["dtype"], entry["data_offsets"][0]) for entry, module in places]
-    cores = [
-        (entries[layer.name], entries[mids[layer.module]], columns)
-        for layer, columns in zip(layout.layers, layout.columns, strict=True)
-        if layer.role == "down" and layer.module in mids
-    ]
-    return _Stored(layout, _runs(layout, entries, mids), stored, cores)
+    return _places(layout, entries, mids)
 
 
-def _sorted_out(entries: dict) -> tuple[dict[tuple[str, str], str], dict[str, str], Counter]:
-    """Keys of a header: of factors by module and role, of alphas by module; and how many are neither."""
+def _sort_keys(entries: dict) -> tuple[dict[tuple[str, str], str], dict[str, str], Counter]:
+    """Return the keys of factors by module and role, those of alphas by module, and how many are neither."""
     factors: dict[tuple[str, str], str] = {}
     alphas: dict[str, str] = {}
     ignored: Counter = Counter()
@@ -380,8 +312,8 @@ def _sorted_out(entries: dict) -> tuple[dict[tuple[str, str], str], dict[str, st
                 raise LoraFileError(f"holds several adapters ({', '.join(adapters.values())}). Save one to a file.")
             first = factors.setdefault((parsed.module, parsed.role), key)
             if first != key:
-                told = f"two tensors are the {parsed.role} of module {parsed.module}: {first} and {key}"
-                raise LoraFileError(f"{told}. Keep one.")
+                fault = f"two tensors are the {parsed.role} of module {parsed.module}: {first} and {key}"
+                raise LoraFileError(f"{fault}. Keep one.")
         elif match := re.match(SCALE, key):
             _check_alpha(key, entry)
             module = canonical_module(match["m"])
@@ -389,7 +321,7 @@ def _sorted_out(entries: dict) -> tuple[dict[tuple[str, str], str], dict[str, st
             if first != key:
                 raise LoraFileError(f"two tensors are the alpha of module {module}: {first} and {key}. Keep one.")
         else:
-            ignored[_ignored_as(key)] += 1
+            ignored[ignored_as(key)] += 1
     for module in alphas.keys() - {module for module, _ in factors}:
         ignored["*.alpha without its module"] += 1
         del alphas[module]
@@ -403,7 +335,7 @@ def _check_alpha(key: str, entry: dict) -> None:
         raise LoraFileError(f"{key} is of type {entry['dtype']}. Save it as one of {', '.join(FLOAT_TYPES)}.")
 
 
-# Of tens of thousands of files each layer, and mostly each layout, is held once.
+# Of tens of thousands of files each layer, and mostly each layout and its places, are held once.
 _layer = lru_cache(maxsize=2**16)(Layer)
 
 
@@ -412,25 +344,36 @@ def _layout(layers: tuple[Layer, ...], alphas: tuple[tuple[str, str], ...], igno
     return Layout(layers, dict(alphas), Counter(dict(ignored)))
 
 
-def _runs(layout: Layout, entries: dict, mids: dict[str, str]) -> list[tuple[str, int, slice]]:
-    """Runs of weights that lie in the data as they do in the layout; keys are mostly sorted, so there are few."""
-    runs: list[tuple[str, int, slice]] = []
-    end = None
+_shared_places = lru_cache(maxsize=2**10)(Places)
+
+
+def _places(layout: Layout, entries: dict, mids: dict[str, str]) -> Places:
+    """Find the numbers of a layout; neighbours in both data and layout are one run: keys are mostly sorted."""
+    runs: list[_Run] = []
+    cores = []
+    end = None  # of the last run in the data
     for layer, columns in zip(layout.layers, layout.columns, strict=True):
+        entry = entries[layer.name]
         if layer.role == "down" and layer.module in mids:
             end = None
+            cores.append((_factor(entry), _factor(entries[mids[layer.module]]), columns.start, columns.stop))
             continue
-        start, stop = entries[layer.name]["data_offsets"]
-        if start == end and layer.dtype == runs[-1][0]:
-            _, start, before = runs.pop()
-            columns = slice(before.start, columns.stop)
-        runs.append((layer.dtype, start, columns))
+        byte, stop = entry["data_offsets"]
+        if byte == end and layer.dtype == runs[-1].dtype:
+            runs[-1] = runs[-1]._replace(stop=columns.stop)
+        else:
+            runs.append(_Run(layer.dtype, byte, columns.start, columns.stop))
         end = stop
-    return runs
+    alphas = [(module, entries[key]["dtype"], entries[key]["data_offsets"][0]) for module, key in layout.alphas.items()]
+    return _shared_places(layout, tuple(runs), tuple(alphas), tuple(cores))
+
+
+def _factor(entry: dict) -> _Factor:
+    return _Factor(entry["dtype"], entry["data_offsets"][0], tuple(entry["shape"]))
 
 
 def _matrix_shape(key: str, role: str, entry: dict) -> tuple[int, int]:
-    """Rows and columns of a factor; a convolution's kernel is part of the columns."""
+    """Return rows and columns of a factor; a convolution's kernel is part of the columns."""
     shape = entry["shape"]
     if entry["dtype"] not in FLOAT_TYPES:
         raise LoraFileError(f"{key} is of type {entry['dtype']}. Save it as one of {', '.join(FLOAT_TYPES)}.")
@@ -440,7 +383,7 @@ def _matrix_shape(key: str, role: str, entry: dict) -> tuple[int, int]:
 
 
 def _with_mid(down: Layer | None, module: str, mid: str, entries: dict) -> Layer:
-    """The down of a LoCon in Tucker form, once multiplied by its mid: the kernel is the mid's.
+    """Return the down of a LoCon in Tucker form, multiplied by its mid: the kernel is the mid's.
 
     LyCORIS writes the update of a convolution as up·mid·down with a down [r, in, 1, 1] and a mid [r, r, kh, kw].
     """
@@ -455,18 +398,8 @@ def _with_mid(down: Layer | None, module: str, mid: str, entries: dict) -> Layer
     return _layer(down.name, module, "down", (down.rank, down.free_side * prod(shape[2:])), down.dtype)
 
 
-def _ignored_as(key: str) -> str:
-    """The pattern under which a tensor that is no LoRA weight is counted."""
-    for name, pattern in IGNORED.items():
-        if re.search(pattern, key):
-            return name
-    if "lora" in key.lower():
-        raise LoraFileError(f"{key} names a LoRA in an unknown way. Rename its keys or leave the file out.")
-    return "tensors that are no LoRA"
-
-
 def _check_pairs(layers: dict[tuple[str, str], Layer]) -> None:
-    """Every module has both factors, and they agree on the rank."""
+    """Refuse a module that lacks a factor, or whose factors differ in rank."""
     for (module, role), layer in layers.items():
         other = "up" if role == "down" else "down"
         partner = layers.get((module, other))
@@ -483,56 +416,65 @@ def _check_pairs(layers: dict[tuple[str, str], Layer]) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_weights(data: bytes | np.ndarray, layout: Layout) -> tuple[np.ndarray, dict[str, float]]:
-    """The flattened matrices of a file in the layout's order, and alpha by module.
+def file_stat(path: Path | str) -> tuple[int, int, int]:
+    """Return size, mtime in ns and inode, by which an unchanged file is known."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def load_weights(data: bytes | np.ndarray, header: Header) -> tuple[np.ndarray, dict[str, float]]:
+    """Return the flattened matrices of a file in the layout's order, and alpha by module.
 
     Args:
         data: The whole file, bytes or uint8[size].
-        layout: What its header promises.
+        header: Its header, parsed before.
 
     Returns:
-        Weights float32[layout.width] (float64 on disk is rounded), and the alphas that the file holds.
+        Weights float32[W] (float64 on disk is rounded), and the alphas that the file holds.
 
     Raises:
-        LoraFileError: The header promises another layout.
+        LoraFileError: The file has another header by now, or is shorter than it promises.
     """
-    end = 8 + int.from_bytes(bytes(data[:8]), "little")
+    changed = "changed since it was indexed. Start again."
+    length = int.from_bytes(bytes(data[:8]), "little")
+    if 8 + length != header.data_start or hashlib.sha256(data[8 : header.data_start]).digest() != header.digest:
+        raise LoraFileError(changed)
     try:
-        stored = _parse(_without_metadata(bytes(data[8:end])))
-        if stored.layout != layout:
-            raise ValueError("another layout")
-        return _weights(data, end, stored), _alphas(data, end, stored)
-    except _UNREADABLE as error:
-        raise LoraFileError("changed since it was indexed. Start again.") from error
+        return _weights(data, header), _alphas(data, header)
+    except ValueError as error:  # there are not that many bytes
+        raise LoraFileError(changed) from error
 
 
-def _weights(data: bytes | np.ndarray, end: int, stored: _Stored) -> np.ndarray:
-    """The flattened matrices; the header ends at byte ``end``."""
-    weights = np.empty(stored.layout.width, np.float32)
+def _weights(data: bytes | np.ndarray, header: Header) -> np.ndarray:
+    places = header.places
+    weights = np.empty(places.layout.width, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN are the caller's to find
-        for dtype, start, columns in stored.runs:
-            weights[columns] = _numbers(data, dtype, end + start, columns.stop - columns.start)
-        for down, mid, columns in stored.cores:
+        for run in places.runs:
+            weights[run.start : run.stop] = _numbers(
+                data, run.dtype, header.data_start + run.byte, run.stop - run.start
+            )
+        for down, mid, start, stop in places.cores:
             wide, core = (
-                _numbers(data, entry["dtype"], end + entry["data_offsets"][0], prod(entry["shape"]))
-                .reshape(entry["shape"])
+                _numbers(data, factor.dtype, header.data_start + factor.byte, prod(factor.shape))
+                .reshape(factor.shape)
                 .astype(np.float64)
-                for entry in (down, mid)
+                for factor in (down, mid)
             )
             wide = wide.reshape(len(wide), -1)  # (r, in)
-            weights[columns] = np.einsum("ijhw,jc->ichw", core, wide).ravel()
+            weights[start:stop] = np.einsum("ijhw,jc->ichw", core, wide).ravel()
     return weights
 
 
-def _alphas(data: bytes | np.ndarray, end: int, stored: _Stored) -> dict[str, float]:
-    return {module: float(_numbers(data, dtype, end + start, 1)[0]) for module, dtype, start in stored.alphas}
+def _alphas(data: bytes | np.ndarray, header: Header) -> dict[str, float]:
+    places = ((module, dtype, header.data_start + byte) for module, dtype, byte in header.places.alphas)
+    return {module: float(_numbers(data, dtype, byte, 1)[0]) for module, dtype, byte in places}
 
 
 def check_finite(weights: np.ndarray, layout: Layout) -> None:
     """Refuse NaN and infinity in flattened weights.
 
     Raises:
-        LoraFileError: There is one; the message says in how many layers.
+        NotFiniteError: There is one; the message says in how many layers.
     """
     if not np.isfinite(weights).all():
         named = zip(layout.layers, layout.columns, strict=True)
@@ -541,7 +483,7 @@ def check_finite(weights: np.ndarray, layout: Layout) -> None:
 
 
 def _numbers(data: bytes | np.ndarray, dtype: str, start: int, count: int) -> np.ndarray:
-    """``count`` numbers of a safetensors type from a byte on; what numpy lacks, as float32."""
+    """Return ``count`` numbers of a safetensors type from a byte on; types that numpy lacks become float32."""
     if dtype == "BF16":  # the upper half of a float32
         return (np.frombuffer(data, "<u2", count, start).astype(np.uint32) << 16).view(np.float32)
     if dtype in _FLOATS_OF_8_BITS:
@@ -550,7 +492,7 @@ def _numbers(data: bytes | np.ndarray, dtype: str, start: int, count: int) -> np
 
 
 def _floats_of_8_bits() -> dict[str, np.ndarray]:
-    """The number that each byte stands for, float32[256] of each type."""
+    """Return the number that each byte stands for, float32[256] for each type."""
     byte = np.arange(256, dtype=np.uint16)
     e5m2 = (byte << 8).view(np.float16).astype(np.float32)  # the upper half of a float16
     # Three bits of mantissa, an exponent that is 8 less than a float16's; no infinity, and one NaN of either sign.
@@ -563,7 +505,7 @@ _FLOATS_OF_8_BITS = _floats_of_8_bits()
 
 
 def update_scales(layout: Layout, alphas: dict[str, float], adapter_config: dict | None) -> dict[str, float]:
-    """The factor s of each module's update s·up·down.
+    """Return the factor s of each module's update s·up·down.
 
     kohya stores alpha in the file, s = alpha / rank. PEFT stores ``lora_alpha`` in ``adapter_config.json``,
     s = lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``; ``alpha_pattern`` and ``rank_pattern`` override
@@ -590,22 +532,22 @@ def update_scales(layout: Layout, alphas: dict[str, float], adapter_config: dict
 
 
 def _configured_alpha(config: dict, layer: Layer) -> float:
-    """The alpha that ``adapter_config.json`` gives a module, 0 if none."""
+    """Return the alpha that ``adapter_config.json`` gives a module, 0 if none."""
     path = re.split(r"\.lora[._]", layer.name)[0].removeprefix("base_model.model.")
     try:
         alpha = _configured(config, "alpha_pattern", "lora_alpha", path)
         rank = _configured(config, "rank_pattern", "r", path)
     except (*_UNREADABLE, OverflowError, re.error) as error:
-        told = f"adapter_config.json has an unusable alpha or rank ({error})"
-        raise LoraFileError(f"{told}. Mend or remove it.") from error
+        fault = f"adapter_config.json has an unusable alpha or rank ({error})"
+        raise LoraFileError(f"{fault}. Mend or remove it.") from error
     if rank and rank != layer.rank:
-        told = f"adapter_config.json says rank {rank:g} for {path}, where the file has {layer.rank}"
-        raise LoraFileError(f"{told}. Mend or remove it.")
+        fault = f"adapter_config.json says rank {rank:g} for {path}, where the file has {layer.rank}"
+        raise LoraFileError(f"{fault}. Mend or remove it.")
     return alpha
 
 
 def _configured(config: dict, patterns: str, default: str, path: str) -> float:
-    """The value of the first pattern that names the end of a module's path, or else the default: PEFT's rule."""
+    """Return the value of the first pattern that names the end of a module's path, else the default: PEFT's rule."""
     for pattern, value in (config.get(patterns) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", path):
             return float(value)

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from loras import building, lora_files
+from loras import building, keys, lora_files
 from loras.lora_files import LoraFileError
 
 try:
@@ -248,7 +248,7 @@ def sort_columns(name: str, schema: pa.Schema, leave_out: list[str]) -> Columns:
                 shapes[column.name] = _tensor_shape(name, column)
             elif role and depth == 1:
                 flat.add(column.name)
-        elif depth and _is_number(leaf) and not any(re.search(p, column.name) for p in lora_files.IGNORED.values()):
+        elif depth and _is_number(leaf) and not any(re.search(p, column.name) for p in keys.IGNORED.values()):
             unknown.append(column.name)
         elif not depth and (_is_number(leaf) or pa.types.is_boolean(leaf) or _is_text(leaf)):
             small.append(column.name)
@@ -280,7 +280,7 @@ def _check_layers(name: str, roles: dict[str, str], unknown: list[str], schema: 
     # Numbers of one shape for each column: what is wrong then is wrong with the columns.
     header = {column: {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]} for column in roles}
     try:
-        lora_files.parse_layout(json.dumps(header).encode())
+        lora_files.parse_header(json.dumps(header).encode())
     except LoraFileError as error:
         raise RefusedError(f"{name}: its columns: {error}") from error
 
@@ -288,12 +288,12 @@ def _check_layers(name: str, roles: dict[str, str], unknown: list[str], schema: 
 def _role(name: str, column: str) -> str | None:
     """Down, up, "" for an alpha; None for a column that is not of a LoRA."""
     try:
-        parsed = lora_files.parse_key(column)
+        parsed = keys.parse_key(column)
     except LoraFileError as error:
         raise RefusedError(f"{name}: {error}") from error
     if parsed:
         return parsed.role
-    return "" if re.match(lora_files.SCALE, column) else None
+    return "" if re.match(keys.SCALE, column) else None
 
 
 def _unnested(kind: pa.DataType) -> tuple[int, pa.DataType]:
@@ -357,7 +357,7 @@ def lora_of_row(batch: pa.RecordBatch, i: int, columns: Columns, rank: int | Non
             raise BadRowError(f"column {name}: {error}") from error
     data = save(tensors, {"format": "pt"})
     try:
-        lora_files.parse_layout(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        lora_files.parse_header(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except LoraFileError as error:
         raise BadRowError(str(error)) from error
     return data, {"category_label": metadata[columns.label]} | metadata

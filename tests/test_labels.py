@@ -164,7 +164,7 @@ def test_names_that_lead_out_of_the_collection_are_refused(tmp_path, monkeypatch
     path = table(root / f"metadata.{suffix}", ["file_name", "label"], *rows_of(6, cats_and_dogs), (name, "cat"))
     opened = []
     monkeypatch.setattr(data.lora_files, "read_header", lambda path: opened.append(str(path)) or b"")
-    monkeypatch.setattr(data.lora_files, "parse_layout", lambda _: lora_files_layout)
+    monkeypatch.setattr(data.lora_files, "parse_header", lambda _: NO_HEADER)
     line = 8 if suffix == "csv" else 7
     for skip_bad in (False, True):
         assert findings(root, skip_bad=skip_bad) == [
@@ -173,7 +173,7 @@ def test_names_that_lead_out_of_the_collection_are_refused(tmp_path, monkeypatch
     assert set(opened) == {str(root / f"{i}.safetensors") for i in range(6)}
 
 
-lora_files_layout = data.lora_files.Layout(())
+NO_HEADER = data.lora_files.Header(data.lora_files.Places(data.lora_files.Layout(()), (), (), ()), 8, b"")
 
 
 def test_a_name_through_a_link_out_of_the_collection_is_no_file_of_it(tmp_path):

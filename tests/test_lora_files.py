@@ -1,3 +1,5 @@
+"""One file: scales, shapes, types, places of the weights, and what is wrong with it."""
+
 import io
 import json
 import math
@@ -10,353 +12,15 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from headers import Q, file_of, header_of, pair, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from making import STYLES, lora, module_names, write_lora
+from making import lora, module_names, write_lora
 from safetensors.torch import save
 
 from loras import lora_files
-from loras.lora_files import (
-    LoraFileError,
-    canonical_module,
-    depth_key,
-    load_weights,
-    parse_key,
-    parse_layout,
-    read_header,
-)
-
-Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-
-
-def layout_of(tensors: dict) -> lora_files.Layout:
-    return parse_layout(header_of(save(tensors)))
-
-
-def header_of(data: bytes) -> bytes:
-    return data[8 : 8 + int.from_bytes(data[:8], "little")]
-
-
-def file_of(header: bytes, body: bytes = b"") -> bytes:
-    return len(header).to_bytes(8, "little") + header + body
-
-
-def pair(module: str = Q, rank: int = 2, down: str = "lora.down", up: str = "lora.up") -> dict:
-    """A diffusers pair of a module from 6 to 8 features."""
-    return {f"{module}.{down}.weight": torch.ones(rank, 6), f"{module}.{up}.weight": torch.ones(8, rank)}
-
-
-def refusal(tensors: dict) -> str:
-    with pytest.raises(LoraFileError) as error:
-        layout_of(tensors)
-    return str(error.value)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Keys
-# ----------------------------------------------------------------------------------------------------------------------
-
-TEXT = "text_encoder.text_model.encoder.layers.3.self_attn.q_proj"
-BLOCK = "unet_down_blocks_0_attentions_1_transformer_blocks_0_attn1"
-KEYS = {
-    "numbered": [
-        ("lora.down.weight.7", "7", "down"),
-        ("lora.up.weight.12", "12", "up"),
-    ],
-    "diffusers": [
-        ("unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q.lora.down.weight", f"{BLOCK}_to_q", "down"),
-        ("unet.mid_block.attentions.0.to_out.0.lora.up.weight", "unet_mid_block_attentions_0_to_out_0", "up"),
-        ("unet.up_blocks.1.attentions.1.proj_in.lora.down.weight", "unet_up_blocks_1_attentions_1_proj_in", "down"),
-    ],
-    "diffusers text encoder": [
-        (f"{TEXT}.lora_linear_layer.down.weight", TEXT.replace(".", "_"), "down"),
-        (f"{TEXT}.lora_linear_layer.up.weight", TEXT.replace(".", "_"), "up"),
-    ],
-    "diffusers legacy": [
-        ("unet.mid_block.attn1.processor.to_q_lora.down.weight", "unet_mid_block_attn1_to_q", "down"),
-        ("unet.mid_block.attn1.processor.to_out_lora.up.weight", "unet_mid_block_attn1_to_out_0", "up"),
-        ("unet.mid_block.attn1.to_v_lora.up.weight", "unet_mid_block_attn1_to_v", "up"),
-        ("unet.up_blocks.1.attn2.processor.to_k_lora.down.weight", "unet_up_blocks_1_attn2_to_k", "down"),
-    ],
-    "PEFT": [
-        ("base_model.model.unet.up_blocks.0.to_k.lora_A.weight", "unet_up_blocks_0_to_k", "down"),
-        ("transformer.norm_out.linear.lora_B.weight", "transformer_norm_out_linear", "up"),
-        ("diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight", "double_blocks_0_img_attn_qkv", "down"),
-    ],
-    "PEFT with adapter name": [
-        ("base_model.model.down_blocks.0.to_q.lora_A.default.weight", "down_blocks_0_to_q", "down"),
-        ("base_model.model.down_blocks.0.to_q.lora_B.default.weight", "down_blocks_0_to_q", "up"),
-    ],
-    "PEFT bare": [
-        ("base_model.model.diffusion_model.blocks.2.to_q.lora_A", "blocks_2_to_q", "down"),
-        ("blocks.2.to_q.lora_B", "blocks_2_to_q", "up"),
-    ],
-    "kohya": [
-        ("lora_unet_up_blocks_2_to_q.lora_down.weight", "unet_up_blocks_2_to_q", "down"),
-        ("lora_te_text_model_q_proj.lora_up.weight", "text_encoder_text_model_q_proj", "up"),
-        ("lora_te1_text_model_q_proj.lora_down.weight", "text_encoder_text_model_q_proj", "down"),
-        ("lora_te2_text_model_q_proj.lora_up.weight", "text_encoder_2_text_model_q_proj", "up"),
-        ("lora_te3_encoder_block_0_q.lora_up.weight", "text_encoder_3_encoder_block_0_q", "up"),
-        ("lora_unet_down_blocks_0_conv1.lora_mid.weight", "unet_down_blocks_0_conv1", "mid"),
-    ],
-    "XLabs": [
-        ("double_blocks.4.processor.qkv_lora1.down.weight", "double_blocks_4_qkv_lora1", "down"),
-        ("double_blocks.4.processor.proj_lora2.up.weight", "double_blocks_4_proj_lora2", "up"),
-        ("single_blocks.4.processor.qkv_lora.up.weight", "single_blocks_4_qkv_lora", "up"),
-    ],
-    "cloneofsimo": [
-        ("unet:3:down", "unet_3", "down"),
-        ("text_encoder:11:up", "text_encoder_11", "up"),
-    ],
-}  # fmt: skip
-
-
-def test_every_family_has_examples():
-    assert set(KEYS) == set(lora_files.KEY_FAMILIES)
-
-
-@pytest.mark.parametrize(
-    ("family", "key", "module", "role"), [(name, *example) for name, examples in KEYS.items() for example in examples]
-)
-def test_a_key_gives_module_and_role(family, key, module, role):
-    parsed = parse_key(key)
-    assert (parsed.module, parsed.role) == (module, role)
-    assert parsed.adapter == ("default" if family == "PEFT with adapter name" else "")
-    assert re.match(lora_files.KEY_FAMILIES[family], key)
-
-
-@pytest.mark.parametrize("key", ["unet.down_blocks.0.weight", "down.weight", "unet.up_blocks.1.up.weight", "alpha"])
-def test_block_names_are_not_roles(key):
-    assert parse_key(key) is None
-
-
-@pytest.mark.parametrize("block", ["down_blocks", "up_blocks"])
-@pytest.mark.parametrize("role", ["down", "up"])
-def test_the_role_is_a_whole_path_part(block, role):
-    assert parse_key(f"unet.{block}.1.attentions.0.proj.lora.{role}.weight").role == role
-
-
-def test_only_a_whole_path_part_is_the_processor():
-    assert canonical_module("unet.attn1.processor.to_q") == "unet_attn1_to_q"
-    assert canonical_module("unet.processors.0.to_q") == "unet_processors_0_to_q"
-
-
-@pytest.mark.parametrize(
-    ("name", "key"),
-    [
-        ("LoHa", "lora_unet_a.hada_w1_a"),
-        ("LoHa", "lora_unet_a.hada_t2"),
-        ("LoKr", "lora_unet_a.lokr_w1"),
-        ("LoKr", "lora_unet_a.lokr_w2_b"),
-        ("OFT", "lora_unet_a.oft_blocks"),
-        ("full-difference", "diffusion_model.a.diff"),
-        ("full-difference", "diffusion_model.a.diff_b"),
-        ("LoHa", "lora_unet_a.hada_w2_b"),
-        ("LoHa", "lora_unet_a.hada_t1"),
-        ("LoKr", "lora_unet_a.lokr_w1_a"),
-        ("LoKr", "lora_unet_a.lokr_t2"),
-        ("mangled kohya", "lora_te_text_model_q_proj_lora_down.weight"),
-        ("mangled kohya", "lora_unet_down_blocks_0_to_q_lora_down.weight"),
-        ("mangled kohya", "lora_te1_text_model_q_proj_lora_up.weight"),
-    ],
-)
-def test_other_families_are_refused_by_name(name, key):
-    message = refusal(pair() | {key: torch.ones(2, 2)})
-    assert name in message
-    assert key in message
-
-
-def test_what_is_not_a_lora_weight_is_counted():
-    tensors = pair() | {
-        "a.dora_scale": torch.ones(3),
-        "b.dora_scale": torch.ones(3),
-        "a.lora_magnitude_vector": torch.ones(3),
-        "a.lora_magnitude_vector.default.weight": torch.ones(3),
-        "a.lora_A.bias": torch.ones(3),
-        "<concept>": torch.ones(3),
-        "base_model.model.classifier.modules_to_save.default.weight": torch.ones(3),
-        "base_model.model.lora_head.modules_to_save.bias": torch.ones(3),
-        "base_model.model.classifier.weight": torch.ones(3),  # as PEFT saves them
-        "b.alpha": torch.tensor(1.0),
-    }
-    layout = layout_of(tensors)
-    assert len(layout.layers) == 2
-    assert layout.ignored == {
-        "*.dora_scale": 2,
-        "*.lora_magnitude_vector": 2,
-        "*.lora_A.bias, *.lora_B.bias": 1,
-        "embeddings <...>": 1,
-        "*.modules_to_save.*": 2,
-        "tensors that are no LoRA": 1,
-        "*.alpha without its module": 1,
-    }
-    assert layout.alphas == {}
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "unet.conv.lora_embedding_A.default",
-        "unet.conv.lora_A.default.bias",
-        "unet.conv.lora_E.weight",
-        "lora_unet_conv.w_norm",
-        "lora_unet_conv.scale_weight",
-        "unet.conv.lora_magnitude_vectors",
-        "a.lora.down.weight.more",
-        "lora_A.weight",
-    ],
-)
-def test_an_unknown_lora_key_is_refused_not_ignored(key):
-    assert key in refusal(pair() | {key: torch.ones(2, 6)})
-
-
-def test_one_file_may_mix_families():
-    convolution = {
-        "unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3),
-        "unet.conv_in.lora_B.weight": torch.ones(8, 2, 1, 1),
-    }
-    layout = layout_of(pair() | convolution)
-    assert [layer.module for layer in layout.layers] == ["unet_conv_in", "unet_conv_in", *[canonical_module(Q)] * 2]
-    assert [layer.shape for layer in layout.layers] == [(2, 36), (8, 2), (2, 6), (8, 2)]
-
-
-@pytest.mark.parametrize("other", [Q, "unet.conv_in"])
-def test_a_second_adapter_name_is_an_error(other):
-    first = pair(down="lora_A.default", up="lora_B.default")
-    message = refusal(first | pair(other, down="lora_A.style", up="lora_B.style"))
-    assert "several adapters" in message
-    assert "default" in message
-    assert "style" in message
-
-
-def test_a_key_without_adapter_name_is_no_second_adapter():
-    layout = layout_of(pair(down="lora_A.default", up="lora_B.default") | pair("unet.conv_in"))
-    assert len(layout.layers) == 4
-
-
-def test_two_keys_of_one_module_and_role_are_an_error():
-    kohya = "lora_" + Q.replace(".", "_") + ".lora_down.weight"
-    message = refusal(pair() | {kohya: torch.ones(2, 6)})
-    assert kohya in message
-    assert f"{Q}.lora.down.weight" in message
-
-
-@pytest.mark.parametrize("other", ["unet.a.alpha", "diffusion_model.unet.a.alpha"])
-def test_two_alphas_of_one_module_are_an_error(other):
-    alphas = {"lora_unet_a.alpha": torch.tensor(1.0), other: torch.tensor(2.0)}
-    message = refusal(pair("lora_unet_a", down="lora_down", up="lora_up") | alphas)
-    assert message.startswith("two tensors are the alpha of module unet_a: ")
-    assert other in message
-
-
-def test_a_key_that_stands_twice_is_an_error():
-    """JSON allows it, and leaves open which one counts."""
-    header = header_of(save(pair())).rstrip()
-    entries = header[1:-1]
-    for double in (b"{" + entries + b"," + entries + b"}", header.replace(b'"dtype"', b'"dtype":"F16","dtype"', 1)):
-        with pytest.raises(LoraFileError, match="two tensors have the key"):
-            parse_layout(double)
-
-
-@pytest.mark.parametrize("odd", ["\n", "\x1b[2J", "\x7f", "\u2028", "\u202e"])
-def test_a_key_that_a_terminal_would_obey_is_refused_in_plain_text(odd):
-    message = refusal(pair(f"unet{odd}.a"))
-    assert message.isprintable()
-    assert "is not plain text" in message or "unknown way" in message
-    message = refusal({f"model{odd}": torch.ones(2)})
-    assert message.isprintable()
-    assert message.startswith("no LoRA pair")
-
-
-def test_a_message_is_short_however_long_a_key_is():
-    message = refusal(pair("x" * 100_000))
-    assert len(message) < 1100
-    assert message.startswith("a key of 100017 characters, xxx")
-    assert message.endswith("Is it a LoRA?")
-
-
-def test_keys_of_other_alphabets_are_read():
-    assert layout_of(pair("unet.блок.注意")).layers[0].module == "unet_блок_注意"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# One network in every style; its order
-# ----------------------------------------------------------------------------------------------------------------------
-
-# Modules of a network in its order; to_q, to_k, to_v and to_out.0 are what the legacy style can write.
-NETWORK = [
-    f"unet.{block}.attentions.{i}.transformer_blocks.0.{attention}.{projection}"
-    for block in ("down_blocks.0", "down_blocks.2", "down_blocks.10", "mid_block", "up_blocks.1", "up_blocks.11")
-    for i in (0, 2, 10)
-    for attention in ("attn1", "attn2")
-    for projection in ("to_q", "to_k", "to_v", "to_out.0")
-]
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_one_network_is_the_same_in_every_style(style):
-    keys = [STYLES[style](module, role) for module in NETWORK for role in ("down", "up")]
-    entries = {key: {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 0]} for key in sorted(keys)}
-    layers = parse_layout(json.dumps(entries).encode()).layers
-    assert [layer.name for layer in layers] == keys
-    assert [layer.module for layer in layers[::2]] == [module.replace(".", "_") for module in NETWORK]
-    assert [layer.role for layer in layers] == ["down", "up"] * len(NETWORK)
-
-
-ORDER = [
-    "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
-    "text_encoder.text_model.encoder.layers.0.self_attn.k_proj",
-    "text_encoder.text_model.encoder.layers.0.self_attn.v_proj",
-    "text_encoder.text_model.encoder.layers.0.self_attn.out_proj",
-    "text_encoder.text_model.encoder.layers.2.mlp.fc1",
-    "text_encoder.text_model.encoder.layers.10.mlp.fc1",
-    "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj",
-    "transformer.transformer_blocks.2.attn.to_q",
-    "transformer.transformer_blocks.10.attn.to_q",
-    "transformer.single_transformer_blocks.0.attn.to_q",
-    "transformer.single_transformer_blocks.0.attn.to_k",
-    "unet.conv_in",
-    "unet.down_blocks.0.attentions.0.proj_in",
-    "unet.down_blocks.0.attentions.0.proj_out",
-    "unet.down_blocks.2.attentions.0.proj_in",
-    "unet.down_blocks.10.attentions.0.proj_in",
-    "unet.mid_block.attentions.0.proj_in",
-    "unet.up_blocks.0.attentions.0.proj_in",
-    "unet.conv_out",
-]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_layers_stand_in_the_network_order(seed):
-    tensors = {name: tensor for module in ORDER for name, tensor in pair(module).items()}
-    names = list(tensors)
-    keys = random.Random(seed).sample(names, len(names))
-    layers = layout_of({key: tensors[key] for key in keys}).layers
-    assert [layer.name for layer in layers] == names
-
-
-def test_numbered_and_cloneofsimo_are_in_the_order_of_their_numbers():
-    numbered = {f"lora.{role}.weight.{i}": torch.ones(2, 2) for i in (10, 2, 1) for role in ("up", "down")}
-    layers = layout_of(numbered).layers
-    assert [(layer.module, layer.role) for layer in layers][::2] == [("1", "down"), ("2", "down"), ("10", "down")]
-    keys = [f"{part}:{i}:{role}" for part in ("unet", "text_encoder") for i in (10, 2) for role in ("up", "down")]
-    layers = layout_of({key: torch.ones(2, 2) for key in keys}).layers
-    assert [layer.module for layer in layers[::2]] == ["text_encoder_2", "text_encoder_10", "unet_2", "unet_10"]
-
-
-def test_equal_looking_modules_keep_their_pairs_together():
-    modules = ["unet_1_a", "unet_01_a", "unet__1_a"]
-    ordered = sorted(((m, r) for r in ("up", "down") for m in modules), key=lambda layer: depth_key(*layer))
-    assert [role for _, role in ordered] == ["down", "up"] * 3
-    assert ordered == sorted(
-        ((m, r) for m in reversed(modules) for r in ("up", "down")), key=lambda layer: depth_key(*layer)
-    )
-
-
-@pytest.mark.parametrize("module", ["unet_²", "unet_" + "9" * 5000, "", "_", "\n"])
-def test_any_module_has_a_place(module):
-    assert sorted([(module, "up"), (module, "down")], key=lambda layer: depth_key(*layer))[0] == (module, "down")
-
+from loras.keys import LoraFileError, canonical_module
+from loras.lora_files import load_weights, parse_header, read_header
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Scales, shapes, dtypes
@@ -365,9 +29,9 @@ def test_any_module_has_a_place(module):
 
 def scales_of(tensors: dict, config: dict | None = None) -> dict:
     data = save(tensors)
-    layout = parse_layout(header_of(data))
-    _, alphas = load_weights(data, layout)
-    return lora_files.update_scales(layout, alphas, config)
+    header = parse_header(header_of(data))
+    _, alphas = load_weights(data, header)
+    return lora_files.update_scales(header.layout, alphas, config)
 
 
 def peft(*modules: str, rank: int = 4) -> dict:
@@ -494,8 +158,9 @@ def test_convolutions_are_read_as_matrices():
     generator = torch.Generator().manual_seed(0)
     down, up = torch.randn(2, 3, 3, 3, generator=generator), torch.randn(5, 2, 1, 1, generator=generator)
     data = save({"unet.conv_in.lora.down.weight": down, "unet.conv_in.lora.up.weight": up})
-    layout = parse_layout(header_of(data))
-    weights, _ = load_weights(data, layout)
+    header = parse_header(header_of(data))
+    layout = header.layout
+    weights, _ = load_weights(data, header)
     assert [layer.shape for layer in layout.layers] == [(2, 27), (5, 2)]
     assert [layer.rank for layer in layout.layers] == [2, 2]
     assert [layer.free_side for layer in layout.layers] == [27, 5]
@@ -517,8 +182,9 @@ def test_a_mid_is_multiplied_into_the_down(dtype, down):
     tensors = {key: tensor.to(dtype) for key, tensor in (locon(down=down) | pair("lora_unet_a")).items()}
     tensors["lora_unet_c.alpha"] = torch.tensor(1.0)
     data = save(tensors)
-    layout = parse_layout(header_of(data))
-    weights, alphas = load_weights(data, layout)
+    header = parse_header(header_of(data))
+    layout = header.layout
+    weights, alphas = load_weights(data, header)
     assert [(layer.module, layer.role, layer.shape) for layer in layout.layers[2:]] == [
         ("unet_c", "down", (2, 4 * 3 * 5)),
         ("unet_c", "up", (6, 2)),
@@ -559,9 +225,9 @@ def test_a_mid_that_is_not_finite_is_found():
     tensors = locon()
     tensors["lora_unet_c.lora_mid.weight"][1, 0, 2, 2] = torch.nan
     data = save(tensors)
-    layout = parse_layout(header_of(data))
+    header = parse_header(header_of(data))
     with pytest.raises(LoraFileError, match=r"NaN or infinity in 1 tensors, first in lora_unet_c\.lora_down"):
-        lora_files.check_finite(load_weights(data, layout)[0], layout)
+        lora_files.check_finite(load_weights(data, header)[0], header.layout)
 
 
 @pytest.mark.parametrize(
@@ -581,8 +247,9 @@ FLOATS_OF_8_BITS = [torch.float8_e4m3fn, torch.float8_e5m2]
 def test_every_float_type_is_read_as_float32(dtype):
     tensors = {key: tensor.to(dtype) for key, tensor in lora(1).items()}
     data = save(tensors)
-    layout = parse_layout(header_of(data))
-    weights, _ = load_weights(data, layout)
+    header = parse_header(header_of(data))
+    layout = header.layout
+    weights, _ = load_weights(data, header)
     assert {layer.dtype for layer in layout.layers} <= set(lora_files.FLOAT_TYPES)
     assert weights.dtype == "float32"
     for layer, columns in zip(layout.layers, layout.columns, strict=True):
@@ -593,7 +260,7 @@ def test_every_float_type_is_read_as_float32(dtype):
 def test_every_number_of_8_bits_is_torchs(dtype):
     bits = torch.arange(256, dtype=torch.uint8).view(dtype)
     tensors = {f"{Q}.lora.{role}.weight": bits.reshape(16, 16).clone() for role in ("down", "up")}
-    weights, _ = load_weights(save(tensors), layout_of(tensors))
+    weights, _ = load_weights(save(tensors), parse_header(header_of(save(tensors))))
     np.testing.assert_array_equal(weights, bits.float().repeat(2).numpy())
 
 
@@ -602,7 +269,7 @@ def test_types_may_differ_within_a_file():
     tensors = {key: tensor.to(dtype) for dtype, (key, tensor) in zip(dtypes, lora(3).items(), strict=True)}
     tensors["x.alpha"] = torch.tensor(3, dtype=torch.uint8)  # nothing after it is aligned
     data = save(tensors)
-    weights, _ = load_weights(data, layout_of(tensors))
+    weights, _ = load_weights(data, parse_header(header_of(data)))
     assert weights.tolist() == torch.cat([tensor.float().flatten() for tensor in list(tensors.values())[:-1]]).tolist()
 
 
@@ -622,43 +289,72 @@ def reordered(data: bytes, seed: int) -> bytes:
 @pytest.mark.parametrize("seed", range(5))
 def test_the_order_of_keys_and_data_changes_nothing(tmp_path, seed):
     data = save(lora(12) | {f"{module_names(1)[0]}.alpha": torch.tensor(3.0)})
-    layout = parse_layout(header_of(data))
+    header = parse_header(header_of(data))
+    layout = header.layout
     path = tmp_path / "x.safetensors"
     path.write_bytes(reordered(data, seed))
-    assert parse_layout(read_header(path)) is layout  # one object, however many files
-    weights, alphas = load_weights(path.read_bytes(), layout)
+    moved = parse_header(read_header(path))
+    assert moved.layout is layout and moved.places is not header.places  # one layout, however many files
+    weights, alphas = load_weights(path.read_bytes(), moved)
     assert weights.tolist() == torch.cat([tensor.flatten() for tensor in lora(12).values()]).tolist()
     assert list(alphas.values()) == [3.0]
 
 
-def test_metadata_of_the_training_leaves_the_layout():
-    layout = parse_layout(header_of(save(lora(2))))
+def test_files_of_equal_tensors_share_their_places_whatever_the_metadata():
+    header = parse_header(header_of(save(lora(2))))
+    wanted = load_weights(save(lora(2)), header)[0].tolist()
     for metadata in ({"a": "1"}, {"ss": '}, "x": {', "t": "\\u007b\u00fc"}, {"long": "x" * 10_000}):
         data = save(lora(2), metadata=metadata)
-        assert parse_layout(header_of(data)) is layout
-        assert parse_layout(header_of(data).replace(b'{"__metadata__":', b'{ "__metadata__" : ')) is layout
-        assert load_weights(data, layout)[0].tolist() == load_weights(save(lora(2)), layout)[0].tolist()
+        other = parse_header(header_of(data))
+        assert other.places is header.places
+        spaced = header_of(data).replace(b'{"__metadata__":', b'{ "__metadata__" : ')
+        assert parse_header(spaced).places is header.places
+        assert load_weights(data, other)[0].tolist() == wanted
     entries = json.loads(header_of(save(lora(2))))
-    assert parse_layout(json.dumps(entries | {"__metadata__": {"at": "the end"}}).encode()) is layout
+    at_the_end = parse_header(json.dumps(entries | {"__metadata__": {"at": "the end"}}).encode())
+    assert at_the_end.places is header.places
     with pytest.raises(LoraFileError, match="no LoRA pair"):
-        parse_layout(b'{"__metadata__":{"a":"b"}}')
+        parse_header(b'{"__metadata__":{"a":"b"}}')
+
+
+def test_many_files_of_a_few_kinds_hold_their_places_once_and_little_else():
+    kinds = [header_of(save(lora(modules))) for modules in range(1, 101)]  # more than the parser remembers
+    first = [parse_header(header) for header in kinds]
+    assert all(parse_header(header).places is known.places for header, known in zip(kinds, first, strict=True))
+    long = [b'{"__metadata__":{"a":"%05d%s"},%s' % (i, b"x" * 5000, kinds[9][1:]) for i in range(1000)]
+    parse_header(long[0])
+    tracemalloc.start()
+    try:
+        headers = [parse_header(header) for header in long]
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len({header.digest for header in headers}) == 1000
+    assert held < 300 * len(headers)
 
 
 @pytest.mark.parametrize("contents", [b"", b"1234567", bytes(400), file_of(b"[1]"), file_of(b'{"a":1}'), b"\xff" * 99])
 def test_contents_that_are_no_lora_any_more_are_not_read(contents):
-    with pytest.raises(LoraFileError, match="changed since it was indexed"):
-        load_weights(contents, parse_layout(header_of(WHOLE)))
-    with pytest.raises(LoraFileError, match="changed since it was indexed"):
-        load_weights(WHOLE[:-1], parse_layout(header_of(WHOLE)))
+    header = parse_header(header_of(WHOLE))
+    for data in (contents, WHOLE[:-1], np.frombuffer(contents, np.uint8)):
+        with pytest.raises(LoraFileError, match=r"^changed since it was indexed\. Start again\.$"):
+            load_weights(data, header)
 
 
-def test_another_layout_is_not_read_as_this_one():
-    with pytest.raises(LoraFileError, match="changed"):
-        load_weights(save(lora(3)), parse_layout(header_of(save(lora(2)))))
+def test_a_header_that_changed_is_not_read_with_what_the_first_one_said():
+    header = parse_header(header_of(save(lora(2))))
+    names = list(lora(2))
+    swapped = header_of(WHOLE_OF_TWO).replace(names[0].encode(), b"?").replace(names[2].encode(), names[0].encode())
+    swapped = swapped.replace(b"?", names[2].encode())
+    assert len(swapped) == len(header_of(WHOLE_OF_TWO)) and parse_header(swapped).layout is header.layout
+    body = WHOLE_OF_TWO[8 + len(swapped) :]
+    for changed in (save(lora(3)), save(lora(2), metadata={"a": "b"}), file_of(swapped, body)):
+        with pytest.raises(LoraFileError, match="changed since it was indexed"):
+            load_weights(changed, header)
 
 
 def test_an_equal_header_is_checked_once_for_each_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(lora_files, "_checked", set())
+    monkeypatch.setattr(lora_files, "_accepted", set())
     opened, original = [], lora_files.safe_open
     monkeypatch.setattr(lora_files, "safe_open", lambda *args: opened.append(1) or original(*args))
     paths = [write_lora(tmp_path / f"{i}.safetensors", lora(seed=i)) for i in range(3)]
@@ -682,18 +378,19 @@ def test_other_types_are_refused(dtype):
 # What is wrong with a file
 # ----------------------------------------------------------------------------------------------------------------------
 
-WHOLE = save(lora(1))
+WHOLE, WHOLE_OF_TWO = save(lora(1)), save(lora(2))
 
 
 def fault(path, data: bytes) -> str:
     path.write_bytes(data)
     with pytest.raises(LoraFileError) as error:
-        parse_layout(read_header(path))
+        parse_header(read_header(path))
     return str(error.value)
 
 
 def test_a_whole_file_is_read(tmp_path):
-    layout = parse_layout(read_header(write_lora(tmp_path / "a" / "x.safetensors", lora(2))))
+    header = parse_header(read_header(write_lora(tmp_path / "a" / "x.safetensors", lora(2))))
+    layout = header.layout
     assert [layer.name for layer in layout.layers] == list(lora(2))
     assert [layer.module for layer in layout.layers[::2]] == [name.replace(".", "_") for name in module_names(2)]
 
@@ -795,9 +492,10 @@ def test_a_header_of_the_largest_size_is_read_in_time(tmp_path):
     texts = b",".join(b'"%06d":"\\""' % i for i in range(10**5))  # many small ones and a long one
     path.write_bytes(file_of(b'{"__metadata__":{%s,"x":"%s"},%s' % (texts, b"x" * (room - len(texts)), entries), body))
     assert path.stat().st_size > lora_files.MAX_HEADER_BYTES
-    layout = parse_layout(read_header(path))
-    assert layout is parse_layout(header_of(WHOLE))
-    assert load_weights(path.read_bytes(), layout)[0].tolist() == load_weights(WHOLE, layout)[0].tolist()
+    header = parse_header(read_header(path))
+    small = parse_header(header_of(WHOLE))
+    assert header.places is small.places
+    assert load_weights(path.read_bytes(), header)[0].tolist() == load_weights(WHOLE, small)[0].tolist()
 
 
 def test_more_tensors_than_any_lora_has_are_refused_before_they_are_parsed(tmp_path):
@@ -854,7 +552,7 @@ def test_a_header_that_begins_as_a_pickle_does_is_read(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(save(tensors, metadata={"a": "x" * spare}))
     assert path.read_bytes()[:2] == b"\x80\x02"
-    assert len(parse_layout(read_header(path)).layers) == 2
+    assert len(parse_header(read_header(path)).layout.layers) == 2
 
 
 ENTRY = {"dtype": "F32", "shape": [2, 8], "data_offsets": [0, 64]}
@@ -893,11 +591,12 @@ def test_a_mutated_header_is_refused_or_valid(tmp_path_factory, header):
     path = tmp_path_factory.getbasetemp() / "mutated.safetensors"
     path.write_bytes(file_of(header, WHOLE[8 + len(header_of(WHOLE)) :]))
     try:
-        layout = parse_layout(read_header(path))
+        parsed = parse_header(read_header(path))
     except LoraFileError as error:
         assert str(error)
         return
-    weights, _ = load_weights(path.read_bytes(), layout)
+    layout = parsed.layout
+    weights, _ = load_weights(path.read_bytes(), parsed)
     assert len(weights) == layout.width == sum(rows * columns for rows, columns in (x.shape for x in layout.layers))
     assert [layer.role for layer in layout.layers] == ["down", "up"] * (len(layout.layers) // 2)
 
@@ -914,7 +613,7 @@ def test_a_mutated_header_is_refused_or_valid(tmp_path_factory, header):
 def test_any_keys_are_refused_or_valid(keys):
     entries = {key: {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]} for key in keys}
     try:
-        layout = parse_layout(json.dumps(entries).encode())
+        layout = parse_header(json.dumps(entries).encode()).layout
     except LoraFileError:
         return
     assert layout.layers

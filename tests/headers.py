@@ -1,0 +1,32 @@
+"""Headers and small LoRA files as bytes, for tests."""
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from loras.lora_files import Layout, LoraFileError, parse_header
+
+Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def layout_of(tensors: dict) -> Layout:
+    return parse_header(header_of(save(tensors))).layout
+
+
+def header_of(data: bytes) -> bytes:
+    return data[8 : 8 + int.from_bytes(data[:8], "little")]
+
+
+def file_of(header: bytes, body: bytes = b"") -> bytes:
+    return len(header).to_bytes(8, "little") + header + body
+
+
+def pair(module: str = Q, rank: int = 2, down: str = "lora.down", up: str = "lora.up") -> dict:
+    """A diffusers pair of a module from 6 to 8 features."""
+    return {f"{module}.{down}.weight": torch.ones(rank, 6), f"{module}.{up}.weight": torch.ones(8, rank)}
+
+
+def refusal(tensors: dict) -> str:
+    with pytest.raises(LoraFileError) as error:
+        layout_of(tensors)
+    return str(error.value)
