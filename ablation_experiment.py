@@ -596,7 +596,7 @@ def result_files(experiment: Experiment, results: dict) -> dict[str, bytes]:
         store.canonical_json(top, indent=2),
         text.render_text(results).encode(),
         table.getvalue().encode(),
-        store.packed_arrays(experiment.predictions),
+        store.packed_arrays(experiment.predictions.arrays()),
         store.canonical_json(results, indent=2),
     )
     return dict(zip(RESULT_FILES, contents, strict=True))

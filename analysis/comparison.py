@@ -165,8 +165,7 @@ def grouped_split(evidence: Evidence, unused: Sequence[str], grouped: tuple | No
     missing = dict.fromkeys(("column", "representation", "random_split", "grouped_split", "interval"))
     result = {"unused": list(unused), **missing}
     if grouped is None:
-        why = "no column allows a split that keeps its groups together, or all that was run is fitted to the split"
-        return result | {"why": why}
+        return result | {"why": "these groups allow no split, or all that was run is fitted to the split"}
     column, name, truth, groups, predicted = grouped
     correct = predicted == truth
     drawn = Draws(groups, evidence.resamples, evidence.seed).accuracies([correct])[0]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from analysis import questions
+from analysis.comparison import norms
 from analysis.evidence import Evidence, permuted, stream
 from analysis.questions import Controls
 from analysis.removal import Conditions, plan_controls
@@ -88,7 +89,7 @@ def analysed(experiment: Experiment, names: Sequence[str], say: Callable[[str], 
         return None
     statistics, updates = (loaded(experiment, name) for name in ("stats", UPDATES))
     cheap = {
-        "norms": questions.norms(statistics, updates),
+        "norms": norms(statistics, updates),
         "ranks and shapes": ranks(experiment),
         "metadata": metadata(experiment),
     }
@@ -101,8 +102,8 @@ def analysed(experiment: Experiment, names: Sequence[str], say: Callable[[str], 
 def remember(experiment: Experiment, name: str, plan: Conditions, predicted: np.ndarray) -> np.ndarray:
     """Keep controls for predictions.npz, classes int[K, R, V + T]; return those of the test LoRAs, int[K, R, T]."""
     predicted = predicted.astype(np.min_scalar_type(len(experiment.collection.classes)))
-    kinds = {"names": np.array(plan.names), "kept": plan.kept, "predicted": predicted}
-    experiment.predictions |= {f"controls/{name}/{kind}": array for kind, array in kinds.items()}
+    arrays = {"names": np.array(plan.names), "kept": plan.kept, "predicted": predicted}
+    experiment.predictions.controls[name] = arrays
     return predicted[..., len(experiment.rows["validation"]) :]
 
 
@@ -270,12 +271,12 @@ def grouped(experiment: Experiment, e: Evidence, names: Sequence[str], columns: 
             rows = split_collection(by_group, settings.seed)
         except CollectionError:  # too few groups in a class to be dealt to three parts
             continue
-        best = max(fixed, key=lambda name: e.validated(f"baseline/{name}").mean())
+        best = max(fixed, key=lambda name: e.validated("baseline", name).mean())
         again = another(experiment, by_group, rows, settings.num_runs)
         for _, entry in again.evaluate([best], [], "grouped"):
             if isinstance(entry, str):
                 raise TrainingError(entry)
-        predicted = again.predictions[f"grouped/{best}/predicted"][:, len(rows["validation"]) :]
+        predicted = again.predictions.conditions["grouped"][best]["predicted"][:, len(rows["validation"]) :]
         return column, best, by_group.y[rows["test"]], by_group.groups[rows["test"]], predicted
     return None
 
@@ -296,7 +297,7 @@ def shuffled(experiment: Experiment, shuffles: int) -> np.ndarray:
         files = tuple(replace(file, label=collection.classes[c]) for file, c in pairs)
         again = another(experiment, replace(collection, files=files), rows, 1)
         again.rank_layers()
-        predicted = again.predictions["layers/predicted"][:, 0, len(rows["validation"]) :]
+        predicted = again.predictions.layers["predicted"][:, 0, len(rows["validation"]) :]
         found.append((predicted == again.collection.y[rows["test"]]).mean(1))
     return np.stack(found)
 

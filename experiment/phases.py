@@ -22,6 +22,7 @@ import sklearn
 import torch
 
 import autoencoders
+from analysis.evidence import Predictions
 from data import Collection
 from experiment import store
 from experiment.extraction import Extracted
@@ -166,7 +167,7 @@ class Experiment:
         self.y = torch.from_numpy(collection.y).to(self.device)
         self.held_out = np.concatenate([rows["validation"], rows["test"]])
         self.units = store.Units(extracted.folder / "units")
-        self.predictions = {"rows": self.held_out, "y": collection.y[self.held_out]}
+        self.predictions = Predictions(self.held_out, collection.y[self.held_out])
         self.smaller_stacks: dict[str, int] = {}  # made so for want of memory
         self.ranking: np.ndarray | None = None  # layers, most predictive first, int64[L]; see `rank_layers`
         self._inputs: dict[str, torch.Tensor | Stored] = {}  # of the latest classifiers
@@ -370,7 +371,7 @@ class Experiment:
         trained = self.trained(plan)
         by_layer = {name: a.reshape(runs, len(layers), *a.shape[1:]).swapaxes(0, 1) for name, a in trained.items()}
         for name in ("predicted", "log_loss", "epochs"):
-            self.predictions[f"layers/{name}"] = by_layer[name]  # (L, runs, ...)
+            self.predictions.layers[name] = by_layer[name]  # (L, runs, ...)
         records = [
             {
                 "layer": layer.name,
@@ -480,9 +481,8 @@ class Experiment:
     def entry(self, name: str, plan: Classifiers, condition: str) -> dict:
         """What results.json holds of finished classifiers; their predictions are kept too."""
         trained = self.trained(plan)
-        for kind in ("predicted", "log_loss", "epochs"):
-            if kind in trained:  # a kernel's classifier has neither losses nor epochs
-                self.predictions[f"{condition}/{name}/{kind}"] = trained[kind]
+        kinds = [kind for kind in ("predicted", "log_loss", "epochs") if kind in trained]  # of a kernel the first only
+        self.predictions.conditions.setdefault(condition, {})[name] = {kind: trained[kind] for kind in kinds}
         metrics = [f"{part}_{metric}" for metric in ("accuracy", "f1") for part in ("train", "val", "test")]
         return {
             "num_layers": plan.num_layers,
