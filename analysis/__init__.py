@@ -1,1 +1,1 @@
-"""Numbers in, numbers out: evidence, and the five questions. Imports nothing of ours."""
+"""Numbers in, numbers out: predictions, draws, and the five questions. Imports nothing of ours outside this folder."""

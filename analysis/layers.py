@@ -1,7 +1,6 @@
-"""What single layers tell: which of them predict the concept, and whether they know different things.
+"""Questions 1 and 4: which layers predict the concept, and whether they carry different information.
 
-The first and the fourth question of analysis.py. Shape letters: N LoRAs, n test LoRAs, L layers in the network's order,
-R runs, C classes, B draws.
+Concepts and the attribution to layers stand here too. Shape letters as in evidence.py.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
@@ -37,26 +37,27 @@ _BLOCK = re.compile(
 
 
 def place(module: str) -> dict[str, str | None]:
-    """What a module's canonical name tells of its place: projection, kind of attention, block; None where it does not.
+    """Read a module's projection, kind of attention and block from its canonical name; None where it has none.
 
     Example:
         >>> place("unet_down_blocks_0_attentions_1_transformer_blocks_0_attn2_to_out_0")
         {'projection': 'to_out', 'attention': 'attn2', 'block': 'down_blocks_0'}
     """
-    found = {"projection": _PROJECTION, "attention": _ATTENTION, "block": _BLOCK}
-    matches = {name: pattern.search(module) for name, pattern in found.items()}
+    patterns = {"projection": _PROJECTION, "attention": _ATTENTION, "block": _BLOCK}
+    matches = {name: pattern.search(module) for name, pattern in patterns.items()}
     return {name: match[1] if match else None for name, match in matches.items()}
 
 
-def layer_ranking(e: Evidence) -> dict:
-    """Each layer alone: accuracy, p against chance, how stable the ranking is, and where in the network it is high."""
-    predicted = e.predicted("layers")  # (L, R, n)
-    correct = predicted == e.truth
-    accuracy, drawn = correct.mean((1, 2)), e.draws.accuracies(list(correct), runs=False)  # (L,), (L, B)
-    null = e.null(predicted)
+def layer_ranking(evidence: Evidence) -> dict:
+    """Return accuracy and p of each layer alone, the ranking's stability, and averages by place in the network."""
+    predicted = evidence.layer_predictions()  # (L, R, T)
+    correct = predicted == evidence.truth
+    accuracy = correct.mean((1, 2))  # (L,)
+    drawn = evidence.draws.accuracies(list(correct), resample_runs=False)  # (L, B)
+    null = evidence.null(predicted)
     p, p_family = exceedance(accuracy, null), exceedance(accuracy, null.max(1, keepdims=True))
-    validation = e.validated("layers").mean((1, 2))
-    intervals, in_top = interval(drawn), top_share(drawn, e.top_k)
+    validation = evidence.layer_validation().mean((1, 2))
+    intervals, in_top = interval(drawn), top_share(drawn, evidence.top_k)
     records = [
         {
             "layer": layer.name,
@@ -72,45 +73,50 @@ def layer_ranking(e: Evidence) -> dict:
             "above_null": p_family[depth] < ALPHA,
             "top_k_share": in_top[depth],
         }
-        for depth, layer in enumerate(e.layers)
+        for depth, layer in enumerate(evidence.layers)
     ]
-    groups: dict[str, dict] = {}
-    for kind in ("role", "projection", "attention", "block"):
-        values = np.array([record[kind] or "" for record in records])
-        groups[kind] = {
-            value: {
-                "layers": int((values == value).sum()),
-                "mean": accuracy[values == value].mean(),
-                "interval": interval(drawn[values == value].mean(0)),
-            }
-            for value in dict.fromkeys(values.tolist())
-            if value
-        }
     return {
-        "chance": e.chance,
+        "chance": evidence.chance,
         "null_band": interval(null.ravel()),
         "null_max": np.quantile(null.max(1), 1 - ALPHA),
         "num_above_null": int((p_family < ALPHA).sum()),
         "records": records,
         "stability": {"kendall_w": kendall_w(correct.mean(2)), "runs": correct.shape[1]},
-        "rankings": rankings_agree(accuracy, validation, e.top_k),
+        "rankings": compare_rankings(accuracy, validation, evidence.top_k),
         "depth": spearman(np.arange(len(accuracy)), accuracy),
-        "groups": groups,
+        "groups": {
+            kind: _by_place([record[kind] or "" for record in records], accuracy, drawn)
+            for kind in ("role", "projection", "attention", "block")
+        },
+    }
+
+
+def _by_place(places: list[str], accuracy: np.ndarray, drawn: np.ndarray) -> dict[str, dict]:
+    """Average the layers of each place, in the network's order; those without a place are left out."""
+    values = np.array(places)
+    return {
+        value: {
+            "layers": int((values == value).sum()),
+            "mean": accuracy[values == value].mean(),
+            "interval": interval(drawn[values == value].mean(0)),
+        }
+        for value in dict.fromkeys(places)
+        if value
     }
 
 
 def top_share(drawn: np.ndarray, top_k: int) -> np.ndarray:
-    """How often each layer is among the top k of draws float[L, B]: float64[L], whose sum is k.
+    """Return the share of draws float[L, B] in which each layer is among the top k: float64[L], whose sum is k.
 
     Layers that tie for the last places share them: else the first ones in the network would always win.
     """
     last = np.partition(drawn, -top_k, axis=0)[-top_k]  # (B,)
-    above, level = drawn > last, drawn == last
-    return (above + level * ((top_k - above.sum(0)) / level.sum(0))).mean(1)
+    above, tied = drawn > last, drawn == last
+    return (above + tied * ((top_k - above.sum(0)) / tied.sum(0))).mean(1)
 
 
 def kendall_w(scores: np.ndarray) -> float | None:
-    """Kendall's W of float[L, R]: 1 where all runs rank the layers alike, about 1 / R where at random.
+    """Return Kendall's W of float[L, R]: 1 where all runs rank the layers alike, about 1 / R where at random.
 
     ``chi² / (R (L - 1))`` of Friedman's test, corrected for ties; None for one run or fewer than three layers.
     """
@@ -120,14 +126,14 @@ def kendall_w(scores: np.ndarray) -> float | None:
     return float(stats.friedmanchisquare(*scores).statistic / (runs * (layers - 1)))
 
 
-def rankings_agree(a: np.ndarray, b: np.ndarray, top_k: int) -> dict:
-    """How far two rankings of the layers agree, given their scores."""
+def compare_rankings(a: np.ndarray, b: np.ndarray, top_k: int) -> dict:
+    """Compare two rankings of the layers, given their scores float[L]."""
     top = [set(np.argsort(-scores, kind="stable")[:top_k].tolist()) for scores in (a, b)]
     constant = np.ptp(a) == 0 or np.ptp(b) == 0
-    found = None if constant else stats.kendalltau(a, b)
+    test = None if constant else stats.kendalltau(a, b)
     return {
-        "kendall_tau": found.statistic if found else None,
-        "p": found.pvalue if found else None,
+        "kendall_tau": test.statistic if test else None,
+        "p": test.pvalue if test else None,
         "same_top_k": len(top[0] & top[1]),
     }
 
@@ -137,51 +143,53 @@ def rankings_agree(a: np.ndarray, b: np.ndarray, top_k: int) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def layer_information(e: Evidence, features: np.ndarray, described: np.ndarray) -> dict:
-    """How differently layers predict, what several know that one does not, and which are alike.
+def layer_information(evidence: Evidence, features: np.ndarray, described: np.ndarray) -> dict:
+    """Compare layers with each other: their answers, what several know that one does not, and their features.
 
     Args:
-        e: The evidence.
+        evidence: The evidence.
         features: Of each layer, standardised, float64[M, L, F].
         described: The LoRAs that they are of, int[M].
     """
-    predicted = e.predicted("layers")  # (L, R, n)
-    disagreement, kappa = agreement(predicted, len(e.classes))
-    top, others = e.ranking[: e.top_k], e.ranking[e.top_k :]
-    apart = ~np.eye(len(predicted), dtype=bool)
+    predicted = evidence.layer_predictions()  # (L, R, T)
+    disagreement, kappa = disagreement_and_kappa(predicted, len(evidence.classes))
+    top = evidence.ranking[: evidence.top_k]
+    of_two_layers = ~np.eye(len(predicted), dtype=bool)
     tree, clusters = layer_clusters(features)
-    train = np.isin(described, e.rows["train"])
-    of_class = concept_clusters(features[train], e.y[described[train]], len(e.classes))
+    train = np.isin(described, evidence.rows["train"])
+    of_class = concept_clusters(features[train], evidence.y[described[train]], len(evidence.classes))
+    count = int(clusters.max())
     return {
-        "disagreement": {"mean": disagreement[apart].mean(), "top_k": disagreement[np.ix_(top, top)]},
-        "kappa": {"mean": kappa[apart].mean(), "top_k": kappa[np.ix_(top, top)]},
-        "union": _union(e, predicted[top]),
+        "disagreement": {"mean": disagreement[of_two_layers].mean(), "top_k": disagreement[np.ix_(top, top)]},
+        "kappa": {"mean": kappa[of_two_layers].mean(), "top_k": kappa[np.ix_(top, top)]},
+        "union": _union(evidence, predicted[top]),
         "clusters": {
             "linkage": tree,
             "order": hierarchy.leaves_list(tree),
             "of_layer": clusters,
             "threshold": CLUSTER_DISTANCE,
-            "count": int(clusters.max()),
-            "members": [_members(e, cluster, clusters) for cluster in range(1, int(clusters.max()) + 1)],
+            "count": count,
+            "members": [_members(evidence, cluster, clusters) for cluster in range(1, count + 1)],
         },
         "concept_clusters": None if of_class is None else {"of_class": of_class, "count": int(of_class.max())},
-        "coarse": None if of_class is None else _coarse_and_fine(e, predicted, top, others, of_class),
+        "coarse": None if of_class is None else _coarse_and_fine(evidence, predicted, of_class),
     }
 
 
-def _union(e: Evidence, predicted: np.ndarray) -> dict:
-    """What the top k, int[k, R, n], know that the best of them alone does not.
+def _union(evidence: Evidence, predicted: np.ndarray) -> dict:
+    """Compare what the top k, int[k, R, T], know together with what the best of them knows alone.
 
     ``any_of_top_k`` is the share of LoRAs that at least one of them recognises, which guessing raises too:
-    ``any_by_chance`` is the same for labels that are drawn anew. ``vote`` is what most of them say, the better ranked
-    where they tie: what a single answer can have of it.
+    ``any_by_chance`` is the same for labels that are drawn anew. ``vote`` is the class that most of them predict, the
+    better ranked where they tie: what a single answer can have of it.
     """
-    votes = (predicted[:, None] == predicted[None]).sum(1)  # (k, R, n): how many say what this one says
-    vote = np.take_along_axis(predicted, votes.argmax(0)[None], 0)[0] == e.truth
-    said = np.stack([(predicted == c).any(0).mean() for c in range(len(e.classes))])
-    by_chance = (said * np.bincount(e.truth, minlength=len(e.classes))).sum() / len(e.truth)
-    best, union = predicted[0] == e.truth, (predicted == e.truth).any(0)
-    drawn = e.draws.accuracies([best, union, vote])
+    truth = evidence.truth
+    votes = (predicted[:, None] == predicted[None]).sum(1)  # (k, R, T): how many predict the same class as this one
+    vote = np.take_along_axis(predicted, votes.argmax(0)[None], 0)[0] == truth
+    predicted_by_any = np.stack([(predicted == label).any(0).mean() for label in range(len(evidence.classes))])
+    by_chance = (predicted_by_any * np.bincount(truth, minlength=len(evidence.classes))).sum() / len(truth)
+    best, union = predicted[0] == truth, (predicted == truth).any(0)
+    drawn = evidence.draws.accuracies([best, union, vote])
     return {
         "best_alone": best.mean(),
         "any_of_top_k": union.mean(),
@@ -194,33 +202,33 @@ def _union(e: Evidence, predicted: np.ndarray) -> dict:
     }
 
 
-def agreement(predicted: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Disagreement and Cohen's kappa (1960) of every two layers' predictions int[L, R, n], run by run: float64[L, L].
+def disagreement_and_kappa(predicted: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return disagreement and Cohen's kappa (1960) of every two layers int[L, R, T], run by run: float64[L, L] each.
 
-    Kappa is ``(agreement - expected) / (1 - expected)``, expected from how often each of the two says each class; 1
-    where both always say one and the same.
+    Kappa is ``(agreement - expected) / (1 - expected)``, expected from how often each of the two predicts each class; 1
+    where both always predict one and the same.
     """
-    layers, runs, n = predicted.shape
+    layers, runs, size = predicted.shape
     predicted = predicted.astype(np.min_scalar_type(num_classes))  # compared many times
-    agree = np.stack([(predicted == of_layer).sum((1, 2)) for of_layer in predicted]) / (runs * n)
+    agreement = np.stack([(predicted == of_layer).sum((1, 2)) for of_layer in predicted]) / (runs * size)
     expected = np.zeros((layers, layers))
-    for c in range(num_classes):
-        share = (predicted == c).mean(2)  # (L, R)
+    for label in range(num_classes):
+        share = (predicted == label).mean(2)  # (L, R)
         expected += share @ share.T / runs
     certain = expected >= 1 - 1e-12
-    return 1 - agree, np.where(certain, 1.0, (agree - expected) / np.where(certain, 1.0, 1 - expected))
+    return 1 - agreement, np.where(certain, 1.0, (agreement - expected) / np.where(certain, 1.0, 1 - expected))
 
 
 def linear_cka(features: np.ndarray) -> np.ndarray:
-    """Linear CKA of every two layers' features (Kornblith et al., 2019), float[N, L, F] -> float64[L, L].
+    """Return linear CKA of every two layers' features (Kornblith et al., 2019), float[M, L, F] -> float64[L, L].
 
     ``|XᵀY|² / (|XᵀX| |YᵀY|)`` of centred columns; 1 for features that are a rotation of each other, 0 for uncorrelated
     ones and, by convention, for a layer without any variance.
     """
-    n, layers, width = features.shape
-    x = features.reshape(n, -1).astype(np.float64)
-    x = x - x.mean(0)
-    gram = (x.T @ x).reshape(layers, width, layers, width)
+    size, layers, width = features.shape
+    columns = features.reshape(size, -1).astype(np.float64)
+    columns = columns - columns.mean(0)
+    gram = (columns.T @ columns).reshape(layers, width, layers, width)
     cross = np.square(gram).sum((1, 3))  # (L, L)
     norm = np.sqrt(np.diag(cross))
     scale = np.outer(norm, norm)
@@ -228,7 +236,7 @@ def linear_cka(features: np.ndarray) -> np.ndarray:
 
 
 def layer_clusters(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Average linkage of layers on 1 - CKA, float64[L - 1, 4], and the cluster of each layer, from 1, int[L]."""
+    """Return average linkage of layers on 1 - CKA, float64[L - 1, 4], and the cluster of each, from 1, int[L]."""
     distance = np.clip(1 - linear_cka(features), 0, None)
     np.fill_diagonal(distance, 0)
     tree = hierarchy.linkage(squareform(distance, checks=False), "average")
@@ -236,62 +244,112 @@ def layer_clusters(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def concept_clusters(features: np.ndarray, y: np.ndarray, num_classes: int) -> np.ndarray | None:
-    """Cluster of each class, from 1, int[C]: Ward's method on class means of standardised features float[N, L, F].
+    """Return the cluster of each class, from 1, int[C]: Ward's method on class means of features float[M, L, F].
 
     As many clusters as the root of C, rounded. None below four classes, where coarse and fine are one, and where a
     class is not among y.
     """
     if num_classes < COARSE_CLASSES or len(np.unique(y)) < num_classes:
         return None
-    means = np.stack([features[y == c].mean(0).ravel() for c in range(num_classes)])
+    means = np.stack([features[y == label].mean(0).ravel() for label in range(num_classes)])
     return hierarchy.fcluster(hierarchy.linkage(means, "ward"), round(math.sqrt(num_classes)), "maxclust")
 
 
-def _coarse_and_fine(
-    e: Evidence, predicted: np.ndarray, top: np.ndarray, others: np.ndarray, of_class: np.ndarray
-) -> dict | None:
-    """Whether the top layers tell clusters of concepts apart, and others concepts within a cluster.
+def _coarse_and_fine(evidence: Evidence, predicted: np.ndarray, of_class: np.ndarray) -> dict | None:
+    """Compare the top layers with the others: in separating clusters of concepts, and concepts within a cluster.
 
     Coarse: share of LoRAs whose cluster is right, from 0 (chance) to 1. Fine: of those, share whose concept is right,
     likewise. Chance is the largest cluster, and the largest class within each cluster. None where either is all there
     is among the test LoRAs.
     """
+    top, others = evidence.ranking[: evidence.top_k], evidence.ranking[evidence.top_k :]
     if len(others) == 0:
         return None
-    cluster = of_class[e.truth]
+    cluster = of_class[evidence.truth]
     coarse_chance = np.bincount(cluster).max() / len(cluster)
-    sizes = np.bincount(e.truth, minlength=len(of_class))
-    largest = np.array([sizes[of_class == c].max() for c in range(1, of_class.max() + 1)])
+    sizes = np.bincount(evidence.truth, minlength=len(of_class))
+    largest = np.array([sizes[of_class == label].max() for label in range(1, of_class.max() + 1)])
     fine_chance = largest.sum() / len(cluster)
     if max(coarse_chance, fine_chance) == 1:
         return None
-    right = predicted == e.truth  # (L, R, n)
+    right = predicted == evidence.truth  # (L, R, T)
     right_cluster = np.stack([of_class[of_layer] == cluster for of_layer in predicted])
-    drawn = e.draws.accuracies([*right_cluster, *right], runs=False)
-    hits = np.concatenate([right_cluster.mean((1, 2)), right.mean((1, 2))])[:, None]
+    drawn = evidence.draws.accuracies([*right_cluster, *right], resample_runs=False)  # (2 L, B)
+    observed = np.concatenate([right_cluster.mean((1, 2)), right.mean((1, 2))])[:, None]  # (2 L, 1)
 
-    def scores(of: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        in_cluster, exact = values[of].mean(0), values[len(predicted) + of].mean(0)
+    def scores(layers: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the coarse and the fine score of some layers."""
+        in_cluster, exact = shares[layers].mean(0), shares[len(predicted) + layers].mean(0)
         fine = exact / np.maximum(in_cluster, 1 / len(cluster))
         return (in_cluster - coarse_chance) / (1 - coarse_chance), (fine - fine_chance) / (1 - fine_chance)
 
-    def apart(values: np.ndarray) -> np.ndarray:
-        (a, b), (c, d) = scores(top, values), scores(others, values)
-        return (a - b) - (c - d)
+    def difference(shares: np.ndarray) -> np.ndarray:
+        """Return coarse minus fine of the top layers, minus that of the others."""
+        (coarse_top, fine_top), (coarse_others, fine_others) = scores(top, shares), scores(others, shares)
+        return (coarse_top - fine_top) - (coarse_others - fine_others)
 
-    told = {name: scores(of, hits) for name, of in (("top_k", top), ("others", others))}
-    return {name: {"coarse": coarse[0], "fine": fine[0]} for name, (coarse, fine) in told.items()} | {
-        "difference": apart(hits)[0],
-        "interval": interval(apart(drawn)),
+    both = {"top_k": scores(top, observed), "others": scores(others, observed)}
+    return {name: {"coarse": coarse[0], "fine": fine[0]} for name, (coarse, fine) in both.items()} | {
+        "difference": difference(observed)[0],
+        "interval": interval(difference(drawn)),
     }
 
 
-def _members(e: Evidence, cluster: int, clusters: np.ndarray) -> dict:
-    inside = [layer for layer, c in zip(e.layers, clusters, strict=True) if c == cluster]
+def _members(evidence: Evidence, cluster: int, clusters: np.ndarray) -> dict:
+    """Count the roles and projections of a cluster's layers."""
+    inside = [layer for layer, number in zip(evidence.layers, clusters, strict=True) if number == cluster]
     projections = [place(layer.module)["projection"] or "other" for layer in inside]
     return {
         "cluster": cluster,
         "layers": len(inside),
         "roles": dict(sorted(Counter(layer.role for layer in inside).items())),
         "projections": dict(sorted(Counter(projections).items())),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Concepts, and the attribution to layers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def recalls(evidence: Evidence, predicted: np.ndarray) -> np.ndarray:
+    """Return the share of each class's test LoRAs that is recognised, mean over runs: int[..., R, T] -> float[..., C].
+
+    NaN of a class without a test LoRA.
+    """
+    correct = (predicted == evidence.truth).mean(-2)
+    sizes = np.bincount(evidence.truth, minlength=len(evidence.classes))
+    of_class = [correct[..., evidence.truth == label].sum(-1) for label in range(len(evidence.classes))]
+    sums = np.stack(of_class, axis=-1)
+    return np.divide(sums, sizes, out=np.full(sums.shape, np.nan), where=sizes > 0)
+
+
+def none_for_nan(values: np.ndarray) -> np.ndarray:
+    """Replace NaN, which stands for a number that is not known, by None."""
+    return np.where(np.isnan(values), None, values)
+
+
+def concepts(evidence: Evidence, names: Sequence[str]) -> dict:
+    """Return the recall of each concept by each layer alone, and its drop by the ablation; None without a test LoRA."""
+    baseline = {name: recalls(evidence, evidence.predicted("baseline", name)) for name in names}
+    ablation = {name: recalls(evidence, evidence.predicted("ablation", name)) for name in names}
+    return {
+        "classes": list(evidence.classes),
+        "recall": none_for_nan(recalls(evidence, evidence.layer_predictions())),
+        "baseline": {name: none_for_nan(baseline[name]) for name in names},
+        "drop": {name: none_for_nan(baseline[name] - ablation[name]) for name in names},
+    }
+
+
+def attribution(evidence: Evidence, name: str, shares: np.ndarray, accuracy: np.ndarray) -> dict:
+    """Compare gradient attribution of the all-layer classifier, float[R, L], with layers' own accuracies, float[L]."""
+    by_layer = shares.mean(0)
+    correlation = spearman(accuracy, by_layer) or {"r": None, "interval": None, "p": None}
+    return {
+        "representation": name,
+        "by_layer": by_layer / (by_layer.sum() or 1.0),
+        "spearman": correlation["r"],
+        "interval": correlation["interval"],
+        "p": correlation["p"],
+        "same_top_k": compare_rankings(accuracy, by_layer, evidence.top_k)["same_top_k"],
     }

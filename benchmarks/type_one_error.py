@@ -32,7 +32,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from analysis.evidence import ALPHA, Evidence, stream
+from analysis.evidence import ALPHA, Evidence, Predictions, stream
 from analysis.layers import layer_ranking
 from experiment.phases import start_thread
 from loras.lora_files import Layer
@@ -75,7 +75,9 @@ def ranked(x: np.ndarray, y: np.ndarray, groups: np.ndarray | None) -> Evidence:
     predicted = trained["predicted"].reshape(layers, RUNS, -1)
     layer_table = [Layer(f"layer {d}", f"module_{d // 2}", ("down", "up")[d % 2], (1, 8), "F32") for d in range(layers)]
     names = [str(c) for c in range(classes)]
-    return Evidence(layer_table, names, y, rows, groups, np.arange(layers), 1, {"layers/predicted": predicted}, 0)
+    held_out = np.concatenate([rows["validation"], rows["test"]])
+    predictions = Predictions(held_out, y[held_out], {"predicted": predicted})
+    return Evidence(layer_table, names, y, rows, groups, np.arange(layers), 1, predictions, 0)
 
 
 def test_layers(layers: int, trial: tuple[str, int]) -> tuple[str, int, int, bool, float]:

@@ -10,7 +10,7 @@ import torch
 from making import narrow_classifiers, planted_collection, write_collection
 
 import ablation_experiment
-from analysis import questions
+from analysis.comparison import grouped_split
 from experiment import controls, phases
 from experiment.extraction import extract
 from experiment.phases import Experiment
@@ -88,8 +88,9 @@ def test_equal_conditions_are_trained_once_and_those_of_the_phases_not_again(pla
     found = planted.under("stats", kept)
     assert found["predicted"].shape == (4, 2, 9 + 18) and found["attribution"].shape == (4, 2, 8)
     assert sum(trained) == 2  # the first two were trained by the phases, the last is the third
-    np.testing.assert_array_equal(found["predicted"][0], planted.predictions["baseline/stats/predicted"][:2])
-    np.testing.assert_array_equal(found["predicted"][1], planted.predictions["ablation/stats/predicted"][:2])
+    for position, condition in enumerate(("baseline", "ablation")):
+        predicted = planted.predictions.conditions[condition]["stats"]["predicted"]
+        np.testing.assert_array_equal(found["predicted"][position], predicted[:2])
     np.testing.assert_array_equal(found["predicted"][2], found["predicted"][3])
 
 
@@ -152,7 +153,7 @@ def test_groups_that_allow_no_split_are_told_of_and_not_trained(planted):
     too_few = {"artist": {file.path: f"{file.label} by one of {i % 2}" for i, file in enumerate(files)}}
     assert controls.grouped(planted, e, NAMES, too_few) is None
     assert controls.grouped(planted, e, [], controls.group_columns(planted)) is None
-    found = questions.grouped_split(e, ["artist"], None)
+    found = grouped_split(e, ["artist"], None)
     assert found["unused"] == ["artist"] and found["representation"] is None and "no split" in found["why"]
 
 

@@ -13,7 +13,7 @@ from matplotlib.text import Text
 from PIL import Image
 from scipy.cluster import hierarchy
 
-from analysis.evidence import Evidence
+from analysis.evidence import Evidence, Predictions
 from analysis.questions import Controls, analyse
 from analysis.removal import plan_controls
 from loras.lora_files import Layer
@@ -572,8 +572,9 @@ def test_the_analysis_itself_is_drawn(drawn_figures):
         truth = y[60:]
         return np.where(generator.random((*shape, 60)) < 0.6, truth, generator.integers(0, 4, (*shape, 60)))
 
-    keys = [f"{condition}/{name}/predicted" for condition in ("baseline", "ablation") for name in names]
-    predictions = {"layers/predicted": guessed(8, 3)} | {key: guessed(3) for key in keys}
+    predictions = Predictions(np.arange(60, 120), y[60:], {"predicted": guessed(8, 3)})
+    for condition in ("baseline", "ablation"):
+        predictions.conditions[condition] = {name: {"predicted": guessed(3)} for name in names}
     e = Evidence(layers, list("abcd"), y, rows, None, np.arange(8), 2, predictions, 0)
     conditions = plan_controls(e.ranking, [layer.role for layer in layers], 2, runs=3, draws=5, points=5, seed=0)
     controls = Controls("basic", {"stats": (conditions, guessed(*conditions.kept.shape[:2])[..., 20:])})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from analysis import questions
-from analysis.evidence import Evidence
+from analysis.evidence import Evidence, Predictions
 from analysis.removal import plan_controls
 from loras.lora_files import Layer
 from report import captions, cautions, sentences, tables, text
@@ -44,11 +44,14 @@ def _made(kind: str, names: tuple[str, ...], answerable: bool) -> dict:
     layers = [described(depth) for depth in range(LAYERS)]
     tested = np.concatenate([y[rows["validation"]], y[rows["test"]]])
     alone = np.linspace(0.7, 0.0, LAYERS) if kind != "no signal" else np.zeros(LAYERS)
-    predictions = {"layers/predicted": guesses(tested, np.repeat(alone[:, None], RUNS, 1), 0)}
+    held_out, alone_guessed = np.arange(60, len(y)), guesses(tested, np.repeat(alone[:, None], RUNS, 1), 0)
+    predictions = Predictions(held_out, tested, {"predicted": alone_guessed}, {"baseline": {}, "ablation": {}})
     whole, left = KNOWN[kind](np.ones(LAYERS)), KNOWN[kind](np.arange(LAYERS) >= TOP_K)
     for i, name in enumerate(names):
-        predictions[f"baseline/{name}/predicted"] = guesses(tested, np.full(RUNS, whole * 0.8**i), 1 + i)
-        predictions[f"ablation/{name}/predicted"] = guesses(tested, np.full(RUNS, left * 0.8**i), 50 + i)
+        guessed = {"baseline": guesses(tested, np.full(RUNS, whole * 0.8**i), 1 + i)}
+        guessed["ablation"] = guesses(tested, np.full(RUNS, left * 0.8**i), 50 + i)
+        for condition, predicted in guessed.items():
+            predictions.conditions[condition][name] = {"predicted": predicted}
     e = Evidence(layers, CLASS_NAMES, y, rows, None, np.arange(LAYERS), TOP_K, predictions, 0)
     conditions = plan_controls(e.ranking, [one.role for one in layers], TOP_K, runs=RUNS, draws=20, points=11,
                                conditional=True, seed=0)  # fmt: skip
@@ -76,15 +79,15 @@ def _made(kind: str, names: tuple[str, ...], answerable: bool) -> dict:
 def _results(e: Evidence, names: tuple[str, ...], found: dict) -> dict:
     """What results.json holds beside the analysis."""
 
-    def metric(key: str) -> dict:
-        runs = (e.predicted(key) == e.truth).mean(-1)
+    def metric(condition: str, name: str) -> dict:
+        runs = (e.predicted(condition, name) == e.truth).mean(-1)
         return {"mean": float(runs.mean()), "std": float(runs.std(ddof=1)), "runs": runs.tolist()}
 
     def entries(condition: str) -> dict:
-        told = {name: metric(f"{condition}/{name}") for name in names}
+        told = {name: metric(condition, name) for name in names}
         return {name: {"num_features": 84, "test_accuracy": one, "test_f1": one} for name, one in told.items()}
 
-    correct = e.predicted("layers") == e.truth
+    correct = e.layer_predictions() == e.truth
     ranking = [
         {"layer": layer.name, "accuracy": float(of.mean()), "accuracy_std": float(of.mean(1).std(ddof=1)),
          "val_accuracy": 0.5, "module": layer.module, "role": layer.role}
@@ -339,7 +342,7 @@ def test_the_columns_of_the_analysis_of_a_run_without_whole_pairs_are_those():
     y = np.arange(60) % 3
     rows = {"train": np.arange(30), "validation": np.arange(30, 40), "test": np.arange(40, 60)}
     layers = [Layer(f"m{d}.down.weight", f"m{d}", "down", (1, 4), "F32") for d in range(4)]
-    predictions = {"layers/predicted": np.tile(y[30:], (4, 1, 1))}
+    predictions = Predictions(np.arange(30, 60), y[30:], {"predicted": np.tile(y[30:], (4, 1, 1))})
     e = Evidence(layers, list("abc"), y, rows, None, np.arange(4), 1, predictions, 0)
     features = np.random.default_rng(0).random((60, 4, 7))
     found = questions.analyse(e, [], features, np.ones((60, 0, 3)), {}, questions.Controls("none"))["rank_structure"]
