@@ -388,7 +388,7 @@ def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndar
             "group_column": collection.group_column,
             "num_groups": None if collection.groups is None else int(collection.groups.max()) + 1,
             "samples": store.digest(samples),  # the fingerprint is of contents, and knows no groups
-            "metadata": store.digest(collection.columns) if controls.asked_for(settings) else None,
+            "metadata": store.digest(collection.columns) if controls.is_asked_for(settings) else None,
             "ignored": dict(collection.ignored),
             "skipped": collection.skipped_records,
         },

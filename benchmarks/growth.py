@@ -35,8 +35,8 @@ from sd15_zoo import write_zoo
 import data
 from ablation_experiment import THREADS
 from experiment import extraction
-from experiment.phases import start_thread
-from experiment.workers import Crew
+from experiment.settings import start_thread
+from experiment.workers import Workers
 from representations import REPRESENTATIONS
 
 PHASES = ("index", "features", "packing")
@@ -68,7 +68,7 @@ def measure(phase: str, root: Path) -> dict[str, float]:
         start = time.perf_counter()
         names = FEATURES if phase == "features" else [extraction.WEIGHTS]
         with tempfile.TemporaryDirectory(dir=root.parent) as cache:
-            extraction.extract(collection, names, Path(cache), CPU, Crew(THREADS, partial(start_thread, CPU)))
+            extraction.extract(collection, names, Path(cache), CPU, Workers(THREADS, partial(start_thread, CPU)))
             seconds = time.perf_counter() - start  # without the removal
     else:
         seconds = time.perf_counter() - start

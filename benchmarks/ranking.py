@@ -32,8 +32,8 @@ from torch.utils.data import DataLoader, TensorDataset
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ablation_experiment import THREADS
-from experiment.phases import STACK_PARAMETERS, start_thread
-from experiment.workers import Task, assemble
+from experiment.settings import STACK_PARAMETERS, start_thread
+from experiment.workers import Task, start_workers
 from training.classifier import DROPOUT, HIDDEN, ClassifierStack, Models
 from training.stacks import Schedule, Split, fast_products, train
 
@@ -81,7 +81,7 @@ def stacked(x: torch.Tensor, y: torch.Tensor, split: Split, models: list[tuple[i
         train(ClassifierStack(x, y, split, Models(source, run), CLASSES, seed=0), schedule)
         done.touch()
 
-    workers = assemble(THREADS if x.device.type == "cpu" else 1, partial(start_thread, x.device), x.device)
+    workers = start_workers(THREADS if x.device.type == "cpu" else 1, partial(start_thread, x.device), x.device)
     with tempfile.TemporaryDirectory() as folder:
         done = {start: Path(folder, str(start)) for start in range(0, len(models), size)}
         for _ in workers.do([Task(path.exists, partial(train_from, start, path)) for start, path in done.items()]):

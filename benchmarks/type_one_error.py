@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from analysis.evidence import ALPHA, Evidence, Predictions, stream
 from analysis.layers import layer_ranking
-from experiment.phases import start_thread
+from experiment.settings import start_thread
 from loras.lora_files import Layer
 from training.classifier import Models, train_classifiers
 from training.splits import split_rows
