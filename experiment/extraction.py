@@ -137,7 +137,7 @@ def extract(
 
 def _bad_weights(collection: Collection, findings: list) -> CollectionError:
     """What a pass has found: path, reason, and whether the file itself is at fault and not its reading."""
-    told = [Finding((path,), reason).told(collection.root) for path, reason, _ in findings]
+    told = [Finding((path,), reason).line(collection.root) for path, reason, _ in findings]
     without = [(path, reason) for path, reason, _ in findings] if all(at_fault for *_, at_fault in findings) else []
     return CollectionError(told, without)
 
