@@ -1,10 +1,11 @@
 """A folder of LoRA files -> a collection of labelled LoRAs with the same layers.
 
-``python data.py inspect PATH [--json]`` tells what a folder holds; ``python data.py import SOURCE OUT`` makes one of a
-published collection (see published.py).
+    python data.py inspect PATH [--json]     shows what a folder holds; only headers are read
+    python data.py import SOURCE OUT         makes a folder of a published collection, see loras/published.py
 
-Indexing reads safetensors headers only and finds every fault that a header can show. The weights themselves are read by
-the one pass over them (extraction.py); which rows train and which test is dealt in splits.py.
+Both work from any folder, and through a link to this file. Indexing reads safetensors headers only and finds every
+fault that a header can show. The weights are read by the one pass over them (experiment/extraction.py);
+training/splits.py chooses train, validation and test rows.
 
 Shape letters: N LoRAs, L layers, P modules (pairs of a down and an up).
 """
@@ -36,9 +37,9 @@ MAX_FINDINGS = 20
 
 
 class CollectionError(ValueError):
-    """A collection cannot be used; each finding reads ``<path>: what is wrong. What to do.``.
+    """A collection that cannot be used; each finding reads ``<path>: what is wrong. What to do.``.
 
-    ``files`` are path and reason of those without which it could be.
+    ``files`` are path and reason of the files without which it can be used.
     """
 
     def __init__(self, findings: list[str], files: Sequence[tuple[str, str]] = ()):
@@ -46,14 +47,14 @@ class CollectionError(ValueError):
         self.findings, self.files = findings, files
 
     def shown(self) -> str:
-        """The first findings as lines of standard error, and how many more there are."""
+        """Return the first findings as lines for standard error, and the number of the others."""
         shown, rest = self.findings[:MAX_FINDINGS], len(self.findings) - MAX_FINDINGS
         return "\n".join(f"error: {line}" for line in shown + ([f"and {rest} more like these."] if rest > 0 else []))
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """One indexed file: its path relative to the collection, label, layout, and what says that it is unchanged."""
+    """One indexed file: path relative to the collection, label, parsed header, and what shows that it is unchanged."""
 
     path: str
     label: str
@@ -136,12 +137,12 @@ class Collection:
 
     @cached_property
     def class_counts(self) -> dict[str, int]:
-        """Number of LoRAs of each class."""
+        """The number of LoRAs of each class."""
         return dict(zip(self.classes, np.bincount(self.y).tolist(), strict=True))
 
     @cached_property
     def mixed_ranks(self) -> str:
-        """Why weights cannot be flattened to one width, in words; empty where they can."""
+        """The reason why weights cannot be flattened to one width, in words; empty where they can."""
         for file in (self.files[positions[0]] for positions in self._by_layout()):
             for first, layer in zip(self.layers, file.layout.layers, strict=True):
                 if layer.shape != first.shape:
@@ -155,7 +156,7 @@ class Collection:
 
     @property
     def weights_per_layer(self) -> list[int]:
-        """Width of each layer among the packed weights."""
+        """The width of each layer in the packed weights."""
         return [math.prod(layer.shape) for layer in self.packed_layout.layers]
 
 
@@ -174,7 +175,7 @@ def index_collection(
     group_column: str | None = None,
     skip_bad: bool = False,
 ) -> Collection:
-    """Read all headers and labels of a folder; nothing of the weights is read.
+    """Read all headers and labels of a folder, and nothing of the weights.
 
     Args:
         root: The folder.
@@ -186,7 +187,7 @@ def index_collection(
         skip_bad: Leave out files that cannot be used, instead of refusing the collection.
 
     Raises:
-        CollectionError: No LoRA is there, or files are faulty, unlabelled, or disagree about the layers.
+        CollectionError: No LoRA is there, or files are faulty, unlabelled, or differ in their layers.
     """
     if not root.is_dir():
         raise CollectionError([f"{root}: no such folder. Give a folder of LoRAs."])
@@ -198,30 +199,32 @@ def index_collection(
     if skip_bad:  # what is left out has no say in which layers are the commonest
         files = _less(files, bad)
     bad += _layer_differences(root, files)
-    told = labelled.faults + ([] if skip_bad and files else [finding.told(root) for finding in bad])
-    if not files and not told:
-        links = f" ({ignored['linked folders']} linked folders are not followed)" if ignored["linked folders"] else ""
-        told.append(f"{root}: no *.safetensors file in it{links}. Lay them out as <class>/<lora>.safetensors.")
-    if told:
-        raise CollectionError(list(dict.fromkeys(told)))
+    faults = labelled.faults + ([] if skip_bad and files else [finding.line(root) for finding in bad])
+    if faults or not files:
+        raise CollectionError(list(dict.fromkeys(faults)) or [_no_file(root, ignored["linked folders"])])
     files = _less(files, bad)
     for file in files:
         ignored.update(file.layout.ignored)
     collection = Collection(
-        name or root.resolve().name,
-        root,
-        tuple(files),
-        labelled.source,
-        +ignored,
-        labelled.column,
-        group_column,
-        labelled.table,
+        name=name or root.resolve().name,
+        root=root,
+        files=tuple(files),
+        label_source=labelled.source,
+        ignored=+ignored,
+        label_column=labelled.column,
+        group_column=group_column,
+        table=labelled.table,
     )
     return without(collection, [(path, finding.reason) for finding in bad for path in finding.files])
 
 
+def _no_file(root: Path, linked: int) -> str:
+    links = f" ({linked} linked folders are not followed)" if linked else ""
+    return f"{root}: no *.safetensors file in it{links}. Lay them out as <class>/<lora>.safetensors."
+
+
 def _index_files(root: Path, paths: Iterable[str], labelled: labelling.Labels) -> tuple[list[LoraFile], list[Finding]]:
-    """The files that can be used, and what is wrong with the others."""
+    """Return the files that can be used, and what is wrong with the others."""
     files, findings = [], []
     for path in paths:
         try:
@@ -232,7 +235,7 @@ def _index_files(root: Path, paths: Iterable[str], labelled: labelling.Labels) -
 
 
 def _index_file(root: Path, path: str, labelled: labelling.Labels) -> LoraFile:
-    """What the header of a file and the files beside it tell.
+    """Index one file: its header, and the configuration beside it.
 
     Raises:
         LoraFileError: It cannot be used.
@@ -251,13 +254,13 @@ def _index_file(root: Path, path: str, labelled: labelling.Labels) -> LoraFile:
 
 
 def _less(files: list[LoraFile], findings: list[Finding]) -> list[LoraFile]:
-    """The files of which nothing was found."""
+    """Return the files without a finding."""
     bad = {path for finding in findings for path in finding.files}
     return [file for file in files if file.path not in bad]
 
 
 def without(collection: Collection, findings: Iterable[tuple[str, str]]) -> Collection:
-    """A collection less some files, which are added to those left out before; its classes are to be checked again.
+    """Return the collection less some files, which join those left out before; its classes are to be checked again.
 
     Args:
         collection: The collection.
@@ -271,13 +274,13 @@ def without(collection: Collection, findings: Iterable[tuple[str, str]]) -> Coll
         reasons.setdefault(path, reason)
     files = tuple(file for file in collection.files if file.path not in reasons)
     if not files:
-        raise CollectionError([Finding((path,), reason).told(collection.root) for path, reason in reasons.items()])
+        raise CollectionError([Finding((path,), reason).line(collection.root) for path, reason in reasons.items()])
     skipped = sorted((labelling.plain(path), labelling.plain(reason)) for path, reason in reasons.items())
     return replace(collection, files=files, skipped=(*collection.skipped, *skipped))
 
 
 def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[str], list[Finding]]:
-    """Weight files below a folder, as sorted paths relative to it, and what is wrong with the folders."""
+    """Find the weight files below a folder, as sorted paths relative to it, and what is wrong with the folders."""
     paths, findings = [], []
     errors: list[OSError] = []
     for folder, subfolders, names in os.walk(root, onerror=errors.append):
@@ -294,8 +297,8 @@ def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[str], list[Fi
         if weights:
             ignored["pickles beside *.safetensors"] += len(pickles)
         else:
-            told = "a pickle checkpoint: never loaded. Convert it to safetensors."
-            findings += [Finding((path,), told) for path in pickles]
+            reason = "a pickle checkpoint: never loaded. Convert it to safetensors."
+            findings += [Finding((path,), reason) for path in pickles]
     for error in errors:
         folder = os.path.relpath(error.filename, root)
         findings.append(Finding((folder,), f"cannot be listed ({error.strerror}). Mend its permissions."))
@@ -303,29 +306,37 @@ def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[str], list[Fi
 
 
 def _layer_differences(root: Path, files: list[LoraFile]) -> list[Finding]:
-    """Where files differ in their layers, or in more than the rank, in words; the commonest layers are the measure."""
+    """Find files that differ in their layers, or in more than the rank; the commonest layers are the measure."""
     holders = defaultdict(list)
     for positions in by_layout(file.layout for file in files):
         layout = files[positions[0]].layout
-        layers = tuple((f"{layer.module} {layer.role}", layer.free_side) for layer in layout.layers)
-        holders[layers] += [files[i].path for i in positions]
-    common = max(holders, key=lambda layers: len(holders[layers]), default=())
-    widths, findings = dict(common), []
-    for layers, paths in holders.items():
-        found = dict(layers)
+        sides = tuple((f"{layer.module} {layer.role}", layer.free_side) for layer in layout.layers)
+        holders[sides] += [files[i].path for i in positions]
+    common = max(holders, key=lambda sides: len(holders[sides]), default=())
+    others = ""
+    if holders:
         others = f"{len(holders[common])} files" if len(holders[common]) > 1 else min(holders[common])
-        where = f"{root / min(paths)}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-        lacking = [layer for layer in widths if layer not in found]
-        extra = [layer for layer in found if layer not in widths]
-        if lacking or extra:
-            told = [f"lacks {len(lacking)} layers ({lacking[0]} ...)"] if lacking else []
-            told += [f"adds {len(extra)} layers ({extra[0]} ...)"] if extra else []
-            told = f"{' and '.join(told)} compared with {others}. Keep LoRAs of the same layers to a collection."
-            findings.append(Finding(tuple(paths), told, where))
-        elif other := next((layer for layer in found if found[layer] != widths[layer]), None):
-            told = f"{other} is {found[other]} wide, but {widths[other]} in {others}: mixed base models"
-            findings.append(Finding(tuple(paths), f"{told}. Keep one base model to a collection.", where))
+    findings = []
+    for sides, paths in holders.items():
+        if reason := _difference(dict(sides), dict(common), others):
+            place = f"{root / min(paths)}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+            findings.append(Finding(tuple(paths), reason, place))
     return findings
+
+
+def _difference(sides: dict[str, int], common: dict[str, int], others: str) -> str:
+    """Describe how the free sides of a file's layers differ from those of ``others``; empty if they do not."""
+    lacking = [layer for layer in common if layer not in sides]
+    extra = [layer for layer in sides if layer not in common]
+    if lacking or extra:
+        parts = [f"lacks {len(lacking)} layers ({lacking[0]} ...)"] if lacking else []
+        parts += [f"adds {len(extra)} layers ({extra[0]} ...)"] if extra else []
+        return f"{' and '.join(parts)} compared with {others}. Keep LoRAs of the same layers to a collection."
+    for layer, side in sides.items():
+        if side != common[layer]:
+            fault = f"{layer} is {side} wide, but {common[layer]} in {others}: mixed base models"
+            return f"{fault}. Keep one base model to a collection."
+    return ""
 
 
 def check_classes(collection: Collection) -> None:
@@ -349,13 +360,13 @@ def check_classes(collection: Collection) -> None:
 
 
 def _rarest(counts: dict[str, int]) -> str:
-    """Counts in words, the smallest first."""
+    """Return counts in words, the smallest first."""
     rarest = [f"{label}: {counts[label]}" for label in sorted(counts, key=counts.get)]
     return ", ".join(rarest[:12]) + (", ..." if len(rarest) > 12 else "")
 
 
 def _columns_for_classes(collection: Collection) -> str:
-    """Which columns could be the label instead, in words."""
+    """Name the columns that could be the label instead."""
     values = labelling.column_values(collection.root, [file.path for file in collection.files], collection.table)
     if fitting := labelling.would_make_classes(values, len(collection.files)):
         return f"columns that would make classes: {labelling.counted(fitting)}. Choose one with --label-column."
@@ -369,10 +380,9 @@ def _check_groups(collection: Collection) -> None:
     pairs = np.unique(np.stack([collection.y, collection.groups]), axis=1)  # (class, group) of at least one LoRA
     counts = dict(zip(collection.classes, np.bincount(pairs[0]).tolist(), strict=True))
     if min(counts.values()) < 3:
-        where = f"{collection.root}: {collection.group_column} gives a class with fewer than three groups"
-        raise CollectionError(
-            [f"{where} ({_rarest(counts)}). Train, validation and test need one each: group by another column."]
-        )
+        fault = f"{collection.group_column} gives a class with fewer than three groups ({_rarest(counts)})"
+        mend = "Train, validation and test need one each: group by another column."
+        raise CollectionError([f"{collection.root}: {fault}. {mend}"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -381,14 +391,14 @@ def _check_groups(collection: Collection) -> None:
 
 
 def select_layers(collection: Collection, pattern: str | None) -> np.ndarray:
-    """Which layers --layers keeps, bool[L]; None keeps all.
+    """Return the layers that --layers keeps, bool[L]; None keeps all.
 
     ``pattern`` is a comma list. One with ``*``, ``?`` or ``[`` is to match the whole of a layer's shown name, of its
     canonical module, or of that with its role (``..._attn1_to_v_up``); any other may stand anywhere in one of them.
     In canonical names a dot is an underscore: ``*.to_v.*`` finds the same layers whatever wrote the files.
 
     Raises:
-        CollectionError: One of the list matches no layer.
+        CollectionError: A pattern of the list matches no layer.
     """
     if pattern is None:
         return np.ones(len(collection.layers), bool)
@@ -415,7 +425,7 @@ def _matches(layer: Layer, pattern: str) -> bool:
 
 
 def inspection(collection: Collection, layers: str | None = None) -> dict:
-    """What ``inspect --json`` prints; ``layers`` is a pattern, see `select_layers`."""
+    """Return what ``inspect --json`` prints; ``layers`` is a pattern, see `select_layers`."""
     dtypes: Counter = Counter()
     for positions in by_layout(file.layout for file in collection.files):
         for layer in collection.files[positions[0]].layout.layers:
@@ -442,7 +452,7 @@ def inspection(collection: Collection, layers: str | None = None) -> dict:
     }
 
 
-def _counted(counts: dict[str, int]) -> str:
+def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} ({count})" for name, count in counts.items()) or "nothing"
 
 
@@ -474,16 +484,41 @@ def add_label_flags(add: Callable) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line of this module."""
+    """Run the command line of this module: 0 done, 2 refused, 130 interrupted."""
+    args = _parser().parse_args(arguments)
+    if args.command == "import":
+        from loras import published  # needs libraries that nothing else does
+
+        return published.run(args)
+    try:
+        collection = index_collection(
+            args.path,
+            labels=args.labels,
+            label_column=args.label_column,
+            group_column=args.group_column,
+            skip_bad=args.skip_bad,
+        )
+        contents = inspection(collection, args.layers)
+    except CollectionError as error:
+        print(error.shown(), file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(contents, indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(_inspection_lines(args.path, contents)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Look at a folder of LoRAs before an experiment, or make one.")
     commands = parser.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser("inspect", help="tell what a folder of LoRAs holds; only headers are read")
+    inspect = commands.add_parser("inspect", help="show what a folder of LoRAs holds; only headers are read")
     inspect.add_argument("path", type=Path, help="folder of LoRAs")
     inspect.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     add_label_flags(inspect.add_argument)
     publish = commands.add_parser("import", help="turn a published parquet collection into a folder of LoRAs")
     publish.add_argument("source", help="a parquet file, a folder of them, or owner/name of a data set of the hub")
-    publish.add_argument("out", type=Path, help="folder to make; it may be there from the same import")
+    publish.add_argument("out", type=Path, help="folder to make; it may exist if the same import made it")
     publish.add_argument(
         "--rank", type=int, help="rank of the LoRAs, where cells are flat lists (the column rank, or 1)"
     )
@@ -499,52 +534,30 @@ def main(arguments: list[str] | None = None) -> int:
     )
     publish.add_argument("--subset", help="of a data set of the hub that has several (none)")
     publish.add_argument("--split", help="of a data set of the hub that has several (the only one)")
-    args = parser.parse_args(arguments)
-    if args.command == "import":
-        from loras import published  # needs libraries that nothing else does
-
-        return published.run(args)
-    try:
-        collection = index_collection(
-            args.path,
-            labels=args.labels,
-            label_column=args.label_column,
-            group_column=args.group_column,
-            skip_bad=args.skip_bad,
-        )
-        found = inspection(collection, args.layers)
-    except CollectionError as error:
-        print(error.shown(), file=sys.stderr)
-        return 2
-    if args.json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
-    else:
-        print("\n".join(_inspection_lines(args.path, found)))
-    return 0
+    return parser
 
 
-def _inspection_lines(path: Path, found: dict) -> list[str]:
-    """What ``inspect`` prints."""
-    layers = {depth: found["layers"][depth] for depth in found["layers_selected"]}
-    listed = f", {len(layers)} of them listed" if len(layers) < len(found["layers"]) else ""
-    wide = max(len(layer["name"]) for layer in layers.values())
+def _inspection_lines(path: Path, contents: dict) -> list[str]:
+    """Return what ``inspect`` prints."""
+    layers = {depth: contents["layers"][depth] for depth in contents["layers_selected"]}
+    selected = f", {len(layers)} of them listed" if len(layers) < len(contents["layers"]) else ""
+    width = max(len(layer["name"]) for layer in layers.values())
     lines = [
-        f"{path}: {found['num_samples']} LoRAs of {len(found['layers'])} layers{listed}; "
-        f"labels from {found['label_source']}",
-        *["ranks differ between LoRAs: the shapes are those of the first file"] * found["mixed_ranks"],
-        "dtypes:  " + _counted(found["dtypes"]),
-        "classes: " + _counted(found["classes"]),
-        *[f"groups:  {found['num_groups']} by {found['group_column']}"] * (found["num_groups"] is not None),
-        "columns: "
-        + _counted(found["columns"])
-        + " (number of values; --label-column chooses)" * bool(found["columns"]),
-        "ignored: " + _counted(found["ignored"]),
-        *[f"skipped: {entry['path']}: {entry['reason']}" for entry in found["skipped"]],
-        f"{'depth':>5}  {'role':4}  {'shape':>12}  {'layer':{wide}}  module",
+        f"{path}: {contents['num_samples']} LoRAs of {len(contents['layers'])} layers{selected}; "
+        f"labels from {contents['label_source']}"
     ]
+    if contents["mixed_ranks"]:
+        lines.append("ranks differ between LoRAs: the shapes are those of the first file")
+    lines += ["dtypes:  " + _listed(contents["dtypes"]), "classes: " + _listed(contents["classes"])]
+    if contents["num_groups"] is not None:
+        lines.append(f"groups:  {contents['num_groups']} by {contents['group_column']}")
+    chooses = " (number of values; --label-column chooses)" if contents["columns"] else ""
+    lines += [f"columns: {_listed(contents['columns'])}{chooses}", "ignored: " + _listed(contents["ignored"])]
+    lines += [f"skipped: {entry['path']}: {entry['reason']}" for entry in contents["skipped"]]
+    lines.append(f"{'depth':>5}  {'role':4}  {'shape':>12}  {'layer':{width}}  module")
     for depth, layer in layers.items():
         shape = "x".join(map(str, layer["shape"]))
-        lines.append(f"{depth:5}  {layer['role']:4}  {shape:>12}  {layer['name']:{wide}}  {layer['module']}")
+        lines.append(f"{depth:5}  {layer['role']:4}  {shape:>12}  {layer['name']:{width}}  {layer['module']}")
     return lines
 
 

@@ -136,7 +136,7 @@ def extract(
 
 def _bad_weights(collection: Collection, findings: list) -> CollectionError:
     """Return the error of findings: path, reason, and whether the file itself is at fault and not its reading."""
-    messages = [Finding((path,), reason).told(collection.root) for path, reason, _ in findings]
+    messages = [Finding((path,), reason).line(collection.root) for path, reason, _ in findings]
     files = [(path, reason) for path, reason, _ in findings] if _all_at_fault(findings) else []
     return CollectionError(messages, files)
 

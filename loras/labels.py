@@ -1,7 +1,7 @@
-"""Which concept each LoRA is of: a table, a metadata.json beside the weights, or the folder; the first that is there.
+"""Labels and groups of LoRAs: from a table, a metadata.json beside the weights, or the folder; the first that exists.
 
-A table is csv, or jsonl (a JSON object a line), and names each weight file in ``file_name``. What it names is only ever
-compared with the files that were found in the collection: no path is made of it, so it leads nowhere else.
+A table is csv, or jsonl (a JSON object a line), and names each weight file in ``file_name``. These names are only ever
+compared with the files of the collection: no path is made of them, so they lead nowhere else.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from loras.lora_files import LoraFileError
 
 FILE_NAME = "file_name"
 TABLES = ("metadata.csv", "metadata.jsonl")  # at the root of a collection
-LABEL_COLUMNS = ("category_label", "label")  # of a table, the first there is, where --label-column names none
+LABEL_COLUMNS = ("category_label", "label")  # of a table; the first that it has, where --label-column names none
 LONG_TEXT = 200  # characters; a caption is no group and no number
 METADATA = "metadata.json"
 METADATA_FIELD = "category_label"
 MAX_TABLE_BYTES = 2**27  # two million rows of 64 bytes
 MAX_JSON_BYTES = 2**20
 MAX_SHOWN = 12  # columns in a message
-NOT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and halves of other ones
+NOT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and surrogates
 
 
 class LabelError(ValueError):
-    """Nothing can be labelled; each finding reads ``<path>: what is wrong. What to do.``."""
+    """Labels that cannot be read; each finding reads ``<path>: what is wrong. What to do.``."""
 
     def __init__(self, *findings: str):
         super().__init__("\n".join(findings))
@@ -44,28 +44,28 @@ class LabelError(ValueError):
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with some files, which can be left out; their paths are relative to the collection.
+    """A fault of some files, which can be left out; their paths are relative to the collection.
 
-    ``reason`` reads ``what is wrong. What to do.``; ``place`` is told instead of the path of the first file.
+    ``reason`` reads ``what is wrong. What to do.``; ``place`` stands in the message instead of the first file's path.
     """
 
     files: tuple[str, ...]
     reason: str
     place: str = ""
 
-    def told(self, root: Path) -> str:
-        """The finding as a line ``<path>: what is wrong. What to do.``."""
+    def line(self, root: Path) -> str:
+        """Return the finding as a line ``<path>: what is wrong. What to do.``."""
         return plain(f"{self.place or root / self.files[0]}: {self.reason}")
 
 
 def plain(text: str) -> str:
-    """A text on one line that every file can hold: what is no plain text in it is escaped."""
+    """Return a text as one line that every file can hold: control characters and surrogates are escaped."""
     return NOT_TEXT.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 @dataclass
 class Labels:
-    """Label and group of each weight file that has one, by path, and why others have none.
+    """Label and group of each weight file that has one, by path, and the reasons why others have none.
 
     ``column`` is that of the table or the field of the metadata.json files; None where folders are the labels.
     ``faults`` concern all labels at once, in the form of a `LabelError`'s findings.
@@ -83,9 +83,9 @@ class Labels:
 def read_labels(
     root: Path, paths: list[str], table: Path | None = None, column: str | None = None, group_column: str | None = None
 ) -> Labels:
-    """Label and group of each weight file of a collection.
+    """Read label and group of each weight file of a collection.
 
-    Labels come from the first that is there: ``table``; metadata.csv or metadata.jsonl at the root; metadata.json
+    Labels come from the first that exists: ``table``; metadata.csv or metadata.jsonl at the root; metadata.json
     beside the weight files; where no column is named, their class folders. Groups stand in the table if it has such a
     column, else in the metadata.json files.
 
@@ -96,19 +96,19 @@ def read_labels(
         column: Column or field of the label. None: ``category_label``; in a table else ``label``, else the only column.
         group_column: Column or field of the group. None: no groups.
     """
-    found = Labels(table=table)
+    result = Labels(table=table)
     try:
-        found.table = table or _table_at(root)
-        columns = _label_by_table(found, root, paths, column, group_column) if found.table else []
-        if not found.table or (group_column and group_column not in columns):
-            beside = _fields_beside(root, paths, (column or METADATA_FIELD, group_column), found.findings)
-            if not found.table:
-                _label_by_metadata_or_folder(found, root, beside, column)
+        result.table = table or _table_at(root)
+        columns = _label_by_table(result, root, paths, column, group_column) if result.table else []
+        if not result.table or (group_column and group_column not in columns):
+            beside = _fields_beside(root, paths, (column or METADATA_FIELD, group_column), result.findings)
+            if not result.table:
+                _label_by_metadata_or_folder(result, root, beside, column)
             if group_column:
-                _group_by_metadata(found, root, beside, group_column)
+                _group_by_metadata(result, root, beside, group_column)
     except LabelError as error:
-        found.faults += error.findings
-    return found
+        result.faults += error.findings
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def read_labels(
 
 
 def table_fault(table: Path) -> str:
-    """What is wrong with a --labels file at first sight; empty where nothing is."""
+    """Return what is wrong with a --labels file at first sight; empty where nothing is."""
     if not table.is_file():
         return "no such file. Give a csv or jsonl with the columns file_name and label."
     if table.suffix.lower() not in (".csv", ".jsonl"):
@@ -126,57 +126,57 @@ def table_fault(table: Path) -> str:
 
 
 def _table_at(root: Path) -> Path | None:
-    """The table at the root of a collection, if there is one."""
-    there = [root / name for name in TABLES if os.path.lexists(root / name)]
-    if len(there) > 1:
+    """Return the table at the root of a collection, if it has one."""
+    tables = [root / name for name in TABLES if os.path.lexists(root / name)]
+    if len(tables) > 1:
         raise LabelError(f"{root}: holds both {' and '.join(TABLES)}. Keep one, or name one with --labels.")
-    return there[0] if there else None
+    return tables[0] if tables else None
 
 
 def _label_by_table(
-    found: Labels, root: Path, paths: list[str], column: str | None, group_column: str | None
+    result: Labels, root: Path, paths: list[str], column: str | None, group_column: str | None
 ) -> list[str]:
-    """Fill in what a table tells; its columns but for ``file_name``."""
-    table = found.table
+    """Fill in labels and groups of a table; return its columns but for ``file_name``."""
+    table = result.table
     columns = list(dict.fromkeys(name for _, row in _rows(table) for name in row))
     if not columns:
         raise LabelError(f"{table}: no label: holds no row. Name each weight file in file_name, and its label.")
     if FILE_NAME not in columns:
         raise LabelError(f"{table}: no column {FILE_NAME}, but {_listed(columns)}. Name each weight file in one.")
     columns.remove(FILE_NAME)
-    found.column = column or _default_column(table, columns, group_column)
-    if found.column not in columns:
-        there = f"the columns there are: {counted(column_values(root, paths, table))}"
-        raise LabelError(f"{table}: no label: no column {found.column}; {there}. Choose one with --label-column.")
-    found.source = f"{found.column} in {table.name}"
-    for path, row in _rows_of_files(found, root, paths, columns):
-        _put(found.label, path, row.get(found.column))
-        _put(found.group, path, row.get(group_column))
-    tried = f"no row with {found.column} for it in {table.name}; the columns there are: {_listed(columns)}"
+    result.column = column or _default_column(table, columns, group_column)
+    if result.column not in columns:
+        columns_there = f"the columns there are: {counted(column_values(root, paths, table))}"
+        fault = f"no label: no column {result.column}; {columns_there}"
+        raise LabelError(f"{table}: {fault}. Choose one with --label-column.")
+    result.source = f"{result.column} in {table.name}"
+    for path, row in _rows_of_files(result, root, paths, columns):
+        _put(result.label, path, row.get(result.column))
+        _put(result.group, path, row.get(group_column))
+    tried = f"no row with {result.column} for it in {table.name}; the columns there are: {_listed(columns)}"
     for path in paths:
-        if path not in found.label:
-            found.findings.append(Finding((path,), f"no label: {tried}. Label it or leave it out."))
-        elif group_column in columns and path not in found.group:
-            found.findings.append(_no_group(path, group_column, f"its row in {table.name}"))
+        if path not in result.label:
+            result.findings.append(Finding((path,), f"no label: {tried}. Label it or leave it out."))
+        elif group_column in columns and path not in result.group:
+            result.findings.append(_no_group(path, group_column, f"its row in {table.name}"))
     return columns
 
 
 def _default_column(table: Path, columns: list[str], group_column: str | None) -> str:
-    """The column of the label where none is named."""
+    """Return the column of the label where none is named."""
     for name in LABEL_COLUMNS:
         if name in columns:
             return name
     others = [name for name in columns if name != group_column]
     if len(others) == 1:
         return others[0]
-    tried, there = " or ".join(LABEL_COLUMNS), counted(column_values(table.parent, [], table))
-    raise LabelError(
-        f"{table}: no label: no column {tried}; the columns there are: {there}. Choose one with --label-column."
-    )
+    columns_there = f"the columns there are: {counted(column_values(table.parent, [], table))}"
+    fault = f"no label: no column {' or '.join(LABEL_COLUMNS)}; {columns_there}"
+    raise LabelError(f"{table}: {fault}. Choose one with --label-column.")
 
 
-def _rows_of_files(found: Labels, root: Path, paths: list[str], columns: list[str]) -> Iterator[tuple[str, dict]]:
-    """Path and row of each weight file that a table names; rows for files that are not there become findings.
+def _rows_of_files(result: Labels, root: Path, paths: list[str], columns: list[str]) -> Iterator[tuple[str, dict]]:
+    """Yield path and row of each weight file that a table names; rows for missing files become findings.
 
     A row may also name the folder of one LoRA.
 
@@ -188,8 +188,8 @@ def _rows_of_files(found: Labels, root: Path, paths: list[str], columns: list[st
     known |= {path: path for path in paths}
     lines: dict[str, int] = {}
     faults = []
-    for line, row in _rows(found.table):
-        name, place = row.get(FILE_NAME), f"{found.table}: line {line}"
+    for line, row in _rows(result.table):
+        name, place = row.get(FILE_NAME), f"{result.table}: line {line}"
         if not isinstance(name, str) or not name.strip():
             faults.append(f"{place}: names no file in {FILE_NAME}. Name one, or remove the row.")
         elif "://" in name or name[0] in "/\\" or ".." in re.split(r"[/\\]", name):
@@ -197,7 +197,7 @@ def _rows_of_files(found: Labels, root: Path, paths: list[str], columns: list[st
         elif (path := known.get(PurePosixPath(name).as_posix())) is None:
             fault = f"a label for a missing file: no weight file {name!r} in {root}, of whose folders hidden and linked"
             fault += f" ones are not read; the columns there are: {_listed(columns)}"
-            found.findings.append(Finding((name,), f"{fault}. Fetch the file or remove the row.", place))
+            result.findings.append(Finding((name,), f"{fault}. Fetch the file or remove the row.", place))
         elif path in lines:
             faults.append(f"{place}: {name!r} again, after line {lines[path]}. Keep one row for each LoRA.")
         else:
@@ -208,7 +208,7 @@ def _rows_of_files(found: Labels, root: Path, paths: list[str], columns: list[st
 
 
 def _rows(table: Path) -> Iterator[tuple[int, dict]]:
-    """Line number and cells of each row of a table, by column.
+    """Yield line number and cells of each row of a table, by column.
 
     Raises:
         LabelError: It cannot be read.
@@ -249,16 +249,16 @@ def _rows(table: Path) -> Iterator[tuple[int, dict]]:
 class _Beside:
     """The wanted fields of the metadata.json beside each weight file; files beside which it is unreadable are left out.
 
-    ``fields`` maps a path to field to text; ``there`` are the wanted fields that some file has, whatever their value.
+    ``fields`` maps a path to field to text; ``names`` are the wanted fields that some file has, whatever their value.
     """
 
     fields: dict[str, dict[str, str]]
-    there: set[str]
+    names: set[str]
 
 
 def _fields_beside(root: Path, paths: list[str], wanted: Iterable[str | None], findings: list[Finding]) -> _Beside:
     """Read all metadata.json files, and add those that cannot be read to the findings."""
-    found = _Beside({}, set())
+    beside = _Beside({}, set())
     for folder, files in _by_folder(paths).items():
         path = os.path.join(root, folder, METADATA)
         try:
@@ -269,10 +269,10 @@ def _fields_beside(root: Path, paths: list[str], wanted: Iterable[str | None], f
         fields: dict[str, str] = {}
         for name in wanted:
             if name in document:
-                found.there.add(name)
+                beside.names.add(name)
                 _put(fields, name, document[name])
-        found.fields.update(dict.fromkeys(files, fields))
-    return found
+        beside.fields.update(dict.fromkeys(files, fields))
+    return beside
 
 
 def _by_folder(paths: list[str]) -> dict[str, list[str]]:
@@ -282,41 +282,42 @@ def _by_folder(paths: list[str]) -> dict[str, list[str]]:
     return folders
 
 
-def _label_by_metadata_or_folder(found: Labels, root: Path, beside: _Beside, column: str | None) -> None:
-    """Fill in labels of metadata.json, if a file has the field or it is asked for by name, else of folders."""
+def _label_by_metadata_or_folder(result: Labels, root: Path, beside: _Beside, column: str | None) -> None:
+    """Fill in labels of metadata.json, if a file has the field or a flag names it, else of folders."""
     name = column or METADATA_FIELD
-    if column and column not in beside.there:
+    if column and column not in beside.names:
         raise LabelError(f"{root}: no label: {_no_field(root, beside, column)}. Choose one with --label-column.")
-    if name in beside.there:
-        found.column, found.source = name, f"{name} in {METADATA}"
+    if name in beside.names:
+        result.column, result.source = name, f"{name} in {METADATA}"
         for path, fields in beside.fields.items():
-            _put(found.label, path, fields.get(name))
+            _put(result.label, path, fields.get(name))
         tried = f"no {name} (a text or a number) in {METADATA} beside it, as other files here have"
     else:
-        found.source = "the folder names"
+        result.source = "the folder names"
         for path in beside.fields:
             if path.count(os.sep) in (1, 2):
-                _put(found.label, path, path.split(os.sep)[0])
+                _put(result.label, path, path.split(os.sep)[0])
         tried = f"no {METADATA} with {name} beside it, and it does not lie in <class>/ or <class>/<lora>/"
-    missing = [path for path in beside.fields if path not in found.label]
-    there = _columns_there(root, list(beside.fields)) if missing else ""
-    found.findings += [Finding((path,), f"no label: {tried}; {there}. Label it or leave it out.") for path in missing]
+    missing = [path for path in beside.fields if path not in result.label]
+    fields_there = _fields_there(root, list(beside.fields)) if missing else ""
+    reason = f"no label: {tried}; {fields_there}. Label it or leave it out."
+    result.findings += [Finding((path,), reason) for path in missing]
 
 
-def _group_by_metadata(found: Labels, root: Path, beside: _Beside, name: str) -> None:
+def _group_by_metadata(result: Labels, root: Path, beside: _Beside, name: str) -> None:
     """Fill in groups of metadata.json."""
-    if name not in beside.there:
-        tried = f"no column {name} in {found.table.name}, and " if found.table else ""
+    if name not in beside.names:
+        tried = f"no column {name} in {result.table.name}, and " if result.table else ""
         fault = f"no group: {tried}{_no_field(root, beside, name)}"
         raise LabelError(f"{root}: {fault}. Choose one with --group-column.")
     for path, fields in beside.fields.items():
-        _put(found.group, path, fields.get(name))
-        if path not in found.group:
-            found.findings.append(_no_group(path, name, f"{METADATA} beside it"))
+        _put(result.group, path, fields.get(name))
+        if path not in result.group:
+            result.findings.append(_no_group(path, name, f"{METADATA} beside it"))
 
 
 def _no_field(root: Path, beside: _Beside, name: str) -> str:
-    return f"no {METADATA} beside a weight file has {name}; {_columns_there(root, list(beside.fields))}"
+    return f"no {METADATA} beside a weight file has {name}; {_fields_there(root, list(beside.fields))}"
 
 
 def _no_group(path: str, name: str, where: str) -> Finding:
@@ -324,7 +325,7 @@ def _no_group(path: str, name: str, where: str) -> Finding:
 
 
 def read_json(path: str) -> dict | None:
-    """A JSON object, or None where there is no such file; equal texts give the same object, not to be changed.
+    """Read a JSON object; None where there is no such file. Equal texts give the same object, not to be changed.
 
     Raises:
         LoraFileError: It is no JSON object, or larger than any that belongs to a LoRA.
@@ -342,12 +343,12 @@ def read_json(path: str) -> dict | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Columns there are, and values
+# Columns and their values
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def column_values(root: Path, paths: list[str], table: Path | None) -> dict[str, Counter]:
-    """How often each value occurs in each column of a table, or without one in each field of the metadata.json files.
+    """Count each value of each column of a table, or without a table of each field of the metadata.json files.
 
     Lists, objects and nothing count as no value. Files that cannot be read are passed over.
     """
@@ -366,13 +367,13 @@ def column_values(root: Path, paths: list[str], table: Path | None) -> dict[str,
     for folder, files in _by_folder(paths).items():
         try:
             count(read_json(os.path.join(root, folder, METADATA)) or {}, len(files))
-        except LoraFileError:  # told where labels are read
+        except LoraFileError:  # reported where labels are read
             continue
     return dict(values)
 
 
 def values_by_file(root: Path, paths: list[str], table: Path | None) -> dict[str, dict[str, str]]:
-    """The values of each column of a table and of each field of the metadata.json files, by path.
+    """Return the values of each column of a table and of each field of the metadata.json files, by path.
 
     Lists, objects, long texts and nothing count as no value; a column of the table goes before a field of its name.
     Files that cannot be read are passed over, as in `column_values`.
@@ -390,7 +391,7 @@ def values_by_file(root: Path, paths: list[str], table: Path | None) -> dict[str
     for folder, files in _by_folder(paths).items():
         try:
             document = read_json(os.path.join(root, folder, METADATA)) or {}
-        except LoraFileError:  # told where labels are read
+        except LoraFileError:  # reported where labels are read
             continue
         for name in document.keys() - columns:
             for path in files:
@@ -399,7 +400,7 @@ def values_by_file(root: Path, paths: list[str], table: Path | None) -> dict[str
 
 
 def would_make_classes(values: dict[str, Counter], samples: int) -> dict[str, Counter]:
-    """The columns that give every LoRA a label, at least two labels, and each to at least three LoRAs."""
+    """Return the columns that give every LoRA a label, at least two labels, and each to at least three LoRAs."""
     return {
         name: counts
         for name, counts in values.items()
@@ -407,25 +408,29 @@ def would_make_classes(values: dict[str, Counter], samples: int) -> dict[str, Co
     }
 
 
-def _columns_there(root: Path, paths: list[str]) -> str:
-    """The fields of the metadata.json files, in words."""
+def _fields_there(root: Path, paths: list[str]) -> str:
+    """List the fields of the metadata.json files, in words."""
     values = column_values(root, paths, None)
     return f"the fields there are: {counted(values)}" if values else f"there is no {METADATA} with fields"
 
 
 def counted(values: dict[str, Counter]) -> str:
-    """Columns with the number of their values, in words."""
-    return _listed([f"{name} ({len(counts)} value{'s' * (len(counts) != 1)})" for name, counts in values.items()])
+    """List columns with the number of their values, in words."""
+    return _listed(
+        [f"{name} ({len(counts)} {'value' if len(counts) == 1 else 'values'})" for name, counts in values.items()]
+    )
 
 
 def _listed(names: list[str]) -> str:
-    """Names in words, the first ones if they are many, on one line whatever stands in them."""
+    """List the first names on one line, whatever stands in them."""
     shown = [plain(name[:80]) for name in names[:MAX_SHOWN]]
-    return ", ".join(shown) + ", ..." * (len(names) > MAX_SHOWN) or "none"
+    if len(names) > MAX_SHOWN:
+        shown.append("...")
+    return ", ".join(shown) or "none"
 
 
 class _NoObjectError(ValueError):
-    """A JSON text is something else than an object."""
+    """A JSON text that is something else than an object."""
 
 
 def _json_object(text: str) -> dict:
@@ -444,23 +449,23 @@ _parsed_short = lru_cache(maxsize=64)(json.loads)  # files of a folder mostly ha
 
 def _open_text(path: Path | str, most: int) -> TextIO:
     """Open a file that holds plain text of at most ``most`` bytes; a pipe would never end."""
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a plain file")
-    if found.st_size > most:
-        raise ValueError(f"{found.st_size} bytes, more than {most}")
+    if status.st_size > most:
+        raise ValueError(f"{status.st_size} bytes, more than {most}")
     return open(path, encoding="utf-8-sig", newline="")
 
 
 def _put(texts: dict[str, str], key: str, value: object) -> None:
-    """Note the text of a value, if it has one."""
+    """Keep the text of a value, if it has one."""
     text = _text(value)
     if text is not None:
         texts[key] = sys.intern(text)  # of tens of thousands of files each label is held once
 
 
 def _text(value: object) -> str | None:
-    """A value as a label: a text as it is, a number as JSON writes it; None for anything else."""
+    """Return a value as a label: a text as it is, a number as JSON writes it; None for anything else."""
     if isinstance(value, str):
         return value if value.strip() else None
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):

@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -317,10 +318,21 @@ def test_inspect_as_text(tmp_path, capsys):
     assert re.search(rf"\n +0  down +2x8  {re.escape(name)}\.lora\.down\.weight +{name.replace('.', '_')}\n", out)
 
 
-def test_inspect_as_a_program(tmp_path):
-    root = write_collection(tmp_path, modules=1)
-    done = subprocess.run([sys.executable, data.__file__, "inspect", root], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith(f"{root}: ") and not done.stderr
+@pytest.mark.parametrize("through_a_link", [False, True])
+def test_both_commands_work_from_any_folder_and_through_a_link(tmp_path, through_a_link):
+    write_collection(tmp_path / "zoo", modules=1)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    program = Path(data.__file__).resolve()
+    if through_a_link:
+        (elsewhere / "look.py").symlink_to(program)
+        program = "look.py"
+    for arguments, code, out, error in (
+        (["inspect", "../zoo"], 0, "../zoo: 6 LoRAs of 2 layers", ""),
+        (["import", "nowhere.parquet", "made"], 2, "", "error: nowhere.parquet: no such file or folder. "),
+    ):
+        done = subprocess.run([sys.executable, program, *arguments], capture_output=True, text=True, cwd=elsewhere)
+        assert done.returncode == code and done.stdout.startswith(out) and done.stderr.startswith(error), done
 
 
 def test_inspect_of_a_faulty_folder(tmp_path, capsys):
