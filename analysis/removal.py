@@ -186,11 +186,10 @@ def robustness(evidence: Evidence, conditions: Conditions, predicted: np.ndarray
     if p >= ALPHA:
         why = f"with all layers the accuracy is indistinguishable from chance (p = {p:.2g} against permuted labels)"
         return result | {"verdict": "no signal", "why": why}
-    if (
-        estimates["all"]["interval"][0] <= evidence.chance
-    ):  # shares of what may be nothing are unbounded (Fieller, 1954)
+    if estimates["all"]["interval"][0] <= evidence.chance:
+        # Shares of an accuracy above chance that may be nothing are unbounded (Fieller, 1954).
         chance = f"chance ({100 * evidence.chance:.0f} %, always guessing the largest class)"
-        why = f"with all layers the accuracy is above that of permuted labels, but its interval includes {chance}"
+        why = f"with all layers the accuracy is above permuted labels, but its interval is not all above {chance}"
         return result | {"verdict": "undecided", "why": why}
     result |= _surviving(measured, *curves["most first"])
     below_random = accuracy[at["without top"]] < without_random["min"] if without_random["draws"] else None

@@ -6,8 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from analysis import evidence
-from analysis.evidence import Draws, exceedance, holm, interval, null_accuracies, permuted, sign_p, spearman, stream
+from analysis.evidence import (
+    BLOCK,
+    Draws,
+    Predictions,
+    exceedance,
+    holm,
+    interval,
+    null_accuracies,
+    permuted,
+    sign_p,
+    spearman,
+    stream,
+)
 
 
 def test_a_classifier_that_is_always_right_is_right_in_every_draw():
@@ -41,28 +52,27 @@ def test_runs_are_drawn_only_where_asked():
     correct = np.repeat([[True], [False]], 8, axis=1)  # one run right, one wrong, on every LoRA
     draws = Draws(np.arange(8), 300, 0)
     assert set(draws.accuracies([correct])[0].tolist()) == {0.0, 0.5, 1.0}
-    assert set(draws.accuracies([correct], runs=False)[0].tolist()) == {0.5}
+    assert set(draws.accuracies([correct], resample_runs=False)[0].tolist()) == {0.5}
 
 
-def test_draws_do_not_depend_on_how_much_is_worked_on_at_a_time(monkeypatch):
+def test_draws_do_not_depend_on_how_much_is_worked_on_at_a_time():
     correct = [np.random.default_rng(0).random((2, 30)) < 0.5]
-    monkeypatch.setattr(evidence, "BLOCK", 3000)
-    small = Draws(np.arange(30), 250, 0).accuracies(correct)
+    small = Draws(np.arange(30), 250, 0, block=3000).accuracies(correct)
     assert small.shape == (1, 250) and abs(small.mean() - correct[0].mean()) < 0.02
 
 
 @pytest.mark.parametrize("runs", [True, False])
-def test_many_classifiers_in_small_blocks_are_drawn_as_in_one(monkeypatch, runs):
+def test_many_classifiers_in_small_blocks_are_drawn_as_in_one(runs):
     correct = [np.random.default_rng(i).random((1 + i % 3, 30)) < 0.5 for i in range(20)]
-    whole = Draws(np.arange(30), 40, 0).accuracies(correct, runs=runs)
-    monkeypatch.setattr(evidence, "BLOCK", 4 * 30 * 40)  # all draws still in one block
-    np.testing.assert_array_equal(Draws(np.arange(30), 40, 0).accuracies(correct, runs=runs), whole)
+    whole = Draws(np.arange(30), 40, 0).accuracies(correct, resample_runs=runs)
+    small = Draws(np.arange(30), 40, 0, block=4 * 30 * 40)  # all draws still in one block
+    np.testing.assert_array_equal(small.accuracies(correct, resample_runs=runs), whole)
 
 
 def test_classifiers_of_different_numbers_of_runs_share_the_loras_drawn():
     right = np.random.default_rng(0).random(60) < 0.5
-    one, many = Draws(np.arange(60), 300, 0).accuracies([right[None], np.tile(right, (10, 1))])
-    np.testing.assert_allclose(one, many, rtol=1e-12)  # equal on every LoRA in every run: no difference in any draw
+    once, often = Draws(np.arange(60), 300, 0).accuracies([right[None], np.tile(right, (10, 1))])
+    np.testing.assert_allclose(once, often, rtol=1e-12)  # equal on every LoRA in every run: no difference in any draw
 
 
 def test_the_least_p_of_a_difference_is_an_exact_tests():
@@ -83,12 +93,36 @@ def test_sign_p_counts_draws_beyond_zero():
     assert sign_p(np.zeros(99)) == 1
 
 
+def test_predictions_are_named_as_in_predictions_npz():
+    held_out = np.arange(4)
+    predictions = Predictions(held_out, held_out % 2)
+    predictions.controls["stats"] = {"names": np.array(["all"]), "kept": np.ones((1, 1, 2)), "predicted": np.zeros(4)}
+    predictions.conditions["ablation"] = {"spectral": {"predicted": np.ones(4), "epochs": np.ones(1)}}
+    predictions.conditions["baseline"] = {"stats": {"predicted": np.ones(4)}, "spectral": {"predicted": np.zeros(4)}}
+    predictions.layers |= {"predicted": np.zeros((2, 1, 4)), "log_loss": np.ones((2, 1, 4))}
+    arrays = predictions.arrays()
+    assert list(arrays) == [
+        "rows",
+        "y",
+        "layers/predicted",
+        "layers/log_loss",
+        "ablation/spectral/predicted",
+        "ablation/spectral/epochs",
+        "baseline/stats/predicted",
+        "baseline/spectral/predicted",
+        "controls/stats/names",
+        "controls/stats/kept",
+        "controls/stats/predicted",
+    ]
+    assert arrays["controls/stats/kept"] is predictions.controls["stats"]["kept"] and arrays["rows"] is held_out
+
+
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 def test_holm_is_the_textbooks_step_down(p):
     adjusted = holm(p)
-    for i, one in enumerate(p):
+    for i, value in enumerate(p):
         smaller = [(sum(other < q or (other == q and k < j) for k, other in enumerate(p)), q) for j, q in enumerate(p)]
-        expected = max(min(1.0, (len(p) - rank) * q) for rank, q in smaller if q <= one)
+        expected = max(min(1.0, (len(p) - rank) * q) for rank, q in smaller if q <= value)
         assert adjusted[i] == pytest.approx(expected)
 
 
@@ -127,12 +161,11 @@ def test_labels_that_differ_within_groups_change_places_there():
     assert len(np.unique(crossed, axis=0)) > 30  # each group has both labels, and yet there is much to permute
 
 
-@pytest.mark.parametrize("block", [evidence.BLOCK, 500])
-def test_null_accuracies_are_those_of_a_loop(monkeypatch, block):
-    monkeypatch.setattr(evidence, "BLOCK", block)
+@pytest.mark.parametrize("block", [BLOCK, 500])
+def test_null_accuracies_are_those_of_a_loop(block):
     generator = np.random.default_rng(3)
     predicted, y = generator.integers(0, 4, (5, 2, 30)), generator.integers(0, 4, 30)
-    fast = null_accuracies(predicted, y, np.arange(30), 4, 40, seed=1)
+    fast = null_accuracies(predicted, y, np.arange(30), 4, 40, seed=1, block=block)
     same, draws = stream(1, "permutations", 30), max(1, block // 120)
     labels = np.concatenate([permuted(y, np.arange(30), min(draws, 40 - start), same) for start in range(0, 40, draws)])
     slow = [[(of_layer == of_draw).mean() for of_layer in predicted] for of_draw in labels]
@@ -155,7 +188,7 @@ def test_guessing_one_class_is_chance_where_groups_differ_in_size():
 
 @pytest.mark.parametrize("equal", [True, False])
 def test_groups_that_are_recognised_as_such_are_no_signal(equal):
-    """Predictions that are the same within a group, and know nothing: LoRAs permuted one by one are fooled."""
+    """Test predictions that are the same within a group, and know nothing: permuting single LoRAs is fooled."""
     generator, trials = np.random.default_rng(0), 300
     called = np.zeros(2)
     for trial in range(trials):
@@ -184,14 +217,14 @@ def test_exceedance_counts_ties_and_never_gives_zero():
 
 def test_spearman_is_scipys_and_knows_its_limits():
     a, b = np.array([1.0, 2, 3, 4, 5, 6]), np.array([2.0, 1, 4, 3, 6, 5])
-    found = spearman(a, b)
-    assert found["r"] == pytest.approx(stats.spearmanr(a, b).statistic)
-    half = 1.959964 * np.sqrt((1 + found["r"] ** 2 / 2) / 3)  # Bonett & Wright, n - 3
-    assert found["interval"] == pytest.approx(np.tanh(np.arctanh(found["r"]) + np.array([-half, half])))
+    result = spearman(a, b)
+    assert result["r"] == pytest.approx(stats.spearmanr(a, b).statistic)
+    half = 1.959964 * np.sqrt((1 + result["r"] ** 2 / 2) / 3)  # Bonett & Wright, n - 3
+    assert result["interval"] == pytest.approx(np.tanh(np.arctanh(result["r"]) + np.array([-half, half])))
     exact = stats.permutation_test(
         (a,), lambda x: stats.spearmanr(x, b).statistic, permutation_type="pairings", n_resamples=1000
     )
-    assert found["p"] == pytest.approx(exact.pvalue)
+    assert result["p"] == pytest.approx(exact.pvalue)
     many = np.random.default_rng(0).normal(size=(2, 30))
     assert spearman(*many)["p"] == pytest.approx(stats.spearmanr(*many).pvalue)
     assert spearman(a[:4], a[:4])["p"] == pytest.approx(2 / 24) and spearman(a, -a)["interval"][1] < -0.99

@@ -1,0 +1,113 @@
+"""Evidence whose predictions are guessed or planted, and the analysis of it."""
+
+import json
+
+import numpy as np
+
+from analysis.evidence import Evidence, Predictions
+from analysis.questions import Controls, analyse
+from analysis.removal import plan_controls
+from loras.lora_files import Layer
+
+FEWER_DRAWS = 2000, 2000
+
+
+def evidence_of(
+    *, layers=12, classes=6, each=40, tested=20, runs=2, top_k=3, names=("stats", "spectral"), groups=None, seed=0
+) -> Evidence:
+    """Return evidence whose predictions are guessed: of each class ``each`` LoRAs, of which ``tested`` are test rows."""
+    y = np.arange(classes * each) % classes
+    places = np.arange(len(y)) // classes  # of a LoRA among those of its class
+    last, validated = each - tested, max(1, (each - tested) // 4)
+    parts = {"train": places < last - validated, "test": places >= last}
+    rows = {part: np.flatnonzero(where) for part, where in parts.items()}
+    rows["validation"] = np.flatnonzero(~parts["train"] & ~parts["test"])
+    described = [Layer(f"layer {d}", f"m_{d // 2}_to_q", ("down", "up")[d % 2], (2, 4), "F32") for d in range(layers)]
+    generator, held_out = np.random.default_rng(1), np.concatenate([rows["validation"], rows["test"]])
+
+    def guessed(*shape: int) -> dict[str, np.ndarray]:
+        return {"predicted": generator.integers(0, classes, (*shape, len(held_out)), dtype=np.int32)}
+
+    predictions = Predictions(held_out, y[held_out], guessed(layers, runs))
+    for condition in ("baseline", "ablation"):
+        predictions.conditions[condition] = {name: guessed(runs) for name in names}
+    labels = [f"class {c}" for c in range(classes)]
+    return Evidence(described, labels, y, rows, groups, np.arange(layers), top_k, predictions, seed, *FEWER_DRAWS)
+
+
+def held_out(evidence: Evidence) -> np.ndarray:
+    return evidence.y[np.concatenate([evidence.rows["validation"], evidence.rows["test"]])]
+
+
+def plant(
+    evidence: Evidence,
+    knows: np.ndarray,
+    condition: str | None = None,
+    name: str = "stats",
+    says: np.ndarray | None = None,
+) -> None:
+    """Let predictions be right (or say something else) where ``knows``, and leave them guessed elsewhere.
+
+    Those of the layers without a condition, else of a representation.
+    """
+    arrays = evidence.predictions.layers if condition is None else evidence.predictions.conditions[condition][name]
+    right = held_out(evidence) if says is None else says
+    arrays["predicted"] = np.where(knows, right, arrays["predicted"]).astype(np.int32)
+
+
+def all_predictions(evidence: Evidence) -> list[dict[str, np.ndarray]]:
+    return [
+        evidence.predictions.layers,
+        *(arrays for named in evidence.predictions.conditions.values() for arrays in named.values()),
+    ]
+
+
+def share(evidence: Evidence, size: float | np.ndarray) -> np.ndarray:
+    """Return a mask of a share of the held-out LoRAs, the same of each class, for each run where ``size`` has runs."""
+    order = np.arange(len(held_out(evidence))) // len(evidence.classes)
+    return order % 20 < 20 * np.asarray(size)[..., None]
+
+
+def features_of(evidence: Evidence, width: int = 7, seed: int = 2) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(len(evidence.y), len(evidence.layers), width)).astype(np.float32)
+
+
+def updates_of(evidence: Evidence, modules: int | None = None, rank_one: bool = False) -> np.ndarray:
+    modules = len(evidence.layers) // 2 if modules is None else modules
+    updates = np.random.default_rng(3).uniform(1, 4, (len(evidence.y), modules, 2)).astype(np.float32)
+    if rank_one:
+        updates[..., 0] = 1
+    return updates
+
+
+def controls_of(evidence: Evidence, cheap: bool = False) -> Controls:
+    """Return controls for all sections (cheap explanations, which take a second, where asked for), with guessed predictions."""
+    generator, layers, n = np.random.default_rng(4), len(evidence.layers), len(evidence.truth)
+    roles = [layer.role for layer in evidence.layers]
+    planned = plan_controls(
+        evidence.ranking, roles, evidence.top_k, runs=2, draws=5, points=11, conditional=True, seed=0
+    )
+    predicted = generator.integers(0, len(evidence.classes), (len(planned.names), 2, n))
+    return Controls(
+        level="all",
+        conditions={"stats": (planned, predicted)},
+        attributed=("stats", generator.random((2, layers))),
+        cheap={"norms": generator.normal(size=(len(evidence.y), 3)), "metadata": None} if cheap else {},
+        unused=["artist"],
+        grouped=("artist", "stats", evidence.truth, np.arange(n) // 2, evidence.predicted("baseline", "stats")),
+        shuffled=generator.random((3, layers)),
+    )
+
+
+def analysed(evidence: Evidence, controls: Controls | None = None, **more) -> dict:
+    """Return the analysis, which strict JSON must give back as it is."""
+    names = list(evidence.predictions.conditions["baseline"])
+    inputs = {"statistics": features_of(evidence), "updates": updates_of(evidence), "samples": {}} | more
+    result = analyse(evidence, names, controls=controls or Controls("basic"), **inputs)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    return result
+
+
+def outcome(result: dict, part: str) -> dict:
+    (record,) = (record for record in result["hypotheses"] if part in record["hypothesis"])
+    return record
