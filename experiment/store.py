@@ -138,7 +138,7 @@ def shard_path(folder: Path, first_row: int) -> Path:
 
 
 def map_shards(folder: Path) -> list[np.ndarray]:
-    """Return the shards of a folder in the order of their rows, memory-mapped; their names tell of one that is missing."""
+    """Return the shards of a folder in the order of their rows, memory-mapped; names show where one is missing."""
     arrays, rows = [], 0
     for path in sorted(folder.glob("[0-9]*.npy")):
         if path != shard_path(folder, rows):

@@ -288,7 +288,7 @@ def write_numbers(ax: Axes, values: np.ndarray, largest: float, height: float, w
     if height < 0.12 or width < 0.25:
         return
     for (row, column), value in np.ndenumerate(values):
-        color = ON_CELLS[1] if value > 0.5 * largest else ON_CELLS[0]
+        color = ON_CELLS[1] if value > 0.68 * largest else ON_CELLS[0]  # where both contrast alike with YlGnBu
         ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=SMALL, color=color)
 
 

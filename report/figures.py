@@ -541,9 +541,8 @@ def _rank_structure(results: dict, figure: Figure) -> None:
         x = scale * np.array([record[key] for record in classes], float)  # NaN, not drawn, without a test LoRA
         ax.plot(x, measured, "o", color=BLUE, mec=INK, mew=0.5, ms=4.5)
         correlation = section["complexity"][f"spearman_{key}"]
-        ax.set_title(
-            f"Spearman correlation {correlation_text(correlation)}" if correlation else "no correlation measured"
-        )
+        measured_text = correlation_text(correlation) if correlation else "not measured"
+        ax.set_title(f"Spearman correlation {measured_text}")
         ax.set_xlabel(label)
         ax.margins(0.12)
         scatters.append((ax, x))
@@ -562,14 +561,12 @@ def _modules(results: dict, ax: Axes) -> None:
     places = [records.get(module["module"], {}) for module in modules]
     explained = np.array([100 * min(1, module["effect"]) for module in modules])
     differs = np.array([module["significant"] for module in modules])
-    positions, size = np.arange(len(modules)), float(np.clip(250 / len(modules), 2.5, 5))
+    positions = np.arange(len(modules))
     ax.vlines(positions, 0, explained, color=FAINT, lw=min(1, 60 / len(modules)))
-    for mask, color, label in (
-        (differs, BLUE, f"differs by concept (FDR {100 * alpha:.0f} %)"),
-        (~differs, GROUND, "does not"),
-    ):
-        looks = {"color": color, "mec": INK, "mew": 0.5, "ms": size, "label": f"{label}: {mask.sum()}"}
-        ax.plot(positions[mask], explained[mask], "o", **looks)
+    looks = {"mec": INK, "mew": 0.5, "ms": float(np.clip(250 / len(modules), 2.5, 5))}
+    label = f"differs by concept (FDR {100 * alpha:.0f} %): {differs.sum()}"
+    ax.plot(positions[differs], explained[differs], "o", color=BLUE, **looks, label=label)
+    ax.plot(positions[~differs], explained[~differs], "o", color=GROUND, **looks, label=f"does not: {(~differs).sum()}")
     ax.set_ylim(0, max(1, 1.2 * explained.max()))
     ax.set_xlim(-0.5 - 0.01 * len(modules), 1.01 * len(modules) - 0.5)
     ax.set_ylabel("explained by\nconcept, % (ε²)")

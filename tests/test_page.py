@@ -7,17 +7,20 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
-from test_text import CLASS_NAMES, made, without_pairs
+from PIL import Image
+from result_making import CLASS_NAMES, made, without_pairs
 
-from report import captions, cautions, figures, page, sentences, tables
+from report import drawing, figures, page, sentences, tables, text
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 3"><rect width="4" height="3" fill="#08c"/></svg>'
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYPhfDwACggF/qvb0gQAAAABJRU5ErkJggg=="
 )
-ALL = {f"{name}.{ending}": content for name in page.PICTURES for ending, content in (("svg", SVG), ("png", PNG))}
+NAMES = [row.name for row in figures.FIGURES]
+ALL = {f"{name}.{ending}": content for name in NAMES for ending, content in (("svg", SVG), ("png", PNG))}
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -98,7 +101,7 @@ def test_names_are_escaped_and_whole():
     results["representations_not_run"] = [{"representation": "pca", "reason": evil}]
     content = page.render_page(results, ALL)
     reader = Reader(content)
-    assert b"<script" not in content and b"<b>" not in content and len(reader.of("img")) == len(page.PICTURES)
+    assert b"<script" not in content and b"<b>" not in content and len(reader.of("img")) == len(NAMES)
     for name in CLASS_NAMES:
         assert name in reader.text["concepts"] and name in reader.text["settings"]
     assert evil in reader.text["layers"] and evil in reader.text["settings"] and evil in reader.text[""]
@@ -114,12 +117,12 @@ def test_words_and_numbers_are_those_of_results():
             assert answer.question in shown and f"Hypothesis: {answer.hypothesis}. {answer.outcome}" in shown
             assert answer.evidence in shown and answer.sentences[0] in shown
         assert all(sentence in reader.text[answer.anchor] for sentence in answer.sentences)
-    assert all(warning in reader.text["answers"] for warning in cautions.warnings(results))
-    assert all(check in reader.text["controls"] for check in cautions.checks(results))
+    assert all(warning in reader.text["answers"] for warning in sentences.warnings(results))
+    assert all(check in reader.text["controls"] for check in sentences.checks(results))
     for table in tables.tables(results).values():
         assert all(cell in reader.text[table.anchor] for row in table.rows for cell in row)
     assert all(f"{name}" in reader.text["robustness"] for name in sentences.VERDICTS)
-    assert all(line[10:] in reader.text[""] for line in text.run_lines(results))
+    assert all(word in reader.text[""] and fact in reader.text[""] for word, fact in text.run_facts(results))
     for name in ("classifier.max_epochs", "split_sizes.train", "device"):
         assert name in reader.text["settings"]
 
@@ -131,28 +134,27 @@ def test_tables_can_be_read_without_seeing_them():
     assert len(boxes) == len(reader.of("table")) and all(box["tabindex"] == "0" and box["aria-label"] for box in boxes)
 
 
-def test_pictures_stand_in_their_section_with_their_finding():
+def test_figures_stand_in_their_section_with_their_finding():
     results = made()
-    content = page.render_page(results, ALL).decode()
-    for name, (shows, anchor) in page.PICTURES.items():
-        section = content.split(f'<section id="{anchor}"')[1].split("</section>")[0]
-        alt = next(one["alt"] for one in Reader(section.encode()[section.index(">") + 1 :]).of("img"))
-        assert alt.startswith(shows), name
-        told = [answer.sentences[0] for answer in sentences.answers(results) if answer.anchor == anchor]
-        told += sentences.concept_lines(results) if anchor == "concepts" else []
-        assert told and all(sentence in alt for sentence in told)
+    content, finding_of = page.render_page(results, ALL).decode(), figures.findings(results)
+    assert finding_of.keys() == set(NAMES)
+    for row in figures.FIGURES:
+        section = content.split(f'<section id="{row.section}"')[1].split("</section>")[0]
+        alts = [image["alt"] for image in Reader(section.encode()[section.index(">") + 1 :]).of("img")]
+        assert alts == [f"{row.shows}. {finding_of[row.name]}."]
 
 
-def test_every_picture_has_a_finding_a_drawing_and_a_section():
-    assert set(page.PICTURES) == set(captions.FINDINGS) == set(figures.PICTURES)
-    assert {anchor for _, anchor in page.PICTURES.values()} == {*sentences.QUESTIONS, "concepts"}
+def test_every_question_and_the_concepts_have_a_figure():
+    assert len(set(NAMES)) == len(NAMES)
+    anchors = {question.anchor for question in sentences.QUESTIONS}
+    assert {row.section for row in figures.FIGURES} == {*anchors, "concepts"}
 
 
 def test_without_whole_pairs_the_section_says_why_and_no_more():
     results = without_pairs()
-    reader = Reader(page.render_page(results, {f"{name}.svg": SVG for name in captions.captions(results)}))
+    reader = Reader(page.render_page(results, {f"{name}.svg": SVG for name in figures.findings(results)}))
     assert "No module has both of its layers among those looked at." in reader.text["rank"]
-    assert "None" not in "".join(reader.text.values()) and len(reader.of("img")) == len(page.PICTURES) - 1
+    assert "None" not in "".join(reader.text.values()) and len(reader.of("img")) == len(NAMES) - 1
 
 
 def test_what_to_bear_in_mind_and_what_was_not_run_is_on_the_first_page():
@@ -204,11 +206,33 @@ def test_a_browser_shows_every_section_and_has_no_complaint(tmp_path):
     assert console == []
     reader = Reader(dom.encode())
     assert [section["id"] for section in reader.of("section")] == list(page.SECTIONS)
-    assert len(reader.of("img")) == len(page.PICTURES) and not reader.of("script")
+    assert len(reader.of("img")) == len(NAMES) and not reader.of("script")
     for answer in sentences.answers(results):
         assert all(sentence in reader.text[answer.anchor] for sentence in answer.sentences)
     for name in CLASS_NAMES:
         assert name in reader.text["concepts"]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the path")
+@pytest.mark.parametrize(("scheme", "ground"), [(0, drawing.ON_DARK[drawing.GROUND]), (1, drawing.GROUND)])
+def test_figures_have_the_ground_of_the_page_in_the_light_and_in_the_dark(tmp_path, scheme, ground):
+    """Of a page that is nothing but a figure, the picture is taken under both schemes."""
+    with drawing.new_figure("test", "A title") as figure:
+        figure.subplots()
+        content = page.render_page(made(), {"layer_importance.svg": drawing.saved(figure, "svg", "A title")})
+    image = re.search(rb'<img alt[^>]*src="(data:[^"]*)"', content)[1].decode()
+    style = content.decode().split("<style>")[1].split("</style>")[0]
+    path, picture = tmp_path / "figure.html", tmp_path / "picture.png"
+    path.write_text(f'<!DOCTYPE html><style>{style}</style><body><img src="{image}">', encoding="utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=800,600",
+               f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={picture}",
+               f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()]  # fmt: skip
+    subprocess.run(command, capture_output=True, timeout=300, check=True)
+    shown = np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3)
+    colors, counts = np.unique(shown, axis=0, return_counts=True)
+    most = colors[counts.argmax()].tolist()
+    assert most == [int(ground[i : i + 2], 16) for i in (1, 3, 5)] and counts.max() > 0.9 * len(shown)
+    assert np.abs(shown.astype(int) - most).max() > 200  # ink on it
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the path")
