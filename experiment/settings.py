@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from training.classifier import DROPOUT
+from training.classifier import DROPOUT, HIDDEN
 
 from loras import labels
 from representations import REPRESENTATIONS
@@ -29,7 +29,7 @@ class UsageError(ValueError):
 class Networks:
     """Widths of hidden layers; ``autoencoder`` None stands for those of each autoencoder's own row."""
 
-    classifier: tuple[int, ...] = (512, 512, 512)
+    classifier: tuple[int, ...] = HIDDEN
     autoencoder: tuple[int, ...] | None = None
 
 

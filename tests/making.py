@@ -1,17 +1,14 @@
 """LoRA files and collections for tests."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from experiment import phases
+from experiment.settings import Networks
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 
@@ -100,9 +97,5 @@ def planted_collection(
     return [names[depth] for depth in informative]
 
 
-@contextmanager
-def narrow_classifiers(width: int) -> Iterator[None]:
-    """Hidden layers of another width: the same program, in a fraction of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phases, "HIDDEN", (width, width, width))
-        yield
+# Hidden layers of another width: the same program, in a fraction of the time.
+NARROW = Networks(classifier=(32, 32, 32))

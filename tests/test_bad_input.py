@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from making import FILE_NAME, lora, module_names, narrow_classifiers, write_collection, write_lora
+from making import FILE_NAME, NARROW, lora, module_names, write_collection, write_lora
 from safetensors.torch import save
 
 import ablation_experiment
@@ -165,12 +165,6 @@ FILES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def narrow_networks():
-    with narrow_classifiers(32):
-        yield
-
-
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     return write_collection(tmp_path_factory.mktemp("good") / "zoo", classes=2, per_class=5, modules=1)
@@ -180,7 +174,7 @@ def good(tmp_path_factory):
 def earlier(good, tmp_path_factory):
     """An output folder that holds the results of a good collection, and what a person put there."""
     out = tmp_path_factory.mktemp("earlier") / "out"
-    assert main(["--dataset", str(good), "--output-dir", str(out), *FLAGS]) == 0
+    assert main(["--dataset", str(good), "--output-dir", str(out), *FLAGS], NARROW) == 0
     (out / "ablation_zoo" / "mine.txt").write_text("kept")
     return out
 
@@ -199,7 +193,7 @@ def refusals(dataset: Path, tmp_path: Path, earlier: Path, capsys, *flags: str) 
     told = []
     before, around = listing(earlier), sorted(tmp_path.iterdir())
     for out in (tmp_path / "not" / "there", earlier):
-        assert main(["--dataset", str(dataset), "--output-dir", str(out), *FLAGS, *flags]) == 2
+        assert main(["--dataset", str(dataset), "--output-dir", str(out), *FLAGS, *flags], NARROW) == 2
         told.append(capsys.readouterr().err)
     assert sorted(tmp_path.iterdir()) == around  # neither not/there nor any folder above it
     assert listing(earlier) == before and "ablation_zoo/results.json" in before

@@ -7,24 +7,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from making import narrow_classifiers, planted_collection, write_collection
+from making import NARROW, planted_collection, write_collection
 
 import ablation_experiment
 from analysis.comparison import grouped_split
-from experiment import controls, phases
+from experiment import controls, plans
 from experiment.extraction import extract
 from experiment.phases import Experiment
-from experiment.workers import Crew
+from experiment.settings import resolve
+from experiment.workers import Workers
 
 
 def experiment_on(root: Path, cache: Path, *flags: str) -> Experiment:
     """An experiment whose phases are done."""
     args = ablation_experiment.parse_arguments(["--dataset", str(root), "--device=cpu", "--quick", *flags])
-    settings, progress = ablation_experiment.resolve(args), ablation_experiment.Progress(False)
+    settings, progress = resolve(args, NARROW), ablation_experiment.Progress(False)
     collection = ablation_experiment.index(args, root.name, root, progress)
     plan = ablation_experiment.make_plan(settings, collection)
     extracted = extract(collection, plan.needed, cache, torch.device("cpu"))
-    experiment = Experiment(settings, collection, plan.selected, plan.rows, extracted, Crew(), progress)
+    experiment = Experiment(settings, collection, plan.selected, plan.rows, extracted, Workers(), progress)
     ablation_experiment.run_phases(experiment, plan.chosen, {}, ablation_experiment.Stopwatch())
     return experiment
 
@@ -35,12 +36,6 @@ def describe_files(root: Path, fields) -> None:
         path = folder / "metadata.json"
         there = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(there | fields(i)))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def narrow_networks():
-    with narrow_classifiers(32):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -70,22 +65,22 @@ def asked(experiment: Experiment, level: str, shuffles: int = 0):
     with pytest.MonkeyPatch.context() as patch:
         settings = replace(experiment.settings, controls=level, null_shuffles=shuffles)
         patch.setattr(experiment, "settings", settings)
-        return controls.analysed(experiment, NAMES, print)
+        return controls.analyse(experiment, NAMES, print)
 
 
 def test_equal_conditions_are_trained_once_and_those_of_the_phases_not_again(planted, monkeypatch):
     trained = []
-    train = phases.train_classifiers
+    train = plans.train_classifiers
 
     def counted(*arguments, **more):
         trained.append(len(arguments[3].run))
         return train(*arguments, **more)
 
-    monkeypatch.setattr(phases, "train_classifiers", counted)
+    monkeypatch.setattr(plans, "train_classifiers", counted)
     kept = np.ones((4, 2, 8), bool)
     kept[1, :, planted.ranking[:3]] = False  # as in the ablation
     kept[2:, :, 0] = False
-    found = planted.under("stats", kept)
+    found = planted.train_under("stats", kept)
     assert found["predicted"].shape == (4, 2, 9 + 18) and found["attribution"].shape == (4, 2, 8)
     assert sum(trained) == 2  # the first two were trained by the phases, the last is the third
     for position, condition in enumerate(("baseline", "ablation")):
@@ -97,16 +92,16 @@ def test_equal_conditions_are_trained_once_and_those_of_the_phases_not_again(pla
 def test_conditions_without_an_input_are_chance_and_not_trained(planted):
     kept = np.zeros((2, 1, 8), bool)
     kept[1, 0, [0, 2, 4, 6]] = True  # the downs alone: no pair is whole
-    found = planted.under("update_sketch", kept)
+    found = planted.train_under("update_sketch", kept)
     assert "attribution" not in found and len(np.unique(found["predicted"])) == 1
-    truth = planted.y[planted.rows["test"]].numpy()
+    truth = planted.collection.y[planted.rows["test"]]
     assert (found["predicted"][0, 0, 9:] == truth).mean() == pytest.approx(1 / 3)
 
 
 def test_attribution_finds_the_layers_that_carry_the_class_and_no_removed_one(planted):
     kept = np.ones((2, 3, 8), bool)
     kept[1, :, 1] = False
-    shares = planted.under("stats", kept)["attribution"].mean(1)
+    shares = planted.train_under("stats", kept)["attribution"].mean(1)
     assert set(np.argsort(-shares[0])[:3].tolist()) == {1, 4, 6} and shares[1, 1] == 0 < shares[0, 1]
 
 
@@ -181,9 +176,9 @@ def test_planted_layers_are_found_localised_and_the_same_again(planted):
 
 def test_controls_that_diverge_are_named_and_the_rest_goes_on(planted, monkeypatch):
     def diverge(*_):
-        raise phases.TrainingError("training diverged")
+        raise plans.TrainingError("training diverged")
 
-    monkeypatch.setattr(planted, "under", diverge)
+    monkeypatch.setattr(planted, "train_under", diverge)
     monkeypatch.setattr(controls, "shuffled", diverge)
     found = asked(planted, "basic", 2)
     assert found["controls_not_run"] == dict.fromkeys(("stats", "null shuffles"), "training diverged")
@@ -191,6 +186,6 @@ def test_controls_that_diverge_are_named_and_the_rest_goes_on(planted, monkeypat
 
 
 def test_other_processes_train_and_do_not_analyse(planted, monkeypatch):
-    monkeypatch.setattr(planted.crew, "rank", 1)
+    monkeypatch.setattr(planted.workers, "rank", 1)
     monkeypatch.setattr(controls.questions, "analyse", None)
     assert asked(planted, "basic") is None

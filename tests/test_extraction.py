@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from data import CollectionError, index_collection
 from experiment import extraction, store
 from experiment.extraction import WEIGHTS, Extracted, extract
-from experiment.workers import Crew
+from experiment.workers import Workers
 from representations import MEASURES, REPRESENTATIONS, matrix_features, pair_features
 
 CPU = torch.device("cpu")
 TABLE = REPRESENTATIONS | MEASURES
-MATRIX = [name for name, row in TABLE.items() if row.kind == "matrix"]
-PAIR = [name for name, row in TABLE.items() if row.kind == "pair"]
+MATRIX = [name for name, row in TABLE.items() if (row.unit, row.made) == ("layer", "computed")]
+PAIR = [name for name, row in TABLE.items() if (row.unit, row.made) == ("pair", "computed")]
 
 
 def files_in(root) -> list:
@@ -50,7 +50,7 @@ def test_features_are_those_of_each_file_alone(tmp_path):
             for name in PAIR:
                 np.testing.assert_allclose(arrays[name][row, p], alone[name][0], rtol=1e-5, atol=1e-6)
     for name, array in arrays.items():
-        items = collection.layers if TABLE[name].kind == "matrix" else collection.modules
+        items = collection.layers if TABLE[name].unit == "layer" else collection.modules
         assert array.shape == (9, len(items), len(TABLE[name].feature_names))
         assert array.dtype == np.float32
 
@@ -420,8 +420,8 @@ def test_contents_that_changed_unnoticed_are_computed_anew(tmp_path, passes):
 def test_threads_give_the_same_as_one(tmp_path, small_shards):
     root = write_collection(tmp_path / "zoo", classes=2, per_class=9)
     collection, names = index_collection(root), ["stats", "spectral", "coupling", WEIGHTS]
-    one = extract(collection, names, tmp_path / "one", CPU, Crew(1))
-    four = extract(collection, names, tmp_path / "four", CPU, Crew(4))
+    one = extract(collection, names, tmp_path / "one", CPU, Workers(1))
+    four = extract(collection, names, tmp_path / "four", CPU, Workers(4))
     assert one.fingerprint == four.fingerprint
     for name in names:
         np.testing.assert_array_equal(loaded(one, name), loaded(four, name))

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 import data
 from ablation_experiment import main
 from data import CollectionError, check_classes, index_collection, select_layers
-from experiment import phases
+from experiment.phases import split_collection
+from experiment.settings import Networks
 from loras import labels
-from training.splits import split_collection
 
 
 def findings(root, **flags) -> list[str]:
@@ -637,15 +637,17 @@ def test_inspect_takes_labels_skip_bad_and_layers(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: --layers attn7: 'attn7' matches none of 4 layers.")
 
 
-def test_results_tell_labels_groups_and_what_was_left_out(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(phases, "HIDDEN", (16, 16, 16))
+NETWORKS = Networks(classifier=(16, 16, 16))
+
+
+def test_results_tell_labels_groups_and_what_was_left_out(tmp_path, capsys):
     root = metadata_collection(tmp_path / "zoo", 24)
     for i in range(24):
         (root / f"{i:02}" / "metadata.json").write_text(json.dumps({"kind": i % 2, "owner": f"o{i // 3}"}))
     (root / "03" / FILE_NAME).write_bytes(b"<!DOCTYPE html>")
     flags = ["--dataset", str(root), "--output-dir", str(tmp_path / "out"), "--top-k=1", "--quick", "--device=cpu"]
     flags += ["--representations=stats", "--label-column=kind", "--group-column=owner", "--skip-bad"]
-    assert main(flags) == 0
+    assert main(flags, NETWORKS) == 0
     out = capsys.readouterr().out
     assert "skipped   1 left out, as --skip-bad asks" in out and "8 groups by owner, each in one part" in out
     folder = tmp_path / "out" / "ablation_zoo"
@@ -661,12 +663,12 @@ def test_results_tell_labels_groups_and_what_was_left_out(tmp_path, monkeypatch,
     parts = {group: {row["split"] for row in rows if row["group"] == group} for group in {r["group"] for r in rows}}
     assert len(parts) == 8 and all(len(split) == 1 for split in parts.values())
     assert {row["split"] for row in rows} == {"train", "val", "test"}
-    assert main(flags) == 0
+    assert main(flags, NETWORKS) == 0
     assert "Nothing to do" in capsys.readouterr().out
     # The same contents and labels in other groups are another split, and other results.
     for i in range(24):
         (root / f"{i:02}" / "metadata.json").write_text(json.dumps({"kind": i % 2, "owner": f"o{i % 12 // 2}"}))
-    assert main(flags) == 0
+    assert main(flags, NETWORKS) == 0
     assert "Nothing to do" not in capsys.readouterr().out
 
 

@@ -22,7 +22,7 @@ from loras.lora_files import LoraFileError
 from representations import REPRESENTATIONS
 
 MOST_SECONDS = 5.0
-FEATURES = [name for name, row in REPRESENTATIONS.items() if row.kind in ("matrix", "pair")]
+FEATURES = [name for name, row in REPRESENTATIONS.items() if row.made == "computed"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

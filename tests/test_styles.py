@@ -6,17 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from making import FILE_NAME, STYLES, narrow_classifiers, planted_collection, write_lora
+from making import FILE_NAME, STYLES, planted_collection, write_lora
 from safetensors.torch import load_file
 
 from ablation_experiment import main
 from data import index_collection
 from experiment.extraction import WEIGHTS, extract
+from experiment.settings import Networks
 from representations import REPRESENTATIONS
 
+NETWORKS = Networks(classifier=(128, 128, 128))
+
 CPU = torch.device("cpu")
-HAND_CRAFTED = [name for name, row in REPRESENTATIONS.items() if row.kind in ("matrix", "pair")]
-FLATTENED = [name for name, row in REPRESENTATIONS.items() if row.kind in ("weights", "autoencoder")]
+HAND_CRAFTED = [name for name, row in REPRESENTATIONS.items() if row.made == "computed"]
+FLATTENED = [name for name, row in REPRESENTATIONS.items() if row.made in ("flat", "pca", "autoencoder")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # In the network's order, which is not the alphabet's: 2 before 10, down before mid before up, q k v out.
 MODULES = [
@@ -25,12 +28,6 @@ MODULES = [
     for projection in ("to_q", "to_v", "to_out.0")
 ]
 RANK = 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def narrow_networks():
-    with narrow_classifiers(128):
-        yield
 
 
 def factors(seed: int) -> dict[tuple[str, str], torch.Tensor]:
@@ -95,7 +92,7 @@ def test_top_layers_are_the_same_apart_from_the_shown_names(in_every_style, tmp_
     flags = ("--top-k=5", "--quick", "--num-runs=1", "--representations=stats,update_sketch", "--device=cpu")
     found, shown = {}, {}
     for style, root in in_every_style.items():
-        assert main(["--dataset", str(root), "--output-dir", str(tmp_path / style), *flags]) == 0
+        assert main(["--dataset", str(root), "--output-dir", str(tmp_path / style), *flags], NETWORKS) == 0
         top = json.loads((tmp_path / style / "ablation_zoo" / "top_layers.json").read_text())
         shown[style] = [layer.pop("layer") for layer in top]
         results = json.loads((tmp_path / style / "ablation_zoo" / "results.json").read_text())
@@ -148,7 +145,7 @@ def test_the_update_is_the_same_at_any_rank(mixed, tmp_path):
 def test_flattened_weights_are_left_out_with_the_reason_and_the_rest_goes_on(mixed, tmp_path, capsys):
     folder = tmp_path / "out"
     arguments = ["--dataset", str(mixed[0]), "--output-dir", str(folder), "--device=cpu", "--top-k=3", "--quick"]
-    assert main([*arguments, "--num-runs=1"]) == 3
+    assert main([*arguments, "--num-runs=1"], NETWORKS) == 3
     shown = capsys.readouterr()
     assert shown.err == ""
     results = json.loads((folder / "ablation_zoo" / "results.json").read_text())
@@ -170,7 +167,7 @@ def test_flattened_weights_are_left_out_with_the_reason_and_the_rest_goes_on(mix
 
 def test_a_run_of_flattened_weights_alone_still_ranks_the_layers(mixed, tmp_path):
     flags = ("--top-k=3", "--quick", "--num-runs=1", "--representations=flat_vec,pca", "--device=cpu")
-    assert main(["--dataset", str(mixed[0]), "--output-dir", str(tmp_path / "out"), *flags]) == 3
+    assert main(["--dataset", str(mixed[0], NETWORKS), "--output-dir", str(tmp_path / "out"), *flags]) == 3
     results = json.loads((tmp_path / "out" / "ablation_zoo" / "results.json").read_text())
     assert len(results["layer_ranking"]) == 8 and results["baseline_results"] == {} == results["ablation_results"]
     assert not list((tmp_path / "out" / ".cache").rglob("weights-*"))  # nothing was packed in vain
