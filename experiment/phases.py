@@ -81,7 +81,7 @@ class Settings:
             "layers": self.layers,
             "controls": self.controls,
             "null_shuffles": self.null_shuffles,
-            "classifier": {"hidden": list(HIDDEN), "dropout": DROPOUT, **asdict(self.classifier)},
+            "classifier": {**asdict(self.classifier), "hidden": list(HIDDEN), "dropout": DROPOUT},
             "autoencoder": asdict(self.autoencoder),
             "stack": {
                 "parameters": STACK_PARAMETERS[self.device.type],
