@@ -254,6 +254,16 @@ def test_same_seed_same_bits_and_another_seed_other_bits():
     assert not np.array_equal(first["log_loss"], other["log_loss"])
 
 
+def test_a_schedule_without_widths_trains_the_default_ones():
+    x, y, split = problem(dtype=torch.float32)
+    default, given, narrow = (
+        train_classifiers(x, y, split, grid(1, 1), CLASSES, schedule=Schedule(2, 2, hidden=hidden), seed=0)
+        for hidden in (None, (512, 512, 512), HIDDEN)
+    )
+    assert all(np.array_equal(default[name], given[name]) for name in default)
+    assert not np.array_equal(default["log_loss"], narrow["log_loss"])
+
+
 def test_the_test_rows_never_touch_training():
     x, y, split = problem(dtype=torch.float32)
     changed = x.clone()
