@@ -1,18 +1,18 @@
 """Descriptions of weight matrices: pure functions from matrices to features, and the one table of them.
 
-Matrix-wise functions take ``float[N, rows, cols]`` and return ``float32[N, F]``; pair-wise functions take the
-two factors of an update ΔW = s·up·down. ``REPRESENTATIONS`` lists them all with their feature names. To add a
-matrix-wise one, write the function and give it a row there. ``MEASURES`` are computed like pair-wise representations,
-but for the analysis: no classifier reads them.
+Matrix-wise functions take ``float[N, rows, cols]`` and return ``float32[N, F]``; pair-wise functions take the two
+factors of an update ΔW = s·up·down. ``REPRESENTATIONS`` lists them all with their feature names. To add a matrix-wise
+function, give it a row there. ``MEASURES`` are computed like pair-wise representations, but for the analysis: no
+classifier reads them.
 
-Shapes: ``N`` samples, ``F`` features, ``r`` rank, ``n = rows * cols`` values of one matrix, ``k = min(rows, cols)``
-singular values.
+Shape letters: ``N`` samples, ``F`` features, ``r`` rank, ``n = rows * cols`` values of one matrix,
+``k = min(rows, cols)`` singular values.
 
-Numbers: any float dtype comes in, all is computed in float64 on the input's device, float32 leaves. Moments
-are population moments, kurtosis is Pearson's (normal: 3), quantiles interpolate linearly. Undefined values
-are 0 (a ratio at norm 0, a correlation or a skewness of a constant, everything spectral of a zero matrix); so
-are missing entries (the tenth of four singular values). Every function refuses, with a ValueError that states
-the mend, input of the wrong shape or dtype, empty input, and NaN, Inf or values beyond float32's range.
+Numbers: any float dtype comes in, all is computed in float64 on the input's device, float32 leaves. Moments are
+population moments, kurtosis is Pearson's (normal: 3), quantiles interpolate linearly. Undefined values are 0 (a ratio
+at norm 0, a correlation or a skewness of a constant, everything spectral of a zero matrix); so are missing entries
+(the tenth of four singular values). Every function refuses, with a ValueError that states the mend, input of the wrong
+shape or dtype, empty input, and NaN, Inf or values beyond float32's range.
 """
 
 import hashlib
@@ -167,26 +167,25 @@ def stats(w: Tensor | Shared) -> Tensor:
 
     Shapes: w float[N, rows, cols] or its `Shared`; features in the table's order, float32[N, 7].
     """
-    m = shared(w)
-    std, skewness, kurtosis = m.moments
-    median = m.quantiles[:, QUANTILES.index(0.50), None]
-    return _leave(m.mean, std, median, m.sorted[:, :1], m.sorted[:, -1:], skewness, kurtosis)
+    batch = shared(w)
+    std, skewness, kurtosis = batch.moments
+    median = batch.quantiles[:, QUANTILES.index(0.50), None]
+    return _leave(batch.mean, std, median, batch.sorted[:, :1], batch.sorted[:, -1:], skewness, kurtosis)
 
 
 def spectral(w: Tensor | Shared) -> Tensor:
     """Compute leading singular values and the shape of the spectrum (effective rank: Roy & Vetterli, 2007).
 
-    σ1..σ10; each over the sum of *all*; effective rank; condition number σ1/σmin, σmin the smallest above
-    σ1·max(rows, cols)·eps(float32); the gaps σ1-σ2..σ9-σ10; nuclear norm. Unchanged by rotations; shares,
-    effective rank and condition number also by rescaling. σ is 0 beyond the rank, and a zero matrix has 0
-    everywhere.
+    σ1..σ10; each over the sum of *all*; effective rank; condition number σ1/σmin, σmin the smallest above σ1·max(rows,
+    cols)·eps(float32); the gaps σ1-σ2..σ9-σ10; nuclear norm. Unchanged by rotations; shares, effective rank and
+    condition number also by rescaling. σ is 0 beyond the rank, and a zero matrix has 0 everywhere.
 
     Shapes: w float[N, rows, cols] or its `Shared`; features in the table's order, float32[N, 32].
     """
-    m = shared(w)
-    s = m.singular_values
+    batch = shared(w)
+    s = batch.singular_values
     leading, nuclear = _leading(s), s.sum(1, keepdim=True)
-    cutoff = s[:, :1] * max(m.weights.shape[1:]) * torch.finfo(torch.float32).eps
+    cutoff = s[:, :1] * max(batch.weights.shape[1:]) * torch.finfo(torch.float32).eps
     smallest = torch.where(s > cutoff, s, math.inf).amin(1, keepdim=True)  # Inf, hence condition 0, if all are 0
     gaps = leading[:, :-1] - leading[:, 1:]
     rank = effective_rank(s)[:, None]
@@ -196,16 +195,16 @@ def spectral(w: Tensor | Shared) -> Tensor:
 def matrix_norms(w: Tensor | Shared) -> Tensor:
     """Compute five matrix norms and two ratios of them (Golub & Van Loan, Matrix Computations, section 2.3).
 
-    Frobenius, nuclear ``sum s``, spectral ``max s``, L1 (largest column sum of magnitudes), L∞ (largest row
-    sum); nuclear/Frobenius in [1, sqrt(k)], spectral/Frobenius in [1/sqrt(k), 1]. Rescaling scales the norms
-    and leaves the ratios. For a rank-one matrix both ratios are 1; for a zero matrix 0 by convention.
+    Frobenius, nuclear ``sum s``, spectral ``max s``, L1 (largest column sum of magnitudes), L∞ (largest row sum);
+    nuclear/Frobenius in [1, sqrt(k)], spectral/Frobenius in [1/sqrt(k), 1]. Rescaling scales the norms and leaves the
+    ratios. For a rank-one matrix both ratios are 1; for a zero matrix 0 by convention.
 
     Shapes: w float[N, rows, cols] or its `Shared`; features in the table's order, float32[N, 7].
     """
-    m = shared(w)
-    frobenius = torch.linalg.vector_norm(m.matrix, dim=(1, 2))[:, None]
-    nuclear, largest = m.singular_values.sum(1, keepdim=True), m.singular_values[:, :1]
-    magnitudes = m.matrix.abs()
+    batch = shared(w)
+    frobenius = torch.linalg.vector_norm(batch.matrix, dim=(1, 2))[:, None]
+    nuclear, largest = batch.singular_values.sum(1, keepdim=True), batch.singular_values[:, :1]
+    magnitudes = batch.matrix.abs()
     columns, rows = (magnitudes.sum(dim).amax(1, keepdim=True) for dim in (1, 2))
     ratios = _ratio(nuclear, frobenius), _ratio(largest, frobenius)
     return _leave(frobenius, nuclear, largest, columns, rows, *ratios)
@@ -214,27 +213,27 @@ def matrix_norms(w: Tensor | Shared) -> Tensor:
 def distribution(w: Tensor | Shared) -> Tensor:
     """Measure the spread of the values (quantiles as in Unterthiner et al., 2020).
 
-    Quantiles 5, 10, 25, 50, 75, 90, 95 %; interquartile range; mean absolute deviation about the mean;
-    std/abs(mean); skewness; kurtosis. Blind to the order of the entries. Skewness and kurtosis of a constant
-    are 0 by convention, and so is std/abs(mean) where the mean is 0 up to float64 rounding.
+    Quantiles 5, 10, 25, 50, 75, 90, 95 %; interquartile range; mean absolute deviation about the mean; std/abs(mean);
+    skewness; kurtosis. Blind to the order of the entries. Skewness and kurtosis of a constant are 0 by convention, and
+    so is std/abs(mean) where the mean is 0 up to float64 rounding.
 
     Shapes: w float[N, rows, cols] or its `Shared`; features in the table's order, float32[N, 12].
     """
-    m = shared(w)
-    std, skewness, kurtosis = m.moments
-    interquartile = m.quantiles[:, QUANTILES.index(0.75), None] - m.quantiles[:, QUANTILES.index(0.25), None]
-    deviation = m.centred.abs().mean(1, keepdim=True)
+    batch = shared(w)
+    std, skewness, kurtosis = batch.moments
+    interquartile = batch.quantiles[:, QUANTILES.index(0.75), None] - batch.quantiles[:, QUANTILES.index(0.25), None]
+    deviation = batch.centred.abs().mean(1, keepdim=True)
     # A mean of 0 comes out as about 1e-17 of the values: std over that would be noise.
-    mean = torch.where(m.mean.abs() > ROUNDING * std, m.mean.abs(), 0)
-    return _leave(m.quantiles, interquartile, deviation, _ratio(std, mean), skewness, kurtosis)
+    mean = torch.where(batch.mean.abs() > ROUNDING * std, batch.mean.abs(), 0)
+    return _leave(batch.quantiles, interquartile, deviation, _ratio(std, mean), skewness, kurtosis)
 
 
 def frequency(w: Tensor | Shared) -> Tensor:
     """Compute magnitudes of the 2-D Fourier transform (fine-tuning in that domain: Gao et al., 2024).
 
-    Of the magnitudes of all rows·cols coefficients: the ten largest, mean, std, max, and the ten largest's
-    share of the energy ``sum |c|^2``. Unchanged by circular shifts of rows or columns. A constant has a
-    single magnitude, that of its sum, and share 1; a zero matrix has share 0 by convention.
+    Of the magnitudes of all rows·cols coefficients: the ten largest, mean, std, max, and the ten largest's share of
+    the energy ``sum |c|^2``. Unchanged by circular shifts of rows or columns. A constant has a single magnitude, that
+    of its sum, and share 1; a zero matrix has share 0 by convention.
 
     Shapes: w float[N, rows, cols] or its `Shared`; features in the table's order, float32[N, 14].
     """
@@ -256,8 +255,8 @@ def frequency(w: Tensor | Shared) -> Tensor:
 def info_theoretic(w: Tensor | Shared) -> Tensor:
     """Compute the entropy of the histogram of the values (Shannon, 1948).
 
-    ``-sum_i p_i log p_i`` in nats over 50 equal bins from min to max, the last one closed; and the same over
-    log 50. log 50 and 1 for evenly filled bins; unchanged by rescaling. A constant has 0 by convention.
+    ``-sum_i p_i log p_i`` in nats over 50 equal bins from min to max, the last one closed; and the same over log 50.
+    log 50 and 1 for evenly filled bins; unchanged by rescaling. A constant has 0 by convention.
 
     Shapes: w float[N, rows, cols] or its `Shared`; features in the table's order, float32[N, 2].
     """
@@ -276,17 +275,17 @@ def ensemble(w: Tensor | Shared) -> Tensor:
 
     Shapes: w float[N, rows, cols] or its `Shared`; features in the table's order, float32[N, 67].
     """
-    m = shared(w)
-    return torch.cat([m.feature(name) for name in ENSEMBLE], dim=1)
+    batch = shared(w)
+    return torch.cat([batch.feature(name) for name in ENSEMBLE], dim=1)
 
 
 def coupling(down: Tensor, up: Tensor, scale: Tensor | None = None) -> Tensor:
     """Measure the relation of the two factors of an update (LoRA: Hu et al., 2022).
 
-    Of down and upᵀ, the narrower padded with zero columns: Pearson correlation and cosine of the entries;
-    Frobenius norm of the update s·up·down, which is never formed; Pearson correlation of the r singular
-    values. Only the norm is unchanged when (up, down) becomes (up·G⁻¹, G·down). Correlations of constants and
-    of single values, and the cosine of a zero factor, are 0 by convention.
+    Of down and upᵀ, the narrower padded with zero columns: Pearson correlation and cosine of the entries; Frobenius
+    norm of the update s·up·down, which is never formed; Pearson correlation of the r singular values. Only the norm is
+    unchanged when (up, down) becomes (up·G⁻¹, G·down). Correlations of constants and of single values, and the cosine
+    of a zero factor, are 0 by convention.
 
     Args:
         down: First factors, float[N, r, in].
@@ -309,9 +308,9 @@ def coupling(down: Tensor, up: Tensor, scale: Tensor | None = None) -> Tensor:
 def update_sketch(down: Tensor, up: Tensor, module_id: str | Sequence[str], scale: Tensor | None = None) -> Tensor:
     """Project the update at random, but always alike, whatever its factors (invariance: Putterman et al., 2024).
 
-    ``PᵀΔWQ = s·(Pᵀup)(down·Q)``, P [out, 8] and Q [in, 8] Gaussian of variance 1/8, decided by the module's
-    name alone: a module is seen from the same side in every adapter. Linear in ΔW; the expected square of its
-    norm is ΔW's. Unchanged when (up, down) becomes (up·G⁻¹, G·down).
+    ``PᵀΔWQ = s·(Pᵀup)(down·Q)``, P [out, 8] and Q [in, 8] Gaussian of variance 1/8, decided by the module's name
+    alone: a module is seen from the same side in every adapter. Linear in ΔW; the expected square of its norm is ΔW's.
+    Unchanged when (up, down) becomes (up·G⁻¹, G·down).
 
     Args:
         down: First factors, float[N, r, in].
@@ -375,8 +374,8 @@ def matrix_features(w: Tensor, names: Iterable[str], block: int = BLOCK) -> dict
     _check("w", w, "[N, rows, cols]")
     parts = []
     for matrices in w.split(samples_at_once(w, block=block)):
-        m = Shared(matrices)
-        parts.append({name: m.feature(name) for name in names})
+        batch = Shared(matrices)
+        parts.append({name: batch.feature(name) for name in names})
     return {name: torch.cat([part[name] for part in parts]) for name in names}
 
 
@@ -425,8 +424,7 @@ def _check(name: str, x: Tensor, shape: str) -> None:
     # NaN and Inf survive min and max: one pass, no copy. As float32, so that no power overflows float64.
     if not torch.stack(torch.aminmax(x)).float().isfinite().all():
         bad = x.numel() - int(x.float().isfinite().sum())
-        total = x.numel()
-        raise ValueError(f"{name}: {bad} of {total} values are NaN, Inf or beyond float32; drop their samples")
+        raise ValueError(f"{name}: {bad} of {x.numel()} values are NaN, Inf or beyond float32; drop their samples")
 
 
 def _checked_names(names: Iterable[str], unit: str) -> list[str]:

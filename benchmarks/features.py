@@ -195,15 +195,15 @@ def one_pass(loras: list[Lora], device: torch.device) -> Features:
 NAMES = MATRIX + PAIR
 # The parts of the pass, in an order in which each finds what it shares already computed.
 PARTS: dict[str, Callable] = {
-    "sort": lambda m: m.sorted,
-    "moments": lambda m: m.moments,
-    "quantiles": lambda m: m.quantiles,
-    "singular values": lambda m: m.singular_values,
-    "FFT": lambda m: m.magnitudes,
-    "largest of the FFT": lambda m: m.feature("frequency"),
-    "norms": lambda m: m.feature("matrix_norms"),
-    "histogram": lambda m: m.feature("info_theoretic"),
-    "all else": lambda m: [m.feature(name) for name in MATRIX],
+    "sort": lambda batch: batch.sorted,
+    "moments": lambda batch: batch.moments,
+    "quantiles": lambda batch: batch.quantiles,
+    "singular values": lambda batch: batch.singular_values,
+    "FFT": lambda batch: batch.magnitudes,
+    "largest of the FFT": lambda batch: batch.feature("frequency"),
+    "norms": lambda batch: batch.feature("matrix_norms"),
+    "histogram": lambda batch: batch.feature("info_theoretic"),
+    "all else": lambda batch: [batch.feature(name) for name in MATRIX],
 }
 
 
@@ -221,9 +221,9 @@ def time_of_parts(loras: list[Lora], device: torch.device) -> dict[str, float]:
 
     for _, _, w in timed("stacking", lambda: list(matrices_by_shape(loras, device))):
         for block in w.split(samples_at_once(w)):
-            m = timed("checks", Shared, block)
+            batch = timed("checks", Shared, block)
             for part, function in PARTS.items():
-                timed(part, function, m)
+                timed(part, function, batch)
     for _, _, down, up, modules in timed("stacking", lambda: list(pairs_by_shape(loras, device))):
         for name in PAIR:
             timed(name, pair_features, down, up, modules, None, [name])

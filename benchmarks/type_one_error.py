@@ -88,11 +88,11 @@ def test_layers(layers: int, trial: tuple[str, int]) -> tuple[str, int, int, boo
         its accuracy.
     """
     kind, number = trial
-    e = ranked(*draw(kind, number, layers))
-    ranking = layer_ranking(e)
+    evidence = ranked(*draw(kind, number, layers))
+    ranking = layer_ranking(evidence)
     count = count_without_groups = ranking["num_above_null"]
-    if e.groups is not None:
-        count_without_groups = layer_ranking(replace(e, groups=None))["num_above_null"]
+    if evidence.groups is not None:
+        count_without_groups = layer_ranking(replace(evidence, groups=None))["num_above_null"]
     planted = ranking["records"][PLANTED]
     return kind, count, count_without_groups, planted["above_null"], float(planted["accuracy"])
 

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from training.classifier import DROPOUT, HIDDEN
 
 from loras import labels
 from representations import REPRESENTATIONS
+from training.classifier import DROPOUT, HIDDEN
 from training.stacks import Schedule
 
 # Parameters in a stack: of 4 classifiers of one layer for a CPU, near whose caches they stay; of 561 for a GPU.

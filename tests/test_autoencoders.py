@@ -173,9 +173,9 @@ def test_a_layers_features_do_not_depend_on_its_stack(name):
     together = fit_transform(name, x, split, schedule=schedule, seed=1)
     assert len(set(together["epochs"].tolist())) > 1  # some leave the stack before others
     for m in range(len(x)):
-        one = fit_transform(name, x[m : m + 1], split, schedule=schedule, seed=1)
-        np.testing.assert_allclose(one["features"][0], together["features"][m], rtol=1e-5, atol=1e-6)
-        assert one["epochs"][0] == together["epochs"][m]
+        alone = fit_transform(name, x[m : m + 1], split, schedule=schedule, seed=1)
+        np.testing.assert_allclose(alone["features"][0], together["features"][m], rtol=1e-5, atol=1e-6)
+        assert alone["epochs"][0] == together["epochs"][m]
 
 
 @pytest.mark.parametrize("name", NAMES)

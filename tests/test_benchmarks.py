@@ -95,8 +95,8 @@ def test_features_are_those_of_the_plain_way_and_the_last_line_is_the_ratio():
 
 def test_features_that_differ_are_noticed():
     features = module_of("features")
-    found = {name: np.ones((1, 2, len(features.REPRESENTATIONS[name].feature_names))) for name in features.NAMES}
+    theirs = {name: np.ones((1, 2, len(features.REPRESENTATIONS[name].feature_names))) for name in features.NAMES}
     for wrong, expected in ((1.5, 0.5), (math.nan, math.inf)):
-        other = {name: values.copy() for name, values in found.items()}
-        other["spectral"][0, 1, 3] = wrong
-        assert features.largest_difference(other, found) == (expected, "spectral.sigma_4")
+        ours = {name: values.copy() for name, values in theirs.items()}
+        ours["spectral"][0, 1, 3] = wrong
+        assert features.largest_difference(ours, theirs) == (expected, "spectral.sigma_4")

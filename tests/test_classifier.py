@@ -150,8 +150,8 @@ def test_a_model_does_not_depend_on_what_it_is_stacked_with():
     models = grid(4, 2)
     for m in range(8):
         single = Models(models.source[m : m + 1], models.run[m : m + 1])
-        one = train_classifiers(x, y, split, single, CLASSES, schedule=schedule, seed=3)
-        for name, array in one.items():
+        by_itself = train_classifiers(x, y, split, single, CLASSES, schedule=schedule, seed=3)
+        for name, array in by_itself.items():
             np.testing.assert_allclose(array[0], together[name][m], rtol=1e-6, err_msg=name)
 
 
@@ -197,8 +197,8 @@ def test_masks_stay_with_their_models_when_others_stop():
     assert len(set(together["epochs"].tolist())) > 2
     for m in range(4):
         single = Models(models.source[[m]], models.run[[m]], live[[m]])
-        one = train_classifiers(x, y, split, single, CLASSES, schedule=schedule, seed=3)
-        np.testing.assert_allclose(one["log_loss"][0], together["log_loss"][m], rtol=1e-6)
+        by_itself = train_classifiers(x, y, split, single, CLASSES, schedule=schedule, seed=3)
+        np.testing.assert_allclose(by_itself["log_loss"][0], together["log_loss"][m], rtol=1e-6)
 
 
 def test_hidden_layers_order_and_dropout_do_not_depend_on_the_input_width():
@@ -238,10 +238,10 @@ def test_training_learns_and_the_loss_falls():
     train(stack, Schedule(max_epochs=40, patience=40, lr=1e-2))
     assert (stack.seen[-1] < 0.7 * stack.seen[0]).all()
     schedule = Schedule(max_epochs=40, patience=40, lr=1e-2, hidden=HIDDEN)
-    found = train_classifiers(x, y, split, grid(1, 2), CLASSES, schedule=schedule, seed=0)
-    assert (found["train_accuracy"] > 0.75).all()
+    trained = train_classifiers(x, y, split, grid(1, 2), CLASSES, schedule=schedule, seed=0)
+    assert (trained["train_accuracy"] > 0.75).all()
     test = y[split.test].numpy()
-    assert (scored(test, found["predicted"][:, len(split.validation) :], CLASSES)[0] > 0.5).all()
+    assert (scored(test, trained["predicted"][:, len(split.validation) :], CLASSES)[0] > 0.5).all()
 
 
 def test_same_seed_same_bits_and_another_seed_other_bits():
@@ -252,6 +252,16 @@ def test_same_seed_same_bits_and_another_seed_other_bits():
     )
     assert all(np.array_equal(first[name], second[name]) for name in first)
     assert not np.array_equal(first["log_loss"], other["log_loss"])
+
+
+def test_a_schedule_without_widths_trains_the_default_ones():
+    x, y, split = problem(dtype=torch.float32)
+    default, given, narrow = (
+        train_classifiers(x, y, split, grid(1, 1), CLASSES, schedule=Schedule(2, 2, hidden=hidden), seed=0)
+        for hidden in (None, (512, 512, 512), HIDDEN)
+    )
+    assert all(np.array_equal(default[name], given[name]) for name in default)
+    assert not np.array_equal(default["log_loss"], narrow["log_loss"])
 
 
 def test_the_test_rows_never_touch_training():

@@ -94,18 +94,18 @@ def test_an_autoencoders_step_stays_on_its_device(meta_draws, name):
         assert stack.encode(stack.x[stack.model]).shape == (2, 100, autoencoders.latent_width(name, 16))
 
 
-def test_mixing_is_found():
-    there, here, one = torch.zeros(1, 3, 3, device=META), torch.zeros(1, 3, 3), torch.zeros((), device=META)
-    where, adam = torch.zeros(2, dtype=torch.int64), Adam({"weight": there})
+def test_mixed_devices_are_noticed():
+    on_meta, on_cpu, number = torch.zeros(1, 3, 3, device=META), torch.zeros(1, 3, 3), torch.zeros((), device=META)
+    index, adam = torch.zeros(2, dtype=torch.int64), Adam({"weight": on_meta})
     with OneDevice():
-        assert there[where].shape == (2, 3, 3)
+        assert on_meta[index].shape == (2, 3, 3)
         for mixed in (
-            lambda: torch.bmm(there, here),
-            lambda: there.mul_(here),
-            lambda: here + one,
-            lambda: here[where.to(META)],
-            lambda: adam.step({"weight": there}, [here], torch.ones(1, dtype=torch.float64)),
-            lambda: torch._fused_adam_(*[[there]] * 4, [], [torch.ones(())], lr=1, **FUSED),
+            lambda: torch.bmm(on_meta, on_cpu),
+            lambda: on_meta.mul_(on_cpu),
+            lambda: on_cpu + number,
+            lambda: on_cpu[index.to(META)],
+            lambda: adam.step({"weight": on_meta}, [on_cpu], torch.ones(1, dtype=torch.float64)),
+            lambda: torch._fused_adam_(*[[on_meta]] * 4, [], [torch.ones(())], lr=1, **FUSED),
         ):
             with pytest.raises(AssertionError, match="takes tensors of"):
                 mixed()

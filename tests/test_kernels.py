@@ -37,10 +37,10 @@ def formed(down, up, scale):
     return (scale.double()[:, None, None] * (up.double() @ down.double())).flatten(1).numpy()
 
 
-def near(found, expected, rows, columns, share=1e-6):
+def near(actual, expected, rows, columns, share=1e-6):
     """Equal up to a share of the product of the norms of the two updates."""
     bound = share * np.outer(np.linalg.norm(rows, axis=1), np.linalg.norm(columns, axis=1))
-    assert (np.abs(np.asarray(found) - expected) <= bound).all()
+    assert (np.abs(np.asarray(actual) - expected) <= bound).all()
 
 
 def reader(modules):
@@ -56,22 +56,22 @@ def split(n, train=0.6):
 def planted(n=90, classes=3, modules=4, informative=(1,), seed=0, strength=1.0):
     """Modules of noise; in the informative ones an update of the class is added, as further rows of the rank."""
     y = np.arange(n) % classes
-    of_modules = []
+    factors_of_modules = []
     for p in range(modules):
         down, up, _ = factors(n, 3, 10, 8, seed=100 * seed + p)
         concept_down, concept_up, _ = factors(classes, 3, 10, 8, seed=100 * seed + 50 + p)
         if p in informative:
             down, up = torch.cat([down, concept_down[y]], 1), torch.cat([up, strength * concept_up[y]], 2)
-        of_modules.append((down, up, torch.ones(n)))
-    return of_modules, y
+        factors_of_modules.append((down, up, torch.ones(n)))
+    return factors_of_modules, y
 
 
 def kernels_of(modules, rows, **more):
     return UpdateKernels(reader(modules), len(modules), rows["train"], len(modules[0][0]), **more)
 
 
-def test_accuracy(found, y, rows):
-    return (found["predicted"][:, len(rows["validation"]) :] == y[rows["test"]]).mean(1)
+def test_accuracy(trained, y, rows):
+    return (trained["predicted"][:, len(rows["validation"]) :] == y[rows["test"]]).mean(1)
 
 
 test_accuracy.__test__ = False
@@ -146,10 +146,10 @@ def test_gauge(spread):
 def test_scale_multiplies_and_zero_updates_have_zero_products():
     down, up, scale = factors(5, 2, 12, 9)
     up[2] = 0
-    one = module_kernel(down, up, torch.ones(5))
+    unscaled = module_kernel(down, up, torch.ones(5))
     w = formed(down, up, scale)
-    near(module_kernel(down, up, scale), (one * scale.double() * scale.double()[:, None]).numpy(), w, w)
-    assert (one[2] == 0).all() and (one[:, 2] == 0).all()
+    near(module_kernel(down, up, scale), (unscaled * scale.double() * scale.double()[:, None]).numpy(), w, w)
+    assert (unscaled[2] == 0).all() and (unscaled[:, 2] == 0).all()
     assert (module_kernel(down, up, torch.zeros(5)) == 0).all()
 
 
@@ -186,15 +186,15 @@ def expected_sum(modules, kept, train):
 @pytest.mark.parametrize("sums", [1, 2 * 24 * 14, 2**27])
 def test_an_ablation_is_a_subtraction_is_a_sum_of_what_is_left(keeps, sums):
     modules, rows = several(zero=(3,)), split(24)
-    of = kernels_of(modules, rows, limits=Limits(kept=24 if keeps else 0, summed=sums))
-    assert of.keeps == keeps and of.precomputed
-    found = list(of.sums(KEPT))
-    assert len(found) == len(KEPT)
-    for kernel, kept in zip(found, KEPT, strict=True):
+    update_kernels = kernels_of(modules, rows, limits=Limits(kept=24 if keeps else 0, summed=sums))
+    assert update_kernels.keeps == keeps and update_kernels.precomputed
+    sums_of_kernels = list(update_kernels.sums(KEPT))
+    assert len(sums_of_kernels) == len(KEPT)
+    for kernel, kept in zip(sums_of_kernels, KEPT, strict=True):
         np.testing.assert_allclose(kernel, expected_sum(modules, kept, rows["train"]), atol=1e-5)
-        (alone,) = of.sums(kept[None])
+        (alone,) = update_kernels.sums(kept[None])
         np.testing.assert_array_equal(kernel, alone)
-    assert (of.module(3) == 0).all()
+    assert (update_kernels.module(3) == 0).all()
 
 
 def test_recomputed_kernels_are_those_kept_and_each_of_these_is_computed_once(monkeypatch):
@@ -220,14 +220,14 @@ def test_large_kernels_are_not_kept():
 
 
 def test_threads_that_ask_at_once_get_the_same_and_compute_each_module_once(monkeypatch):
-    modules, rows, computed, found = several(), split(24), [], {}
+    modules, rows, computed, inputs_of_threads = several(), split(24), [], {}
     original = UpdateKernels._compute
     monkeypatch.setattr(UpdateKernels, "_compute", lambda self, p: computed.append(p) or original(self, p))
-    of, together = kernels_of(modules, rows), threading.Barrier(4)
+    update_kernels, together = kernels_of(modules, rows), threading.Barrier(4)
 
     def ask(thread):
         together.wait()
-        found[thread] = list(of.inputs(KEPT))
+        inputs_of_threads[thread] = list(update_kernels.inputs(KEPT))
 
     threads = [threading.Thread(target=ask, args=(thread,)) for thread in range(4)]
     for thread in threads:
@@ -236,7 +236,7 @@ def test_threads_that_ask_at_once_get_the_same_and_compute_each_module_once(monk
         thread.join()
     assert sorted(computed) == list(range(5))
     alone = list(kernels_of(modules, rows).inputs(KEPT))
-    for inputs in found.values():
+    for inputs in inputs_of_threads.values():
         for x, expected in zip(inputs, alone, strict=True):
             np.testing.assert_array_equal(x, expected)
 
@@ -261,21 +261,21 @@ def test_what_holds_nothing_gives_inputs_of_zero(exact):
     modules, rows = several(zero=(0, 3)), split(24)
     same = factors(1, 2, 9, 9)
     modules.append(tuple(x.expand(24, *x.shape[1:]) for x in same))  # one update in all LoRAs
-    of = kernels_of(modules, rows, limits=Limits(exact=24 if exact else 0))
-    none, zeros, constant, one = (np.isin(np.arange(6), chosen) for chosen in ([], [0, 3], [5], [1]))
-    *nothing, something = of.inputs(np.stack([none, zeros, constant, one]))
-    assert all(x.shape[0] == 24 and not x.any() for x in nothing) and something.any()
+    update_kernels = kernels_of(modules, rows, limits=Limits(exact=24 if exact else 0))
+    nothing_kept, zeros, constant, ordinary = (np.isin(np.arange(6), chosen) for chosen in ([], [0, 3], [5], [1]))
+    *empty, something = update_kernels.inputs(np.stack([nothing_kept, zeros, constant, ordinary]))
+    assert all(x.shape[0] == 24 and not x.any() for x in empty) and something.any()
     # The sum of all less that of those that hold something is rounding.
-    (x,) = of.inputs(np.array([[True, False, False, True, False, False]]))
+    (x,) = update_kernels.inputs(np.array([[True, False, False, True, False, False]]))
     assert not x.any()
 
 
 def test_landmarks_that_are_all_train_rows_are_exact():
     modules, rows = several(), split(24)
     exact = list(kernels_of(modules, rows).inputs(KEPT))
-    of = kernels_of(modules, rows, limits=Limits(exact=0))
-    assert not of.precomputed and of.columns.tolist() == rows["train"].tolist()
-    for features, kernel, kept in zip(of.inputs(KEPT), exact, KEPT, strict=True):
+    update_kernels = kernels_of(modules, rows, limits=Limits(exact=0))
+    assert not update_kernels.precomputed and update_kernels.columns.tolist() == rows["train"].tolist()
+    for features, kernel, kept in zip(update_kernels.inputs(KEPT), exact, KEPT, strict=True):
         assert features.any() == kept.any()
         np.testing.assert_allclose(features @ features[rows["train"]].T, kernel, atol=2e-5)
 
@@ -284,18 +284,18 @@ def test_few_landmarks_are_train_rows_that_the_seed_decides_and_approximate():
     limits = Limits(exact=0, landmarks=12)
     modules, y = planted(strength=3.0)
     rows = split(90)
-    of, again, other = (kernels_of(modules, rows, seed=seed, limits=limits) for seed in (1, 1, 2))
-    assert len(of.columns) == 12 and set(of.columns) <= set(rows["train"])
-    assert of.columns.tolist() == again.columns.tolist() != other.columns.tolist()
+    update_kernels, again, other = (kernels_of(modules, rows, seed=seed, limits=limits) for seed in (1, 1, 2))
+    assert len(update_kernels.columns) == 12 and set(update_kernels.columns) <= set(rows["train"])
+    assert update_kernels.columns.tolist() == again.columns.tolist() != other.columns.tolist()
     kept = np.array([[False, True, False, False], [True, False, True, True]])
-    found = classify_each(of, kept, y, rows, 3)
-    assert test_accuracy(found, y, rows)[0] == 1 > test_accuracy(found, y, rows)[1] + 0.3
-    (x, _) = of.inputs(kept)
+    trained = classify_each(update_kernels, kept, y, rows, 3)
+    assert test_accuracy(trained, y, rows)[0] == 1 > test_accuracy(trained, y, rows)[1] + 0.3
+    (x, _) = update_kernels.inputs(kept)
     assert x.shape == (90, 12)
     assert x[rows["train"]].mean(0) == pytest.approx(0, abs=1e-9)
     assert np.square(x[rows["train"]]).sum(1).mean() == pytest.approx(1)
     # Among landmarks the approximation is exact: all distances are those of the updates, up to one factor.
-    w, own = formed(*modules[1])[of.columns], x[of.columns]
+    w, own = formed(*modules[1])[update_kernels.columns], x[update_kernels.columns]
     ratio = ((own[1:] - own[0]) ** 2).sum(1) / ((w[1:] - w[0]) ** 2).sum(1)
     np.testing.assert_allclose(ratio, ratio[0], rtol=1e-4)
 
@@ -317,18 +317,18 @@ def plainly(x, y, rows):
 def test_the_svm_is_scikit_learns_done_plainly(seed):
     modules, y = planted(n=120, seed=seed, strength=0.5)
     rows = split(120)
-    of = kernels_of(modules, rows)
+    update_kernels = kernels_of(modules, rows)
     kept = np.array([[True] * 4, [False, True, False, False], [True, False, False, False]])
-    found = classify_each(of, kept, y, rows, 3)
-    for k, x in enumerate(of.inputs(kept)):
+    trained = classify_each(update_kernels, kept, y, rows, 3)
+    for condition, x in enumerate(update_kernels.inputs(kept)):
         predicted, c = plainly(x, y, rows)
         truth, fitted = y[rows["train"]], predicted[rows["train"]]
         held_out = np.concatenate([rows["validation"], rows["test"]])
-        np.testing.assert_array_equal(found["predicted"][k], predicted[held_out])
-        assert found["c"][k] == c
-        assert found["train_accuracy"][k] == accuracy_score(truth, fitted)
-        assert found["train_f1"][k] == pytest.approx(f1_score(truth, fitted, average="macro"))
-    assert {name: (a.dtype, a.shape) for name, a in found.items()} == {
+        np.testing.assert_array_equal(trained["predicted"][condition], predicted[held_out])
+        assert trained["c"][condition] == c
+        assert trained["train_accuracy"][condition] == accuracy_score(truth, fitted)
+        assert trained["train_f1"][condition] == pytest.approx(f1_score(truth, fitted, average="macro"))
+    assert {name: (a.dtype, a.shape) for name, a in trained.items()} == {
         "predicted": (np.int32, (3, 48)),
         "train_accuracy": (np.float64, (3,)),
         "train_f1": (np.float64, (3,)),
@@ -357,11 +357,11 @@ def test_a_planted_module_is_found_and_its_loss_noticed():
 def test_random_labels_give_chance():
     modules, y = planted(n=240)
     rows = split(240)
-    of, kept, generator = kernels_of(modules, rows), np.ones((1, 4), bool), np.random.default_rng(3)
+    update_kernels, kept, generator = kernels_of(modules, rows), np.ones((1, 4), bool), np.random.default_rng(3)
     accuracies = []
     for _ in range(8):
         shuffled = generator.permutation(y)
-        accuracies.append(test_accuracy(classify_each(of, kept, shuffled, rows, 3), shuffled, rows)[0])
+        accuracies.append(test_accuracy(classify_each(update_kernels, kept, shuffled, rows, 3), shuffled, rows)[0])
     # 8 x 48 guesses at 1/3: a standard deviation of 0.024, of which four are allowed.
     assert np.mean(accuracies) == pytest.approx(1 / 3, abs=0.1)
 
@@ -387,9 +387,9 @@ def test_test_rows_change_no_prediction_but_their_own(exact):
 
 def test_inputs_of_zero_predict_the_largest_class_of_the_train_rows():
     y, rows = np.array([0] * 6 + [1] * 14), split(20)
-    found = classify(np.zeros((20, len(rows["train"]))), y, rows, 2)
-    assert (found["predicted"] == 1).all() and found["c"] == [GRID[0]]
-    assert found["train_accuracy"] == pytest.approx((y[rows["train"]] == 1).mean())
+    trained = classify(np.zeros((20, len(rows["train"]))), y, rows, 2)
+    assert (trained["predicted"] == 1).all() and trained["c"] == [GRID[0]]
+    assert trained["train_accuracy"] == pytest.approx((y[rows["train"]] == 1).mean())
 
 
 @pytest.mark.parametrize("precomputed", [True, False])
@@ -414,7 +414,7 @@ def test_hopeless_labels_converge_at_every_c(c):
 
 def test_centring_is_scikit_learns():
     modules, rows = several(), split(24)
-    of = kernels_of(modules, rows)
-    (kernel,), (x,) = of.sums(np.ones((1, 5), bool)), of.inputs(np.ones((1, 5), bool))
+    update_kernels = kernels_of(modules, rows)
+    (kernel,), (x,) = update_kernels.sums(np.ones((1, 5), bool)), update_kernels.inputs(np.ones((1, 5), bool))
     centred = KernelCenterer().fit(kernel[rows["train"]]).transform(kernel)
     np.testing.assert_allclose(x, centred / np.trace(centred[rows["train"]]) * len(rows["train"]), rtol=1e-9)

@@ -243,16 +243,16 @@ def reference(name, w):
 @pytest.mark.parametrize("name", REFERENCED)
 def test_features_are_those_of_scipy(name, shape, dtype):
     w = (gaussian(3, *shape, seed=7) * 0.02 + 0.003).to(dtype)
-    for got, one in zip(REPRESENTATIONS[name].function(w), w, strict=True):
-        close(got, reference(name, one.double()))
+    for got, matrix in zip(REPRESENTATIONS[name].function(w), w, strict=True):
+        close(got, reference(name, matrix.double()))
 
 
 @pytest.mark.parametrize("name", REFERENCED)
 @pytest.mark.parametrize("rank", [1, 3])
 def test_low_rank_features_are_those_of_scipy(name, rank):
     w = low_rank(2, 12, 30, rank)  # in float32: the spectrum's tail is float32 rounding, and is seen as scipy sees it
-    for got, one in zip(REPRESENTATIONS[name].function(w), w, strict=True):
-        close(got, reference(name, one))
+    for got, matrix in zip(REPRESENTATIONS[name].function(w), w, strict=True):
+        close(got, reference(name, matrix))
 
 
 def test_more_than_ten_singular_values_and_many_values():
@@ -421,9 +421,9 @@ def test_pairs_of_several_modules_at_once_are_those_of_one_at_a_time():
         [update_sketch(down[i : i + 1], up[i : i + 1], modules[i], scale[i : i + 1]) for i in range(6)]
     )
     close(update_sketch(down, up, modules, scale), expected)
-    found = pair_features(down, up, modules, scale, ["update_sketch", "coupling"], block=250)  # two pairs to a block
-    close(found["update_sketch"], expected)
-    close(found["coupling"], coupling(down, up, scale))
+    features = pair_features(down, up, modules, scale, ["update_sketch", "coupling"], block=250)  # two pairs to a block
+    close(features["update_sketch"], expected)
+    close(features["coupling"], coupling(down, up, scale))
 
 
 def test_update_sketch_ignores_every_seed_flag():
@@ -611,8 +611,8 @@ def test_a_wrapped_batch_stands_for_the_batch():
 def test_scale_none_is_one():
     down, up, _ = pairs()
     for name in PAIR:
-        one, none = (pair_features(down, up, "m", s, [name])[name] for s in (torch.ones(6), None))
-        assert torch.equal(one, none)
+        with_ones, without = (pair_features(down, up, "m", s, [name])[name] for s in (torch.ones(6), None))
+        assert torch.equal(with_ones, without)
 
 
 # 5. Degenerate
@@ -651,8 +651,8 @@ def test_rank_one(shape):
     assert f["spectral.sigma_1"] == pytest.approx(w.norm().item())
     assert [f[f"spectral.sigma_{i}"] for i in range(2, 11)] == [0] * 9  # not 1e-17
     assert [f[f"spectral.gap_{i}"] for i in range(2, 10)] == [0] * 8
-    for one in ("effective_rank", "condition_number", "sigma_share_1"):
-        assert f[f"spectral.{one}"] == pytest.approx(1)
+    for feature in ("effective_rank", "condition_number", "sigma_share_1"):
+        assert f[f"spectral.{feature}"] == pytest.approx(1)
     assert f["matrix_norms.nuclear_to_frobenius"] == pytest.approx(1)
     assert f["matrix_norms.spectral_to_frobenius"] == pytest.approx(1)
 

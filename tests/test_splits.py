@@ -47,7 +47,7 @@ def test_split_is_fixed_by_the_seed():
 def test_split_of_a_thousand_is_exact():
     y = np.arange(1000) % 10
     rows = split_rows(y, 42)
-    assert {part: np.bincount(y[found]).tolist() for part, found in rows.items()} == {
+    assert {part: np.bincount(y[part_rows]).tolist() for part, part_rows in rows.items()} == {
         "train": [70] * 10,
         "validation": [10] * 10,
         "test": [20] * 10,
@@ -69,8 +69,8 @@ def check_group_split(y, groups, rows):
     seed=st.integers(0, 2**32),
 )
 def test_groups_of_one_class_are_kept_apart_wherever_each_class_has_three(sizes, seed):
-    y = np.concatenate([np.full(sum(of_class), c) for c, of_class in enumerate(sizes)])
-    every = [size for of_class in sizes for size in of_class]
+    y = np.concatenate([np.full(sum(class_sizes), c) for c, class_sizes in enumerate(sizes)])
+    every = [size for class_sizes in sizes for size in class_sizes]
     groups = np.repeat(np.arange(len(every)), every)
     check_group_split(y, groups, split_rows(y, seed, groups))
 

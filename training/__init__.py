@@ -1,1 +1,4 @@
-"""Tensors in, predictions out: networks trained as stacks, kernels, splits. Imports nothing of ours."""
+"""Tensors in, predictions out: networks trained as stacks, kernels, principal components, splits.
+
+Imports nothing of ours.
+"""
