@@ -1,1 +1,1 @@
-"""LoRA files on disk: keys, labels, published collections, and the built-in one. Imports nothing of ours."""
+"""LoRA files on disk: keys, weights, labels, what builds a collection, and two builders. Imports nothing of ours."""

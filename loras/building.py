@@ -102,7 +102,7 @@ def made(folder: Path) -> Iterator[None]:
 
 
 class LockedError(RuntimeError):
-    """Another process holds a lock; the message names it."""
+    """A lock that another process holds; the message names it."""
 
 
 _lock_files: set[BinaryIO] = set()  # of the locks that this process holds

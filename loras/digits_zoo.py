@@ -63,7 +63,7 @@ SECONDS_BASE, SECONDS_PER_LORA, BYTES_PER_LORA = 30.0, 0.15, 82_000  # bytes in 
 
 
 def estimate(count: int) -> tuple[float, int]:
-    """Expected cost of building ``count`` LoRAs from nothing.
+    """Estimate the cost of building ``count`` LoRAs from nothing.
 
     Returns:
         Seconds on 2 cores, in steps of whole stacks as only whole stacks are trained, and bytes on disk.
@@ -73,11 +73,11 @@ def estimate(count: int) -> tuple[float, int]:
 
 
 def build(out: Path, count: int, *, seed: int = 0, progress: Report | None = None) -> None:
-    """Train a collection of ``count`` LoRAs and put it at ``out``; do nothing if it is there already.
+    """Train a collection of ``count`` LoRAs and put it at ``out``; do nothing if it exists already.
 
     The work is done in ``<out>.partial`` beside ``out``, which is renamed when whole: a folder named ``out`` is
-    never half-built. A build that was interrupted is continued by calling this again; LoRAs that are whole are
-    kept, and the bytes are those of an uninterrupted build. The base model stays beside ``out`` as
+    never half-built. Calling this again continues a build that was interrupted; LoRAs that are whole are kept, and the
+    bytes are those of an uninterrupted build. The base model stays beside ``out`` as
     ``base-model-seed<seed>.safetensors`` and serves collections of other sizes.
 
     Args:
@@ -135,7 +135,7 @@ def is_built_here(folder: Path) -> bool:
 
 
 def load_images() -> tuple[Tensor, np.ndarray]:
-    """scikit-learn's digits as patches: pixels scaled to [-1, 1], 8x8 cut into 16 patches of 2x2.
+    """Load scikit-learn's digits as patches: pixels scaled to [-1, 1], 8x8 cut into 16 patches of 2x2.
 
     Returns images float32[1797, T, 4], patches in reading order, and labels int64[1797].
     """
@@ -146,7 +146,7 @@ def load_images() -> tuple[Tensor, np.ndarray]:
 
 
 def image_groups(labels: np.ndarray, seed: int) -> dict[tuple[int, int], Tensor]:
-    """Five disjoint groups of each class's images, drawn at random: (digit, group) -> indices, int64[about 36].
+    """Draw five disjoint groups of each class's images: (digit, group) -> indices, int64[about 36].
 
     A LoRA draws from one group only, so that a split by group keeps images apart.
     """
@@ -160,7 +160,7 @@ def image_groups(labels: np.ndarray, seed: int) -> dict[tuple[int, int], Tensor]
 
 
 def denoise(weights: Weights, x: Tensor, t: Tensor, prompt: Tensor, factors: Factors | None = None) -> Tensor:
-    """Velocity predicted by the denoiser, for M prompts, each with its own B images and its own LoRA.
+    """Predict the velocity with the denoiser, for M prompts, each with its own B images and its own LoRA.
 
     A module with factors (down, up) computes ``W x + up (down x)``: the update is ``up @ down``, scale 1.
 
@@ -193,7 +193,7 @@ def denoise(weights: Weights, x: Tensor, t: Tensor, prompt: Tensor, factors: Fac
 
 
 def _attention(weights: Weights, name: str, x: Tensor, context: Tensor, sequences: int, factors: Factors) -> Tensor:
-    """Multi-head attention of x float[M, B*T, D] to context float[M, any, D], cut into separate sequences."""
+    """Compute multi-head attention of x float[M, B*T, D] to context float[M, any, D], cut into separate sequences."""
 
     def heads(projection: str, source: Tensor) -> Tensor:  # sequences, H, tokens, D / H
         y = _linear(weights, f"{name}.{projection}", source, factors)
@@ -204,7 +204,7 @@ def _attention(weights: Weights, name: str, x: Tensor, context: Tensor, sequence
 
 
 def _linear(weights: Weights, name: str, x: Tensor, factors: Factors) -> Tensor:
-    """``x W^T``, plus ``(x down^T) up^T`` where the module has factors."""
+    """Compute ``x W^T``, plus ``(x down^T) up^T`` where the module has factors."""
     y = F.linear(x, weights[f"{name}.weight"])
     if name not in factors:
         return y
@@ -213,13 +213,13 @@ def _linear(weights: Weights, name: str, x: Tensor, factors: Factors) -> Tensor:
 
 
 def _sinusoids(t: Tensor) -> Tensor:
-    """Sines and cosines of t at D/2 frequencies from 1 to 1,000 (Vaswani et al., 2017), float[M, B, D]."""
+    """Compute sines and cosines of t at D/2 frequencies from 1 to 1,000 (Vaswani et al., 2017), float[M, B, D]."""
     angles = t[..., None] * torch.logspace(0, 3, WIDTH // 2, dtype=t.dtype)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def init_base(seed: int) -> Weights:
-    """Random base model: matrices N(0, 1 / inputs), embeddings N(0, 1), positions N(0, 0.02^2)."""
+    """Draw a random base model: matrices N(0, 1 / inputs), embeddings N(0, 1), positions N(0, 0.02^2)."""
     linears = {"patch_in": (WIDTH, PATCH), "time.0": (WIDTH, WIDTH), "time.1": (WIDTH, WIDTH)}
     linears |= dict.fromkeys(LORA_MODULES, (WIDTH, WIDTH))
     for block in range(BLOCKS):
@@ -265,7 +265,7 @@ def train_base(images: Tensor, labels: np.ndarray, seed: int, report: Report) ->
 def flow_loss(
     weights: Weights, x: Tensor, t: Tensor, noise: Tensor, prompt: Tensor, factors: Factors | None = None
 ) -> Tensor:
-    """Flow-matching loss of each of the M models: mean squared error to ``noise - x``, float[M].
+    """Compute the flow-matching loss of each of the M models: mean squared error to ``noise - x``, float[M].
 
     ``x`` are clean images, ``noise`` is of the same shape; the other arguments are those of ``denoise``.
     """
@@ -279,7 +279,7 @@ def _prompt(word: str) -> list[int]:
 
 
 def _load_or_train_base(path: Path, images: Tensor, labels: np.ndarray, seed: int, report: Report) -> Weights:
-    """The base model from its file if that was made by the same recipe, else trained and kept there."""
+    """Load the base model from its file if the recipe is the same, else train it and keep it there."""
     recipe = json.dumps(_recipe(seed, 0)["base"])
     try:
         with safe_open(path, framework="pt") as file:
@@ -294,7 +294,7 @@ def _load_or_train_base(path: Path, images: Tensor, labels: np.ndarray, seed: in
 
 @dataclass(frozen=True)
 class LoraPlan:
-    """Everything random about one LoRA, drawn from its own generator."""
+    """All random draws of one LoRA, from its own generator."""
 
     digit: int
     group: int  # 0 to 4, within the digit
@@ -354,7 +354,7 @@ def _folder(root: Path, index: int) -> Path:
 
 
 def _save_lora(folder: Path, plan: LoraPlan, factors: Factors, row: int) -> None:
-    """Write one LoRA of the stack; the weights come last, so that a folder with weights is whole."""
+    """Write one LoRA of the stack."""
     tensors = {}
     for module, (down, up) in factors.items():
         tensors[f"transformer.{module}.lora.down.weight"] = down[row].float().contiguous()
@@ -370,7 +370,7 @@ def _save_lora(folder: Path, plan: LoraPlan, factors: Factors, row: int) -> None
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a LoRA's two files are there and as long as they say."""
+    """Return whether a LoRA's two files exist and are complete."""
     try:
         json.loads((folder / METADATA_NAME).read_bytes())
         with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:  # compares header and length
@@ -380,7 +380,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _recipe(seed: int, count: int) -> dict:
-    """What the bytes depend on; "base" is the part that the base model depends on."""
+    """Return all that the bytes depend on; "base" is the part that the base model depends on."""
     base = [seed, TOKENS, PATCH, WIDTH, HEADS, BLOCKS, MLP_WIDTH, len(WORDS), BASE_STEPS, BASE_BATCH, BASE_LR]
     lora = [RANK, LORA_STEPS, LORA_BATCH, LORA_LR, MIN_IMAGES, MAX_IMAGES, IMAGE_GROUPS, STACK]
     return {"built_by": "digits_zoo", "seed": seed, "count": count, "base": base, "lora": lora}
@@ -396,6 +396,6 @@ def _check_same_collection(folder: Path, recipe: dict, mend: str) -> None:
 
 
 def _generator(seed: int, purpose: str, index: int) -> torch.Generator:
-    """CPU generator seeded by a hash of names, so that adding a purpose never shifts another."""
+    """Return a CPU generator seeded by a hash of names, so that adding a purpose never shifts another."""
     digest = hashlib.sha256(f"digits_zoo/{seed}/{purpose}/{index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from loras.keys import SCALE, LoraFileError, canonical_module, depth_key, ignored_as, parse_key
 
-MAX_HEADER_BYTES = 25_000_000  # the library allows 100 MB, but takes 9 seconds and 1.4 GB for a hostile header of these
+MAX_HEADER_BYTES = 25_000_000  # the library allows 100 MB; a hostile header of that size took it 9 seconds and 1.4 GB
 MAX_TENSORS_BYTES = 5_000_000  # of a header less its metadata: some 30,000 tensors
 MAX_KEY_LENGTH = 1000
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -85,7 +85,7 @@ class Layout:
 
     @cached_property
     def width(self) -> int:
-        """Number of weights."""
+        """The number of weights."""
         return sum(prod(layer.shape) for layer in self.layers)
 
 

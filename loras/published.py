@@ -37,7 +37,7 @@ try:
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
-except ModuleNotFoundError:  # told when it is needed
+except ModuleNotFoundError:  # reported when it is needed
     pa = None
 
 STATE_NAME = "import.json"
@@ -48,20 +48,20 @@ MAX_NAMED = 3  # columns named in a message
 
 
 class RefusedError(ValueError):
-    """A source cannot be imported; each line reads ``<path>: what is wrong. What to do.``."""
+    """A source that cannot be imported; each line reads ``<path>: what is wrong. What to do.``."""
 
 
 class BadRowError(ValueError):
-    """A row is no LoRA; the message says what is wrong."""
+    """A row that is no LoRA; the message says what is wrong."""
 
 
 @dataclass(frozen=True)
 class Source:
     """The rows of a published collection.
 
-    ``identity`` (JSON) tells it from another one. ``rows`` is None where nobody knows. ``batches(start, names)`` yields
-    (path, number of the batch's first row in it, record batch) from the row ``start`` of the collection on, with the
-    named columns, if not others too.
+    ``identity`` (JSON) distinguishes it from other sources. ``rows`` is None where their number is unknown.
+    ``batches(start, names)`` yields (path, number of the batch's first row in it, record batch) from the row ``start``
+    of the collection on, with at least the named columns.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Columns:
-    """What each column of a collection is.
+    """The use of each column of a collection.
 
     ``roles`` maps columns of weights to "down", "up" or "" (an alpha); ``shapes`` has those that the schema gives;
     ``flat`` are the columns whose lists have no shape; ``small`` go to metadata.json, ``left_out`` nowhere.
@@ -89,7 +89,7 @@ class Columns:
 
 @dataclass
 class State:
-    """How far an import is: ``rows`` were read, of which ``left_out`` were no LoRAs (``faults`` are the first)."""
+    """The state of an import: ``rows`` were read, of which ``left_out`` were no LoRAs (``faults`` are the first)."""
 
     source: dict
     rows: int = 0
@@ -103,10 +103,10 @@ class State:
 
 
 def open_source(name: str, subset: str | None = None, split: str | None = None) -> Source:
-    """A parquet file, a folder of them (in the order of their paths), or a data set ``owner/name`` of the hub.
+    """Open a parquet file, a folder of them (in the order of their paths), or a data set ``owner/name`` of the hub.
 
     Raises:
-        RefusedError: It is not there, cannot be read, or needs a library that is not installed.
+        RefusedError: It does not exist, cannot be read, or needs a library that is not installed.
     """
     path = Path(name)
     if not path.exists() and (name.endswith(".parquet") or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
@@ -121,7 +121,7 @@ def open_source(name: str, subset: str | None = None, split: str | None = None) 
 
 
 def parquet_source(path: Path) -> Source:
-    """A parquet file or a folder of them; headers only are read."""
+    """Open a parquet file or a folder of them; only headers are read."""
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     if not files:
@@ -129,12 +129,12 @@ def parquet_source(path: Path) -> Source:
     identity, counts, schema = [], [], None
     for file in files:
         with _reading(file), pq.ParquetFile(file) as parquet:
-            found, rows = parquet.schema_arrow, parquet.metadata.num_rows
-        schema = schema or found
-        if not found.equals(schema):
-            told = f"its columns differ from those of {files[0]}"
-            raise RefusedError(f"{file}: {told}. Import one collection at a time, each into its own folder.")
-        counts.append(rows)
+            schema_of_file = parquet.schema_arrow
+            counts.append(parquet.metadata.num_rows)
+        schema = schema or schema_of_file
+        if not schema_of_file.equals(schema):
+            fault = f"its columns differ from those of {files[0]}"
+            raise RefusedError(f"{file}: {fault}. Import one collection at a time, each into its own folder.")
         stat = file.stat()
         identity.append([os.path.relpath(file, path), stat.st_size, stat.st_mtime_ns])
 
@@ -148,26 +148,26 @@ def parquet_source(path: Path) -> Source:
 
 
 def _parquet_batches(file: Path, start: int, names: list[str]) -> Iterator[tuple[str, int, pa.RecordBatch]]:
-    """The rows of a file from one on, in batches that are small whatever the file's row groups are."""
+    """Yield the rows of a file from ``start`` on, in batches that are small whatever the file's row groups are."""
     # Without buffers of its own a reader would hold all columns of a row group, packed.
     with _reading(file), pq.ParquetFile(file, buffer_size=2**16, pre_buffer=False) as parquet:
         first = 0
         for group in range(parquet.num_row_groups):
             rows, size = parquet.metadata.row_group(group).num_rows, parquet.metadata.row_group(group).total_byte_size
             if first + rows > start:
-                at_once = max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(1, size)))
-                at = first
-                for batch in parquet.iter_batches(at_once, row_groups=[group], columns=names, use_threads=False):
-                    skipped = max(0, start - at)
+                batch_rows = max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(1, size)))
+                row = first
+                for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=names, use_threads=False):
+                    skipped = max(0, start - row)
                     if skipped < batch.num_rows:
-                        yield str(file), at + skipped, batch.slice(skipped)
-                    at += batch.num_rows
+                        yield str(file), row + skipped, batch.slice(skipped)
+                    row += batch.num_rows
             first += rows
 
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Faults of a parquet file in the library's words."""
+    """Refuse a file where the library fails to read it, in the library's words."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
@@ -179,26 +179,26 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def hub_source(name: str, subset: str | None = None, split: str | None = None) -> Source:
-    """A data set of the hub, streamed; it has to have one split, or ``split`` names one."""
+    """Open a data set of the hub, streamed; it has to have one split, or ``split`` names one."""
     try:
         import datasets
     except ModuleNotFoundError as error:
-        told = "no such folder, and datasets, which reads the hub, is not installed"
-        raise RefusedError(f"{name}: {told}. Run `pip install datasets`.") from error
+        fault = "no such folder, and datasets, which reads the hub, is not installed"
+        raise RefusedError(f"{name}: {fault}. Run `pip install datasets`.") from error
     with _asking(name):
-        found = datasets.load_dataset(name, subset, split=split, streaming=True)
-        if isinstance(found, dict):
-            if len(found) > 1:
-                raise RefusedError(f"{name}: has the splits {', '.join(found)}. Choose one with --split.")
-            split, found = next(iter(found.items()))
-        found = found.with_format("arrow")
-        head = next(iter(found.iter(1)), None)
+        stream = datasets.load_dataset(name, subset, split=split, streaming=True)
+        if isinstance(stream, dict):
+            if len(stream) > 1:
+                raise RefusedError(f"{name}: has the splits {', '.join(stream)}. Choose one with --split.")
+            split, stream = next(iter(stream.items()))
+        stream = stream.with_format("arrow")
+        head = next(iter(stream.iter(1)), None)
     if head is None:
         raise RefusedError(f"{name}: holds no rows. Look at its page, or choose another with --subset or --split.")
 
     def batches(start: int, names: list[str]) -> Iterator[tuple[str, int, pa.RecordBatch]]:
         with _asking(name):
-            for table in found.select_columns(names).skip(start).iter(HUB_ROWS):
+            for table in stream.select_columns(names).skip(start).iter(HUB_ROWS):
                 for batch in table.to_batches():
                     yield name, start, batch
                     start += batch.num_rows
@@ -209,14 +209,14 @@ def hub_source(name: str, subset: str | None = None, split: str | None = None) -
 
 @contextmanager
 def _asking(name: str) -> Iterator[None]:
-    """Faults of the hub and of the way to it in the library's words."""
+    """Refuse a data set where the hub or the way to it fails, in the library's words."""
     try:
         yield
     except RefusedError:
         raise
     except Exception as error:  # the library, what it downloads with, and the parsers of files: no common class
-        told = f"datasets says {type(error).__name__}: {_one_line(error)}"
-        raise RefusedError(f"{name}: {told}. Mend that and start again, which continues.") from error
+        fault = f"datasets says {type(error).__name__}: {_one_line(error)}"
+        raise RefusedError(f"{name}: {fault}. Mend that and start again, which continues.") from error
 
 
 def _one_line(error: Exception) -> str:
@@ -229,10 +229,10 @@ def _one_line(error: Exception) -> str:
 
 
 def sort_columns(name: str, schema: pa.Schema, leave_out: list[str]) -> Columns:
-    """Tell weights, label and small columns apart by name and type.
+    """Sort columns into weights, label, small ones and others, by name and type.
 
     Raises:
-        RefusedError: There are no layers, or columns of numbers that no layer's name stands over, or no label.
+        RefusedError: There are no layers, or columns of numbers without a layer's name, or no label.
     """
     roles: dict[str, str] = {}
     shapes, flat, small, left_out, unknown = {}, set(), [], [], []
@@ -257,16 +257,16 @@ def sort_columns(name: str, schema: pa.Schema, leave_out: list[str]) -> Columns:
     if len(set(schema.names)) != len(schema.names):
         raise RefusedError(f"{name}: two columns have one name. Rename one.")
     _check_layers(name, roles, unknown, schema)
-    chosen = [column for column in ("category_label", "label") if column in small + left_out]
-    label = next((column for column in chosen if not any(fnmatchcase(column, pattern) for pattern in leave_out)), None)
+    labels = [column for column in ("category_label", "label") if column in small + left_out]
+    label = next((column for column in labels if not any(fnmatchcase(column, pattern) for pattern in leave_out)), None)
     if label is None or not (_is_text(schema.field(label).type) or pa.types.is_integer(schema.field(label).type)):
-        there = f"the other columns are {_first(small + left_out)}"
-        raise RefusedError(f"{name}: no column category_label or label of texts or whole numbers; {there}. Add one.")
+        others = f"the other columns are {_first(small + left_out)}"
+        raise RefusedError(f"{name}: no column category_label or label of texts or whole numbers; {others}. Add one.")
     return Columns(roles, shapes, frozenset(flat), label, tuple(small), tuple(left_out))
 
 
 def _check_layers(name: str, roles: dict[str, str], unknown: list[str], schema: pa.Schema) -> None:
-    """Columns are the layers of a LoRA: each module has a down and an up, and no column of numbers is left."""
+    """Refuse columns that are not the layers of a LoRA, both factors of each module, or hold other lists of numbers."""
     layers = [column for column, role in roles.items() if role]
     if not layers and len(unknown) == 1:
         fault = f"one flat vector per row ({unknown[0]}): it has no layers"
@@ -277,7 +277,7 @@ def _check_layers(name: str, roles: dict[str, str], unknown: list[str], schema: 
     if unknown:
         fault = f"columns of numbers that are not named as a layer is: {_first(unknown)} ({len(unknown)} in all)"
         raise RefusedError(f"{name}: {fault}. Name them by the keys of a LoRA, or --leave-out their names.")
-    # Numbers of one shape for each column: what is wrong then is wrong with the columns.
+    # With one shape for all columns a fault can only be one of their names.
     header = {column: {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]} for column in roles}
     try:
         lora_files.parse_header(json.dumps(header).encode())
@@ -286,7 +286,7 @@ def _check_layers(name: str, roles: dict[str, str], unknown: list[str], schema: 
 
 
 def _role(name: str, column: str) -> str | None:
-    """Down, up, "" for an alpha; None for a column that is not of a LoRA."""
+    """Return "down" or "up", "" for an alpha; None for a column that is not of a LoRA."""
     try:
         parsed = keys.parse_key(column)
     except LoraFileError as error:
@@ -297,7 +297,7 @@ def _role(name: str, column: str) -> str | None:
 
 
 def _unnested(kind: pa.DataType) -> tuple[int, pa.DataType]:
-    """How deep lists are nested in a column's type, and of what."""
+    """Return the depth of nested lists in a column's type, and the type of their items."""
     depth = 0
     kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
     while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
@@ -315,7 +315,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _tensor_shape(name: str, column: pa.Field) -> tuple[int, ...]:
-    """The shape that Arrow's own tensor type tells."""
+    """Return the shape in Arrow's own tensor type."""
     order = column.type.permutation
     if order is not None and list(order) != sorted(order):
         raise RefusedError(f"{name}: column {column.name} holds permuted tensors. Save them in the order of rows.")
@@ -332,10 +332,10 @@ def _first(names: list[str] | tuple[str, ...]) -> str:
 
 
 def lora_of_row(batch: pa.RecordBatch, i: int, columns: Columns, rank: int | None) -> tuple[bytes, dict]:
-    """A safetensors file and its metadata, of one row.
+    """Return a safetensors file and its metadata, of one row.
 
-    float16 stays, other numbers are rounded to float32. Lists that have no shape are r rows (down) or r columns (up) of
-    the rank that ``rank``, or else a column of that name, or else nothing tells: then r = 1.
+    float16 stays, other numbers are rounded to float32. Lists that have no shape are r rows (down) or r columns (up): r
+    is ``rank``, or else the column of that name, or else 1.
 
     Raises:
         BadRowError: A cell is missing, NaN, infinite, or of no matrix's shape, or the factors of a module do not match.
@@ -364,7 +364,7 @@ def lora_of_row(batch: pa.RecordBatch, i: int, columns: Columns, rank: int | Non
 
 
 def _tensor(column: pa.Array, i: int, shape: tuple[int, ...] | None) -> np.ndarray:
-    """The numbers of a cell in the shape of its nested lists, or in that which the schema gives."""
+    """Return the numbers of a cell in the shape of its nested lists, or in that which the schema gives."""
     column = column.storage if isinstance(column, pa.ExtensionArray) else column
     values, sides = column.slice(i, 1), []
     while not _is_number(values.type):
@@ -387,7 +387,7 @@ def _tensor(column: pa.Array, i: int, shape: tuple[int, ...] | None) -> np.ndarr
 
 
 def _small_cell(batch: pa.RecordBatch, name: str, i: int) -> str | int | float | bool | None:
-    """What metadata.json holds of a cell; strict JSON has no NaN."""
+    """Return a cell as metadata.json holds it; strict JSON has no NaN."""
     try:
         value = batch.column(name)[i].as_py()
     except UnicodeDecodeError as error:
@@ -401,13 +401,13 @@ def _small_cell(batch: pa.RecordBatch, name: str, i: int) -> str | int | float |
 
 
 def import_rows(source: Source, columns: Columns, out: Path, rank: int | None, skip_bad: bool) -> tuple[State, bool]:
-    """Write each row of a source into its folder of ``out``, or go on where an import of the same was stopped.
+    """Write each row of a source into its folder of ``out``, or continue an import of the same that was stopped.
 
-    Rows go to ``<out>.partial``, a batch at a time, and then the state does. What an interrupt left beyond the state is
-    removed at the start, so at most one batch is written twice.
+    Rows are written to ``<out>.partial``, a batch at a time, and then the state. Rows beyond the state are removed at
+    the start, so at most one batch is written twice.
 
     Returns:
-        The state at the end, and whether ``out`` was there already.
+        The state at the end, and whether ``out`` existed already.
 
     Raises:
         RefusedError: ``out`` is something else, a row is bad (without ``skip_bad``; the rows of the batches before it
@@ -435,7 +435,7 @@ def import_rows(source: Source, columns: Columns, out: Path, rank: int | None, s
             state.faults = (state.faults + faults)[:MAX_NAMED]
             _write_state(partial, state)
             progress("import", state.rows, source.rows)
-        progress("import", state.rows, state.rows)  # the end, also where nobody knew how many rows there are
+        progress("import", state.rows, state.rows)  # closes the bar, also where the number of rows was unknown
         if state.rows == state.left_out:
             fault = f"none of its {state.rows} rows is a LoRA. Give another collection."
             raise RefusedError("\n".join([f"{source.name}: {fault}", *state.faults]))
@@ -456,12 +456,12 @@ def _loras_of_batch(
 
 
 def _state_of(folder: Path, identity: dict) -> State:
-    """How far the import in a folder is; refuses a folder of anything else."""
+    """Read the state of the import in a folder; refuse a folder of anything else."""
     try:
         state = State(**json.loads((folder / STATE_NAME).read_bytes()))
         known = state.source == identity
     except (OSError, ValueError, TypeError):  # no state, or that of another program
-        raise RefusedError(f"{folder}: is there and is no import. Give another folder, or remove it.") from None
+        raise RefusedError(f"{folder}: exists and is no import. Give another folder, or remove it.") from None
     if not known:
         fault = "was imported from another source, or with other --rank or --leave-out"
         raise RefusedError(f"{folder}: {fault}. Give another folder, or remove it.")
@@ -485,7 +485,7 @@ def _remove_rows_beyond(folder: Path, rows: int) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """``python data.py import`` from its arguments. Exit codes: 0 done, 2 refused or failed, 130 interrupted."""
+    """Run ``python data.py import``. Exit codes: 0 done, 2 refused or failed, 130 interrupted."""
     try:
         if args.rank is not None and args.rank < 1:
             raise RefusedError(f"--rank {args.rank}: no rank. Give 1 or more.")
@@ -493,7 +493,7 @@ def run(args: argparse.Namespace) -> int:
             raise RefusedError(f"{args.out}: has no name of its own. Give a folder by its name.")
         source = open_source(args.source, args.subset, args.split)
         columns = sort_columns(source.name, source.schema, args.leave_out)
-        state, was_there = import_rows(source, columns, args.out, args.rank, args.skip_bad)
+        state, existed = import_rows(source, columns, args.out, args.rank, args.skip_bad)
     except (RefusedError, building.LockedError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
     except OSError as error:
@@ -502,24 +502,24 @@ def run(args: argparse.Namespace) -> int:
         print("\nInterrupted. The same command continues where this one stopped.", file=sys.stderr)
         return 130
     else:
-        print("\n".join(_outcome(args, columns, state, was_there)))
+        print("\n".join(_outcome(args, columns, state, existed)))
         return 0
     return 2
 
 
-def _outcome(args: argparse.Namespace, columns: Columns, state: State, was_there: bool) -> list[str]:
-    """What was imported, in words, and what to do next."""
+def _outcome(args: argparse.Namespace, columns: Columns, state: State, existed: bool) -> list[str]:
+    """Return lines on what was imported, and what to do next."""
     layers = sum(role != "" for role in columns.roles.values())
+    origin = ", imported before: nothing to do" if existed else f" from {state.rows} rows of {args.source}"
     lines = [
-        f"{args.out}: {state.rows - state.left_out} LoRAs of {layers} layers"
-        + (", imported before: nothing to do" if was_there else f" from {state.rows} rows of {args.source}"),
+        f"{args.out}: {state.rows - state.left_out} LoRAs of {layers} layers{origin}",
         f"label:    {columns.label}",
         "metadata: " + ", ".join(columns.small),
     ]
     if columns.left_out:
         lines.append("left out: " + ", ".join(columns.left_out))
     if columns.flat and args.rank is None and "rank" not in columns.small:
-        lines.append("rank:     1, taken for granted: flat lists have no shape, --rank R would tell another")
+        lines.append("rank:     1, assumed: flat lists have no shape, --rank R gives another")
     if state.left_out:
         lines.append(f"skipped:  {state.left_out} of {state.rows} rows, which are no LoRAs; the first:")
         lines += [f"  {fault}" for fault in state.faults]

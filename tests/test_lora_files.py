@@ -300,6 +300,15 @@ def test_the_order_of_keys_and_data_changes_nothing(tmp_path, seed):
     assert list(alphas.values()) == [3.0]
 
 
+def test_packed_weights_have_the_largest_rank_of_each_module():
+    first, wide, long = (layout_of(pair("unet.a", a) | pair("unet.b", b)) for a, b in ((2, 3), (4, 1), (1, 5)))
+    packed = lora_files.packed_layout([first, wide, long])
+    assert [layer.shape for layer in packed.layers] == [(4, 6), (8, 4), (5, 6), (8, 5)]
+    assert [layer.name for layer in packed.layers] == [layer.name for layer in first.layers]
+    assert packed.width == 14 * 9 and packed.modules == ["unet_a", "unet_b"]
+    assert lora_files.packed_layout([first, first]) is first
+
+
 def test_files_of_equal_tensors_share_their_places_whatever_the_metadata():
     header = parse_header(header_of(save(lora(2))))
     wanted = load_weights(save(lora(2)), header)[0].tolist()

@@ -192,7 +192,7 @@ def test_the_label_is_category_label_and_label_without_one(tmp_path, capsys):
 def test_flat_lists_are_rank_one_and_the_output_says_so(tmp_path, capsys):
     wanted = weights(3, rank=1)
     assert run(write(tmp_path / "c.parquet", as_table(wanted, flat=True)), tmp_path / "out") == 0
-    assert "rank:     1, taken for granted" in capsys.readouterr().out
+    assert "rank:     1, assumed" in capsys.readouterr().out
     for name in LAYERS:
         np.testing.assert_array_equal(tensors(tmp_path / "out", 2)[name], wanted[name][2])
 
@@ -202,7 +202,7 @@ def test_a_flag_or_a_column_tells_the_rank(tmp_path, capsys, flags, column):
     wanted = weights(3)
     table = as_table(wanted, flat=True, **({"rank": column} if column else {}))
     assert run(write(tmp_path / "c.parquet", table), tmp_path / "out", *flags) == 0
-    assert "taken for granted" not in capsys.readouterr().out
+    assert "assumed" not in capsys.readouterr().out
     for name in LAYERS:
         np.testing.assert_array_equal(tensors(tmp_path / "out", 2)[name], wanted[name][2])
 
@@ -447,7 +447,7 @@ def test_a_partial_folder_of_something_else_is_refused(tmp_path, capsys):
     source = write(tmp_path / "c.parquet", as_table(weights(3)))
     (tmp_path / "out.partial" / "000001").mkdir(parents=True)
     assert run(source, tmp_path / "out") == 2
-    assert "out.partial: is there and is no import." in capsys.readouterr().err
+    assert "out.partial: exists and is no import." in capsys.readouterr().err
     assert (tmp_path / "out.partial" / "000001").is_dir()
 
 
