@@ -15,7 +15,7 @@ FEWER_DRAWS = 2000, 2000
 def evidence_of(
     *, layers=12, classes=6, each=40, tested=20, runs=2, top_k=3, names=("stats", "spectral"), groups=None, seed=0
 ) -> Evidence:
-    """Return evidence whose predictions are guessed: of each class ``each`` LoRAs, of which ``tested`` are test rows."""
+    """Return evidence whose predictions are guessed: of each class ``each`` LoRAs, ``tested`` of them test rows."""
     y = np.arange(classes * each) % classes
     places = np.arange(len(y)) // classes  # of a LoRA among those of its class
     last, validated = each - tested, max(1, (each - tested) // 4)
@@ -81,7 +81,7 @@ def updates_of(evidence: Evidence, modules: int | None = None, rank_one: bool = 
 
 
 def controls_of(evidence: Evidence, cheap: bool = False) -> Controls:
-    """Return controls for all sections (cheap explanations, which take a second, where asked for), with guessed predictions."""
+    """Return controls for all sections, guessed; cheap explanations take a second, so only where asked for."""
     generator, layers, n = np.random.default_rng(4), len(evidence.layers), len(evidence.truth)
     roles = [layer.role for layer in evidence.layers]
     planned = plan_controls(

@@ -31,7 +31,7 @@ def planned(evidence: Evidence, **more):
 
 
 def guesses(evidence: Evidence, conditions, recognised) -> np.ndarray:
-    """Return predictions that are right for a share ``recognised(kept)`` of the test LoRAs, and guessed for the others."""
+    """Return predictions that are right for a share ``recognised(kept)`` of the test LoRAs, guessed for the others."""
     generator = np.random.default_rng(1)
     shape = (*conditions.kept.shape[:2], len(evidence.truth))
     share = np.array([[recognised(kept) for kept in of_runs] for of_runs in conditions.kept])
