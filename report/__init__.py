@@ -1,1 +1,1 @@
-"""The content of results.json in, words and figures out. Imports nothing of ours."""
+"""The content of results.json in, sentences, tables and figures out. Imports nothing of ours."""

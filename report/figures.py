@@ -107,22 +107,22 @@ def draw(results: dict) -> dict[str, bytes]:
 def findings(results: dict) -> dict[str, str]:
     """Return the finding of each figure that can be drawn; none without an analysis."""
     analysis = results.get("analysis") or {}
-    found = {row.name: row.finding(results) for row in FIGURES if all(map(analysis.get, row.needs))}
-    return {name: finding for name, finding in found.items() if finding}
+    sentences = {row.name: row.finding(results) for row in FIGURES if all(map(analysis.get, row.needs))}
+    return {name: sentence for name, sentence in sentences.items() if sentence}
 
 
 def finished_figures(results: dict) -> Iterator[tuple[str, str, Figure]]:
     """Yield name, finding and figure of all that can be drawn; a figure must be saved before the next is asked for."""
-    found = findings(results)
+    finding_of = findings(results)
     for row in FIGURES:
-        if row.name not in found:
+        if row.name not in finding_of:
             continue
-        title = found[row.name] + (" [a --quick run]" if results["config"]["quick"] else "")
+        title = finding_of[row.name] + (" [a --quick run]" if results["config"]["quick"] else "")
         with new_figure(row.name, title) as figure:
             row.draw(results, figure)
             figure.get_layout_engine().execute(figure)
             figure.set_layout_engine("none")  # the layout is done, and both files have the same
-            yield row.name, found[row.name], figure
+            yield row.name, finding_of[row.name], figure
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -129,7 +129,9 @@ def _which_layers(results: dict) -> Iterator[str]:
         )
     roles = section["groups"].get("role", {})
     if len(roles) == 2:
-        means = [f"{role} factors {percent(of['mean'])} % ({bounds(of['interval'])})" for role, of in roles.items()]
+        means = [
+            f"{role} factors {percent(group['mean'])} % ({bounds(group['interval'])})" for role, group in roles.items()
+        ]
         yield f"On average {listed(means)}."
     shares = [record_of[record["layer"]]["top_k_share"] for record in ranking[:k]]
     redrawn = " to ".join(dict.fromkeys((percent(min(shares)), percent(max(shares)))))
