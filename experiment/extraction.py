@@ -241,6 +241,9 @@ class _Pass:
         for name in names:
             if done.path(name).exists():  # files of the same contents were read from elsewhere
                 continue
+            if self is read_by:
+                read_by._arrays(name).rename(done.path(name))
+                continue
             kept, first = read_by.folder / "kept" / name, 0  # where no shard can be taken for one of other rows
             shutil.rmtree(kept, ignore_errors=True)
             kept.mkdir(parents=True)

@@ -50,9 +50,9 @@ def code_digest(*parts: str) -> str:
 
 @cache  # the source that is running, also when a file is edited under a long run
 def _source(part: str) -> list[list[str]]:
-    """Return names and contents of a module, or of all modules of a folder."""
+    """Return names and contents of a module, or of all modules and templates of a folder."""
     folder = PROGRAM / part
-    paths = sorted(folder.glob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+    paths = sorted([*folder.glob("*.py"), *folder.glob("*.html")]) if folder.is_dir() else [folder.with_suffix(".py")]
     return [[path.name, path.read_text(encoding="utf-8")] for path in paths]
 
 

@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 
 from analysis import questions
-from analysis.evidence import Evidence
+from analysis.evidence import Evidence, Predictions
 from analysis.removal import plan_controls
 from loras.lora_files import Layer
 
@@ -18,24 +18,6 @@ KNOWN = {  # share of test LoRAs that a classifier recognises, given which layer
     "localized": lambda kept: 0.9 if kept[:TOP_K].any() else 0.1,
     "no signal": lambda kept: 0.0,
 }
-
-
-def with_significance(analysis: dict) -> dict:
-    """Fill in what the analysis is to write. To be removed as soon as it does: it then changes nothing."""
-    analysis.setdefault("alpha", 0.05)
-    analysis.setdefault("few_test_loras", False)
-    if compared := analysis.get("representations"):
-        pairs = compared.get("pairs", {})
-        for record in [*compared["drops"].values(), *pairs.get("baseline", ()), *pairs.get("ablation", ())]:
-            record.setdefault("significant", record["p_holm"] < 0.05)
-        losses = [name for name, drop in compared["drops"].items() if drop["significant"] and drop["drop"] > 0]
-        compared.setdefault("significant_losses", losses)
-    for record in (analysis.get("rank_structure") or {}).get("modules", ()):
-        record.setdefault("significant", record["p_fdr"] < 0.05)
-    if null := analysis.get("null_shuffles"):
-        null.setdefault("significant", null["p"] < 0.05)
-        null.setdefault("ahead_of_all", null["observed"] > max(null["largest"]))
-    return analysis
 
 
 def described(depth: int) -> Layer:
@@ -59,11 +41,13 @@ def _made(kind: str, names: tuple[str, ...], answerable: bool) -> dict:
     layers = [described(depth) for depth in range(LAYERS)]
     tested = np.concatenate([y[rows["validation"]], y[rows["test"]]])
     alone = np.linspace(0.7, 0.0, LAYERS) if kind != "no signal" else np.zeros(LAYERS)
-    predictions = {"layers/predicted": guesses(tested, np.repeat(alone[:, None], RUNS, 1), 0)}
+    held_out, alone_guessed = np.arange(60, len(y)), guesses(tested, np.repeat(alone[:, None], RUNS, 1), 0)
+    predictions = Predictions(held_out, tested, {"predicted": alone_guessed}, {"baseline": {}, "ablation": {}})
     whole, left = KNOWN[kind](np.ones(LAYERS)), KNOWN[kind](np.arange(LAYERS) >= TOP_K)
     for i, name in enumerate(names):
-        predictions[f"baseline/{name}/predicted"] = guesses(tested, np.full(RUNS, whole * 0.8**i), 1 + i)
-        predictions[f"ablation/{name}/predicted"] = guesses(tested, np.full(RUNS, left * 0.8**i), 50 + i)
+        for condition, share, seed in (("baseline", whole, 1 + i), ("ablation", left, 50 + i)):
+            predicted = guesses(tested, np.full(RUNS, share * 0.8**i), seed)
+            predictions.conditions[condition][name] = {"predicted": predicted}
     e = Evidence(layers, CLASS_NAMES, y, rows, None, np.arange(LAYERS), TOP_K, predictions, 0)
     conditions = plan_controls(e.ranking, [one.role for one in layers], TOP_K, runs=RUNS, draws=20, points=11,
                                conditional=True, seed=0)  # fmt: skip
@@ -85,21 +69,21 @@ def _made(kind: str, names: tuple[str, ...], answerable: bool) -> dict:
     features = generator.random((len(y), LAYERS, 7)) + y[:, None, None]
     sample = {"spectral": (spectral, ["sigma_1", "gap_1", "sigma_2", "sigma_3"])} if not answerable else {}
     found = questions.analyse(e, list(names), features, updates, sample, controls) | {"controls_not_run": {}}
-    return _results(e, names, with_significance(found))
+    return _results(e, names, found)
 
 
 def _results(e: Evidence, names: tuple[str, ...], found: dict) -> dict:
     """What results.json holds beside the analysis."""
 
-    def metric(key: str) -> dict:
-        runs = (e.predicted(key) == e.truth).mean(-1)
+    def metric(condition: str, name: str) -> dict:
+        runs = (e.predicted(condition, name) == e.truth).mean(-1)
         return {"mean": float(runs.mean()), "std": float(runs.std(ddof=1)), "runs": runs.tolist()}
 
     def entries(condition: str) -> dict:
-        metrics = {name: metric(f"{condition}/{name}") for name in names}
+        metrics = {name: metric(condition, name) for name in names}
         return {name: {"num_features": 84, "test_accuracy": of, "test_f1": of} for name, of in metrics.items()}
 
-    correct = e.predicted("layers") == e.truth
+    correct = e.layer_predictions() == e.truth
     ranking = [
         {"layer": layer.name, "accuracy": float(of.mean()), "accuracy_std": float(of.mean(1).std(ddof=1)),
          "val_accuracy": 0.5, "module": layer.module, "role": layer.role}

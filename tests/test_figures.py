@@ -13,7 +13,6 @@ from matplotlib import colormaps, style
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 from PIL import Image
-from result_making import with_significance
 from scipy.cluster import hierarchy
 
 from analysis.evidence import Evidence, Predictions
@@ -106,9 +105,10 @@ def representations_section(accuracy, dropped):
             "ablation": {name: bounds(value - dropped[name]) for name, value in accuracy.items()},
         },
         "drops": {
-            name: {"drop": drop, "interval": [drop - 0.03, drop + 0.03], "p_holm": 0.01 if drop > 0.05 else 0.5}
+            name: {"drop": drop, "interval": [drop - 0.03, drop + 0.03], "significant": drop > 0.05}
             for name, drop in dropped.items()
         },
+        "significant_losses": [name for name, drop in dropped.items() if drop > 0.05],
         "indistinguishable_from_best": [n for n in accuracy if n != best and accuracy[n] > accuracy[best] - 0.02],
     }
 
@@ -120,7 +120,7 @@ def rank_section(modules, names, answerable, generator):
             "module": module,
             "statistic": float(generator.gamma(2, 40)),
             "effect": 0.01 * (i % 50),
-            "p_fdr": (0.01, 0.3)[i % 2],
+            "significant": i % 2 == 0,
         }
         for i, module in enumerate(modules)
     ]
@@ -199,7 +199,7 @@ def results_of(
         "top_layers": [record["layer"] for record in ranking[:top_k]],
         "baseline_results": runs,
         "ablation_results": ablated,
-        "analysis": with_significance(analysis),
+        "analysis": analysis | {"alpha": 0.05},
     }
 
 
@@ -550,8 +550,8 @@ def test_the_analysis_itself_is_drawn():
         "top_layers": ["layer 0", "layer 1"],
         "baseline_results": accuracies,
         "ablation_results": accuracies,
-        "analysis": with_significance(analyse(e, names, features, updates, {}, controls)),
+        "analysis": analyse(e, names, features, updates, {}, controls),
     }
     assert list(drawn_figures(results)) == NAMES
-    results["analysis"] = with_significance(analyse(e, (), features, np.ones((120, 4, 2)), {}, Controls("none")))
+    results["analysis"] = analyse(e, (), features, np.ones((120, 4, 2)), {}, Controls("none"))
     assert set(drawn_figures(results)) == set(NAMES) - {"ablation_curves", "representations"}

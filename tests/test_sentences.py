@@ -8,7 +8,7 @@ import pytest
 from result_making import KNOWN, LAYERS, made, unwrapped, without_pairs
 
 from analysis import questions
-from analysis.evidence import Evidence
+from analysis.evidence import Evidence, Predictions
 from loras.lora_files import Layer
 from report import figures, sentences, tables, text, wording
 
@@ -213,7 +213,7 @@ def test_the_columns_of_the_analysis_of_a_run_without_whole_pairs_are_those():
     y = np.arange(60) % 3
     rows = {"train": np.arange(30), "validation": np.arange(30, 40), "test": np.arange(40, 60)}
     layers = [Layer(f"m{d}.down.weight", f"m{d}", "down", (1, 4), "F32") for d in range(4)]
-    predictions = {"layers/predicted": np.tile(y[30:], (4, 1, 1))}
+    predictions = Predictions(np.arange(30, 60), y[30:], {"predicted": np.tile(y[30:], (4, 1, 1))})
     e = Evidence(layers, list("abc"), y, rows, None, np.arange(4), 1, predictions, 0)
     features = np.random.default_rng(0).random((60, 4, 7))
     found = questions.analyse(e, [], features, np.ones((60, 0, 3)), {}, questions.Controls("none"))["rank_structure"]
