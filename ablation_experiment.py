@@ -109,7 +109,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "instead: the built-in digits",
     )
     data.add_label_flags(add)
-    add = parser.add_argument_group("experiment").add_argument
+    add_experiment_flags(parser.add_argument_group("experiment").add_argument)
+    add = parser.add_argument_group("files and machine").add_argument
+    add("--output-dir", type=Path, default=Path("ablation-results"), help="folder of results (ablation-results)")
+    add("--cache-dir", type=Path, help="folder of finished work, reused by later runs (<output-dir>/.cache)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one (auto)")
+    return parser.parse_args(arguments)
+
+
+def add_experiment_flags(add: Callable) -> None:
+    """Add the flags that decide the numbers; ``add`` is a parser's ``add_argument``."""
     add("--top-k", type=int, default=5, help="number of most predictive layers to remove (5)")
     add("--num-runs", type=int, help="trainings of each classifier (10; 3 with --quick)")
     add(
@@ -141,11 +150,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="for trying things out: 3 runs, patience 5, at most 30 classifier and 8 autoencoder epochs",
     )
-    add = parser.add_argument_group("files and machine").add_argument
-    add("--output-dir", type=Path, default=Path("ablation-results"), help="folder of results (ablation-results)")
-    add("--cache-dir", type=Path, help="folder of finished work, reused by later runs (<output-dir>/.cache)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one (auto)")
-    return parser.parse_args(arguments)
 
 
 def locate(args: argparse.Namespace, progress: Progress) -> tuple[str, Path]:

@@ -1,9 +1,8 @@
 """Descriptions of weight matrices: pure functions from matrices to features, and the one table of them.
 
 Matrix-wise functions take ``float[N, rows, cols]`` and return ``float32[N, F]``; pair-wise functions take the two
-factors of an update ΔW = s·up·down. ``REPRESENTATIONS`` lists them all with their feature names. To add a matrix-wise
-function, give it a row there. ``MEASURES`` are computed like pair-wise representations, but for the analysis: no
-classifier reads them.
+factors of an update ΔW = s·up·down. ``REPRESENTATIONS`` lists them all with their feature names: a new one is a
+function and a row there. ``MEASURES`` are computed like pair-wise ones, but for the analysis: no classifier reads them.
 
 Shape letters: ``N`` samples, ``F`` features, ``r`` rank, ``n = rows * cols`` values of one matrix,
 ``k = min(rows, cols)`` singular values.
@@ -127,10 +126,6 @@ def singular_values(a: Tensor) -> Tensor:
 
     Returns:
         The k = min(rows, cols) singular values, descending, float64[N, k].
-
-    Example:
-        >>> singular_values(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]]]))
-        tensor([[4., 3.]], dtype=torch.float64)
     """
     rows, cols = a.shape[1:]
     if min(rows, cols) == 1:  # a vector's only singular value is its norm; rank-one LoRAs are all vectors
@@ -340,12 +335,7 @@ def update_measures(down: Tensor, up: Tensor, scale: Tensor | None = None) -> Te
     Of the singular values of ``s·up·down``, which is never formed: QR of both factors, and an r x r core between
     them. Unchanged when (up, down) becomes (up·G⁻¹, G·down), and the effective rank when the update is rescaled.
     Effective rank and norm of a zero update are 0 by convention; singular values of at most 1e-12 of the product of
-    the factors' norms are rounding, hence 0.
-
-    Args:
-        down: First factors, float[N, r, in].
-        up: Second factors, float[N, out, r].
-        scale: s = alpha / rank of each update, float[N]; None: 1.
+    the factors' norms are rounding, hence 0. Arguments are those of `coupling`.
 
     Returns:
         Effective rank in {0} or [1, r], norm, and s, float32[N, 3].
@@ -409,7 +399,7 @@ def pair_features(
         rows = slice(start, start + length)
         down_block, up_block, scale_block = (x[rows] for x in pair)
         for name, function in functions.items():
-            parts[name].append(function(down_block, up_block, scale_block, modules[rows]))
+            parts[name].append(function(down_block, up_block, modules[rows], scale_block))
     return {name: torch.cat(blocks) for name, blocks in parts.items()}
 
 
@@ -542,7 +532,7 @@ class Representation:
         feature_names: Names of the columns of a unit; their number is the width. Empty where the data decides it.
         source: The paper that the idea is from.
         function: Computes it where it is "computed": of a matrix, float[N, rows, cols] or `Shared`; of a pair, as
-            ``function(down, up, scale, modules)``.
+            ``function(down, up, module_id, scale)``.
     """
 
     name: str
@@ -551,11 +541,6 @@ class Representation:
     feature_names: tuple[str, ...]
     source: str
     function: Callable[..., Tensor] | None = None
-
-    @property
-    def joins_others(self) -> bool:
-        """Whether its features are those of other representations, under names with a point."""
-        return any("." in name for name in self.feature_names)
 
 
 def _numbered(prefix: str, count: int) -> tuple[str, ...]:
@@ -573,26 +558,14 @@ _FREQUENCY = (*_numbered("magnitude", 10), "mean", "std", "max", "energy_share_o
 _INFO = ("entropy", "normalised_entropy")
 _SKETCH = _numbered("sketch", SKETCH * SKETCH)
 
-ENSEMBLE = {
-    "spectral": _SPECTRAL,
-    "matrix_norms": _NORMS,
-    "distribution": _DISTRIBUTION,
-    "frequency": _FREQUENCY,
-    "info_theoretic": _INFO,
-}
+ENSEMBLE = {"spectral": _SPECTRAL, "matrix_norms": _NORMS, "distribution": _DISTRIBUTION}
+ENSEMBLE |= {"frequency": _FREQUENCY, "info_theoretic": _INFO}
 _ALL = tuple(f"{part}.{feature}" for part, features in ENSEMBLE.items() for feature in features)
+_UPDATES = ("effective_rank", "norm", "scale")
 
 
-def _coupling(down: Tensor, up: Tensor, scale: Tensor, _: Sequence[str]) -> Tensor:
-    return coupling(down, up, scale)
-
-
-def _update_sketch(down: Tensor, up: Tensor, scale: Tensor, modules: Sequence[str]) -> Tensor:
-    return update_sketch(down, up, modules, scale)
-
-
-def _update_measures(down: Tensor, up: Tensor, scale: Tensor, _: Sequence[str]) -> Tensor:
-    return update_measures(down, up, scale)
+def _without_module(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda down, up, module_id, scale: function(down, up, scale)
 
 
 RANKING = "stats"  # the representation by which single layers are ranked
@@ -605,21 +578,21 @@ REPRESENTATIONS: dict[str, Representation] = {
         Representation("spectral", "layer", "computed", _SPECTRAL, "Roy & Vetterli, 2007", spectral),
         Representation("matrix_norms", "layer", "computed", _NORMS, "Golub & Van Loan, section 2.3", matrix_norms),
         Representation("distribution", "layer", "computed", _DISTRIBUTION, "Unterthiner et al., 2020", distribution),
-        Representation("coupling", "pair", "computed", _COUPLING, "LoRA: Hu et al., 2022", _coupling),
+        Representation("coupling", "pair", "computed", _COUPLING, "LoRA: Hu et al., 2022", _without_module(coupling)),
         Representation("frequency", "layer", "computed", _FREQUENCY, "FourierFT: Gao et al., 2024", frequency),
         Representation("info_theoretic", "layer", "computed", _INFO, "Shannon, 1948", info_theoretic),
         Representation("ensemble", "layer", "computed", _ALL, "the five that it joins", ensemble),
         Representation("vae", "layer", "autoencoder", (), "Kingma & Welling, 2014"),
         Representation("contrastive", "layer", "autoencoder", (), "SimCLR: Chen et al., 2020"),
         Representation("denoising", "layer", "autoencoder", (), "Vincent et al., 2008"),
-        Representation("update_sketch", "pair", "computed", _SKETCH, "Putterman et al., 2024", _update_sketch),
+        Representation("update_sketch", "pair", "computed", _SKETCH, "Putterman et al., 2024", update_sketch),
         Representation("update_kernel", "pair", "kernel", (), "SVM: Cortes & Vapnik, 1995"),
     )
 }
 UPDATES = "updates"  # effective rank, norm and scale of each update: for the analysis, no classifier reads them
 MEASURES: dict[str, Representation] = {
     UPDATES: Representation(
-        UPDATES, "pair", "computed", ("effective_rank", "norm", "scale"), "Roy & Vetterli, 2007", _update_measures
+        UPDATES, "pair", "computed", _UPDATES, "Roy & Vetterli, 2007", _without_module(update_measures)
     )
 }
 FEATURES = REPRESENTATIONS | MEASURES

@@ -1,4 +1,4 @@
-"""How often the experiment calls a layer predictive where none is: at most one collection in twenty.
+"""The rate at which the experiment calls a layer predictive where none is: at most one collection in twenty.
 
     python benchmarks/type_one_error.py [--collections 200] [--layers 24] [--processes 2]
 

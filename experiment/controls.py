@@ -28,7 +28,7 @@ SAMPLES = 200  # LoRAs in which features that are the same number are looked for
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is trained to compare with.
+    """The amount that is trained to compare with.
 
     Attributes:
         names: Representations.
@@ -58,7 +58,7 @@ def is_asked_for(settings: Settings) -> bool:
 
 @dataclass
 class _Trained:
-    """What was trained to compare with, as far as it could be."""
+    """The controls that could be trained, and why others could not."""
 
     conditions: dict[str, tuple[Conditions, np.ndarray]] = field(default_factory=dict)
     attributed: tuple[str, np.ndarray] | None = None
@@ -167,7 +167,8 @@ def samples(experiment: Experiment, names: Sequence[str]) -> dict[str, tuple[np.
     sampled = {}
     for name in names:
         row = REPRESENTATIONS[name]
-        if (row.unit, row.made) == ("layer", "computed") and not row.joins_others:
+        joins_others = any("." in feature for feature in row.feature_names)  # whose features would be looked at twice
+        if (row.unit, row.made) == ("layer", "computed") and not joins_others:
             features = experiment.extracted.load(name, rows)[:, experiment.inputs.depths]
             sampled[name] = features, row.feature_names
     return sampled

@@ -112,9 +112,19 @@ def extract(
         raise _bad_weights(collection, bad)
     if known := workers.broadcast(lambda: [] if weight_pass.missing(names) else [weight_pass.known_fingerprint()]):
         return weight_pass.extracted(*known)
+    outcome = _read(weight_pass, names, workers, progress)
+    if "findings" in outcome:
+        raise _bad_weights(collection, outcome["findings"])
+    if outcome["missing"]:  # the contents are others than when the rest was computed, though no file's state said so
+        return extract(collection, names, cache, device, workers, progress, skip_bad)
+    return weight_pass.extracted(outcome["fingerprint"])
+
+
+def _read(weight_pass: _Pass, names: list[str], workers: Workers, progress: Callable[[str, int, int], None]) -> dict:
+    """Read the weights, shards shared among the workers; return what `_Pass.end` does."""
     with ExitStack() as held:
         if workers.rank == 0:
-            held.enter_context(building.made(cache))
+            held.enter_context(building.made(weight_pass.cache))
             held.enter_context(building.locked(weight_pass.folder.with_suffix(".lock"), _say_waiting))
         missing = workers.broadcast(partial(weight_pass.begin, names))
         shards = weight_pass.shards if missing else []
@@ -122,16 +132,13 @@ def extract(
             Task(partial(weight_pass.finished, rows, missing), partial(weight_pass.run, rows, missing), in_main=True)
             for rows in shards
         ]
-        threads = min(workers.threads, PASS_THREADS) if device.type == "cpu" else PASS_THREADS  # a GPU waits for them
+        threads = (
+            min(workers.threads, PASS_THREADS) if weight_pass.device.type == "cpu" else PASS_THREADS
+        )  # a GPU waits for them
         for done, _ in enumerate(workers.do(tasks, threads), 1):
             progress("features", done, len(tasks))
         workers.barrier()  # until nobody looks for shards where rank 0 will now take them away
-        outcome = workers.broadcast(partial(weight_pass.end, names, missing))
-    if "findings" in outcome:
-        raise _bad_weights(collection, outcome["findings"])
-    if outcome["missing"]:  # the contents are others than when the rest was computed, though no file's state said so
-        return extract(collection, names, cache, device, workers, progress, skip_bad)
-    return weight_pass.extracted(outcome["fingerprint"])
+        return workers.broadcast(partial(weight_pass.end, names, missing))
 
 
 def _bad_weights(collection: Collection, findings: list) -> CollectionError:

@@ -15,7 +15,6 @@ from functools import cached_property, partial
 
 import numpy as np
 import torch
-from training.pca import PCA
 
 import autoencoders
 from data import Collection
@@ -26,6 +25,7 @@ from experiment.units import Units
 from experiment.workers import Task
 from representations import FEATURES, RANKING, REPRESENTATIONS
 from training.kernels import UpdateKernels
+from training.pca import PCA
 from training.stacks import Split, Stored, standardise
 
 MEMORY_SHARE = 0.6  # of the device's memory that resident weights may take
@@ -90,7 +90,7 @@ class Inputs:
         kept_sources: int = 2,
     ):
         self.settings, self.collection, self.rows = settings, collection, rows
-        self.extracted, self.units, self.device = extracted, units, settings.device
+        self.extracted, self.device, self.learned = extracted, settings.device, Learned(self, units)
         self.depths = np.flatnonzero(selected)  # of the L layers that the experiment is about, in the files' layers
         self.layers = [collection.layers[depth] for depth in self.depths]
         self.widths = np.array(collection.weights_per_layer)[self.depths]
@@ -170,9 +170,9 @@ class Inputs:
         if made == "flat":
             return self.flat_weights
         if made == "pca":
-            x = torch.from_numpy(self.units.load(self._pca_key(source.fitted_to))["scores"])
+            x = torch.from_numpy(self.learned.scores(source.fitted_to))
         elif made == "autoencoder":
-            x = torch.from_numpy(np.concatenate(self.encoded(source.name), axis=1))
+            x = torch.from_numpy(np.concatenate(self.learned.encoded(source.name), axis=1))
         else:
             x = self.features(source.name).flatten(1)
         return standardise(x.to(self.device), self.split.train)[None]
@@ -180,7 +180,7 @@ class Inputs:
     @cached_property
     def flat_weights(self) -> Stored:
         """The weights; held on the device where they fit it, and read only if a stack is to be trained."""
-        packed, columns = self.extracted.weights(), self._columns(self.without([]))
+        packed, columns = self.extracted.weights(), self.columns(self.without([]))
         shape = packed.shape[0], len(columns)
         read = packed.read if shape == packed.shape else partial(packed.read, columns=columns)
         fits = 4 * math.prod(shape) < MEMORY_SHARE * memory_of(self.device)
@@ -199,13 +199,27 @@ class Inputs:
             device=self.device,
         )
 
-    def _columns(self, kept: np.ndarray) -> np.ndarray:
+    def columns(self, kept: np.ndarray) -> np.ndarray:
         """Return where the weights of layers ``kept`` bool[L] lie among those of a file, int64[W]."""
         in_files = np.zeros(len(self.collection.layers), bool)
         in_files[self.depths[kept]] = True
         return np.flatnonzero(np.repeat(in_files, self.collection.weights_per_layer))
 
-    # -- what is learned from the weights -----------------------------------------------------------------------------
+    def ranking_source(self) -> Source:
+        """Return what the classifiers of the ranking read: each layer alone."""
+        return Source(RANKING, each_layer=True)
+
+
+class Learned:
+    """What is learned from the weights for the classifiers of an experiment, each fit a unit of work.
+
+    Args:
+        inputs: The experiment's weights, split and settings.
+        units: Where the fits lie.
+    """
+
+    def __init__(self, inputs: Inputs, units: Units):
+        self.inputs, self.units = inputs, units
 
     def fitting_tasks(self, name: str, conditions: list[list[int]]) -> list[Task]:
         """Return the work that fits a representation; none for one that is not learned.
@@ -215,11 +229,15 @@ class Inputs:
             conditions: Lists of removed layers, under each of which components are fitted.
         """
         if REPRESENTATIONS[name].made == "pca":
-            return [self._pca_task(self.without(removed)) for removed in conditions]
+            return [self._pca_task(self.inputs.without(removed)) for removed in conditions]
         if REPRESENTATIONS[name].made == "autoencoder":
             fit = partial(self._fit_autoencoders, name)
             return [self.units.task(key, fit, stack, label) for key, stack, label in self.autoencoder_stacks(name)]
         return []
+
+    def scores(self, fitted_to: tuple[int, ...]) -> np.ndarray:
+        """Return the scores float32[N, k] of components that were fitted to these layers."""
+        return self.units.load(self._pca_key(fitted_to))["scores"]
 
     def _pca_key(self, fitted_to: tuple[int, ...]) -> dict:
         return {"kind": "pca", "fitted to": fitted_to, "components": PCA_COMPONENTS}
@@ -228,41 +246,44 @@ class Inputs:
         """Return the work of the scores float32[N, k] of layers ``kept`` bool[L]."""
 
         def compute(_: list) -> dict[str, np.ndarray]:
-            packed, columns = self.extracted.weights(), self._columns(kept)
-            train = StoredRows(packed, self.rows["train"], columns, self.device)
-            rows = StoredRows(packed, np.arange(packed.shape[0]), columns, self.device)
+            packed, columns = self.inputs.extracted.weights(), self.inputs.columns(kept)
+            train = StoredRows(packed, self.inputs.rows["train"], columns, self.inputs.device)
+            rows = StoredRows(packed, np.arange(packed.shape[0]), columns, self.inputs.device)
             return {"scores": PCA(PCA_COMPONENTS).fit(train).transform(rows).cpu().numpy()}
 
         return self.units.task(self._pca_key(tuple(np.flatnonzero(kept).tolist())), compute, [0], "pca")
 
     def autoencoder_stacks(self, name: str) -> list[tuple[dict, list[int], str]]:
         """Return the stacks of a representation: key, layers, and label; one autoencoder for each layer."""
-        key = {"kind": "autoencoder", "name": name} | self.autoencoder_key()
+        key = {"kind": "autoencoder", "name": name} | self.key()
         stacks: list[tuple[dict, list[int], str]] = []
-        for width in np.unique(self.widths).tolist():
-            layers = np.flatnonzero(self.widths == width).tolist()
+        for width in np.unique(self.inputs.widths).tolist():
+            layers = np.flatnonzero(self.inputs.widths == width).tolist()
             # A parameter is held five times: itself, its gradient, two moments, the best so far; a weight once.
-            parameters = autoencoders.num_parameters(name, width, self.settings.autoencoder.hidden)
-            parameters += len(self.collection.files) * width // 5
-            count = math.ceil(len(layers) * parameters / AUTOENCODER_PARAMETERS[self.device.type])
+            parameters = autoencoders.num_parameters(name, width, self.inputs.settings.autoencoder.hidden)
+            parameters += len(self.inputs.collection.files) * width // 5
+            count = math.ceil(len(layers) * parameters / AUTOENCODER_PARAMETERS[self.inputs.device.type])
             at_once = math.ceil(len(layers) / min(count, len(layers)))  # stacks of about equal size
             for start in range(0, len(layers), at_once):
                 stack = layers[start : start + at_once]
                 stacks.append(({**key, "models": stack}, stack, f"fitting {name}, {width} weights a layer"))
         return stacks
 
-    def autoencoder_key(self) -> dict:
+    def key(self) -> dict:
         """Return what autoencoders depend on: their source and schedule."""
-        return {"autoencoders": store.code_digest("autoencoders"), "fitted by": asdict(self.settings.autoencoder)}
+        return {
+            "autoencoders": store.code_digest("autoencoders"),
+            "fitted by": asdict(self.inputs.settings.autoencoder),
+        }
 
     def _fit_autoencoders(self, name: str, layers: list[int]) -> dict[str, np.ndarray]:
-        packed, columns = self.extracted.weights(), self.collection.files[0].layout.columns
-        x = torch.empty(len(layers), packed.shape[0], self.widths[layers[0]], device=self.device)
+        packed, columns = self.inputs.extracted.weights(), self.inputs.collection.files[0].layout.columns
+        x = torch.empty(len(layers), packed.shape[0], self.inputs.widths[layers[0]], device=self.inputs.device)
         for m, layer in enumerate(layers):
-            weights = torch.from_numpy(packed.read(None, columns[self.depths[layer]])).to(self.device)
-            x[m] = standardise(weights, self.split.train)
-        schedule, seed = self.settings.autoencoder, self.settings.seed
-        return autoencoders.fit_transform(name, x, self.split, schedule=schedule, seed=seed)
+            weights = torch.from_numpy(packed.read(None, columns[self.inputs.depths[layer]])).to(self.inputs.device)
+            x[m] = standardise(weights, self.inputs.split.train)
+        schedule, seed = self.inputs.settings.autoencoder, self.inputs.settings.seed
+        return autoencoders.fit_transform(name, x, self.inputs.split, schedule=schedule, seed=seed)
 
     def encoded(self, name: str) -> list[np.ndarray]:
         """Return features float32[N, latent] of each layer from its finished autoencoder."""
@@ -270,7 +291,3 @@ class Inputs:
         for key, layers, _ in self.autoencoder_stacks(name):
             by_layer |= zip(layers, self.units.load(key, ["features"])["features"], strict=True)
         return [by_layer[layer] for layer in range(len(by_layer))]
-
-    def ranking_source(self) -> Source:
-        """Return what the classifiers of the ranking read: each layer alone."""
-        return Source(RANKING, each_layer=True)

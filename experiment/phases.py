@@ -141,7 +141,7 @@ class Experiment:
         """
         work: list[tuple[str, Task]] = []
         for name in names:
-            work += [(name, task) for task in self.inputs.fitting_tasks(name, conditions)]
+            work += [(name, task) for task in self.inputs.learned.fitting_tasks(name, conditions)]
         failed: dict[str, str] = {}
         outcomes = self.workers.do([task for _, task in work])
         for done, ((name, _), reason) in enumerate(zip(work, outcomes, strict=True), 1):
@@ -150,7 +150,7 @@ class Experiment:
                 failed.setdefault(name, reason)
         for name in names:
             if REPRESENTATIONS[name].made == "autoencoder" and name not in failed:
-                for key, _, label in self.inputs.autoencoder_stacks(name):
+                for key, _, label in self.inputs.learned.autoencoder_stacks(name):
                     self.planner.note_smaller([key], label)
         return failed
 

@@ -17,7 +17,6 @@ from itertools import pairwise
 import numpy as np
 import sklearn
 import torch
-from training.classifier import DROPOUT, Models, scored, train_classifiers
 
 from experiment import store
 from experiment.inputs import Inputs, Source
@@ -26,6 +25,7 @@ from experiment.units import OutOfMemory, Units, one_memory_error
 from experiment.workers import Task, Workers
 from representations import REPRESENTATIONS
 from training import kernels
+from training.classifier import DROPOUT, Models, scored, train_classifiers
 
 
 class TrainingError(RuntimeError):
@@ -91,7 +91,7 @@ class Planner:
         live_of_model = np.broadcast_to(live, (len(models), live.shape[-1]))
         key = {"kind": "classifier", "inputs": asdict(source), "schedule": asdict(schedule), "dropout": DROPOUT}
         if REPRESENTATIONS[source.name].made == "autoencoder":
-            key |= self.inputs.autoencoder_key()
+            key |= self.inputs.learned.key()
         stacks = _stacks(len(models), at_once)
         keys = [
             {**key, "live": store.array_digest(_common(live_of_model[stack])), "models": [models[i] for i in stack]}

@@ -1,4 +1,4 @@
-"""What figures are made of: style, colours, text that fits, blocks and trees of layers, and files.
+"""The parts of figures: style, colours, text that fits, blocks and trees of layers, and files.
 
 Groups are distinguished by marker, line style, hatch or lightness, so that figures can be printed in black and white;
 the colours are close to Okabe and Ito's, which the colour-blind distinguish.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from making import FILE_NAME, NARROW, planted_collection, write_collection
 from safetensors.torch import load_file, save_file
+from test_house import check_schema, undocumented_arrays
 
 import ablation_experiment
 import autoencoders
@@ -276,12 +277,20 @@ def test_the_analysis_says_what_was_planted(analysed, planted):
     assert right[:, 18:].mean() == pytest.approx(found["robustness"]["stats"]["top_alone"]["accuracy"])
 
 
+def test_the_files_hold_what_the_documents_say(everything, analysed):
+    for folder, results in (everything, analysed):
+        assert check_schema(results) == []
+        assert check_schema(json.loads((folder / "top_layers.json").read_text()), "top_layers.json") == []
+        arrays = store.load_arrays(folder / "predictions.npz")
+        assert undocumented_arrays({name: (array.dtype.kind, array.ndim) for name, array in arrays.items()}) == []
+
+
 def test_figures_and_a_page_lie_beside_the_results_and_two_runs_give_the_same_bytes(analysed, planted, tmp_path):
     folder, _ = analysed
     first = files_in(folder)
     pictures = {Path(name).stem for name in first if name.endswith(".png")}
     assert {"layer_importance", "ablation_curves", "representations", "concept_layer_map"} <= pictures
-    assert all(f"figures/{name}.svg" in first for name in pictures) and "figures/report.html" in first
+    assert all(f"figures/{name}.svg" in first for name in pictures) and "report.html" in first
     run(tmp_path, planted[0], *ANALYSED)
     assert files_in(tmp_path / "out" / "ablation_planted") == first
 
@@ -293,7 +302,9 @@ def test_figures_go_to_previous_with_the_results_that_they_are_of(analysed, plan
     here = tmp_path / "out" / "ablation_planted"
     assert files_in(here / "previous" / "1") == files_in(folder)
     assert (
-        not list((here / "figures").glob("*")) and json.loads((here / "results.json").read_text())["analysis"] is None
+        not (here / "report.html").exists()
+        and not list((here / "figures").glob("*"))
+        and json.loads((here / "results.json").read_text())["analysis"] is None
     )
     run(tmp_path, planted[0], *ANALYSED)
     assert {name for name in files_in(here) if "previous" not in name} == files_in(folder).keys()
