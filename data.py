@@ -203,14 +203,12 @@ def index_collection(
     if faults or not files:
         raise CollectionError(list(dict.fromkeys(faults)) or [_no_file(root, ignored["linked folders"])])
     files = _less(files, bad)
-    for file in files:
-        ignored.update(file.layout.ignored)
     collection = Collection(
         name=name or root.resolve().name,
         root=root,
         files=tuple(files),
         label_source=labelled.source,
-        ignored=+ignored,
+        ignored=sum((file.layout.ignored for file in files), +ignored),
         label_column=labelled.column,
         group_column=group_column,
         table=labelled.table,

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from making import lora
 from safetensors.torch import save
 
 from loras.lora_files import Layout, LoraFileError, parse_header
 
+WHOLE, WHOLE_OF_TWO = save(lora(1)), save(lora(2))
 Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
