@@ -123,6 +123,7 @@ def cheap_explanations(evidence: Evidence, features: dict[str, np.ndarray | None
             "train_rows": min(len(evidence.rows["train"]), CHEAP_ROWS),
             "p": p,
             "advantage_of_weights": advantage,
+            "weights_worse": advantage[1] < 0,
         }
         if p < ALPHA and advantage[0] <= 0:
             as_good.append(name)

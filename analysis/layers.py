@@ -75,6 +75,10 @@ def layer_ranking(evidence: Evidence) -> dict:
         }
         for depth, layer in enumerate(evidence.layers)
     ]
+    groups = {
+        kind: _by_place([record[kind] or "" for record in records], accuracy, drawn)
+        for kind in ("role", "projection", "attention", "block")
+    }
     return {
         "chance": evidence.chance,
         "null_band": interval(null.ravel()),
@@ -84,11 +88,17 @@ def layer_ranking(evidence: Evidence) -> dict:
         "stability": {"kendall_w": kendall_w(correct.mean(2)), "runs": correct.shape[1]},
         "rankings": compare_rankings(accuracy, validation, evidence.top_k),
         "depth": spearman(np.arange(len(accuracy)), accuracy),
-        "groups": {
-            kind: _by_place([record[kind] or "" for record in records], accuracy, drawn)
-            for kind in ("role", "projection", "attention", "block")
-        },
+        "groups": groups,
+        "better_role": _better_role(groups["role"]),
     }
+
+
+def _better_role(roles: dict[str, dict]) -> str | None:
+    """Return the role whose layers are more accurate, their intervals apart; None where they overlap."""
+    if len(roles) < 2:
+        return None
+    (second, first) = sorted(roles, key=lambda role: roles[role]["mean"])[-2:]
+    return first if roles[first]["interval"][0] > roles[second]["interval"][1] else None
 
 
 def _by_place(places: list[str], accuracy: np.ndarray, drawn: np.ndarray) -> dict[str, dict]:

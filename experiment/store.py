@@ -180,15 +180,15 @@ class Shards:
         picked = None if columns is None or isinstance(columns, slice) else np.asarray(columns)
         if picked is None:
             span = range(self.shape[1])[columns or slice(None)]
-            found = np.empty((len(rows), len(span)), np.float32)
+            values = np.empty((len(rows), len(span)), np.float32)
         else:
             span = range(picked.min(initial=self.shape[1]), picked.max(initial=-1) + 1)
-            found = np.empty((len(rows), len(picked)), np.float32)
-        if not found.size:
-            return found
+            values = np.empty((len(rows), len(picked)), np.float32)
+        if not values.size:
+            return values
         if rows.min() < 0 or rows.max() >= self.shape[0] or span.start < 0 or span.stop > self.shape[1]:
-            asked = f"rows {rows.min()} to {rows.max()}, columns {span.start} to {span.stop - 1}"
-            raise IndexError(f"{asked} of an array {self.shape}")
+            wanted = f"rows {rows.min()} to {rows.max()}, columns {span.start} to {span.stop - 1}"
+            raise IndexError(f"{wanted} of an array {self.shape}")
         shard_of_row = np.searchsorted(self.starts, rows, side="right") - 1
         if picked is not None:
             picked, buffer = picked - span.start, np.empty(len(span), np.float32)
@@ -198,10 +198,10 @@ class Shards:
             numbers = (rows[at] - self.starts[shard]) * self.shape[1] + span.start  # that lie before what is read
             with open(path, "rb", buffering=0) as file:
                 for i, offset in zip(at.tolist(), (start + 4 * numbers).tolist(), strict=True):
-                    _read_into(found[i] if picked is None else buffer, file, offset)
+                    _read_into(values[i] if picked is None else buffer, file, offset)
                     if picked is not None:
-                        np.take(buffer, picked, out=found[i])
-        return found
+                        np.take(buffer, picked, out=values[i])
+        return values
 
 
 def _read_into(array: np.ndarray, file: BinaryIO, offset: int) -> None:

@@ -138,8 +138,7 @@ def _layer_importance_finding(results: dict) -> str:
     if len(roles) != 2:
         return finding
     (high, first), (low, second) = roles
-    clear = first["interval"][0] > second["interval"][1]
-    compared = f"{high} factors more than {low}" if clear else f"{high} and {low} factors"
+    compared = f"{high} factors more than {low}" if section["better_role"] else f"{high} and {low} factors"
     return f"{finding}; {compared} ({percent(first['mean'])} and {percent(second['mean'])} %)"
 
 

@@ -397,7 +397,7 @@ def _cheap(analysis: dict) -> Iterator[str]:
     for name in (analysis["cheap"] or {}).get("as_good", ()):
         cheap, weights = analysis["cheap"][name], classifier_name(analysis["cheap"]["compared_with"])
         advantage = cheap["advantage_of_weights"]
-        compared = "worse" if advantage[1] < 0 else "not significantly better"
+        compared = "worse" if cheap["weights_worse"] else "not significantly better"
         yield (
             f"Cheap explanation: {name} alone give {accuracy_text(cheap)}, and {weights} is {compared}: its advantage "
             f"is {bounds(advantage)} points. The results may reflect no more than that."

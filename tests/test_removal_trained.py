@@ -7,11 +7,11 @@ import torch
 from analysis.evidence import Evidence, Predictions
 from analysis.removal import plan_controls, robustness
 from loras.lora_files import Layer
-from training.stacks import Models, Schedule, Split, standardise, train_classifiers
+from training.classifier import Models, train_classifiers
+from training.stacks import Schedule, Split, standardise
 
 LAYERS, CLASSES, LORAS, RUNS, TOP_K = 12, 4, 280, 2, 2
-NETWORK = {"hidden": (32, 32, 32), "dropout": 0.1}
-SCHEDULE = Schedule(max_epochs=30, patience=10)
+SCHEDULE = Schedule(max_epochs=30, patience=10, hidden=(32, 32, 32))
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def trained_robustness(where: str) -> dict:
 
     def train(features: np.ndarray, models: Models) -> np.ndarray:
         read = standardise(torch.from_numpy(features), split.train)
-        trained = train_classifiers(read, labels, split, models, CLASSES, schedule=SCHEDULE, seed=0, **NETWORK)
+        trained = train_classifiers(read, labels, split, models, CLASSES, schedule=SCHEDULE, seed=0, dropout=0.1)
         return trained["predicted"].reshape(-1, RUNS, len(rows["validation"]) + len(rows["test"]))
 
     source, run = (torch.from_numpy(index.ravel()) for index in np.indices((LAYERS, RUNS)))
