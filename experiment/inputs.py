@@ -211,7 +211,7 @@ class Inputs:
 
 
 class Learned:
-    """What is learned from the weights for the classifiers of an experiment, each fit a unit of work.
+    """Features that are learned from the weights, each fit a unit of work.
 
     Args:
         inputs: The experiment's weights, split and settings.

@@ -106,6 +106,9 @@ def test_a_cheap_explanation_as_good_as_the_weights_is_named(known, as_good):
     }
     result = analysed(evidence, Controls("basic", cheap=cheap))["cheap"]
     assert result["as_good"] == as_good and result["ranks and shapes"] is None
+    for name in ("metadata", "norms"):
+        assert result[name]["weights_worse"] == (result[name]["advantage_of_weights"][1] < 0)
+    assert result["metadata"]["weights_worse"] == (known == 0.2)
     assert result["metadata"]["p"] < 0.001 < 0.05 < result["norms"]["p"]
     assert result["metadata"]["accuracy"] == pytest.approx(0.75, abs=0.1)
 

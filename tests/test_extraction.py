@@ -10,7 +10,7 @@ import torch
 from making import FILE_NAME, lora, module_names, planted_collection, write_collection, write_lora
 from safetensors.torch import load_file, save_file
 
-from data import CollectionError, index_collection
+from data import CollectionError, index_collection, without
 from experiment import extraction, store
 from experiment.extraction import WEIGHTS, Extracted, extract
 from experiment.workers import Workers
@@ -329,6 +329,44 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(extraction, "_numbers_of_a_lora", lambda _: 64)
     monkeypatch.setattr(extraction, "SHARD_NUMBERS", 4 * 64)
     monkeypatch.setattr(extraction, "CHUNK_NUMBERS", 2 * 64)
+
+
+@pytest.mark.parametrize("bad", [(1,), (0, 1, 2, 3), (3, 4, 9)])  # one; a whole shard; at the ends of shards
+def test_rows_that_are_bad_are_dropped_and_the_others_not_read_again(tmp_path, small_shards, passes, monkeypatch, bad):
+    root, names = write_collection(tmp_path / "zoo", classes=2, per_class=5), [*MATRIX, *PAIR, WEIGHTS]
+    for row in bad:
+        spoil(files_in(root)[row], float("nan"))
+    collection, cache = index_collection(root), tmp_path / "cache"
+    with pytest.raises(CollectionError) as error:
+        extract(collection, names, cache, CPU, skip_bad=True)
+    assert len(error.value.files) == len(bad) and len(passes) == 3
+    good = without(collection, error.value.files)
+    opened = []
+    original = extraction._read_file
+    monkeypatch.setattr(extraction, "_read_file", lambda *args: opened.append(1) or original(*args))
+    kept = extract(good, names, cache, CPU, skip_bad=True)
+    assert len(passes) == 3 and not opened and not list(cache.glob("passes/*"))
+    with pytest.raises(CollectionError):  # what is bad is remembered, not read again
+        extract(collection, names, cache, CPU, skip_bad=True)
+    assert not opened
+    alone = extract(good, names, tmp_path / "alone", CPU)
+    assert kept.fingerprint == alone.fingerprint
+    for name in names:
+        np.testing.assert_array_equal(loaded(kept, name), loaded(alone, name))
+
+
+def test_weights_padded_for_a_bad_file_alone_are_read_again(tmp_path):
+    root = write_collection(tmp_path / "zoo", classes=2, per_class=4)
+    write_lora(files_in(root)[2], lora(rank=3))
+    spoil(files_in(root)[2], float("nan"))
+    collection, cache = index_collection(root), tmp_path / "cache"
+    with pytest.raises(CollectionError) as error:
+        extract(collection, ["stats", WEIGHTS], cache, CPU, skip_bad=True)
+    good = without(collection, error.value.files)
+    kept = extract(good, ["stats", WEIGHTS], cache, CPU)
+    alone = extract(good, ["stats", WEIGHTS], tmp_path / "alone", CPU)
+    assert kept.weights().shape == alone.weights().shape == (7, good.packed_layout.width)
+    np.testing.assert_array_equal(loaded(kept, WEIGHTS), loaded(alone, WEIGHTS))
 
 
 def test_shards_are_written_as_they_are_finished(tmp_path, small_shards):

@@ -67,6 +67,7 @@ def layers_section(layers, classes, roles, blocks, generator):
         "num_above_null": sum(record["above_null"] for record in records),
         "records": records,
         "groups": {"role": groups},
+        "better_role": max(groups, key=lambda role: groups[role]["mean"]) if len(groups) > 1 else None,
         "depth": {"r": 0.25, "interval": [-0.1, 0.5], "p": 0.2} if layers > 3 else None,
     }
 
@@ -405,6 +406,7 @@ def test_titles_say_when_there_is_nothing_to_find():
     section["num_above_null"] = 0
     for role in section["groups"]["role"].values():
         role |= {"mean": 0.25, "interval": [0.2, 0.3]}
+    section["better_role"] = None
     results["analysis"]["layer_information"]["clusters"]["count"] = 12
     best = results["analysis"]["representations"]["best"]
     results["analysis"]["representations"]["best_above_chance"] = False

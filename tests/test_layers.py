@@ -48,9 +48,17 @@ def test_four_layers_in_perfect_order_are_no_proof():
 def test_accuracy_by_role_and_place():
     evidence = evidence_of()
     plant(evidence, share(evidence, 0.6 * (np.arange(12)[:, None] % 2)))
-    groups = analysed(evidence)["layers"]["groups"]
+    section = analysed(evidence)["layers"]
+    groups = section["groups"]
     assert groups["role"]["down"]["interval"][1] < groups["role"]["up"]["interval"][0]
+    assert section["better_role"] == "up"
     assert groups["projection"]["to_q"]["layers"] == 12 and groups["attention"] == {}
+
+
+def test_roles_that_do_not_differ_have_no_better_one():
+    evidence = evidence_of()
+    plant(evidence, share(evidence, 0.6))
+    assert analysed(evidence)["layers"]["better_role"] is None
 
 
 @pytest.mark.parametrize(

@@ -96,18 +96,6 @@ def test_a_shard_that_was_cut_short_is_told(sharded, tmp_path):
         sharded[0].read()
 
 
-def test_a_unit_is_found_by_its_key_whatever_the_order(tmp_path):
-    units = store.Units(tmp_path)
-    key = {"kind": "ranking", "seed": 1, "layers": [1, 2]}
-    units.save(key, ARRAYS)
-    again = store.Units(tmp_path).load(dict(reversed(key.items())))
-    assert again.keys() == ARRAYS.keys()
-    np.testing.assert_array_equal(again["a"], ARRAYS["a"])
-    assert list(units.load(key, ["b"])) == ["b"]
-    others = [units.path(key | {"seed": 2}), store.Units(tmp_path / "other").path(key)]
-    assert units.path(key).exists() and not any(path.exists() for path in others)
-
-
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 def test_a_digest_is_of_strict_json(number):
     with pytest.raises(ValueError, match="JSON"):
