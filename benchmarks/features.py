@@ -2,7 +2,7 @@
 
     python benchmarks/features.py [--samples 32] [--repeats 5] [--rank 1] [--device cpu]
 
-The pass stacks matrices of equal shape and computes every representation of the kinds "matrix" and "pair" as the
+The pass stacks matrices of equal shape and computes every representation that is "computed", by layer or pair, as the
 program does: 128 matrices and 64 pairs a LoRA, 99,648 numbers at rank one, drawn at random in the shapes of
 sd15_zoo.py. Its rival is the plain script: a loop over samples and layers that calls numpy and scipy, each
 representation written from its docstring on its own, the ensemble by computing its five parts. The two alternate,
@@ -31,8 +31,8 @@ from sd15_zoo import MODULES
 
 from representations import REPRESENTATIONS, Shared, matrix_features, pair_features, samples_at_once
 
-MATRIX = [name for name, row in REPRESENTATIONS.items() if row.kind == "matrix"]
-PAIR = [name for name, row in REPRESENTATIONS.items() if row.kind == "pair"]
+MATRIX = [name for name, row in REPRESENTATIONS.items() if (row.unit, row.made) == ("layer", "computed")]
+PAIR = [name for name, row in REPRESENTATIONS.items() if (row.unit, row.made) == ("pair", "computed")]
 AGREEMENT = 1e-4  # largest relative difference allowed between the two ways
 
 Lora = list[tuple[np.ndarray, np.ndarray]]  # the down and up factor of each module, in the order of MODULES
@@ -180,8 +180,8 @@ def pairs_by_shape(loras: list[Lora], device: torch.device) -> Iterator[tuple]:
 
 def one_pass(loras: list[Lora], device: torch.device) -> Features:
     """Compute every representation of every layer and module, those of one shape together."""
-    counts = {"matrix": 2 * len(MODULES), "pair": len(MODULES)}
-    widths = {name: (counts[REPRESENTATIONS[name].kind], len(REPRESENTATIONS[name].feature_names)) for name in NAMES}
+    counts = {"layer": 2 * len(MODULES), "pair": len(MODULES)}
+    widths = {name: (counts[REPRESENTATIONS[name].unit], len(REPRESENTATIONS[name].feature_names)) for name in NAMES}
     arrays = {name: np.empty((len(loras), *shape), dtype=np.float32) for name, shape in widths.items()}
     for sample, layer, w in matrices_by_shape(loras, device):
         for name, features in matrix_features(w, MATRIX).items():

@@ -121,13 +121,13 @@ def test_a_layer_is_removed_with_its_columns_and_a_pair_with_either_of_its_layer
     baseline, ablation = results["baseline_results"], results["ablation_results"]
     # Depths 1, 4 and 6 of 8 belong to modules 0, 2 and 3 of 4: one pair is left.
     for name, representation in REPRESENTATIONS.items():
-        if representation.kind in ("pair", "kernel"):  # a kernel is counted once a pair
+        if representation.unit == "pair":  # a kernel is counted once a pair
             assert baseline[name]["num_features"] == 4 * max(1, len(representation.feature_names))
             assert ablation[name]["num_features"] == max(1, len(representation.feature_names))
             assert (baseline[name]["num_layers"], ablation[name]["num_layers"]) == (8, 2)
         else:
             assert (baseline[name]["num_layers"], ablation[name]["num_layers"]) == (8, 5)
-        if representation.kind == "matrix":
+        if (representation.unit, representation.made) == ("layer", "computed"):
             assert ablation[name]["num_features"] == 5 * len(representation.feature_names)
     assert baseline["flat_vec"]["num_features"] == 8 * 16 and ablation["flat_vec"]["num_features"] == 5 * 16
     assert baseline["pca"]["num_features"] == 100 and ablation["pca"]["num_features"] == 5 * 16
@@ -146,9 +146,11 @@ def test_layers_that_do_not_match_play_no_part(planted, everything, tmp_path):
     baseline, ablation = results["baseline_results"], results["ablation_results"]
     for name, representation in REPRESENTATIONS.items():
         count = len(representation.feature_names)
-        if representation.kind == "pair":
+        if representation.made != "computed":
+            continue
+        if representation.unit == "pair":
             assert (baseline[name]["num_features"], ablation[name]["num_features"]) == (2 * count, count)
-        elif representation.kind == "matrix":
+        else:
             assert (baseline[name]["num_features"], ablation[name]["num_features"]) == (4 * count, 3 * count)
     assert (baseline["flat_vec"]["num_features"], ablation["flat_vec"]["num_features"]) == (4 * 16, 3 * 16)
     assert (baseline["pca"]["num_features"], ablation["vae"]["num_features"]) == (4 * 16, 3 * 2)
@@ -313,11 +315,11 @@ def test_figures_go_to_previous_with_the_results_that_they_are_of(analysed, plan
 def test_a_lost_page_is_made_again_and_nothing_is_trained(analysed, planted, tmp_path, monkeypatch):
     folder, _ = analysed
     shutil.copytree(folder.parent, tmp_path / "out")
-    page = tmp_path / "out" / "ablation_planted" / "figures" / "report.html"
+    page = tmp_path / "out" / "ablation_planted" / "report.html"
     page.unlink()
     monkeypatch.setattr(plans, "train_classifiers", not_again)
     run(tmp_path, planted[0], *ANALYSED)
-    assert page.read_bytes() == (folder / "figures" / "report.html").read_bytes()
+    assert page.read_bytes() == (folder / "report.html").read_bytes()
 
 
 def test_what_is_told_beside_the_weights_is_part_of_the_results(planted, tmp_path, capsys):
@@ -630,7 +632,7 @@ def test_ties_by_validation_never_look_at_the_test_rows(tmp_path, monkeypatch):
         (["--top-k=0"], "--top-k 0"),
         (["--top-k=4"], "--top-k 4: these LoRAs have 4 layers"),
         (["--num-runs=0"], "--num-runs 0"),
-        (["--representations=stats,astrology"], "astrology: not known. choose from flat_vec"),
+        (["--representations=stats,astrology"], "astrology: not known. Choose from flat_vec"),
         (["--device=cuda:99"], "GPUs here"),
         (["--device=quantum"], "--device quantum: not a device"),
         (["--device=mps"], "--device mps: not supported"),
@@ -650,13 +652,13 @@ def test_a_gpu_has_a_number_and_each_process_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name in ("auto", "cuda", "cuda:0"):
-        assert ablation_experiment.resolve_device(name) == torch.device("cuda:0")
+        assert settings.resolve_device(name) == torch.device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "1")
     for name in ("auto", "cuda"):
-        assert ablation_experiment.resolve_device(name) == torch.device("cuda:1")
+        assert settings.resolve_device(name) == torch.device("cuda:1")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ablation_experiment.UsageError, match=r"there are 2 GPUs here.* or start fewer processes"):
-        ablation_experiment.resolve_device("auto")
+        settings.resolve_device("auto")
 
 
 @pytest.mark.parametrize(
@@ -674,7 +676,7 @@ def test_a_cpu_that_is_out_of_memory_tries_smaller_stacks_and_tells(tmp_path, mo
     assert "4 models do not fit the memory: trying 2 at once" in capfd.readouterr().out
     monkeypatch.setattr(ablation_experiment, "extract", too_much)
     run(tmp_path, root, *flags, "--seed=1", expected=2)
-    assert capfd.readouterr().err.startswith(f"error: out of memory: {error}. try another --device")
+    assert capfd.readouterr().err.startswith(f"error: out of memory: {error}. Try another --device")
 
 
 def test_processes_of_one_machine_share_its_memory(monkeypatch):
@@ -833,7 +835,7 @@ def test_nobody_ends_up_on_built_in_data_unnoticed(quick_zoo, capsys, flags):
 
 def test_quick_gives_way_to_an_explicit_flag():
     def resolved(*flags):
-        return ablation_experiment.resolve(ablation_experiment.parse_arguments([*flags, "--device=cpu"]))
+        return settings.resolve(ablation_experiment.parse_arguments([*flags, "--device=cpu"]))
 
     quick, full = resolved("--quick"), resolved()
     assert (quick.num_runs, quick.classifier.patience, quick.classifier.max_epochs) == (3, 5, 30)

@@ -227,13 +227,13 @@ def test_faults_of_the_whole_collection_are_told_at_once(tmp_path, good, earlier
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--top-k=2", "--top-k 2: these LoRAs have 2 layers. give fewer."),
-        ("--top-k=5", "--top-k 5: these LoRAs have 2 layers. give fewer."),
-        ("--top-k=0", "--top-k 0: at least one layer is to be removed. give 1 or more."),
-        ("--top-k=-3", "--top-k -3: at least one layer is to be removed. give 1 or more."),
+        ("--top-k=2", "--top-k 2: these LoRAs have 2 layers. Give fewer."),
+        ("--top-k=5", "--top-k 5: these LoRAs have 2 layers. Give fewer."),
+        ("--top-k=0", "--top-k 0: at least one layer is to be removed. Give 1 or more."),
+        ("--top-k=-3", "--top-k -3: at least one layer is to be removed. Give 1 or more."),
         (
             f"--device=cuda:{torch.cuda.device_count()}",
-            f"there are {torch.cuda.device_count()} GPUs here. give cpu, or",
+            f"there are {torch.cuda.device_count()} GPUs here. Give cpu, or",
         ),
     ],
 )

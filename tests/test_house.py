@@ -31,7 +31,8 @@ MAY_IMPORT = {
 }
 ANY_WORDS = {"what", "how", "whether", "which", "where", "who", "why"}
 FUNCTION_WORDS = ANY_WORDS | {"the", "a", "an", "all", "each", "every", "some", "many", "several"}
-FILE_LINES, CLASS_LINES, FUNCTION_LINES = 600, 200, 50
+# A file has 600 lines, and room for what the README says one file suffices for: a row and its function.
+FILE_LINES, CLASS_LINES, FUNCTION_LINES = 650, 200, 50
 LONGER: dict[str, int] = {}  # "path:name" -> lines it may have; the reason of each stands in NOTES.md
 
 

@@ -167,7 +167,7 @@ def test_flattened_weights_are_left_out_with_the_reason_and_the_rest_goes_on(mix
 
 def test_a_run_of_flattened_weights_alone_still_ranks_the_layers(mixed, tmp_path):
     flags = ("--top-k=3", "--quick", "--num-runs=1", "--representations=flat_vec,pca", "--device=cpu")
-    assert main(["--dataset", str(mixed[0], NETWORKS), "--output-dir", str(tmp_path / "out"), *flags]) == 3
+    assert main(["--dataset", str(mixed[0]), "--output-dir", str(tmp_path / "out"), *flags], NETWORKS) == 3
     results = json.loads((tmp_path / "out" / "ablation_zoo" / "results.json").read_text())
     assert len(results["layer_ranking"]) == 8 and results["baseline_results"] == {} == results["ablation_results"]
     assert not list((tmp_path / "out" / ".cache").rglob("weights-*"))  # nothing was packed in vain
