@@ -78,7 +78,7 @@ def _numbers(schedule: Schedule) -> dict:
     return {name: value for name, value in asdict(schedule).items() if name != "hidden"}
 
 
-def resolve(args: argparse.Namespace, networks: Networks = Networks()) -> Settings:  # noqa: B008 (it is frozen)
+def resolve(args: argparse.Namespace, networks: Networks = Networks()) -> Settings:
     """Return the settings that the flags ask for.
 
     Raises:

@@ -527,7 +527,7 @@ def test_groups_that_cannot_be_parted_are_refused(tmp_path):
     with pytest.raises(CollectionError) as error:
         split_collection(collection, 0)
     told = "groups by owner: no split of the 4 groups was found that has every class in each part"
-    assert error.value.findings == [f"{tmp_path}: {told}. group by another column, or leave out --group-column."]
+    assert error.value.findings == [f"{tmp_path}: {told}. Group by another column, or leave out --group-column."]
 
 
 def test_groups_come_from_the_table_or_from_metadata_beside(tmp_path):
