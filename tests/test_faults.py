@@ -167,7 +167,7 @@ def test_signals_end_the_run_and_the_same_command_continues(processes, collectio
     while run.process.is_alive() and not any((out / ".cache").glob("*/units/classifier-*")):
         pass
     assert run.kill(getattr(signal, name)) == code
-    said = f"stopped by {name}. the same command continues where this one stopped."
+    said = f"stopped by {name}. The same command continues where this one stopped."
     assert run.lines()[-1] == said
     before = finished_work(out)
     assert before and started(processes, collection, out).wait() == 0
@@ -193,7 +193,7 @@ def test_a_full_disk_is_told_in_a_line_and_corrupts_nothing(
     assert run.wait() == 2
     *_, before, last = run.lines()
     assert last.startswith("error: [Errno 27] File too large: ") and not before.startswith("  File")
-    assert where in last and last.endswith("the same command continues where this one stopped.")
+    assert where in last and last.endswith("The same command continues where this one stopped.")
     assert where == "/units/" or not [path for path in out.rglob(".*") if path.is_file()]  # no temporary file is left
     assert started(processes, collection, out).wait() == 0
     assert_whole(out, expected[0])
@@ -208,7 +208,7 @@ def test_a_damaged_cache_is_told_in_a_line(processes, collection, expected, tmp_
     run = started(processes, collection, out)
     assert run.wait() == 2
     last = run.lines()[-1]
-    assert last.startswith(f"error: {path} is damaged") and "remove it. the same command continues" in last
+    assert last.startswith(f"error: {path} is damaged") and "Remove it. The same command continues" in last
     path.unlink()
     assert started(processes, collection, out).wait() == 0
     assert_whole(out, expected[0])
