@@ -566,7 +566,9 @@ def main(arguments: list[str] | None = None, networks: Networks = Networks()) ->
     except TrainingError as error:
         print(f"error: {error}. Try another --seed or --device.", file=sys.stderr)
     except OSError as error:
-        print(f"error: {str(error).rstrip('.')}. The same command continues where this one stopped.", file=sys.stderr)
+        system = error.filename is not None and error.strerror is not None
+        fault = f"{error.filename}: {error.strerror}" if system else str(error).rstrip(".")
+        print(f"error: {fault}. The same command continues where this one stopped.", file=sys.stderr)
     except OutOfMemory as error:
         mend = "Try another --device, or fewer threads or processes."
         print(f"error: out of memory: {error}. {mend}", file=sys.stderr)

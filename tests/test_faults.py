@@ -192,7 +192,7 @@ def test_a_full_disk_is_told_in_a_line_and_corrupts_nothing(
     run = started(processes, collection, out, file_size=file_size)
     assert run.wait() == 2
     *_, before, last = run.lines()
-    assert last.startswith("error: [Errno 27] File too large: ") and not before.startswith("  File")
+    assert last.startswith(f"error: {out}") and ": File too large. " in last and not before.startswith("  File")
     assert where in last and last.endswith("The same command continues where this one stopped.")
     assert where == "/units/" or not [path for path in out.rglob(".*") if path.is_file()]  # no temporary file is left
     assert started(processes, collection, out).wait() == 0
