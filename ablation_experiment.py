@@ -51,9 +51,10 @@ from training.classifier import scored
 BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000}
 NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small")
 THREADS = torch.get_num_threads()  # tasks at once on a CPU, one thread each
-PROGRAM = (  # of which results are; tests and benchmarks are no part of it
+PROGRAM = (  # of which results are; tests, benchmarks and what imports a published collection are no part of it
     *("ablation_experiment", "autoencoders", "data", "representations"),
-    *("analysis", "experiment", "loras", "report", "training"),
+    *("analysis", "experiment", "report", "training"),
+    *("loras/building", "loras/digits_zoo", "loras/keys", "loras/labels", "loras/lora_files"),
 )
 SCHEMA_VERSION = 2
 
@@ -246,12 +247,12 @@ def carry_out(args: argparse.Namespace, settings: Settings, workers: Workers) ->
 
 def read_weights(
     settings: Settings,
-    indexed: tuple[Collection, Plan],
+    indexed: tuple[Collection, CollectionPlan],
     cache: Path,
     workers: Workers,
     progress: Progress,
     skip_bad: bool,
-) -> tuple[Collection, Plan, Extracted]:
+) -> tuple[Collection, CollectionPlan, Extracted]:
     """Extract features; return them with the collection and plan, less files that --skip-bad leaves out.
 
     Raises:
@@ -272,16 +273,17 @@ def read_weights(
             return collection, plan, extracted
 
 
-def check_alike(workers: Workers, collection: Collection, plan: Plan) -> None:
+def check_alike(workers: Workers, collection: Collection, plan: CollectionPlan) -> None:
     """Refuse to share work with processes that were started otherwise, or see other files.
 
     Raises:
-        OSError: This process is not about to do the same as rank 0.
+        UsageError: This process is not about to do the same as rank 0.
     """
     versions = [plan.header["environment"][key] for key in ("torch", "code")]
     mine = store.digest([identity(collection), plan.header["dataset"], plan.header["config"], versions])
     if workers.broadcast(lambda: mine) != mine:
-        raise OSError(f"process {workers.rank} of the job has other files, flags or another program than the first one")
+        fault = "other files, flags or another program than the first process has"
+        raise UsageError(f"process {workers.rank}: {fault}. Start all processes of a job alike.")
 
 
 def index(args: argparse.Namespace, name: str, folder: Path, progress: Progress) -> Collection:
@@ -298,7 +300,7 @@ def index(args: argparse.Namespace, name: str, folder: Path, progress: Progress)
 
 
 @dataclass(frozen=True)
-class Plan:
+class CollectionPlan:
     """The work on a collection.
 
     ``selected`` bool[L] are the layers that --layers keeps, ``rows`` the parts of the split, ``chosen`` the
@@ -314,7 +316,7 @@ class Plan:
     header: dict
 
 
-def make_plan(settings: Settings, collection: Collection) -> Plan:
+def make_plan(settings: Settings, collection: Collection) -> CollectionPlan:
     """Check what is asked for against the collection, and print it.
 
     Raises:
@@ -336,7 +338,7 @@ def make_plan(settings: Settings, collection: Collection) -> Plan:
     say(text.collection_lines(header, len(chosen)))
     for name, reason in not_run.items():
         say(text.not_run_line(name, reason))
-    return Plan(selected, rows, chosen, not_run, sorted(needed), header)
+    return CollectionPlan(selected, rows, chosen, not_run, sorted(needed), header)
 
 
 @contextmanager
@@ -459,7 +461,7 @@ def without_units(experiment: Experiment, names: list[str], removed: list[int]) 
     """Return why there is nothing left of a representation where layers are removed, by its name."""
     inputs, reasons = experiment.inputs, {}
     for name in names:
-        if not inputs.kept_units(name, inputs.without(removed)).any():
+        if not inputs.kept_units(name, inputs.weights.without(removed)).any():
             whose = f"the top {len(removed)} layers leave" if len(inputs.pairs) else "--layers leaves"
             reasons[name] = f"{whose} no pair whole"
     return reasons
@@ -467,9 +469,6 @@ def without_units(experiment: Experiment, names: list[str], removed: list[int]) 
 
 def analyse(experiment: Experiment, results: dict, watch: Stopwatch) -> dict | None:
     """Analyse what the numbers of the phases mean, beside controls, and print the answers; None where not asked for."""
-    if not controls.is_asked_for(experiment.settings):
-        return None
-    say("\nControls, and what the numbers mean")
     names = [name for name in results["baseline_results"] if name in results["ablation_results"]]
     with watch.phase("analysis"):
         analysis = controls.analyse(experiment, names, say)
@@ -573,7 +572,7 @@ def main(arguments: list[str] | None = None, networks: Networks = Networks()) ->
         mend = "Try another --device, or fewer threads or processes."
         print(f"error: out of memory: {error}. {mend}", file=sys.stderr)
     except KeyboardInterrupt:  # where Python's own handler is at work, see `stop`
-        print("\ninterrupted. The same command continues where this one stopped.", file=sys.stderr)
+        print("\nInterrupted. The same command continues where this one stopped.", file=sys.stderr)
         return 130
     return 2
 
@@ -582,7 +581,7 @@ def stop(number: int, _: object) -> None:
     """End the process at a signal: at once, as it might at any moment; what was finished is on disk and whole."""
     name = signal.Signals(number).name
     with suppress(OSError):  # nobody may be listening any more
-        os.write(2, f"\nstopped by {name}. The same command continues where this one stopped.\n".encode())
+        os.write(2, f"\nStopped by {name}. The same command continues where this one stopped.\n".encode())
     os._exit(130 if number == signal.SIGINT else 143)
 
 

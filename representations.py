@@ -531,6 +531,7 @@ class Representation:
             products of updates, see training/kernels.py).
         feature_names: Names of the columns of a unit; their number is the width. Empty where the data decides it.
         source: The paper that the idea is from.
+        joins: Other representations whose features these are; empty for all but a few.
         function: Computes it where it is "computed": of a matrix, float[N, rows, cols] or `Shared`; of a pair, as
             ``function(down, up, module_id, scale)``.
     """
@@ -541,6 +542,7 @@ class Representation:
     feature_names: tuple[str, ...]
     source: str
     function: Callable[..., Tensor] | None = None
+    joins: tuple[str, ...] = ()
 
 
 def _numbered(prefix: str, count: int) -> tuple[str, ...]:
@@ -581,7 +583,7 @@ REPRESENTATIONS: dict[str, Representation] = {
         Representation("coupling", "pair", "computed", _COUPLING, "LoRA: Hu et al., 2022", _without_module(coupling)),
         Representation("frequency", "layer", "computed", _FREQUENCY, "FourierFT: Gao et al., 2024", frequency),
         Representation("info_theoretic", "layer", "computed", _INFO, "Shannon, 1948", info_theoretic),
-        Representation("ensemble", "layer", "computed", _ALL, "the five that it joins", ensemble),
+        Representation("ensemble", "layer", "computed", _ALL, "the five that it joins", ensemble, tuple(ENSEMBLE)),
         Representation("vae", "layer", "autoencoder", (), "Kingma & Welling, 2014"),
         Representation("contrastive", "layer", "autoencoder", (), "SimCLR: Chen et al., 2020"),
         Representation("denoising", "layer", "autoencoder", (), "Vincent et al., 2008"),

@@ -79,6 +79,7 @@ def analyse(experiment: Experiment, names: Sequence[str], say: Callable[[str], N
     """
     if not is_asked_for(experiment.settings):
         return None
+    say("\nControls, and what the numbers mean")
     level, evidence = experiment.settings.controls, evidence_of(experiment)
     columns = group_columns(experiment) if level != "none" else {}
     trained = _train(experiment, evidence, names, columns, say)
@@ -118,13 +119,16 @@ def _train(
             say(f"controls: {name} not run: {error}")
             return None
 
+    attributions: dict[str, np.ndarray] = {}
     for name in control_names(experiment, names, level):
         plan = plan_of(experiment, evidence, name, level)
         arrays = attempt(name, lambda name=name, plan=plan: experiment.train_under(name, plan.kept))
         if arrays:
             trained.conditions[name] = plan, keep(experiment, name, plan, arrays["predicted"])
-            if trained.attributed is None and "attribution" in arrays:
-                trained.attributed = name, arrays["attribution"][plan.where("all")[0]]
+            if "attribution" in arrays:
+                attributions[name] = arrays["attribution"][plan.where("all")[0]]
+    if RANKING in attributions:
+        trained.attributed = RANKING, attributions[RANKING]
     trained.grouped = attempt("grouped split", lambda: grouped(experiment, evidence, names, columns))
     if shuffles := experiment.settings.null_shuffles:
         trained.shuffled = attempt("null shuffles", lambda: shuffled(experiment, shuffles))
@@ -167,8 +171,7 @@ def samples(experiment: Experiment, names: Sequence[str]) -> dict[str, tuple[np.
     sampled = {}
     for name in names:
         row = REPRESENTATIONS[name]
-        joins_others = any("." in feature for feature in row.feature_names)  # whose features would be looked at twice
-        if (row.unit, row.made) == ("layer", "computed") and not joins_others:
+        if (row.unit, row.made) == ("layer", "computed") and not row.joins:  # no feature is looked at twice
             features = experiment.extracted.load(name, rows)[:, experiment.inputs.depths]
             sampled[name] = features, row.feature_names
     return sampled

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Collection, CollectionError, LoraFile, without
+from data import Collection, CollectionError, LoraFile, check_classes, without
 from experiment import store
 from experiment.workers import Task, Workers
 from loras import building, lora_files
@@ -165,7 +165,8 @@ class _Pass:
     """
 
     def __init__(self, collection: Collection, cache: Path, device: torch.device, skip_bad: bool = False):
-        self.collection, self.cache, self.device, self.skip_bad = collection, cache, device, skip_bad
+        self.collection, self.cache = collection, cache
+        self.device, self.skip_bad = device, skip_bad
         self.identity = identity(collection)
         self.folder = cache / "passes" / store.digest(str(collection.root.resolve()))
         code = store.code_digest(
@@ -218,10 +219,14 @@ class _Pass:
         documents = [building.read_object(self._document(rows)) for rows in self.shards]
         findings = [finding for document in documents for finding in document["findings"]]
         contents = [line for document in documents for line in document["contents"]]
-        if findings and not (self.skip_bad and _all_at_fault(findings) and contents):
+        if findings and not (self.skip_bad and _all_at_fault(findings)):
             self._remove()
             return {"findings": findings}
-        good = self._less(findings) if findings else self
+        try:
+            good = self._less(findings) if findings else self
+        except CollectionError:  # those that are left will be refused: nothing is kept for them
+            self._remove()
+            return {"findings": findings}
         # Weights are padded to the largest rank, which may have been that of a bad file: they are then read again.
         same = [layer.shape for layer in good.collection.packed_layout.layers] == [
             layer.shape for layer in self.collection.packed_layout.layers
@@ -235,8 +240,14 @@ class _Pass:
         return {"fingerprint": store.digest(contents), "missing": self.missing(names)}
 
     def _less(self, findings: list) -> _Pass:
-        """Return the pass over the files of which nothing was found."""
-        return _Pass(without(self.collection, [finding[:2] for finding in findings]), self.cache, self.device)
+        """Return the pass over the files of which nothing was found.
+
+        Raises:
+            CollectionError: These make no classification task.
+        """
+        rest = without(self.collection, [finding[:2] for finding in findings])
+        check_classes(rest)
+        return _Pass(rest, self.cache, self.device)
 
     def _put_in_place(self, names: list[str], documents: list[dict], contents: list[str], read_by: _Pass) -> None:
         """Rename arrays from where a pass has written them to the folder of their fingerprint."""

@@ -25,7 +25,7 @@ from experiment.units import Units
 from experiment.workers import Task
 from representations import FEATURES, RANKING, REPRESENTATIONS
 from training.kernels import UpdateKernels
-from training.pca import PCA
+from training.pca import PCA, num_components
 from training.stacks import Split, Stored, standardise
 
 MEMORY_SHARE = 0.6  # of the device's memory that resident weights may take
@@ -66,6 +66,45 @@ class StoredRows:
             yield torch.from_numpy(block).to(self.device)
 
 
+class Weights:
+    """The layers that an experiment is about, and the weights of these among the packed ones.
+
+    Args:
+        collection: The LoRAs.
+        selected: The layers, bool[L of the files].
+        extracted: Features and packed weights.
+
+    Attributes:
+        depths: Positions of the L layers among those of the files, int64[L].
+        layers: The L layers.
+        widths: Number of weights of each, int64[L].
+    """
+
+    def __init__(self, collection: Collection, selected: np.ndarray, extracted: Extracted):
+        self.extracted = extracted
+        self.num_samples, self.weights_per_layer = len(collection.files), np.array(collection.weights_per_layer)
+        self.depths = np.flatnonzero(selected)
+        self.layers = [collection.layers[depth] for depth in self.depths]
+        self.widths = self.weights_per_layer[self.depths]
+
+    def without(self, removed: list[int]) -> np.ndarray:
+        """Return the layers that are kept, bool[L], given the positions of those removed."""
+        kept = np.ones(len(self.layers), bool)
+        kept[removed] = False
+        return kept
+
+    def columns(self, kept: np.ndarray) -> np.ndarray:
+        """Return where the weights of layers ``kept`` bool[L] lie among those of a file, int64[W]."""
+        in_files = np.zeros(len(self.weights_per_layer), bool)
+        in_files[self.depths[kept]] = True
+        return np.flatnonzero(np.repeat(in_files, self.weights_per_layer))
+
+    def columns_of(self, layer: int) -> slice:
+        """Return where the weights of one layer lie among those of a file."""
+        end = int(self.weights_per_layer[: self.depths[layer] + 1].sum())
+        return slice(end - int(self.widths[layer]), end)
+
+
 class Inputs:
     """The inputs of all classifiers of an experiment, from features and weights in the cache.
 
@@ -89,25 +128,19 @@ class Inputs:
         units: Units,
         kept_sources: int = 2,
     ):
-        self.settings, self.collection, self.rows = settings, collection, rows
-        self.extracted, self.device, self.learned = extracted, settings.device, Learned(self, units)
-        self.depths = np.flatnonzero(selected)  # of the L layers that the experiment is about, in the files' layers
-        self.layers = [collection.layers[depth] for depth in self.depths]
-        self.widths = np.array(collection.weights_per_layer)[self.depths]
+        self.collection, self.rows, self.extracted = collection, rows, extracted
+        self.seed, self.device = settings.seed, settings.device
+        self.weights = Weights(collection, selected, extracted)
+        self.depths, self.layers, self.widths = self.weights.depths, self.weights.layers, self.weights.widths
         self.pair_of_layer = collection.pair_of_layer[self.depths]
         self.pairs = np.flatnonzero(np.bincount(self.pair_of_layer) == 2)  # of which both layers are there
         self.split = Split(*(torch.from_numpy(rows[part]) for part in ("train", "validation", "test"))).to(self.device)
+        self.learned = Learned(self.weights, rows, self.split, settings, units)
         self._kept_sources = kept_sources
         self._read_sources: dict[Source, torch.Tensor | Stored] = {}  # the latest ones
         self._reading = threading.Lock()
 
     # -- which columns are of which layers ----------------------------------------------------------------------------
-
-    def without(self, removed: list[int]) -> np.ndarray:
-        """Return the layers that are kept, bool[L], given the positions of those removed."""
-        kept = np.ones(len(self.layers), bool)
-        kept[removed] = False
-        return kept
 
     def whole_pairs(self, kept: np.ndarray) -> np.ndarray:
         """Return the pairs that have both layers among those kept, bool[..., L] -> bool[..., P]."""
@@ -121,10 +154,11 @@ class Inputs:
     def live(self, name: str, kept: np.ndarray) -> np.ndarray:
         """Return the inputs of a representation that are of layers kept, bool[..., L] -> bool[..., F].
 
-        Of components all are, as they are fitted to the layers kept; of a kernel the pairs whose kernels are summed.
+        Those of a kernel are the pairs whose kernels are summed. Of components all are, as they are fitted to the
+        layers kept; their number depends on these, so ``kept`` is one choice of layers, bool[L].
         """
         if REPRESENTATIONS[name].made == "pca":
-            return np.ones(min(PCA_COMPONENTS, len(self.rows["train"]) - 1, self.widths[kept].sum()), bool)
+            return np.ones(num_components(PCA_COMPONENTS, len(self.rows["train"]), int(self.widths[kept].sum())), bool)
         return np.repeat(self.kept_units(name, kept), self._columns_per_unit(name), axis=-1)
 
     def _columns_per_unit(self, name: str) -> int | list[int]:
@@ -180,7 +214,7 @@ class Inputs:
     @cached_property
     def flat_weights(self) -> Stored:
         """The weights; held on the device where they fit it, and read only if a stack is to be trained."""
-        packed, columns = self.extracted.weights(), self.columns(self.without([]))
+        packed, columns = self.extracted.weights(), self.weights.columns(self.weights.without([]))
         shape = packed.shape[0], len(columns)
         read = packed.read if shape == packed.shape else partial(packed.read, columns=columns)
         fits = 4 * math.prod(shape) < MEMORY_SHARE * memory_of(self.device)
@@ -189,21 +223,15 @@ class Inputs:
     @cached_property
     def kernels(self) -> UpdateKernels:
         """Kernels of the pairs; nothing is read before the first is asked for."""
-        read = self.extracted.factor_reader(self.collection)
+        read, pairs = self.extracted.factor_reader(self.collection), self.pairs.tolist()  # no reference to this object
         return UpdateKernels(
-            lambda p, rows: read(int(self.pairs[p]), rows),
-            len(self.pairs),
+            lambda p, rows: read(pairs[p], rows),
+            len(pairs),
             self.rows["train"],
             len(self.collection.files),
-            seed=self.settings.seed,
+            seed=self.seed,
             device=self.device,
         )
-
-    def columns(self, kept: np.ndarray) -> np.ndarray:
-        """Return where the weights of layers ``kept`` bool[L] lie among those of a file, int64[W]."""
-        in_files = np.zeros(len(self.collection.layers), bool)
-        in_files[self.depths[kept]] = True
-        return np.flatnonzero(np.repeat(in_files, self.collection.weights_per_layer))
 
     def ranking_source(self) -> Source:
         """Return what the classifiers of the ranking read: each layer alone."""
@@ -214,12 +242,16 @@ class Learned:
     """Features that are learned from the weights, each fit a unit of work.
 
     Args:
-        inputs: The experiment's weights, split and settings.
+        weights: Of the layers that the experiment is about.
+        rows: Row indices of ``train``, ``validation`` and ``test``.
+        split: The same on the device.
+        settings: Schedule, seed, device.
         units: Where the fits lie.
     """
 
-    def __init__(self, inputs: Inputs, units: Units):
-        self.inputs, self.units = inputs, units
+    def __init__(self, weights: Weights, rows: dict[str, np.ndarray], split: Split, settings: Settings, units: Units):
+        self.weights, self.rows, self.split, self.units = weights, rows, split, units
+        self.schedule, self.seed, self.device = settings.autoencoder, settings.seed, settings.device
 
     def fitting_tasks(self, name: str, conditions: list[list[int]]) -> list[Task]:
         """Return the work that fits a representation; none for one that is not learned.
@@ -229,7 +261,7 @@ class Learned:
             conditions: Lists of removed layers, under each of which components are fitted.
         """
         if REPRESENTATIONS[name].made == "pca":
-            return [self._pca_task(self.inputs.without(removed)) for removed in conditions]
+            return [self._pca_task(self.weights.without(removed)) for removed in conditions]
         if REPRESENTATIONS[name].made == "autoencoder":
             fit = partial(self._fit_autoencoders, name)
             return [self.units.task(key, fit, stack, label) for key, stack, label in self.autoencoder_stacks(name)]
@@ -246,9 +278,9 @@ class Learned:
         """Return the work of the scores float32[N, k] of layers ``kept`` bool[L]."""
 
         def compute(_: list) -> dict[str, np.ndarray]:
-            packed, columns = self.inputs.extracted.weights(), self.inputs.columns(kept)
-            train = StoredRows(packed, self.inputs.rows["train"], columns, self.inputs.device)
-            rows = StoredRows(packed, np.arange(packed.shape[0]), columns, self.inputs.device)
+            packed, columns = self.weights.extracted.weights(), self.weights.columns(kept)
+            train = StoredRows(packed, self.rows["train"], columns, self.device)
+            rows = StoredRows(packed, np.arange(packed.shape[0]), columns, self.device)
             return {"scores": PCA(PCA_COMPONENTS).fit(train).transform(rows).cpu().numpy()}
 
         return self.units.task(self._pca_key(tuple(np.flatnonzero(kept).tolist())), compute, [0], "pca")
@@ -257,12 +289,12 @@ class Learned:
         """Return the stacks of a representation: key, layers, and label; one autoencoder for each layer."""
         key = {"kind": "autoencoder", "name": name} | self.key()
         stacks: list[tuple[dict, list[int], str]] = []
-        for width in np.unique(self.inputs.widths).tolist():
-            layers = np.flatnonzero(self.inputs.widths == width).tolist()
+        for width in np.unique(self.weights.widths).tolist():
+            layers = np.flatnonzero(self.weights.widths == width).tolist()
             # A parameter is held five times: itself, its gradient, two moments, the best so far; a weight once.
-            parameters = autoencoders.num_parameters(name, width, self.inputs.settings.autoencoder.hidden)
-            parameters += len(self.inputs.collection.files) * width // 5
-            count = math.ceil(len(layers) * parameters / AUTOENCODER_PARAMETERS[self.inputs.device.type])
+            parameters = autoencoders.num_parameters(name, width, self.schedule.hidden)
+            parameters += self.weights.num_samples * width // 5
+            count = math.ceil(len(layers) * parameters / AUTOENCODER_PARAMETERS[self.device.type])
             at_once = math.ceil(len(layers) / min(count, len(layers)))  # stacks of about equal size
             for start in range(0, len(layers), at_once):
                 stack = layers[start : start + at_once]
@@ -273,17 +305,16 @@ class Learned:
         """Return what autoencoders depend on: their source and schedule."""
         return {
             "autoencoders": store.code_digest("autoencoders"),
-            "fitted by": asdict(self.inputs.settings.autoencoder),
+            "fitted by": asdict(self.schedule),
         }
 
     def _fit_autoencoders(self, name: str, layers: list[int]) -> dict[str, np.ndarray]:
-        packed, columns = self.inputs.extracted.weights(), self.inputs.collection.files[0].layout.columns
-        x = torch.empty(len(layers), packed.shape[0], self.inputs.widths[layers[0]], device=self.inputs.device)
+        packed = self.weights.extracted.weights()
+        x = torch.empty(len(layers), packed.shape[0], self.weights.widths[layers[0]], device=self.device)
         for m, layer in enumerate(layers):
-            weights = torch.from_numpy(packed.read(None, columns[self.inputs.depths[layer]])).to(self.inputs.device)
-            x[m] = standardise(weights, self.inputs.split.train)
-        schedule, seed = self.inputs.settings.autoencoder, self.inputs.settings.seed
-        return autoencoders.fit_transform(name, x, self.inputs.split, schedule=schedule, seed=seed)
+            weights = torch.from_numpy(packed.read(None, self.weights.columns_of(layer))).to(self.device)
+            x[m] = standardise(weights, self.split.train)
+        return autoencoders.fit_transform(name, x, self.split, schedule=self.schedule, seed=self.seed)
 
     def encoded(self, name: str) -> list[np.ndarray]:
         """Return features float32[N, latent] of each layer from its finished autoencoder."""

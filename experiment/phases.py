@@ -69,7 +69,8 @@ class Experiment:
         workers: Workers,
         progress: Callable[[str, int, int], None],
     ):
-        self.settings, self.collection, self.selected, self.rows = settings, collection, selected, rows
+        self.settings, self.collection = settings, collection
+        self.selected, self.rows = selected, rows
         self.extracted, self.workers, self.progress = extracted, workers, progress
         units = Units(extracted.folder / "units", _common_key(settings, collection, selected, rows, extracted))
         # A forked process is at one source at a time, threads of one process at the latest two.
@@ -177,7 +178,7 @@ class Experiment:
 
     def _plan(self, name: str, removed: list[int], condition: str) -> Plan:
         """Plan the classifiers of one representation without some layers."""
-        kept, label = self.inputs.without(removed), f"{condition} {name}"
+        kept, label = self.inputs.weights.without(removed), f"{condition} {name}"
         live, num_layers = self.inputs.live(name, kept), self.inputs.count_layers(name, kept)
         if REPRESENTATIONS[name].made == "kernel":
             return self.planner.plan_kernels(live[None], label, num_layers)
@@ -233,7 +234,7 @@ class Experiment:
         if REPRESENTATIONS[name].made == "kernel":
             return self.planner.plan_kernels(live, label, total)
         at_most = 1 if self.settings.device.type == "cpu" else None
-        source = self.inputs.source(name, self.inputs.without([]))
+        source = self.inputs.source(name, self.inputs.weights.without([]))
         return self.planner.plan_classifiers(source, live, [(0, run) for run in runs], label, total, at_most)
 
     def again(self, collection: Collection, rows: dict[str, np.ndarray], num_runs: int) -> Experiment:

@@ -47,7 +47,7 @@ class Plan:
 
 
 class Planner:
-    """Plans the classifiers and support vector machines of an experiment.
+    """Planner of the classifiers and support vector machines of an experiment.
 
     Args:
         settings: Schedule, seed, device.
@@ -60,7 +60,8 @@ class Planner:
     def __init__(
         self, settings: Settings, inputs: Inputs, units: Units, workers: Workers, smaller_stacks: dict[str, int]
     ):
-        self.settings, self.inputs, self.units, self.workers = settings, inputs, units, workers
+        self.settings, self.inputs = settings, inputs
+        self.units, self.workers = units, workers
         self.smaller_stacks = smaller_stacks
         self.y, self.num_classes = inputs.collection.y, len(inputs.collection.classes)
         self.held_out = np.concatenate([inputs.rows["validation"], inputs.rows["test"]])

@@ -64,7 +64,7 @@ class Settings:
             "controls": self.controls,
             "null_shuffles": self.null_shuffles,
             "classifier": {"hidden": list(self.classifier.hidden), "dropout": DROPOUT} | _numbers(self.classifier),
-            "autoencoder": _numbers(self.autoencoder),
+            "autoencoder": _numbers(self.autoencoder) | _hidden(self.autoencoder),
             "stack": {
                 "parameters": STACK_PARAMETERS[self.device.type],
                 "autoencoder_parameters": AUTOENCODER_PARAMETERS[self.device.type],
@@ -74,8 +74,13 @@ class Settings:
 
 
 def _numbers(schedule: Schedule) -> dict:
-    """Return the numbers of a schedule by name; widths of networks are told elsewhere."""
+    """Return the numbers of a schedule by name, but for the widths of its networks."""
     return {name: value for name, value in asdict(schedule).items() if name != "hidden"}
+
+
+def _hidden(schedule: Schedule) -> dict:
+    """Return the widths of a schedule's networks, where they are not those of each network's own row."""
+    return {} if schedule.hidden is None else {"hidden": list(schedule.hidden)}
 
 
 def resolve(args: argparse.Namespace, networks: Networks = Networks()) -> Settings:

@@ -30,11 +30,13 @@ import torch.distributed
 from torch.distributed import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from experiment.settings import UsageError
+
 POLL_SECONDS = 0.1  # between looks for what other processes do
 FILE_SYSTEM_SECONDS = 120  # until every machine sees a new file
 BEAT_SECONDS = 5.0  # between signs of life
 SILENT_SECONDS = 300.0  # without a sign of life, and a process is taken for lost
-THREADS = Path("/proc/self/task")  # the system's own list of the threads of this process
+THREAD_LIST = Path("/proc/self/task")  # the system's own list of the threads of this process
 
 
 class TaskFailedError(RuntimeError):
@@ -166,7 +168,7 @@ def join(worker: threading.Thread) -> None:
     that moment copies a lock of MKL's allocator that nobody will ever release there, and spins for ever.
     """
     worker.join()
-    while THREADS.joinpath(str(worker.native_id)).exists():
+    while THREAD_LIST.joinpath(str(worker.native_id)).exists():
         time.sleep(0.001)
 
 
@@ -273,7 +275,8 @@ class Workers:
         forks: bool = False,
     ):
         self.forks = forks and threads > 1
-        self.threads, self.prepare, self.rank, self.size = threads, prepare, rank, size
+        self.threads, self.prepare = threads, prepare
+        self.rank, self.size = rank, size
         self.messages = Messages(shared, rank, size)
         self.jobs = self.broadcasts = self.barriers = 0
 
@@ -330,7 +333,10 @@ class Workers:
         worker.start()
         join(worker)
         if faults:
-            raise faults[0]
+            try:
+                raise faults.pop()
+            finally:
+                del faults, work  # else the traceback, which holds this frame, would keep what ran out of memory
 
     def broadcast(self, decide: Callable[[], object]) -> object:
         """Return what ``decide()`` gives on rank 0, a JSON value, on every process.
@@ -372,7 +378,7 @@ class Workers:
         """Refuse to share work with processes that do not see the same folder, which must be there.
 
         Raises:
-            OSError: This process does not see what rank 0 writes.
+            UsageError: This process does not see what rank 0 writes.
         """
         if self.size == 1:
             return
@@ -384,7 +390,7 @@ class Workers:
             since = time.monotonic()
             while not token.exists():
                 if time.monotonic() - since > FILE_SYSTEM_SECONDS:
-                    raise OSError(f"{folder} is not one folder for all processes. It must be, for them to share work")
+                    raise UsageError(f"{folder}: not one folder for all processes. Give one that all machines share.")
                 time.sleep(POLL_SECONDS)
             self.barrier()
         finally:
@@ -396,7 +402,8 @@ class _Job:
     """The state of one `Workers.do`: which tasks failed, what a thread raised, and whether to stop."""
 
     def __init__(self, name: str, tasks: Sequence[Task], messages: Messages, prepare: Callable[[], None]):
-        self.name, self.tasks, self.messages, self.prepare = name, tasks, messages, prepare
+        self.name, self.tasks = name, tasks
+        self.messages, self.prepare = messages, prepare
         self.news, self.stop = threading.Condition(), threading.Event()
         self.failed: dict[int, str] = {}  # by task
         self.faults: list[BaseException] = []
@@ -461,7 +468,7 @@ def start_workers(threads: int, prepare: Callable[[], None], device: torch.devic
     """
     # A forked process can use neither a GPU, which autograd looks for wherever one shows, nor the libraries of macOS.
     # Without the system's list of threads nobody knows when it is safe to fork.
-    forks = device.type == "cpu" and sys.platform == "linux" and THREADS.is_dir() and not torch.cuda.is_available()
+    forks = device.type == "cpu" and sys.platform == "linux" and THREAD_LIST.is_dir() and not torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Workers(threads, prepare, forks=forks)
     try:

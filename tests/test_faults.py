@@ -167,7 +167,7 @@ def test_signals_end_the_run_and_the_same_command_continues(processes, collectio
     while run.process.is_alive() and not any((out / ".cache").glob("*/units/classifier-*")):
         pass
     assert run.kill(getattr(signal, name)) == code
-    said = f"stopped by {name}. The same command continues where this one stopped."
+    said = f"Stopped by {name}. The same command continues where this one stopped."
     assert run.lines()[-1] == said
     before = finished_work(out)
     assert before and started(processes, collection, out).wait() == 0

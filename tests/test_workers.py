@@ -12,6 +12,7 @@ import torch
 from torch.distributed import HashStore
 
 from experiment import workers
+from experiment.settings import UsageError
 from experiment.workers import FaultElsewhereError, Task, TaskFailedError, Workers, start_workers
 
 
@@ -238,7 +239,8 @@ def test_no_process_outlives_its_process(tmp_path, ending):
     job = f"""
     import os, pathlib, sys, time
     sys.path.insert(0, {str(Path(workers.__file__).parent.parent)!r})
-    from experiment.workers import Workers, Task
+    from experiment.settings import UsageError
+from experiment.workers import Workers, Task
     def run(i):
         pathlib.Path({str(tmp_path)!r}, str(i)).write_text(str(os.getpid()))
         while True: time.sleep(1)
@@ -355,12 +357,12 @@ def test_processes_that_see_other_folders_are_refused(monkeypatch, tmp_path):
         (tmp_path / str(rank)).mkdir()
         try:
             Workers(1, shared=shared, rank=rank, size=2).check_shared(tmp_path / str(rank))
-        except OSError as error:
+        except UsageError as error:
             raised[rank] = str(error)
             shared.add("barrier 2", 1)  # lets the other one go, which would find this one lost
 
     in_threads(process)
-    assert list(raised) == [1] and "is not one folder for all processes" in raised[1]
+    assert list(raised) == [1] and "not one folder for all processes" in raised[1]
     assert not list((tmp_path / "0").iterdir())
 
 
