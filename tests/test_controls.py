@@ -1,6 +1,8 @@
 """What is trained and read to compare with: controls, groups, metadata, shuffled labels."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,6 +185,20 @@ def test_controls_that_diverge_are_named_and_the_rest_goes_on(planted, monkeypat
     found = asked(planted, "basic", 2)
     assert found["controls_not_run"] == dict.fromkeys(("stats", "null shuffles"), "training diverged")
     assert found["robustness"] == {} and found["null_shuffles"] is None and found["layers"]["num_above_null"] == 3
+
+
+def test_an_experiment_that_nobody_needs_is_gone_at_once(planted):
+    """Else what it has read would stay on a device until Python looks for cycles."""
+    again = planted.again(planted.collection, planted.rows, 1)
+    again.rank()
+    assert again.inputs.kernels.at_once > 0
+    seen = weakref.ref(again), weakref.ref(again.inputs), weakref.ref(again.inputs.kernels)
+    gc.disable()
+    try:
+        del again
+        assert [reference() for reference in seen] == [None, None, None]
+    finally:
+        gc.enable()
 
 
 def test_other_processes_train_and_do_not_analyse(planted, monkeypatch):

@@ -355,6 +355,14 @@ def test_rows_that_are_bad_are_dropped_and_the_others_not_read_again(tmp_path, s
         np.testing.assert_array_equal(loaded(kept, name), loaded(alone, name))
 
 
+def test_nothing_is_kept_of_a_collection_that_is_refused_for_its_classes(tmp_path):
+    root = write_collection(tmp_path / "zoo", classes=2, per_class=3)
+    spoil(files_in(root)[0], float("nan"))
+    with pytest.raises(CollectionError):
+        extract(index_collection(root), ["stats"], tmp_path / "cache", CPU, skip_bad=True)
+    assert not list((tmp_path / "cache").rglob("*.npy"))
+
+
 def test_weights_padded_for_a_bad_file_alone_are_read_again(tmp_path):
     root = write_collection(tmp_path / "zoo", classes=2, per_class=4)
     write_lora(files_in(root)[2], lora(rank=3))

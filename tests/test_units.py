@@ -42,6 +42,11 @@ def test_other_errors_stay_what_they_are():
     assert not isinstance(raised.value, MemoryError)
 
 
+def test_an_error_of_ours_that_quotes_the_allocator_stays_itself():
+    with pytest.raises(TaskFailedError), one_memory_error():
+        raise TaskFailedError("out of memory with one model at a time: DefaultCPUAllocator: can't allocate memory")
+
+
 def test_a_stack_that_does_not_fit_is_trained_in_halves_and_stays_one_unit(tmp_path, capsys):
     units, sizes = Units(tmp_path), []
 

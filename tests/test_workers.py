@@ -1,3 +1,5 @@
+import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -5,6 +7,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -143,6 +146,26 @@ def test_processs_forked_right_after_threads_never_hang(tmp_path, rounds):
     folders = os.pathsep.join([str(Path(workers.__file__).parent.parent), str(Path(__file__).parent)])
     environment = os.environ | {"PYTHONPATH": folders}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=30 + 3 * rounds)
+
+
+def test_a_fault_in_a_prepared_thread_keeps_nothing_alive():
+    class Matrix:
+        """What was being filled when memory ran out."""
+
+    seen = []
+
+    def fill():
+        matrix = Matrix()
+        seen.append(weakref.ref(matrix))
+        raise MemoryError("no more")
+
+    gc.disable()
+    try:
+        with contextlib.suppress(MemoryError):
+            Workers(1).call_prepared(fill)
+        assert seen[0]() is None
+    finally:
+        gc.enable()
 
 
 @linux
