@@ -503,7 +503,7 @@ def top_layers(experiment: Experiment, results: dict, _: Content) -> bytes:
     return building.canonical_json(results["layer_ranking"][: experiment.settings.top_k], indent=2)
 
 
-def samples(experiment: Experiment, _: dict, __: Content) -> bytes:
+def samples(experiment: Experiment, *_: object) -> bytes:
     """Return the content of samples.csv: a line for each LoRA."""
     part_of_row = {row: part for part, rows in experiment.rows.items() for row in rows.tolist()}
     columns = ["file", "label", "split"]
@@ -523,9 +523,8 @@ RESULT_FILES: dict[str, Callable[[Experiment, dict, Content], bytes]] = {
     "results.txt": lambda _, results, content: text.render_text(results, content).encode(),
     "samples.csv": samples,
     "predictions.npz": lambda experiment, *_: store.packed_arrays(experiment.predictions.arrays()),
-    "results.json": lambda _, results, __: building.canonical_json(
-        results, indent=2
-    ),  # last: then the others are there
+    # The last, so that the others are there when it is.
+    "results.json": lambda _, results, __: building.canonical_json(results, indent=2),
 }
 PAGE, FIGURES = "report.html", "figures"  # not without an analysis
 
@@ -539,7 +538,7 @@ def write_results(target: Path, experiment: Experiment, results: dict) -> None:
     """Write all result files, results.json last; move what is there of other settings to previous/<n>/ first."""
     content = text.content_of(results)
     drawn = figures.draw(results, content.findings)
-    files = {f"{FIGURES}/{name}": content for name, content in drawn.items()}
+    files = {f"{FIGURES}/{name}": picture for name, picture in drawn.items()}
     if results["analysis"] is not None:
         files[PAGE] = page.render_page(results, drawn, content)
     earlier = {path.relative_to(target).as_posix() for path in (target / FIGURES).glob("[!.]*")}
