@@ -150,7 +150,7 @@ def test_each_question_has_a_section_and_a_hypothesis():
 def test_the_curve_of_the_first_control_decides_whether_degradation_is_graceful():
     evidence = evidence_of()
     planned, predicted = controls_of(evidence).conditions["stats"]
-    kept = planned.kept.mean(1)[:, None, None]  # of each condition, the share of layers
+    kept = planned.kept.mean(2)[..., None]  # share of layers in each condition and run, (K, R, 1)
     known = np.arange(len(evidence.truth)) % 20 < 20 * kept
     gradual = np.where(np.broadcast_to(known, predicted.shape), evidence.truth, predicted)
     first = {"other": (planned, gradual), "stats": (planned, predicted)}
