@@ -45,6 +45,7 @@ from experiment.workers import FaultElsewhereError, Workers, start_workers
 from loras import building, digits_zoo
 from loras.building import Progress
 from report import figures, page, text
+from report.text import Content
 from representations import RANKING, REPRESENTATIONS, UPDATES
 from training.classifier import scored
 
@@ -496,12 +497,12 @@ def finished_results(target: Path, header: dict) -> dict | None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def top_layers(experiment: Experiment, results: dict) -> bytes:
+def top_layers(experiment: Experiment, results: dict, _: Content) -> bytes:
     """Return the content of top_layers.json."""
     return building.canonical_json(results["layer_ranking"][: experiment.settings.top_k], indent=2)
 
 
-def samples(experiment: Experiment, _: dict) -> bytes:
+def samples(experiment: Experiment, *_: object) -> bytes:
     """Return the content of samples.csv: a line for each LoRA."""
     part_of_row = {row: part for part, rows in experiment.rows.items() for row in rows.tolist()}
     columns = ["file", "label", "split"]
@@ -516,12 +517,13 @@ def samples(experiment: Experiment, _: dict) -> bytes:
     return table.getvalue().encode()
 
 
-RESULT_FILES: dict[str, Callable[[Experiment, dict], bytes]] = {
+RESULT_FILES: dict[str, Callable[[Experiment, dict, Content], bytes]] = {
     "top_layers.json": top_layers,
-    "results.txt": lambda _, results: text.render_text(results).encode(),
+    "results.txt": lambda _, results, content: text.render_text(results, content).encode(),
     "samples.csv": samples,
-    "predictions.npz": lambda experiment, _: store.packed_arrays(experiment.predictions.arrays()),
-    "results.json": lambda _, results: building.canonical_json(results, indent=2),  # last: then the others are there
+    "predictions.npz": lambda experiment, *_: store.packed_arrays(experiment.predictions.arrays()),
+    # The last, so that the others are there when it is.
+    "results.json": lambda _, results, __: building.canonical_json(results, indent=2),
 }
 PAGE, FIGURES = "report.html", "figures"  # not without an analysis
 
@@ -533,13 +535,14 @@ def files_of(results: dict) -> list[str]:
 
 def write_results(target: Path, experiment: Experiment, results: dict) -> None:
     """Write all result files, results.json last; move what is there of other settings to previous/<n>/ first."""
-    drawn = figures.draw(results)
-    files = {f"{FIGURES}/{name}": content for name, content in drawn.items()}
+    content = text.content_of(results)
+    drawn = figures.draw(results, content.findings)
+    files = {f"{FIGURES}/{name}": picture for name, picture in drawn.items()}
     if results["analysis"] is not None:
-        files[PAGE] = page.render_page(results, drawn)
+        files[PAGE] = page.render_page(results, drawn, content)
     earlier = {path.relative_to(target).as_posix() for path in (target / FIGURES).glob("[!.]*")}
     earlier |= {PAGE} if (target / PAGE).exists() else set()
-    contents = {name: content(experiment, results) for name, content in RESULT_FILES.items()}
+    contents = {name: written(experiment, results, content) for name, written in RESULT_FILES.items()}
     store.replace_all(target, files | contents, sorted(earlier - files.keys()))
 
 

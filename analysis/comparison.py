@@ -51,9 +51,9 @@ def compare_representations(evidence: Evidence, names: Sequence[str]) -> dict:
 
     pairs = {}
     for condition in CONDITIONS:
-        of_two = list(combinations(names, 2))
-        differences = _with_holm([difference((condition, a), (condition, b)) for a, b in of_two])
-        pairs[condition] = [{"a": a, "b": b, **record} for (a, b), record in zip(of_two, differences, strict=True)]
+        name_pairs = list(combinations(names, 2))
+        differences = _with_holm([difference((condition, a), (condition, b)) for a, b in name_pairs])
+        pairs[condition] = [{"a": a, "b": b, **record} for (a, b), record in zip(name_pairs, differences, strict=True)]
     lost = _with_holm([difference(("baseline", name), ("ablation", name)) for name in names])
     drops = {name: {"drop": record.pop("difference"), **record} for name, record in zip(names, lost, strict=True)}
     best = max(names, key=lambda name: accuracy["baseline", name])
@@ -81,8 +81,8 @@ def compare_representations(evidence: Evidence, names: Sequence[str]) -> dict:
 def best_by_chance(evidence: Evidence, predicted: Sequence[np.ndarray]) -> np.ndarray:
     """Return the accuracy on permuted test labels of the best of some classifiers, int[R, T] each, float64[B]."""
     by_runs: dict[int, list[np.ndarray]] = {}
-    for of_classifier in predicted:
-        by_runs.setdefault(len(of_classifier), []).append(of_classifier)
+    for classes in predicted:
+        by_runs.setdefault(len(classes), []).append(classes)
     return np.max([evidence.null(np.stack(stacked)).max(1) for stacked in by_runs.values()], axis=0)
 
 
@@ -184,11 +184,14 @@ def null_shuffles(evidence: Evidence, shuffled: np.ndarray) -> dict:
     largest = shuffled.max(1)
     observed = (evidence.layer_predictions()[:, 0] == evidence.truth).mean(1).max()
     p = exceedance(np.array([observed]), largest[:, None])[0]
+    significant = p < ALPHA
+    ahead_of_all = p <= 1.001 / (1 + len(largest))  # the least p of so many shuffles, but for rounding
     return {
         "shuffles": len(largest),
         "largest": largest,
         "observed": observed,
         "p": p,
-        "significant": p < ALPHA,
-        "ahead_of_all": p <= 1.001 / (1 + len(largest)),  # the least p of so many shuffles, but for rounding
+        "significant": significant,
+        "ahead_of_all": ahead_of_all,
+        "as_expected": ahead_of_all or significant,  # few shuffles cannot give a significant p
     }

@@ -67,7 +67,7 @@ class Draws:
             resample_runs: Whether runs are drawn too; else all of them count in every draw.
         """
         accuracies = np.empty((len(correct), self.count))
-        run_counts = np.array([len(of_classifier) for of_classifier in correct])
+        run_counts = np.array([len(runs) for runs in correct])
         for start, rows in self._blocks():
             columns, total = slice(start, start + len(rows)), rows.sum(1, dtype=float)
             for runs in np.unique(run_counts).tolist():
@@ -304,8 +304,8 @@ class Predictions:
     def arrays(self) -> Arrays:
         """Return all arrays under their names in predictions.npz, such as ``baseline/stats/predicted``."""
         named = {"layers": self.layers}
-        for condition, of_representation in self.conditions.items():
-            named |= {f"{condition}/{name}": arrays for name, arrays in of_representation.items()}
+        for condition, representations in self.conditions.items():
+            named |= {f"{condition}/{name}": arrays for name, arrays in representations.items()}
         named |= {f"controls/{name}": arrays for name, arrays in self.controls.items()}
         flat = {f"{prefix}/{kind}": array for prefix, arrays in named.items() for kind, array in arrays.items()}
         return {"rows": self.rows, "y": self.y, **flat}

@@ -21,6 +21,7 @@ FEATURE_NUMBERS = 2**24  # of features that descriptions only (CKA, clusters, sp
 CLIP = 10.0  # standard deviations beyond which a feature is an outlier of a heavy tail, as in training
 FEW_TEST_LORAS = 50  # below which intervals by resampling test LoRAs are too narrow
 STEEP = 0.5  # of the range of a removal curve; degradation with a larger step is not graceful
+CHALLENGERS = frozenset(("ensemble", "spectral"))  # of stats: the third hypothesis is about these by name
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Controls:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Material:
     """All that the questions are answered from.
 
     Attributes:
@@ -85,7 +86,7 @@ class Question:
     """
 
     key: str
-    answer: Callable[[Inputs], object]
+    answer: Callable[[Material], object]
     hypothesis: Callable[[dict], dict]
 
 
@@ -113,17 +114,17 @@ def analyse(
     best_predicted = evidence.predicted("baseline", best) if best else evidence.layer_predictions()[first_layer]
     described = choose_rows(evidence.y, FEATURE_NUMBERS // math.prod(statistics.shape[1:]), evidence.seed)
     features = standardised(statistics[described])
-    inputs = Inputs(evidence, names, features, described, updates, samples, controls, best, best_predicted)
-    sections = {question.key: question.answer(inputs) for question in QUESTIONS}
-    hypotheses = [question.hypothesis(sections) for question in QUESTIONS]
-    return plain(_settings(inputs) | sections | _other_sections(inputs, sections) | {"hypotheses": hypotheses})
+    material = Material(evidence, names, features, described, updates, samples, controls, best, best_predicted)
+    sections = {question.key: question.answer(material) for question in QUESTIONS}
+    hypotheses = [{"question": question.key, **question.hypothesis(sections)} for question in QUESTIONS]
+    return plain(_settings(material) | sections | _other_sections(material, sections) | {"hypotheses": hypotheses})
 
 
-def _settings(inputs: Inputs) -> dict:
+def _settings(material: Material) -> dict:
     """Return what the analysis was done with."""
-    evidence = inputs.evidence
+    evidence = material.evidence
     return {
-        "controls": inputs.controls.level,
+        "controls": material.controls.level,
         "level": LEVEL,
         "alpha": ALPHA,
         "resamples": evidence.resamples,
@@ -131,14 +132,14 @@ def _settings(inputs: Inputs) -> dict:
         "permuted": "LoRAs" if evidence.groups is None else "groups",
         "units": len(np.unique(evidence.test_groups)),
         "few_test_loras": len(evidence.truth) < FEW_TEST_LORAS,
-        "rows_described": len(inputs.described),
+        "rows_described": len(material.described),
     }
 
 
-def _other_sections(inputs: Inputs, sections: dict) -> dict:
+def _other_sections(material: Material, sections: dict) -> dict:
     """Return the sections that answer none of the five questions; None where there is nothing to answer from."""
-    evidence, controls = inputs.evidence, inputs.controls
-    result: dict[str, object] = {"concepts": concepts(evidence, inputs.names)}
+    evidence, controls = material.evidence, material.controls
+    result: dict[str, object] = {"concepts": concepts(evidence, material.names)}
     conditional = [
         conditional_importance(evidence, conditions, predicted)
         for conditions, predicted in controls.conditions.values()
@@ -151,8 +152,8 @@ def _other_sections(inputs: Inputs, sections: dict) -> dict:
         accuracy = np.array([record["accuracy"] for record in sections["layers"]["records"]])
         result["attribution"] = attribution(evidence, *controls.attributed, accuracy)
     if controls.cheap:
-        cheap = cheap_explanations(evidence, controls.cheap, inputs.best_predicted)
-        result["cheap"] = cheap | {"compared_with": inputs.best}
+        cheap = cheap_explanations(evidence, controls.cheap, material.best_predicted)
+        result["cheap"] = cheap | {"compared_with": material.best}
     if controls.unused:
         result["groups"] = grouped_split(evidence, controls.unused, controls.grouped)
     if controls.shuffled is not None:
@@ -207,28 +208,28 @@ def plain(value: object) -> object:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _which_layers(inputs: Inputs) -> dict:
-    return layer_ranking(inputs.evidence)
+def _which_layers(material: Material) -> dict:
+    return layer_ranking(material.evidence)
 
 
-def _is_robust(inputs: Inputs) -> dict:
-    measured = inputs.controls.conditions
-    return {name: robustness(inputs.evidence, *conditions) for name, conditions in measured.items()}
+def _is_robust(material: Material) -> dict:
+    measured = material.controls.conditions
+    return {name: robustness(material.evidence, *conditions) for name, conditions in measured.items()}
 
 
-def _best_representation(inputs: Inputs) -> dict | None:
-    return compare_representations(inputs.evidence, inputs.names) if inputs.names else None
+def _best_representation(material: Material) -> dict | None:
+    return compare_representations(material.evidence, material.names) if material.names else None
 
 
-def _different_information(inputs: Inputs) -> dict:
-    return layer_information(inputs.evidence, inputs.features, inputs.described)
+def _different_information(material: Material) -> dict:
+    return layer_information(material.evidence, material.features, material.described)
 
 
-def _rank_matters(inputs: Inputs) -> dict:
-    recall = recalls(inputs.evidence, inputs.best_predicted)
-    section = rank_structure(inputs.evidence, inputs.updates, inputs.features, inputs.described, recall)
-    section["complexity"]["recall_by"] = inputs.best
-    merged = {name: coinciding(*sample) for name, sample in inputs.samples.items()}
+def _rank_matters(material: Material) -> dict:
+    recall = recalls(material.evidence, material.best_predicted)
+    section = rank_structure(material.evidence, material.updates, material.features, material.described, recall)
+    section["complexity"]["recall_by"] = material.best
+    merged = {name: coinciding(*sample) for name, sample in material.samples.items()}
     return section | {
         "coinciding": {name: groups for name, (groups, _) in merged.items() if groups},
         "constant": {name: constant for name, (_, constant) in merged.items() if constant},
@@ -249,9 +250,9 @@ def _later_layers_predict_more(sections: dict) -> dict:
 
 
 def _degradation_is_graceful(sections: dict) -> dict:
-    compared = sections["robustness"]
-    curves = compared.get("stats") or next(iter(compared.values()), {})
-    step = curves.get("largest_step")
+    # The first control is that of the representation by which the layers are ranked, unless it was not run.
+    section = next(iter(sections["robustness"].values()), None)
+    step = section["largest_step"] if section else None
     record = _unanswered("degradation is graceful", "largest step of the removal curve, as a share of its range")
     if step is None:
         return record | {"why": f"no removal curve that is above chance and has at least {LEAST_STEPS} steps"}
@@ -270,7 +271,7 @@ def _better_than_stats(sections: dict) -> dict:
     record = _unanswered("ensemble or spectral outperforms stats", "difference of test accuracies")
     pairs = []
     for pair in compared["pairs"]["baseline"] if compared else ():
-        if "stats" not in (pair["a"], pair["b"]) or not {pair["a"], pair["b"]} & {"ensemble", "spectral"}:
+        if "stats" not in (pair["a"], pair["b"]) or not CHALLENGERS & {pair["a"], pair["b"]}:
             continue
         sign, name = (1, pair["a"]) if pair["b"] == "stats" else (-1, pair["b"])
         bounds = sorted(sign * np.asarray(pair["interval"]))

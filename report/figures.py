@@ -88,17 +88,18 @@ class FigureRow:
     shows: str
 
 
-def draw(results: dict) -> dict[str, bytes]:
+def draw(results: dict, finding_of: dict[str, str] | None = None) -> dict[str, bytes]:
     """Draw all figures that the results have the data for.
 
     Args:
         results: The content of results.json; it is not changed.
+        finding_of: Its `findings`, where they are made already.
 
     Returns:
         Content by file name, such as ``layer_importance.png`` and ``layer_importance.svg``; empty without an analysis.
     """
     files = {}
-    for name, finding, figure in finished_figures(results):
+    for name, finding, figure in finished_figures(results, finding_of):
         for kind in ("png", "svg"):
             files[f"{name}.{kind}"] = saved(figure, kind, finding)
     return files
@@ -111,9 +112,9 @@ def findings(results: dict) -> dict[str, str]:
     return {name: sentence for name, sentence in sentences.items() if sentence}
 
 
-def finished_figures(results: dict) -> Iterator[tuple[str, str, Figure]]:
+def finished_figures(results: dict, finding_of: dict[str, str] | None = None) -> Iterator[tuple[str, str, Figure]]:
     """Yield name, finding and figure of all that can be drawn; a figure must be saved before the next is asked for."""
-    finding_of = findings(results)
+    finding_of = findings(results) if finding_of is None else finding_of
     for row in FIGURES:
         if row.name not in finding_of:
             continue

@@ -14,10 +14,9 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from report.figures import FIGURES, findings
-from report.sentences import NO_CONTROLS, QUESTIONS, VERDICTS, answers, checks, concept_lines, warnings
-from report.tables import tables
-from report.text import run_facts
+from report.figures import FIGURES
+from report.sentences import NO_CONTROLS, QUESTIONS, VERDICTS, concept_lines
+from report.text import Content, content_of, run_facts
 from report.wording import kept_together
 
 SVG_LIMIT = 300_000  # bytes above which the smaller of SVG and PNG is taken: six of them stay below 3 MB
@@ -40,25 +39,26 @@ ENVIRONMENT = Environment(
 ENVIRONMENT.filters["kept_together"] = kept_together
 
 
-def render_page(results: dict, drawn: dict[str, bytes]) -> bytes:
+def render_page(results: dict, drawn: dict[str, bytes], content: Content | None = None) -> bytes:
     """Return the whole of report.html from the content of results.json.
 
     Args:
         results: The content of results.json, with or without ``analysis``.
         drawn: Contents of the figures by file name, such as ``layer_importance.svg``; any may be missing.
+        content: Sentences and tables of the results, where they are made already.
 
     Returns:
         One HTML file in UTF-8 that fetches nothing.
     """
-    analysis, answered = results.get("analysis") or {}, answers(results)
+    analysis, content = results.get("analysis") or {}, content or content_of(results)
     page = ENVIRONMENT.get_template("page.html").render(
         title=f"LoRA layer ablation: {results['dataset']['name']}",
         policy=POLICY,
         facts=run_facts(results),
-        sections=_sections(results, answered, drawn),
-        answers=answered,
+        sections=_sections(results, content, drawn),
+        answers=content.answers,
         level=f"{100 * analysis['level']:.0f}" if analysis else "",
-        cautions=warnings(results),
+        cautions=content.warnings,
         verdicts=VERDICTS if analysis.get("robustness") else {},
         settings={part: list(_flat(_undated(results[part]))) for part in ("config", "dataset", "environment")},
         not_run=results["representations_not_run"],
@@ -67,15 +67,15 @@ def render_page(results: dict, drawn: dict[str, bytes]) -> bytes:
     return page.encode()
 
 
-def _sections(results: dict, answered: list, drawn: dict[str, bytes]) -> list[dict]:
+def _sections(results: dict, content: Content, drawn: dict[str, bytes]) -> list[dict]:
     """Return the content of each of ``SECTIONS``: lines, an answer, bullets, figures and tables."""
-    answer_of, made = {answer.anchor: answer for answer in answered}, tables(results).values()
+    answer_of = {answer.anchor: answer for answer in content.answers}
     lines = {anchor: answer.sentences for anchor, answer in answer_of.items()}
     lines["concepts"] = concept_lines(results)
     if not results.get("analysis"):
         lines = {anchor: [NO_CONTROLS] for anchor in (*(question.anchor for question in QUESTIONS), "concepts")}
-    bullets = {"controls": checks(results) or [NO_CONTROLS]}
-    figures = list(_figures(results, drawn))
+    bullets = {"controls": content.checks or [NO_CONTROLS]}
+    figures = list(_figures(content.findings, drawn))
     return [
         {
             "anchor": anchor,
@@ -84,15 +84,14 @@ def _sections(results: dict, answered: list, drawn: dict[str, bytes]) -> list[di
             "answer": answer_of.get(anchor),
             "bullets": bullets.get(anchor, []),
             "figures": [figure for figure in figures if figure["section"] == anchor],
-            "tables": [table for table in made if table.anchor == anchor],
+            "tables": [table for table in content.tables.values() if table.anchor == anchor],
         }
         for anchor, heading in SECTIONS.items()
     ]
 
 
-def _figures(results: dict, drawn: dict[str, bytes]) -> Iterator[dict]:
+def _figures(finding_of: dict[str, str], drawn: dict[str, bytes]) -> Iterator[dict]:
     """Yield the figures that are there, each with its finding as the text for those who do not see it."""
-    finding_of = findings(results)
     for row in FIGURES:
         if source := _inlined(row.name, drawn):
             finding = f" {finding_of[row.name]}." if row.name in finding_of else ""

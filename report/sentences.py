@@ -43,12 +43,14 @@ class Question:
     """A question of the experiment, a row of ``QUESTIONS``.
 
     Attributes:
+        key: Name of its section in ``analysis``, which its hypothesis names too.
         anchor: Name of its section in report.html.
         text: The question.
         sentences: Function of the results that yields the answer; its first two sentences say what matters most.
         unit: Unit of the number that its hypothesis rests on: ``%``, ``points`` or none.
     """
 
+    key: str
     anchor: str
     text: str
     sentences: Callable[[dict], Iterator[str]]
@@ -80,17 +82,19 @@ def answers(results: dict) -> list[Answer]:
     """Return an answer to each of ``QUESTIONS``, in their order; none where no analysis was made."""
     if not (analysis := results.get("analysis")):
         return []
-    return [
-        Answer(
-            anchor=question.anchor,
-            question=question.text,
-            sentences=list(question.sentences(results)),
-            hypothesis=capital(hypothesis["hypothesis"]),
-            outcome=hypothesis["outcome"],
-            evidence=_evidence(hypothesis, question.unit),
-        )
-        for question, hypothesis in zip(QUESTIONS, analysis["hypotheses"], strict=True)
-    ]
+    hypothesis_of = {hypothesis["question"]: hypothesis for hypothesis in analysis["hypotheses"]}
+    return [_answer(results, question, hypothesis_of[question.key]) for question in QUESTIONS]
+
+
+def _answer(results: dict, question: Question, hypothesis: dict) -> Answer:
+    return Answer(
+        anchor=question.anchor,
+        question=question.text,
+        sentences=list(question.sentences(results)),
+        hypothesis=capital(hypothesis["hypothesis"]),
+        outcome=hypothesis["outcome"],
+        evidence=_evidence(hypothesis, question.unit),
+    )
 
 
 def _evidence(hypothesis: dict, unit: str) -> str:
@@ -299,11 +303,11 @@ def _rank_matters(results: dict) -> Iterator[str]:
 
 
 QUESTIONS = (
-    Question("layers", "Which layers predict?", _which_layers, ""),
-    Question("robustness", "Is prediction robust to removing them?", _is_robust, "%"),
-    Question("representations", "Which representation is best?", _best_representation, "points"),
-    Question("information", "Do layers carry different information?", _different_information, ""),
-    Question("rank", "Does rank structure matter?", _rank_matters, ""),
+    Question("layers", "layers", "Which layers predict?", _which_layers, ""),
+    Question("robustness", "robustness", "Is prediction robust to removing them?", _is_robust, "%"),
+    Question("representations", "representations", "Which representation is best?", _best_representation, "points"),
+    Question("layer_information", "information", "Do layers carry different information?", _different_information, ""),
+    Question("rank_structure", "rank", "Does rank structure matter?", _rank_matters, ""),
 )
 
 
@@ -443,8 +447,7 @@ def _shuffled(analysis: dict) -> Iterator[str]:
     if not (null := analysis["null_shuffles"]):
         return
     least = f", the smallest that {null['shuffles']} can give" if null["ahead_of_all"] else ""
-    expected = null["ahead_of_all"] or null["significant"]
-    outcome = "as expected" if expected else "indistinguishable from chance"
+    outcome = "as expected" if null["as_expected"] else "indistinguishable from chance"
     yield (
         f"Ranked again on shuffled labels ({null['shuffles']} times, one run each), the best layer reaches at most "
         f"{percent(max(null['largest']))} %; with the true ones, in one run, {percent(null['observed'])} % "

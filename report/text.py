@@ -4,16 +4,44 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from report.figures import findings
 from report.sentences import NO_CONTROLS, Answer, answers, checks, warnings
 from report.tables import Table, tables
 from report.wording import counted, metric, signed, wrapped
 
-SMALL_VALIDATION = 50  # rows; below this the results say how little early stopping rests on
+# Validation rows below which the results say how little early stopping rests on. It stands here, not in analysis/, as
+# results without an analysis need it too.
+SMALL_VALIDATION = 50
 LAYER_HEADER = f"{'rank':>4}  {'test accuracy':>13}  {'validation':>10}  {'role':4}  layer"
 RESULT_HEADER = f"{'representation':<15} {'features':>8} {'test accuracy':>13}  {'test F1':>13}"
 WIDTH = 118  # of a line of results.txt
 WORD_WIDTH = 40  # of a name in a column of results.txt that is not the last
+
+
+@dataclass(frozen=True)
+class Content:
+    """The sentences and tables that results.txt, report.html and the figures share, made once.
+
+    Attributes:
+        answers: Answers to the five questions; none without an analysis.
+        warnings: Warnings that belong beside them.
+        checks: Outcome of the controls; none without an analysis.
+        tables: Tables by name.
+        findings: Findings of the figures that can be drawn, by name.
+    """
+
+    answers: list[Answer]
+    warnings: list[str]
+    checks: list[str]
+    tables: dict[str, Table]
+    findings: dict[str, str]
+
+
+def content_of(results: dict) -> Content:
+    """Return the sentences and tables that the content of results.json gives."""
+    return Content(answers(results), warnings(results), checks(results), tables(results), findings(results))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,9 +94,9 @@ def result_row(name: str, entry: dict) -> str:
     return row.rstrip()
 
 
-def short_answers(results: dict) -> list[str]:
+def short_answers(results: dict, content: Content | None = None) -> list[str]:
     """Return the five answers and hypotheses in lines, for the console; none without an analysis."""
-    return _answer_lines(results, answers(results))
+    return _answer_lines(results, content.answers if content else answers(results))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -76,16 +104,21 @@ def short_answers(results: dict) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def render_text(results: dict) -> str:
-    """Return the whole of results.txt from the content of results.json."""
-    made, cautions = tables(results), warnings(results)
+def render_text(results: dict, content: Content | None = None) -> str:
+    """Return the whole of results.txt from the content of results.json.
+
+    Args:
+        results: The content of results.json, with or without ``analysis``.
+        content: Its sentences and tables, where they are made already.
+    """
+    content = content or content_of(results)
     sections = (
         _title(results),
-        _answer_lines(results, answers(results)),
-        _caution_lines(results, cautions),
-        _layers(results, made["ranking"]),
+        _answer_lines(results, content.answers),
+        _caution_lines(results, content.warnings),
+        _layers(results, content.tables["ranking"]),
         _representations(results),
-        _evidence(made, [check for check in checks(results) if check not in cautions]),
+        _evidence(content.tables, [check for check in content.checks if check not in content.warnings]),
         _not_run(results),
         _notes(results),
     )

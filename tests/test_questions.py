@@ -138,4 +138,22 @@ def test_fewer_than_fifty_test_loras_are_few(tested, few):
 def test_each_question_has_a_section_and_a_hypothesis():
     result = analysed(evidence_of())
     assert [question.key for question in QUESTIONS if question.key in result] == list(result)[9:14]
-    assert len(result["hypotheses"]) == len(QUESTIONS) == 5
+    assert len(QUESTIONS) == 5
+    assert [record["question"] for record in result["hypotheses"]] == [question.key for question in QUESTIONS]
+    assert all(next(iter(record)) == "question" for record in result["hypotheses"])
+    by_key = {record["question"]: record["hypothesis"] for record in result["hypotheses"]}
+    for key, words in (("layers", "later layers"), ("robustness", "graceful"), ("representations", "outperforms"),
+                       ("layer_information", "clusters"), ("rank_structure", "effective rank")):  # fmt: skip
+        assert words in by_key[key]
+
+
+def test_the_curve_of_the_first_control_decides_whether_degradation_is_graceful():
+    evidence = evidence_of()
+    planned, predicted = controls_of(evidence).conditions["stats"]
+    kept = planned.kept.mean(2)[..., None]  # share of layers in each condition and run, (K, R, 1)
+    known = np.arange(len(evidence.truth)) % 20 < 20 * kept
+    gradual = np.where(np.broadcast_to(known, predicted.shape), evidence.truth, predicted)
+    first = {"other": (planned, gradual), "stats": (planned, predicted)}
+    for conditions, result in ((first, "confirmed"), (dict(reversed(first.items())), "not answerable")):
+        record = outcome(analysed(evidence, Controls("all", conditions)), "graceful")
+        assert record["outcome"] == result

@@ -368,6 +368,23 @@ def test_a_cheap_explanation_that_does_as_well_is_on_the_first_page():
     assert "were not tried" in " ".join(sentences.checks(results))
 
 
+def test_a_hypothesis_belongs_to_its_question_by_key_whatever_the_order():
+    results = made()
+    expected, records = sentences.answers(results), results["analysis"]["hypotheses"]
+    assert [answer.anchor for answer in expected] == [question.anchor for question in sentences.QUESTIONS]
+    for order in (records[::-1], records[2:] + records[:2]):
+        results["analysis"]["hypotheses"] = order
+        assert sentences.answers(results) == expected
+    hypothesis_of = {record["question"]: record["hypothesis"].lower() for record in records}
+    for question, answer in zip(sentences.QUESTIONS, expected, strict=True):
+        assert answer.hypothesis.lower() == hypothesis_of[question.key] and question.key in results["analysis"]
+
+
+def test_both_tables_of_questions_have_the_same_keys():
+    keys = [question.key for question in sentences.QUESTIONS]
+    assert len(set(keys)) == 5 and set(keys) == {question.key for question in questions.QUESTIONS}
+
+
 def test_unused_groups_shuffles_and_quick():
     results = made()
     text = " ".join(sentences.warnings(results))
@@ -377,9 +394,14 @@ def test_unused_groups_shuffles_and_quick():
     shuffled = results["analysis"]["null_shuffles"]
     assert f"(4 times, one run each), the best layer reaches at most {100 * max(shuffled['largest']):.1f} %" in text
     assert "p = 0.2, the smallest that 4 can give): as expected." in text and "--quick" not in text
-    shuffled |= {"largest": [0.9] * 4, "p": 1.0, "significant": False, "ahead_of_all": False}
+    shuffled |= {"largest": [0.9] * 4, "p": 1.0, "significant": False, "ahead_of_all": False, "as_expected": False}
     assert "(p = 1): indistinguishable from chance." in " ".join(sentences.warnings(results))
-    shuffled |= {"shuffles": 100, "p": 2 / 101, "significant": True}  # one of a hundred is ahead of the true ones
+    shuffled |= {
+        "shuffles": 100,
+        "p": 2 / 101,
+        "significant": True,
+        "as_expected": True,
+    }  # one of a hundred is ahead of the true ones
     assert "(p = 0.02): as expected." in " ".join(sentences.warnings(results))
     results["analysis"] |= {"groups": None, "null_shuffles": None}
     results["config"]["quick"] = True

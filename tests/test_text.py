@@ -1,11 +1,12 @@
 """results.txt: order, widths, and all that it must say once."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 from result_making import CLASSES, KNOWN, made, unwrapped
 
-from report import sentences, tables, text
+from report import figures, page, sentences, tables, text
 
 
 def test_that_the_top_was_chosen_on_the_test_loras_is_on_the_first_page_once():
@@ -39,6 +40,39 @@ def test_results_txt_has_the_answers_first_and_short_lines(kind):
     assert all(words.count(check) == 1 for check in sentences.checks(results))
     assert words.count("--rank-by=val") == 1
     assert rendered.index("--rank-by=val") < rendered.index("1. Which layers predict? E")
+
+
+@pytest.mark.parametrize("analysed", [True, False])
+def test_content_that_is_made_already_gives_the_same_files(analysed):
+    results = made()
+    if not analysed:
+        results["analysis"] = None
+    content = text.content_of(results)
+    assert content == text.Content(
+        sentences.answers(results),
+        sentences.warnings(results),
+        sentences.checks(results),
+        tables.tables(results),
+        figures.findings(results),
+    )
+    assert text.render_text(results, content) == text.render_text(results)
+    assert text.short_answers(results, content) == text.short_answers(results)
+    assert bool(text.short_answers(results, content)) == analysed
+    assert page.render_page(results, {}, content) == page.render_page(results, {})
+
+
+def test_content_that_is_given_is_what_the_files_hold():
+    results = made()
+    content = replace(text.content_of(results), warnings=["A warning of the caller."])
+    assert "- A warning of the caller.\n" in text.render_text(results, content)
+    assert b"A warning of the caller." in page.render_page(results, {}, content)
+    first = replace(content.answers[0], question="A question of the caller?")
+    content = replace(content, answers=[first], findings={"layer_importance": "A finding of the caller"})
+    assert text.short_answers(results, content)[2] == "1. A question of the caller?"
+    drawn = figures.draw(results, content.findings)
+    assert list(drawn) == ["layer_importance.png", "layer_importance.svg"]
+    assert b"A finding of the caller" in drawn["layer_importance.svg"]
+    assert b"A finding of the caller." in page.render_page(results, drawn, content)
 
 
 @pytest.mark.parametrize("absent", [True, False])
