@@ -54,6 +54,28 @@ def test_json_keeps_order_and_letters():
     assert building.canonical_json({"ü": 1, "a": [0.1]}) == '{"ü": 1, "a": [0.1]}\n'.encode()
 
 
+def test_an_object_is_read_and_an_absent_file_or_another_value_is_none(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"a": 1}')
+    assert building.read_object(path) == {"a": 1}
+    for contents in (b"[1]", b'{"a": ', b"\xff"):
+        path.write_bytes(contents)
+        assert building.read_object(path) is None
+    assert building.read_object(tmp_path / "absent.json") is None
+    assert building.read_object(path / "below-a-file.json") is None
+
+
+def test_a_file_that_cannot_be_read_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(IsADirectoryError) as fault:
+        building.read_object(tmp_path)
+    assert fault.value.filename == str(tmp_path)
+    path = tmp_path / "x.json"
+    path.symlink_to("/proc/self/mem")  # its first page cannot be read: the system's error names no file
+    with pytest.raises(OSError) as fault:
+        building.read_object(path)
+    assert (fault.value.errno, fault.value.filename) == (errno.EIO, str(path))
+
+
 def test_one_holds_a_lock_at_a_time_and_its_end_frees_it(tmp_path):
     path = tmp_path / "deep" / "x.lock"
     with building.locked(path):
@@ -193,6 +215,21 @@ def test_two_builds_never_work_in_one_folder(tmp_path):
         with pytest.raises(building.LockedError, match=words):
             build(out, range(3))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo"]
+
+
+@pytest.mark.parametrize("contents", ["a folder", "a file", "a link to nowhere"])
+def test_what_another_process_has_finished_meanwhile_is_left_alone(tmp_path, contents):
+    out = tmp_path / "zoo"
+    if contents == "a folder":
+        build(out, range(3))
+    elif contents == "a file":
+        out.write_text("mine")
+    else:
+        out.symlink_to("nowhere")
+    before = names_below(tmp_path)
+    with building.partial_folder(out, None) as partial:
+        assert partial is None
+    assert names_below(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["zoo"]
 
 
 def test_progress_is_lines_in_a_log_and_a_bar_on_a_terminal(monkeypatch, capsys):
