@@ -97,15 +97,15 @@ def test_one_holds_a_lock_at_a_time_and_its_end_frees_it(tmp_path):
 
 
 def test_a_forked_process_has_no_share_in_a_lock(tmp_path):
-    path, asleep, (there, ready) = tmp_path / "lock", None, os.pipe()
+    path, asleep, (reading, writing) = tmp_path / "lock", None, os.pipe()
     try:
         with building.locked(path):
             asleep = os.fork()
             if asleep == 0:
-                os.write(ready, b"!")
+                os.write(writing, b"!")
                 time.sleep(60)
                 os._exit(0)
-            assert os.read(there, 1) == b"!"
+            assert os.read(reading, 1) == b"!"
             descriptor = os.open(path, os.O_RDWR)
         # Its holder removed the file at the end; nobody holds what was open.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -115,21 +115,21 @@ def test_a_forked_process_has_no_share_in_a_lock(tmp_path):
             os.waitpid(asleep, 0)
 
 
-def test_who_waits_for_a_lock_is_told_for_whom(tmp_path):
-    path, told, order = tmp_path / "x.lock", [], []
+def test_a_process_that_waits_for_a_lock_gets_its_holder(tmp_path):
+    path, holders, order = tmp_path / "x.lock", [], []
 
     def second():
-        with building.locked(path, told.append):
+        with building.locked(path, holders.append):
             order.append("second")
 
     with building.locked(path):
         thread = threading.Thread(target=second)
         thread.start()
-        while not told:
+        while not holders:
             time.sleep(0.01)
         order.append("first")
     thread.join()
-    assert order == ["first", "second"] and str(os.getpid()) in told[0] and not path.exists()
+    assert order == ["first", "second"] and str(os.getpid()) in holders[0] and not path.exists()
 
 
 def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch):

@@ -1,8 +1,8 @@
 """The built-in collection: files, seeds, interruption, and stacked training against a literal reference."""
 
 import json
-import shutil
 import os
+import shutil
 
 import numpy as np
 import pytest

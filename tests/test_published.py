@@ -95,10 +95,10 @@ def test_rows_become_files_that_the_program_reads(tmp_path, capsys):
         "score": None,
     }
     for row in range(8):
-        found = tensors(out, row)
-        assert set(found) == set(LAYERS)
+        saved = tensors(out, row)
+        assert set(saved) == set(LAYERS)
         for name in LAYERS:
-            np.testing.assert_array_equal(found[name], wanted[name][row])
+            np.testing.assert_array_equal(saved[name], wanted[name][row])
     collection = data.index_collection(out)
     assert [layer.name for layer in collection.layers] == LAYERS
     assert collection.class_counts == {"class 0": 4, "class 1": 4}
@@ -144,10 +144,10 @@ def test_every_type_of_numbers_and_lists(tmp_path, value, nested):
     assert run(write(tmp_path / "c.parquet", pa.table(columns)), tmp_path / "out") == 0
     dtype = np.float16 if value == pa.float16() else np.float32
     for row in range(rows):
-        found = tensors(tmp_path / "out", row)
+        saved = tensors(tmp_path / "out", row)
         for name in downs:
-            assert found[name].dtype == dtype
-            np.testing.assert_array_equal(found[name], numbers[name][row].astype(dtype))
+            assert saved[name].dtype == dtype
+            np.testing.assert_array_equal(saved[name], numbers[name][row].astype(dtype))
 
 
 def test_tensors_of_arrows_own_type_and_convolutions_have_their_shapes(tmp_path):
@@ -162,11 +162,11 @@ def test_tensors_of_arrows_own_type_and_convolutions_have_their_shapes(tmp_path)
     }
     table = pa.table({"label": ["a", "b", "a"]} | own | convolution)
     assert run(write(tmp_path / "c.parquet", table), tmp_path / "out") == 0
-    found = tensors(tmp_path / "out", 1)
+    saved = tensors(tmp_path / "out", 1)
     for name, array in weights(3).items():
-        np.testing.assert_array_equal(found[name], array[1])
-    np.testing.assert_array_equal(found["unet.conv_in.lora_A.weight"], down[1])
-    np.testing.assert_array_equal(found["unet.conv_in.lora_B.weight"], up[1])
+        np.testing.assert_array_equal(saved[name], array[1])
+    np.testing.assert_array_equal(saved["unet.conv_in.lora_A.weight"], down[1])
+    np.testing.assert_array_equal(saved["unet.conv_in.lora_B.weight"], up[1])
     assert len(data.index_collection(tmp_path / "out").layers) == 6
 
 
@@ -371,8 +371,8 @@ def test_bad_rows_are_refused_by_number_and_column(tmp_path, capsys):
     source = write(tmp_path / "c.parquet", bad_rows())
     assert run(source, tmp_path / "out") == 2
     assert capsys.readouterr().err.splitlines() == [
-        f"error: {source}: row {row} (counted from 0): column {told}. Mend it, or leave out such rows with --skip-bad."
-        for row, told in (
+        f"error: {source}: row {row} (counted from 0): column {fault}. Mend it, or leave out such rows with --skip-bad."
+        for row, fault in (
             (1, f"{LAYERS[1]}: NaN, infinity, or beyond float32"),
             (2, f"{LAYERS[1]}: missing"),
             (3, f"{LAYERS[1]}: missing"),
@@ -395,13 +395,13 @@ def test_skip_bad_leaves_them_out_and_counts(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["c.parquet", "d.parquet", "out"]
 
 
-@pytest.mark.parametrize("value, told", [(1e39, "NaN, infinity, or beyond float32"), (-np.inf, "NaN, infinity")])
-def test_numbers_beyond_float32_are_bad(tmp_path, capsys, value, told):
+@pytest.mark.parametrize("value, fault", [(1e39, "NaN, infinity, or beyond float32"), (-np.inf, "NaN, infinity")])
+def test_numbers_beyond_float32_are_bad(tmp_path, capsys, value, fault):
     numbers = {name: array.astype(np.float64) for name, array in weights(3).items()}
     numbers[LAYERS[3]][2, 1, 1] = value
     source = write(tmp_path / "c.parquet", as_table(numbers, pa.list_(pa.list_(pa.float64()))))
     assert run(source, tmp_path / "out") == 2
-    assert f"row 2 (counted from 0): column {LAYERS[3]}: {told}" in capsys.readouterr().err
+    assert f"row 2 (counted from 0): column {LAYERS[3]}: {fault}" in capsys.readouterr().err
 
 
 def test_factors_that_do_not_match_are_a_bad_row(tmp_path, capsys):
@@ -551,7 +551,7 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {fault}\n"
 
 
-def test_a_full_disk_is_told_and_the_import_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_reported_and_the_import_goes_on(tmp_path, monkeypatch, capsys):
     source, plain = write(tmp_path / "c.parquet", as_table(weights(3))), building.write_atomically
 
     def full(path, contents):
@@ -610,22 +610,22 @@ class Stream:
 class Hub:
     """A stand-in for the library."""
 
-    def __init__(self, found):
-        self.found, self.asked = found, []
+    def __init__(self, answer):
+        self.answer, self.asked = answer, []
 
     def load_dataset(self, name, subset, split, streaming):
         assert streaming
         self.asked.append((name, subset, split))
-        if isinstance(self.found, Exception):
-            raise self.found
-        return self.found
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    def install(found) -> Hub:
+    def install(answer) -> Hub:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setitem(sys.modules, "datasets", Hub(found))
+        monkeypatch.setitem(sys.modules, "datasets", Hub(answer))
         return sys.modules["datasets"]
 
     return install
@@ -641,12 +641,12 @@ def test_a_data_set_of_the_hub(tmp_path, hub, capsys):
         np.testing.assert_array_equal(tensors(tmp_path / "out", row)[LAYERS[2]], wanted[LAYERS[2]][row])
 
 
-def test_a_hub_that_breaks_off_is_told_in_its_words_and_the_import_goes_on(tmp_path, hub, capsys):
+def test_a_hub_that_breaks_off_is_reported_in_its_words_and_the_import_goes_on(tmp_path, hub, capsys):
     table = as_table(weights(5))
     hub(Stream(table, broken="the line\nis dead."))
     assert run("someone/loras", "out", "--split=train", limits=TWO_ROWS) == 2
-    told = "datasets says ConnectionError: the line is dead. Mend that and start again, which continues."
-    assert capsys.readouterr().err == f"error: someone/loras: {told}\n"
+    fault = "datasets says ConnectionError: the line is dead. Mend that and start again, which continues."
+    assert capsys.readouterr().err == f"error: someone/loras: {fault}\n"
     assert sorted(os.listdir(tmp_path / "out.partial")) == ["000000", "000001", "import.json"]
     hub(Stream(table))
     assert run("someone/loras", "out", "--split=train", limits=TWO_ROWS) == 0
@@ -654,7 +654,7 @@ def test_a_hub_that_breaks_off_is_told_in_its_words_and_the_import_goes_on(tmp_p
 
 
 @pytest.mark.parametrize(
-    "found, message",
+    "answer, message",
     [
         (
             ValueError("Config name is missing.\nPick one"),
@@ -665,8 +665,8 @@ def test_a_hub_that_breaks_off_is_told_in_its_words_and_the_import_goes_on(tmp_p
         (Stream(FLAT), "one flat vector per row (weights)"),
     ],
 )
-def test_what_the_hub_has_not_is_told(tmp_path, hub, capsys, found, message):
-    hub(found)
+def test_what_the_hub_does_not_have_is_reported(tmp_path, hub, capsys, answer, message):
+    hub(answer)
     assert run("someone/loras", "out", limits=TWO_ROWS) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: someone/loras: {message}") and error.count("\n") == 1
@@ -715,12 +715,12 @@ def test_without_pyarrow_or_datasets_one_line_says_so(tmp_path, monkeypatch, cap
     Path("c.parquet").write_text("")
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert run("someone/loras", "out") == 2
-    told = "no such folder, and datasets, which reads the hub, is not installed. Run `pip install datasets`."
-    assert capsys.readouterr().err == f"error: someone/loras: {told}\n"
+    fault = "no such folder, and datasets, which reads the hub, is not installed. Run `pip install datasets`."
+    assert capsys.readouterr().err == f"error: someone/loras: {fault}\n"
     monkeypatch.setattr(published, "pa", None)
     assert run("c.parquet", "out") == 2
-    told = "pyarrow, which reads parquet, is not installed. Run `pip install pyarrow`."
-    assert capsys.readouterr().err == f"error: c.parquet: {told}\n"
+    fault = "pyarrow, which reads parquet, is not installed. Run `pip install pyarrow`."
+    assert capsys.readouterr().err == f"error: c.parquet: {fault}\n"
 
 
 def test_a_python_without_pyarrow_loads_the_module():
