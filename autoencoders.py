@@ -310,7 +310,8 @@ class AutoencoderStack:
         hidden: tuple[int, ...] | None = None,
     ):
         self.name, self.kind, self.hidden = name, AUTOENCODERS[name], hidden
-        self.x, self.split, self.seed, self.batch_size = x, split, seed, batch_size
+        self.x, self.split = x, split
+        self.seed, self.batch_size = seed, batch_size
         self.model = torch.arange(len(x), device=x.device)  # the model at each position
         self._draw_parameters()
         self.validation_noise = self._fixed_noise() if self.kind.validation_noise else None
@@ -365,7 +366,8 @@ class AutoencoderStack:
 
         Batch norm's running statistics are kept as torch keeps them.
         """
-        weight, bias, scale, shift = (self.params[f"{layer}.{part}"] for part in ("weight", "bias", "scale", "shift"))
+        weight, bias = self.params[f"{layer}.weight"], self.params[f"{layer}.bias"]
+        scale, shift = self.params[f"{layer}.scale"], self.params[f"{layer}.shift"]
         mean, variance = self.buffers[f"{layer}.mean"], self.buffers[f"{layer}.variance"]
         if draws is None:
             scale = scale * (variance + NORM_EPS).rsqrt()

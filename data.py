@@ -483,7 +483,7 @@ def add_label_flags(add: Callable) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line of this module: 0 done, 2 refused, 130 interrupted."""
-    args = _parser().parse_args(arguments)
+    args = parse_arguments(arguments)
     if args.command == "import":
         from loras import published  # needs libraries that nothing else does
 
@@ -507,7 +507,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the flags of ``inspect`` and ``import``."""
     parser = argparse.ArgumentParser(description="Look at a folder of LoRAs before an experiment, or make one.")
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="show what a folder of LoRAs holds; only headers are read")
@@ -532,7 +533,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     publish.add_argument("--subset", help="of a data set of the hub that has several (none)")
     publish.add_argument("--split", help="of a data set of the hub that has several (the only one)")
-    return parser
+    return parser.parse_args(arguments)
 
 
 def _inspection_lines(path: Path, contents: dict) -> list[str]:

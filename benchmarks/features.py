@@ -75,7 +75,8 @@ def plain_spectral(w: np.ndarray) -> list:
 
 def plain_matrix_norms(w: np.ndarray) -> list:
     """Compute Frobenius, nuclear, spectral, L1, L∞ norms and two ratios."""
-    frobenius, nuclear, spectral, l1, linf = (np.linalg.norm(w, order) for order in ("fro", "nuc", 2, 1, np.inf))
+    frobenius, nuclear = np.linalg.norm(w, "fro"), np.linalg.norm(w, "nuc")
+    spectral, l1, linf = np.linalg.norm(w, 2), np.linalg.norm(w, 1), np.linalg.norm(w, np.inf)
     return [frobenius, nuclear, spectral, l1, linf, nuclear / frobenius, spectral / frobenius]
 
 
@@ -268,7 +269,7 @@ def main() -> None:
             times[function.__name__].append(1e3 * (time.perf_counter() - start) / len(samples))
         parts.append(time_of_parts(loras, device))
         print(f"plain {times['plain'][-1]:.1f} ms, one pass {times['one_pass'][-1]:.2f} ms per LoRA", flush=True)
-    print("one pass, ms per LoRA by part (measured apart from the above)")
+    print("one pass, ms per LoRA by part (measured separately)")
     for part in parts[0]:
         print(f"  {part:20} {statistics.median(times_of_parts[part] for times_of_parts in parts):7.3f}")
     print(f"largest relative difference between the two: {worst:.1e} ({feature})")

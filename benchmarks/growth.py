@@ -35,12 +35,12 @@ from sd15_zoo import write_zoo
 import data
 from ablation_experiment import THREADS
 from experiment import extraction
-from experiment.settings import start_thread
 from experiment.workers import Workers
 from representations import REPRESENTATIONS
+from training.stacks import start_thread
 
 PHASES = ("index", "features", "packing")
-FEATURES = [name for name, row in REPRESENTATIONS.items() if row.kind in ("matrix", "pair")]
+FEATURES = [name for name, row in REPRESENTATIONS.items() if row.made == "computed"]
 CLASSES = 10
 CPU = torch.device("cpu")
 

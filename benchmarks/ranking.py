@@ -32,12 +32,13 @@ from torch.utils.data import DataLoader, TensorDataset
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ablation_experiment import THREADS
-from experiment.settings import STACK_PARAMETERS, start_thread
+from experiment.settings import STACK_PARAMETERS
 from experiment.workers import Task, start_workers
 from training.classifier import DROPOUT, HIDDEN, ClassifierStack, Models
-from training.stacks import Schedule, Split, fast_products, train
+from training.stacks import Schedule, Split, fast_products, start_thread, train
 
-SAMPLES, FEATURES, CLASSES, BATCH = 1000, 7, 10, 32
+SAMPLES, FEATURES, CLASSES = 1000, 7, 10
+BATCH = 32
 WIDTHS = (FEATURES, *HIDDEN, CLASSES)
 PARAMETERS = sum((a + 1) * b for a, b in pairwise(WIDTHS))
 # Multiplications and additions of a minibatch: forward, weight gradients, and input gradients of all layers but one.

@@ -9,7 +9,7 @@ All numbers are normal: a down factor's with the deviation of PEFT's initial wei
 0.01. Only the modules ``PLANTED`` carry the class, in two ways.
 
 - Scale: the entries of their up factor have the deviation 0.01·g·1.1^c in class c = 0..9; g, log-normal with a
-  deviation of 10 %, differs from file to file and module to module. So single layers tell the class in part.
+  deviation of 10 %, differs from file to file and module to module. So a single layer predicts the class in part.
 - Direction: up = 0.01·g·1.1^c·(sqrt(3/4)·z + s·u_c/2) and down = (sqrt(3/4)·z' + s·v/2) / sqrt(3·in) with noise z, z',
   a direction u_c of each class and module, v of each module, and the sign s = ±1 of each file and module. It
   leaves the deviations as they are and cannot be seen in the mean of a factor, as s decides its sign, but it can
@@ -32,7 +32,8 @@ from safetensors.numpy import save_file
 CLASSES = 10
 TEXT = 768  # width of the text encoder, which attn2.to_v reads
 NUMBERS = 99_648
-UP_STD, STEP, JITTER, SHARE = 0.01, 1.1, 0.1, 0.25  # SHARE of a planted factor's variance is the direction's
+UP_STD, STEP, JITTER = 0.01, 1.1, 0.1
+SHARE = 0.25  # of a planted factor's variance is the direction's
 
 
 def _attentions() -> dict[str, int]:

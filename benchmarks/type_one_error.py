@@ -34,13 +34,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from analysis.evidence import ALPHA, Evidence, Predictions, stream
 from analysis.layers import layer_ranking
-from experiment.settings import start_thread
 from loras.lora_files import Layer
 from training.classifier import Models, train_classifiers
 from training.splits import split_rows
-from training.stacks import Schedule, Split, standardise
+from training.stacks import Schedule, Split, standardise, start_thread
 
-LORAS, CLASSES, FEATURES, RUNS = 240, 4, 7, 2
+LORAS, CLASSES = 240, 4
+FEATURES, RUNS = 7, 2
 GROUPS, GROUPED_CLASSES = 48, 2
 GROUP_EFFECT = 3.0  # its deviation, in standard deviations of the noise
 PLANTED, SIGNAL = 0, {"planted": 1.0, "grouped, planted": 5.0}  # the layer, and its class means' distance from 0

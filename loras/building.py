@@ -48,15 +48,25 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
     """Yield a temporary file beside ``path`` that replaces it when the body ends; it is removed when the body fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with _named_in_errors(path):
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # else a crash of the machine could leave the new name with old or no content
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _named_in_errors(path: Path) -> Iterator[None]:
+    """Add a path to the errors of the system that name no file: a full disk, a failing read."""
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # else a crash of the machine could leave the new name with old or no content
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and error.filename is None:  # a full disk names no file
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
 
@@ -67,10 +77,15 @@ def canonical_json(value: object, indent: int | None = None) -> bytes:
 
 
 def read_object(path: Path) -> dict | None:
-    """Return the JSON object in a file; None where the file is absent, unreadable or holds something else."""
+    """Return the JSON object in a file; None where the file is absent or holds something else.
+
+    Raises:
+        OSError: The file cannot be read; the error names it. A caller that waits for the file would wait for ever.
+    """
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        with _named_in_errors(path):
+            value = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -186,14 +201,17 @@ def _holder(file: BinaryIO) -> str:
 
 
 @contextmanager
-def partial_folder(out: Path, check: Callable[[Path], object]) -> Iterator[Path]:
+def partial_folder(out: Path, check: Callable[[Path], object]) -> Iterator[Path | None]:
     """Yield ``<out>.partial``, held by this process alone, and rename it to ``out`` when the body ends.
+
+    Where `holds_something` is true of ``out`` once the lock is held, None is yielded and nothing is made or renamed:
+    another process may have finished the collection since the caller looked.
 
     What an earlier build left there stays, less its temporary files; the body completes it. When the body fails before
     any LoRA is written, the folder is removed, and so are the parents that were made for it.
 
     Args:
-        out: The collection; absent, or an empty folder.
+        out: The collection.
         check: Called with the partial folder where it holds something; raises where that is no part of this build.
 
     Raises:
@@ -202,6 +220,9 @@ def partial_folder(out: Path, check: Callable[[Path], object]) -> Iterator[Path]
     partial = out.with_name(out.name + ".partial")
     try:
         with locked(out.with_name(f".{out.name}.lock")):
+            if holds_something(out):
+                yield None
+                return
             partial.mkdir(parents=True, exist_ok=True)
             if any(not TEMPORARY.search(path.name) for path in partial.iterdir()):
                 check(partial)
@@ -215,6 +236,11 @@ def partial_folder(out: Path, check: Callable[[Path], object]) -> Iterator[Path]
             partial.rename(out)
     except LockedError as error:
         raise LockedError(f"{partial}: {error} is at work there. Wait for it, or end it.") from None
+
+
+def holds_something(out: Path) -> bool:
+    """Return whether a path is taken by anything but an empty folder; a link to nowhere takes it too."""
+    return os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir()))
 
 
 def write_lora(folder: Path, metadata: bytes, weights: bytes) -> None:

@@ -42,11 +42,13 @@ Factors = dict[str, tuple[Tensor, Tensor]]  # module -> (down float[M, r, in], u
 
 CLASSES, IMAGE_GROUPS = 10, 5
 TOKENS, PATCH = 16, 4  # 16 patches of 2x2 pixels
-WIDTH, HEADS, BLOCKS, MLP_WIDTH = 64, 4, 4, 128
+WIDTH, MLP_WIDTH = 64, 128
+HEADS, BLOCKS = 4, 4
 NUMERALS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 WORDS = ["a", "picture", "of", "concept", *NUMERALS]
 BASE_STEPS, BASE_BATCH, BASE_LR = 600, 128, 2e-3
-RANK, LORA_STEPS, LORA_BATCH, LORA_LR = 4, 60, 8, 1e-3
+RANK = 4
+LORA_STEPS, LORA_BATCH, LORA_LR = 60, 8, 1e-3
 MIN_IMAGES, MAX_IMAGES = 4, 16
 STACK = 100  # LoRAs trained as one tensor program; part of the recipe, as sums may round by stack size
 PROGRESS_EVERY = 50  # base steps
@@ -90,6 +92,7 @@ def build(out: Path, count: int, *, seed: int = 0, progress: Report | None = Non
     Raises:
         ValueError: ``count`` is below 1.
         FileExistsError: ``out`` or ``<out>.partial`` is something else than this collection.
+        OSError: The record of what is at ``out`` or ``<out>.partial`` cannot be read.
         LockedError: Another process is building it.
     """
     if count < 1:
@@ -97,16 +100,16 @@ def build(out: Path, count: int, *, seed: int = 0, progress: Report | None = Non
     out = Path(out)
     recipe = _recipe(seed, count)
     if out.exists():
-        _check_same_collection(out, recipe, "Choose another folder")
-        count_there = sum(1 for _ in out.glob(f"*/*/{WEIGHTS_NAME}"))
-        if count_there != count:
-            raise FileExistsError(f"{out}: has {count_there} of {count} LoRAs. Remove it to build it again.")
+        _check_whole_collection(out, recipe)
         return
 
     def check(partial: Path) -> None:
         _check_same_collection(partial, recipe, "Remove it, or finish it with its own settings")
 
     with partial_folder(out, check) as partial:
+        if partial is None:  # another process has put something at ``out`` meanwhile
+            _check_whole_collection(out, recipe)
+            return
         write_atomically(partial / RECIPE_NAME, json.dumps(recipe).encode())
         base_path = out.parent / f"base-model-seed{seed}.safetensors"
         _build_loras(partial, base_path, count, seed, progress or (lambda stage, done, total: None))
@@ -131,7 +134,11 @@ def _build_loras(folder: Path, base_path: Path, count: int, seed: int, report: R
 
 def is_built_here(folder: Path) -> bool:
     """Return whether a folder is, or will become, a collection that this module builds."""
-    return (read_object(folder / RECIPE_NAME) or {}).get("built_by") == "digits_zoo"
+    try:
+        recipe = read_object(folder / RECIPE_NAME)
+    except OSError:  # whoever reads the folder reports it
+        return False
+    return recipe is not None and recipe.get("built_by") == "digits_zoo"
 
 
 def load_images() -> tuple[Tensor, np.ndarray]:
@@ -386,13 +393,21 @@ def _recipe(seed: int, count: int) -> dict:
     return {"built_by": "digits_zoo", "seed": seed, "count": count, "base": base, "lora": lora}
 
 
+def _check_whole_collection(out: Path, recipe: dict) -> None:
+    """Refuse a finished folder whose recipe is another one, or that lacks LoRAs."""
+    _check_same_collection(out, recipe, "Choose another folder")
+    num_loras = sum(1 for _ in out.glob(f"*/*/{WEIGHTS_NAME}"))
+    if num_loras != recipe["count"]:
+        raise FileExistsError(f"{out}: has {num_loras} of {recipe['count']} LoRAs. Remove it to build it again.")
+
+
 def _check_same_collection(folder: Path, recipe: dict, mend: str) -> None:
     """Refuse a folder whose recipe is another one; ``mend`` says what to do then."""
-    recipe_there = read_object(folder / RECIPE_NAME)
-    if recipe_there is None:
+    existing = read_object(folder / RECIPE_NAME)
+    if existing is None:
         raise FileExistsError(f"{folder}: exists and is not a collection of digits_zoo. {mend}.")
-    if recipe_there != recipe:
-        raise FileExistsError(f"{folder}: was built with {recipe_there}, wanted is {recipe}. {mend}.")
+    if existing != recipe:
+        raise FileExistsError(f"{folder}: was built with {existing}, wanted is {recipe}. {mend}.")
 
 
 def _generator(seed: int, purpose: str, index: int) -> torch.Generator:

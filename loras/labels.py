@@ -146,8 +146,8 @@ def _label_by_table(
     columns.remove(FILE_NAME)
     result.column = column or _default_column(table, columns, group_column)
     if result.column not in columns:
-        columns_there = f"the columns there are: {counted(column_values(root, paths, table))}"
-        fault = f"no label: no column {result.column}; {columns_there}"
+        choices = f"the columns there are: {counted(column_values(root, paths, table))}"
+        fault = f"no label: no column {result.column}; {choices}"
         raise LabelError(f"{table}: {fault}. Choose one with --label-column.")
     result.source = f"{result.column} in {table.name}"
     for path, row in _rows_of_files(result, root, paths, columns):
@@ -170,8 +170,8 @@ def _default_column(table: Path, columns: list[str], group_column: str | None) -
     others = [name for name in columns if name != group_column]
     if len(others) == 1:
         return others[0]
-    columns_there = f"the columns there are: {counted(column_values(table.parent, [], table))}"
-    fault = f"no label: no column {' or '.join(LABEL_COLUMNS)}; {columns_there}"
+    choices = f"the columns there are: {counted(column_values(table.parent, [], table))}"
+    fault = f"no label: no column {' or '.join(LABEL_COLUMNS)}; {choices}"
     raise LabelError(f"{table}: {fault}. Choose one with --label-column.")
 
 
@@ -299,8 +299,8 @@ def _label_by_metadata_or_folder(result: Labels, root: Path, beside: _Beside, co
                 _put(result.label, path, path.split(os.sep)[0])
         tried = f"no {METADATA} with {name} beside it, and it does not lie in <class>/ or <class>/<lora>/"
     missing = [path for path in beside.fields if path not in result.label]
-    fields_there = _fields_there(root, list(beside.fields)) if missing else ""
-    reason = f"no label: {tried}; {fields_there}. Label it or leave it out."
+    choices = _list_fields(root, list(beside.fields)) if missing else ""
+    reason = f"no label: {tried}; {choices}. Label it or leave it out."
     result.findings += [Finding((path,), reason) for path in missing]
 
 
@@ -317,7 +317,7 @@ def _group_by_metadata(result: Labels, root: Path, beside: _Beside, name: str) -
 
 
 def _no_field(root: Path, beside: _Beside, name: str) -> str:
-    return f"no {METADATA} beside a weight file has {name}; {_fields_there(root, list(beside.fields))}"
+    return f"no {METADATA} beside a weight file has {name}; {_list_fields(root, list(beside.fields))}"
 
 
 def _no_group(path: str, name: str, where: str) -> Finding:
@@ -408,7 +408,7 @@ def would_make_classes(values: dict[str, Counter], samples: int) -> dict[str, Co
     }
 
 
-def _fields_there(root: Path, paths: list[str]) -> str:
+def _list_fields(root: Path, paths: list[str]) -> str:
     """List the fields of the metadata.json files, in words."""
     values = column_values(root, paths, None)
     return f"the fields there are: {counted(values)}" if values else f"there is no {METADATA} with fields"

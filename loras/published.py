@@ -41,9 +41,6 @@ except ModuleNotFoundError:  # reported when it is needed
     pa = None
 
 STATE_NAME = "import.json"
-BATCH_BYTES = 2**25  # of the rows that are held at a time, as parquet counts them
-BATCH_ROWS = 64  # at most; after each such batch the state is written
-HUB_ROWS = 16  # at a time, of a data set whose rows have no size beforehand
 MAX_NAMED = 3  # columns named in a message
 
 
@@ -53,6 +50,18 @@ class RefusedError(ValueError):
 
 class BadRowError(ValueError):
     """A row that is no LoRA; the message says what is wrong."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that is held at a time; after each batch the state is written.
+
+    ``batch_bytes`` are counted as parquet does; the rows of a data set of the hub have no size beforehand.
+    """
+
+    batch_rows: int = 64
+    batch_bytes: int = 2**25
+    hub_rows: int = 16
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,7 @@ class State:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def open_source(name: str, subset: str | None = None, split: str | None = None) -> Source:
+def open_source(name: str, subset: str | None = None, split: str | None = None, *, limits: Limits = Limits()) -> Source:
     """Open a parquet file, a folder of them (in the order of their paths), or a data set ``owner/name`` of the hub.
 
     Raises:
@@ -114,13 +123,13 @@ def open_source(name: str, subset: str | None = None, split: str | None = None) 
     if pa is None:
         raise RefusedError(f"{name}: pyarrow, which reads parquet, is not installed. Run `pip install pyarrow`.")
     if not path.exists():
-        return hub_source(name, subset, split)
+        return hub_source(name, subset, split, limits=limits)
     if subset or split:
         raise RefusedError(f"{name}: --subset and --split are for data sets of the hub. Leave them out.")
-    return parquet_source(path)
+    return parquet_source(path, limits)
 
 
-def parquet_source(path: Path) -> Source:
+def parquet_source(path: Path, limits: Limits = Limits()) -> Source:
     """Open a parquet file or a folder of them; only headers are read."""
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
@@ -141,13 +150,15 @@ def parquet_source(path: Path) -> Source:
     def batches(start: int, names: list[str]) -> Iterator[tuple[str, int, pa.RecordBatch]]:
         for file, rows in zip(files, counts, strict=True):
             if start < rows:
-                yield from _parquet_batches(file, start, names)
+                yield from _parquet_batches(file, start, names, limits)
             start = max(0, start - rows)
 
     return Source(str(path), {"files": identity}, schema, sum(counts), batches)
 
 
-def _parquet_batches(file: Path, start: int, names: list[str]) -> Iterator[tuple[str, int, pa.RecordBatch]]:
+def _parquet_batches(
+    file: Path, start: int, names: list[str], limits: Limits
+) -> Iterator[tuple[str, int, pa.RecordBatch]]:
     """Yield the rows of a file from ``start`` on, in batches that are small whatever the file's row groups are."""
     # Without buffers of its own a reader would hold all columns of a row group, packed.
     with _reading(file), pq.ParquetFile(file, buffer_size=2**16, pre_buffer=False) as parquet:
@@ -155,7 +166,7 @@ def _parquet_batches(file: Path, start: int, names: list[str]) -> Iterator[tuple
         for group in range(parquet.num_row_groups):
             rows, size = parquet.metadata.row_group(group).num_rows, parquet.metadata.row_group(group).total_byte_size
             if first + rows > start:
-                batch_rows = max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(1, size)))
+                batch_rows = max(1, min(limits.batch_rows, limits.batch_bytes * rows // max(1, size)))
                 row = first
                 for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=names, use_threads=False):
                     skipped = max(0, start - row)
@@ -178,7 +189,7 @@ def _reading(file: Path) -> Iterator[None]:
         raise RefusedError(f"{file}: not a readable parquet file ({_one_line(error)}). Download it again.") from error
 
 
-def hub_source(name: str, subset: str | None = None, split: str | None = None) -> Source:
+def hub_source(name: str, subset: str | None = None, split: str | None = None, *, limits: Limits = Limits()) -> Source:
     """Open a data set of the hub, streamed; it has to have one split, or ``split`` names one."""
     try:
         import datasets
@@ -198,7 +209,7 @@ def hub_source(name: str, subset: str | None = None, split: str | None = None) -
 
     def batches(start: int, names: list[str]) -> Iterator[tuple[str, int, pa.RecordBatch]]:
         with _asking(name):
-            for table in stream.select_columns(names).skip(start).iter(HUB_ROWS):
+            for table in stream.select_columns(names).skip(start).iter(limits.hub_rows):
                 for batch in table.to_batches():
                     yield name, start, batch
                     start += batch.num_rows
@@ -235,7 +246,9 @@ def sort_columns(name: str, schema: pa.Schema, leave_out: list[str]) -> Columns:
         RefusedError: There are no layers, or columns of numbers without a layer's name, or no label.
     """
     roles: dict[str, str] = {}
-    shapes, flat, small, left_out, unknown = {}, set(), [], [], []
+    shapes: dict[str, tuple[int, ...]] = {}
+    flat: set[str] = set()
+    small, left_out, unknown = [], [], []
     for column in schema:
         depth, leaf = _unnested(column.type)
         if any(fnmatchcase(column.name, pattern) for pattern in leave_out):
@@ -412,12 +425,15 @@ def import_rows(source: Source, columns: Columns, out: Path, rank: int | None, s
     Raises:
         RefusedError: ``out`` is something else, a row is bad (without ``skip_bad``; the rows of the batches before it
             are kept), or all are.
+        OSError: A state cannot be read, or a file not be written.
         LockedError: Another import is at work there.
     """
     identity = source.identity | {"rank": rank, "left_out": list(columns.left_out)}
-    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+    if building.holds_something(out):
         return _state_of(out, identity), True
     with building.partial_folder(out, lambda partial: _state_of(partial, identity)) as partial:
+        if partial is None:  # another process has put something at ``out`` meanwhile
+            return _state_of(out, identity), True
         state = _state_of(partial, identity) if (partial / STATE_NAME).exists() else State(identity)
         _remove_rows_beyond(partial, state.rows)
         _write_state(partial, state)
@@ -457,12 +473,14 @@ def _loras_of_batch(
 
 def _state_of(folder: Path, identity: dict) -> State:
     """Read the state of the import in a folder; refuse a folder of anything else."""
+    contents = building.read_object(folder / STATE_NAME)
     try:
-        state = State(**json.loads((folder / STATE_NAME).read_bytes()))
-        known = state.source == identity
-    except (OSError, ValueError, TypeError):  # no state, or that of another program
-        raise RefusedError(f"{folder}: exists and is no import. Give another folder, or remove it.") from None
-    if not known:
+        state = State(**contents) if contents is not None else None
+    except TypeError:  # the state of another program
+        state = None
+    if state is None:
+        raise RefusedError(f"{folder}: exists and is no import. Give another folder, or remove it.")
+    if state.source != identity:
         fault = "was imported from another source, or with other --rank or --leave-out"
         raise RefusedError(f"{folder}: {fault}. Give another folder, or remove it.")
     return state
@@ -484,20 +502,22 @@ def _remove_rows_beyond(folder: Path, rows: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, limits: Limits = Limits()) -> int:
     """Run ``python data.py import``. Exit codes: 0 done, 2 refused or failed, 130 interrupted."""
     try:
         if args.rank is not None and args.rank < 1:
             raise RefusedError(f"--rank {args.rank}: no rank. Give 1 or more.")
         if args.out.name in ("", ".."):
             raise RefusedError(f"{args.out}: has no name of its own. Give a folder by its name.")
-        source = open_source(args.source, args.subset, args.split)
+        source = open_source(args.source, args.subset, args.split, limits=limits)
         columns = sort_columns(source.name, source.schema, args.leave_out)
         state, existed = import_rows(source, columns, args.out, args.rank, args.skip_bad)
     except (RefusedError, building.LockedError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
     except OSError as error:
-        print(f"error: {error}. Mend that; the same command then continues.", file=sys.stderr)
+        system = error.filename is not None and error.strerror is not None
+        fault = f"{error.filename}: {error.strerror}" if system else str(error).rstrip(".")
+        print(f"error: {fault}. Mend that; the same command then continues.", file=sys.stderr)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues where this one stopped.", file=sys.stderr)
         return 130

@@ -54,6 +54,28 @@ def test_json_keeps_order_and_letters():
     assert building.canonical_json({"ü": 1, "a": [0.1]}) == '{"ü": 1, "a": [0.1]}\n'.encode()
 
 
+def test_an_object_is_read_and_an_absent_file_or_another_value_is_none(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"a": 1}')
+    assert building.read_object(path) == {"a": 1}
+    for contents in (b"[1]", b'{"a": ', b"\xff"):
+        path.write_bytes(contents)
+        assert building.read_object(path) is None
+    assert building.read_object(tmp_path / "absent.json") is None
+    assert building.read_object(path / "below-a-file.json") is None
+
+
+def test_a_file_that_cannot_be_read_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(IsADirectoryError) as fault:
+        building.read_object(tmp_path)
+    assert fault.value.filename == str(tmp_path)
+    path = tmp_path / "x.json"
+    path.symlink_to("/proc/self/mem")  # its first page cannot be read: the system's error names no file
+    with pytest.raises(OSError) as fault:
+        building.read_object(path)
+    assert (fault.value.errno, fault.value.filename) == (errno.EIO, str(path))
+
+
 def test_one_holds_a_lock_at_a_time_and_its_end_frees_it(tmp_path):
     path = tmp_path / "deep" / "x.lock"
     with building.locked(path):
@@ -75,15 +97,15 @@ def test_one_holds_a_lock_at_a_time_and_its_end_frees_it(tmp_path):
 
 
 def test_a_forked_process_has_no_share_in_a_lock(tmp_path):
-    path, asleep, (there, ready) = tmp_path / "lock", None, os.pipe()
+    path, asleep, (reading, writing) = tmp_path / "lock", None, os.pipe()
     try:
         with building.locked(path):
             asleep = os.fork()
             if asleep == 0:
-                os.write(ready, b"!")
+                os.write(writing, b"!")
                 time.sleep(60)
                 os._exit(0)
-            assert os.read(there, 1) == b"!"
+            assert os.read(reading, 1) == b"!"
             descriptor = os.open(path, os.O_RDWR)
         # Its holder removed the file at the end; nobody holds what was open.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -93,21 +115,21 @@ def test_a_forked_process_has_no_share_in_a_lock(tmp_path):
             os.waitpid(asleep, 0)
 
 
-def test_who_waits_for_a_lock_is_told_for_whom(tmp_path):
-    path, told, order = tmp_path / "x.lock", [], []
+def test_a_process_that_waits_for_a_lock_gets_its_holder(tmp_path):
+    path, holders, order = tmp_path / "x.lock", [], []
 
     def second():
-        with building.locked(path, told.append):
+        with building.locked(path, holders.append):
             order.append("second")
 
     with building.locked(path):
         thread = threading.Thread(target=second)
         thread.start()
-        while not told:
+        while not holders:
             time.sleep(0.01)
         order.append("first")
     thread.join()
-    assert order == ["first", "second"] and str(os.getpid()) in told[0] and not path.exists()
+    assert order == ["first", "second"] and str(os.getpid()) in holders[0] and not path.exists()
 
 
 def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch):
@@ -193,6 +215,21 @@ def test_two_builds_never_work_in_one_folder(tmp_path):
         with pytest.raises(building.LockedError, match=words):
             build(out, range(3))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo"]
+
+
+@pytest.mark.parametrize("contents", ["a folder", "a file", "a link to nowhere"])
+def test_what_another_process_has_finished_meanwhile_is_left_alone(tmp_path, contents):
+    out = tmp_path / "zoo"
+    if contents == "a folder":
+        build(out, range(3))
+    elif contents == "a file":
+        out.write_text("mine")
+    else:
+        out.symlink_to("nowhere")
+    before = names_below(tmp_path)
+    with building.partial_folder(out, None) as partial:
+        assert partial is None
+    assert names_below(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["zoo"]
 
 
 def test_progress_is_lines_in_a_log_and_a_bar_on_a_terminal(monkeypatch, capsys):

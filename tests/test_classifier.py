@@ -24,7 +24,7 @@ CLASSES, HIDDEN = 4, (16, 16, 16)
 
 
 def problem(samples=90, features=5, sources=1, dtype=torch.float64, seed=0):
-    """Inputs that tell the class in their first columns, half hidden by noise, and a split of them."""
+    """Inputs that predict the class in their first columns, half hidden by noise, and a split of them."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.arange(samples) % CLASSES
     x = torch.randn(sources, samples, features, generator=generator, dtype=dtype)

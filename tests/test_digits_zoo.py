@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -359,6 +360,34 @@ def test_a_whole_collection_is_left_alone_and_another_is_refused(small, tmp_path
     (out / "1" / "00001" / zoo.WEIGHTS_NAME).unlink()
     with pytest.raises(FileExistsError, match="has 2 of 3 LoRAs"):
         zoo.build(out, 3)
+
+
+def test_a_collection_that_another_process_finishes_first_is_not_built_again(small, tmp_path, monkeypatch):
+    out, plain = tmp_path / "zoo", zoo.partial_folder
+
+    def after_another_build(folder, check):
+        monkeypatch.setattr(zoo, "partial_folder", plain)
+        zoo.build(out, 3)
+        return plain(folder, check)
+
+    monkeypatch.setattr(zoo, "partial_folder", after_another_build)
+    zoo.build(out, 3, progress=kill_at("LoRAs", 3))  # the progress is never called
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base-model-seed0.safetensors", "zoo"]
+    assert len(list(out.glob(f"*/*/{zoo.WEIGHTS_NAME}"))) == 3
+    shutil.rmtree(out)
+    monkeypatch.setattr(zoo, "partial_folder", after_another_build)
+    with pytest.raises(FileExistsError, match="Choose another folder"):
+        zoo.build(out, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base-model-seed0.safetensors", "zoo"]
+
+
+def test_a_recipe_that_cannot_be_read_is_named(tmp_path):
+    recipe = tmp_path / "zoo" / zoo.RECIPE_NAME
+    recipe.mkdir(parents=True)
+    with pytest.raises(IsADirectoryError) as fault:
+        zoo.build(tmp_path / "zoo", 1)
+    assert fault.value.filename == str(recipe)
+    assert not zoo.is_built_here(tmp_path / "zoo")
 
 
 def test_foreign_folders_and_other_settings_are_refused(small, tmp_path):

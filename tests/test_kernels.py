@@ -220,7 +220,8 @@ def test_large_kernels_are_not_kept():
 
 
 def test_threads_that_ask_at_once_get_the_same_and_compute_each_module_once(monkeypatch):
-    modules, rows, computed, inputs_of_threads = several(), split(24), [], {}
+    modules, rows = several(), split(24)
+    computed, inputs_of_threads = [], {}
     original = UpdateKernels._compute
     monkeypatch.setattr(UpdateKernels, "_compute", lambda self, p: computed.append(p) or original(self, p))
     update_kernels, together = kernels_of(modules, rows), threading.Barrier(4)
@@ -262,7 +263,8 @@ def test_what_holds_nothing_gives_inputs_of_zero(exact):
     same = factors(1, 2, 9, 9)
     modules.append(tuple(x.expand(24, *x.shape[1:]) for x in same))  # one update in all LoRAs
     update_kernels = kernels_of(modules, rows, limits=Limits(exact=24 if exact else 0))
-    nothing_kept, zeros, constant, ordinary = (np.isin(np.arange(6), chosen) for chosen in ([], [0, 3], [5], [1]))
+    nothing_kept, ordinary = np.zeros(6, bool), np.isin(np.arange(6), 1)
+    zeros, constant = np.isin(np.arange(6), [0, 3]), np.isin(np.arange(6), 5)
     *empty, something = update_kernels.inputs(np.stack([nothing_kept, zeros, constant, ordinary]))
     assert all(x.shape[0] == 24 and not x.any() for x in empty) and something.any()
     # The sum of all less that of those that hold something is rounding.

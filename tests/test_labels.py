@@ -260,9 +260,9 @@ def test_labels_and_groups_are_plain_text(tmp_path, label):
     for column in ("label", "group"):
         rows = [(name, label if column == "label" else "x", label) for name, _ in rows_of(6, str)]
         table(flat_collection(tmp_path) / "metadata.jsonl", ["file_name", "label", "group"], *rows)
-        told = findings(tmp_path, group_column="group")
-        assert len(told) == 6 and all("is not plain text. Rename it." in finding for finding in told)
-        assert not any(labels.NOT_TEXT.search(finding) for finding in told)
+        faults = findings(tmp_path, group_column="group")
+        assert len(faults) == 6 and all("is not plain text. Rename it." in finding for finding in faults)
+        assert not any(labels.NOT_TEXT.search(finding) for finding in faults)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -282,15 +282,15 @@ def no_label_in_a_metadata_json(root):
     path = root / "03" / FILE_NAME
     (path.parent / "metadata.json").write_text('{"num_images": 4}')
     tried = "no category_label (a text or a number) in metadata.json beside it, as other files here have"
-    there = "category_label (3 values), num_images (2 values), name (11 values)"
-    return [], f"{path}: no label: {tried}; the fields there are: {there}. Label it or leave it out."
+    choices = "category_label (3 values), num_images (2 values), name (11 values)"
+    return [], f"{path}: no label: {tried}; the fields there are: {choices}. Label it or leave it out."
 
 
 def no_such_field(root):
     metadata_collection(root)
-    there = "category_label (3 values), num_images (2 values), name (12 values)"
+    choices = "category_label (3 values), num_images (2 values), name (12 values)"
     return ["--label-column=concept"], (
-        f"{root}: no label: no metadata.json beside a weight file has concept; the fields there are: {there}. "
+        f"{root}: no label: no metadata.json beside a weight file has concept; the fields there are: {choices}. "
         "Choose one with --label-column."
     )
 
@@ -310,17 +310,17 @@ def an_empty_cell(root):
 
 def no_such_column(root):
     path = table(flat_collection(root) / "metadata.csv", ["file_name", "label"], *rows_of(6, cats_and_dogs))
-    there = "the columns there are: label (2 values)"
-    told = f"{path}: no label: no column concept; {there}. Choose one with --label-column."
-    return ["--label-column=concept"], told
+    choices = "the columns there are: label (2 values)"
+    message = f"{path}: no label: no column concept; {choices}. Choose one with --label-column."
+    return ["--label-column=concept"], message
 
 
 def a_label_for_a_missing_file(root):
     rows = [*rows_of(6, cats_and_dogs), ("6.safetensors", "cat")]
     path = table(flat_collection(root).parent / "mine.csv", ["file_name", "label"], *rows)
     fault = f"no weight file '6.safetensors' in {root}, of whose folders hidden and linked ones are not read"
-    told = f"{path}: line 8: a label for a missing file: {fault}; the columns there are: label. Fetch the file or "
-    return [f"--labels={path}"], f"{told}remove the row."
+    message = f"{path}: line 8: a label for a missing file: {fault}; the columns there are: label. Fetch the file or "
+    return [f"--labels={path}"], f"{message}remove the row."
 
 
 def a_label_for_each_lora(root):
@@ -341,8 +341,8 @@ def a_label_for_each_lora_and_nothing_else(root):
 
 def one_class(root):
     write_collection(root, classes=1)
-    told = "labels from the folder names give fewer than two classes (class_0: 3). At least two concepts are needed."
-    return [], f"{root}: {told}"
+    message = "labels from the folder names give fewer than two classes (class_0: 3). At least two concepts are needed."
+    return [], f"{root}: {message}"
 
 
 def a_class_of_two(root):
@@ -359,15 +359,15 @@ def no_group_beside(root):
     metadata_collection(root)
     path = root / "03" / FILE_NAME
     (path.parent / "metadata.json").write_text('{"category_label": "c0"}')
-    told = "no group: metadata.json beside it has no num_images (a text or a number). Add it or leave the file out."
-    return ["--group-column=num_images"], f"{path}: {told}"
+    message = "no group: metadata.json beside it has no num_images (a text or a number). Add it or leave the file out."
+    return ["--group-column=num_images"], f"{path}: {message}"
 
 
 def no_group_in_a_row(root):
     rows = [*rows_of(5, cats_and_dogs, str), ("5.safetensors", "cat", "")]
     table(flat_collection(root) / "metadata.csv", ["file_name", "label", "owner"], *rows)
-    told = "no group: its row in metadata.csv has no owner (a text or a number). Add it or leave the file out."
-    return ["--group-column=owner"], f"{root / '5.safetensors'}: {told}"
+    message = "no group: its row in metadata.csv has no owner (a text or a number). Add it or leave the file out."
+    return ["--group-column=owner"], f"{root / '5.safetensors'}: {message}"
 
 
 def no_group_column(root):
@@ -380,8 +380,8 @@ def no_group_column(root):
 
 def two_groups_in_a_class(root):
     metadata_collection(root)
-    told = "num_images gives a class with fewer than three groups (c0: 2, c1: 2, c2: 2). Train, validation and test"
-    return ["--group-column=num_images"], f"{root}: {told} need one each: group by another column."
+    message = "num_images gives a class with fewer than three groups (c0: 2, c1: 2, c2: 2). Train, validation and test"
+    return ["--group-column=num_images"], f"{root}: {message} need one each: group by another column."
 
 
 BAD_LABELS = [
@@ -405,13 +405,13 @@ BAD_LABELS = [
 
 @pytest.mark.parametrize("bad", BAD_LABELS, ids=lambda make: make.__name__)
 def test_bad_labels_are_refused_in_one_line_and_nothing_is_written(tmp_path, capsys, bad):
-    flags, told = bad(tmp_path / "zoo")
+    flags, message = bad(tmp_path / "zoo")
     out = tmp_path / "out"
     (out / ".cache").mkdir(parents=True)
     (out / "mine.txt").write_text("kept")
     before = listing(tmp_path)
     assert main(["--dataset", str(tmp_path / "zoo"), "--output-dir", str(out), "--top-k=1", "--quick", *flags]) == 2
-    assert capsys.readouterr().err == f"error: {told}\n"
+    assert capsys.readouterr().err == f"error: {message}\n"
     assert listing(tmp_path) == before
 
 
@@ -462,14 +462,14 @@ def bad_collection(root):
 
 def test_bad_files_are_left_out_with_their_reasons(tmp_path):
     words = bad_collection(tmp_path)
-    told = findings(tmp_path)
-    assert len(told) == len(words)  # all of them refuse the collection
+    faults = findings(tmp_path)
+    assert len(faults) == len(words)  # all of them refuse the collection
     collection = index_collection(tmp_path, skip_bad=True)
     assert [file.path for file in collection.files] == [f"{i:02}/{FILE_NAME}" for i in range(6, 12)]
     assert [path for path, _ in collection.skipped] == sorted(words)
     assert not collection.ignored  # as the file with a dora_scale is not in it
     for path, reason in collection.skipped:
-        assert reason.startswith(words[path]) and any(words[path] in finding for finding in told)
+        assert reason.startswith(words[path]) and any(words[path] in finding for finding in faults)
     check_classes(collection)
 
 
@@ -526,8 +526,8 @@ def test_groups_that_cannot_be_parted_are_refused(tmp_path):
     collection = index_collection(tmp_path, group_column="owner")
     with pytest.raises(CollectionError) as error:
         split_collection(collection, 0)
-    told = "groups by owner: no split of the 4 groups was found that has every class in each part"
-    assert error.value.findings == [f"{tmp_path}: {told}. Group by another column, or leave out --group-column."]
+    message = "groups by owner: no split of the 4 groups was found that has every class in each part"
+    assert error.value.findings == [f"{tmp_path}: {message}. Group by another column, or leave out --group-column."]
 
 
 def test_groups_come_from_the_table_or_from_metadata_beside(tmp_path):
@@ -600,16 +600,16 @@ def test_a_pattern_without_a_layer_is_refused_with_some_that_are_there(tmp_path,
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_inspect_tells_the_columns_that_could_be_the_label(tmp_path, capsys):
+def test_inspect_lists_the_columns_that_could_be_the_label(tmp_path, capsys):
     metadata_collection(tmp_path)
     assert data.main(["inspect", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "columns: category_label (3), num_images (2), name (12) (number of values; --label-column chooses)" in out
     assert data.main(["inspect", str(tmp_path), "--label-column=num_images", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["columns"] == {"category_label": 3, "num_images": 2, "name": 12}
-    assert found["classes"] == {"4": 6, "5": 6} and found["label_column"] == "num_images"
-    assert found["group_column"] is None and found["num_groups"] is None and "groups:" not in out
+    contents = json.loads(capsys.readouterr().out)
+    assert contents["columns"] == {"category_label": 3, "num_images": 2, "name": 12}
+    assert contents["classes"] == {"4": 6, "5": 6} and contents["label_column"] == "num_images"
+    assert contents["group_column"] is None and contents["num_groups"] is None and "groups:" not in out
     assert data.main(["inspect", str(tmp_path), "--group-column=num_images"]) == 0
     assert "groups:  2 by num_images" in capsys.readouterr().out
 
@@ -623,10 +623,10 @@ def test_inspect_takes_labels_skip_bad_and_layers(tmp_path, capsys):
     )
     flags = ["inspect", str(root), f"--labels={mine}", "--skip-bad", "--layers=attentions.1"]
     assert data.main([*flags, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["label_source"] == "concept in mine.csv" and found["classes"] == {"c0": 3, "c1": 2}
-    assert [entry["path"] for entry in found["skipped"]] == [f"class_0/0001/{FILE_NAME}"]
-    assert found["layers_selected"] == [2, 3] and len(found["layers"]) == 4
+    contents = json.loads(capsys.readouterr().out)
+    assert contents["label_source"] == "concept in mine.csv" and contents["classes"] == {"c0": 3, "c1": 2}
+    assert [entry["path"] for entry in contents["skipped"]] == [f"class_0/0001/{FILE_NAME}"]
+    assert contents["layers_selected"] == [2, 3] and len(contents["layers"]) == 4
     assert data.main(flags) == 0
     out = capsys.readouterr().out
     assert "5 LoRAs of 4 layers, 2 of them listed; labels from concept in mine.csv" in out
@@ -693,9 +693,9 @@ def test_the_values_beside_the_weights_by_file(tmp_path):
         fields = {"steps": 10 * i, "artist": f"a{i % 2}", "tags": ["x"], "caption": 201 * "y", "note": None}
         (beside.parent / "metadata.json").write_text(json.dumps(fields))
     named = table(tmp_path / "labels.csv", ["file_name", "label", "steps"], *[[path, "c", 7] for path in paths[:3]])
-    found = labels.values_by_file(root, paths, None)
-    assert list(found) == ["artist", "steps"] and found["steps"] == {p: str(10 * i) for i, p in enumerate(paths)}
-    found = labels.values_by_file(root, paths, named)
-    assert list(found) == ["artist", "label", "steps"] and found["steps"] == dict.fromkeys(paths[:3], "7")
+    values = labels.values_by_file(root, paths, None)
+    assert list(values) == ["artist", "steps"] and values["steps"] == {p: str(10 * i) for i, p in enumerate(paths)}
+    values = labels.values_by_file(root, paths, named)
+    assert list(values) == ["artist", "label", "steps"] and values["steps"] == dict.fromkeys(paths[:3], "7")
     (root / paths[0]).parent.joinpath("metadata.json").write_text("{broken")
     assert paths[0] not in labels.values_by_file(root, paths, None)["artist"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA as SklearnPCA
 
-from training.pca import PCA, _converged
+from training.pca import PCA, _converged, num_components
 
 
 def gaussian(*shape, seed=0):
@@ -30,6 +30,11 @@ def test_is_scikit_learns(shape):
     signs = np.sign((ours.components_.numpy() * theirs.components_).sum(1))
     close(ours.components_.numpy() * signs[:, None], theirs.components_, rtol=1e-6, atol=1e-9)
     close(ours.transform(new).numpy() * signs, theirs.transform(new.double().numpy()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows, columns, k", [(30, 8, 6), (30, 4, 4), (5, 9, 4)])
+def test_components_are_the_least_of_those_wanted_rows_less_one_and_columns(rows, columns, k):
+    assert num_components(6, rows, columns) == k == len(PCA(6).fit(gaussian(rows, columns)).components_)
 
 
 class RowBlocks:

@@ -21,6 +21,8 @@ from loras import building, published
 
 ROOT = Path(__file__).parent.parent
 RANK, WIDTH = 2, 4
+ROW_BY_ROW = published.Limits(batch_rows=1)
+TWO_ROWS = published.Limits(batch_rows=2, hub_rows=2)
 LAYERS = [f"{module}.lora.{role}.weight" for module in module_names(2) for role in ("down", "up")]
 
 
@@ -47,8 +49,11 @@ def write(path: Path, table: pa.Table, **options) -> Path:
     return path
 
 
-def run(*arguments) -> int:
-    return data.main(["import", *map(str, arguments)])
+def run(*arguments, limits: published.Limits | None = None) -> int:
+    arguments = ["import", *map(str, arguments)]
+    if limits is None:
+        return data.main(arguments)
+    return published.run(data.parse_arguments(arguments), limits)
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -90,10 +95,10 @@ def test_rows_become_files_that_the_program_reads(tmp_path, capsys):
         "score": None,
     }
     for row in range(8):
-        found = tensors(out, row)
-        assert set(found) == set(LAYERS)
+        saved = tensors(out, row)
+        assert set(saved) == set(LAYERS)
         for name in LAYERS:
-            np.testing.assert_array_equal(found[name], wanted[name][row])
+            np.testing.assert_array_equal(saved[name], wanted[name][row])
     collection = data.index_collection(out)
     assert [layer.name for layer in collection.layers] == LAYERS
     assert collection.class_counts == {"class 0": 4, "class 1": 4}
@@ -139,10 +144,10 @@ def test_every_type_of_numbers_and_lists(tmp_path, value, nested):
     assert run(write(tmp_path / "c.parquet", pa.table(columns)), tmp_path / "out") == 0
     dtype = np.float16 if value == pa.float16() else np.float32
     for row in range(rows):
-        found = tensors(tmp_path / "out", row)
+        saved = tensors(tmp_path / "out", row)
         for name in downs:
-            assert found[name].dtype == dtype
-            np.testing.assert_array_equal(found[name], numbers[name][row].astype(dtype))
+            assert saved[name].dtype == dtype
+            np.testing.assert_array_equal(saved[name], numbers[name][row].astype(dtype))
 
 
 def test_tensors_of_arrows_own_type_and_convolutions_have_their_shapes(tmp_path):
@@ -157,11 +162,11 @@ def test_tensors_of_arrows_own_type_and_convolutions_have_their_shapes(tmp_path)
     }
     table = pa.table({"label": ["a", "b", "a"]} | own | convolution)
     assert run(write(tmp_path / "c.parquet", table), tmp_path / "out") == 0
-    found = tensors(tmp_path / "out", 1)
+    saved = tensors(tmp_path / "out", 1)
     for name, array in weights(3).items():
-        np.testing.assert_array_equal(found[name], array[1])
-    np.testing.assert_array_equal(found["unet.conv_in.lora_A.weight"], down[1])
-    np.testing.assert_array_equal(found["unet.conv_in.lora_B.weight"], up[1])
+        np.testing.assert_array_equal(saved[name], array[1])
+    np.testing.assert_array_equal(saved["unet.conv_in.lora_A.weight"], down[1])
+    np.testing.assert_array_equal(saved["unet.conv_in.lora_B.weight"], up[1])
     assert len(data.index_collection(tmp_path / "out").layers) == 6
 
 
@@ -223,35 +228,33 @@ def test_a_rank_that_does_not_fit_is_refused(tmp_path, capsys):
 # -- sources ----------------------------------------------------------------------------------------------
 
 
-def test_shards_are_read_in_sorted_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(published, "BATCH_ROWS", 2)
+def test_shards_are_read_in_sorted_order(tmp_path):
     wanted = weights(12)
     table = as_table(wanted)
     for name, first, end in (("train-1", 5, 12), ("train-0", 0, 5), (".cache/other", 0, 1)):
         write(tmp_path / "c" / "data" / f"{name}.parquet", table.slice(first, end - first), row_group_size=3)
-    assert run(tmp_path / "c", tmp_path / "out") == 0
+    assert run(tmp_path / "c", tmp_path / "out", limits=TWO_ROWS) == 0
     for row in range(12):
         assert json.loads((tmp_path / "out" / f"{row:06}" / "metadata.json").read_text())["label"] == row
         np.testing.assert_array_equal(tensors(tmp_path / "out", row)[LAYERS[1]], wanted[LAYERS[1]][row])
 
 
 @pytest.mark.parametrize("start", range(13))
-def test_batches_begin_at_any_row_and_are_small(tmp_path, monkeypatch, start):
-    monkeypatch.setattr(published, "BATCH_ROWS", 2)
+def test_batches_begin_at_any_row_and_are_small(tmp_path, start):
     table = as_table(weights(12))
     write(tmp_path / "0.parquet", table.slice(0, 5), row_group_size=5)
     write(tmp_path / "1.parquet", table.slice(5), row_group_size=3)
     rows = []
-    for path, first, batch in published.open_source(str(tmp_path)).batches(start, ["label"]):
+    for path, first, batch in published.open_source(str(tmp_path), limits=TWO_ROWS).batches(start, ["label"]):
         labels = batch.column("label").to_pylist()
         assert len(labels) <= 2 and labels[0] == first + 5 * (Path(path).name == "1.parquet")
         rows += labels
     assert rows == list(range(start, 12))
 
 
-def test_rows_of_many_weights_are_held_one_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(published, "BATCH_BYTES", 10)
-    source = published.open_source(str(write(tmp_path / "c.parquet", as_table(weights(5)))))
+def test_rows_of_many_weights_are_held_one_at_a_time(tmp_path):
+    path = write(tmp_path / "c.parquet", as_table(weights(5)))
+    source = published.open_source(str(path), limits=published.Limits(batch_bytes=10))
     assert [batch.num_rows for *_, batch in source.batches(0, LAYERS)] == [1] * 5
 
 
@@ -368,8 +371,8 @@ def test_bad_rows_are_refused_by_number_and_column(tmp_path, capsys):
     source = write(tmp_path / "c.parquet", bad_rows())
     assert run(source, tmp_path / "out") == 2
     assert capsys.readouterr().err.splitlines() == [
-        f"error: {source}: row {row} (counted from 0): column {told}. Mend it, or leave out such rows with --skip-bad."
-        for row, told in (
+        f"error: {source}: row {row} (counted from 0): column {fault}. Mend it, or leave out such rows with --skip-bad."
+        for row, fault in (
             (1, f"{LAYERS[1]}: NaN, infinity, or beyond float32"),
             (2, f"{LAYERS[1]}: missing"),
             (3, f"{LAYERS[1]}: missing"),
@@ -392,13 +395,13 @@ def test_skip_bad_leaves_them_out_and_counts(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["c.parquet", "d.parquet", "out"]
 
 
-@pytest.mark.parametrize("value, told", [(1e39, "NaN, infinity, or beyond float32"), (-np.inf, "NaN, infinity")])
-def test_numbers_beyond_float32_are_bad(tmp_path, capsys, value, told):
+@pytest.mark.parametrize("value, fault", [(1e39, "NaN, infinity, or beyond float32"), (-np.inf, "NaN, infinity")])
+def test_numbers_beyond_float32_are_bad(tmp_path, capsys, value, fault):
     numbers = {name: array.astype(np.float64) for name, array in weights(3).items()}
     numbers[LAYERS[3]][2, 1, 1] = value
     source = write(tmp_path / "c.parquet", as_table(numbers, pa.list_(pa.list_(pa.float64()))))
     assert run(source, tmp_path / "out") == 2
-    assert f"row 2 (counted from 0): column {LAYERS[3]}: {told}" in capsys.readouterr().err
+    assert f"row 2 (counted from 0): column {LAYERS[3]}: {fault}" in capsys.readouterr().err
 
 
 def test_factors_that_do_not_match_are_a_bad_row(tmp_path, capsys):
@@ -411,13 +414,12 @@ def test_factors_that_do_not_match_are_a_bad_row(tmp_path, capsys):
     assert "row 1 (counted from 0): ranks differ in module" in capsys.readouterr().err
 
 
-def test_a_later_bad_row_keeps_what_was_done_for_skip_bad(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(published, "BATCH_ROWS", 1)
+def test_a_later_bad_row_keeps_what_was_done_for_skip_bad(tmp_path, capsys):
     source = write(tmp_path / "c.parquet", bad_rows())
-    assert run(source, tmp_path / "out") == 2
+    assert run(source, tmp_path / "out", limits=ROW_BY_ROW) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "out").exists()
     kept = (tmp_path / "out.partial" / "000000" / "pytorch_lora_weights.safetensors").stat()
-    assert run(source, tmp_path / "out", "--skip-bad") == 0
+    assert run(source, tmp_path / "out", "--skip-bad", limits=ROW_BY_ROW) == 0
     assert (tmp_path / "out" / "000000" / "pytorch_lora_weights.safetensors").stat().st_mtime_ns == kept.st_mtime_ns
 
 
@@ -468,9 +470,8 @@ def test_the_second_time_nothing_is_done(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("stop", range(14))
 def test_an_import_goes_on_where_it_was_stopped(tmp_path, monkeypatch, stop):
     """Fourteen files are written: 5 LoRAs of two each, and the state at the start and after each of 3 batches."""
-    monkeypatch.setattr(published, "BATCH_ROWS", 2)
     source = write(tmp_path / "c.parquet", as_table(weights(5)))
-    assert run(source, tmp_path / "whole") == 0
+    assert run(source, tmp_path / "whole", limits=TWO_ROWS) == 0
     written, plain = [], building.write_atomically
 
     def write_some(path, contents):
@@ -482,11 +483,11 @@ def test_an_import_goes_on_where_it_was_stopped(tmp_path, monkeypatch, stop):
         plain(path, contents)
 
     monkeypatch.setattr(building, "write_atomically", write_some)
-    assert run(source, tmp_path / "out") == 130 and not (tmp_path / "out").exists()
+    assert run(source, tmp_path / "out", limits=TWO_ROWS) == 130 and not (tmp_path / "out").exists()
     monkeypatch.setattr(
         building, "write_atomically", lambda path, contents: (written.append(path), plain(path, contents))
     )
-    assert run(source, tmp_path / "out") == 0
+    assert run(source, tmp_path / "out", limits=TWO_ROWS) == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     weight_files = [path.parent.name for path in written if path.name.endswith(".safetensors")]
     assert len(weight_files) <= 5 + 2  # at most one batch is written twice
@@ -495,7 +496,10 @@ def test_an_import_goes_on_where_it_was_stopped(tmp_path, monkeypatch, stop):
 def test_a_killed_import_goes_on(tmp_path):
     source = write(tmp_path / "c.parquet", as_table(weights(150)))
     assert run(source, tmp_path / "whole") == 0
-    code = "import sys, data; from loras import published; published.BATCH_ROWS = 8; sys.exit(data.main(sys.argv[1:]))"
+    code = (
+        "import sys, data; from loras import published; "
+        "sys.exit(published.run(data.parse_arguments(sys.argv[1:]), published.Limits(batch_rows=8)))"
+    )
     command = [sys.executable, "-c", code, "import", str(source), str(tmp_path / "out")]
     draw = random.Random(0)
     for _ in range(2):
@@ -521,7 +525,33 @@ def test_two_imports_never_work_in_one_folder(tmp_path, capsys):
     assert run(source, tmp_path / "out") == 0
 
 
-def test_a_full_disk_is_told_and_the_import_goes_on(tmp_path, monkeypatch, capsys):
+def test_an_import_that_another_process_finishes_first_is_not_done_again(tmp_path, monkeypatch, capsys):
+    source, out = write(tmp_path / "c.parquet", as_table(weights(3))), tmp_path / "out"
+    plain, before = building.partial_folder, {}
+
+    def after_another_import(folder, check):
+        monkeypatch.setattr(building, "partial_folder", plain)
+        assert run(source, out) == 0
+        before.update(tree(out))
+        monkeypatch.setattr(building, "write_atomically", None)
+        capsys.readouterr()
+        return plain(folder, check)
+
+    monkeypatch.setattr(building, "partial_folder", after_another_import)
+    assert run(source, out) == 0
+    assert f"{out}: 3 LoRAs of 4 layers, imported before: nothing to do" in capsys.readouterr().out
+    assert before and tree(out) == before and sorted(os.listdir(tmp_path)) == ["c.parquet", "out"]
+
+
+def test_a_state_that_cannot_be_read_is_named(tmp_path, capsys):
+    source, out = write(tmp_path / "c.parquet", as_table(weights(3))), tmp_path / "out"
+    (out / "import.json").mkdir(parents=True)
+    assert run(source, out) == 2
+    fault = f"{out / 'import.json'}: Is a directory. Mend that; the same command then continues."
+    assert capsys.readouterr().err == f"error: {fault}\n"
+
+
+def test_a_full_disk_is_reported_and_the_import_goes_on(tmp_path, monkeypatch, capsys):
     source, plain = write(tmp_path / "c.parquet", as_table(weights(3))), building.write_atomically
 
     def full(path, contents):
@@ -537,9 +567,8 @@ def test_a_full_disk_is_told_and_the_import_goes_on(tmp_path, monkeypatch, capsy
     assert run(source, tmp_path / "out") == 0
 
 
-def test_a_half_built_import_is_no_collection(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(published, "BATCH_ROWS", 1)
-    assert run(write(tmp_path / "c.parquet", bad_rows()), tmp_path / "out") == 2
+def test_a_half_built_import_is_no_collection(tmp_path, capsys):
+    assert run(write(tmp_path / "c.parquet", bad_rows()), tmp_path / "out", limits=ROW_BY_ROW) == 2
     assert ablation_experiment.main([f"--dataset={tmp_path / 'out.partial'}"]) == 2
     assert "a half-built collection" in capsys.readouterr().err
 
@@ -581,23 +610,22 @@ class Stream:
 class Hub:
     """A stand-in for the library."""
 
-    def __init__(self, found):
-        self.found, self.asked = found, []
+    def __init__(self, answer):
+        self.answer, self.asked = answer, []
 
     def load_dataset(self, name, subset, split, streaming):
         assert streaming
         self.asked.append((name, subset, split))
-        if isinstance(self.found, Exception):
-            raise self.found
-        return self.found
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    def install(found) -> Hub:
+    def install(answer) -> Hub:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setitem(sys.modules, "datasets", Hub(found))
-        monkeypatch.setattr(published, "HUB_ROWS", 2)
+        monkeypatch.setitem(sys.modules, "datasets", Hub(answer))
         return sys.modules["datasets"]
 
     return install
@@ -606,27 +634,27 @@ def hub(tmp_path, monkeypatch):
 def test_a_data_set_of_the_hub(tmp_path, hub, capsys):
     wanted = weights(5)
     library = hub({"train": Stream(as_table(wanted, image=[b"png"] * 5))})
-    assert run("someone/loras", "out", "--subset=small") == 0
+    assert run("someone/loras", "out", "--subset=small", limits=TWO_ROWS) == 0
     assert library.asked == [("someone/loras", "small", None)]
     assert "out: 5 LoRAs of 4 layers from 5 rows of someone/loras" in capsys.readouterr().out
     for row in range(5):
         np.testing.assert_array_equal(tensors(tmp_path / "out", row)[LAYERS[2]], wanted[LAYERS[2]][row])
 
 
-def test_a_hub_that_breaks_off_is_told_in_its_words_and_the_import_goes_on(tmp_path, hub, capsys):
+def test_a_hub_that_breaks_off_is_reported_in_its_words_and_the_import_goes_on(tmp_path, hub, capsys):
     table = as_table(weights(5))
     hub(Stream(table, broken="the line\nis dead."))
-    assert run("someone/loras", "out", "--split=train") == 2
-    told = "datasets says ConnectionError: the line is dead. Mend that and start again, which continues."
-    assert capsys.readouterr().err == f"error: someone/loras: {told}\n"
+    assert run("someone/loras", "out", "--split=train", limits=TWO_ROWS) == 2
+    fault = "datasets says ConnectionError: the line is dead. Mend that and start again, which continues."
+    assert capsys.readouterr().err == f"error: someone/loras: {fault}\n"
     assert sorted(os.listdir(tmp_path / "out.partial")) == ["000000", "000001", "import.json"]
     hub(Stream(table))
-    assert run("someone/loras", "out", "--split=train") == 0
+    assert run("someone/loras", "out", "--split=train", limits=TWO_ROWS) == 0
     assert len(data.index_collection(tmp_path / "out").files) == 5
 
 
 @pytest.mark.parametrize(
-    "found, message",
+    "answer, message",
     [
         (
             ValueError("Config name is missing.\nPick one"),
@@ -637,9 +665,9 @@ def test_a_hub_that_breaks_off_is_told_in_its_words_and_the_import_goes_on(tmp_p
         (Stream(FLAT), "one flat vector per row (weights)"),
     ],
 )
-def test_what_the_hub_has_not_is_told(tmp_path, hub, capsys, found, message):
-    hub(found)
-    assert run("someone/loras", "out") == 2
+def test_what_the_hub_does_not_have_is_reported(tmp_path, hub, capsys, answer, message):
+    hub(answer)
+    assert run("someone/loras", "out", limits=TWO_ROWS) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: someone/loras: {message}") and error.count("\n") == 1
     assert os.listdir(tmp_path) == []
@@ -647,7 +675,6 @@ def test_what_the_hub_has_not_is_told(tmp_path, hub, capsys, found, message):
 
 def test_the_real_library_on_a_local_folder(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(published, "HUB_ROWS", 2)
     load = datasets.load_dataset
     folder = write(tmp_path / "c" / "train-0.parquet", as_table(weights(5), steps=[1] * 5)).parent
     monkeypatch.setattr(
@@ -656,13 +683,13 @@ def test_the_real_library_on_a_local_folder(tmp_path, monkeypatch):
         lambda name, *args, **kwargs: load(str(folder), *args, **kwargs, cache_dir=str(tmp_path)),
     )
     monkeypatch.chdir(tmp_path)
-    assert run("someone/loras", "hub") == 0
-    assert run(folder, "local") == 0
+    assert run("someone/loras", "hub", limits=TWO_ROWS) == 0
+    assert run(folder, "local", limits=TWO_ROWS) == 0
     without_source = [
         {name: held for name, held in tree(Path(out)).items() if name != "import.json"} for out in ("hub", "local")
     ]
     assert without_source[0] == without_source[1] and len(without_source[0]) == 10
-    source = published.hub_source("someone/loras")
+    source = published.hub_source("someone/loras", limits=TWO_ROWS)
     assert [row for *_, batch in source.batches(3, ["label"]) for row in batch.column("label").to_pylist()] == [3, 4]
 
 
@@ -688,12 +715,12 @@ def test_without_pyarrow_or_datasets_one_line_says_so(tmp_path, monkeypatch, cap
     Path("c.parquet").write_text("")
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert run("someone/loras", "out") == 2
-    told = "no such folder, and datasets, which reads the hub, is not installed. Run `pip install datasets`."
-    assert capsys.readouterr().err == f"error: someone/loras: {told}\n"
+    fault = "no such folder, and datasets, which reads the hub, is not installed. Run `pip install datasets`."
+    assert capsys.readouterr().err == f"error: someone/loras: {fault}\n"
     monkeypatch.setattr(published, "pa", None)
     assert run("c.parquet", "out") == 2
-    told = "pyarrow, which reads parquet, is not installed. Run `pip install pyarrow`."
-    assert capsys.readouterr().err == f"error: c.parquet: {told}\n"
+    fault = "pyarrow, which reads parquet, is not installed. Run `pip install pyarrow`."
+    assert capsys.readouterr().err == f"error: c.parquet: {fault}\n"
 
 
 def test_a_python_without_pyarrow_loads_the_module():

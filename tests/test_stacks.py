@@ -6,7 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.stacks import Plateau, Stored, dropout_masks, fast_products, numpy_stream, seed_of, standardise, stream
+from training.stacks import (
+    Plateau,
+    Stored,
+    dropout_masks,
+    fast_products,
+    numpy_stream,
+    seed_of,
+    standardise,
+    start_thread,
+    stream,
+)
 
 
 def test_dropout_keeps_as_many_as_it_should_and_their_mean():
@@ -33,6 +43,17 @@ def test_what_cannot_be_held_is_read_as_it_comes(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", full)
     assert torch.equal(x.rows(torch.tensor([[3, 15]])), expected[[3, 15]][None])
+
+
+def test_a_thread_that_trains_has_one_core_and_no_denormal_numbers():
+    threads, smallest = torch.get_num_threads(), torch.tensor([1e-38])
+    try:
+        start_thread(torch.device("cpu"))
+        assert torch.get_num_threads() == 1 and (smallest * 0.1).item() == 0
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
+    assert (smallest * 0.1).item() > 0
 
 
 def test_tensor_cores_are_for_training_on_a_gpu_only():

@@ -120,9 +120,11 @@ class ClassifierStack:
         batch_size: int = 32,
         few_columns: int = FEW_COLUMNS,
     ):
-        self.x, self.y, self.split, self.models, self.seed = x, y, split, models, seed
-        self.hidden, self.dropout, self.batch_size, self.num_classes = hidden, dropout, batch_size, num_classes
-        self.few_columns = few_columns
+        self.x, self.y, self.split = x, y, split
+        self.models, self.num_classes = models, num_classes
+        self.seed = seed
+        self.hidden, self.dropout = hidden, dropout
+        self.batch_size, self.few_columns = batch_size, few_columns
         self.params = initial_weights(models, x.shape[2], (*hidden, num_classes), seed, like=x)
         self.buffers: dict[str, Tensor] = {}
         self._place()

@@ -45,7 +45,7 @@ class PCA:
     convention: at most max(N, F)·eps(float64) of the largest, or ``SINGLE`` after products in float32.
 
     Args:
-        n_components: Components wanted; k is the least of it, N - 1 and F.
+        n_components: Components wanted; see `num_components` for k.
         gram_rows: Rows or columns up to which a Gram matrix is formed.
         numbers_at_once: Numbers of x to work on at a time.
 
@@ -78,7 +78,7 @@ class PCA:
             largest = max(largest, block.abs().max().item())
         self.mean_ = total / rows
         self.passes_ = 1
-        k = min(self.n_components, rows - 1, columns)
+        k = num_components(self.n_components, rows, columns)
         values, directions = self._gram(x, k, wide) if small else self._krylov(x, k, largest or 1.0)
         peak = directions.gather(1, directions.abs().argmax(1, keepdim=True))  # (k, 1)
         self.components_ = torch.where(values[:, None] > 0, directions * peak.sign(), 0)
@@ -176,6 +176,11 @@ class PCA:
             product.addmm_(centred.mT, centred @ q / scale / scale)
         self.passes_ += 1
         return product
+
+
+def num_components(n_components: int, rows: int, columns: int) -> int:
+    """Return k, the number of components of centred rows: the least of those wanted, N - 1 and F."""
+    return min(n_components, rows - 1, columns)
 
 
 def _orthogonal_to(basis: list[Tensor], product: Tensor) -> Tensor:
