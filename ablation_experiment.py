@@ -39,7 +39,7 @@ from experiment import controls, store
 from experiment.extraction import WEIGHTS, Extracted, extract, identity
 from experiment.phases import Experiment, split_collection
 from experiment.plans import TrainingError
-from experiment.settings import Networks, Settings, UsageError, resolve, start_thread
+from experiment.settings import Networks, Settings, UsageError, resolve
 from experiment.units import OutOfMemory, one_memory_error
 from experiment.workers import FaultElsewhereError, Workers, start_workers
 from loras import building, digits_zoo
@@ -48,6 +48,7 @@ from report import figures, page, text
 from report.text import Content
 from representations import RANKING, REPRESENTATIONS, UPDATES
 from training.classifier import scored
+from training.stacks import start_thread
 
 BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000}
 NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small")

@@ -217,6 +217,8 @@ class _Pass:
         if not computed:
             return {"fingerprint": self.known_fingerprint(), "missing": []}
         documents = [building.read_object(self._document(rows)) for rows in self.shards]
+        if None in documents:
+            raise OSError(f"{self.folder}: a shard's document was damaged meanwhile. Remove that folder")
         findings = [finding for document in documents for finding in document["findings"]]
         contents = [line for document in documents for line in document["contents"]]
         if findings and not (self.skip_bad and _all_at_fault(findings)):

@@ -69,9 +69,9 @@ class Experiment:
         workers: Workers,
         progress: Callable[[str, int, int], None],
     ):
-        self.settings, self.collection = settings, collection
-        self.selected, self.rows = selected, rows
-        self.extracted, self.workers, self.progress = extracted, workers, progress
+        self.settings, self.collection, self.selected = settings, collection, selected
+        self.rows, self.extracted = rows, extracted
+        self.workers, self.progress = workers, progress
         units = Units(extracted.folder / "units", _common_key(settings, collection, selected, rows, extracted))
         # A forked process is at one source at a time, threads of one process at the latest two.
         self.inputs = Inputs(settings, collection, selected, rows, extracted, units, 1 if workers.forks else 2)
@@ -124,12 +124,8 @@ class Experiment:
         Ties: by validation accuracy, validation loss, depth; never by test accuracy where validation is to choose.
         """
         metrics = ["accuracy", "val_accuracy"] if self.settings.rank_by == "test" else ["val_accuracy"]
-        return np.array(
-            sorted(
-                range(len(records)),
-                key=lambda depth: (*(-records[depth][metric] for metric in metrics), losses[depth], depth),
-            )
-        )
+        keys = [(*(-record[metric] for metric in metrics), loss) for record, loss in zip(records, losses, strict=True)]
+        return np.array(sorted(range(len(records)), key=lambda depth: (keys[depth], depth)))
 
     # -- what is learned ----------------------------------------------------------------------------------------------
 

@@ -176,18 +176,6 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def start_thread(device: torch.device) -> None:
-    """Prepare a thread that trains: it uses one core, and the process's GPU.
-
-    Results then do not depend on the number of threads. Classifiers that are sure of their train rows are full of
-    numbers below 1e-38, over which a CPU takes many times as long: they count as 0.
-    """
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
-
 def memory_of(device: torch.device) -> int:
     """Return the bytes of memory that a device has for this process, used or not."""
     if device.type == "cuda":
