@@ -73,7 +73,7 @@ def _made(kind: str, names: tuple[str, ...], answerable: bool) -> dict:
 
 
 def _results(e: Evidence, names: tuple[str, ...], found: dict) -> dict:
-    """What results.json holds beside the analysis."""
+    """Return what results.json holds beside the analysis."""
 
     def metric(condition: str, name: str) -> dict:
         runs = (e.predicted(condition, name) == e.truth).mean(-1)

@@ -295,7 +295,7 @@ def test_a_job_that_lost_a_process_ends_and_the_next_one_continues(processes, co
 
 @pytest.mark.parametrize("flag", ["--top-k=4", "--dataset=nowhere"])
 def test_a_job_says_what_is_wrong_and_ends(collection, tmp_path, flag):
-    """Whether all processes find it, or the first alone, for which the others wait."""
+    """Faults that all processes meet, or the first alone, for which the others wait."""
     job = torchrun(collection, tmp_path / "out", flag)
     output, _ = job.communicate(timeout=240)
     said = [line for line in output.splitlines() if line.startswith(f"error: {flag.split('=')[0]}")]

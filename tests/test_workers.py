@@ -289,7 +289,7 @@ from experiment.workers import Workers, Task
 
 
 def alive(pid):
-    """Whether a process is there and has not ended, unlike one that waits to be collected."""
+    """Return whether a process exists and has not ended, unlike one that waits to be collected."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
