@@ -101,7 +101,7 @@ def test_who_no_longer_listens_stops_the_threads(tmp_path):
     assert len(begun) < 10
 
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="processs are for Linux")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="helpers are for Linux")
 
 
 @linux
@@ -114,13 +114,13 @@ def test_processs_do_what_is_not_to_be_done_here(tmp_path):
     assert list(Workers(2, forks=True).do(tasks)) == [""] * 12
     at_work = [int((tmp_path / str(i)).read_text()) for i in range(12)]
     assert set(at_work[::3]) == {os.getpid()}
-    processs = {pid for i, pid in enumerate(at_work) if i % 3}
-    assert os.getpid() not in processs and len(processs) == 2
-    assert not any(Path(f"/proc/{pid}").exists() for pid in processs)
+    helpers = {pid for i, pid in enumerate(at_work) if i % 3}
+    assert os.getpid() not in helpers and len(helpers) == 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in helpers)
 
 
 def many_jobs(folder, rounds):
-    """Jobs of threads, each followed at once by one of processs, and by a function in a prepared thread."""
+    """Jobs of threads, each followed at once by one of helpers, and by a function in a prepared thread."""
 
     def run(path):
         x = torch.ones(200, 200)
@@ -134,7 +134,7 @@ def many_jobs(folder, rounds):
     group = Workers(2, lambda: torch.set_num_threads(1), forks=True)
     for number in range(rounds):
         assert list(group.do(job(f"threads-{number}", True))) == ["", ""]
-        assert list(group.do(job(f"processs-{number}", False))) == ["", ""]
+        assert list(group.do(job(f"helpers-{number}", False))) == ["", ""]
         group.call_prepared(lambda number=number: run(Path(folder, f"prepared-{number}")))
         assert list(group.do(job(f"more-{number}", False))) == ["", ""]
 
@@ -262,8 +262,7 @@ def test_no_process_outlives_its_process(tmp_path, ending):
     job = f"""
     import os, pathlib, sys, time
     sys.path.insert(0, {str(Path(workers.__file__).parent.parent)!r})
-    from experiment.settings import UsageError
-from experiment.workers import Workers, Task
+    from experiment.workers import Workers, Task
     def run(i):
         pathlib.Path({str(tmp_path)!r}, str(i)).write_text(str(os.getpid()))
         while True: time.sleep(1)
@@ -272,20 +271,18 @@ from experiment.workers import Workers, Task
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(job)], start_new_session=True)
     try:
         until(lambda: len([f for f in tmp_path.iterdir() if f.read_text()]) == 2)
-        processs = [int(file.read_text()) for file in tmp_path.iterdir()]
+        helpers = [int(file.read_text()) for file in tmp_path.iterdir()]
         if ending == signal.SIGKILL:
             process.kill()
-            until(lambda: not any(alive(pid) for pid in processs))
+            until(lambda: not any(alive(pid) for pid in helpers))
         else:
-            os.killpg(
-                process.pid, ending
-            )  # Python's own handler: it waits for its threads, which wait for the processs
+            os.killpg(process.pid, ending)  # Python's own handler waits for its threads, which wait for the helpers
             time.sleep(0.5)
-            assert all(alive(pid) for pid in processs)
+            assert all(alive(pid) for pid in helpers)
     finally:
         process.kill()
         process.wait()
-    until(lambda: not any(alive(pid) for pid in processs))
+    until(lambda: not any(alive(pid) for pid in helpers))
 
 
 def alive(pid):
