@@ -430,7 +430,7 @@ def test_a_cache_folder_of_ones_own_serves_another_output_folder(tmp_path, monke
 def test_a_killed_run_loses_nothing_that_was_finished(tmp_path):
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
     command = [sys.executable, ROOT / "ablation_experiment.py", "--dataset", root, "--output-dir", tmp_path / "out"]
-    command = [*map(str, command), "--top-k=1", "--num-runs=40", "--quick", "--representations=stats"]
+    command = [*map(str, command), "--top-k=1", "--num-runs=10", "--quick", "--representations=stats"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         assert any(line.startswith("Phase 1") for line in running.stdout)  # reads on until it is there
         while not glob.glob("out/.cache/*/units/classifier-*.npz", root_dir=tmp_path):  # a folder may go meanwhile

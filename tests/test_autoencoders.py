@@ -108,12 +108,12 @@ class Plain(nn.Module):
 
 
 def literal_nt_xent(projected, temperature):
-    """Equation 1 of SimCLR, term by term."""
+    """Return equation 1 of SimCLR, term by term."""
     count = len(projected)
     total = 0.0
     for i in range(count):
         j = (i + count // 2) % count
-        similar = [functional.cosine_similarity(projected[i], other, dim=0) / temperature for other in projected]
+        similar = functional.cosine_similarity(projected[i], projected) / temperature
         denominator = sum(torch.exp(similar[k]) for k in range(count) if k != i)
         total = total - torch.log(torch.exp(similar[j]) / denominator)
     return total / count

@@ -281,9 +281,9 @@ def test_two_processes_of_one_job_give_the_same_bytes_as_one(collection, expecte
 
 
 def test_a_job_that_lost_a_process_ends_and_the_next_one_continues(processes, collection, expected, tmp_path):
-    assert started(processes, collection, tmp_path / "whole", "--num-runs=60").wait() == 0
+    assert started(processes, collection, tmp_path / "whole", "--num-runs=8").wait() == 0
     out = tmp_path / "out"
-    job = torchrun(collection, out, "--num-runs=60")
+    job = torchrun(collection, out, "--num-runs=8")
     workers = Path(f"/proc/{job.pid}/task/{job.pid}/children")
     while job.poll() is None and len(files_of(out, "*/units/classifier-*")) < 3:
         time.sleep(0.01)
@@ -292,7 +292,7 @@ def test_a_job_that_lost_a_process_ends_and_the_next_one_continues(processes, co
     assert job.returncode not in (0, None), output
     assert "in carry_out" not in output  # no traceback of ours
     before = finished_work(out)
-    again = torchrun(collection, out, "--num-runs=60")
+    again = torchrun(collection, out, "--num-runs=8")
     output, _ = again.communicate(timeout=240)
     assert before and again.returncode == 0, output
     assert before.items() <= finished_work(out).items()
