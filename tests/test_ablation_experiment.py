@@ -34,8 +34,11 @@ def run(tmp_path, dataset, *flags, out="out", expected=0, networks=NETWORKS):
     """Run the program on a folder; its results.json, or None where it is expected to fail."""
     folder = tmp_path / out
     assert main(["--dataset", str(dataset), "--output-dir", str(folder), "--device=cpu", *flags], networks) == expected
-    path = folder / f"ablation_{Path(dataset).name}" / "results.json"
-    return json.loads(path.read_text()) if expected != 2 else None
+    if expected == 2:
+        return None
+    results = json.loads((folder / f"ablation_{Path(dataset).name}" / "results.json").read_text())
+    assert check_schema(results) == []
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -280,9 +283,24 @@ def test_the_analysis_says_what_was_planted(analysed, planted):
     assert right[:, 18:].mean() == pytest.approx(found["robustness"]["stats"]["top_alone"]["accuracy"])
 
 
-def test_the_files_hold_what_the_documents_say(everything, analysed):
-    for folder, results in (everything, analysed):
-        assert check_schema(results) == []
+@pytest.fixture(scope="module")
+def eventful(tmp_path_factory):
+    """A run with all controls: six classes, groups that no flag names, ignored tensors, a file left out."""
+    out = tmp_path_factory.mktemp("eventful")
+    planted_collection(out / "planted", classes=6, per_class=20, modules=2, informative=(1,))
+    for i, path in enumerate(sorted((out / "planted").rglob("*.safetensors"))):
+        facts = json.loads((path.parent / "metadata.json").read_text())
+        (path.parent / "metadata.json").write_text(json.dumps({**facts, "artist": f"artist {i // 4}"}))
+        module = next(iter(load_file(path))).split(".lora.")[0]
+        save_file(load_file(path) | {f"{module}.dora_scale": torch.ones(3)}, path)
+    (out / "planted" / "class_0" / "bad.safetensors").write_bytes(b"bad")
+    flags = ("--top-k=1", "--quick", "--num-runs=1", "--controls=all", "--null-shuffles=1", "--skip-bad")
+    results = run(out, out / "planted", *flags, "--representations=stats,update_kernel", networks=NARROW)
+    return out / "out" / "ablation_planted", results
+
+
+def test_the_files_hold_what_the_documents_say(everything, analysed, eventful):
+    for folder, _ in (everything, analysed, eventful):  # `run` checks results.json
         assert check_schema(json.loads((folder / "top_layers.json").read_text()), "top_layers.json") == []
         arrays = store.load_arrays(folder / "predictions.npz")
         assert undocumented_arrays({name: (array.dtype.kind, array.ndim) for name, array in arrays.items()}) == []

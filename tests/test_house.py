@@ -278,6 +278,7 @@ def documented(heading: str) -> Key:
         for step in re.findall(r"\[\]|[^.\[\]]+", path):
             place = place.below.setdefault(step, Key())
         assert not place.types, f"{path} is documented twice"
+        assert not (step == "[]" and kind.endswith("optional")), f"{path}: an item cannot be optional, its list can"
         kind, place.optional = kind.removesuffix(", optional"), kind.endswith(", optional")
         place.types = tuple(kind.split(" or "))
         assert set(place.types) <= {*JSON_TYPES, "null"}, f"{path}: {kind}"
