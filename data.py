@@ -124,8 +124,11 @@ class Collection:
 
     @cached_property
     def columns(self) -> dict[str, dict[str, str]]:
-        """The values of each column of the table and field of the metadata.json files, by path; read when asked for."""
-        return labelling.values_by_file(self.root, [file.path for file in self.files], self.table)
+        """The values of each column of the table and field of the metadata.json files, by path; read when asked for.
+
+        Reading counts in ``ignored`` the files that cannot be read.
+        """
+        return labelling.values_by_file(self.root, [file.path for file in self.files], self.table, self.ignored)
 
     def _by_layout(self) -> list[list[int]]:
         return by_layout(file.layout for file in self.files)

@@ -133,11 +133,12 @@ def _build_loras(folder: Path, base_path: Path, count: int, seed: int, report: R
 
 
 def is_built_here(folder: Path) -> bool:
-    """Return whether a folder is, or will become, a collection that this module builds."""
-    try:
-        recipe = read_object(folder / RECIPE_NAME)
-    except OSError:  # whoever reads the folder reports it
-        return False
+    """Return whether a folder is, or will become, a collection that this module builds.
+
+    Raises:
+        OSError: Its recipe cannot be read.
+    """
+    recipe = read_object(folder / RECIPE_NAME)
     return recipe is not None and recipe.get("built_by") == "digits_zoo"
 
 

@@ -350,7 +350,8 @@ def read_json(path: str) -> dict | None:
 def column_values(root: Path, paths: list[str], table: Path | None) -> dict[str, Counter]:
     """Count each value of each column of a table, or without a table of each field of the metadata.json files.
 
-    Lists, objects and nothing count as no value. Files that cannot be read are passed over.
+    Lists, objects and nothing count as no value. Files that cannot be read are passed over: `read_labels`, which reads
+    them too where there is no table, reports them.
     """
     values: dict[str, Counter] = defaultdict(Counter)
 
@@ -367,18 +368,19 @@ def column_values(root: Path, paths: list[str], table: Path | None) -> dict[str,
     for folder, files in _by_folder(paths).items():
         try:
             count(read_json(os.path.join(root, folder, METADATA)) or {}, len(files))
-        except LoraFileError:  # reported where labels are read
+        except LoraFileError:
             continue
     return dict(values)
 
 
-def values_by_file(root: Path, paths: list[str], table: Path | None) -> dict[str, dict[str, str]]:
+def values_by_file(root: Path, paths: list[str], table: Path | None, ignored: Counter) -> dict[str, dict[str, str]]:
     """Return the values of each column of a table and of each field of the metadata.json files, by path.
 
     Lists, objects, long texts and nothing count as no value; a column of the table goes before a field of its name.
-    Files that cannot be read are passed over, as in `column_values`.
+    Files that cannot be read, which only happens beside a table, are passed over, and counted in ``ignored``.
     """
     values: dict[str, dict[str, str]] = defaultdict(dict)
+    unreadable = 0
 
     def put(name: str, path: str, value: object) -> None:
         if not (isinstance(value, str) and len(value) > LONG_TEXT):
@@ -391,11 +393,14 @@ def values_by_file(root: Path, paths: list[str], table: Path | None) -> dict[str
     for folder, files in _by_folder(paths).items():
         try:
             document = read_json(os.path.join(root, folder, METADATA)) or {}
-        except LoraFileError:  # reported where labels are read
+        except LoraFileError:
+            unreadable += 1
             continue
         for name in document.keys() - columns:
             for path in files:
                 put(name, path, document[name])
+    if unreadable:
+        ignored[f"{METADATA} that cannot be read"] = unreadable
     return {name: values[name] for name in sorted(values) if values[name]}
 
 

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -693,9 +694,12 @@ def test_the_values_beside_the_weights_by_file(tmp_path):
         fields = {"steps": 10 * i, "artist": f"a{i % 2}", "tags": ["x"], "caption": 201 * "y", "note": None}
         (beside.parent / "metadata.json").write_text(json.dumps(fields))
     named = table(tmp_path / "labels.csv", ["file_name", "label", "steps"], *[[path, "c", 7] for path in paths[:3]])
-    values = labels.values_by_file(root, paths, None)
+    values = labels.values_by_file(root, paths, None, Counter())
     assert list(values) == ["artist", "steps"] and values["steps"] == {p: str(10 * i) for i, p in enumerate(paths)}
-    values = labels.values_by_file(root, paths, named)
+    values = labels.values_by_file(root, paths, named, Counter())
     assert list(values) == ["artist", "label", "steps"] and values["steps"] == dict.fromkeys(paths[:3], "7")
     (root / paths[0]).parent.joinpath("metadata.json").write_text("{broken")
-    assert paths[0] not in labels.values_by_file(root, paths, None)["artist"]
+    ignored = Counter(pickles=2)
+    for _ in range(2):  # a collection that lost files reads them again
+        assert paths[0] not in labels.values_by_file(root, paths, named, ignored)["artist"]
+        assert ignored == {"pickles": 2, "metadata.json that cannot be read": 1}
