@@ -166,7 +166,7 @@ def locate(args: argparse.Namespace, progress: Progress) -> tuple[str, Path]:
         if not Path(name).is_dir():
             fault = "a file, not a folder" if Path(name).exists() else "no such folder"
             raise UsageError(f"--dataset {name}: {fault}. Give a folder of LoRAs, or {', '.join(NAMED_DATASETS)}.")
-        begun = digits_zoo.is_built_here(Path(name)) or (Path(name) / "import.json").exists()
+        begun = digits_zoo.is_built_here(Path(name)) or (Path(name) / building.IMPORT_NAME).exists()
         if name.rstrip("/").endswith(".partial") and begun:
             raise UsageError(f"--dataset {name}: a half-built collection. Finish it with the command that began it.")
         return Path(os.path.abspath(name)).name, Path(name)
@@ -238,9 +238,12 @@ def carry_out(args: argparse.Namespace, settings: Settings, workers: Workers) ->
         experiment = Experiment(settings, collection, plan.selected, plan.rows, extracted, workers, progress)
         results = plan.header | run_phases(experiment, plan.chosen, plan.not_run, watch)
         results |= {"analysis": analyse(experiment, results, watch), "timing": watch.timing()}
-        results["config"]["stack"]["smaller"] = experiment.smaller_stacks
+        results["config"]["stack"]["smaller"] = experiment.planner.smaller_stacks
         if workers.rank == 0:
-            write_results(target, experiment, results)
+            content = text.content_of(results)
+            if content.answers:
+                say("\n".join(text.answer_lines(results, content.answers)))
+            write_results(target, experiment, results, content)
     left_out = f"; not run, and results.txt says why: {', '.join(plan.not_run)}" if plan.not_run else ""
     files = ", ".join(files_of(results))
     say(f"\nWritten to {target}: {files} ({results['timing']['total']:.0f} s){left_out}")
@@ -470,13 +473,10 @@ def without_units(experiment: Experiment, names: list[str], removed: list[int]) 
 
 
 def analyse(experiment: Experiment, results: dict, watch: Stopwatch) -> dict | None:
-    """Analyse what the numbers of the phases mean, beside controls, and print the answers; None where not asked for."""
+    """Analyse what the numbers of the phases mean, beside controls; None where not asked for, or not on rank 0."""
     names = [name for name in results["baseline_results"] if name in results["ablation_results"]]
     with watch.phase("analysis"):
-        analysis = controls.analyse(experiment, names, say)
-    if analysis:  # None on all processes but the first
-        say("\n".join(text.short_answers(results | {"analysis": analysis})))
-    return analysis
+        return controls.analyse(experiment, names, say)
 
 
 def finished_results(target: Path, header: dict) -> dict | None:
@@ -498,7 +498,7 @@ def finished_results(target: Path, header: dict) -> dict | None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def top_layers(experiment: Experiment, results: dict, _: Content) -> bytes:
+def top_layers(experiment: Experiment, results: dict, *_: object) -> bytes:
     """Return the content of top_layers.json."""
     return building.canonical_json(results["layer_ranking"][: experiment.settings.top_k], indent=2)
 
@@ -518,33 +518,47 @@ def samples(experiment: Experiment, *_: object) -> bytes:
     return table.getvalue().encode()
 
 
-RESULT_FILES: dict[str, Callable[[Experiment, dict, Content], bytes]] = {
-    "top_layers.json": top_layers,
-    "results.txt": lambda _, results, content: text.render_text(results, content).encode(),
-    "samples.csv": samples,
-    "predictions.npz": lambda experiment, *_: store.packed_arrays(experiment.predictions.arrays()),
+@dataclass(frozen=True)
+class ResultFile:
+    """A file of the results.
+
+    Attributes:
+        written: Returns the content, of the experiment, its results, their sentences, and their figures by file name.
+        always: Whether it is also written without an analysis.
+    """
+
+    written: Callable[[Experiment, dict, Content, dict[str, bytes]], bytes]
+    always: bool = True
+
+
+RESULT_FILES = {
+    "top_layers.json": ResultFile(top_layers),
+    "results.txt": ResultFile(lambda _, results, content, __: text.render_text(results, content).encode()),
+    "report.html": ResultFile(
+        lambda _, results, content, drawn: page.render_page(results, drawn, content), always=False
+    ),
+    "samples.csv": ResultFile(samples),
+    "predictions.npz": ResultFile(lambda experiment, *_: store.packed_arrays(experiment.predictions.arrays())),
     # The last, so that the others are there when it is.
-    "results.json": lambda _, results, __: building.canonical_json(results, indent=2),
+    "results.json": ResultFile(lambda _, results, *__: building.canonical_json(results, indent=2)),
 }
-PAGE, FIGURES = "report.html", "figures"  # not without an analysis
+FIGURE_FOLDER = "figures"
 
 
 def files_of(results: dict) -> list[str]:
     """Return the names of all files that belong to results, but for the figures."""
-    return [*RESULT_FILES, *([PAGE] if results.get("analysis") else [])]
+    return [name for name, file in RESULT_FILES.items() if file.always or results.get("analysis")]
 
 
-def write_results(target: Path, experiment: Experiment, results: dict) -> None:
+def write_results(target: Path, experiment: Experiment, results: dict, content: Content) -> None:
     """Write all result files, results.json last; move what is there of other settings to previous/<n>/ first."""
-    content = text.content_of(results)
     drawn = figures.draw(results, content.findings)
-    files = {f"{FIGURES}/{name}": picture for name, picture in drawn.items()}
-    if results["analysis"] is not None:
-        files[PAGE] = page.render_page(results, drawn, content)
-    earlier = {path.relative_to(target).as_posix() for path in (target / FIGURES).glob("[!.]*")}
-    earlier |= {PAGE} if (target / PAGE).exists() else set()
-    contents = {name: written(experiment, results, content) for name, written in RESULT_FILES.items()}
-    store.replace_all(target, files | contents, sorted(earlier - files.keys()))
+    contents = {f"{FIGURE_FOLDER}/{name}": picture for name, picture in drawn.items()}
+    for name in files_of(results):
+        contents[name] = RESULT_FILES[name].written(experiment, results, content, drawn)
+    earlier = {path.relative_to(target).as_posix() for path in (target / FIGURE_FOLDER).glob("[!.]*")}
+    earlier |= {name for name in RESULT_FILES if (target / name).exists()}
+    store.replace_all(target, contents, sorted(earlier - contents.keys()))
 
 
 def main(arguments: list[str] | None = None, networks: Networks = Networks()) -> int:  # noqa: B008 (it is frozen)
@@ -569,9 +583,7 @@ def main(arguments: list[str] | None = None, networks: Networks = Networks()) ->
     except TrainingError as error:
         print(f"error: {error}. Try another --seed or --device.", file=sys.stderr)
     except OSError as error:
-        system = error.filename is not None and error.strerror is not None
-        fault = f"{error.filename}: {error.strerror}" if system else str(error).rstrip(".")
-        print(f"error: {fault}. The same command continues where this one stopped.", file=sys.stderr)
+        print(f"error: {building.fault_of(error)}. The same command continues where this one stopped.", file=sys.stderr)
     except OutOfMemory as error:
         mend = "Try another --device, or fewer threads or processes."
         print(f"error: out of memory: {error}. {mend}", file=sys.stderr)

@@ -28,10 +28,11 @@ import numpy as np
 
 from loras import labels as labelling
 from loras import lora_files
+from loras.building import WEIGHTS_NAME
 from loras.labels import Finding
 from loras.lora_files import Header, Layer, Layout, LoraFileError, by_layout, file_stat
 
-PREFERRED_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+PREFERRED_FILES = (WEIGHTS_NAME, "adapter_model.safetensors")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_FINDINGS = 20
 

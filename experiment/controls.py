@@ -8,7 +8,7 @@ Shape letters: N LoRAs, L layers, P pairs of layers, R runs, K conditions, V and
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -56,17 +56,6 @@ def is_asked_for(settings: Settings) -> bool:
     return settings.controls != "none" or settings.null_shuffles > 0
 
 
-@dataclass
-class _Trained:
-    """The controls that could be trained, and why others could not."""
-
-    conditions: dict[str, tuple[Conditions, np.ndarray]] = field(default_factory=dict)
-    attributed: tuple[str, np.ndarray] | None = None
-    grouped: tuple | None = None
-    shuffled: np.ndarray | None = None
-    not_run: dict[str, str] = field(default_factory=dict)
-
-
 def analyse(experiment: Experiment, names: Sequence[str], say: Callable[[str], None]) -> dict | None:
     """Return `analysis` of results.json, whatever is trained for it trained.
 
@@ -82,40 +71,34 @@ def analyse(experiment: Experiment, names: Sequence[str], say: Callable[[str], N
     say("\nControls, and what the numbers mean")
     level, evidence = experiment.settings.controls, evidence_of(experiment)
     columns = group_columns(experiment) if level != "none" else {}
-    trained = _train(experiment, evidence, names, columns, say)
+    trained, not_run = _train(experiment, evidence, names, columns, say)
     if experiment.workers.rank > 0:
         return None
     statistics, updates = (_loaded(experiment, name) for name in (RANKING, UPDATES))
-    controls = Controls(
-        level=level,
-        conditions=trained.conditions,
-        attributed=trained.attributed,
-        cheap={
-            "norms": comparison.norms(statistics, updates),
-            "ranks and shapes": ranks(experiment),
-            "metadata": metadata(experiment),
-        },
-        unused=list(columns),
-        grouped=trained.grouped,
-        shuffled=trained.shuffled,
-    )
+    cheap = {
+        "norms": comparison.norms(statistics, updates),
+        "ranks and shapes": ranks(experiment),
+        "metadata": metadata(experiment),
+    }
+    controls = replace(trained, cheap=cheap)
     return questions.analyse(evidence, names, statistics, updates, samples(experiment, names), controls) | {
-        "controls_not_run": trained.not_run
+        "controls_not_run": not_run
     }
 
 
 def _train(
     experiment: Experiment, evidence: Evidence, names: Sequence[str], columns: dict, say: Callable[[str], None]
-) -> _Trained:
-    """Train all controls that are asked for; note those that cannot be."""
-    trained, level = _Trained(), experiment.settings.controls
+) -> tuple[Controls, dict[str, str]]:
+    """Train all controls that are asked for; return them, and why others could not be trained."""
+    level, not_run = experiment.settings.controls, {}
+    conditions: dict[str, tuple[Conditions, np.ndarray]] = {}
 
     def attempt(name: str, train: Callable) -> object:
         """Return what ``train()`` gives; None where it cannot be done, which is noted."""
         try:
             return train()
         except TrainingError as error:
-            trained.not_run[name] = str(error)
+            not_run[name] = str(error)
             say(f"controls: {name} not run: {error}")
             return None
 
@@ -124,15 +107,19 @@ def _train(
         plan = plan_of(experiment, evidence, name, level)
         arrays = attempt(name, lambda name=name, plan=plan: experiment.train_under(name, plan.kept))
         if arrays:
-            trained.conditions[name] = plan, keep(experiment, name, plan, arrays["predicted"])
+            conditions[name] = plan, keep(experiment, name, plan, arrays["predicted"])
             if "attribution" in arrays:
                 attributions[name] = arrays["attribution"][plan.where("all")[0]]
-    if RANKING in attributions:
-        trained.attributed = RANKING, attributions[RANKING]
-    trained.grouped = attempt("grouped split", lambda: grouped(experiment, evidence, names, columns))
-    if shuffles := experiment.settings.null_shuffles:
-        trained.shuffled = attempt("null shuffles", lambda: shuffled(experiment, shuffles))
-    return trained
+    shuffles = experiment.settings.null_shuffles
+    controls = Controls(
+        level=level,
+        conditions=conditions,
+        attributed=(RANKING, attributions[RANKING]) if RANKING in attributions else None,
+        unused=list(columns),
+        grouped=attempt("grouped split", lambda: grouped(experiment, evidence, names, columns)),
+        shuffled=attempt("null shuffles", lambda: shuffled(experiment, shuffles)) if shuffles else None,
+    )
+    return controls, not_run
 
 
 def keep(experiment: Experiment, name: str, plan: Conditions, predicted: np.ndarray) -> np.ndarray:

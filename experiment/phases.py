@@ -56,7 +56,6 @@ class Experiment:
         inputs: What classifiers read.
         predictions: Of all finished classifiers.
         ranking: Layers, most predictive first, int64[L]; None before `rank`.
-        smaller_stacks: By label, the size of stacks that had to be smaller than planned.
     """
 
     def __init__(
@@ -75,8 +74,7 @@ class Experiment:
         units = Units(extracted.folder / "units", _common_key(settings, collection, selected, rows, extracted))
         # A forked process is at one source at a time, threads of one process at the latest two.
         self.inputs = Inputs(settings, collection, selected, rows, extracted, units, 1 if workers.forks else 2)
-        self.smaller_stacks: dict[str, int] = {}
-        self.planner = Planner(settings, self.inputs, units, workers, self.smaller_stacks)
+        self.planner = Planner(settings, self.inputs, units, workers)
         held_out = self.planner.held_out
         self.predictions = Predictions(rows=held_out, y=collection.y[held_out])
         self.ranking: np.ndarray | None = None
@@ -236,7 +234,9 @@ class Experiment:
     def again(self, collection: Collection, rows: dict[str, np.ndarray], num_runs: int) -> Experiment:
         """Return the same experiment on the same files with other labels, groups or split."""
         settings = replace(self.settings, num_runs=num_runs)
-        return Experiment(settings, collection, self.selected, rows, self.extracted, self.workers, self.progress)
+        again = Experiment(settings, collection, self.selected, rows, self.extracted, self.workers, self.progress)
+        again.planner.smaller_stacks = self.planner.smaller_stacks  # one report of all that is trained
+        return again
 
 
 def _common_key(

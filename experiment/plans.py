@@ -54,15 +54,15 @@ class Planner:
         inputs: What they read.
         units: Where finished ones lie.
         workers: Who will train.
-        smaller_stacks: Receives, by label, the size of stacks that had to be smaller than planned.
+
+    Attributes:
+        smaller_stacks: By label, the size of the smallest stack that had to be smaller than planned.
     """
 
-    def __init__(
-        self, settings: Settings, inputs: Inputs, units: Units, workers: Workers, smaller_stacks: dict[str, int]
-    ):
+    def __init__(self, settings: Settings, inputs: Inputs, units: Units, workers: Workers):
         self.settings, self.inputs = settings, inputs
         self.units, self.workers = units, workers
-        self.smaller_stacks = smaller_stacks
+        self.smaller_stacks: dict[str, int] = {}
         self.y, self.num_classes = inputs.collection.y, len(inputs.collection.classes)
         self.held_out = np.concatenate([inputs.rows["validation"], inputs.rows["test"]])
 
@@ -169,7 +169,7 @@ class Planner:
     def note_smaller(self, keys: list[dict], label: str) -> None:
         """Note where finished stacks were smaller than planned."""
         if (size := self.units.smaller_stack(keys)) is not None:
-            self.smaller_stacks[label] = size
+            self.smaller_stacks[label] = min(size, self.smaller_stacks.get(label, size))
 
 
 def _stacks(count: int, at_once: int) -> list[list[int]]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from loras.building import TEMPORARY, write_atomically, written_atomically
 
-PROGRAM = Path(__file__).parent.parent  # the folder of this program
+ROOT = Path(__file__).parent.parent  # of this program
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -51,7 +51,7 @@ def code_digest(*parts: str) -> str:
 @cache  # the source that is running, also when a file is edited under a long run
 def _source(part: str) -> list[list[str]]:
     """Return names and contents of a module, or of all modules and templates of a folder."""
-    folder = PROGRAM / part
+    folder = ROOT / part
     paths = sorted([*folder.glob("*.py"), *folder.glob("*.html")]) if folder.is_dir() else [folder.with_suffix(".py")]
     return [[path.name, path.read_text(encoding="utf-8")] for path in paths]
 

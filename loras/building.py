@@ -27,6 +27,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 WEIGHTS_NAME, METADATA_NAME = "pytorch_lora_weights.safetensors", "metadata.json"  # of a LoRA that is built here
+IMPORT_NAME = "import.json"  # the record of a published collection that is imported
 TEMPORARY = re.compile(r"^\..*\.[0-9a-f]{8}$")  # the name of a file while it is written
 STALE_SECONDS = 3600  # a temporary file of this age is no longer being written
 LOG_SECONDS = 60  # between lines of progress in a log file
@@ -88,6 +89,12 @@ def read_object(path: Path) -> dict | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def fault_of(error: OSError) -> str:
+    """Return the path and what is wrong with it, without a full stop."""
+    system = error.filename is not None and error.strerror is not None
+    return f"{error.filename}: {error.strerror}" if system else str(error).rstrip(".")
 
 
 def remove_temporaries(folder: Path, age: float = STALE_SECONDS) -> None:

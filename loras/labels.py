@@ -20,13 +20,13 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TextIO
 
+from loras.building import METADATA_NAME
 from loras.lora_files import LoraFileError
 
 FILE_NAME = "file_name"
 TABLES = ("metadata.csv", "metadata.jsonl")  # at the root of a collection
 LABEL_COLUMNS = ("category_label", "label")  # of a table; the first that it has, where --label-column names none
 LONG_TEXT = 200  # characters; a caption is no group and no number
-METADATA = "metadata.json"
 METADATA_FIELD = "category_label"
 MAX_TABLE_BYTES = 2**27  # two million rows of 64 bytes
 MAX_JSON_BYTES = 2**20
@@ -260,7 +260,7 @@ def _fields_beside(root: Path, paths: list[str], wanted: Iterable[str | None], f
     """Read all metadata.json files, and add those that cannot be read to the findings."""
     beside = _Beside({}, set())
     for folder, files in _by_folder(paths).items():
-        path = os.path.join(root, folder, METADATA)
+        path = os.path.join(root, folder, METADATA_NAME)
         try:
             document = read_json(path) or {}
         except LoraFileError as error:
@@ -288,16 +288,16 @@ def _label_by_metadata_or_folder(result: Labels, root: Path, beside: _Beside, co
     if column and column not in beside.names:
         raise LabelError(f"{root}: no label: {_no_field(root, beside, column)}. Choose one with --label-column.")
     if name in beside.names:
-        result.column, result.source = name, f"{name} in {METADATA}"
+        result.column, result.source = name, f"{name} in {METADATA_NAME}"
         for path, fields in beside.fields.items():
             _put(result.label, path, fields.get(name))
-        tried = f"no {name} (a text or a number) in {METADATA} beside it, as other files here have"
+        tried = f"no {name} (a text or a number) in {METADATA_NAME} beside it, as other files here have"
     else:
         result.source = "the folder names"
         for path in beside.fields:
             if path.count(os.sep) in (1, 2):
                 _put(result.label, path, path.split(os.sep)[0])
-        tried = f"no {METADATA} with {name} beside it, and it does not lie in <class>/ or <class>/<lora>/"
+        tried = f"no {METADATA_NAME} with {name} beside it, and it does not lie in <class>/ or <class>/<lora>/"
     missing = [path for path in beside.fields if path not in result.label]
     choices = _list_fields(root, list(beside.fields)) if missing else ""
     reason = f"no label: {tried}; {choices}. Label it or leave it out."
@@ -313,11 +313,11 @@ def _group_by_metadata(result: Labels, root: Path, beside: _Beside, name: str) -
     for path, fields in beside.fields.items():
         _put(result.group, path, fields.get(name))
         if path not in result.group:
-            result.findings.append(_no_group(path, name, f"{METADATA} beside it"))
+            result.findings.append(_no_group(path, name, f"{METADATA_NAME} beside it"))
 
 
 def _no_field(root: Path, beside: _Beside, name: str) -> str:
-    return f"no {METADATA} beside a weight file has {name}; {_list_fields(root, list(beside.fields))}"
+    return f"no {METADATA_NAME} beside a weight file has {name}; {_list_fields(root, list(beside.fields))}"
 
 
 def _no_group(path: str, name: str, where: str) -> Finding:
@@ -367,7 +367,7 @@ def column_values(root: Path, paths: list[str], table: Path | None) -> dict[str,
         return dict(values)
     for folder, files in _by_folder(paths).items():
         try:
-            count(read_json(os.path.join(root, folder, METADATA)) or {}, len(files))
+            count(read_json(os.path.join(root, folder, METADATA_NAME)) or {}, len(files))
         except LoraFileError:
             continue
     return dict(values)
@@ -392,7 +392,7 @@ def values_by_file(root: Path, paths: list[str], table: Path | None, ignored: Co
     columns = set(values)
     for folder, files in _by_folder(paths).items():
         try:
-            document = read_json(os.path.join(root, folder, METADATA)) or {}
+            document = read_json(os.path.join(root, folder, METADATA_NAME)) or {}
         except LoraFileError:
             unreadable += 1
             continue
@@ -400,7 +400,7 @@ def values_by_file(root: Path, paths: list[str], table: Path | None, ignored: Co
             for path in files:
                 put(name, path, document[name])
     if unreadable:
-        ignored[f"{METADATA} that cannot be read"] = unreadable
+        ignored[f"{METADATA_NAME} that cannot be read"] = unreadable
     return {name: values[name] for name in sorted(values) if values[name]}
 
 
@@ -416,7 +416,7 @@ def would_make_classes(values: dict[str, Counter], samples: int) -> dict[str, Co
 def _list_fields(root: Path, paths: list[str]) -> str:
     """List the fields of the metadata.json files, in words."""
     values = column_values(root, paths, None)
-    return f"the fields there are: {counted(values)}" if values else f"there is no {METADATA} with fields"
+    return f"the fields there are: {counted(values)}" if values else f"there is no {METADATA_NAME} with fields"
 
 
 def counted(values: dict[str, Counter]) -> str:

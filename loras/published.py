@@ -40,7 +40,6 @@ try:
 except ModuleNotFoundError:  # reported when it is needed
     pa = None
 
-STATE_NAME = "import.json"
 MAX_NAMED = 3  # columns named in a message
 
 
@@ -434,7 +433,7 @@ def import_rows(source: Source, columns: Columns, out: Path, rank: int | None, s
     with building.partial_folder(out, lambda partial: _state_of(partial, identity)) as partial:
         if partial is None:  # another process has put something at ``out`` meanwhile
             return _state_of(out, identity), True
-        state = _state_of(partial, identity) if (partial / STATE_NAME).exists() else State(identity)
+        state = _state_of(partial, identity) if (partial / building.IMPORT_NAME).exists() else State(identity)
         _remove_rows_beyond(partial, state.rows)
         _write_state(partial, state)
         progress = building.Progress()
@@ -473,7 +472,7 @@ def _loras_of_batch(
 
 def _state_of(folder: Path, identity: dict) -> State:
     """Read the state of the import in a folder; refuse a folder of anything else."""
-    contents = building.read_object(folder / STATE_NAME)
+    contents = building.read_object(folder / building.IMPORT_NAME)
     try:
         state = State(**contents) if contents is not None else None
     except TypeError:  # the state of another program
@@ -487,7 +486,7 @@ def _state_of(folder: Path, identity: dict) -> State:
 
 
 def _write_state(folder: Path, state: State) -> None:
-    building.write_atomically(folder / STATE_NAME, building.canonical_json(asdict(state)))
+    building.write_atomically(folder / building.IMPORT_NAME, building.canonical_json(asdict(state)))
 
 
 def _remove_rows_beyond(folder: Path, rows: int) -> None:
@@ -515,9 +514,7 @@ def run(args: argparse.Namespace, limits: Limits = Limits()) -> int:
     except (RefusedError, building.LockedError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
     except OSError as error:
-        system = error.filename is not None and error.strerror is not None
-        fault = f"{error.filename}: {error.strerror}" if system else str(error).rstrip(".")
-        print(f"error: {fault}. Mend that; the same command then continues.", file=sys.stderr)
+        print(f"error: {building.fault_of(error)}. Mend that; the same command then continues.", file=sys.stderr)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues where this one stopped.", file=sys.stderr)
         return 130

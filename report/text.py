@@ -94,11 +94,6 @@ def result_row(name: str, entry: dict) -> str:
     return row.rstrip()
 
 
-def short_answers(results: dict, content: Content | None = None) -> list[str]:
-    """Return the five answers and hypotheses in lines, for the console; none without an analysis."""
-    return _answer_lines(results, content.answers if content else answers(results))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # results.txt
 # ----------------------------------------------------------------------------------------------------------------------
@@ -114,7 +109,7 @@ def render_text(results: dict, content: Content | None = None) -> str:
     content = content or content_of(results)
     sections = (
         _title(results),
-        _answer_lines(results, content.answers),
+        answer_lines(results, content.answers),
         _caution_lines(results, content.warnings),
         _layers(results, content.tables["ranking"]),
         _representations(results),
@@ -173,7 +168,8 @@ def _title(results: dict) -> list[str]:
     return lines + _aligned(run_facts(results))
 
 
-def _answer_lines(results: dict, answered: Sequence[Answer]) -> list[str]:
+def answer_lines(results: dict, answered: Sequence[Answer]) -> list[str]:
+    """Return the five answers and hypotheses in lines; none without an analysis."""
     if not answered:
         return []
     level = results["analysis"]["level"]

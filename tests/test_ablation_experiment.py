@@ -15,7 +15,7 @@ from test_house import check_schema, undocumented_arrays
 
 import ablation_experiment
 import autoencoders
-from ablation_experiment import RESULT_FILES, main
+from ablation_experiment import files_of, main
 from experiment import extraction, inputs, plans, settings, store
 from experiment.settings import Networks
 from loras import digits_zoo
@@ -181,7 +181,7 @@ def test_layers_without_a_whole_pair_leave_out_what_needs_one(tmp_path):
 
 def test_results_hold_what_the_design_names(everything):
     folder, results = everything
-    assert sorted(path.name for path in folder.iterdir()) == sorted(RESULT_FILES)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(files_of({}))
     assert {"schema_version", "dataset", "config", "layer_ranking", "top_layers", "ablation_results",
             "baseline_results", "environment", "timing", "representations_not_run"} <= results.keys()  # fmt: skip
     assert {"name", "source", "path", "num_samples", "num_classes", "classes", "class_counts", "split_sizes",
@@ -239,7 +239,7 @@ def test_two_runs_with_separate_caches_give_the_same_bytes(everything, planted, 
     folder, _ = everything
     run(tmp_path, planted[0], "--top-k=3", "--quick")
     again = tmp_path / "out" / "ablation_planted"
-    for name in RESULT_FILES:
+    for name in files_of({}):
         first, second = (folder / name).read_bytes(), (again / name).read_bytes()
         if name == "results.json":
             first, second = json.loads(first), json.loads(second)
@@ -487,7 +487,7 @@ def test_an_interrupted_run_continues_where_it_stopped(one_process, tmp_path, mo
     results = run(tmp_path, root, "--top-k=1", *QUICK)
     units = len(list((tmp_path / "out" / ".cache").rglob("classifier-*.npz")))
     assert len(finished) == units - 2
-    for name in list(RESULT_FILES)[:-1]:
+    for name in files_of({})[:-1]:
         one, other = (tmp_path / out / "ablation_small" / name for out in ("out", "whole"))
         assert one.read_bytes() == other.read_bytes()
     assert results["layer_ranking"] == whole["layer_ranking"]

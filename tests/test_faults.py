@@ -16,7 +16,7 @@ import pytest
 from making import write_collection
 
 import ablation_experiment
-from ablation_experiment import RESULT_FILES
+from ablation_experiment import files_of
 from experiment import store
 
 ROOT = Path(ablation_experiment.__file__).parent
@@ -88,26 +88,26 @@ def started(context, collection, out, *flags, file_size=0):
 
 
 def results_in(out):
-    """The result files, less what may differ between two runs."""
+    """Return the result files, less what may differ between two runs."""
     folder = out / "ablation_small"
-    found = {name: (folder / name).read_bytes() for name in RESULT_FILES}
+    found = {name: (folder / name).read_bytes() for name in files_of({})}
     results = json.loads(found.pop("results.json"))
     return found | {name: value for name, value in results.items() if name not in ("environment", "timing")}
 
 
-def files_of(out, kind):
-    """Return the files of one kind that a run has written so far; a folder that it removes meanwhile holds none."""
+def units_of(out, kind):
+    """Return the files of one kind that a run has in its cache so far; a folder that it removes meanwhile has none."""
     return [out / ".cache" / path for path in glob.iglob(kind, root_dir=out / ".cache")]
 
 
 def finished_work(out):
-    return {path: path.stat().st_mtime_ns for kind in KINDS[1:] for path in files_of(out, kind)}
+    return {path: path.stat().st_mtime_ns for kind in KINDS[1:] for path in units_of(out, kind)}
 
 
 def assert_whole(out, expected):
-    """The results are those expected, nothing else lies beside them, and every finished unit can be read."""
+    """Assert that the results are those expected, with nothing beside them, and every finished unit can be read."""
     assert results_in(out) == expected
-    assert sorted(path.name for path in (out / "ablation_small").iterdir()) == sorted(RESULT_FILES)
+    assert sorted(path.name for path in (out / "ablation_small").iterdir()) == sorted(files_of({}))
     for path in finished_work(out):
         assert store.load_arrays(path)
     assert not [path for path in out.iterdir() if path.name.endswith(".lock")]
@@ -122,7 +122,7 @@ def test_a_kill_right_after_each_kind_of_unit_loses_nothing(processes, collectio
     for trial in range(10):  # a pass takes its documents away again, maybe before anyone has seen them
         out = tmp_path / f"out{trial}"
         run = started(processes, collection, out)
-        while run.process.is_alive() and not files_of(out, kind):
+        while run.process.is_alive() and not units_of(out, kind):
             pass
         killed = run.kill() == -signal.SIGKILL
         before = finished_work(out)
@@ -170,7 +170,7 @@ def test_thirty_kills_at_random_moments_lose_nothing(processes, collection, expe
 def test_signals_end_the_run_and_the_same_command_continues(processes, collection, expected, tmp_path, name, code):
     out = tmp_path / "out"
     run = started(processes, collection, out)
-    while run.process.is_alive() and not files_of(out, "*/units/classifier-*"):
+    while run.process.is_alive() and not units_of(out, "*/units/classifier-*"):
         pass
     assert run.kill(getattr(signal, name)) == code
     said = f"Stopped by {name}. The same command continues where this one stopped."
@@ -192,7 +192,7 @@ def test_a_full_disk_is_told_in_a_line_and_corrupts_nothing(
     out = tmp_path / "out"
     if where == "/units/":
         begun = started(processes, collection, out)
-        while begun.process.is_alive() and not files_of(out, "*/features/weights-*"):
+        while begun.process.is_alive() and not units_of(out, "*/features/weights-*"):
             pass
         begun.kill()
     run = started(processes, collection, out, file_size=file_size)
@@ -209,7 +209,7 @@ def test_a_damaged_cache_is_told_in_a_line(processes, collection, expected, tmp_
     out = tmp_path / "out"
     assert started(processes, collection, out).wait() == 0
     (out / "ablation_small" / "results.json").unlink()
-    path = files_of(out, "*/units/classifier-*")[0]
+    path = units_of(out, "*/units/classifier-*")[0]
     path.write_bytes(path.read_bytes()[:-30])
     run = started(processes, collection, out)
     assert run.wait() == 2
@@ -285,7 +285,7 @@ def test_a_job_that_lost_a_process_ends_and_the_next_one_continues(processes, co
     out = tmp_path / "out"
     job = torchrun(collection, out, "--num-runs=8")
     workers = Path(f"/proc/{job.pid}/task/{job.pid}/children")
-    while job.poll() is None and len(files_of(out, "*/units/classifier-*")) < 3:
+    while job.poll() is None and len(units_of(out, "*/units/classifier-*")) < 3:
         time.sleep(0.01)
     os.kill(int(workers.read_text().split()[-1]), signal.SIGKILL)
     output, _ = job.communicate(timeout=240)

@@ -56,8 +56,7 @@ def test_content_that_is_made_already_gives_the_same_files(analysed):
         figures.findings(results),
     )
     assert text.render_text(results, content) == text.render_text(results)
-    assert text.short_answers(results, content) == text.short_answers(results)
-    assert bool(text.short_answers(results, content)) == analysed
+    assert bool(text.answer_lines(results, content.answers)) == analysed
     assert page.render_page(results, {}, content) == page.render_page(results, {})
 
 
@@ -68,7 +67,7 @@ def test_content_that_is_given_is_what_the_files_hold():
     assert b"A warning of the caller." in page.render_page(results, {}, content)
     first = replace(content.answers[0], question="A question of the caller?")
     content = replace(content, answers=[first], findings={"layer_importance": "A finding of the caller"})
-    assert text.short_answers(results, content)[2] == "1. A question of the caller?"
+    assert text.answer_lines(results, content.answers)[2] == "1. A question of the caller?"
     drawn = figures.draw(results, content.findings)
     assert list(drawn) == ["layer_importance.png", "layer_importance.svg"]
     assert b"A finding of the caller" in drawn["layer_importance.svg"]
