@@ -46,6 +46,7 @@ from loras import building, digits_zoo
 from loras.building import Progress
 from report import figures, page, text
 from report.text import Content
+from report.wording import top_layers as top_layers_text
 from representations import RANKING, REPRESENTATIONS, UPDATES
 from training.classifier import scored
 from training.stacks import start_thread
@@ -137,9 +138,10 @@ def add_experiment_flags(add: Callable) -> None:
         "--controls",
         choices=controls.LEVELS,
         help="what to compare with. basic: all that needs no training, and for stats in 3 runs 20 random removals, the "
-        "bottom k, the top k alone, curves of at most 12 points, all of it for update_kernel too if it is run, and the "
-        "best representation without fitting on a split by groups where a column looks like one; all: also ensemble "
-        "and update_sketch, every run, 32 points, what each layer adds to the top k (basic; none with --quick)",
+        "bottom k, the top k alone, curves of at most 12 points, and the best representation without fitting on a "
+        "split by groups where a column looks like one; update_kernel too, with 200 removals, where its kernels are kept; "
+        "all: also ensemble and update_sketch, update_kernel in any case, every run, 32 points, what each layer adds "
+        "to the top k (basic; none with --quick)",
     )
     add(
         "--null-shuffles",
@@ -467,8 +469,10 @@ def without_units(experiment: Experiment, names: list[str], removed: list[int]) 
     inputs, reasons = experiment.inputs, {}
     for name in names:
         if not inputs.kept_units(name, inputs.weights.without(removed)).any():
-            whose = f"the top {len(removed)} layers leave" if len(inputs.pairs) else "--layers leaves"
-            reasons[name] = f"{whose} no pair whole"
+            if len(inputs.pairs) == 0:
+                reasons[name] = "--layers leaves no pair whole"
+            else:
+                reasons[name] = f"without {top_layers_text(len(removed))} no pair is whole"
     return reasons
 
 
@@ -564,8 +568,8 @@ def write_results(target: Path, experiment: Experiment, results: dict, content: 
 def main(arguments: list[str] | None = None, networks: Networks = Networks()) -> int:  # noqa: B008 (it is frozen)
     """Run the program; return its exit code.
 
-    0 done, 2 bad flags or input, 3 done but for representations that cannot run; and 130 where SIGINT stopped it, 143
-    where SIGTERM or SIGUSR1 did.
+    0 done, 2 bad flags or input, 3 done but for representations that cannot run, 130 interrupted. As a program it ends
+    by `stop` at a signal.
 
     Args:
         arguments: Of the command line.

@@ -504,6 +504,9 @@ def main(arguments: list[str] | None = None) -> int:
     except CollectionError as error:
         print(error.shown(), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
     if args.json:
         print(json.dumps(contents, indent=2, ensure_ascii=False))
     else:

@@ -157,7 +157,7 @@ class Experiment:
         Args:
             names: The representations; of learned ones, those that `fit` has fitted.
             removed: Positions of the layers that are left out.
-            condition: "baseline" or "ablation", for the progress bar and predictions.npz.
+            condition: "baseline", "ablation" or "grouped", for the progress bar and predictions.npz.
         """
         plans = {name: self._plan(name, removed, condition) for name in names}
         outcomes = self.workers.do([task for plan in plans.values() for task in plan.tasks])

@@ -45,7 +45,7 @@ class Settings:
     device: torch.device
     representations: tuple[str, ...]
     layers: str | None  # pattern; see `data.select_layers`
-    controls: str  # a key of `controls.LEVELS`
+    controls: str  # one of `controls.LEVELS`
     null_shuffles: int  # rankings to train on shuffled labels
     classifier: Schedule
     autoencoder: Schedule

@@ -19,7 +19,7 @@ from report.sentences import NO_CONTROLS, QUESTIONS, VERDICTS, concept_lines
 from report.text import Content, content_of, run_facts
 from report.wording import kept_together
 
-SVG_LIMIT = 300_000  # bytes above which the smaller of SVG and PNG is taken: six of them stay below 3 MB
+SVG_LIMIT = 300_000  # bytes above which the smaller of SVG and PNG is taken, so that the page can be sent
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 SECTIONS = {  # anchor -> heading
     "answers": "Short answers",

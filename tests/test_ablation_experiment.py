@@ -463,7 +463,7 @@ def test_a_killed_run_loses_nothing_that_was_finished(tmp_path):
 
 @pytest.fixture
 def one_process(monkeypatch):
-    """No helpers, so that a test sees what is called."""
+    """Let threads do everything, so that a test sees what is called."""
     monkeypatch.setattr(ablation_experiment, "THREADS", 1)
 
 
@@ -606,7 +606,7 @@ def test_pairs_need_a_pair_that_is_left_whole(tmp_path):
     root = write_collection(tmp_path / "single", classes=2, per_class=6, modules=1)
     flags = ("--top-k=1", "--quick", "--representations=stats,coupling,update_sketch")
     results = run(tmp_path, root, *flags, expected=3)
-    reason = "the top 1 layers leave no pair whole"
+    reason = "without the top layer no pair is whole"
     left_out = [{"representation": name, "reason": reason} for name in ("coupling", "update_sketch")]
     assert results["representations_not_run"] == left_out
     assert list(results["baseline_results"]) == list(results["ablation_results"]) == ["stats"]

@@ -187,6 +187,17 @@ def test_controls_that_diverge_are_named_and_the_rest_goes_on(planted, monkeypat
     assert found["robustness"] == {} and found["null_shuffles"] is None and found["layers"]["num_above_null"] == 3
 
 
+def test_stacks_that_memory_made_smaller_are_noted_in_repeated_experiments_too(planted, monkeypatch):
+    noted: dict[str, int] = {"ranking": 3}
+    monkeypatch.setattr(planted.planner, "smaller_stacks", noted)
+    planner = planted.again(planted.collection, planted.rows, 1).planner
+    for size in (2, 4, None):
+        monkeypatch.setattr(planner.units, "smaller_stack", lambda _, size=size: size)
+        planner.note_smaller([], "ranking")
+    planner.note_smaller([], "grouped: stats")
+    assert noted == {"ranking": 2}
+
+
 def test_an_experiment_that_nobody_needs_is_gone_at_once(planted):
     """Else what it has read would stay on a device until Python looks for cycles."""
     again = planted.again(planted.collection, planted.rows, 1)

@@ -340,3 +340,12 @@ def test_inspect_of_a_faulty_folder(tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == f"error: {tmp_path / 'nowhere'}: no such folder. Give a folder of LoRAs.\n"
+
+
+def test_an_interrupted_inspection_says_so(tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "index_collection", interrupted)
+    assert data.main(["inspect", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\nInterrupted.\n"

@@ -262,7 +262,7 @@ def test_two_processes_with_one_cache_do_the_same_in_two_folders(processes, coll
 
 
 def torchrun(collection, out, *flags, threads=1):
-    """Two processes of one job; with several threads each has helpers."""
+    """Start two processes of one job; with several threads each has worker processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", ROOT / "ablation_experiment.py"]
     command += ["--dataset", collection, "--output-dir", out, *FLAGS, *flags]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}

@@ -1,4 +1,4 @@
-"""The six pictures: what they say, that they are what they claim to be, and that nothing makes them fail."""
+"""The figures: what they say, that they are what they claim to be, and that nothing makes them fail."""
 
 import copy
 import io
@@ -224,7 +224,7 @@ def drawn_figures(results):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_there_are_six_pictures_in_two_formats(drawn):
+def test_there_are_six_figures_in_two_formats(drawn):
     assert list(drawn) == [f"{name}.{kind}" for name in NAMES for kind in ("png", "svg")]
 
 
@@ -280,7 +280,8 @@ def test_the_same_results_give_the_same_bytes_in_two_threads_and_under_other_set
         with ThreadPoolExecutor(2) as threads:
             again = list(threads.map(figures.draw, [some, copy.deepcopy(some)]))
         assert dict(matplotlib.rcParams) == before
-    assert list(again[0]) == [name for name in drawn if name.startswith(("layer_importance", "representations"))]
+    names = tuple(f"{row.name}." for row in figures.FIGURES if {*row.needs} <= {"layers", "representations"})
+    assert len(names) >= 2 and list(again[0]) == [name for name in drawn if name.startswith(names)]
     for files in again:
         assert all(content == drawn[name] for name, content in files.items())
 
@@ -296,7 +297,7 @@ def test_the_results_are_not_changed(drawn, results):
 
 
 @pytest.mark.parametrize("absent", [{}, {"analysis": None}, {"analysis": {}}])
-def test_without_an_analysis_there_is_no_picture(results, absent):
+def test_without_an_analysis_there_is_no_figure(results, absent):
     bare = {key: value for key, value in results.items() if key != "analysis"} | absent
     assert figures.draw(bare) == {}
     assert figures.findings(bare) == {}
@@ -312,7 +313,7 @@ def test_without_an_analysis_there_is_no_picture(results, absent):
         ("rank_structure", {"rank_structure"}),
     ],
 )
-def test_a_missing_section_leaves_out_its_picture_and_only_that(results, section, gone):
+def test_a_missing_section_leaves_out_its_figure_and_only_that(results, section, gone):
     without = {key: value for key, value in results["analysis"].items() if key != section}
     for analysis in (without, without | {section: {}}):
         assert set(figures.findings(results | {"analysis": analysis})) == set(NAMES) - gone
@@ -325,14 +326,14 @@ def test_one_layer_has_no_tree(results):
     assert set(figures.findings(found)) == set(NAMES) - {"layer_clusters"}
 
 
-def test_without_whole_pairs_there_is_no_picture_of_ranks(results):
+def test_without_whole_pairs_there_is_no_figure_of_ranks(results):
     found = copy.deepcopy(results)
     found["analysis"]["rank_structure"] |= {"answerable": False, "tested": None, "modules": [], "num_significant": 0}
     assert drawn_figures(only(found, "rank_structure")) == {}
     assert set(figures.findings(found)) == set(NAMES) - {"rank_structure"}
 
 
-def test_without_other_layers_of_the_same_roles_the_picture_says_so():
+def test_without_other_layers_of_the_same_roles_the_figure_says_so():
     results = only(results_of(robust=("stats", "ensemble"), told=("stats", "ensemble")), "layers", "robustness")
     random = results["analysis"]["robustness"]["stats"]["without_random"]
     random |= {"draws": 0, "accuracies": [], "mean": None, "min": None, "max": None}
@@ -430,7 +431,7 @@ def test_runs_are_told_where_the_accuracies_are_of_more():
     assert told.startswith("Without the top 3 layers stats reaches 81.2 % in 3 of the 10 runs (with all 95.3 %, ")
 
 
-def test_the_recall_of_the_picture_is_that_of_who_is_named(results):
+def test_the_recall_of_the_figure_is_that_of_who_is_named(results):
     results = copy.deepcopy(only(results, "rank_structure"))
     axes = drawn_figures(results)["rank_structure"].axes[1]
     assert axes.get_xlabel().startswith("recall by a_very_long") and "…" in axes.get_xlabel()
@@ -447,7 +448,7 @@ def test_many_verdicts_are_counted_and_few_are_named():
     )
 
 
-def test_the_title_on_the_picture_is_the_caption_and_tells_of_a_quick_run():
+def test_the_title_on_the_figure_is_the_caption_and_tells_of_a_quick_run():
     results = results_of(quick=True)
     for name, figure in drawn_figures(results).items():
         assert figure.get_suptitle().replace("\n", " ") == f"{figures.findings(results)[name]} [a --quick run]"
@@ -488,7 +489,7 @@ EXTREMES = {
 
 
 @pytest.mark.parametrize("shape", EXTREMES.values(), ids=EXTREMES)
-def test_no_text_lies_on_another_or_leaves_the_picture_which_stays_small(monkeypatch, shape):
+def test_no_text_lies_on_another_or_leaves_the_figure_which_stays_small(monkeypatch, shape):
     original, texts = Text.draw, []
 
     def draw(text, renderer):  # what is really drawn: matplotlib keeps labels of ticks outside the axes too

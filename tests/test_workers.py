@@ -101,11 +101,11 @@ def test_who_no_longer_listens_stops_the_threads(tmp_path):
     assert len(begun) < 10
 
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="helpers are for Linux")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="worker processes are for Linux")
 
 
 @linux
-def test_processs_do_what_is_not_to_be_done_here(tmp_path):
+def test_processes_do_what_is_not_to_be_done_here(tmp_path):
     def run(i):
         (tmp_path / str(i)).write_text(str(os.getpid()))
         time.sleep(0.05)
@@ -114,13 +114,13 @@ def test_processs_do_what_is_not_to_be_done_here(tmp_path):
     assert list(Workers(2, forks=True).do(tasks)) == [""] * 12
     at_work = [int((tmp_path / str(i)).read_text()) for i in range(12)]
     assert set(at_work[::3]) == {os.getpid()}
-    helpers = {pid for i, pid in enumerate(at_work) if i % 3}
-    assert os.getpid() not in helpers and len(helpers) == 2
-    assert not any(Path(f"/proc/{pid}").exists() for pid in helpers)
+    children = {pid for i, pid in enumerate(at_work) if i % 3}
+    assert os.getpid() not in children and len(children) == 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
 
 
 def many_jobs(folder, rounds):
-    """Jobs of threads, each followed at once by one of helpers, and by a function in a prepared thread."""
+    """Run jobs of threads, each followed at once by one of processes, and by a function in a prepared thread."""
 
     def run(path):
         x = torch.ones(200, 200)
@@ -134,14 +134,14 @@ def many_jobs(folder, rounds):
     group = Workers(2, lambda: torch.set_num_threads(1), forks=True)
     for number in range(rounds):
         assert list(group.do(job(f"threads-{number}", True))) == ["", ""]
-        assert list(group.do(job(f"helpers-{number}", False))) == ["", ""]
+        assert list(group.do(job(f"processes-{number}", False))) == ["", ""]
         group.call_prepared(lambda number=number: run(Path(folder, f"prepared-{number}")))
         assert list(group.do(job(f"more-{number}", False))) == ["", ""]
 
 
 @linux
 @pytest.mark.parametrize("rounds", [10, pytest.param(200, marks=pytest.mark.slow)])
-def test_processs_forked_right_after_threads_never_hang(tmp_path, rounds):
+def test_processes_forked_right_after_threads_never_hang(tmp_path, rounds):
     script = f"import test_workers; test_workers.many_jobs({str(tmp_path)!r}, {rounds})"
     folders = os.pathsep.join([str(Path(workers.__file__).parent.parent), str(Path(__file__).parent)])
     environment = os.environ | {"PYTHONPATH": folders}
@@ -175,7 +175,7 @@ def test_a_fault_in_a_prepared_thread_is_raised_here():
 
 
 @linux
-def test_processs_are_prepared_and_find_what_there_was_at_the_start(tmp_path):
+def test_processes_are_prepared_and_find_what_there_was_at_the_start(tmp_path):
     prepared, there = [], {"weights": 3}
     tasks = [
         task(tmp_path, str(i), lambda i=i: (tmp_path / f"{i}.seen").write_text(f"{prepared} {there}")) for i in range(4)
@@ -196,7 +196,7 @@ def test_nobody_is_forked_for_one_thread_one_task_or_finished_ones(tmp_path, mon
 @pytest.mark.parametrize(
     ("device", "shows_gpus", "forks"), [("cpu", False, True), ("cpu", True, False), ("cuda", True, False)]
 )
-def test_there_are_processs_on_a_cpu_where_no_gpu_shows(monkeypatch, device, shows_gpus, forks):
+def test_there_are_processes_on_a_cpu_where_no_gpu_shows(monkeypatch, device, shows_gpus, forks):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: shows_gpus)
     assert start_workers(2, lambda: None, torch.device(device)).forks == forks
@@ -271,18 +271,18 @@ def test_no_process_outlives_its_process(tmp_path, ending):
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(job)], start_new_session=True)
     try:
         until(lambda: len([f for f in tmp_path.iterdir() if f.read_text()]) == 2)
-        helpers = [int(file.read_text()) for file in tmp_path.iterdir()]
+        children = [int(file.read_text()) for file in tmp_path.iterdir()]
         if ending == signal.SIGKILL:
             process.kill()
-            until(lambda: not any(alive(pid) for pid in helpers))
+            until(lambda: not any(alive(pid) for pid in children))
         else:
-            os.killpg(process.pid, ending)  # Python's own handler waits for its threads, which wait for the helpers
+            os.killpg(process.pid, ending)  # Python's own handler waits for its threads, which wait for the processes
             time.sleep(0.5)
-            assert all(alive(pid) for pid in helpers)
+            assert all(alive(pid) for pid in children)
     finally:
         process.kill()
         process.wait()
-    until(lambda: not any(alive(pid) for pid in helpers))
+    until(lambda: not any(alive(pid) for pid in children))
 
 
 def alive(pid):
