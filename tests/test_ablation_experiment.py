@@ -414,6 +414,31 @@ def test_results_that_cannot_be_read_are_kept_and_written_anew(tmp_path):
     assert (path.parent / "previous" / "1" / "results.json").read_text() == "{broken"
 
 
+@pytest.mark.parametrize(("key", "value"), [("schema_version", 1), ("code", "0123456789abcdef")])
+def test_results_of_an_older_schema_or_of_other_code_are_kept_and_written_anew(tmp_path, monkeypatch, key, value):
+    root = write_collection(tmp_path / "small", classes=2, per_class=5)
+    flags = ("--top-k=1", "--quick", "--num-runs=1", "--representations=stats")
+    first = run(tmp_path, root, *flags)
+    folder = tmp_path / "out" / "ablation_small"
+    edited = json.loads((folder / "results.json").read_text())
+    section = edited if key in edited else edited["environment"]
+    assert section[key] != value
+    section[key] = value
+    (folder / "results.json").write_text(json.dumps(edited))
+    before = {name: (folder / name).read_bytes() for name in files_of({})}
+
+    monkeypatch.setattr(plans, "train_classifiers", not_again)
+    again = run(tmp_path, root, *flags)
+    kept = folder / "previous" / "1"
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*files_of({}), "previous"])
+    assert all((folder / name).read_bytes() == before[name] for name in files_of({}) if name != "results.json")
+    assert all(again[part] == first[part] for part in first if part not in ("environment", "timing"))
+    assert again["environment"]["code"] == first["environment"]["code"]
+    run(tmp_path, root, *flags)
+    assert [path.name for path in kept.parent.iterdir()] == ["1"]  # the new ones are found whole
+
+
 def test_finished_units_are_trusted_only_for_the_very_inputs_and_network(tmp_path, monkeypatch):
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
     flags = ("--top-k=1", "--quick", "--representations=pca")

@@ -92,6 +92,13 @@ def test_plans_draw_from_one_group_only_and_cover_the_range():
     assert (torch.stack([plan.downs for plan in plans]).abs() <= 1 / 8).all()
 
 
+def test_the_draws_of_a_purpose_stay_what_they_are():
+    """Keep the seeds: with others, the same recipe would make another collection."""
+    generator = zoo._generator(42, "lora", 7)
+    assert generator.initial_seed() == 13874565313752400068
+    assert torch.randint(1000, (4,), generator=generator).tolist() == [174, 817, 61, 591]
+
+
 def test_global_random_state_is_neither_used_nor_changed():
     _, labels = zoo.load_images()
     torch.manual_seed(1)

@@ -88,6 +88,13 @@ def test_any_seed_will_do_and_another_purpose_draws_other_numbers():
     assert (first == same).all() and (first != other).all()
 
 
+def test_the_draws_of_a_key_stay_what_they_are():
+    """Keep the seeds: with others, every interval and p of finished results would change."""
+    raw = stream(42, "runs", 0).bit_generator.random_raw(3)
+    assert raw.tolist() == [9343276227593724650, 17517053512317570413, 15476819913495353059]
+    assert stream(42, "runs", 0).integers(1000, size=4).tolist() == [906, 506, 192, 949]
+
+
 def test_sign_p_counts_draws_beyond_zero():
     assert sign_p(np.array([1.0] * 98 + [-1.0])) == pytest.approx(2 * 2 / 100)
     assert sign_p(np.zeros(99)) == 1

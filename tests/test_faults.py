@@ -261,23 +261,35 @@ def test_two_processes_with_one_cache_do_the_same_in_two_folders(processes, coll
 # -- several processes of one job ---------------------------------------------------------------------------
 
 
-def torchrun(collection, out, *flags, threads=1):
-    """Start two processes of one job; with several threads each has worker processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", ROOT / "ablation_experiment.py"]
+SCRIPT = ROOT / "ablation_experiment.py"
+
+
+def torchrun(collection, out, *flags, threads=1, script=SCRIPT):
+    """Start two processes of one job in the folder that holds the output's; with several threads each has children."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", script]
     command += ["--dataset", collection, "--output-dir", out, *FLAGS, *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     return subprocess.Popen(
-        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        [*map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        cwd=out.parent,
     )
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_two_processes_of_one_job_give_the_same_bytes_as_one(collection, expected, tmp_path, threads):
-    job = torchrun(collection, tmp_path / "out", threads=threads)
+@pytest.mark.parametrize(("threads", "through_a_link"), [(1, False), (2, True)])
+def test_two_processes_of_one_job_give_the_same_bytes_as_one(collection, expected, tmp_path, threads, through_a_link):
+    script = SCRIPT
+    if through_a_link:
+        script = tmp_path / "linked.py"
+        script.symlink_to(SCRIPT)
+    job = torchrun(collection, tmp_path / "out", threads=threads, script=script)
     output, _ = job.communicate(timeout=240)
     assert job.returncode == 0, output
     assert output.count("Phase 1") == 1  # only one of them speaks
     assert_whole(tmp_path / "out", expected[0])
+    assert {path.name for path in tmp_path.iterdir()} <= {"out", "linked.py"}  # nothing lies in the folder of the start
 
 
 def test_a_job_that_lost_a_process_ends_and_the_next_one_continues(processes, collection, expected, tmp_path):

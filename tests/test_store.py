@@ -109,6 +109,62 @@ def test_a_digest_stands_for_a_value_whatever_the_order_of_its_keys():
     assert all(len(store.digest(value)) == 16 for value in values)
 
 
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Return a folder of source that digests are of: modules, and a folder with modules and a template."""
+    for name in ("alone.py", "other.py", "room/first.py", "room/second.py", "room/page.html", "room/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}\n")
+    monkeypatch.setattr(store, "ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def digest_now(monkeypatch):
+    """Return a function that digests a folder and a module as they are at each call."""
+    monkeypatch.setattr(store, "_source", store._source.__wrapped__)
+    return lambda: store.code_digest("room", "alone")
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("alone.py", True),
+        ("room/first.py", True),
+        ("room/second.py", True),
+        ("room/page.html", True),
+        ("room/notes.txt", False),
+        ("other.py", False),
+    ],
+)
+def test_a_digest_of_code_is_of_a_module_and_of_every_module_and_template_of_a_folder(
+    program, digest_now, name, counts
+):
+    before = digest_now()
+    (program / name).write_text(f"# {name}, edited\n")
+    assert (digest_now() != before) == counts
+    (program / name).write_text(f"# {name}\n")
+    assert digest_now() == before
+
+
+def test_a_digest_of_code_is_of_names_too(program, digest_now):
+    digests = [digest_now()]
+    (program / "room" / "second.py").rename(program / "room" / "third.py")
+    digests.append(digest_now())
+    (program / "room" / "empty.html").touch()
+    digests.append(digest_now())
+    assert len(set(digests)) == 3
+    with pytest.raises(FileNotFoundError, match=r"gone\.py"):
+        store.code_digest("room", "gone")
+
+
+def test_a_digest_of_code_is_of_what_was_there_at_the_first_call(program):
+    (program / "edited_under_a_run.py").write_text("# as it runs\n")
+    before = store.code_digest("edited_under_a_run")
+    (program / "edited_under_a_run.py").write_text("# as it will be\n")
+    assert store.code_digest("edited_under_a_run") == before
+
+
 def results(number):
     return {"results.txt": f"text {number}".encode(), "results.json": f"json {number}".encode()}
 

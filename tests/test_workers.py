@@ -194,11 +194,16 @@ def test_nobody_is_forked_for_one_thread_one_task_or_finished_ones(tmp_path, mon
 
 @linux
 @pytest.mark.parametrize(
-    ("device", "shows_gpus", "forks"), [("cpu", False, True), ("cpu", True, False), ("cuda", True, False)]
+    ("device", "shows_gpus", "lists_threads", "forks"),
+    [("cpu", False, True, True), ("cpu", True, True, False), ("cuda", True, True, False), ("cpu", False, False, False)],
 )
-def test_there_are_processes_on_a_cpu_where_no_gpu_shows(monkeypatch, device, shows_gpus, forks):
+def test_there_are_processes_on_a_cpu_where_no_gpu_shows_and_threads_are_listed(
+    monkeypatch, tmp_path, device, shows_gpus, lists_threads, forks
+):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: shows_gpus)
+    if not lists_threads:
+        monkeypatch.setattr(workers, "THREAD_LIST", tmp_path / "proc" / "self" / "task")
     assert start_workers(2, lambda: None, torch.device(device)).forks == forks
 
 
