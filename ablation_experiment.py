@@ -57,7 +57,7 @@ THREADS = torch.get_num_threads()  # tasks at once on a CPU, one thread each
 PROGRAM = (  # of which results are; tests, benchmarks and what imports a published collection are no part of it
     *("ablation_experiment", "autoencoders", "data", "representations"),
     *("analysis", "experiment", "report", "training"),
-    *("loras/building", "loras/digits_zoo", "loras/keys", "loras/labels", "loras/lora_files"),
+    *("loras/building", "loras/digits_zoo", "loras/keys", "loras/labels", "loras/lora_files", "loras/notices"),
 )
 SCHEMA_VERSION = 2
 

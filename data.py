@@ -31,6 +31,7 @@ from loras import lora_files
 from loras.building import WEIGHTS_NAME
 from loras.labels import Finding
 from loras.lora_files import Header, Layer, Layout, LoraFileError, by_layout, file_stat
+from loras.notices import Notice
 
 PREFERRED_FILES = (WEIGHTS_NAME, "adapter_model.safetensors")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -75,7 +76,8 @@ class Collection:
     """An indexed collection: N files that hold the same L layers of P modules; a class is a distinct label.
 
     Layers stand in the network's order, under the names that the first file gives them. ``label_column`` is None where
-    folders are the labels, ``table`` where no table is; ``skipped`` are path and reason of the files left out.
+    folders are the labels, ``table`` where no table is; ``skipped`` are path and reason of the files left out;
+    ``notices`` is what is reported of files that are used.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Collection:
     group_column: str | None = None
     table: Path | None = None
     skipped: tuple[tuple[str, str], ...] = ()
+    notices: tuple[Notice, ...] = ()
 
     @property
     def layers(self) -> tuple[Layer, ...]:
