@@ -1,4 +1,4 @@
-"""What is reported of a collection while the run goes on: copies, scales, untrained LoRAs, and the like.
+"""Notices: reports of a collection while the run goes on, on copies, scales, untrained LoRAs, and the like.
 
 A notice is about files that can be read but may mean something else than their owner thinks. With --strict it is a
 fault of its files, as what cannot be read always is.
