@@ -7,7 +7,6 @@ evidence.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 
 import numpy as np
 from sklearn.ensemble import RandomForestClassifier
@@ -15,20 +14,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from analysis.evidence import (
-    ALPHA,
-    Draws,
-    Evidence,
-    estimate,
-    exceedance,
-    holm,
-    interval,
-    sign_p,
-    stream,
-)
+from analysis.chance import ChanceTest, f1_weights
+from analysis.draws import ALPHA, ROUNDING, Draws, exceedance, stream
+from analysis.evidence import Evidence, share_of_largest
 
 CONDITIONS = ("baseline", "ablation")
+CHALLENGED, CHALLENGERS = "stats", ("ensemble", "spectral")  # the third hypothesis is about these by name
 CHEAP_ROWS = 10_000  # train rows that a cheap explanation is fitted on at most
+LEAST_SHUFFLES = 19  # of which the best of 20 has p = 0.05; fewer decide nothing
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -37,59 +30,78 @@ CHEAP_ROWS = 10_000  # train rows that a cheap explanation is fitted on at most
 
 
 def compare_representations(evidence: Evidence, names: Sequence[str]) -> dict:
-    """Compare all with all over the same test LoRAs and runs, with and without the ablation, and each with itself."""
-    keys = [(condition, name) for condition in CONDITIONS for name in names]
-    correct = {key: evidence.predicted(*key) == evidence.truth for key in keys}
-    drawn = dict(zip(keys, evidence.draws.accuracies(list(correct.values())), strict=True))
-    accuracy = {key: values.mean() for key, values in correct.items()}
+    """Compare representations over the same test LoRAs and runs, with and without the ablation, and each with itself.
 
-    def difference(a: tuple[str, str], b: tuple[str, str]) -> dict:
-        """Return a's accuracy minus b's, with its interval and p."""
-        differences = drawn[a] - drawn[b]
-        p = max(float(sign_p(differences)), evidence.draws.least_p(correct[a], correct[b]))
-        return {"difference": accuracy[a] - accuracy[b], "interval": interval(differences), "p": p}
-
-    pairs = {}
-    for condition in CONDITIONS:
-        name_pairs = list(combinations(names, 2))
-        differences = _with_holm([difference((condition, a), (condition, b)) for a, b in name_pairs])
-        pairs[condition] = [{"a": a, "b": b, **record} for (a, b), record in zip(name_pairs, differences, strict=True)]
-    lost = _with_holm([difference(("baseline", name), ("ablation", name)) for name in names])
+    Args:
+        evidence: The evidence.
+        names: Of the representations, in the order of their table.
+    """
+    correct = {
+        condition: {name: evidence.predicted(condition, name) == evidence.truth for name in names}
+        for condition in CONDITIONS
+    }
+    baseline, ablation = (correct[condition] for condition in CONDITIONS)
+    lost = evidence.draws.differences([(baseline[name], ablation[name]) for name in names])
     drops = {name: {"drop": record.pop("difference"), **record} for name, record in zip(names, lost, strict=True)}
-    best = max(names, key=lambda name: accuracy["baseline", name])
-    intervals = {condition: {name: interval(drawn[condition, name]) for name in names} for condition in CONDITIONS}
-    null = best_by_chance(evidence, [evidence.predicted("baseline", name) for name in names])
-    p = exceedance(np.array([accuracy["baseline", name] for name in names]), null[:, None])
-    p_family = dict(zip(names, p, strict=True))
     return {
-        "best": best,
-        "p_family": p_family,
-        # With unequal classes one may know more than permuted labels do, and less than always guessing the largest.
-        "best_above_chance": p_family[best] < ALPHA and intervals["baseline"][best][0] > evidence.chance,
-        "intervals": intervals,
+        "conditions": {condition: _condition(evidence, condition, correct[condition]) for condition in CONDITIONS},
         "drops": drops,
-        "pairs": pairs,
-        "indistinguishable_from_best": [
-            ({pair["a"], pair["b"]} - {best}).pop()
-            for pair in pairs["baseline"]
-            if best in (pair["a"], pair["b"]) and not pair["significant"]
-        ],
         "significant_losses": [name for name, record in drops.items() if record["significant"] and record["drop"] > 0],
     }
 
 
-def best_by_chance(evidence: Evidence, predicted: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the accuracy on permuted test labels of the best of some classifiers, int[R, T] each, float64[B]."""
-    by_runs: dict[int, list[np.ndarray]] = {}
-    for classes in predicted:
-        by_runs.setdefault(len(classes), []).append(classes)
-    return np.max([evidence.null(np.stack(stacked)).max(1) for stacked in by_runs.values()], axis=0)
+def best_on_validation(evidence: Evidence, condition: str, names: Sequence[str]) -> str | None:
+    """Return the representation of the highest validation accuracy, then macro-F1, then the first; None of none.
+
+    What is chosen on test rows looks better on them than it is.
+    """
+    truth, size = evidence.y[evidence.rows["validation"]], len(evidence.classes)
+
+    def score(name: str) -> tuple[float, float]:
+        predicted = evidence.validation_predictions(condition, name)
+        hits, weights = (predicted == truth).mean(0), f1_weights(predicted[None], truth, size)[0]
+        return round(hits.mean(), 12), round((hits * weights[truth]).mean(), 12)
+
+    return max(names, key=score, default=None)  # the first of equal ones
 
 
-def _with_holm(records: list[dict]) -> list[dict]:
-    """Add p of a family of tests after Holm's correction, and whether that is significant."""
-    adjusted = holm([record["p"] for record in records])
-    return [record | {"p_holm": p, "significant": p < ALPHA} for record, p in zip(records, adjusted, strict=True)]
+def _condition(evidence: Evidence, condition: str, correct: dict[str, np.ndarray]) -> dict:
+    """Compare representations under a condition, with chance and with the best of them.
+
+    There is no best one where none is above permuted labels. The comparisons with it, and with all layers those of the
+    third hypothesis, are one family.
+
+    Args:
+        evidence: The evidence.
+        condition: Of ``CONDITIONS``.
+        correct: The test LoRAs that each recognises, bool[R, T], by name.
+    """
+    names, draws = list(correct), evidence.draws
+    test = ChanceTest.of(evidence, [evidence.predicted(condition, name) for name in names])
+    by_name = dict(zip(names, test.accuracy, strict=True))
+    drawn = draws.accuracies([correct[name] for name in names])
+    best = best_on_validation(evidence, condition, names) if test.above_null.any() else None
+    pairs = [(best, name) for name in names if best not in (None, name)]
+    if condition == "baseline" and CHALLENGED in names:
+        asked = [(name, CHALLENGED) for name in CHALLENGERS if name in names]
+        pairs += [pair for pair in asked if pair not in pairs and pair[::-1] not in pairs]
+    compared = draws.differences([(correct[first], correct[second]) for first, second in pairs])
+    comparisons = [{"a": a, "b": b, **record} for (a, b), record in zip(pairs, compared, strict=True)]
+    with_best = [record for record in comparisons if record["a"] == best]
+    return {
+        "best": best,
+        "best_by_test": None if best is None else max(names, key=by_name.get),
+        "best_above_chance": best is not None and bool(test.above_chance[names.index(best)]),
+        "above_null": [name for name, above in zip(names, test.above_null, strict=True) if above],
+        "above_chance": [name for name, above in zip(names, test.above_chance, strict=True) if above],
+        "p_family": dict(zip(names, test.p_family, strict=True)),
+        "p_f1": None if test.p_f1 is None else dict(zip(names, test.p_f1, strict=True)),
+        "needed": test.margin + (test.guessed[names.index(best)] if best else test.guessed.mean()),
+        "intervals": dict(zip(names, draws.intervals(test.accuracy, drawn), strict=True)),
+        "comparisons": comparisons,
+        "ties": [record["b"] for record in with_best if abs(record["difference"]) < ROUNDING],
+        "not_worse": [record["b"] for record in with_best if not record["significant"] or record["difference"] < 0],
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -115,10 +127,10 @@ def cheap_explanations(evidence: Evidence, features: dict[str, np.ndarray | None
             continue
         classifier, predicted = _best_of_two(evidence, columns)
         correct = (predicted == evidence.truth)[None]
-        p = float(exceedance(correct.mean(), evidence.null(predicted[None, None]))[0])
-        weights, cheap = evidence.draws.accuracies([best == evidence.truth, correct])
-        advantage = interval(weights - cheap)
-        records[name] = estimate(correct, cheap) | {
+        p = float(ChanceTest.of(evidence, [predicted[None]]).p[0])
+        (difference,) = evidence.draws.differences([(best == evidence.truth, correct)])
+        advantage = difference["interval"]
+        records[name] = evidence.draws.estimate(correct, evidence.draws.accuracies([correct])[0]) | {
             "classifier": classifier,
             "train_rows": min(len(evidence.rows["train"]), CHEAP_ROWS),
             "p": p,
@@ -162,36 +174,43 @@ def norms(statistics: np.ndarray, updates: np.ndarray) -> np.ndarray:
 
 
 def grouped_split(evidence: Evidence, unused: Sequence[str], grouped: tuple | None) -> dict:
-    """Return the accuracy on a split that keeps groups together, where the experiment's own did not; else None."""
-    missing = dict.fromkeys(("column", "representation", "random_split", "grouped_split", "interval"))
-    result = {"unused": list(unused), **missing}
+    """Return the accuracy on a split that keeps groups together, where the experiment's own did not; else None.
+
+    The representation knows the groups rather than the concept where that accuracy may be chance, or is below the
+    accuracy on the experiment's own split by more than its interval.
+    """
+    missing = dict.fromkeys(("column", "representation", "random_split", "grouped_split", "interval", "chance"))
+    result = {"unused": list(unused), **missing, "may_be_groups": None}
     if grouped is None:
         return result | {"why": "these groups allow no split, or all that was run is fitted to the split"}
     column, name, truth, groups, predicted = grouped
     correct = predicted == truth
-    drawn = Draws(groups, evidence.resamples, evidence.seed).accuracies([correct])[0]
+    draws = Draws(groups, evidence.resamples, evidence.seed)
+    low, high = draws.intervals(correct.mean(), draws.accuracies([correct])[0])
+    random_split, chance = (evidence.predicted("baseline", name) == evidence.truth).mean(), share_of_largest(truth)
     return result | {
         "column": column,
         "representation": name,
-        "random_split": (evidence.predicted("baseline", name) == evidence.truth).mean(),
+        "random_split": random_split,
         "grouped_split": correct.mean(),
-        "interval": interval(drawn),
+        "interval": (low, high),
+        "chance": chance,
+        "may_be_groups": low <= chance or high < random_split,
     }
 
 
 def null_shuffles(evidence: Evidence, shuffled: np.ndarray) -> dict:
-    """Compare the best layer of rankings on shuffled labels, float[shuffles, L], with the best of the first run."""
+    """Compare the best layer of rankings on shuffled labels, float[shuffles, L], with the best of the first run.
+
+    Fewer than 19 shuffles can give no p below 0.05, and decide nothing.
+    """
     largest = shuffled.max(1)
     observed = (evidence.layer_predictions()[:, 0] == evidence.truth).mean(1).max()
-    p = exceedance(np.array([observed]), largest[:, None])[0]
-    significant = p < ALPHA
-    ahead_of_all = p <= 1.001 / (1 + len(largest))  # the least p of so many shuffles, but for rounding
+    p = exceedance(np.array([observed]), largest[:, None])[0] if len(largest) >= LEAST_SHUFFLES else None
     return {
         "shuffles": len(largest),
         "largest": largest,
         "observed": observed,
         "p": p,
-        "significant": significant,
-        "ahead_of_all": ahead_of_all,
-        "as_expected": ahead_of_all or significant,  # few shuffles cannot give a significant p
+        "significant": None if p is None else p <= ALPHA + ROUNDING,
     }

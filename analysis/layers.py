@@ -15,10 +15,13 @@ from scipy import stats
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
-from analysis.evidence import ALPHA, Evidence, exceedance, interval, spearman
+from analysis.chance import ChanceTest, null_of
+from analysis.draws import ALPHA, interval
+from analysis.evidence import LEAST_CORRELATED, Evidence, none_for_nan, spearman
 
 COARSE_CLASSES = 4  # classes below which no clusters of them are looked for
 CLUSTER_DISTANCE = 0.5  # 1 - CKA at which layers count as different
+LEAST_RANKED = 3  # layers that differ, below which rankings are not compared
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -48,16 +51,25 @@ def place(module: str) -> dict[str, str | None]:
     return {name: match[1] if match else None for name, match in matches.items()}
 
 
+def block_of(module: str) -> str:
+    """Return the block of a module with the component that it is in; a module outside of all blocks is its own.
+
+    Example:
+        >>> block_of("text_encoder_2_layers_0_self_attn_q_proj"), block_of("unet_conv_in")
+        ('text_encoder_2_layers_0', 'unet_conv_in')
+    """
+    match = _BLOCK.search(module)
+    return module[: match.end()] if match else module
+
+
 def layer_ranking(evidence: Evidence) -> dict:
     """Return accuracy and p of each layer alone, the ranking's stability, and averages by place in the network."""
     predicted = evidence.layer_predictions()  # (L, R, T)
     correct = predicted == evidence.truth
-    accuracy = correct.mean((1, 2))  # (L,)
+    test = ChanceTest.of(evidence, list(predicted))
+    accuracy, validation = test.accuracy, evidence.layer_validation().mean((1, 2))  # (L,)
     drawn = evidence.draws.accuracies(list(correct), resample_runs=False)  # (L, B)
-    null = evidence.null(predicted)
-    p, p_family = exceedance(accuracy, null), exceedance(accuracy, null.max(1, keepdims=True))
-    validation = evidence.layer_validation().mean((1, 2))
-    intervals, in_top = interval(drawn), top_share(drawn, evidence.top_k)
+    intervals, in_top = evidence.draws.intervals(accuracy, drawn), top_share(drawn, evidence.top_k)
     records = [
         {
             "layer": layer.name,
@@ -68,9 +80,11 @@ def layer_ranking(evidence: Evidence) -> dict:
             "accuracy": accuracy[depth],
             "val_accuracy": validation[depth],
             "interval": intervals[depth],
-            "p": p[depth],
-            "p_family": p_family[depth],
-            "above_null": p_family[depth] < ALPHA,
+            "p": test.p[depth],
+            "p_family": test.p_family[depth],
+            "p_f1": None if test.p_f1 is None else test.p_f1[depth],
+            "above_null": test.above_null[depth],
+            "above_chance": test.above_chance[depth],
             "top_k_share": in_top[depth],
         }
         for depth, layer in enumerate(evidence.layers)
@@ -79,18 +93,47 @@ def layer_ranking(evidence: Evidence) -> dict:
         kind: _by_place([record[kind] or "" for record in records], accuracy, drawn)
         for kind in ("role", "projection", "attention", "block")
     }
+    first = evidence.ranking[0]
     return {
         "chance": evidence.chance,
-        "null_band": interval(null.ravel()),
-        "null_max": np.quantile(null.max(1), 1 - ALPHA),
-        "num_above_null": int((p_family < ALPHA).sum()),
+        "null_band": interval(null_of(evidence, predicted).ravel()),
+        "needed": test.guessed[first] + test.margin,
+        "num_above_null": int(test.above_null.sum()),
+        "num_above_chance": int(test.above_chance.sum()),
+        "num_above_null_f1": None if test.p_f1 is None else int((test.p_f1 < ALPHA).sum()),
         "records": records,
         "stability": {"kendall_w": kendall_w(correct.mean(2)), "runs": correct.shape[1]},
-        "rankings": compare_rankings(accuracy, validation, evidence.top_k),
-        "depth": spearman(np.arange(len(accuracy)), accuracy),
+        "rankings": compare_rankings(evidence, accuracy, validation),
+        "depth": depth_trend(evidence, accuracy, test.above_null),
         "groups": groups,
         "better_role": _better_role(groups["role"]),
     }
+
+
+def depth_trend(evidence: Evidence, accuracy: np.ndarray, above_null: np.ndarray) -> dict:
+    """Correlate depth with accuracy float[L], over blocks, less what the role of a layer explains.
+
+    Layers of a block share much, and down and up factors alternate and differ in what they know: over single layers
+    chance decides a trend in half of the collections that have none. So of each layer the mean accuracy of its role is
+    subtracted, and blocks, in the network's order, are what is correlated, each by its mean. ``why`` says why there is
+    no answer, and is None where there is one.
+    """
+    blocks = [block_of(layer.module) for layer in evidence.layers]
+    roles, names = np.array([layer.role for layer in evidence.layers]), list(dict.fromkeys(blocks))
+    rest = accuracy.copy()
+    for role in np.unique(roles):
+        rest[roles == role] -= accuracy[roles == role].mean()
+    means = np.array([rest[[block == name for block in blocks]].mean() for name in names])
+    correlation, why = None, None
+    if len(names) < LEAST_CORRELATED:
+        why = f"fewer than {LEAST_CORRELATED} blocks"
+    elif above_null.sum() < LEAST_CORRELATED:
+        why = f"fewer than {LEAST_CORRELATED} layers are above chance"
+    else:
+        correlation = spearman(np.arange(len(names)), np.round(means, 12))
+        why = "all blocks are equally accurate" if correlation is None else None
+    missing = dict.fromkeys(("r", "interval", "p"))
+    return {"blocks": len(names), "why": why, **(correlation or missing)}
 
 
 def _better_role(roles: dict[str, dict]) -> str | None:
@@ -128,24 +171,42 @@ def top_share(drawn: np.ndarray, top_k: int) -> np.ndarray:
 def kendall_w(scores: np.ndarray) -> float | None:
     """Return Kendall's W of float[L, R]: 1 where all runs rank the layers alike, about 1 / R where at random.
 
-    ``chi² / (R (L - 1))`` of Friedman's test, corrected for ties; None for one run or fewer than three layers.
+    ``chi² / (R (L - 1))`` of Friedman's test, corrected for ties. Layers of equal scores in all runs, such as those
+    that always say the same class, count once: else they agree with each other alone. None for one run or fewer than
+    three layers that differ.
     """
-    layers, runs = scores.shape
-    if runs < 2 or layers < 3 or (np.ptp(scores, axis=0) == 0).all():
+    distinct = np.unique(np.round(scores, 12), axis=0)
+    layers, runs = distinct.shape
+    if runs < 2 or layers < LEAST_RANKED or (np.ptp(distinct, axis=0) == 0).all():
         return None
-    return float(stats.friedmanchisquare(*scores).statistic / (runs * (layers - 1)))
+    return float(stats.friedmanchisquare(*distinct).statistic / (runs * (layers - 1)))
 
 
-def compare_rankings(a: np.ndarray, b: np.ndarray, top_k: int) -> dict:
-    """Compare two rankings of the layers, given their scores float[L]."""
-    top = [set(np.argsort(-scores, kind="stable")[:top_k].tolist()) for scores in (a, b)]
-    constant = np.ptp(a) == 0 or np.ptp(b) == 0
-    test = None if constant else stats.kendalltau(a, b)
-    return {
-        "kendall_tau": test.statistic if test else None,
-        "p": test.pvalue if test else None,
-        "same_top_k": len(top[0] & top[1]),
-    }
+def kendall_tau(a: np.ndarray, b: np.ndarray) -> dict:
+    """Return Kendall's tau of two scores float[L] of the layers, and its p; None of fewer than three that differ."""
+    distinct = np.unique(np.round(np.stack([a, b]), 12), axis=1)
+    if distinct.shape[1] < LEAST_RANKED or (np.ptp(distinct, axis=1) == 0).any():
+        return {"kendall_tau": None, "p": None}
+    test = stats.kendalltau(*distinct)
+    return {"kendall_tau": test.statistic, "p": test.pvalue}
+
+
+def order_of(*scores: np.ndarray) -> np.ndarray:
+    """Return the layers in the order of scores float[L], highest first, int[L]; later scores break ties, then depth.
+
+    Scores are rounded to 12 decimals, as those of the ranking are: sums in another order must not decide a tie.
+    """
+    return np.lexsort([-np.round(score, 12) for score in reversed(scores)])
+
+
+def compare_rankings(evidence: Evidence, accuracy: np.ndarray, validation: np.ndarray) -> dict:
+    """Compare the rankings of the layers by test and by validation accuracy, float[L] each, ties broken as there."""
+    loss = evidence.layer_validation_loss()
+    top = [
+        set(order[: evidence.top_k].tolist())
+        for order in (order_of(accuracy, validation, -loss), order_of(validation, -loss))
+    ]
+    return kendall_tau(accuracy, validation) | {"same_top_k": len(top[0] & top[1])}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -334,11 +395,6 @@ def recalls(evidence: Evidence, predicted: np.ndarray) -> np.ndarray:
     return np.divide(sums, sizes, out=np.full(sums.shape, np.nan), where=sizes > 0)
 
 
-def none_for_nan(values: np.ndarray) -> np.ndarray:
-    """Replace NaN, which stands for a number that is not known, by None."""
-    return np.where(np.isnan(values), None, values)
-
-
 def concepts(evidence: Evidence, names: Sequence[str]) -> dict:
     """Return the recall of each concept by each layer alone, and its drop by the ablation; None without a test LoRA."""
     baseline = {name: recalls(evidence, evidence.predicted("baseline", name)) for name in names}
@@ -361,5 +417,5 @@ def attribution(evidence: Evidence, name: str, shares: np.ndarray, accuracy: np.
         "spearman": correlation["r"],
         "interval": correlation["interval"],
         "p": correlation["p"],
-        "same_top_k": compare_rankings(accuracy, by_layer, evidence.top_k)["same_top_k"],
+        "same_top_k": len(set(order_of(by_layer)[: evidence.top_k]) & set(evidence.ranking[: evidence.top_k].tolist())),
     }

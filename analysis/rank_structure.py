@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from analysis.evidence import ALPHA, Evidence, spearman
-from analysis.layers import none_for_nan
+from analysis.draws import ALPHA
+from analysis.evidence import Evidence, none_for_nan, spearman
 
 SAME_RANK = 1e-3  # effective ranks that differ by no more are rounding
 NO_UPDATE = "no module has both of its layers among those looked at"

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.integrate import trapezoid
 
-from analysis.evidence import ALPHA, Evidence, estimate, exceedance, interval, stream
+from analysis.chance import null_of
+from analysis.draws import ALPHA, exceedance, interval, stream
+from analysis.evidence import Evidence
 
 LOCALIZED, REDUNDANT = 0.5, 0.9  # shares of the accuracy above chance at which the verdict changes
 LEAST_STEPS = 4  # of a removal curve, below which the largest one says nothing: of two, one is always half
@@ -168,8 +170,8 @@ def robustness(evidence: Evidence, conditions: Conditions, predicted: np.ndarray
     accuracy, drawn = correct.mean((1, 2)), evidence.draws.accuracies(list(correct))  # (K,), (K, B)
     measured = Measured(conditions, accuracy, drawn, evidence.chance, 1 / len(evidence.truth))
     at = {name: measured.at(name) for name in COMPARED}
-    p = float(exceedance(accuracy[at["all"]], evidence.null(predicted[at["all"]][None]))[0])
-    estimates = {name.replace(" ", "_"): estimate(correct[i], drawn[i]) for name, i in at.items()}
+    p = float(exceedance(accuracy[at["all"]], null_of(evidence, predicted[at["all"]][None]))[0])
+    estimates = {name.replace(" ", "_"): evidence.draws.estimate(correct[i], drawn[i]) for name, i in at.items()}
     estimates["all"]["p"] = p
     without_random = _random_removals(accuracy[conditions.where("without random")], accuracy[at["without top"]])
     curves = {curve: removal_curve(curve, measured) for curve in CURVES}

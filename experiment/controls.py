@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from analysis import comparison, questions
-from analysis.evidence import Evidence, permuted, stream
+from analysis.chance import permuted
+from analysis.draws import stream
+from analysis.evidence import Evidence
 from analysis.questions import Controls
 from analysis.removal import Conditions, plan_controls
 from data import CollectionError, check_classes

@@ -1,0 +1,231 @@
+"""Bootstrap draws of test LoRAs and runs, and intervals and tests of accuracies and their differences.
+
+scipy's `bootstrap` draws anew for each statistic and knows no groups. Here hundreds of accuracies share their draws, so
+that differences between them, and the largest among them, are drawn too. Everything is a product of small integers,
+which float32 holds exactly: equal predictions give equal accuracies, whatever the machine.
+
+Shape letters as in evidence.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from scipy import sparse, stats
+
+BLOCK = 2**24  # numbers worked on at a time
+LEVEL, ALPHA = 0.95, 0.05  # of all intervals and tests
+FEW_SEPARATING = (
+    10  # LoRAs (groups) that separate two classifiers, below which draws of their difference are too narrow
+)
+ROUNDING = 1e-9  # differences of shares that are rounding
+
+
+def stream(*key: object) -> np.random.Generator:
+    """Return a generator seeded by the SHA-256 of its key: other keys give independent streams, any seed is valid."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "little"))
+
+
+class Draws:
+    """Bootstrap resamples of test LoRAs, whole groups at a time, and of runs (Efron & Tibshirani, 1993).
+
+    Args:
+        groups: Group of each LoRA, int[T]; each a group of its own where there are none.
+        count: B.
+        seed: Of the draws.
+        block: Numbers worked on at a time. How many draws share a random stream depends on it.
+    """
+
+    def __init__(self, groups: np.ndarray, count: int, seed: int, block: int = BLOCK):
+        self.group = np.unique(groups, return_inverse=True)[1]
+        self.units = int(self.group.max()) + 1  # G
+        self.count, self.seed, self.block = count, seed, block
+
+    def accuracies(self, correct: Sequence[np.ndarray], resample_runs: bool = True) -> np.ndarray:
+        """Return the accuracy of each classifier in every draw, float64[L, B].
+
+        LoRAs are drawn, each with its mean over runs, and to this comes what drawn runs differ by from the mean of all.
+        Drawing both at once would count what only a run and a LoRA share up to three times (Owen, "The pigeonhole
+        bootstrap", Annals of Applied Statistics 2007). Classifiers of equal numbers of runs share the draws of runs:
+        what they have in common does not count as a difference.
+
+        Args:
+            correct: Of each classifier, the LoRAs that each run recognises, bool[R, T]; R may differ.
+            resample_runs: Whether runs are drawn too; else all of them count in every draw.
+        """
+        accuracies = np.empty((len(correct), self.count))
+        run_counts = np.array([len(runs) for runs in correct])
+        for start, rows in self._blocks():
+            columns, total = slice(start, start + len(rows)), rows.sum(1, dtype=float)
+            for runs in np.unique(run_counts).tolist():
+                members = np.flatnonzero(run_counts == runs)
+                hits = np.stack([correct[i].sum(0, dtype=np.float32) for i in members])  # (members, T)
+                accuracies[members, columns] = (hits @ rows.T) / (runs * total)
+                if resample_runs and runs > 1:
+                    drawn_runs = self._counts(len(rows), runs, "runs", start).T  # (R, b)
+                    accuracies[members, columns] += self._run_effects(members, correct) @ drawn_runs
+        return accuracies
+
+    def _run_effects(self, members: np.ndarray, correct: Sequence[np.ndarray]) -> np.ndarray:
+        """Return what each run adds to the mean over runs of some classifiers, float64[members, R].
+
+        Its deviation from that mean, shrunk by the share of its variance that LoRAs do not explain, ``1 - MS_LR /
+        MS_R`` of the analysis of variance of runs by LoRAs (groups), and by ``sqrt((R - 1) R)`` so that drawn runs have
+        the variance of the mean of R.
+        """
+        effects = []
+        for i in members:
+            by_group = self._by_group(correct[i].astype(float))  # (R, G)
+            runs, groups = by_group.shape
+            effect = by_group.mean(1) - by_group.mean()
+            residual = by_group - by_group.mean(0) - effect[:, None]
+            between = groups * np.square(effect).sum() / (runs - 1)
+            within = np.square(residual).sum() / max(1, (runs - 1) * (groups - 1))
+            share = max(0.0, 1 - within / between) if between > ROUNDING else 0.0
+            effects.append(effect * np.sqrt(share / (runs * (runs - 1))))
+        return np.array(effects)
+
+    def estimate(self, correct: np.ndarray, drawn: np.ndarray) -> dict:
+        """Return the accuracy of a classifier, correct bool[R, T], and its interval, given the draws float[B]."""
+        return {"accuracy": correct.mean(), "interval": self.intervals(correct.mean(), drawn)}
+
+    def intervals(self, accuracy: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+        """Return intervals of accuracies, which draws alone give no width at 0 and 1: float[...] -> float[..., 2].
+
+        Wilson's interval of a share a with the number of LoRAs that independent ones of the same variance would be:
+        ``n = min(T, a (1 - a) / v)``, v the variance of the draws, and Student's t of G - 1 for the normal quantile.
+        Where a is 0 or 1 or v is 0, n is G.
+
+        Args:
+            accuracy: Mean over runs.
+            drawn: In each draw, float[..., B].
+
+        Source:
+            Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927; the effective
+            number of Korn & Graubard, "Confidence intervals for proportions with small expected number of positive
+            counts estimated from survey data", Survey Methodology 1998.
+        """
+        share = np.asarray(accuracy, float)
+        between, variance = share * (1 - share), drawn.var(-1) * self.inflation
+        known = (between > ROUNDING) & (variance > ROUNDING)
+        size = np.divide(between, variance, out=np.full(share.shape, float(self.units)), where=known)
+        size = np.minimum(size, len(self.group))
+        z = self.quantile(1 - ALPHA / 2)
+        centre = (share + z**2 / (2 * size)) / (1 + z**2 / size)
+        half = z * np.sqrt(between / size + z**2 / (4 * size**2)) / (1 + z**2 / size)
+        return np.clip(np.stack([centre - half, centre + half], axis=-1), 0, 1)
+
+    def quantile(self, probability: float) -> float:
+        """Return a quantile of Student's t with G - 1 degrees of freedom."""
+        return float(stats.t.ppf(probability, max(1, self.units - 1)))
+
+    @property
+    def inflation(self) -> float:
+        """The factor by which the variance of draws is less than that of a sample: G / (G - 1)."""
+        return self.units / max(1, self.units - 1)
+
+    def differences(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], resample_runs: bool = True) -> list[dict]:
+        """Return the family of differences of accuracies a - b, with intervals and p that hold for all of it together.
+
+        Args:
+            pairs: The LoRAs that the runs of a and of b recognise, bool[R, T] each; R may differ.
+            resample_runs: Whether runs are drawn too.
+
+        Returns:
+            Of each, ``difference``, ``interval``, ``p`` and ``significant``: see `family`.
+        """
+        position: dict[int, int] = {}
+        distinct = [runs for pair in pairs for runs in pair if position.setdefault(id(runs), len(position)) >= 0]
+        distinct = list({id(runs): runs for runs in distinct}.values())
+        drawn = self.accuracies(distinct, resample_runs)
+        first, second = (np.array([position[id(pair[i])] for pair in pairs], int) for i in (0, 1))
+        by_lora = np.stack([runs.mean(0) for runs in distinct])  # (., T)
+        return self.family(by_lora[first] - by_lora[second], drawn[first] - drawn[second])
+
+    def family(self, by_lora: np.ndarray, drawn: np.ndarray) -> list[dict]:
+        """Return differences of accuracies with simultaneous intervals, and p by the same rule.
+
+        Single-step: c is the 95 % quantile over draws of the largest studentised difference |draw - d| / SE of the
+        family; the interval is d ± c SE, and p the share of draws whose largest is at least |d| / SE. So the interval
+        of a difference excludes 0 where its p is below 0.05, and only there. Both are carried over to Student's t of
+        G - 1. Draws of a difference on which fewer than ten LoRAs (groups) separate the two know little of the others:
+        these are computed from their number (`_of_few`), each at its part of the 5 %.
+
+        Args:
+            by_lora: Of each difference, the mean over runs for each LoRA, float[m, T].
+            drawn: The differences in each draw, float[m, B].
+
+        Source:
+            Westfall & Young, "Resampling-based multiple testing", 1993 (single-step maxT).
+        """
+        count = len(by_lora)
+        difference, by_group = by_lora.mean(1), self._by_group(by_lora)
+        few = (np.abs(by_group).sum(1) < FEW_SEPARATING) | (drawn.std(-1) < ROUNDING)
+        interval, p = self._of_few(by_group, count)
+        many = np.flatnonzero(~few)
+        if len(many):
+            spread = drawn[many].std(-1)
+            error = spread * np.sqrt(self.inflation)
+            largest = (np.abs(drawn[many] - difference[many, None]) / spread[:, None]).max(0)  # (B,)
+            part = len(many) / count  # of the 5 %, as the others have theirs
+            bound = self.quantile(stats.norm.cdf(np.quantile(largest, 1 - ALPHA * part)))
+            interval[many] = difference[many, None] + np.array([-1, 1]) * (bound * error)[:, None]
+            normal = stats.norm.isf(stats.t.sf(np.abs(difference[many]) / error, max(1, self.units - 1)))
+            p[many] = np.minimum(1, exceedance(normal, largest[:, None]) / part)
+        interval = np.clip(interval, -1, 1)
+        return [
+            {"difference": difference[i], "interval": interval[i], "p": p[i], "significant": bool(p[i] < ALPHA)}
+            for i in range(count)
+        ]
+
+    def _by_group(self, by_lora: np.ndarray) -> np.ndarray:
+        """Return what each group adds to differences float[m, T], float[m, G]: their mean is the difference."""
+        sums = sparse.csr_array((np.ones(len(self.group)), (np.arange(len(self.group)), self.group)))
+        return (by_lora @ sums) * self.units / len(self.group)
+
+    @staticmethod
+    def _of_few(by_group: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return intervals float[m, 2] and p float[m] of differences, to each of which one win and one defeat is added.
+
+        ``d ± z sqrt((v - d²) / (G + 2))`` with ``d = (f12 - f21) / (G + 2)`` and ``v = (q + 2) / (G + 2)``, where
+        f12 - f21 is the sum and q the sum of squares of what groups add; z at ``1 - 0.05 / count`` (Bonferroni). Of a
+        single run, where these are -1, 0 or 1, it is Bonett and Price's interval.
+
+        Source:
+            Bonett & Price, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired
+            data", Journal of Educational and Behavioral Statistics 2012.
+        """
+        size = by_group.shape[1] + 2
+        centre, square = by_group.sum(1) / size, (np.square(by_group).sum(1) + 2) / size
+        error = np.sqrt((square - centre**2) / size)
+        half = stats.norm.isf(ALPHA / count / 2) * error
+        p = np.minimum(1, count * 2 * stats.norm.sf(np.abs(centre) / error))
+        return np.stack([centre - half, centre + half], axis=-1), p
+
+    def _blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the number of the first draw of a block, and how often each draw has each LoRA, float32[b, T]."""
+        block_size = max(1, self.block // (4 * len(self.group)))
+        for start in range(0, self.count, block_size):
+            size = min(block_size, self.count - start)
+            counts = self._counts(size, self.units, "rows", start)
+            yield start, counts.astype(np.float32)[:, self.group]
+
+    def _counts(self, draws: int, items: int, purpose: str, start: int) -> np.ndarray:
+        """Draw as many items as there are, with replacement, and count each, int[draws, items]."""
+        picked = stream(self.seed, purpose, items, start).integers(items, size=(draws, items))
+        picked += items * np.arange(draws)[:, None]
+        return np.bincount(picked.ravel(), minlength=draws * items).reshape(draws, items)
+
+
+def interval(drawn: np.ndarray) -> np.ndarray:
+    """Return the central 95 % of the last axis: float[..., B] -> float[..., 2]."""
+    outside = (1 - LEVEL) / 2
+    return np.moveaxis(np.quantile(drawn, (outside, 1 - outside), axis=-1), 0, -1)
+
+
+def exceedance(observed: np.ndarray, null: np.ndarray) -> np.ndarray:
+    """Return p of observed float[L] against null float[B, L or 1], float64[L]: (1 + draws as large) / (1 + B)."""
+    return (1 + (null >= observed - ROUNDING).sum(0)) / (1 + len(null))
