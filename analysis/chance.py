@@ -145,6 +145,7 @@ class ChanceTest:
     Attributes:
         accuracy: Mean over runs, float[L].
         guessed: On permuted labels, on average, float[L].
+        null: On permuted labels, float[B, L].
         margins: Largest accuracy above ``guessed`` in each permutation, float[B].
         p: Of each alone, float[L].
         p_family: Of each among all, float[L].
@@ -156,6 +157,7 @@ class ChanceTest:
 
     accuracy: np.ndarray
     guessed: np.ndarray
+    null: np.ndarray
     margins: np.ndarray
     p: np.ndarray
     p_family: np.ndarray
@@ -166,12 +168,13 @@ class ChanceTest:
     @classmethod
     def of(cls, evidence: Evidence, predicted: Sequence[np.ndarray]) -> ChanceTest:
         """Test predicted classes of the test LoRAs, int[R, T] each; R may differ."""
-        accuracy, own, p, margins = cls._against_null(evidence, predicted, by_f1=False)
+        accuracy, own, null = cls._against_null(evidence, predicted, by_f1=False)
+        margins = (null - own).max(1)
         p_family = exceedance(accuracy - own, margins[:, None])
         p_f1 = None
         if evidence.unequal:
-            f1, own_f1, _, f1_margins = cls._against_null(evidence, predicted, by_f1=True)
-            p_f1 = exceedance(f1 - own_f1, f1_margins[:, None])
+            f1, own_f1, null_f1 = cls._against_null(evidence, predicted, by_f1=True)
+            p_f1 = exceedance(f1 - own_f1, (null_f1 - own_f1).max(1, keepdims=True))
         above_null = p_family < ALPHA
         counts = np.bincount(evidence.truth, minlength=len(evidence.classes))
         if np.ptp(counts) <= 1:  # guessing is then right as often as permuted labels are, but for one LoRA
@@ -179,13 +182,14 @@ class ChanceTest:
         else:
             records = evidence.draws.differences([(runs == evidence.truth, evidence.guess) for runs in predicted])
             above_chance = np.array([record["interval"][0] > 0 for record in records])
-        return cls(accuracy, own, margins, p, p_family, p_f1, above_null, above_null & above_chance)
+        p = exceedance(accuracy, null)
+        return cls(accuracy, own, null, margins, p, p_family, p_f1, above_null, above_null & above_chance)
 
     @staticmethod
     def _against_null(evidence: Evidence, predicted: Sequence[np.ndarray], by_f1: bool) -> tuple[np.ndarray, ...]:
-        """Return score, score on permuted labels and p of each, float[L], and margins of the family, float[B]."""
-        score, own, p = (np.empty(len(predicted)) for _ in range(3))
-        margins = np.full(evidence.permutations, -np.inf)
+        """Return the score of each and that on permuted labels on average, float[L], and in each, float[B, L]."""
+        score, own = np.empty(len(predicted)), np.empty(len(predicted))
+        null = np.empty((evidence.permutations, len(predicted)))
         run_counts = np.array([len(runs) for runs in predicted])
         for runs in np.unique(run_counts).tolist():
             members = np.flatnonzero(run_counts == runs)
@@ -194,10 +198,8 @@ class ChanceTest:
             hits = (stacked == evidence.truth).mean(1)  # (members, T)
             score[members] = (hits if weights is None else hits * weights[:, evidence.truth]).mean(1)
             own[members] = guessed(stacked, evidence.truth, weights)
-            null = null_of(evidence, stacked, weights)
-            p[members] = exceedance(score[members], null)
-            margins = np.maximum(margins, (null - own[members]).max(1))
-        return score, own, p, margins
+            null[:, members] = null_of(evidence, stacked, weights)
+        return score, own, null
 
     @property
     def margin(self) -> float:

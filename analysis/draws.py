@@ -137,11 +137,12 @@ class Draws:
         Returns:
             Of each, ``difference``, ``interval``, ``p`` and ``significant``: see `family`.
         """
-        position: dict[int, int] = {}
-        distinct = [runs for pair in pairs for runs in pair if position.setdefault(id(runs), len(position)) >= 0]
-        distinct = list({id(runs): runs for runs in distinct}.values())
+        if not pairs:
+            return []
+        distinct = list({id(runs): runs for pair in pairs for runs in pair}.values())
+        position = {id(runs): i for i, runs in enumerate(distinct)}
+        first, second = (np.array([position[id(pair[side])] for pair in pairs]) for side in (0, 1))
         drawn = self.accuracies(distinct, resample_runs)
-        first, second = (np.array([position[id(pair[i])] for pair in pairs], int) for i in (0, 1))
         by_lora = np.stack([runs.mean(0) for runs in distinct])  # (., T)
         return self.family(by_lora[first] - by_lora[second], drawn[first] - drawn[second])
 

@@ -15,12 +15,13 @@ from scipy import stats
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
-from analysis.chance import ChanceTest, null_of
+from analysis.chance import ChanceTest
 from analysis.draws import ALPHA, interval
 from analysis.evidence import LEAST_CORRELATED, Evidence, none_for_nan, spearman
 
 COARSE_CLASSES = 4  # classes below which no clusters of them are looked for
 CLUSTER_DISTANCE = 0.5  # 1 - CKA at which layers count as different
+LEAST_OTHERS = 2  # layers beside the top ones, below which these are compared with none
 LEAST_RANKED = 3  # layers that differ, below which rankings are not compared
 
 
@@ -62,11 +63,14 @@ def block_of(module: str) -> str:
     return module[: match.end()] if match else module
 
 
-def layer_ranking(evidence: Evidence) -> dict:
-    """Return accuracy and p of each layer alone, the ranking's stability, and averages by place in the network."""
-    predicted = evidence.layer_predictions()  # (L, R, T)
-    correct = predicted == evidence.truth
-    test = ChanceTest.of(evidence, list(predicted))
+def layer_ranking(evidence: Evidence, test: ChanceTest) -> dict:
+    """Return accuracy and p of each layer alone, the ranking's stability, and averages by place in the network.
+
+    Args:
+        evidence: The evidence.
+        test: Of the L layers.
+    """
+    correct = evidence.layer_predictions() == evidence.truth  # (L, R, T)
     accuracy, validation = test.accuracy, evidence.layer_validation().mean((1, 2))  # (L,)
     drawn = evidence.draws.accuracies(list(correct), resample_runs=False)  # (L, B)
     intervals, in_top = evidence.draws.intervals(accuracy, drawn), top_share(drawn, evidence.top_k)
@@ -96,7 +100,7 @@ def layer_ranking(evidence: Evidence) -> dict:
     first = evidence.ranking[0]
     return {
         "chance": evidence.chance,
-        "null_band": interval(null_of(evidence, predicted).ravel()),
+        "null_band": interval(test.null.ravel()),
         "needed": test.guessed[first] + test.margin,
         "num_above_null": int(test.above_null.sum()),
         "num_above_chance": int(test.above_chance.sum()),
@@ -214,11 +218,12 @@ def compare_rankings(evidence: Evidence, accuracy: np.ndarray, validation: np.nd
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def layer_information(evidence: Evidence, features: np.ndarray, described: np.ndarray) -> dict:
+def layer_information(evidence: Evidence, test: ChanceTest, features: np.ndarray, described: np.ndarray) -> dict:
     """Compare layers with each other: their answers, what several know that one does not, and their features.
 
     Args:
         evidence: The evidence.
+        test: Of the L layers.
         features: Of each layer, standardised, float64[M, L, F].
         described: The LoRAs that they are of, int[M].
     """
@@ -243,7 +248,7 @@ def layer_information(evidence: Evidence, features: np.ndarray, described: np.nd
             "members": [_members(evidence, cluster, clusters) for cluster in range(1, count + 1)],
         },
         "concept_clusters": None if of_class is None else {"of_class": of_class, "count": int(of_class.max())},
-        "coarse": None if of_class is None else _coarse_and_fine(evidence, predicted, of_class),
+        "coarse": None if of_class is None else _coarse_and_fine(evidence, test, of_class),
     }
 
 
@@ -326,43 +331,49 @@ def concept_clusters(features: np.ndarray, y: np.ndarray, num_classes: int) -> n
     return hierarchy.fcluster(hierarchy.linkage(means, "ward"), round(math.sqrt(num_classes)), "maxclust")
 
 
-def _coarse_and_fine(evidence: Evidence, predicted: np.ndarray, of_class: np.ndarray) -> dict | None:
+def _coarse_and_fine(evidence: Evidence, test: ChanceTest, of_class: np.ndarray) -> dict:
     """Compare the top layers with the others: in separating clusters of concepts, and concepts within a cluster.
 
     Coarse: share of LoRAs whose cluster is right, from 0 (chance) to 1. Fine: of those, share whose concept is right,
-    likewise. Chance is the largest cluster, and the largest class within each cluster. None where either is all there
-    is among the test LoRAs.
+    likewise. Chance is the largest cluster, and the largest class within each cluster. The top layers are those by
+    validation, the others those that know something: layers that know nothing have no fine score that means anything.
+    ``why`` says why there is no answer, and is None where there is one.
     """
-    top, others = evidence.ranking[: evidence.top_k], evidence.ranking[evidence.top_k :]
-    if len(others) == 0:
-        return None
-    cluster = of_class[evidence.truth]
-    coarse_chance = np.bincount(cluster).max() / len(cluster)
-    sizes = np.bincount(evidence.truth, minlength=len(of_class))
+    predicted, k = evidence.layer_predictions(), evidence.top_k
+    by_validation = order_of(evidence.layer_validation().mean((1, 2)), -evidence.layer_validation_loss())
+    top, others = by_validation[:k], [layer for layer in by_validation[k:].tolist() if test.p[layer] < ALPHA]
+    cluster, sizes = of_class[evidence.truth], np.bincount(evidence.truth, minlength=len(of_class))
     largest = np.array([sizes[of_class == label].max() for label in range(1, of_class.max() + 1)])
-    fine_chance = largest.sum() / len(cluster)
-    if max(coarse_chance, fine_chance) == 1:
-        return None
+    chance = {"coarse": np.bincount(cluster).max() / len(cluster), "fine": largest.sum() / len(cluster)}
+    missing = dict.fromkeys(("top_k", "others", "coarse", "fine"))
+    if len(others) < LEAST_OTHERS:
+        return missing | {"why": f"fewer than {LEAST_OTHERS} layers beside the top {k} are above chance"}
+    if max(chance.values()) == 1:
+        return missing | {"why": "all test LoRAs are of one cluster, or each of a cluster of its own"}
     right = predicted == evidence.truth  # (L, R, T)
     right_cluster = np.stack([of_class[of_layer] == cluster for of_layer in predicted])
     drawn = evidence.draws.accuracies([*right_cluster, *right], resample_runs=False)  # (2 L, B)
     observed = np.concatenate([right_cluster.mean((1, 2)), right.mean((1, 2))])[:, None]  # (2 L, 1)
 
-    def scores(layers: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the coarse and the fine score of some layers."""
-        in_cluster, exact = shares[layers].mean(0), shares[len(predicted) + layers].mean(0)
-        fine = exact / np.maximum(in_cluster, 1 / len(cluster))
-        return (in_cluster - coarse_chance) / (1 - coarse_chance), (fine - fine_chance) / (1 - fine_chance)
+    def scores(layers: Sequence[int], shares: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the coarse and the fine score of some layers, from 0, chance, to 1."""
+        in_cluster, exact = shares[layers].mean(0), shares[len(predicted) + np.asarray(layers)].mean(0)
+        values = {"coarse": in_cluster, "fine": exact / np.maximum(in_cluster, 1 / len(cluster))}
+        return {name: (value - chance[name]) / (1 - chance[name]) for name, value in values.items()}
 
-    def difference(shares: np.ndarray) -> np.ndarray:
-        """Return coarse minus fine of the top layers, minus that of the others."""
-        (coarse_top, fine_top), (coarse_others, fine_others) = scores(top, shares), scores(others, shares)
-        return (coarse_top - fine_top) - (coarse_others - fine_others)
-
-    both = {"top_k": scores(top, observed), "others": scores(others, observed)}
-    return {name: {"coarse": coarse[0], "fine": fine[0]} for name, (coarse, fine) in both.items()} | {
-        "difference": difference(observed)[0],
-        "interval": interval(difference(drawn)),
+    of_top, of_others = scores(top, observed), scores(others, observed)
+    drawn_top, drawn_others = scores(top, drawn), scores(others, drawn)
+    return {
+        "top_k": {name: value[0] for name, value in of_top.items()},
+        "others": {name: value[0] for name, value in of_others.items()},
+        **{
+            name: {
+                "difference": sign * (of_top[name] - of_others[name])[0],
+                "interval": interval(sign * (drawn_top[name] - drawn_others[name])),
+            }
+            for name, sign in (("coarse", 1), ("fine", -1))  # what is expected is positive
+        },
+        "why": None,
     }
 
 

@@ -11,17 +11,26 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from analysis.comparison import cheap_explanations, compare_representations, grouped_split, null_shuffles
-from analysis.evidence import ALPHA, LEVEL, Evidence, holm, stream
+from analysis.chance import ChanceTest
+from analysis.comparison import (
+    CHALLENGED,
+    CHALLENGERS,
+    best_on_validation,
+    cheap_explanations,
+    compare_representations,
+    grouped_split,
+    null_shuffles,
+)
+from analysis.draws import ALPHA, LEVEL, stream
+from analysis.evidence import LEAST_CORRELATED, Evidence
 from analysis.layers import COARSE_CLASSES, attribution, concepts, layer_information, layer_ranking, recalls
 from analysis.rank_structure import coinciding, rank_structure
 from analysis.removal import LEAST_STEPS, Conditions, conditional_importance, robustness
 
 FEATURE_NUMBERS = 2**24  # of features that descriptions only (CKA, clusters, spread) read, at most
 CLIP = 10.0  # standard deviations beyond which a feature is an outlier of a heavy tail, as in training
-FEW_TEST_LORAS = 50  # below which intervals by resampling test LoRAs are too narrow
+FEW_TEST_LORAS = 50  # (or groups) below which only large effects can be seen
 STEEP = 0.5  # of the range of a removal curve; degradation with a larger step is not graceful
-CHALLENGERS = frozenset(("ensemble", "spectral"))  # of stats: the third hypothesis is about these by name
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ class Material:
 
     Attributes:
         evidence: The evidence.
+        layers_test: Of the L layers, each alone.
         names: Representations that were run with and without the top layers.
         features: Statistics of each layer, standardised, float64[M, L, F].
         described: The LoRAs that they are of, int[M].
@@ -65,6 +75,7 @@ class Material:
     """
 
     evidence: Evidence
+    layers_test: ChanceTest
     names: Sequence[str]
     features: np.ndarray
     described: np.ndarray
@@ -109,12 +120,15 @@ def analyse(
         controls: Results to compare with.
     """
     # By validation: what is compared with explanations without weights must not be chosen by what it is tested on.
-    best = max(names, key=lambda name: evidence.validated("baseline", name).mean(), default=None)
+    best = best_on_validation(evidence, "baseline", names)
     first_layer = evidence.ranking[0]
     best_predicted = evidence.predicted("baseline", best) if best else evidence.layer_predictions()[first_layer]
     described = choose_rows(evidence.y, FEATURE_NUMBERS // math.prod(statistics.shape[1:]), evidence.seed)
     features = standardised(statistics[described])
-    material = Material(evidence, names, features, described, updates, samples, controls, best, best_predicted)
+    layers_test = ChanceTest.of(evidence, list(evidence.layer_predictions()))
+    material = Material(
+        evidence, layers_test, names, features, described, updates, samples, controls, best, best_predicted
+    )
     sections = {question.key: question.answer(material) for question in QUESTIONS}
     hypotheses = [{"question": question.key, **question.hypothesis(sections)} for question in QUESTIONS]
     return plain(_settings(material) | sections | _other_sections(material, sections) | {"hypotheses": hypotheses})
@@ -130,8 +144,9 @@ def _settings(material: Material) -> dict:
         "resamples": evidence.resamples,
         "permutations": evidence.permutations,
         "permuted": "LoRAs" if evidence.groups is None else "groups",
-        "units": len(np.unique(evidence.test_groups)),
-        "few_test_loras": len(evidence.truth) < FEW_TEST_LORAS,
+        "units": evidence.draws.units,
+        "unequal_classes": evidence.unequal,
+        "few_test_loras": evidence.draws.units < FEW_TEST_LORAS,
         "rows_described": len(material.described),
     }
 
@@ -209,7 +224,7 @@ def plain(value: object) -> object:
 
 
 def _which_layers(material: Material) -> dict:
-    return layer_ranking(material.evidence)
+    return layer_ranking(material.evidence, material.layers_test)
 
 
 def _is_robust(material: Material) -> dict:
@@ -222,7 +237,7 @@ def _best_representation(material: Material) -> dict | None:
 
 
 def _different_information(material: Material) -> dict:
-    return layer_information(material.evidence, material.features, material.described)
+    return layer_information(material.evidence, material.layers_test, material.features, material.described)
 
 
 def _rank_matters(material: Material) -> dict:
@@ -243,10 +258,10 @@ def _rank_matters(material: Material) -> dict:
 
 def _later_layers_predict_more(sections: dict) -> dict:
     depth = sections["layers"]["depth"]
-    record = _unanswered("later layers are more predictive", "Spearman correlation of depth and accuracy")
-    if depth is None:
-        return record | {"why": "fewer than four layers, or all of equal accuracy"}
-    return _decided(record, depth["r"], depth["interval"], _sign(depth["p"], depth["interval"]), _signal(sections))
+    record = _unanswered("later layers are more predictive", "Spearman correlation of depth and accuracy over blocks")
+    if depth["why"]:
+        return record | {"why": depth["why"]}
+    return _decided(record, depth["r"], depth["interval"], _sign(depth["p"], depth["interval"]))
 
 
 def _degradation_is_graceful(sections: dict) -> dict:
@@ -266,26 +281,23 @@ def _degradation_is_graceful(sections: dict) -> dict:
 
 
 def _better_than_stats(sections: dict) -> dict:
-    """Decide by the better of ensemble and spectral, after Holm's correction for two."""
+    """Decide by the better of ensemble and spectral, in the family of all comparisons with all layers."""
     compared = sections["representations"]
     record = _unanswered("ensemble or spectral outperforms stats", "difference of test accuracies")
     pairs = []
-    for pair in compared["pairs"]["baseline"] if compared else ():
-        if "stats" not in (pair["a"], pair["b"]) or not CHALLENGERS & {pair["a"], pair["b"]}:
-            continue
-        sign, name = (1, pair["a"]) if pair["b"] == "stats" else (-1, pair["b"])
-        bounds = sorted(sign * np.asarray(pair["interval"]))
-        pairs.append({"name": name, "difference": sign * pair["difference"], "interval": bounds, "p": pair["p"]})
+    for pair in compared["conditions"]["baseline"]["comparisons"] if compared else ():
+        if {pair["a"], pair["b"]} in ({CHALLENGED, challenger} for challenger in CHALLENGERS):
+            sign, name = (1, pair["a"]) if pair["b"] == CHALLENGED else (-1, pair["b"])
+            bounds = sorted(sign * np.asarray(pair["interval"]))
+            pairs.append(pair | {"name": name, "difference": sign * pair["difference"], "interval": bounds})
     if not pairs:
         return record | {"why": "stats was not run together with ensemble or spectral"}
-    significant = holm([pair["p"] for pair in pairs]) < ALPHA
-    differences = np.array([pair["difference"] for pair in pairs])
-    outcome = "undecided"
-    if (significant & (differences > 0)).any():
-        outcome = "confirmed"
-    elif (significant & (differences < 0)).sum() == 2:
-        outcome = "refuted"
     better = max(pairs, key=lambda pair: pair["difference"])
+    outcome = "undecided"
+    if any(pair["significant"] and pair["interval"][0] > 0 for pair in pairs):
+        outcome = "confirmed"
+    elif len(pairs) == len(CHALLENGERS) and all(pair["significant"] and pair["interval"][1] < 0 for pair in pairs):
+        outcome = "refuted"
     why = f"{better['name']} minus stats"
     if len(pairs) > 1:
         why += "; the better of ensemble and spectral"
@@ -293,14 +305,24 @@ def _better_than_stats(sections: dict) -> dict:
 
 
 def _top_layers_separate_clusters(sections: dict) -> dict:
-    coarse = sections["layer_information"]["coarse"]
+    """Decide by both parts: the top layers are better at clusters, and the others at concepts within them."""
+    section = sections["layer_information"]["coarse"]
     record = _unanswered(
         "top layers separate clusters of concepts, other layers the concepts within them",
-        "coarse minus fine score of the top layers, minus that of the others",
+        "lesser of the top layers' lead in separating clusters and the other layers' lead within them",
     )
-    if coarse is None:
+    if section is None:
         return record | {"why": f"no clusters of concepts (these need {COARSE_CLASSES} classes or more)"}
-    return _decided(record, coarse["difference"], coarse["interval"], _sign(0.0, coarse["interval"]), _signal(sections))
+    if section["why"]:
+        return record | {"why": section["why"]}
+    parts = [section["coarse"], section["fine"]]
+    outcome = "undecided"
+    if all(part["interval"][0] > 0 for part in parts):
+        outcome = "confirmed"
+    elif all(part["interval"][1] < 0 for part in parts):
+        outcome = "refuted"
+    lesser = min(parts, key=lambda part: part["difference"])
+    return _decided(record, lesser["difference"], lesser["interval"], outcome)
 
 
 def _rank_goes_with_complexity(sections: dict) -> dict:
@@ -313,7 +335,7 @@ def _rank_goes_with_complexity(sections: dict) -> dict:
     if not structure["answerable"]:
         return record | {"why": structure["why"]}
     if spread is None:
-        return record | {"why": f"fewer than {COARSE_CLASSES} classes"}
+        return record | {"why": f"fewer than {LEAST_CORRELATED} classes, or none that differ"}
     return _decided(record, spread["r"], spread["interval"], _sign(spread["p"], spread["interval"]))
 
 
@@ -329,17 +351,9 @@ def _unanswered(hypothesis: str, measure: str) -> dict:
     }
 
 
-def _signal(sections: dict) -> bool:
-    """Test whether any layer is above chance, without which no hypothesis about single layers can be decided."""
-    return sections["layers"]["num_above_null"] > 0
-
-
-def _decided(record: dict, number: float, bounds: Sequence[float], outcome: str, signal: bool = True) -> dict:
-    """Return the record of `_unanswered` with its number, interval and outcome: undecided without any signal."""
-    why = ""
-    if not signal:
-        outcome, why = "undecided", "no layer is above chance"
-    return record | {"outcome": outcome, "number": number, "interval": bounds, "why": why}
+def _decided(record: dict, number: float, bounds: Sequence[float], outcome: str) -> dict:
+    """Return the record of `_unanswered` with its number, interval and outcome."""
+    return record | {"outcome": outcome, "number": number, "interval": bounds}
 
 
 def _sign(p: float, bounds: Sequence[float]) -> str:

@@ -28,7 +28,9 @@ def evidence_of(
     def guessed(*shape: int) -> dict[str, np.ndarray]:
         return {"predicted": generator.integers(0, classes, (*shape, len(held_out)), dtype=np.int32)}
 
-    predictions = Predictions(held_out, y[held_out], guessed(layers, runs))
+    layers_alone = guessed(layers, runs)
+    layers_alone["log_loss"] = generator.random(layers_alone["predicted"].shape).astype(np.float32)
+    predictions = Predictions(held_out, y[held_out], layers_alone)
     for condition in ("baseline", "ablation"):
         predictions.conditions[condition] = {name: guessed(runs) for name in names}
     labels = [f"class {c}" for c in range(classes)]
