@@ -255,27 +255,27 @@ def layer_information(evidence: Evidence, test: ChanceTest, features: np.ndarray
 def _union(evidence: Evidence, predicted: np.ndarray) -> dict:
     """Compare what the top k, int[k, R, T], know together with what the best of them knows alone.
 
-    ``any_of_top_k`` is the share of LoRAs that at least one of them recognises, which guessing raises too:
-    ``any_by_chance`` is the same for labels that are drawn anew. ``vote`` is the class that most of them predict, the
-    better ranked where they tie: what a single answer can have of it.
+    ``any_of_top_k`` is the share of LoRAs that at least one of them recognises, which guessing raises too: what chance
+    gives stands in cross_fitting.py, as the choice of the top k is part of it.
     """
     truth = evidence.truth
-    votes = (predicted[:, None] == predicted[None]).sum(1)  # (k, R, T): how many predict the same class as this one
-    vote = np.take_along_axis(predicted, votes.argmax(0)[None], 0)[0] == truth
-    predicted_by_any = np.stack([(predicted == label).any(0).mean() for label in range(len(evidence.classes))])
-    by_chance = (predicted_by_any * np.bincount(truth, minlength=len(evidence.classes))).sum() / len(truth)
-    best, union = predicted[0] == truth, (predicted == truth).any(0)
-    drawn = evidence.draws.accuracies([best, union, vote])
+    best, union, vote = predicted[0] == truth, (predicted == truth).any(0), vote_of(predicted) == truth
+    of_union, of_vote = evidence.draws.differences([(union, best), (vote, best)])
     return {
         "best_alone": best.mean(),
         "any_of_top_k": union.mean(),
-        "any_by_chance": by_chance,
-        "gain": union.mean() - best.mean(),
-        "interval": interval(drawn[1] - drawn[0]),
+        "gain": of_union["difference"],
+        "interval": of_union["interval"],
         "vote": vote.mean(),
-        "vote_gain": vote.mean() - best.mean(),
-        "vote_interval": interval(drawn[2] - drawn[0]),
+        "vote_gain": of_vote["difference"],
+        "vote_interval": of_vote["interval"],
     }
+
+
+def vote_of(predicted: np.ndarray) -> np.ndarray:
+    """Return the class that most of k layers predict, int[k, R, T] -> int[R, T]; the better ranked where they tie."""
+    votes = (predicted[:, None] == predicted[None]).sum(1)  # (k, R, T): how many predict the same class as this one
+    return np.take_along_axis(predicted, votes.argmax(0)[None], 0)[0]
 
 
 def disagreement_and_kappa(predicted: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:

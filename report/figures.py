@@ -133,8 +133,10 @@ def finished_figures(results: dict, finding_of: dict[str, str] | None = None) ->
 
 def _layer_importance_finding(results: dict) -> str:
     section = results["analysis"]["layers"]
-    above, total = section["num_above_null"], len(section["records"])
-    finding = f"{above or 'None'} of {total} layers {'predict' if above else 'predicts'} above chance"
+    known, above, total = section["num_above_null"], section["num_above_chance"], len(section["records"])
+    finding = f"{above or 'None'} of {total} layers {'predict' if above > 1 else 'predicts'} above chance"
+    if known > above:
+        finding = f"{known} of {total} layers know something of the concept, {above or 'none'} more than guessing gives"
     roles = sorted(section["groups"]["role"].items(), key=lambda item: -item[1]["mean"])
     if len(roles) != 2:
         return finding
@@ -149,7 +151,7 @@ def _layer_importance(results: dict, figure: Figure) -> None:
     roles = list(dict.fromkeys(record["role"] for record in records))
     set_height(figure, 1.3 + 1.7 * len(roles))
     axes = figure.subplots(len(roles), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    highest = max(section["null_max"], *(record["interval"][1] for record in records))
+    highest = max(section["needed"], *(record["interval"][1] for record in records))
     axes[0].set_ylim(0, 115 * highest + 2)  # room for ranks above the intervals
     blocks = [record["block"] for record in records]
     for ax, role in zip(axes, roles, strict=True):
@@ -158,7 +160,7 @@ def _layer_importance(results: dict, figure: Figure) -> None:
     axes[0].set_yticks([tick for tick in axes[0].get_yticks() if tick <= min(100, axes[0].get_ylim()[1])])
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     depth = section["depth"]
-    correlation = f"; Spearman correlation with accuracy {correlation_text(depth)}" if depth else ""
+    correlation = f"; Spearman correlation of blocks {correlation_text(depth)}" if not depth["why"] else ""
     axes[-1].set_xlabel(f"depth: position of the layer in the network{correlation}")
     figure.legend(handles=_layer_legend(section, len(rank_of)), loc="outside lower center", ncols=3)
     figure.get_layout_engine().execute(figure)
@@ -178,7 +180,7 @@ def _layers_of_role(ax: Axes, section: dict, role: str, rank_of: dict[str, int])
     low, high = (100 * bound for bound in section["null_band"])
     ax.axhspan(low, high, fc=PALE, ec=FAINT, hatch="////", lw=0, zorder=0.5)
     ax.axhline(100 * section["chance"], color=INK, lw=0.8)
-    ax.axhline(100 * section["null_max"], color=INK, lw=0.8, ls=(0, (4, 2)))
+    ax.axhline(100 * section["needed"], color=INK, lw=0.8, ls=(0, (4, 2)))
     intervals = 100 * np.array([record["interval"] for record in records])
     ax.vlines(depth, *intervals.T, color=BLUE, lw=float(np.clip(60 / len(records), 0.5, 1)), alpha=0.75)
     accuracy = 100 * np.array([record["accuracy"] for record in records])
@@ -194,11 +196,11 @@ def _layers_of_role(ax: Axes, section: dict, role: str, rank_of: dict[str, int])
 
 def _layer_legend(section: dict, top_k: int) -> list:
     above, total = section["num_above_null"], len(section["records"])
-    limit = f"5 % limit, best of {total}: {percent(section['null_max'])} %"
+    limit = f"needed among {total}: {percent(section['needed'])} %"
     marker = {"marker": "^", "ls": "none", "mec": INK, "ms": 5}
     return [
-        Line2D([], [], color=BLUE, **marker, label=f"above the limit ({above}), with 95 % interval"),
-        Line2D([], [], color=GROUND, **marker, label=f"not above it ({total - above})"),
+        Line2D([], [], color=BLUE, **marker, label=f"knows something ({above}), with 95 % interval"),
+        Line2D([], [], color=GROUND, **marker, label=f"not distinguishable from chance ({total - above})"),
         Line2D([], [], ls="none", marker="o", color="none", mec=INK, ms=9, label=f"top {top_k}, with its rank"),
         Line2D([], [], color=INK, lw=0.8, label=f"chance, {percent(section['chance'])} %"),
         Patch(fc=PALE, ec=FAINT, hatch="////", lw=0, label="95 % of permuted labels"),
@@ -317,13 +319,14 @@ def _accuracies(results: dict, name: str) -> tuple[float, float]:
 
 def _representations_finding(results: dict) -> str:
     section, k = results["analysis"]["representations"], results["config"]["top_k"]
-    best, total, similar = section["best"], len(section["drops"]), section["indistinguishable_from_best"]
+    compared, total = section["conditions"]["baseline"], len(section["drops"])
+    best, similar = compared["best"], compared["not_worse"]
+    if best is None:
+        subject = next(iter(section["drops"])) if total == 1 else f"None of {total} representations"
+        verb = "is indistinguishable" if total == 1 else "is distinguishable"
+        return f"{subject} {verb} from chance with all layers"
     whole, left = _accuracies(results, best)
     reached = f"{percent(whole)} % with all layers, {percent(left)} % without {top_layers(k)}"
-    if not section["best_above_chance"]:
-        if total == 1:
-            return f"{best} is indistinguishable from chance: {reached}"
-        return f"All {total} representations are indistinguishable from chance; the first, {best}: {reached}"
     losses = len(section["significant_losses"])
     if total == 1:
         return f"{best}: {reached}, {'a' if losses else 'no'} significant loss"
@@ -338,6 +341,7 @@ def _representations_finding(results: dict) -> str:
 
 def _representations(results: dict, figure: Figure) -> None:
     section, k = results["analysis"]["representations"], results["config"]["top_k"]
+    best = section["conditions"]["baseline"]["best"]
     names = sorted(section["drops"], key=lambda name: (_accuracies(results, name), name))  # the best on top
     set_height(figure, 1.45 + 0.24 * len(names))
     ax = figure.subplots()
@@ -349,21 +353,21 @@ def _representations(results: dict, figure: Figure) -> None:
     for i, (condition, up, color, marker, filling, label) in enumerate(conditions):
         heights = np.arange(len(names)) + up
         accuracy = [100 * _accuracies(results, name)[i] for name in names]
-        intervals = 100 * np.array([section["intervals"][condition][name] for name in names])
+        intervals = 100 * np.array([section["conditions"][condition]["intervals"][name] for name in names])
         ax.hlines(heights, *intervals.T, color=color, lw=1.3)
         ax.plot(accuracy, heights, ls="none", marker=marker, mfc=filling, mec=INK, ms=4.2, mew=0.9, label=label)
     chance = 100 * results["analysis"]["layers"]["chance"]
     ax.axvline(chance, **CHANCE, zorder=0.5, label=f"chance, {chance:.1f} %")
     ax.set_yticks(range(len(names)), cut_labels(names, 1.6, SIZE), fontsize=SIZE)
     for name, label in zip(names, ax.get_yticklabels(), strict=True):
-        if name in (section["best"], *section["indistinguishable_from_best"]) and len(names) > 1:
+        if name in (best, *section["conditions"]["baseline"]["not_worse"]) and len(names) > 1:
             label.set_fontweight("bold")
     ax.set_ylim(-0.6, len(names) - 0.4)
     ax.set_xlim(-1, 101)
     ax.set_xlabel("test accuracy, %, with 95 % intervals")
     alpha = results["analysis"]["alpha"]
-    ax.set_title(f"change in points; * p < {alpha} (Holm)", loc="right", fontsize=SMALL + 0.5)
-    if len(names) > 1:
+    ax.set_title(f"change in points; * p < {alpha} (all together)", loc="right", fontsize=SMALL + 0.5)
+    if best and len(names) > 1:
         ax.set_title("bold: best, or not significantly worse", loc="left", fontsize=SMALL + 0.5)
     right = ax.secondary_yaxis("right")
     right.set_yticks(range(len(names)), [gain_text(section["drops"][name]) for name in names])
@@ -404,7 +408,9 @@ def _concept_layer_map(results: dict, figure: Figure) -> None:
     for layer, record in enumerate(records):
         roles.setdefault(record["role"], []).append(layer)
     widths = [4.7 * len(members) / len(records) for members in roles.values()]
-    if compared := analysis.get("representations"):
+    compared = analysis.get("representations")
+    compared = compared and compared["conditions"]["baseline"]["best"]
+    if compared:
         widths.append(0.9)
     axes = figure.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0]
     looks = {"cmap": "YlGnBu", "vmin": 0, "vmax": max(20, 20 * math.ceil(recall[order].max() / 20)), "aspect": "auto"}
@@ -442,7 +448,8 @@ def _recall_by_layer(
 
 def _recall_with_all_layers(ax: Axes, results: dict, order: np.ndarray, looks: dict, height: float) -> None:
     """Draw recall by the best representation, with all layers and without the top k."""
-    section, best = results["analysis"]["concepts"], results["analysis"]["representations"]["best"]
+    analysis = results["analysis"]
+    section, best = analysis["concepts"], analysis["representations"]["conditions"]["baseline"]["best"]
     whole, drop = (100 * np.array(section[key][best], float) for key in ("baseline", "drop"))
     both = np.stack([whole, whole - drop], axis=1)[order]
     ax.imshow(both, **looks, interpolation="nearest")

@@ -1,6 +1,6 @@
-"""The answers to the experiment's questions, warnings beside them, and the outcome of the controls, in sentences.
+"""The answers to the experiment's questions in sentences, from the content of results.json.
 
-Written once for results.txt (text.py) and report.html (page.py), from the content of results.json.
+Written once for results.txt (text.py) and report.html (page.py). What belongs beside them stands in cautions.py.
 """
 
 from __future__ import annotations
@@ -115,22 +115,9 @@ def _evidence(hypothesis: dict, unit: str) -> str:
 def _which_layers(results: dict) -> Iterator[str]:
     section, ranking, k = results["analysis"]["layers"], results["layer_ranking"], results["config"]["top_k"]
     record_of = {record["layer"]: record for record in section["records"]}
-    first, total, above = record_of[ranking[0]["layer"]], len(ranking), section["num_above_null"]
-    chance = f"{percent(section['chance'])} %"
-    reached = f"{first['layer']}, reaches {accuracy_text(first)[:-1]}, {p_text(first['p_family'])})"
-    if above == 0:
-        yield f"Each of the {total} layers is indistinguishable from chance ({chance})."
-        limit = f"{percent(section['null_max'])} %"
-        yield (
-            f"The first of the ranking, {reached}; in 95 of 100 permutations of the labels the best of so many layers "
-            f"reaches no more than {limit}."
-        )
-    else:
-        alpha = results["analysis"]["alpha"]
-        yield (
-            f"{above} of {total} layers are above chance ({chance}; p < {alpha}, family-wise over all layers). The "
-            f"first of the ranking, {reached}."
-        )
+    first = record_of[ranking[0]["layer"]]
+    yield _layers_above(results)
+    yield f"The first of the ranking, {first['layer']}, reaches {_reached(results, first)}."
     roles = section["groups"].get("role", {})
     if len(roles) == 2:
         means = [
@@ -139,9 +126,43 @@ def _which_layers(results: dict) -> Iterator[str]:
         yield f"On average {listed(means)}."
     shares = [record_of[record["layer"]]["top_k_share"] for record in ranking[:k]]
     redrawn = " to ".join(dict.fromkeys((percent(min(shares)), percent(max(shares)))))
+    top = "the first layer is the first" if k == 1 else f"each of the top {k} is among the top {k}"
     yield (
-        f"Stability: {_stability(section, k)}; with the test LoRAs resampled, each of the top {k} is among the top {k} "
-        f"in {redrawn} % of the draws."
+        f"Stability on this split: {_stability(section, k)}; with the test LoRAs resampled, {top} in {redrawn} % of "
+        "the draws."
+    )
+    yield from _over_splits(results)
+
+
+def _layers_above(results: dict) -> str:
+    """Return how many layers know something of the concept, and how many are above chance."""
+    analysis, total = results["analysis"], len(results["layer_ranking"])
+    section, largest = analysis["layers"], percent(results["analysis"]["layers"]["chance"])
+    known, above = section["num_above_null"], section["num_above_chance"]
+    needed = f"the first of the ranking would have to reach {percent(section['needed'])} %"
+    if known == 0:
+        return f"No single layer is distinguishable from chance ({largest} %): {needed}."
+    family = f"p < {analysis['alpha']}, corrected for the choice among all layers"
+    if above == known:
+        return f"{known} of {total} layers {'are' if known > 1 else 'is'} above chance ({largest} %; {family})."
+    right = f"is shown to be right more often than always guessing the largest class ({largest} %)"
+    return (
+        f"{known} of {total} layers {'know' if known > 1 else 'knows'} something of the concept ({family}), but "
+        f"{'none' if above == 0 else f'only {above}'} of them {right}."
+    )
+
+
+def _reached(results: dict, first: dict) -> str:
+    """Return the accuracy of the first layer on the test LoRAs that chose it, and the honest one beside it."""
+    ordinary = f"{accuracy_text(first)[:-1]}, {p_text(first['p_family'])})"
+    if results["config"]["rank_by"] != "test":
+        return ordinary
+    crossed = results["analysis"]["cross_fitted"]
+    if crossed["why"]:
+        return f"{ordinary} on the test LoRAs that it was chosen by"
+    return (
+        f"{ordinary} on the test LoRAs that it was chosen by; the first layer chosen by others reaches "
+        f"{accuracy_text(crossed['first'])}"
     )
 
 
@@ -151,8 +172,25 @@ def _stability(section: dict, k: int) -> str:
     if concordance["kendall_w"] is not None:
         parts.append(f"Kendall's W over {concordance['runs']} runs is {number(concordance['kendall_w'])}")
     if rankings["kendall_tau"] is not None:
-        parts.append(f"Kendall's tau of the rankings by test and by validation {number(rankings['kendall_tau'])}")
-    return ", ".join([*parts, f"their top {k} have {rankings['same_top_k']} in common"])
+        parts.append(f"Kendall's tau of the rankings by test and by validation is {number(rankings['kendall_tau'])}")
+    same = "they have the same first layer" if rankings["same_top_k"] else "their first layers differ"
+    if k > 1:
+        same = f"their top {k} have {rankings['same_top_k']} in common"
+    return ", ".join([*parts, same if rankings["kendall_tau"] is not None else f"by test and by validation {same}"])
+
+
+def _over_splits(results: dict) -> Iterator[str]:
+    """Yield how much of the ranking other splits repeat."""
+    if not (splits := results["splits"]):
+        return
+    k, parts = results["config"]["top_k"], []
+    if splits["kendall_w"] is not None:
+        parts.append(f"Kendall's W is {number(splits['kendall_w'])}")
+    if splits["kendall_tau"] is not None:
+        parts.append(f"Kendall's tau of two splits {number(splits['kendall_tau'])} on average")
+    parts.append(f"the top {k} of two splits share {splits['same_top_k']:.1f} layers on average")
+    first = f"the layer that is first on one split reaches {spread_text(splits['first'])} on the others"
+    yield f"Over {splits['splits']} splits: {', '.join(parts)}; {first}."
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -194,9 +232,9 @@ def _no_verdict(results: dict) -> Iterator[str]:
         yield f"No verdict: the controls of {listed(failed)}, on which it would rest, could not be run."
     else:
         yield "No verdict: no representation was trained with other layers removed, to compare it with."
-    if compared := analysis["representations"]:
-        k, total, best = results["config"]["top_k"], len(results["layer_ranking"]), compared["best"]
-        yield f"Without the top {k} of {total} layers {best} {change_text(compared['drops'][best])}."
+    compared, k = analysis["representations"], results["config"]["top_k"]
+    if compared and (best := compared["conditions"]["baseline"]["best"]):
+        yield f"Without {top_layers(k)} {best} {change_text(compared['drops'][best])}."
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -209,49 +247,128 @@ def _best_representation(results: dict) -> Iterator[str]:
     if not compared:
         yield "No representation was run."
         return
-    best, drops = compared["best"], compared["drops"]
-    accuracy = percent(results["baseline_results"][best]["test_accuracy"]["mean"])
-    reached = f"{accuracy} % ({bounds(compared['intervals']['baseline'][best])})"
-    chance = f"{percent(results['chance']['accuracy'])} %"
-    lost = f"Without the top {results['config']['top_k']} it {change_text(drops[best])}."
-    if not compared["best_above_chance"]:
-        all_of, subject = f"All {len(drops)} representations are", f"the first, {best},"
+    section, chance = compared["conditions"]["baseline"], f"{percent(results['chance']['accuracy'])} %"
+    best, drops = section["best"], compared["drops"]
+    if best is None:
         if len(drops) == 1:
-            all_of, subject = f"{best} is", "it"
-        yield (
-            f"{all_of} indistinguishable from chance ({chance}) with all layers: {subject} reaches {reached}, "
-            f"{p_text(compared['p_family'][best])}."
+            yield (
+                f"{next(iter(drops))} is indistinguishable from chance ({chance}) with all layers: it would have to "
+                f"reach {percent(section['needed'])} %."
+            )
+        else:
+            yield (
+                f"None of {len(drops)} representations is distinguishable from chance ({chance}) with all layers, so "
+                f"none is best: one would have to reach about {percent(section['needed'])} %."
+            )
+        return
+    yield _best_reached(results)
+    if len(drops) > 1:
+        yield from _compared_with_best(results)
+    yield from _without_top(results)
+    yield from _best_over_splits(results)
+
+
+def _best_reached(results: dict) -> str:
+    """Return the accuracy of the best representation, and what else may explain it."""
+    compared, accuracy = results["analysis"]["representations"], _accuracies(results, "baseline")
+    section, chance = compared["conditions"]["baseline"], percent(results["chance"]["accuracy"])
+    best = section["best"]
+    chosen = "Best by validation accuracy is" if len(accuracy) > 1 else "The only representation that was run is"
+    line = f"{chosen} {best}: {percent(accuracy[best])} % ({bounds(section['intervals'][best])}) of the test LoRAs"
+    line += f", where chance is {chance} %"
+    if not section["best_above_chance"]:
+        line += (
+            f"; it knows something of the concept ({p_text(section['p_family'][best])}), but is not shown to be right "
+            "more often than always guessing the largest class"
         )
-        yield lost
-        return
-    yield f"{best}, with {reached} on all layers; chance is {chance}."
-    if len(drops) == 1:
-        yield f"It is the only representation that was run, so it is compared with none. {lost}"
-        return
-    yield from _lead(results)
-    left = {name: results["ablation_results"][name]["test_accuracy"]["mean"] for name in drops}
-    best_left = max(left, key=left.get)
-    yield (
-        f"{lost} Significant losses: {len(compared['significant_losses'])} of {len(drops)} representations. The best "
-        f"without these layers is {best_left}, with {percent(left[best_left])} %."
+    groups = results["analysis"]["groups"]
+    if groups and groups["may_be_groups"]:
+        line += f"; what it knows may be the {groups['column']} and not the concept"
+    return f"{line}."
+
+
+def _compared_with_best(results: dict) -> Iterator[str]:
+    """Yield how far the best representation is ahead of the others."""
+    section = results["analysis"]["representations"]["conditions"]["baseline"]
+    accuracy, best, by_test = _accuracies(results, "baseline"), section["best"], section["best_by_test"]
+    if by_test != best and accuracy[by_test] > accuracy[best]:
+        yield f"By test accuracy it is {by_test}, with {percent(accuracy[by_test])} %."
+    if section["ties"]:
+        yield f"{listed([best, *section['ties']])} are right on equally many test LoRAs."
+    others, not_worse = [name for name in accuracy if name != best], section["not_worse"]
+    worse = [name for name in others if name not in not_worse]
+    if not worse:
+        yield f"Not significantly worse {'is' if len(others) == 1 else 'are'} {_all_of(others)}."
+    elif not not_worse:
+        yield f"It is significantly better than {_all_of(others)}."
+    else:
+        yield f"It is significantly better than {listed(worse)}; not significantly worse: {listed(not_worse)}."
+    records = {record["b"]: record for record in section["comparisons"] if record["a"] == best}
+    second = max(others, key=accuracy.get)
+    if second not in section["ties"]:
+        record = records[second]
+        ahead = "ahead of" if record["difference"] > 0 else "behind"
+        interval = record["interval"] if record["difference"] > 0 else [-bound for bound in record["interval"][::-1]]
+        yield (
+            f"It is {ahead} {second} by {percent(abs(record['difference']))} points ({bounds(interval)}, "
+            f"{p_text(record['p'])}; intervals and p hold for all these comparisons together)."
+        )
+
+
+def _all_of(names: list[str]) -> str:
+    return listed(names) if len(names) < MANY else f"all {len(names)} others"
+
+
+def _without_top(results: dict) -> Iterator[str]:
+    """Yield what the best representation loses by the removal of the top layers, and which is best without these."""
+    analysis, k = results["analysis"], results["config"]["top_k"]
+    compared, best = analysis["representations"], analysis["representations"]["conditions"]["baseline"]["best"]
+    drops, left = compared["drops"], _accuracies(results, "ablation")
+    yield f"Without {top_layers(k)} it {change_text(drops[best])}{_crossed_drop(results, best)}."
+    if len(drops) > 1:
+        yield (
+            f"{len(compared['significant_losses'])} of {len(drops)} representations lose significantly by that removal."
+        )
+    section = compared["conditions"]["ablation"]
+    if section["best"] is None:
+        yield f"Without {top_layers(k)} no representation is distinguishable from chance."
+    elif len(drops) > 1:
+        yield (
+            f"Without {top_layers(k)} the best by validation accuracy is {section['best']}, with "
+            f"{percent(left[section['best']])} % ({bounds(section['intervals'][section['best']])})."
+        )
+
+
+def _crossed_drop(results: dict, name: str) -> str:
+    """Return the drop where the removed layers are chosen on other test LoRAs, as the end of a sentence."""
+    crossed = results["analysis"]["cross_fitted"]
+    drop = (crossed["drops"] or {}).get(name)
+    if drop is None:
+        return ""
+    verb, sign = ("loses", 1) if drop["drop_cf"] >= 0 else ("gains", -1)
+    interval = drop["interval"] if sign == 1 else [-bound for bound in drop["interval"][::-1]]
+    return (
+        f" on the test LoRAs that these layers were chosen by; where they are chosen by others it {verb} "
+        f"{percent(sign * drop['drop_cf'])} points ({bounds(interval)}, {p_text(drop['p'])})"
     )
 
 
-def _lead(results: dict) -> Iterator[str]:
-    """Yield how far the best representation is ahead of the others."""
-    compared = results["analysis"]["representations"]
-    best, similar = compared["best"], compared["indistinguishable_from_best"]
-    if similar:
-        yield f"Not significantly worse than {best} (Holm-corrected): {listed(similar)}."
-    others = {name: results["baseline_results"][name]["test_accuracy"]["mean"] for name in compared["drops"]}
-    del others[best]
-    second = max(others, key=others.get)
-    pair = next(pair for pair in compared["pairs"]["baseline"] if {pair["a"], pair["b"]} == {best, second})
-    sign = 1 if pair["a"] == best else -1
-    interval = sorted(sign * bound for bound in pair["interval"])
-    ahead = f"{percent(abs(pair['difference']))} points ({bounds(interval)}, {p_text(pair['p_holm'])})"
-    beyond = "" if similar else "; it is significantly better than every other"
-    yield f"It is ahead of the next, {second}, by {ahead}{beyond}."
+def _accuracies(results: dict, condition: str) -> dict[str, float]:
+    """Return the mean test accuracy of the representations that were run with and without the top layers."""
+    section = results["analysis"]["representations"]["conditions"][condition]
+    return {name: results[f"{condition}_results"][name]["test_accuracy"]["mean"] for name in section["intervals"]}
+
+
+def _best_over_splits(results: dict) -> Iterator[str]:
+    """Yield what the best representation reaches and loses over all splits."""
+    splits, best = results["splits"], results["analysis"]["representations"]["conditions"]["baseline"]["best"]
+    if splits and best in splits["representations"]:
+        record, k = splits["representations"][best], results["config"]["top_k"]
+        yield (
+            f"Over {splits['splits']} splits {best} reaches {spread_text(record['baseline'])}, and without "
+            f"{top_layers(k)} of each {spread_text(record['ablation'])}: a loss of "
+            f"{spread_text(record['drop'], 'points')}."
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -267,12 +384,7 @@ def _different_information(results: dict) -> Iterator[str]:
         f"average (kappa {number(section['kappa']['mean'])})."
     )
     if k > 1:
-        yield (
-            f"The first of the top {k} is right on {percent(union['best_alone'])} % of them, a vote of the top {k} on "
-            f"{percent(union['vote'])} %, a difference of {signed(union['vote_gain'])} points "
-            f"({bounds(union['vote_interval'])}). At least one layer is right on {percent(union['any_of_top_k'])} %; "
-            f"with labels drawn at random it would be {percent(union['any_by_chance'])} %."
-        )
+        yield from _together(results)
     alone = ", each a single layer" if clusters["count"] == total else ""
     yield (
         f"By their features (linear CKA of at least {number(1 - clusters['threshold'])} within a cluster) the {total} "
@@ -328,8 +440,8 @@ def concept_lines(results: dict) -> list[str]:
         if None not in recall
     }
     lines = [f"The best single layer for each concept recognises {_ends(alone)}."]
-    if compared:
-        best = compared["best"]
+    best = compared["conditions"]["baseline"]["best"] if compared else None
+    if best:
         recall, drop = (dict(zip(names, section[key][best], strict=True)) for key in ("baseline", "drop"))
         most = max(alone, key=lambda name: drop[name])
         lost = f"takes most from {most} ({percent(drop[most])} points)" if drop[most] > 0 else "costs none of them"
@@ -344,155 +456,3 @@ def _ends(recall: dict[str, float]) -> str:
     if recall[best] == recall[worst]:
         return f"all equally well ({percent(recall[best])} %)"
     return f"{best} best ({percent(recall[best])} %) and {worst} worst ({percent(recall[worst])} %)"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Warnings
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def warnings(results: dict) -> list[str]:
-    """Return what belongs beside the answers, so that nobody takes them for more than they are."""
-    analysis, config = results.get("analysis"), results["config"]
-    lines = [_quick(config)] if config["quick"] else []
-    if not analysis:
-        return [*lines, NO_CONTROLS]
-    if analysis["few_test_loras"]:
-        tested = results["dataset"]["split_sizes"]["test"]
-        lines.append(f"Only {tested} test LoRAs: intervals by resampling so few are narrower than they should be.")
-    if config["rank_by"] == "test":
-        lines.append(_chosen_on_test(config["top_k"]))
-    above, total = analysis["layers"]["num_above_null"], len(analysis["layers"]["records"])
-    if above < total:
-        lines.append(
-            f"{total - above} of {total} layers are indistinguishable from chance (family-wise p of "
-            f"{analysis['alpha']} or more)."
-        )
-    silent = [name for name, section in analysis["robustness"].items() if section["verdict"] == "no signal"]
-    if silent:
-        verb = "is" if len(silent) == 1 else "are"
-        lines.append(
-            f"With all layers {listed(silent)} {verb} indistinguishable from chance: the effect of a removal then "
-            "means nothing."
-        )
-    for written in (_cheap, _not_run, _unused_groups, _degenerate_features, _shuffled):
-        lines += written(analysis)
-    return lines
-
-
-def _quick(config: dict) -> str:
-    classifier, autoencoder = config["classifier"], config["autoencoder"]
-    return (
-        f"All accuracies here, and everything derived from them, rest on --quick ({config['num_runs']} runs, at most "
-        f"{classifier['max_epochs']} classifier and {autoencoder['max_epochs']} autoencoder epochs): not for "
-        "reporting. Effective ranks, norms and clusters of layers do not depend on it."
-    )
-
-
-def _chosen_on_test(k: int) -> str:
-    verb = "was" if k == 1 else "were"
-    return (
-        f"The top {k} {verb} chosen on the same test LoRAs that the drops are measured on: drops tend to look larger "
-        "than they are, and their intervals and p are not corrected for that choice. --rank-by=val avoids it."
-    )
-
-
-def _cheap(analysis: dict) -> Iterator[str]:
-    for name in (analysis["cheap"] or {}).get("as_good", ()):
-        cheap, weights = analysis["cheap"][name], classifier_name(analysis["cheap"]["compared_with"])
-        advantage = cheap["advantage_of_weights"]
-        compared = "worse" if cheap["weights_worse"] else "not significantly better"
-        yield (
-            f"Cheap explanation: {name} alone give {accuracy_text(cheap)}, and {weights} is {compared}: its advantage "
-            f"is {bounds(advantage)} points. The results may reflect no more than that."
-        )
-
-
-def _not_run(analysis: dict) -> Iterator[str]:
-    for name, reason in analysis["controls_not_run"].items():
-        if name == "grouped split" and analysis["groups"]:
-            continue  # its reason stands with the columns
-        subject = name if name in BEYOND_REMOVAL else f"controls of {name}"
-        yield sentence(f"{subject} not run: {reason}")
-
-
-def _unused_groups(analysis: dict) -> Iterator[str]:
-    if not (groups := analysis["groups"]):
-        return
-    name, noun = groups["representation"], "column" if len(groups["unused"]) == 1 else "columns"
-    unused = f"Groups were not used, although the {noun} {listed(groups['unused'])} may name some."
-    if name is None:
-        why = analysis["controls_not_run"].get("grouped split", groups["why"])
-        yield sentence(f"{unused} No split that keeps them together could be tried: {why}")
-    else:
-        yield (
-            f"{unused} A split that keeps the groups of {groups['column']} together gives {name} "
-            f"{percent(groups['grouped_split'])} % ({bounds(groups['interval'])}), this one "
-            f"{percent(groups['random_split'])} %. --group-column={groups['column']} uses it."
-        )
-
-
-def _degenerate_features(analysis: dict) -> Iterator[str]:
-    """Yield which features are equal to others, or constant."""
-    structure = analysis["rank_structure"]
-    same_rank = structure["tested"] is not None and not structure["answerable"]
-    where = "At this rank" if same_rank else "In these LoRAs"
-    for name, groups in structure["coinciding"].items():
-        yield f"{where} features of {name} coincide: {'; '.join(' = '.join(group) for group in groups)}."
-    for name, constant in structure["constant"].items():
-        yield f"{where} features of {name} never vary: {ranges(constant)}."
-
-
-def _shuffled(analysis: dict) -> Iterator[str]:
-    if not (null := analysis["null_shuffles"]):
-        return
-    least = f", the smallest that {null['shuffles']} can give" if null["ahead_of_all"] else ""
-    outcome = "as expected" if null["as_expected"] else "indistinguishable from chance"
-    yield (
-        f"Ranked again on shuffled labels ({null['shuffles']} times, one run each), the best layer reaches at most "
-        f"{percent(max(null['largest']))} %; with the true ones, in one run, {percent(null['observed'])} % "
-        f"({p_text(null['p'])}{least}): {outcome}."
-    )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Controls
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def checks(results: dict) -> list[str]:
-    """Return the outcome of the controls: chance, cheap explanations, groups, attribution; none without an analysis."""
-    if not (analysis := results.get("analysis")):
-        return []
-    layers, moved = analysis["layers"], "whole groups" if analysis["permuted"] == "groups" else "LoRAs"
-    lines = [
-        f"Chance: the predictions of all layers against {analysis['permutations']:,} permutations of the test labels "
-        f"({moved} moved). A single layer then reaches {bounds(layers['null_band'])} %; the best of "
-        f"{len(layers['records'])} stays below {percent(layers['null_max'])} % in 95 of 100.",
-        *_cheap_accuracies(analysis["cheap"]),
-    ]
-    if gradients := analysis["attribution"]:
-        rho = None if gradients["spearman"] is None else gradients | {"r": gradients["spearman"]}
-        lines.append(
-            f"Gradient attribution ({gradients['representation']}) against the accuracies of single layers: Spearman "
-            f"correlation {correlation_text(rho)}; {gradients['same_top_k']} of the top "
-            f"{results['config']['top_k']} are the same."
-        )
-    return [*lines, *_not_run(analysis), *_unused_groups(analysis), *_shuffled(analysis)]
-
-
-def _cheap_accuracies(cheap: dict | None) -> Iterator[str]:
-    if not cheap:
-        yield "Cheap explanations (norms, ranks and shapes, metadata) were not tried."
-        return
-    for name, explanation in cheap.items():
-        if name in ("as_good", "compared_with"):
-            continue
-        if explanation is None:
-            yield f"Cheap explanation by {name}: not available, or the same in every LoRA."
-        else:
-            yield (
-                f"Cheap explanation by {name}: {accuracy_text(explanation)}, {p_text(explanation['p'])} against "
-                f"permuted labels ({explanation['classifier']}); the advantage of "
-                f"{classifier_name(cheap['compared_with'])} is {bounds(explanation['advantage_of_weights'])} points."
-            )

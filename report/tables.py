@@ -255,20 +255,31 @@ def _differences_table(results: dict) -> Table | None:
     section, k = results["analysis"]["representations"], results["config"]["top_k"]
     if not section:
         return None
-    behind = {}
-    for pair in section["pairs"]["baseline"]:
-        if section["best"] in (pair["a"], pair["b"]):
-            sign, other = (1, pair["b"]) if pair["a"] == section["best"] else (-1, pair["a"])
-            interval = sorted(sign * bound for bound in pair["interval"])
-            behind[other] = (f"{percent(sign * pair['difference'])} ({bounds(interval)})", p_cell(pair["p_holm"]))
+    baseline, crossed = section["conditions"]["baseline"], results["analysis"]["cross_fitted"]["drops"] or {}
+    behind = {
+        record["b"]: [f"{percent(record['difference'])} ({bounds(record['interval'])})", p_cell(record["p"])]
+        for record in baseline["comparisons"]
+        if record["a"] == baseline["best"]
+    }
     rows = []
     for name in _best_first(results):
         drop = section["drops"][name]
-        intervals = [bounds(section["intervals"][condition][name]) for condition in ("baseline", "ablation")]
-        lost = f"{percent(drop['drop'])} ({bounds(drop['interval'])})"
-        rows.append([name, *intervals, lost, p_cell(drop["p_holm"]), *behind.get(name, ("", ""))])
-    columns = ["representation", "all layers", f"without top {k}", "drop", "p", "behind the best", "p"]
-    note = "p is corrected for the number of comparisons (Holm); all differences are over the same test LoRAs and runs."
+        intervals = [bounds(section["conditions"][condition]["intervals"][name]) for condition in section["conditions"]]
+        lost = [f"{percent(drop['drop'])} ({bounds(drop['interval'])})", p_cell(drop["p"])]
+        chosen = crossed.get(name)
+        honest = ["", ""]
+        if chosen:
+            honest = [f"{percent(chosen['drop_cf'])} ({bounds(chosen['interval'])})", p_cell(chosen["p"])]
+        rows.append([name, *intervals, *lost, *honest, *behind.get(name, ["", ""])])
+    columns = ["representation", "all layers", f"without top {k}", "drop", "p", "drop, others choose", "p"]
+    columns += [f"behind {baseline['best'] or 'the best'}", "p"]
+    note = (
+        "Intervals and p of a column of differences hold for all of it together (single-step, 95 %); all are over the "
+        "same test LoRAs and runs. Drop, others choose: the removed layers are chosen on other test LoRAs, in "
+        "five folds."
+    )
+    kept = [i for i in range(len(columns)) if i < 5 or any(row[i] for row in rows)]
+    rows, columns = [[row[i] for i in kept] for row in rows], [columns[i] for i in kept]
     return Table("representations", "95 % intervals, drops and distances, in points", columns, rows, note=note)
 
 
@@ -277,8 +288,8 @@ def _concepts_table(analysis: dict) -> Table:
     section, compared, structure = analysis["concepts"], analysis["representations"], analysis["rank_structure"]
     columns, rows = ["concept"], [[str(name)] for name in section["classes"]]
     title, note = "Each concept", "best layer: highest recall by one layer alone; spread: of the concept's features"
-    if compared:
-        best = compared["best"]
+    best = compared["conditions"]["baseline"]["best"] if compared else None
+    if best:
         columns += ["recall", "drop"]
         title = f"Each concept: recall by {best} with all layers, and what the ablation takes from it (points)"
         for row, recall, drop in zip(rows, section["baseline"][best], section["drop"][best], strict=True):
@@ -294,7 +305,7 @@ def _concepts_table(analysis: dict) -> Table:
         note += f"; {columns[-1]}: mean of the updates"
         for row, record in zip(rows, by_class, strict=True):
             row.append(f"{record[measure]:.3g}")
-    if compared:
+    if best:
         drops = [-math.inf if drop is None else drop for drop in section["drop"][best]]
         rows = [rows[c] for c in sorted(range(len(rows)), key=lambda c: -drops[c])]
     return Table("concepts", title, columns, rows, shown=10, note=f"{note}.")

@@ -91,7 +91,7 @@ def change_text(drop: dict) -> str:
     if percent(drop["drop"]).startswith("-"):
         verb, sign = "gains", -1
     interval = sorted(sign * bound for bound in drop["interval"])
-    return f"{verb} {percent(sign * drop['drop'])} points ({bounds(interval)}, {p_text(drop['p_holm'])})"
+    return f"{verb} {percent(sign * drop['drop'])} points ({bounds(interval)}, {p_text(drop['p'])})"
 
 
 def gain_text(drop: dict) -> str:
@@ -99,6 +99,12 @@ def gain_text(drop: dict) -> str:
     low, high = (signed(-bound) for bound in reversed(drop["interval"]))
     star = " *" if drop["significant"] else ""
     return f"{signed(-drop['drop'])} ({low} to {high}){star}"
+
+
+def spread_text(values: dict, unit: str = "%") -> str:
+    """Return a mean over splits with its interval; with their range where there are too few splits for one."""
+    around = bounds(values["interval"]) if values["interval"] else f"range {bounds((values['min'], values['max']))}"
+    return f"{percent(values['mean'])} {unit} ({around})"
 
 
 def top_layers(k: int) -> str:

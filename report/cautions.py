@@ -1,0 +1,205 @@
+"""Warnings beside the answers, and the outcome of the controls, in sentences, from the content of results.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from report.wording import (
+    accuracy_text,
+    bounds,
+    capital,
+    classifier_name,
+    correlation_text,
+    listed,
+    p_text,
+    percent,
+    ranges,
+    sentence,
+    top_layers,
+)
+
+BEYOND_REMOVAL = ("null shuffles", "grouped split")  # controls that are not those of a representation
+CHEAP = {  # of analysis.cheap: in words
+    "norms": "norms",
+    "ranks and shapes": "ranks and shapes",
+    "metadata": "the numbers beside the weights",
+    "recipe": "the facts of the trainer's file (its recipe)",
+}
+NO_CONTROLS = "No controls were run, so what the differences mean is open; --controls=basic compares them with chance."
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Warnings
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def warnings(results: dict) -> list[str]:
+    """Return what belongs beside the answers, so that nobody takes them for more than they are."""
+    analysis, config = results.get("analysis"), results["config"]
+    lines = [_quick(config)] if config["quick"] else []
+    if not analysis:
+        return [*lines, NO_CONTROLS]
+    for written in (_alternatives, _few, _chosen_on_test, _layers_at_chance, _not_run, _degenerate_features):
+        lines += written(results)
+    return lines
+
+
+def _alternatives(results: dict) -> Iterator[str]:
+    """Yield what else than the weights, or than the concept, the results may be about."""
+    yield from _cheap(results["analysis"])
+    yield from _unused_groups(results["analysis"])
+    yield from _shuffled(results["analysis"])
+
+
+def _few(results: dict) -> Iterator[str]:
+    analysis = results["analysis"]
+    if analysis["few_test_loras"]:
+        units = "test LoRAs" if analysis["permuted"] == "LoRAs" else "groups of test LoRAs"
+        needed = percent(analysis["layers"]["needed"])
+        yield (
+            f"Only {analysis['units']} {units}: intervals are wide, and small effects cannot be seen. A layer would "
+            f"have to reach {needed} % to be told from chance."
+        )
+
+
+def _layers_at_chance(results: dict) -> Iterator[str]:
+    section = results["analysis"]["layers"]
+    below, total = len(section["records"]) - section["num_above_null"], len(section["records"])
+    if 0 < below < total:
+        verb = "is" if below == 1 else "are"
+        yield f"{below} of {total} layers {verb} not distinguishable from chance, which does not show that they know nothing."
+
+
+def _quick(config: dict) -> str:
+    classifier, autoencoder = config["classifier"], config["autoencoder"]
+    return (
+        f"All accuracies here, and everything derived from them, rest on --quick ({config['num_runs']} runs, at most "
+        f"{classifier['max_epochs']} classifier and {autoencoder['max_epochs']} autoencoder epochs): not for "
+        "reporting. Effective ranks, norms and clusters of layers do not depend on it."
+    )
+
+
+def _chosen_on_test(results: dict) -> Iterator[str]:
+    if results["config"]["rank_by"] != "test":
+        return
+    k, crossed = results["config"]["top_k"], results["analysis"]["cross_fitted"]
+    verb = "was" if k == 1 else "were"
+    beside = "the figures where other test LoRAs choose stand beside them"
+    if crossed["why"]:
+        beside = f"no figures where other test LoRAs choose could be given ({crossed['why']}); --rank-by=val chooses on others"
+    elif not crossed["drops"]:
+        beside = "--controls=basic adds figures where other test LoRAs choose, and --rank-by=val chooses on others"
+    yield (
+        f"{capital(top_layers(k))} {verb} chosen by the same test LoRAs that the ordinary accuracies and drops are "
+        f"measured on, which makes both look larger than they are: {beside}."
+    )
+
+
+def _cheap(analysis: dict) -> Iterator[str]:
+    for name in (analysis["cheap"] or {}).get("as_good", ()):
+        cheap, weights = analysis["cheap"][name], classifier_name(analysis["cheap"]["compared_with"])
+        compared = "better" if cheap["weights_worse"] else "not significantly worse"
+        meaning = "the trainer's file and not the concept" if name == "recipe" else "that and not the concept"
+        yield (
+            f"Cheap explanation: {CHEAP[name]} alone predict the label with {accuracy_text(cheap)}, {compared} than "
+            f"{weights} (whose advantage is {bounds(cheap['advantage_of_weights'])} points). What the weights show may "
+            f"be {meaning}."
+        )
+
+
+def _not_run(results: dict) -> Iterator[str]:
+    analysis = results["analysis"]
+    for name, reason in analysis["controls_not_run"].items():
+        if name == "grouped split" and analysis["groups"]:
+            continue  # its reason stands with the columns
+        subject = name if name in BEYOND_REMOVAL else f"controls of {name}"
+        yield sentence(f"{subject} not run: {reason}")
+
+
+def _unused_groups(analysis: dict) -> Iterator[str]:
+    if not (groups := analysis["groups"]):
+        return
+    name, noun = groups["representation"], "column" if len(groups["unused"]) == 1 else "columns"
+    unused = f"Groups were not used, although the {noun} {listed(groups['unused'])} may name some."
+    if name is None:
+        why = analysis["controls_not_run"].get("grouped split", groups["why"])
+        yield sentence(f"{unused} No split that keeps them together could be tried: {why}")
+        return
+    meaning = (
+        f" What is predicted may be the {groups['column']} and not the concept." if groups["may_be_groups"] else ""
+    )
+    yield (
+        f"{unused} On a split that keeps the groups of {groups['column']} together {name} reaches "
+        f"{percent(groups['grouped_split'])} % ({bounds(groups['interval'])}; chance {percent(groups['chance'])} %), on "
+        f"this one {percent(groups['random_split'])} %.{meaning} --group-column={groups['column']} uses it."
+    )
+
+
+def _degenerate_features(results: dict) -> Iterator[str]:
+    """Yield which features are equal to others, or constant."""
+    structure = results["analysis"]["rank_structure"]
+    same_rank = structure["tested"] is not None and not structure["answerable"]
+    where = "At this rank" if same_rank else "In these LoRAs"
+    for name, groups in structure["coinciding"].items():
+        yield f"{where} features of {name} coincide: {'; '.join(' = '.join(group) for group in groups)}."
+    for name, constant in structure["constant"].items():
+        yield f"{where} features of {name} never vary: {ranges(constant)}."
+
+
+def _shuffled(analysis: dict) -> Iterator[str]:
+    if not (null := analysis["null_shuffles"]):
+        return
+    times = "once" if null["shuffles"] == 1 else f"{null['shuffles']} times"
+    if null["p"] is None:
+        outcome = "so few shuffles decide nothing"
+    elif null["significant"]:
+        outcome = f"more than on shuffled labels ({p_text(null['p'])})"
+    else:
+        outcome = f"indistinguishable from shuffled labels ({p_text(null['p'])})"
+    yield (
+        f"Ranked again on shuffled labels ({times}, one run each), the best layer reaches at most "
+        f"{percent(max(null['largest']))} %; with the true ones, in one run, {percent(null['observed'])} %: {outcome}."
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Controls
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def checks(results: dict) -> list[str]:
+    """Return the outcome of the controls: chance, cheap explanations, groups, attribution; none without an analysis."""
+    if not (analysis := results.get("analysis")):
+        return []
+    layers, moved = analysis["layers"], "whole groups" if analysis["permuted"] == "groups" else "LoRAs"
+    lines = [
+        f"Chance: the predictions of all layers against {analysis['permutations']:,} permutations of the test labels "
+        f"({moved} moved). A single layer then reaches {bounds(layers['null_band'])} %; to be told from chance among "
+        f"{len(layers['records'])} layers, the first would have to reach {percent(layers['needed'])} %.",
+        *_cheap_accuracies(analysis["cheap"]),
+    ]
+    if gradients := analysis["attribution"]:
+        rho = None if gradients["spearman"] is None else gradients | {"r": gradients["spearman"]}
+        lines.append(
+            f"Gradient attribution ({gradients['representation']}) against the accuracies of single layers: Spearman "
+            f"correlation {correlation_text(rho)}; {gradients['same_top_k']} of the top "
+            f"{results['config']['top_k']} are the same."
+        )
+    return [*lines, *_not_run(results), *_unused_groups(analysis), *_shuffled(analysis)]
+
+
+def _cheap_accuracies(cheap: dict | None) -> Iterator[str]:
+    if not cheap:
+        yield f"Cheap explanations ({listed(list(CHEAP.values()))}) were not tried."
+        return
+    for name, explanation in cheap.items():
+        if name in ("as_good", "compared_with"):
+            continue
+        if explanation is None:
+            yield f"Cheap explanation by {CHEAP[name]}: not available, or the same in every LoRA."
+        else:
+            yield (
+                f"Cheap explanation by {CHEAP[name]}: {accuracy_text(explanation)}, {p_text(explanation['p'])} against "
+                f"permuted labels ({explanation['classifier']}); the advantage of "
+                f"{classifier_name(cheap['compared_with'])} is {bounds(explanation['advantage_of_weights'])} points."
+            )
