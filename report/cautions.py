@@ -67,7 +67,10 @@ def _layers_at_chance(results: dict) -> Iterator[str]:
     below, total = len(section["records"]) - section["num_above_null"], len(section["records"])
     if 0 < below < total:
         verb = "is" if below == 1 else "are"
-        yield f"{below} of {total} layers {verb} not distinguishable from chance, which does not show that they know nothing."
+        yield (
+            f"{below} of {total} layers {verb} not distinguishable from chance, which does not show that they know "
+            "nothing."
+        )
 
 
 def _quick(config: dict) -> str:
@@ -86,7 +89,7 @@ def _chosen_on_test(results: dict) -> Iterator[str]:
     verb = "was" if k == 1 else "were"
     beside = "the figures where other test LoRAs choose stand beside them"
     if crossed["why"]:
-        beside = f"no figures where other test LoRAs choose could be given ({crossed['why']}); --rank-by=val chooses on others"
+        beside = f"where other test LoRAs choose is not known ({crossed['why']}); --rank-by=val chooses on others"
     elif not crossed["drops"]:
         beside = "--controls=basic adds figures where other test LoRAs choose, and --rank-by=val chooses on others"
     yield (

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from report.cautions import NO_CONTROLS
 from report.figures import FIGURES
-from report.sentences import NO_CONTROLS, QUESTIONS, VERDICTS, concept_lines
+from report.sentences import QUESTIONS, VERDICTS, concept_lines
 from report.text import Content, content_of, run_facts
 from report.wording import kept_together
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from report.cautions import BEYOND_REMOVAL
 from report.wording import (
     NO_OTHERS,
     accuracy_text,
@@ -21,10 +22,11 @@ from report.wording import (
     number,
     p_text,
     percent,
-    ranges,
     runs_text,
     sentence,
     signed,
+    spread_text,
+    top_layers,
 )
 
 VERDICTS = {
@@ -34,8 +36,7 @@ VERDICTS = {
     "no signal": "all layers together are indistinguishable from chance, so nothing can survive a removal",
     "undecided": "these LoRAs and runs do not separate the verdicts; more test LoRAs would narrow the intervals",
 }
-BEYOND_REMOVAL = ("null shuffles", "grouped split")  # controls that are not those of a representation
-NO_CONTROLS = "No controls were run, so what the differences mean is open; --controls=basic compares them with chance."
+MANY = 6  # names in a sentence, from which on they are counted
 
 
 @dataclass(frozen=True)

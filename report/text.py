@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from report.cautions import NO_CONTROLS, checks, warnings
 from report.figures import findings
-from report.sentences import NO_CONTROLS, Answer, answers, checks, warnings
+from report.sentences import Answer, answers
 from report.tables import Table, tables
 from report.wording import counted, metric, signed, wrapped
 

@@ -1,0 +1,85 @@
+"""What the analysis of an experiment read, in one small file: so that sentences are tested on real numbers."""
+
+import io
+import json
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import numpy as np
+
+from analysis import evidence, questions, removal
+from experiment import store
+from loras.lora_files import Layer
+
+KINDS = {
+    kind.__name__: kind
+    for kind in (Layer, evidence.Evidence, evidence.Predictions, questions.Controls, removal.Conditions)
+}
+FOLDER = Path(__file__).parent / "golden"
+
+
+def packed(value: object, arrays: dict[str, np.ndarray]) -> object:
+    """Return JSON for a value, its arrays moved into ``arrays`` in as few bytes as what is tested needs."""
+    if is_dataclass(value):
+        return {
+            "kind": type(value).__name__,
+            "of": {f.name: packed(getattr(value, f.name), arrays) for f in fields(value)},
+        }
+    if isinstance(value, dict):
+        return {"dict": [[key, packed(item, arrays)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [packed(item, arrays) for item in value]}
+    if isinstance(value, list):
+        return [packed(item, arrays) for item in value]
+    if isinstance(value, np.ndarray):
+        name = str(len(arrays))
+        arrays[name] = smaller(value)
+        return {"array": name, "dtype": value.dtype.str}
+    if isinstance(value, np.generic):
+        return value.item()
+    assert value is None or isinstance(value, str | int | float | bool), type(value)
+    return value
+
+
+def smaller(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind == "f":
+        return array.astype(np.float16)
+    if array.dtype.kind in "iu" and array.size and 0 <= array.min() <= array.max() < 2**16:
+        return array.astype(np.min_scalar_type(int(array.max())))
+    return array
+
+
+def unpacked(value: object, arrays: dict[str, np.ndarray]) -> object:
+    if isinstance(value, list):
+        return [unpacked(item, arrays) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "kind" in value:
+        return KINDS[value["kind"]](**{name: unpacked(item, arrays) for name, item in value["of"].items()})
+    if "dict" in value:
+        return {key: unpacked(item, arrays) for key, item in value["dict"]}
+    if "tuple" in value:
+        return tuple(unpacked(item, arrays) for item in value["tuple"])
+    return arrays[value["array"]].astype(value["dtype"])
+
+
+def save(path: Path, content: dict) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    text = json.dumps(packed(content, arrays), separators=(",", ":"))
+    arrays["content"] = np.frombuffer(text.encode(), np.uint8)
+    path.write_bytes(store.packed_arrays(arrays))
+
+
+def load(path: Path) -> dict:
+    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    return unpacked(json.loads(arrays.pop("content").tobytes().decode()), arrays)
+
+
+def analysed(content: dict, resamples: int) -> dict:
+    """Return results.json of what `save` kept, analysed anew with so many draws."""
+    values = {field.name: getattr(content["evidence"], field.name) for field in fields(evidence.Evidence)}
+    read = evidence.Evidence(**values | {"resamples": resamples, "permutations": resamples})
+    inputs = (content["names"], content["statistics"], content["updates"], content["samples"], content["controls"])
+    analysis = questions.analyse(read, *inputs) | {"controls_not_run": content["controls_not_run"]}
+    return content["results"] | {"analysis": json.loads(json.dumps(analysis))}
