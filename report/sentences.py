@@ -379,7 +379,7 @@ def _best_over_splits(results: dict) -> Iterator[str]:
 
 def _different_information(results: dict) -> Iterator[str]:
     section, k = results["analysis"]["layer_information"], results["config"]["top_k"]
-    union, clusters, total = section["union"], section["clusters"], len(results["layer_ranking"])
+    clusters, total = section["clusters"], len(results["layer_ranking"])
     yield (
         f"Two layers predict different classes for {percent(section['disagreement']['mean'])} % of the test LoRAs on "
         f"average (kappa {number(section['kappa']['mean'])})."
@@ -390,6 +390,26 @@ def _different_information(results: dict) -> Iterator[str]:
     yield (
         f"By their features (linear CKA of at least {number(1 - clusters['threshold'])} within a cluster) the {total} "
         f"layers form {counted(clusters['count'], 'cluster')}{alone}."
+    )
+
+
+def _together(results: dict) -> Iterator[str]:
+    """Yield what the top layers know together that the first does not know alone."""
+    analysis, k = results["analysis"], results["config"]["top_k"]
+    union, crossed = analysis["layer_information"]["union"], analysis["cross_fitted"]
+    yield (
+        f"A vote of the top {k} is right on {percent(union['vote'])} % of them, the first alone on "
+        f"{percent(union['best_alone'])} %: a difference of {signed(union['vote_gain'])} points "
+        f"({bounds(union['vote_interval'])})."
+    )
+    if crossed["why"]:
+        yield f"At least one of the top {k} is right on {percent(union['any_of_top_k'])} %, which guessing raises too."
+        return
+    together = crossed["union"]
+    yield (
+        f"Where other test LoRAs choose the layers, the vote is right on {accuracy_text(crossed['vote'])}, the first "
+        f"alone on {accuracy_text(crossed['first'])}, and at least one of the top {k} on {accuracy_text(together)}; on "
+        f"shuffled labels, with layers chosen by them, at least one is right on {percent(together['by_chance'])} %."
     )
 
 
