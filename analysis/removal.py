@@ -1,160 +1,153 @@
-"""Question 2, whether prediction survives the removal of the top layers: the plan of removals, curves, the verdict.
+"""Question 2, whether prediction survives the removal of the top layers: what is left, curves, the verdict.
 
-Removing the top k costs something; what that means is known only beside what removing any k costs, the bottom k, all
-but the top k, and one layer after the other until none is left. Shape letters as in evidence.py.
+The plan of removals stands in removal_plan.py. Shape letters as in evidence.py, and U units that are removed, layers or
+modules.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from scipy.integrate import trapezoid
 
-from analysis.chance import null_of
-from analysis.draws import ALPHA, exceedance, interval, stream
+from analysis.chance import ChanceTest
+from analysis.draws import ALPHA, FEW_SEPARATING, LEVEL, interval, stream
 from analysis.evidence import Evidence
+from analysis.removal_plan import WINDOW, Conditions, Order
 
 LOCALIZED, REDUNDANT = 0.5, 0.9  # shares of the accuracy above chance at which the verdict changes
-LEAST_STEPS = 4  # of a removal curve, below which the largest one says nothing: of two, one is always half
-COMPARED = ("all", "without top", "without bottom", "top alone")  # conditions whose accuracies are given by name
+LEAST_DRAWS = 19  # of other units, below which none of them as costly is no evidence: p = 1 / 20
+LEAST_UNITS = 8  # below which a single one is so large a part that any fall is steep
+NO_SIGNAL, UNSEEN, UNDECIDED = "no signal", "unseen", "undecided"
+COMPARED = ("all", "without top", "without most", "without bottom", "top alone")  # conditions that are given by name
 CURVES = ("most first", "least first", "random order")
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """Conditions that controls are trained under: their names, and the layers kept in each run, bool[K, R, L].
-
-    Names are ``all``, ``without top``, ``without bottom``, ``top alone``, ``without random`` (several), ``plus
-    <depth>`` (the top k and one more), and ``<order> <number>`` for the points of the removal curves.
-    """
-
-    names: list[str]
-    kept: np.ndarray
-
-    def where(self, name: str) -> np.ndarray:
-        """Return the positions of the conditions of this name."""
-        return np.flatnonzero([condition == name for condition in self.names])
-
-
-def curve_points(layers: int, points: int) -> list[int]:
-    """Return numbers of layers removed, from 0 to all with half of them between: ``points`` at most, an odd number."""
-    if points % 2 == 0:
-        points -= 1
-    return np.unique(np.floor(np.linspace(0, layers, points) + 1e-9).astype(int)).tolist()
-
-
-def plan_controls(
-    ranking: np.ndarray,
-    roles: Sequence[str],
-    top_k: int,
-    *,
-    runs: int,
-    draws: int,
-    points: int,
-    orders: int = 1,
-    conditional: bool = False,
-    seed: int,
-) -> Conditions:
-    """Return the conditions that a removal of the top k layers is measured against.
-
-    Random layers are drawn from those that are not among the top k, as many of each role as these have; from all of the
-    role where too few are left. No draw comes twice and none is the top k, so there are fewer than ``draws``, or none,
-    where few are possible. Random orders of removal differ from run to run.
-
-    Args:
-        ranking: Layers, most predictive first, int[L].
-        roles: Of each layer.
-        top_k: Number of layers removed.
-        runs: R.
-        draws: Number of random draws.
-        points: Of each removal curve, its ends included.
-        orders: Random orders in each run.
-        conditional: Whether to add each other layer to the top k.
-        seed: Of the draws.
-    """
-    layers, generator = len(ranking), stream(seed, "controls")
-    top, others = ranking[:top_k], ranking[top_k:]
-    removals = [
-        ("all", ranking[:0]),
-        ("without top", top),
-        ("without bottom", ranking[layers - top_k :]),
-        ("top alone", others),
-    ]
-    random_layers = _random_layers(top, np.asarray(roles), draws, generator)
-    removals += [("without random", removed) for removed in random_layers]
-    removals += _curve_removals(ranking, runs, curve_points(layers, points)[1:-1], orders, generator)
-    if conditional:
-        removals += [(f"plus {layer}", np.setdiff1d(others, layer)) for layer in others.tolist()]
-    kept = np.ones((len(removals), runs, layers), bool)
-    for mask, (_, removed) in zip(kept, removals, strict=True):
-        np.put_along_axis(mask, np.broadcast_to(removed, (runs, removed.shape[-1])), False, 1)
-    return Conditions([name for name, _ in removals], kept)
-
-
-def _curve_removals(
-    ranking: np.ndarray, runs: int, numbers: list[int], orders: int, generator: np.random.Generator
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield name and removed layers, int[k] or int[R, k], of the points of the removal curves but their ends."""
-    layers = len(ranking)
-    for number in numbers:
-        yield f"most first {number}", ranking[:number]
-        yield f"least first {number}", ranking[layers - number :]
-    for _ in range(orders):
-        order = np.stack([generator.permutation(layers) for _ in range(runs)])
-        for number in numbers:
-            yield f"random order {number}", order[:, :number]
-
-
-def _random_layers(
-    top: np.ndarray, role_of: np.ndarray, draws: int, generator: np.random.Generator
-) -> Iterator[np.ndarray]:
-    """Yield layers of the roles that the top ones have, int[k] each, no draw twice and none the top ones themselves."""
-    seen = {frozenset(top.tolist())}
-    for _ in range(10 * draws):
-        if len(seen) > draws:
-            break
-        drawn = []
-        for role, number in sorted(Counter(role_of[top].tolist()).items()):
-            others = np.setdiff1d(np.flatnonzero(role_of == role), top)
-            pool = others if len(others) >= number else np.flatnonzero(role_of == role)
-            drawn.append(np.sort(generator.choice(pool, number, replace=False)))
-        layers = np.concatenate(drawn)
-        if (chosen := frozenset(layers.tolist())) not in seen:
-            seen.add(chosen)
-            yield layers
+# ----------------------------------------------------------------------------------------------------------------------
+# What is left
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Accuracies under conditions.
+    """Accuracies under conditions, and the shares of the accuracy above chance that they leave.
+
+    A share is (accuracy - chance) / (accuracy of all layers - chance). Accuracies between conditions, and areas under
+    curves, are means of those of conditions, given by weights float[..., K]; what they miss of 1 is of nothing left.
 
     Attributes:
+        evidence: The evidence.
         conditions: The conditions, those of `conditional_importance` left out.
-        accuracy: Of each, float[K].
-        drawn: Of each in each bootstrap draw, float[K, B].
-        chance: Accuracy without any layer.
-        least: The least difference of accuracies that is not zero, of one test LoRA.
+        correct: The test LoRAs that are recognised, bool[K, R, T].
     """
 
+    evidence: Evidence
     conditions: Conditions
-    accuracy: np.ndarray
-    drawn: np.ndarray
-    chance: float
-    least: float
+    correct: np.ndarray
+
+    @classmethod
+    def under(cls, evidence: Evidence, conditions: Conditions, predicted: np.ndarray) -> Measured:
+        """Measure predictions of the test LoRAs int[K, R, T]."""
+        kept = [i for i, name in enumerate(conditions.names) if not name.startswith("plus ")]
+        names = [conditions.names[i] for i in kept]
+        rest = Conditions(names, conditions.kept[kept], conditions.order)
+        return cls(evidence, rest, predicted[kept] == evidence.truth)
+
+    @cached_property
+    def accuracy(self) -> np.ndarray:
+        """The accuracy under each condition, float[K]."""
+        return self.correct.mean((1, 2))
+
+    @cached_property
+    def drawn(self) -> np.ndarray:
+        """The accuracy under each condition in each bootstrap draw, float[K, B]."""
+        return self.evidence.draws.accuracies(list(self.correct))
+
+    @cached_property
+    def trained(self) -> np.ndarray:
+        """A mask of the conditions that keep something, bool[K]; the others are chance, without any interval."""
+        return self.conditions.trained
+
+    @cached_property
+    def win_and_defeat(self) -> np.ndarray:
+        """How often each draw has a LoRA that only all layers recognise, and one that only the condition does.
+
+        Both are added to the G that are drawn from, so that these draws are of G + 2: float[2, B].
+        """
+        units, count = self.evidence.draws.units + 2, self.evidence.draws.count
+        chances = np.array([1, 1, units - 2]) / units
+        return (
+            stream(self.evidence.seed, "win and defeat", units).multinomial(units, chances, count).T[:2].astype(float)
+        )
 
     def at(self, name: str) -> int:
         """Return the position of the first condition of this name."""
         return int(self.conditions.where(name)[0])
 
-    def share(self, accuracy: float, drawn: np.ndarray) -> dict:
-        """Return the share that an accuracy, and its draws float[B], has of the accuracy above chance of all layers."""
-        whole = self.at("all")
-        above = np.maximum(self.drawn[whole] - self.chance, self.least)
-        share = (accuracy - self.chance) / (self.accuracy[whole] - self.chance)
-        return {"share": share, "interval": interval((drawn - self.chance) / above)}
+    def weights(self, name: str) -> np.ndarray:
+        """Return the weights of the mean of the conditions of this name, float[K]; of nothing left they are 0."""
+        weights = np.zeros(len(self.conditions.names))
+        where = self.conditions.where(name)
+        weights[where] = self.trained[where] / len(where)
+        return weights
+
+    def estimate(self, name: str) -> dict:
+        """Return the accuracy under a condition and its interval; None where nothing is left, which is not trained."""
+        accuracy, drawn = self.mean(self.weights(name))
+        known = self.trained[self.at(name)]
+        return {"accuracy": accuracy, "interval": self.evidence.draws.intervals(accuracy, drawn) if known else None}
+
+    def mean(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return accuracies of weights float[..., K]: float[...], and in each draw float[..., B]."""
+        rest = (1 - weights.sum(-1)) * self.evidence.chance
+        return weights @ self.accuracy + rest, weights @ self.drawn + rest[..., None]
+
+    def share(self, weights: np.ndarray) -> dict:
+        """Return the share left under a mean of conditions and its interval; None where nothing is left."""
+        share, drawn = self.shares(weights[None])
+        return {"share": share[0], "interval": interval(drawn[0]) if weights.any() else None}
+
+    def shares(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return shares of weights float[m, K]: float[m], and in each draw float[m, B].
+
+        Weights of a sum of 0 give the difference of two shares.
+
+        Draws know nothing of LoRAs that tell two conditions apart if there are none among the test LoRAs: accuracies
+        of equal predictions are equal in all draws. So where fewer than ten LoRAs (groups) tell those that are compared
+        apart, draws are of two LoRAs more, one win and one defeat, as in `Draws.family`.
+        """
+        draws, chance = self.evidence.draws, self.evidence.chance
+        whole, total = self.weights("all"), weights.sum(1)
+        compared = weights - total[:, None] * whole  # with all layers, or with one another
+        by_lora = compared @ self.correct.mean(1)  # (m, T)
+        few = (
+            np.array([np.abs(np.bincount(draws.group, row)).sum() for row in by_lora]) * draws.units / len(draws.group)
+        )
+        few = few < FEW_SEPARATING
+        wins, defeats = self.win_and_defeat
+        size = draws.units + 2
+        drawn = compared @ self.drawn  # (m, B)
+        above = np.broadcast_to(whole @ self.drawn, drawn.shape).copy()
+        old = (size - wins - defeats) / size  # the share of a draw that is of test LoRAs
+        drawn[few] = drawn[few] * old + (defeats - wins) / size
+        above[few] = above[few] * old + wins / size
+        above = np.maximum(above - chance, 1 / len(draws.group))  # of one LoRA at least
+        return total + compared @ self.accuracy / (whole @ self.accuracy - chance), total[:, None] + drawn / above
+
+    def curve(self, curve: str) -> tuple[list[int], np.ndarray]:
+        """Return numbers of units removed, from 0 to all, and the weights of the curve's points, float[points, K]."""
+        names = self.conditions.names
+        numbers = sorted({int(name.rsplit(" ", 1)[1]) for name in names if name.startswith(curve)})
+        rows = [self.weights("all"), *(self.weights(f"{curve} {number}") for number in numbers)]
+        return [0, *numbers, self.units], np.stack([*rows, np.zeros(len(names))])
+
+    @property
+    def units(self) -> int:
+        """The number U of units."""
+        return len(self.conditions.order.names)
 
 
 def robustness(evidence: Evidence, conditions: Conditions, predicted: np.ndarray) -> dict:
@@ -165,165 +158,259 @@ def robustness(evidence: Evidence, conditions: Conditions, predicted: np.ndarray
         conditions: Of `plan_controls`.
         predicted: Classes of the test LoRAs under each condition, int[K, R, T].
     """
-    conditions, predicted = _without_plus(conditions, predicted)
-    correct = predicted == evidence.truth
-    accuracy, drawn = correct.mean((1, 2)), evidence.draws.accuracies(list(correct))  # (K,), (K, B)
-    measured = Measured(conditions, accuracy, drawn, evidence.chance, 1 / len(evidence.truth))
-    at = {name: measured.at(name) for name in COMPARED}
-    p = float(exceedance(accuracy[at["all"]], null_of(evidence, predicted[at["all"]][None]))[0])
-    estimates = {name.replace(" ", "_"): evidence.draws.estimate(correct[i], drawn[i]) for name, i in at.items()}
-    estimates["all"]["p"] = p
-    without_random = _random_removals(accuracy[conditions.where("without random")], accuracy[at["without top"]])
-    curves = {curve: removal_curve(curve, measured) for curve in CURVES}
+    order, whole = conditions.order, predicted[conditions.where("all")[0]]
+    measured = Measured.under(evidence, conditions, predicted)
+    estimates = {name.replace(" ", "_"): measured.estimate(name) for name in COMPARED}
+    estimates["all"]["p"] = p = float(ChanceTest.of(evidence, [whole]).p_family[0])
+    without_most = measured.accuracy[measured.at("without most")]
+    random = _random_removals(measured.accuracy[measured.conditions.where("without random")], without_most)
     result = {
-        "runs": correct.shape[1],
+        "runs": predicted.shape[1],
         "top_k": evidence.top_k,
+        "unit": order.unit,
+        "units": len(order.names),
+        "removed": order.top,
+        "most": order.most,
+        "order": list(order.names),
+        "units_above": order.above,
         **estimates,
-        "without_random": without_random,
-        "curves": {curve.replace(" ", "_"): record for curve, (record, _) in curves.items()},
-        "survives": None,
-        "survives_half": None,
-        "largest_step": None,
+        "without_random": random,
+        "curves": {curve.replace(" ", "_"): removal_curve(curve, measured) for curve in CURVES},
+        **dict.fromkeys(("survives", "survives_most", "survives_half", "half_gone", "left_without_least")),
+        **dict.fromkeys(("steepest", "concentration")),
     }
     if p >= ALPHA:
         why = f"with all layers the accuracy is indistinguishable from chance (p = {p:.2g} against permuted labels)"
-        return result | {"verdict": "no signal", "why": why}
-    if estimates["all"]["interval"][0] <= evidence.chance:
+        return result | {"verdict": NO_SIGNAL, "why": why}
+    if evidence.draws.differences([(whole == evidence.truth, evidence.guess)])[0]["interval"][0] <= 0:
         # Shares of an accuracy above chance that may be nothing are unbounded (Fieller, 1954).
-        chance = f"chance ({100 * evidence.chance:.0f} %, always guessing the largest class)"
-        why = f"with all layers the accuracy is above permuted labels, but its interval is not all above {chance}"
-        return result | {"verdict": "undecided", "why": why}
-    result |= _surviving(measured, *curves["most first"])
-    below_random = accuracy[at["without top"]] < without_random["min"] if without_random["draws"] else None
-    return result | verdict(result["survives"], below_random, result["survives_half"])
-
-
-def _without_plus(conditions: Conditions, predicted: np.ndarray) -> tuple[Conditions, np.ndarray]:
-    """Leave out the conditions that only `conditional_importance` reads."""
-    kept = [i for i, name in enumerate(conditions.names) if not name.startswith("plus ")]
-    return Conditions([conditions.names[i] for i in kept], conditions.kept[kept]), predicted[kept]
-
-
-def _surviving(measured: Measured, curve: dict, points: np.ndarray) -> dict:
-    """Return the shares that survive the removal of the top k and of half of the layers, and the curve's largest step.
-
-    Args:
-        measured: Accuracies, of all layers above chance.
-        curve: The removal curve, most predictive layers first.
-        points: Its points in each draw, float[points, B].
-    """
-    removed, accuracy = curve["removed"], curve["accuracy"]
-    without_top = measured.at("without top")
-    until_half = sum(number <= measured.conditions.kept.shape[2] / 2 for number in removed)
-    lowest = 0
-    if until_half > 1:
-        lowest = int(np.argmin(accuracy[1:until_half])) + 1
-    largest_step = None
-    if len(points) > LEAST_STEPS:
-        steps, drawn_steps = -np.diff(accuracy), -np.diff(points, axis=0)
-        largest = int(np.argmax(steps))
-        span = np.maximum(np.ptp(points, axis=0), measured.least)
-        largest_step = {
-            "share": steps[largest] / np.ptp(accuracy),
-            "interval": interval(drawn_steps[largest] / span),  # of this step: each draw's largest is always larger
-        }
-    return {
-        "survives": measured.share(measured.accuracy[without_top], measured.drawn[without_top]),
-        "survives_half": measured.share(accuracy[lowest], points[lowest]) | {"removed": removed[lowest]},
-        "largest_step": largest_step,
+        guess = f"always guessing the largest class ({100 * evidence.chance:.0f} %)"
+        why = f"with all layers the accuracy is above permuted labels, but not clearly above {guess}"
+        return result | {"verdict": UNDECIDED, "why": why}
+    result |= {
+        "survives": measured.share(measured.weights("without top")),
+        "survives_most": measured.share(measured.weights("without most")),
     }
+    if not order.above:
+        return result | {"verdict": UNDECIDED, "why": f"no single {order.unit} is above chance"}
+    result |= _along_the_order(measured)
+    return result | verdict(result["survives_most"], random, result["survives_half"], order)
 
 
-def _random_removals(random: np.ndarray, without_top: float) -> dict:
-    """Compare accuracies without random layers with that without the top ones; None where nothing could be drawn."""
+def _random_removals(random: np.ndarray, without_most: float) -> dict:
+    """Compare accuracies without K random units with that without the K most predictive; None without any draw."""
     result = {"draws": len(random), "accuracies": random}
     if len(random) == 0:
-        return result | dict.fromkeys(("mean", "min", "max", "share_below_top_removed", "p"))
-    below = random <= without_top
-    return result | {
-        "mean": random.mean(),
-        "min": random.min(),
-        "max": random.max(),
-        "share_below_top_removed": below.mean(),
-        "p": (1 + below.sum()) / (1 + len(random)),
-    }
+        return result | dict.fromkeys(("mean", "min", "max", "at_or_below", "p"))
+    below = int((random <= without_most).sum())
+    p = (1 + below) / (1 + len(random))
+    return result | {"mean": random.mean(), "min": random.min(), "max": random.max(), "at_or_below": below, "p": p}
 
 
-def removal_curve(curve: str, measured: Measured) -> tuple[dict, np.ndarray]:
-    """Return accuracy against the number of layers removed, down to none, which is chance and not trained.
+def removal_curve(curve: str, measured: Measured) -> dict:
+    """Return accuracy against the number of units removed, down to none, which is chance and not trained.
 
     Args:
         curve: One of ``CURVES``.
         measured: Accuracies under all conditions.
 
     Returns:
-        The curve with its band and the area under it (1 for a curve that stays at 1), and its points in each draw,
-        float[points, B].
+        The curve, its band, None where nothing is left, and the area under it, 1 for a curve that stays at 1.
     """
-    conditions, drawn, chance = measured.conditions, measured.drawn, measured.chance
-    layers = conditions.kept.shape[2]
-    numbers = sorted({int(name.rsplit(" ", 1)[1]) for name in conditions.names if name.startswith(curve)})
-    positions = [conditions.where("all"), *(conditions.where(f"{curve} {number}") for number in numbers)]
-    means = [*(float(measured.accuracy[i].mean()) for i in positions), chance]
-    points = np.stack([*(drawn[i].mean(0) for i in positions), np.full(drawn.shape[1], chance)])
-    removed = [0, *numbers, layers]
-    low, high = interval(points).T
-    area, drawn_area = (trapezoid(values, np.array(removed) / layers, axis=0) for values in (np.array(means), points))
-    record = {"removed": removed, "accuracy": means, "low": low, "high": high}
-    return record | {"area": area, "area_interval": interval(drawn_area)}, points
+    removed, weights = measured.curve(curve)
+    draws = measured.evidence.draws
+    accuracy, drawn = measured.mean(weights)
+    bounds = draws.intervals(accuracy, drawn)
+    low, high = (
+        [float(bound) if known else None for bound, known in zip(side, weights.any(1), strict=True)]
+        for side in bounds.T
+    )
+    area, drawn_area = measured.mean(_area(np.array(removed) / measured.units) @ weights)
+    record = {"removed": removed, "accuracy": accuracy.tolist(), "low": low, "high": high}
+    return record | {"area": float(area), "area_interval": draws.intervals(area, drawn_area)}
 
 
-def verdict(survives: dict, below_random: bool | None, half: dict) -> dict:
+def _area(x: np.ndarray) -> np.ndarray:
+    """Return the weights of points at ascending x from 0 to 1 in the area under them (trapezoids), float[points]."""
+    steps = np.diff(x) / 2
+    return np.append(steps, 0) + np.append(0, steps)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Conclusions
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _along_the_order(measured: Measured) -> dict:
+    """Return what the curves say of units in their order, where all layers are above chance."""
+    removed, weights = measured.curve("most first")
+    share = measured.shares(weights)[0]
+    until_half = sum(number <= measured.units / 2 for number in removed)
+    half = None
+    if until_half > 1:
+        lowest = until_half - 1 - int(np.argmin(share[until_half - 1 : 0 : -1]))  # the last of equal ones
+        half = measured.share(weights[lowest]) | {"removed": removed[lowest]}
+    area, drawn = measured.shares((_area(np.array(removed) / measured.units) @ weights)[None])
+    return {
+        "survives_half": half,
+        "half_gone": half_gone(removed, share, weights.any(1)),
+        "left_without_least": _left_without_least(measured),
+        "steepest": steepest(measured),
+        "concentration": {"index": 1 - 2 * area[0], "interval": interval(1 - 2 * drawn[0])},
+    }
+
+
+def half_gone(removed: Sequence[int], share: np.ndarray, trained: np.ndarray) -> int | None:
+    """Return the least number of units, most predictive first, without which at most half is left.
+
+    Between points of the curve by linear interpolation, rounded up; None where more is left as long as anything is.
+    """
+    for i in np.flatnonzero((share <= LOCALIZED) & trained).tolist():
+        part = (share[i - 1] - LOCALIZED) / (share[i - 1] - share[i])
+        return math.ceil(removed[i - 1] + part * (removed[i] - removed[i - 1]) - 1e-9)
+    return None
+
+
+def _left_without_least(measured: Measured) -> dict | None:
+    """Return what is left without the least predictive units: as many as can go until less than nine tenths are.
+
+    Where the first point of the curve is below that already, without half of the units; None where the curve has no
+    points but its ends.
+    """
+    removed, weights = measured.curve("least first")
+    if len(removed) < 3:
+        return None
+    share = measured.shares(weights)[0]
+    below = np.flatnonzero((share < REDUNDANT) | ~weights.any(1))
+    point = int(below[0]) - 1
+    if point == 0:
+        point = max(1, sum(number <= measured.units / 2 for number in removed) - 1)
+    return {"removed": removed[point]} | measured.share(weights[point])
+
+
+def steepest(measured: Measured) -> dict | None:
+    """Return the largest fall of the share left over a window of removed units, before half of the units are removed.
+
+    ``D = max over f <= 0.5 - w of s(f) - s(f + w)``, s the share left, by linear interpolation, when the share f of the
+    units is removed, most predictive first, and ``w = max(0.1, 1 / U)``. It does not depend on the points of the
+    curve, whose steps are at most w. None for fewer than eight units, of which one is a large part.
+
+    A largest number of many is too large by chance, and that of a draw still more. So the interval is D less the 97.5 %
+    quantile of the largest amount by which a fall in a draw is above itself, to D plus that by which one is below.
+    """
+    units = measured.units
+    if units < LEAST_UNITS:
+        return None
+    width = max(WINDOW, 1 / units)
+    removed, weights = measured.curve("most first")
+    x = np.array(removed) / units
+    starts = np.unique(np.concatenate([x, x - width, [0, 0.5 - width]]).round(12))  # a piecewise linear fall turns here
+    starts = starts[(starts >= 0) & (starts <= 0.5 - width + 1e-9)]
+    ends = np.eye(len(x))
+    before, after = (np.stack([np.interp(at, x, end) for end in ends], axis=1) for at in (starts, starts + width))
+    falls, drawn = measured.shares((before - after) @ weights)
+    most, excess = falls.max(), drawn - falls[:, None]
+    tail = (1 + LEVEL) / 2
+    low, high = np.quantile(excess.max(0), tail), np.quantile(-excess.min(0), tail)
+    return {"share": most, "interval": np.array([most - low, most + high]), "width": width}
+
+
+def verdict(survives: dict, random: dict, half: dict | None, order: Order) -> dict:
     """Decide where a concept lies that is predicted above chance, and why.
 
-    ``localized``: less than half of the accuracy above chance survives the removal of the top k, which costs more than
-    any removal of random layers. ``redundant``: nine tenths survive until half of the layers are removed, most
-    predictive first, at the lowest accuracy until then. ``distributed``: otherwise. ``undecided``: an interval includes
-    such a boundary, or less than half may survive and no other layers can be removed to compare with. (And ``no
-    signal`` where the accuracy of all layers is indistinguishable from chance: then nothing can survive.)
+    ``localized``: less than half of the accuracy above chance is left without the K most predictive units, which cost
+    more than K random others, p <= 0.05 among at least 19 draws. ``redundant``: nine tenths are left until half of the
+    units are removed, most predictive first, at the lowest accuracy until then. ``distributed``: more than half is left
+    without the K, and less than nine tenths at that lowest accuracy. ``undecided``: otherwise.
 
     Args:
-        survives: Share without the top k, and its interval.
-        below_random: Whether the top k cost more than each random draw; None where nothing could be drawn.
-        half: The least share until half of the layers are removed, its interval, and the number ``removed`` there.
+        survives: Share without the K most predictive units, and its interval; None where nothing is left.
+        random: Of `_random_removals`.
+        half: The least share until half of the units are removed, its interval, and the number ``removed`` there.
+        order: The units.
     """
-    low, high = survives["interval"]
-    text = f"{_share_text(survives)} survives the removal of the top layers"
-    if below_random is None and low < LOCALIZED:
-        why = f"{text}, and there are no other layers of the same roles to compare with"
-        return {"verdict": "undecided", "why": why}
-    if below_random and high < LOCALIZED:
-        return {"verdict": "localized", "why": f"{text}, and removing random layers costs less"}
-    if below_random and low < LOCALIZED:
-        return {"verdict": "undecided", "why": f"{text}: the interval includes {100 * LOCALIZED:.0f} %"}
-    low, high = half["interval"]
-    removed = f"{half['removed']} {'layer' if half['removed'] == 1 else 'layers'} removed"
-    until = f"until half of the layers are removed, most predictive first ({removed})"
-    text = f"{_share_text(half)} remains at the lowest accuracy {until}"
-    if low >= REDUNDANT:
+    most = "most predictive " + (order.unit if order.most == 1 else f"{order.unit}s")
+    left = f"without the {most if order.most == 1 else f'{order.most} {most}'} {_share_text(survives)}"
+    low, high = survives["interval"] or (0.0, 0.0)
+    if high < LOCALIZED and random["draws"] >= LEAST_DRAWS and random["p"] <= ALPHA:
+        return {"verdict": "localized", "why": f"{left}, and without random others more is ({_draws_text(random)})"}
+    if half is None:
+        return {"verdict": UNDECIDED, "why": f"nothing is left without the only {order.unit}"}
+    removed = f"{half['removed']} {order.unit if half['removed'] == 1 else f'{order.unit}s'} removed"
+    text = f"{_share_text(half)} at the lowest point until half of the {order.unit}s are removed ({removed})"
+    half_low, half_high = half["interval"]
+    if half_low >= REDUNDANT:
         return {"verdict": "redundant", "why": text}
-    if high < REDUNDANT:
-        return {"verdict": "distributed", "why": text}
-    return {"verdict": "undecided", "why": f"{text}: the interval includes {100 * REDUNDANT:.0f} %"}
+    if low >= LOCALIZED and half_high < REDUNDANT:
+        return {"verdict": "distributed", "why": f"{left}; {text}"}
+    if low >= LOCALIZED:
+        why = f"{text}: the interval includes {100 * REDUNDANT:.0f} %"
+    elif high >= LOCALIZED:
+        why = f"{left}: the interval includes {100 * LOCALIZED:.0f} %"
+    elif len(order.names) < 2 * order.most:
+        why = f"{left}, but there are fewer than {order.most} others to remove instead"
+    elif random["draws"] < LEAST_DRAWS:
+        why = f"{left}, but there are too few others to remove instead ({_draws_text(random)})"
+    else:
+        why = f"{left}, but random others can cost as much ({_draws_text(random)})"
+    return {"verdict": UNDECIDED, "why": why}
+
+
+def _draws_text(random: dict) -> str:
+    """Return p of random draws and their number, in words."""
+    if random["draws"] == 0:
+        return "none"
+    return f"p = {random['p']:.2g} from {random['draws']} {'draw' if random['draws'] == 1 else 'draws'}"
 
 
 def _share_text(record: dict) -> str:
-    """Return a share of the accuracy above chance with its interval, in percent."""
-    share, low, high = (100 * value for value in (record["share"], *record["interval"]))
-    return f"{share:.0f} % ({low:.0f} to {high:.0f}) of the accuracy above chance"
+    """Return a share of the accuracy above chance with its interval, in percent; none where it is not above 0."""
+    share, (low, high) = record["share"], record["interval"] or (0.0, 0.0)
+    if record["interval"] is None:
+        return "nothing is left"
+    if 100 * share < 0.5:
+        return f"none of the accuracy above chance is left (at most {max(0.0, 100 * high):.0f} %)"
+    return f"{100 * share:.0f} % ({100 * low:.0f} to {100 * high:.0f}) of the accuracy above chance is left"
+
+
+def settle(sections: dict[str, dict], top_alone: dict | None, any_above: bool) -> dict[str, dict]:
+    """Return sections of `robustness` that say no more than what all representations show together.
+
+    A verdict is of one representation. One that shows nothing with all layers has not seen that there is nothing where
+    the top k alone, or other representations, show something: its verdict is then ``unseen``, not ``no signal``.
+
+    Args:
+        sections: Of `robustness`, by representation.
+        top_alone: ``accuracy``, ``interval`` and ``p`` of the top k alone by the ranking representation, the top k
+            chosen on other LoRAs; None where it is not known.
+        any_above: Whether any representation is above chance with all layers.
+    """
+    settled = {}
+    for name, section in sections.items():
+        silent, shown = section["verdict"] == NO_SIGNAL, top_alone is not None and top_alone["p"] < ALPHA
+        # An accuracy that is above permuted labels, and not clearly above guessing, has no shares.
+        lost = section["survives"] is None and shown and top_alone["interval"][0] > section["all"]["interval"][1]
+        why = None
+        if shown and (silent or lost):
+            top = "top layer alone reaches" if section["top_k"] == 1 else f"top {section['top_k']} layers alone reach"
+            why = f"the {top} {100 * top_alone['accuracy']:.1f} %; with all layers {name} loses it among the others"
+        elif silent and any_above:
+            why = f"with all layers {name} is indistinguishable from chance, and other representations are above it"
+        elif silent:
+            why = "neither all layers, nor the top k alone, nor any representation is above chance"
+        settled[name] = section
+        if why:
+            settled[name] = section | {"verdict": UNSEEN if shown or any_above else NO_SIGNAL, "why": why}
+    return settled
 
 
 def conditional_importance(evidence: Evidence, conditions: Conditions, predicted: np.ndarray) -> list[dict]:
     """Return the accuracy that each other layer adds to the top k, most first."""
     plus = {i: int(name.removeprefix("plus ")) for i, name in enumerate(conditions.names) if name.startswith("plus ")}
-    correct = predicted[[int(conditions.where("top alone")[0]), *plus]] == evidence.truth
-    accuracy, drawn = correct.mean((1, 2)), evidence.draws.accuracies(list(correct))
+    alone = predicted[int(conditions.where("top alone")[0])] == evidence.truth
+    gains = evidence.draws.differences([(predicted[i] == evidence.truth, alone) for i in plus])
     records = [
-        {
-            "layer": evidence.layers[layer].name,
-            "adds": accuracy[i] - accuracy[0],
-            "interval": interval(drawn[i] - drawn[0]),
-        }
-        for i, layer in enumerate(plus.values(), 1)
+        {"layer": evidence.layers[layer].name, "adds": gain["difference"], "interval": gain["interval"]}
+        for layer, gain in zip(plus.values(), gains, strict=True)
     ]
     return sorted(records, key=lambda record: -record["adds"])

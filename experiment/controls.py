@@ -17,7 +17,7 @@ from analysis.chance import permuted
 from analysis.draws import stream
 from analysis.evidence import Evidence
 from analysis.questions import Controls
-from analysis.removal import Conditions, plan_controls
+from analysis.removal_plan import Conditions, Order, plan_controls
 from data import CollectionError, check_classes
 from experiment.phases import Experiment, split_collection
 from experiment.plans import TrainingError
@@ -35,7 +35,7 @@ class Extent:
     Attributes:
         names: Representations.
         runs: At most; None: as many as the experiment has.
-        points: Of each removal curve.
+        points: Of each removal curve, at least.
         conditional: Representations of which each other layer is added to the top k.
     """
 
@@ -50,7 +50,7 @@ EXTENTS = {
     "all": Extent((RANKING, "ensemble", "update_sketch"), runs=None, points=32, conditional=(RANKING,)),
 }
 # Random draws, and random orders of removal; a condition costs little where the kernels of all modules are kept.
-DRAWS, ORDERS = {"kept kernels": 200, "else": 20}, {"kept kernels": 5, "else": 1}
+DRAWS, ORDERS = {"kept kernels": 200, "else": 39}, {"kept kernels": 5, "else": 1}
 
 
 def is_asked_for(settings: Settings) -> bool:
@@ -106,10 +106,10 @@ def _train(
 
     attributions: dict[str, np.ndarray] = {}
     for name in control_names(experiment, names, level):
-        plan = plan_of(experiment, evidence, name, level)
-        arrays = attempt(name, lambda name=name, plan=plan: experiment.train_under(name, plan.kept))
-        if arrays:
-            conditions[name] = plan, keep(experiment, name, plan, arrays["predicted"])
+        trained = attempt(name, lambda name=name: train_conditions(experiment, evidence, name, level))
+        if trained:
+            plan, arrays = trained
+            conditions[name] = plan, keep(experiment, name, plan, arrays)
             if "attribution" in arrays:
                 attributions[name] = arrays["attribution"][plan.where("all")[0]]
     shuffles = experiment.settings.null_shuffles
@@ -124,12 +124,12 @@ def _train(
     return controls, not_run
 
 
-def keep(experiment: Experiment, name: str, plan: Conditions, predicted: np.ndarray) -> np.ndarray:
-    """Keep controls for predictions.npz, classes int[K, R, V + T]; return those of the test LoRAs, int[K, R, T]."""
-    predicted = predicted.astype(np.min_scalar_type(len(experiment.collection.classes)))
-    arrays = {"names": np.array(plan.names), "kept": plan.kept, "predicted": predicted}
-    experiment.predictions.controls[name] = arrays
-    return predicted[..., len(experiment.rows["validation"]) :]
+def keep(experiment: Experiment, name: str, plan: Conditions, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Keep controls of `train_conditions` for predictions.npz; return those of the test LoRAs, int[K, R, T]."""
+    dtype = np.min_scalar_type(len(experiment.collection.classes))
+    predicted = {kind: arrays[kind].astype(dtype) for kind in ("predicted", "modules") if kind in arrays}
+    experiment.predictions.controls[name] = {"names": np.array(plan.names), "kept": plan.kept, **predicted}
+    return predicted["predicted"][..., len(experiment.rows["validation"]) :]
 
 
 def evidence_of(experiment: Experiment) -> Evidence:
@@ -185,23 +185,46 @@ def control_names(experiment: Experiment, names: Sequence[str], level: str) -> l
     return [name for name in EXTENTS[level].names if name in {RANKING, *names}] + kernels
 
 
-def plan_of(experiment: Experiment, evidence: Evidence, name: str, level: str) -> Conditions:
-    """Return the conditions of one representation."""
+def train_conditions(
+    experiment: Experiment, evidence: Evidence, name: str, level: str
+) -> tuple[Conditions, dict[str, np.ndarray]]:
+    """Train a representation under its conditions; return these and what was trained.
+
+    That is `Experiment.train_under`'s, and of a representation that reads whole modules the predicted classes of each
+    ``modules`` alone, int[P, R, V + T].
+
+    Raises:
+        TrainingError: A training diverged, or memory ran out.
+    """
+    if REPRESENTATIONS[name].unit == "layer":
+        plan = plan_of(experiment, Order.of_layers(evidence), name, level)
+        return plan, experiment.train_under(name, plan.kept)
+    alone = experiment.train_modules(name, runs_of(experiment, name, EXTENTS["basic"]))
+    order = Order.of_modules(evidence, experiment.inputs.members, **alone)
+    plan = plan_of(experiment, order, name, level)
+    return plan, experiment.train_under(name, plan.kept) | {"modules": alone["predicted"]}
+
+
+def runs_of(experiment: Experiment, name: str, extent: Extent) -> int:
+    """Return the number of runs of a representation's controls; nothing is drawn for a kernel."""
+    runs = experiment.settings.num_runs
+    if REPRESENTATIONS[name].made == "kernel":
+        return 1
+    return runs if extent.runs is None else min(extent.runs, runs)
+
+
+def plan_of(experiment: Experiment, order: Order, name: str, level: str) -> Conditions:
+    """Return the conditions of one representation whose units are in this order."""
     extent, is_kernel = EXTENTS[level], REPRESENTATIONS[name].made == "kernel"
     cost = "kept kernels" if is_kernel and experiment.inputs.kernels.keeps else "else"
-    runs = experiment.settings.num_runs
-    if extent.runs is not None:
-        runs = min(extent.runs, runs)
     return plan_controls(
-        evidence.ranking,
-        [layer.role for layer in evidence.layers],
-        evidence.top_k,
-        runs=1 if is_kernel else runs,
+        order,
+        runs=runs_of(experiment, name, extent),
         draws=DRAWS[cost],
         points=extent.points,
         orders=ORDERS[cost],
         conditional=name in extent.conditional,
-        seed=evidence.seed,
+        seed=experiment.settings.seed,
     )
 
 

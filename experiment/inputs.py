@@ -36,8 +36,9 @@ PCA_COMPONENTS = 100
 class Source:
     """Inputs that classifiers read: a representation of all layers side by side, float32[1, N, F].
 
-    ``each_layer``: instead of that, of each layer alone, float32[L, N, F]. ``fitted_to``: the layers that components
-    were fitted to, by position; None for a representation that is the same whatever layers are kept.
+    ``each_layer``: instead of that, of each layer alone, float32[L, N, F], or of each pair alone, float32[P, N, F].
+    ``fitted_to``: the layers that components were fitted to, by position; None for a representation that is the same
+    whatever layers are kept.
     """
 
     name: str
@@ -134,6 +135,8 @@ class Inputs:
         self.depths, self.layers, self.widths = self.weights.depths, self.weights.layers, self.weights.widths
         self.pair_of_layer = collection.pair_of_layer[self.depths]
         self.pairs = np.flatnonzero(np.bincount(self.pair_of_layer) == 2)  # of which both layers are there
+        members = [np.flatnonzero(self.pair_of_layer == pair) for pair in self.pairs]
+        self.members = np.array(members, int).reshape(-1, 2)  # positions of the two layers of each pair
         self.split = Split(*(torch.from_numpy(rows[part]) for part in ("train", "validation", "test"))).to(self.device)
         self.learned = Learned(self.weights, rows, self.split, settings, units)
         self._kept_sources = kept_sources
@@ -144,8 +147,7 @@ class Inputs:
 
     def whole_pairs(self, kept: np.ndarray) -> np.ndarray:
         """Return the pairs that have both layers among those kept, bool[..., L] -> bool[..., P]."""
-        members = [np.flatnonzero(self.pair_of_layer == pair) for pair in self.pairs]
-        return kept[..., np.array(members, int).reshape(-1, 2)].all(-1)
+        return kept[..., self.members].all(-1)
 
     def kept_units(self, name: str, kept: np.ndarray) -> np.ndarray:
         """Return the units of a representation of layers kept: those layers, or the whole pairs among them."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from analysis.evidence import Evidence, Predictions
 from analysis.questions import Controls, analyse
-from analysis.removal import plan_controls
+from analysis.removal_plan import Order, plan_controls
 from loras.lora_files import Layer
 
 FEWER_DRAWS = 2000, 2000
@@ -85,10 +85,7 @@ def updates_of(evidence: Evidence, modules: int | None = None, rank_one: bool = 
 def controls_of(evidence: Evidence, cheap: bool = False) -> Controls:
     """Return controls for all sections, guessed; cheap explanations take a second, so only where asked for."""
     generator, layers, n = np.random.default_rng(4), len(evidence.layers), len(evidence.truth)
-    roles = [layer.role for layer in evidence.layers]
-    planned = plan_controls(
-        evidence.ranking, roles, evidence.top_k, runs=2, draws=5, points=11, conditional=True, seed=0
-    )
+    planned = plan_controls(Order.of_layers(evidence), runs=2, draws=5, points=11, conditional=True, seed=0)
     predicted = generator.integers(0, len(evidence.classes), (len(planned.names), 2, n))
     return Controls(
         level="all",

@@ -7,7 +7,7 @@ import numpy as np
 
 from analysis import questions
 from analysis.evidence import Evidence, Predictions
-from analysis.removal import plan_controls
+from analysis.removal_plan import Order, plan_controls
 from loras.lora_files import Layer
 
 LAYERS, TOP_K, RUNS, CLASSES, TEST = 12, 2, 3, 5, 200
@@ -49,8 +49,7 @@ def _made(kind: str, names: tuple[str, ...], answerable: bool) -> dict:
             predicted = guesses(tested, np.full(RUNS, share * 0.8**i), seed)
             predictions.conditions[condition][name] = {"predicted": predicted}
     e = Evidence(layers, CLASS_NAMES, y, rows, None, np.arange(LAYERS), TOP_K, predictions, 0)
-    conditions = plan_controls(e.ranking, [one.role for one in layers], TOP_K, runs=RUNS, draws=20, points=11,
-                               conditional=True, seed=0)  # fmt: skip
+    conditions = plan_controls(Order.of_layers(e), runs=RUNS, draws=39, points=11, conditional=True, seed=0)
     taken = guesses(e.truth, np.array([[KNOWN[kind](kept) for kept in of] for of in conditions.kept]), 7)
     generator = np.random.default_rng(0)
     updates = 1 + generator.random((len(y), LAYERS // 2, 2)) + 0.2 * y[:, None, None]

@@ -17,7 +17,7 @@ from scipy.cluster import hierarchy
 
 from analysis.evidence import Evidence, Predictions
 from analysis.questions import Controls, analyse
-from analysis.removal import plan_controls
+from analysis.removal_plan import Order, plan_controls
 from loras.lora_files import Layer
 from report import drawing, figures
 
@@ -543,7 +543,7 @@ def test_the_analysis_itself_is_drawn():
     for condition in ("baseline", "ablation"):
         predictions.conditions[condition] = {name: {"predicted": guessed(3)} for name in names}
     e = Evidence(layers, list("abcd"), y, rows, None, np.arange(8), 2, predictions, 0)
-    conditions = plan_controls(e.ranking, [layer.role for layer in layers], 2, runs=3, draws=5, points=5, seed=0)
+    conditions = plan_controls(Order.of_layers(e), runs=3, draws=5, points=5, seed=0)
     controls = Controls("basic", {"stats": (conditions, guessed(*conditions.kept.shape[:2])[..., 20:])})
     features, updates = generator.random((120, 8, 7)), generator.random((120, 4, 2))
     accuracies = {name: {"test_accuracy": {"mean": 0.7, "runs": [0.7] * 3}} for name in names}
