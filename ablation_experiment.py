@@ -37,7 +37,7 @@ import data
 from data import Collection, CollectionError
 from experiment import controls, store
 from experiment.extraction import WEIGHTS, Extracted, extract, identity
-from experiment.phases import Experiment, split_collection
+from experiment.phases import Experiment, emptied, split_collection
 from experiment.plans import TrainingError
 from experiment.settings import Networks, Settings, UsageError, resolve
 from experiment.units import OutOfMemory, one_memory_error
@@ -466,14 +466,10 @@ def leave_out(not_run: dict[str, str], name: str, reason: str) -> None:
 
 def without_units(experiment: Experiment, names: list[str], removed: list[int]) -> dict[str, str]:
     """Return why there is nothing left of a representation where layers are removed, by its name."""
-    inputs, reasons = experiment.inputs, {}
-    for name in names:
-        if not inputs.kept_units(name, inputs.weights.without(removed)).any():
-            if len(inputs.pairs) == 0:
-                reasons[name] = "--layers leaves no pair whole"
-            else:
-                reasons[name] = f"without {top_layers_text(len(removed))} no pair is whole"
-    return reasons
+    reason = f"without {top_layers_text(len(removed))} no pair is whole"
+    if len(experiment.inputs.pairs) == 0:
+        reason = "--layers leaves no pair whole"
+    return dict.fromkeys(emptied(experiment, names, removed), reason)
 
 
 def analyse(experiment: Experiment, results: dict, watch: Stopwatch) -> dict | None:

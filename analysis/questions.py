@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from analysis.comparison import cheap_explanations, compare_representations, grouped_split, null_shuffles
+from analysis.cross_fitting import TrainedSets, cross_fitted
 from analysis.evidence import ALPHA, LEVEL, Evidence, holm, stream
 from analysis.layers import COARSE_CLASSES, attribution, concepts, layer_information, layer_ranking, recalls
 from analysis.rank_structure import coinciding, rank_structure
@@ -37,6 +38,7 @@ class Controls:
         grouped: Of a split by the first of them that allows one: the column, representation, and truth int[m], groups
             int[m] and predictions int[R, m] of its m test LoRAs.
         shuffled: Accuracy of each layer on shuffled labels, one run, float[shuffles, L].
+        cross_fitted: Without the layers that folds of the test LoRAs chose.
     """
 
     level: str
@@ -46,6 +48,7 @@ class Controls:
     unused: Sequence[str] = ()
     grouped: tuple[str, str, np.ndarray, np.ndarray, np.ndarray] | None = None
     shuffled: np.ndarray | None = None
+    cross_fitted: TrainedSets = field(default_factory=TrainedSets)
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,7 @@ def _other_sections(material: Material, sections: dict) -> dict:
         result["groups"] = grouped_split(evidence, controls.unused, controls.grouped)
     if controls.shuffled is not None:
         result["null_shuffles"] = null_shuffles(evidence, controls.shuffled)
+    result["cross_fitted"] = cross_fitted(evidence, controls.cross_fitted)
     return result
 
 
