@@ -37,8 +37,9 @@ import data
 from data import Collection, CollectionError
 from experiment import controls, store
 from experiment.extraction import WEIGHTS, Extracted, extract, identity
-from experiment.phases import Experiment, split_collection
+from experiment.phases import Experiment, emptied, split_collection
 from experiment.plans import TrainingError
+from experiment.repeated import repeat
 from experiment.settings import Networks, Settings, UsageError, resolve
 from experiment.units import OutOfMemory, one_memory_error
 from experiment.workers import FaultElsewhereError, Workers, start_workers
@@ -75,7 +76,7 @@ def say(line: str = "") -> None:
 class Stopwatch:
     """Seconds by phase."""
 
-    PHASES = ("index", "features", "ranking", "autoencoders", "ablation", "baseline", "analysis")
+    PHASES = ("index", "features", "ranking", "autoencoders", "ablation", "baseline", "analysis", "splits")
 
     def __init__(self):
         self.seconds = dict.fromkeys(self.PHASES, 0.0)
@@ -134,6 +135,14 @@ def add_experiment_flags(add: Callable) -> None:
     )
     add("--representations", default="all", help=f"all, or a comma list of {', '.join(REPRESENTATIONS)} (all)")
     add("--seed", type=int, default=42, help="of the split and of all training (42)")
+    add(
+        "--splits",
+        type=int,
+        default=1,
+        metavar="N",
+        help="splits into train, validation and test LoRAs. Each ranks the layers and removes its own top ones; the "
+        "results are those of the first, beside their variation over all (1)",
+    )
     add(
         "--controls",
         choices=controls.LEVELS,
@@ -239,7 +248,8 @@ def carry_out(args: argparse.Namespace, settings: Settings, workers: Workers) ->
         building.remove_temporaries(extracted.folder)
         experiment = Experiment(settings, collection, plan.selected, plan.rows, extracted, workers, progress)
         results = plan.header | run_phases(experiment, plan.chosen, plan.not_run, watch)
-        results |= {"analysis": analyse(experiment, results, watch), "timing": watch.timing()}
+        results |= {"analysis": analyse(experiment, results, watch), "splits": more_splits(experiment, results, watch)}
+        results["timing"] = watch.timing()
         results["config"]["stack"]["smaller"] = experiment.planner.smaller_stacks
         if workers.rank == 0:
             content = text.content_of(results)
@@ -466,21 +476,27 @@ def leave_out(not_run: dict[str, str], name: str, reason: str) -> None:
 
 def without_units(experiment: Experiment, names: list[str], removed: list[int]) -> dict[str, str]:
     """Return why there is nothing left of a representation where layers are removed, by its name."""
-    inputs, reasons = experiment.inputs, {}
-    for name in names:
-        if not inputs.kept_units(name, inputs.weights.without(removed)).any():
-            if len(inputs.pairs) == 0:
-                reasons[name] = "--layers leaves no pair whole"
-            else:
-                reasons[name] = f"without {top_layers_text(len(removed))} no pair is whole"
-    return reasons
+    reason = f"without {top_layers_text(len(removed))} no pair is whole"
+    if len(experiment.inputs.pairs) == 0:
+        reason = "--layers leaves no pair whole"
+    return dict.fromkeys(emptied(experiment, names, removed), reason)
 
 
 def analyse(experiment: Experiment, results: dict, watch: Stopwatch) -> dict | None:
     """Analyse what the numbers of the phases mean, beside controls; None where not asked for, or not on rank 0."""
-    names = [name for name in results["baseline_results"] if name in results["ablation_results"]]
     with watch.phase("analysis"):
-        return controls.analyse(experiment, names, say)
+        return controls.analyse(experiment, run_both_ways(results), say)
+
+
+def more_splits(experiment: Experiment, results: dict, watch: Stopwatch) -> dict | None:
+    """Repeat the phases on other splits; None where none are asked for."""
+    with watch.phase("splits"):
+        return repeat(experiment, run_both_ways(results), say)
+
+
+def run_both_ways(results: dict) -> list[str]:
+    """Return the representations that were run with and without the top layers."""
+    return [name for name in results["baseline_results"] if name in results["ablation_results"]]
 
 
 def finished_results(target: Path, header: dict) -> dict | None:

@@ -26,7 +26,7 @@ MISSING = ("folds", "sets", "runs", "first", "vote", "union", "top_alone", "beat
 
 @dataclass(frozen=True)
 class TrainedSets:
-    """What was trained for the cross-fitted removal; each may be empty or None.
+    """Predictions that were trained for the cross-fitted removal; each may be empty or None.
 
     Attributes:
         why: The reason why nothing is cross-fitted, such as layers chosen on other rows; None: it is.

@@ -21,16 +21,20 @@ from analysis.comparison import (
     grouped_split,
     null_shuffles,
 )
+from analysis.cross_fitting import TrainedSets, cross_fitted
 from analysis.draws import ALPHA, LEVEL, stream
 from analysis.evidence import LEAST_CORRELATED, Evidence
 from analysis.layers import COARSE_CLASSES, attribution, concepts, layer_information, layer_ranking, recalls
 from analysis.rank_structure import coinciding, rank_structure
-from analysis.removal import LEAST_STEPS, Conditions, conditional_importance, robustness
+from analysis.removal import LEAST_UNITS, conditional_importance, robustness, settle
+from analysis.removal_plan import Conditions
 
 FEATURE_NUMBERS = 2**24  # of features that descriptions only (CKA, clusters, spread) read, at most
 CLIP = 10.0  # standard deviations beyond which a feature is an outlier of a heavy tail, as in training
 FEW_TEST_LORAS = 50  # (or groups) below which only large effects can be seen
-STEEP = 0.5  # of the range of a removal curve; degradation with a larger step is not graceful
+STEEP = (
+    0.5  # of the accuracy above chance; degradation that loses more of it with a tenth of the layers is not graceful
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Controls:
         grouped: Of a split by the first of them that allows one: the column, representation, and truth int[m], groups
             int[m] and predictions int[R, m] of its m test LoRAs.
         shuffled: Accuracy of each layer on shuffled labels, one run, float[shuffles, L].
+        cross_fitted: Without the layers that folds of the test LoRAs chose.
     """
 
     level: str
@@ -55,6 +60,7 @@ class Controls:
     unused: Sequence[str] = ()
     grouped: tuple[str, str, np.ndarray, np.ndarray, np.ndarray] | None = None
     shuffled: np.ndarray | None = None
+    cross_fitted: TrainedSets = field(default_factory=TrainedSets)
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,10 @@ def analyse(
         evidence, layers_test, names, features, described, updates, samples, controls, best, best_predicted
     )
     sections = {question.key: question.answer(material) for question in QUESTIONS}
+    crossed, compared = cross_fitted(evidence, controls.cross_fitted), sections["representations"]
+    any_above = bool(compared and compared["conditions"]["baseline"]["above_null"])
+    sections["robustness"] = settle(sections["robustness"], crossed["top_alone"], any_above)
+    sections["cross_fitted"] = crossed
     hypotheses = [{"question": question.key, **question.hypothesis(sections)} for question in QUESTIONS]
     return plain(_settings(material) | sections | _other_sections(material, sections) | {"hypotheses": hypotheses})
 
@@ -267,17 +277,20 @@ def _later_layers_predict_more(sections: dict) -> dict:
 def _degradation_is_graceful(sections: dict) -> dict:
     # The first control is that of the representation by which the layers are ranked, unless it was not run.
     section = next(iter(sections["robustness"].values()), None)
-    step = section["largest_step"] if section else None
-    record = _unanswered("degradation is graceful", "largest step of the removal curve, as a share of its range")
-    if step is None:
-        return record | {"why": f"no removal curve that is above chance and has at least {LEAST_STEPS} steps"}
-    low, high = step["interval"]
+    steepest = section["steepest"] if section else None
+    record = _unanswered(
+        "degradation is graceful",
+        "largest fall of the share left while a tenth of the layers is removed, until half are",
+    )
+    if steepest is None:
+        return record | {"why": f"no removal curve that is above chance and of at least {LEAST_UNITS} layers"}
+    low, high = steepest["interval"]
     outcome = "undecided"
     if high <= STEEP:
         outcome = "confirmed"
     elif low > STEEP:
         outcome = "refuted"
-    return _decided(record, step["share"], step["interval"], outcome)
+    return _decided(record, steepest["share"], steepest["interval"], outcome)
 
 
 def _better_than_stats(sections: dict) -> dict:

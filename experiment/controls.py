@@ -14,12 +14,13 @@ import numpy as np
 
 from analysis import comparison, questions
 from analysis.chance import permuted
+from analysis.cross_fitting import Choice, TrainedSets
 from analysis.draws import stream
 from analysis.evidence import Evidence
 from analysis.questions import Controls
 from analysis.removal_plan import Conditions, Order, plan_controls
 from data import CollectionError, check_classes
-from experiment.phases import Experiment, split_collection
+from experiment.phases import Experiment, emptied, split_collection
 from experiment.plans import TrainingError
 from experiment.settings import Settings
 from representations import RANKING, REPRESENTATIONS, UPDATES
@@ -120,7 +121,10 @@ def _train(
         unused=list(columns),
         grouped=attempt("grouped split", lambda: grouped(experiment, evidence, names, columns)),
         shuffled=attempt("null shuffles", lambda: shuffled(experiment, shuffles)) if shuffles else None,
+        cross_fitted=cross_fitted(experiment, evidence, names, level),
     )
+    for name, reason in controls.cross_fitted.not_run.items():
+        say(f"controls: {name} without what each fold chose not run: {reason}")
     return controls, not_run
 
 
@@ -226,6 +230,68 @@ def plan_of(experiment: Experiment, order: Order, name: str, level: str) -> Cond
         conditional=name in extent.conditional,
         seed=experiment.settings.seed,
     )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The removal of layers that were chosen on other test LoRAs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def cross_fitted(experiment: Experiment, evidence: Evidence, names: Sequence[str], level: str) -> TrainedSets:
+    """Train without each distinct set of top layers that folds of the test LoRAs choose, and each set alone.
+
+    Args:
+        experiment: All phases done.
+        evidence: What they left.
+        names: The representations that were run.
+        level: Of the controls; at ``none`` nothing is trained.
+    """
+    if experiment.settings.rank_by != "test":
+        return TrainedSets(why="the layers are ranked by validation accuracy, so no test row takes part in the choice")
+    choice = Choice.of(evidence)
+    if choice is None or level == "none":
+        return TrainedSets(all_layers=evidence.predicted("baseline", RANKING) if RANKING in names else None)
+    runs = min(EXTENTS[level].runs or experiment.settings.num_runs, experiment.settings.num_runs)
+    again = experiment.again(experiment.collection, experiment.rows, runs)
+    again.inputs = again.planner.inputs = experiment.inputs  # weights in memory are the same
+    layers = range(len(experiment.layers))
+    removed, not_run = _without_each(again, names, choice.sets, "cross-fitted")
+    others = [[layer for layer in layers if layer not in top] for top in choice.sets]
+    alone, failed = _without_each(again, [RANKING], others, "top k alone")
+    whole, failed_whole = _without_each(again, [RANKING], [[]], "cross-fitted, all layers")
+    if failed := failed | failed_whole:
+        not_run["the top layers alone"] = failed[RANKING]
+    kept, smallest = removed.copy(), np.min_scalar_type(len(experiment.collection.classes))
+    if RANKING in alone:
+        kept["top layers alone"] = alone[RANKING]
+    experiment.predictions.conditions["cross_fitted"] = {
+        name: {"predicted": predicted.astype(smallest)} for name, predicted in kept.items()
+    }
+    tested = len(experiment.rows["test"])
+    return TrainedSets(
+        removed={name: predicted[..., -tested:] for name, predicted in removed.items()},
+        alone=None if failed else alone[RANKING][..., -tested:],
+        all_layers=None if failed else whole[RANKING][0, :, -tested:],
+        not_run=not_run,
+    )
+
+
+def _without_each(
+    experiment: Experiment, names: Sequence[str], sets: list[list[int]], condition: str
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Train without each set of layers; return predictions int[S, R, V + T], and why others were not trained."""
+    not_run = experiment.fit(list(names), sets)
+    for removed in sets:
+        for name in emptied(experiment, names, removed):
+            not_run.setdefault(name, "nothing is left of it without the layers that a fold chose")
+    conditions = [f"{condition} {number}" for number in range(1, len(sets) + 1)]
+    for number, removed in zip(conditions, sets, strict=True):
+        for name, entry in experiment.evaluate([name for name in names if name not in not_run], removed, number):
+            if isinstance(entry, str):
+                not_run[name] = entry
+    trained = [experiment.predictions.conditions.get(number, {}) for number in conditions]
+    done = [name for name in names if name not in not_run]
+    return {name: np.stack([arrays[name]["predicted"] for arrays in trained]) for name in done}, not_run
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -213,6 +213,13 @@ class Inputs:
             x = self.features(source.name).flatten(1)
         return standardise(x.to(self.device), self.split.train)[None]
 
+    def release(self) -> None:
+        """Give back the memory of all that was read; it is read again where it is asked for."""
+        with self._reading:
+            self._read_sources.clear()
+            for held in ("flat_weights", "kernels"):
+                self.__dict__.pop(held, None)  # cached properties
+
     @cached_property
     def flat_weights(self) -> Stored:
         """The weights; held on the device where they fit it, and read only if a stack is to be trained."""

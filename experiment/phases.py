@@ -8,7 +8,7 @@ Shape letters: N LoRAs, L layers, P modules, F features, R runs, K conditions, V
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -274,6 +274,13 @@ def _common_key(
         "layers": store.array_digest(selected),
         "labels and split": store.array_digest(collection.y, *rows.values()),
     }
+
+
+def emptied(experiment: Experiment, names: Iterable[str], removed: list[int]) -> list[str]:
+    """Return the representations of which nothing is left without some layers, such as no whole pair."""
+    inputs = experiment.inputs
+    kept = inputs.weights.without(removed)
+    return [name for name in names if not inputs.kept_units(name, kept).any()]
 
 
 def mean(values: np.ndarray) -> float:

@@ -41,6 +41,7 @@ class Settings:
     num_runs: int
     rank_by: str
     seed: int
+    splits: int
     quick: bool
     device: torch.device
     representations: tuple[str, ...]
@@ -57,6 +58,7 @@ class Settings:
             "num_runs": self.num_runs,
             "rank_by": self.rank_by,
             "seed": self.seed,
+            "splits": self.splits,
             "quick": self.quick,
             "device": self.device.type,
             "representations": list(self.representations),
@@ -100,6 +102,7 @@ def resolve(args: argparse.Namespace, networks: Networks = Networks()) -> Settin
         num_runs=args.num_runs or (3 if quick else 10),
         rank_by=args.rank_by,
         seed=args.seed,
+        splits=args.splits,
         quick=quick,
         device=resolve_device(args.device),
         representations=resolve_representations(args.representations),
@@ -118,6 +121,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise UsageError(f"--top-k {args.top_k}: at least one layer is to be removed. Give 1 or more.")
     if args.num_runs is not None and args.num_runs < 1:
         raise UsageError(f"--num-runs {args.num_runs}: at least one run is needed. Give 1 or more.")
+    if args.splits < 1:
+        raise UsageError(f"--splits {args.splits}: at least one split is needed. Give 1 or more.")
     if args.null_shuffles < 0:
         raise UsageError(f"--null-shuffles {args.null_shuffles}: a negative number. Give 0 or more.")
 

@@ -89,7 +89,7 @@ def _chosen_on_test(results: dict) -> Iterator[str]:
     verb = "was" if k == 1 else "were"
     beside = "the figures where other test LoRAs choose stand beside them"
     if crossed["why"]:
-        beside = f"where other test LoRAs choose is not known ({crossed['why']}); --rank-by=val chooses on others"
+        beside = f"figures where others choose are not known ({crossed['why']}); --rank-by=val chooses on others"
     elif not crossed["drops"]:
         beside = "--controls=basic adds figures where other test LoRAs choose, and --rank-by=val chooses on others"
     yield (

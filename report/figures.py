@@ -222,14 +222,15 @@ CURVES = {  # of analysis.robustness: label and looks
 def _ablation_curves_finding(results: dict) -> str:
     sections = results["analysis"]["robustness"]
     name, section = next(iter(sections.items()))
-    k, random, runs = section["top_k"], section["without_random"], runs_text(results, name)
+    random, runs = section["without_random"], runs_text(results, name)
     others = NO_OTHERS
     if random["draws"]:
-        drawn = "a random one" if k == 1 else f"{k} random ones"
+        drawn = "a random other" if section["most"] == 1 else f"{section['most']} random others"
         others = f"without {drawn} {bounds((random['min'], random['max']))} %"
     in_runs = f" in {runs}" if runs else ""
+    most = f"most predictive {section['unit']}" if section["most"] == 1 else f"{section['most']} most predictive"
     finding = (
-        f"Without {top_layers(k)} {cut(name, 1.5)} reaches {percent(section['without_top']['accuracy'])} %{in_runs} "
+        f"Without the {most} {cut(name, 1.5)} reaches {percent(section['without_most']['accuracy'])} %{in_runs} "
         f"(with all {percent(section['all']['accuracy'])} %, {others}): {section['verdict']}"
     )
     verdicts = {name: section["verdict"] for name, section in sections.items()}
@@ -263,7 +264,7 @@ def _ablation_curves(results: dict, figure: Figure) -> None:
         if column == 0:
             ax.set_ylabel("accuracy, %")
         if lowest:
-            ax.set_xlabel("layers removed")
+            ax.set_xlabel(f"{section['unit']}s removed")
     first.set_ylim(0, 104)
     lines = [Line2D([], [], **looks, ms=4, label=label) for label, looks in CURVES.values()]
     if any(section["without_random"]["draws"] for section in sections.values()):
@@ -273,37 +274,38 @@ def _ablation_curves(results: dict, figure: Figure) -> None:
 
 
 def _curves(ax: Axes, name: str, section: dict) -> None:
-    """Draw accuracies against the number of layers removed, in each order."""
+    """Draw accuracies against the number of units removed, in each order."""
     for curve, (_, looks) in CURVES.items():
         values = section["curves"][curve]
-        low, high, accuracy = (100 * np.array(values[key]) for key in ("low", "high", "accuracy"))
+        low, high, accuracy = (100 * np.array(values[key], float) for key in ("low", "high", "accuracy"))
         ax.fill_between(values["removed"], low, high, color=looks["color"], alpha=0.15, lw=0)
         ax.plot(values["removed"], accuracy, **looks, ms=3.6, mew=0.8)
-    lines, survives = [f"{cut(name, 1.3)}: {section['verdict']}"], section["survives"]
-    if survives:
-        lines.append(f"{whole_percent(survives['share'])} % ({bounds(survives['interval'], whole_percent)}) survives")
+    lines, left = [f"{cut(name, 1.3)}: {section['verdict']}"], section["survives_most"]
+    if left and left["interval"]:
+        share = f"{whole_percent(left['share'])} % ({bounds(left['interval'], whole_percent)})"
+        lines.append(f"{share} left without {section['most']}")
     lines.append("areas " + ", ".join(f"{section['curves'][curve]['area']:.2f}" for curve in CURVES))
     ax.set_title("\n".join(lines), fontsize=SMALL + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
 
 
 def _removals(ax: Axes, section: dict, named: bool) -> None:
-    """Draw the removal of the top k beside its controls; random draws are dashes, with their mean."""
-    k = section["top_k"]
-    labels = ["all", f"no top {k}", f"no random {k}", f"no bottom {k}", f"top {k} only"]
-    for x, kind in ((0, "all"), (1, "without_top"), (3, "without_bottom"), (4, "top_alone")):
-        low, high = section[kind]["interval"]
-        ax.vlines(x, 100 * low, 100 * high, color=INK, lw=1)
-        filling = INK if kind == "without_top" else GROUND
+    """Draw the removal of the most predictive units beside its controls; random draws are dashes, with their mean."""
+    labels = ["all", "no top", "no most", "no random", "no bottom", "top only"]
+    kinds = {0: "all", 1: "without_top", 2: "without_most", 4: "without_bottom", 5: "top_alone"}
+    for x, kind in kinds.items():
+        if interval := section[kind]["interval"]:
+            ax.vlines(x, 100 * interval[0], 100 * interval[1], color=INK, lw=1)
+        filling = INK if kind == "without_most" else GROUND
         ax.plot(x, 100 * section[kind]["accuracy"], "o", color=filling, mec=INK, ms=4)
     if section["without_random"]["draws"]:
-        ax.hlines(100 * np.array(section["without_random"]["accuracies"]), 1.5, 2.5, color=ORANGE, lw=0.8)
-        ax.plot(2, 100 * section["without_random"]["mean"], "^", color=GROUND, mec=INK, ms=3.5)
+        ax.hlines(100 * np.array(section["without_random"]["accuracies"]), 2.5, 3.5, color=ORANGE, lw=0.8)
+        ax.plot(3, 100 * section["without_random"]["mean"], "^", color=GROUND, mec=INK, ms=3.5)
     else:
         centred = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "center", "rotation": 90}
-        ax.text(2, 0.5, NO_OTHERS, **centred, fontsize=SMALL, bbox={"fc": GROUND, "ec": "none", "pad": 1})
-    ax.set_xticks(range(5), labels if named else [], rotation=90, fontsize=SMALL)
-    ax.set_xlim(-0.6, 4.6)
+        ax.text(3, 0.5, NO_OTHERS, **centred, fontsize=SMALL, bbox={"fc": GROUND, "ec": "none", "pad": 1})
+    ax.set_xticks(range(len(labels)), labels if named else [], rotation=90, fontsize=SMALL)
+    ax.set_xlim(-0.6, len(labels) - 0.4)
     ax.tick_params(labelleft=False)
 
 

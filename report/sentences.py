@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from report.cautions import BEYOND_REMOVAL
 from report.wording import (
-    NO_OTHERS,
     accuracy_text,
     bounds,
     capital,
@@ -18,6 +17,7 @@ from report.wording import (
     classifier_name,
     correlation_text,
     counted,
+    left_text,
     listed,
     number,
     p_text,
@@ -30,12 +30,19 @@ from report.wording import (
 )
 
 VERDICTS = {
-    "localized": "few layers carry the concept, which lives in specific components of the network",
-    "distributed": "many layers contribute, and what was learned is spread over the network",
-    "redundant": "the same information is present many times, and the concept is encoded robustly throughout",
-    "no signal": "all layers together are indistinguishable from chance, so nothing can survive a removal",
-    "undecided": "these LoRAs and runs do not separate the verdicts; more test LoRAs would narrow the intervals",
+    "localized": "without a tenth of the layers (the most predictive) less than half of what is above chance is left, "
+    "and removing as many others costs less",
+    "distributed": "without the most predictive tenth of the layers more than half of what is above chance is left, "
+    "but less than nine tenths before half of them are gone",
+    "redundant": "nine tenths of what is above chance, or more, are left even without the most predictive half of the "
+    "layers",
+    "no signal": "neither all layers, nor the top ones alone, nor any representation is above chance, so nothing can "
+    "survive a removal",
+    "unseen": "with all layers this representation is indistinguishable from chance, although others, or the top "
+    "layers alone, are above it: what a removal costs is not seen by it",
+    "undecided": "the numbers do not bear one of the other verdicts; the reason stands beside them",
 }
+RANKED_BY = "stats"  # the representation by which layers are ranked
 MANY = 6  # names in a sentence, from which on they are counted
 
 
@@ -204,26 +211,70 @@ def _is_robust(results: dict) -> Iterator[str]:
     if not sections:
         yield from _no_verdict(results)
         return
+    yield from _beats_all(results)
     names_of: dict[str, list[str]] = {}
     for name, section in sections.items():
         names_of.setdefault(section["verdict"], []).append(name)
-    meanings = [f"{capital(verdict)} by {listed(names)}: {VERDICTS[verdict]}." for verdict, names in names_of.items()]
-    yield " ".join(meanings)
-    k, total = results["config"]["top_k"], len(results["layer_ranking"])
+    yield " ".join(
+        f"{capital(verdict)} by {listed(names)}: {VERDICTS[verdict]}." for verdict, names in names_of.items()
+    )
     for name, section in sections.items():
-        random, runs = section["without_random"], runs_text(results, name)
-        others = f"{NO_OTHERS} can be removed instead"
-        if random["draws"]:
-            others = (
-                f"without {k} random ones {percent(random['mean'])} % (mean of {random['draws']} draws, which range "
-                f"from {bounds((random['min'], random['max']))})"
+        runs = runs_text(results, name)
+        yield f"{name}{f' (in {runs})' if runs else ''}: {section['why'].rstrip('.')}. {_removals(results, section)}"
+        yield from _concentration(name, section)
+
+
+def _beats_all(results: dict) -> Iterator[str]:
+    """Yield that fewer layers are right more often than all, against which what survives is measured."""
+    records, k = results["analysis"]["cross_fitted"]["beats_all"] or {}, results["config"]["top_k"]
+    subjects = {"first": "The first layer alone is", "top_alone": f"{capital(top_layers(k))} alone are"}
+    if k == 1:
+        subjects["top_alone"] = ""  # it is the first layer
+    for name, subject in subjects.items():
+        record = records.get(name)
+        if subject and record and record["interval"][0] > 0:
+            yield (
+                f"{subject} right more often than all layers together by {RANKED_BY}: by "
+                f"{percent(record['difference'])} points ({bounds(record['interval'])}, chosen by other test LoRAs). What is left after a removal is "
+                "measured against all layers."
             )
-        in_runs = f" (in {runs})" if runs else ""
-        yield (
-            f"{name}{in_runs}: {section['why'].rstrip('.')}. With all {total} layers {accuracy_text(section['all'])}, "
-            f"without the top {k} {accuracy_text(section['without_top'])}; {others}, with the top {k} alone "
-            f"{accuracy_text(section['top_alone'])}."
+
+
+def _removals(results: dict, section: dict) -> str:
+    """Return accuracies with all units, and without some."""
+    random, unit, total, removed = section["without_random"], section["unit"], section["units"], section["removed"]
+    parts = [f"With all {counted(total, unit)} {accuracy_text(section['all'])}"]
+    parts.append(f"without the {_top(removed, unit)} {left_text(section['without_top'])}")
+    if section["most"] > removed:
+        parts.append(f"without the {_top(section['most'], unit)} {left_text(section['without_most'])}")
+    others = f"there are no {section['most']} others to remove instead"
+    if random["draws"] == 1:
+        others = f"without {section['most']} random others {percent(random['mean'])} % (one draw)"
+    elif random["draws"]:
+        others = (
+            f"without {section['most']} random others {percent(random['mean'])} % (mean of {random['draws']} draws, "
+            f"which range from {bounds((random['min'], random['max']))})"
         )
+    parts.append(others)
+    return f"{', '.join(parts)}; with the {_top(removed, unit)} alone {left_text(section['top_alone'])}."
+
+
+def _top(count: int, unit: str) -> str:
+    return f"most predictive {unit}" if count == 1 else f"{count} most predictive {unit}s"
+
+
+def _concentration(name: str, section: dict) -> Iterator[str]:
+    """Yield how many units hold half of what is above chance, and what is left without the least predictive."""
+    gone, left, unit = section["half_gone"], section["left_without_least"], section["unit"]
+    if left is None or left["interval"] is None:
+        return
+    half = f"half of what is above chance is gone without the {_top(gone, unit)} of {section['units']}"
+    if gone is None:
+        half = f"more than half of what is above chance is left as long as any {unit} is"
+    least = f"least predictive {unit}" if left["removed"] == 1 else f"{left['removed']} least predictive {unit}s"
+    yield (
+        f"By {name}, {half}; without the {least} {percent(left['share'])} % ({bounds(left['interval'])}) of it is left."
+    )
 
 
 def _no_verdict(results: dict) -> Iterator[str]:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from report.wording import (
     NO_OTHERS,
     ROUNDED_P,
-    accuracy_text,
     bounds,
     capital,
+    left_text,
     metric,
     number,
     p_cell,
+    p_text,
     percent,
     runs_text,
     signed,
@@ -167,17 +168,21 @@ def _controls_table(results: dict) -> Table | None:
     sections = results["analysis"]["robustness"]
     if not sections:
         return None
-    k, total = results["config"]["top_k"], len(results["layer_ranking"])
     cells_of: dict[str, Callable[[dict], str]] = {
-        f"all {total} layers": lambda section: accuracy_text(section["all"]).replace(" %", ""),
-        f"without the top {k}": lambda section: accuracy_text(section["without_top"]).replace(" %", ""),
-        f"without {k} random ones (mean, range)": lambda section: _range(section["without_random"]),
+        "removed are": lambda section: f"{section['unit']}s, of {section['units']}",
+        "all": lambda section: _left(section["all"]),
+        "without the top": lambda section: f"{_left(section['without_top'])}, {section['removed']} removed",
+        "without the most predictive": lambda section: f"{_left(section['without_most'])}, {section['most']} removed",
+        "without as many random others (mean, range)": lambda section: _range(section["without_random"]),
         "random draws": lambda section: str(section["without_random"]["draws"]),
-        "random draws at or below the top's": lambda section: _share_below(section["without_random"]),
-        f"without the bottom {k}": lambda section: accuracy_text(section["without_bottom"]).replace(" %", ""),
-        f"the top {k} alone": lambda section: accuracy_text(section["top_alone"]).replace(" %", ""),
-        f"survives without the top {k}": lambda section: _surviving(section["survives"]),
+        "of these at or below the most predictive": lambda section: _at_or_below(section["without_random"]),
+        "without the bottom": lambda section: _left(section["without_bottom"]),
+        "the top alone": lambda section: _left(section["top_alone"]),
+        "share left without the top": lambda section: _surviving(section["survives"]),
+        "share left without the most predictive": lambda section: _surviving(section["survives_most"]),
         "lowest share until half are removed": lambda section: _surviving(section["survives_half"]),
+        "largest fall of the share by a tenth": lambda section: _surviving(section["steepest"]),
+        "concentration": lambda section: _concentration(section["concentration"]),
         "area under the curve, most first": lambda section: _area(section, "most_first"),
         "area under the curve, least first": lambda section: _area(section, "least_first"),
         "area under the curve, random order": lambda section: _area(section, "random_order"),
@@ -185,12 +190,20 @@ def _controls_table(results: dict) -> Table | None:
     rows = [[line, *map(cell, sections.values())] for line, cell in cells_of.items()]
     rows.append(["runs", *(_runs(results, name) for name in sections)])
     rows.append(["verdict", *(section["verdict"] for section in sections.values())])
-    title = f"Removing the top {k}, and what else could be removed"
     note = (
-        "In percent. Survives: share of the accuracy above chance when the most predictive layers are removed; lowest "
-        "share: until half of all layers are removed. Area: under the accuracy from all layers to none, 1 at most."
+        "In percent. Share left: of the accuracy above chance, when the most predictive are removed. Concentration: 1 "
+        "- 2 times the area under that share, 0 where all are equal and 1 where one holds all. Area: under the "
+        "accuracy from all to none, 1 at most."
     )
-    return Table("robustness", title, ["layers", *sections], rows, note=note)
+    return Table("robustness", "Removing the top, and what else could be removed", ["", *sections], rows, note=note)
+
+
+def _left(estimate: dict) -> str:
+    return left_text(estimate).replace(" %", "")
+
+
+def _concentration(record: dict | None) -> str:
+    return "not known" if record is None else f"{number(record['index'])} ({bounds(record['interval'], number)})"
 
 
 def _range(random: dict) -> str:
@@ -199,16 +212,18 @@ def _range(random: dict) -> str:
     return f"{percent(random['mean'])}, {percent(random['min'])} to {percent(random['max'])}"
 
 
-def _share_below(random: dict) -> str:
-    return percent(random["share_below_top_removed"]) if random["draws"] else "none drawn"
+def _at_or_below(random: dict) -> str:
+    return f"{random['at_or_below']}, {p_text(random['p'])}" if random["draws"] else "none drawn"
 
 
-def _surviving(survival: dict | None) -> str:
-    """Return a share with its interval and, of a curve, the number of layers removed at that point."""
-    if survival is None:
-        return "too near chance"
-    removed = f", {survival['removed']} removed" if "removed" in survival else ""
-    return f"{percent(survival['share'])} ({bounds(survival['interval'])}){removed}"
+def _surviving(left: dict | None) -> str:
+    """Return a share with its interval and, of a curve, the number of units removed at that point."""
+    if left is None:
+        return "not known"
+    removed = f", {left['removed']} removed" if "removed" in left else ""
+    if left["interval"] is None:
+        return f"nothing left{removed}"
+    return f"{percent(left['share'])} ({bounds(left['interval'])}){removed}"
 
 
 def _area(section: dict, curve: str) -> str:

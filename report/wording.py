@@ -13,7 +13,7 @@ from itertools import groupby
 
 DRAWN_P = 1e-4  # smaller p of draws are shown alike: 1 / 10,001 is the smallest that 10,000 permutations give
 ROUNDED_P = 1e-9  # the bound for all other p: results.json keeps 9 decimals
-NO_OTHERS = "no other layers of the same roles"  # from which random ones could be drawn
+NO_OTHERS = "too few others to draw from"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -76,6 +76,13 @@ def bounds(interval: Sequence[float], shown: Callable[[float], str] = percent) -
 def accuracy_text(estimate: dict) -> str:
     """Return an accuracy with its interval."""
     return f"{percent(estimate['accuracy'])} % ({bounds(estimate['interval'])})"
+
+
+def left_text(estimate: dict) -> str:
+    """Return the accuracy under a removal with its interval; of nothing, which is not trained, that it is chance."""
+    if estimate["interval"] is None:
+        return f"nothing is left ({percent(estimate['accuracy'])} %, chance)"
+    return accuracy_text(estimate)
 
 
 def correlation_text(correlation: dict | None) -> str:
