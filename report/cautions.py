@@ -133,8 +133,8 @@ def _unused_groups(analysis: dict) -> Iterator[str]:
     )
     yield (
         f"{unused} On a split that keeps the groups of {groups['column']} together {name} reaches "
-        f"{percent(groups['grouped_split'])} % ({bounds(groups['interval'])}; chance {percent(groups['chance'])} %), on "
-        f"this one {percent(groups['random_split'])} %.{meaning} --group-column={groups['column']} uses it."
+        f"{percent(groups['grouped_split'])} % ({bounds(groups['interval'])}; chance {percent(groups['chance'])} %), "
+        f"on this one {percent(groups['random_split'])} %.{meaning} --group-column={groups['column']} uses it."
     )
 
 

@@ -235,8 +235,8 @@ def _beats_all(results: dict) -> Iterator[str]:
         if subject and record and record["interval"][0] > 0:
             yield (
                 f"{subject} right more often than all layers together by {RANKED_BY}: by "
-                f"{percent(record['difference'])} points ({bounds(record['interval'])}, chosen by other test LoRAs). What is left after a removal is "
-                "measured against all layers."
+                f"{percent(record['difference'])} points ({bounds(record['interval'])}, chosen by other test LoRAs). "
+                "What is left after a removal is measured against all layers."
             )
 
 
