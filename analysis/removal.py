@@ -108,7 +108,7 @@ class Measured:
     def share(self, weights: np.ndarray) -> dict:
         """Return the share left under a mean of conditions and its interval; None where nothing is left."""
         share, drawn = self.shares(weights[None])
-        return {"share": share[0], "interval": interval(drawn[0]) if weights.any() else None}
+        return {"share": share[0], "interval": interval(drawn[0]).tolist() if weights.any() else None}
 
     def shares(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return shares of weights float[m, K]: float[m], and in each draw float[m, B].

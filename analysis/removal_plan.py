@@ -170,10 +170,15 @@ def plan_controls(
 def _curve_removals(
     units: int, runs: int, numbers: list[int], orders: int, generator: np.random.Generator
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield name and removed units, int[k] or int[R, k], of the points of the removal curves but their ends."""
+    """Yield name and removed units, int[k] or int[R, k], of the points of the removal curves but their ends.
+
+    The curve with the most predictive first has 1, 2, 4, ... too, up to its first point: few units may hold everything.
+    """
     ordered = np.arange(units)
-    for number in numbers:
+    first = [2**i for i in range(numbers[0].bit_length()) if 2**i < numbers[0]] if numbers else []
+    for number in [*first, *numbers]:
         yield f"most first {number}", ordered[:number]
+    for number in numbers:
         yield f"least first {number}", ordered[units - number :]
     for _ in range(orders):
         random = np.stack([generator.permutation(units) for _ in range(runs)])
