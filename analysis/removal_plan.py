@@ -197,10 +197,11 @@ def _random_units(order: Order, draws: int, generator: np.random.Generator) -> I
     if len(others) < most:
         return
     wanted = sorted(Counter(role_of[:most].tolist()).items())
+    possible = min(draws, math.comb(len(others), most))
     seen: set[tuple[int, ...]] = set()
     for roles in (wanted, []):
         for _ in range(10 * draws):
-            if len(seen) == draws:
+            if len(seen) == possible:
                 return
             drawn = others[:0]
             for role, number in roles:
