@@ -86,9 +86,10 @@ def test_a_tenth_of_the_layers_is_removed_where_that_is_more_than_the_top_k():
         assert len(where) == draws and (removed[where] == number).all()
 
 
-def test_the_first_units_are_removed_one_by_one_where_a_step_has_many():
-    names = planned(evidence_of(layers=64)).names
-    assert [name for name in names if name.startswith("most first")][:4] == [f"most first {i}" for i in (1, 2, 4, 5)]
+def test_the_most_predictive_units_are_removed_in_smaller_steps():
+    names = planned(evidence_of(layers=64, top_k=3)).names
+    first = [int(name.split()[-1]) for name in names if name.startswith("most first")]
+    assert first[:7] == [1, 2, 3, 4, 5, 7, 10] and f"least first {first[5]}" not in names
 
 
 def test_modules_are_ordered_by_what_each_shows_alone_on_validation_rows_and_removed_whole():
@@ -242,7 +243,7 @@ def test_what_is_planted_never_gets_another_verdict(where, units, top_k, modules
 def test_the_outcome_does_not_depend_on_the_points_of_the_curve(where):
     sections = [robustness(*simulated(where, 64, 1, points=points, test_rows=300)) for points in (12, 32)]
     assert len({(section["verdict"], outcome(section)) for section in sections}) == 1
-    assert abs(sections[0]["steepest"]["share"] - sections[1]["steepest"]["share"]) < 0.1
+    assert abs(sections[0]["steepest"]["share"] - sections[1]["steepest"]["share"]) < 0.15
     assert abs(sections[0]["concentration"]["index"] - sections[1]["concentration"]["index"]) < 0.15
 
 

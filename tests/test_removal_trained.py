@@ -111,7 +111,7 @@ def updates_of(modules: int, holders: list[int], loras: int) -> tuple[list[tuple
     return factors, y
 
 
-def kernel_robustness(modules: int, seed: int, top_k: int = 4, loras: int = 240) -> dict:
+def kernel_robustness(modules: int, seed: int, top_k: int = 4, loras: int = 168) -> dict:
     """Train support vector machines on updates under one split; return the conclusions."""
     factors, y = updates_of(modules, [1, modules - 3], loras)
     part = np.empty(loras, int)
@@ -119,9 +119,11 @@ def kernel_robustness(modules: int, seed: int, top_k: int = 4, loras: int = 240)
         of_class = np.random.default_rng([seed, label]).permutation(np.flatnonzero(y == label))
         part[of_class] = np.repeat([0, 1, 2], [loras // 8, loras // 24, loras // 12])
     rows = {name: np.flatnonzero(part == i) for i, name in enumerate(("train", "validation", "test"))}
-    kernels = UpdateKernels(
-        lambda m, at: tuple(x[torch.from_numpy(at)] for x in factors[m]), modules, rows["train"], loras
-    )
+
+    def read(module: int, at: np.ndarray) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor[torch.from_numpy(at)] for tensor in factors[module])
+
+    kernels = UpdateKernels(read, modules, rows["train"], loras)
 
     def train(kept: np.ndarray) -> np.ndarray:
         return classify_each(kernels, kept, y, rows, CLASSES)["predicted"][:, None]
