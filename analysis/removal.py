@@ -108,7 +108,7 @@ class Measured:
     def share(self, weights: np.ndarray) -> dict:
         """Return the share left under a mean of conditions and its interval; None where nothing is left."""
         share, drawn = self.shares(weights[None])
-        return {"share": share[0], "interval": interval(drawn[0]) if weights.any() else None}
+        return {"share": share[0], "interval": interval(drawn[0]).tolist() if weights.any() else None}
 
     def shares(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return shares of weights float[m, K]: float[m], and in each draw float[m, B].
@@ -295,8 +295,9 @@ def steepest(measured: Measured) -> dict | None:
     units is removed, most predictive first, and ``w = max(0.1, 1 / U)``. It does not depend on the points of the
     curve, whose steps are at most w. None for fewer than eight units, of which one is a large part.
 
-    A largest number of many is too large by chance, and that of a draw still more. So the interval is D less the 97.5 %
-    quantile of the largest amount by which a fall in a draw is above itself, to D plus that by which one is below.
+    The largest of many falls is too large by chance, and that of a draw still more. So the lower bound is D less the
+    97.5 % quantile over draws of the largest amount by which any fall is above what it is itself. The upper bound is
+    the largest of those of single falls, as D is one of them.
     """
     units = measured.units
     if units < LEAST_UNITS:
@@ -309,10 +310,9 @@ def steepest(measured: Measured) -> dict | None:
     ends = np.eye(len(x))
     before, after = (np.stack([np.interp(at, x, end) for end in ends], axis=1) for at in (starts, starts + width))
     falls, drawn = measured.shares((before - after) @ weights)
-    most, excess = falls.max(), drawn - falls[:, None]
-    tail = (1 + LEVEL) / 2
-    low, high = np.quantile(excess.max(0), tail), np.quantile(-excess.min(0), tail)
-    return {"share": most, "interval": np.array([most - low, most + high]), "width": width}
+    largest, excess = falls.max(), (drawn - falls[:, None]).max(0)
+    low = largest - np.quantile(excess, (1 + LEVEL) / 2)
+    return {"share": largest, "interval": [low, interval(drawn)[:, 1].max()], "width": width}
 
 
 def verdict(survives: dict, random: dict, half: dict | None, order: Order) -> dict:

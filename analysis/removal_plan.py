@@ -157,7 +157,7 @@ def plan_controls(
         ("top alone", units[top:]),
     ]
     removals += [("without random", removed) for removed in _random_units(order, draws, generator)]
-    removals += _curve_removals(total, runs, curve_points(total, points)[1:-1], orders, generator)
+    removals += _curve_removals(order, runs, curve_points(total, points)[1:-1], orders, generator)
     if conditional:
         depths = order.layers.argmax(1)
         removals += [(f"plus {depths[unit]}", np.setdiff1d(units[top:], unit)) for unit in units[top:]]
@@ -168,12 +168,19 @@ def plan_controls(
 
 
 def _curve_removals(
-    units: int, runs: int, numbers: list[int], orders: int, generator: np.random.Generator
+    order: Order, runs: int, numbers: list[int], orders: int, generator: np.random.Generator
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield name and removed units, int[k] or int[R, k], of the points of the removal curves but their ends."""
+    """Yield name and removed units, int[k] or int[R, k], of the points of the removal curves but their ends.
+
+    The curve with the most predictive first has 1, 2, 4, ... too, up to its first point, as few units may hold
+    everything, and the numbers that are compared by name.
+    """
+    units = len(order.names)
     ordered = np.arange(units)
-    for number in numbers:
+    doubled = [2**i for i in range(numbers[0].bit_length())] if numbers else []
+    for number in sorted({*doubled, *numbers, order.top, order.most} - {units}):
         yield f"most first {number}", ordered[:number]
+    for number in numbers:
         yield f"least first {number}", ordered[units - number :]
     for _ in range(orders):
         random = np.stack([generator.permutation(units) for _ in range(runs)])
@@ -192,10 +199,11 @@ def _random_units(order: Order, draws: int, generator: np.random.Generator) -> I
     if len(others) < most:
         return
     wanted = sorted(Counter(role_of[:most].tolist()).items())
+    possible = min(draws, math.comb(len(others), most))
     seen: set[tuple[int, ...]] = set()
     for roles in (wanted, []):
         for _ in range(10 * draws):
-            if len(seen) == draws:
+            if len(seen) == possible:
                 return
             drawn = others[:0]
             for role, number in roles:
