@@ -147,7 +147,7 @@ def record(name: str, folder: Path) -> None:
         make(root)
     kept: dict = {}
 
-    def analyse(evidence, names, statistics, updates, samples, controls):  # noqa: ANN001, ANN202
+    def analyse(evidence, names, statistics, updates, samples, controls):
         kept.update(evidence=evidence, names=list(names), statistics=statistics, updates=updates, samples=samples)
         kept.update(controls=controls)
         return original(evidence, names, statistics, updates, samples, controls)

@@ -42,7 +42,9 @@ def _made(kind: str, names: tuple[str, ...], answerable: bool) -> dict:
     tested = np.concatenate([y[rows["validation"]], y[rows["test"]]])
     alone = np.linspace(0.7, 0.0, LAYERS) if kind != "no signal" else np.zeros(LAYERS)
     held_out, alone_guessed = np.arange(60, len(y)), guesses(tested, np.repeat(alone[:, None], RUNS, 1), 0)
-    predictions = Predictions(held_out, tested, {"predicted": alone_guessed}, {"baseline": {}, "ablation": {}})
+    losses = np.random.default_rng(8).random(alone_guessed.shape).astype(np.float32)
+    alone_guessed = {"predicted": alone_guessed, "log_loss": losses}
+    predictions = Predictions(held_out, tested, alone_guessed, {"baseline": {}, "ablation": {}})
     whole, left = KNOWN[kind](np.ones(LAYERS)), KNOWN[kind](np.arange(LAYERS) >= TOP_K)
     for i, name in enumerate(names):
         for condition, share, seed in (("baseline", whole, 1 + i), ("ablation", left, 50 + i)):
@@ -105,6 +107,7 @@ def _results(e: Evidence, names: tuple[str, ...], found: dict) -> dict:
         "baseline_results": entries("baseline"),
         "ablation_results": entries("ablation"),
         "representations_not_run": [],
+        "splits": None,
         "analysis": found,
     }  # fmt: skip
 
