@@ -68,8 +68,8 @@ def best_on_validation(evidence: Evidence, condition: str, names: Sequence[str])
 def _condition(evidence: Evidence, condition: str, correct: dict[str, np.ndarray]) -> dict:
     """Compare representations under a condition, with chance and with the best of them.
 
-    There is no best one where none is above permuted labels. The comparisons with it, and with all layers those of the
-    third hypothesis, are one family.
+    The best one is chosen on validation LoRAs; where it is not above permuted labels itself, there is none. The
+    comparisons with it, and with all layers those of the third hypothesis, are one family.
 
     Args:
         evidence: The evidence.
@@ -80,7 +80,8 @@ def _condition(evidence: Evidence, condition: str, correct: dict[str, np.ndarray
     test = ChanceTest.of(evidence, [evidence.predicted(condition, name) for name in names])
     by_name = dict(zip(names, test.accuracy, strict=True))
     drawn = draws.accuracies([correct[name] for name in names])
-    best = best_on_validation(evidence, condition, names) if test.above_null.any() else None
+    chosen = best_on_validation(evidence, condition, names)
+    best = chosen if test.above_null[names.index(chosen)] else None
     pairs = [(best, name) for name in names if best not in (None, name)]
     if condition == "baseline" and CHALLENGED in names:
         asked = [(name, CHALLENGED) for name in CHALLENGERS if name in names]
@@ -89,6 +90,7 @@ def _condition(evidence: Evidence, condition: str, correct: dict[str, np.ndarray
     comparisons = [{"a": a, "b": b, **record} for (a, b), record in zip(pairs, compared, strict=True)]
     with_best = [record for record in comparisons if record["a"] == best]
     return {
+        "chosen": chosen,
         "best": best,
         "best_by_test": None if best is None else max(names, key=by_name.get),
         "best_above_chance": best is not None and bool(test.above_chance[names.index(best)]),
@@ -96,7 +98,7 @@ def _condition(evidence: Evidence, condition: str, correct: dict[str, np.ndarray
         "above_chance": [name for name, above in zip(names, test.above_chance, strict=True) if above],
         "p_family": dict(zip(names, test.p_family, strict=True)),
         "p_f1": None if test.p_f1 is None else dict(zip(names, test.p_f1, strict=True)),
-        "needed": test.margin + (test.guessed[names.index(best)] if best else test.guessed.mean()),
+        "needed": test.margin + test.guessed[names.index(chosen)],
         "intervals": dict(zip(names, draws.intervals(test.accuracy, drawn), strict=True)),
         "comparisons": comparisons,
         "ties": [record["b"] for record in with_best if abs(record["difference"]) < ROUNDING],

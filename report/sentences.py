@@ -30,12 +30,11 @@ from report.wording import (
 )
 
 VERDICTS = {
-    "localized": "without a tenth of the layers (the most predictive) less than half of what is above chance is left, "
-    "and removing as many others costs less",
-    "distributed": "without the most predictive tenth of the layers more than half of what is above chance is left, "
-    "but less than nine tenths before half of them are gone",
-    "redundant": "nine tenths of what is above chance, or more, are left even without the most predictive half of the "
-    "layers",
+    "localized": "without the most predictive (the top k, or a tenth of all where that is more) less than half of what "
+    "is above chance is left, and removing as many others costs less",
+    "distributed": "without the most predictive (the top k, or a tenth of all where that is more) more than half of "
+    "what is above chance is left, but less than nine tenths before half of all are removed",
+    "redundant": "nine tenths of what is above chance, or more, are left even without the most predictive half",
     "no signal": "neither all layers, nor the top ones alone, nor any representation is above chance, so nothing can "
     "survive a removal",
     "unseen": "with all layers this representation is indistinguishable from chance, although others, or the top "
@@ -248,11 +247,12 @@ def _removals(results: dict, section: dict) -> str:
     if section["most"] > removed:
         parts.append(f"without the {_top(section['most'], unit)} {left_text(section['without_most'])}")
     others = f"there are no {section['most']} others to remove instead"
+    drawn = "a random other" if section["most"] == 1 else f"{section['most']} random others"
     if random["draws"] == 1:
-        others = f"without {section['most']} random others {percent(random['mean'])} % (one draw)"
+        others = f"without {drawn} {percent(random['mean'])} % (one draw)"
     elif random["draws"]:
         others = (
-            f"without {section['most']} random others {percent(random['mean'])} % (mean of {random['draws']} draws, "
+            f"without {drawn} {percent(random['mean'])} % (mean of {random['draws']} draws, "
             f"which range from {bounds((random['min'], random['max']))})"
         )
     parts.append(others)
@@ -308,16 +308,35 @@ def _best_representation(results: dict) -> Iterator[str]:
                 f"reach {percent(section['needed'])} %."
             )
         else:
-            yield (
-                f"None of {len(drops)} representations is distinguishable from chance ({chance}) with all layers, so "
-                f"none is best: one would have to reach about {percent(section['needed'])} %."
-            )
+            yield from _none_best(results)
         return
     yield _best_reached(results)
     if len(drops) > 1:
         yield from _compared_with_best(results)
     yield from _without_top(results)
     yield from _best_over_splits(results)
+
+
+def _none_best(results: dict) -> Iterator[str]:
+    """Yield why none of several representations is called the best."""
+    section = results["analysis"]["representations"]["conditions"]["baseline"]
+    accuracy, chance = _accuracies(results, "baseline"), percent(results["chance"]["accuracy"])
+    chosen, needed = section["chosen"], percent(section["needed"])
+    reached = f"{percent(accuracy[chosen])} % ({bounds(section['intervals'][chosen])})"
+    others = section["above_null"]
+    if not others:
+        yield (
+            f"None of {len(accuracy)} representations is distinguishable from chance ({chance} %) with all layers, so "
+            f"none is best. By validation accuracy it would be {chosen}, which reaches {reached} and would have to reach "
+            f"{needed} %."
+        )
+    else:
+        verb = "is" if len(others) == 1 else "are"
+        yield (
+            f"None is best: by validation accuracy it would be {chosen}, which is indistinguishable from chance "
+            f"({chance} %) with all layers: it reaches {reached}, and would have to reach {needed} %. {listed(others)} "
+            f"{verb} above chance, but validation does not choose {'it' if len(others) == 1 else 'them'}."
+        )
 
 
 def _best_reached(results: dict) -> str:
@@ -382,8 +401,13 @@ def _without_top(results: dict) -> Iterator[str]:
             f"{len(compared['significant_losses'])} of {len(drops)} representations lose significantly by that removal."
         )
     section = compared["conditions"]["ablation"]
-    if section["best"] is None:
+    if not section["above_null"]:
         yield f"Without {top_layers(k)} no representation is distinguishable from chance."
+    elif section["best"] is None:
+        yield (
+            f"Without {top_layers(k)} {listed(section['above_null'])} can be told from chance, but not the best by "
+            f"validation accuracy, {section['chosen']}."
+        )
     elif len(drops) > 1:
         yield (
             f"Without {top_layers(k)} the best by validation accuracy is {section['best']}, with "

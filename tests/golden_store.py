@@ -7,13 +7,21 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis import evidence, questions, removal
+from analysis import cross_fitting, evidence, questions, removal_plan
 from experiment import store
 from loras.lora_files import Layer
 
 KINDS = {
     kind.__name__: kind
-    for kind in (Layer, evidence.Evidence, evidence.Predictions, questions.Controls, removal.Conditions)
+    for kind in (
+        Layer,
+        evidence.Evidence,
+        evidence.Predictions,
+        questions.Controls,
+        removal_plan.Conditions,
+        removal_plan.Order,
+        cross_fitting.TrainedSets,
+    )
 }
 FOLDER = Path(__file__).parent / "golden"
 
