@@ -100,6 +100,29 @@ def test_conditions_without_an_input_are_chance_and_not_trained(planted):
     assert (found["predicted"][0, 0, 9:] == truth).mean() == pytest.approx(1 / 3)
 
 
+def test_representations_that_read_whole_modules_are_ordered_and_removed_by_modules(planted):
+    plan, arrays = controls.train_conditions(planted, controls.evidence_of(planted), "update_sketch", "all")
+    assert (plan.order.unit, plan.order.top, len(plan.order.names)) == ("module", 2, 4)
+    assert arrays["modules"].shape == (4, 3, 9 + 18) and arrays["predicted"].shape == (*plan.kept.shape[:2], 9 + 18)
+    assert (plan.kept[..., ::2] == plan.kept[..., 1::2]).all()
+    validated = (arrays["modules"][..., :9] == planted.collection.y[planted.rows["validation"]]).mean((1, 2))
+    first = [layer.module for layer in planted.layers[::2]].index(plan.order.names[0])
+    assert validated[first] == validated.max()
+    of_layers, _ = controls.train_conditions(planted, controls.evidence_of(planted), "stats", "basic")
+    assert (of_layers.order.unit, of_layers.order.top) == ("layer", 3)
+
+
+def test_kernels_are_trained_on_each_module_alone(planted, tmp_path):
+    flags = ("--top-k=3", "--representations=update_kernel")
+    experiment = experiment_on(planted.collection.root, tmp_path / "cache", *flags)
+    plan, arrays = controls.train_conditions(experiment, controls.evidence_of(experiment), "update_kernel", "basic")
+    assert arrays["modules"].shape == (4, 1, 9 + 18) and plan.order.unit == "module"
+    alone = plan.kept[:, 0, ::2].sum(1) == 1
+    trained = {int(kept.argmax()) // 2: i for i, kept in enumerate(plan.kept[:, 0]) if alone[i]}
+    for module, condition in trained.items():
+        np.testing.assert_array_equal(arrays["modules"][module], arrays["predicted"][condition])
+
+
 def test_attribution_finds_the_layers_that_carry_the_class_and_no_removed_one(planted):
     kept = np.ones((2, 3, 8), bool)
     kept[1, :, 1] = False
