@@ -19,7 +19,6 @@ from analysis.evidence import Evidence
 from analysis.questions import Controls
 from analysis.removal_plan import Conditions, Order, plan_controls
 from data import CollectionError, check_classes
-from experiment.inputs import Source
 from experiment.phases import Experiment, split_collection
 from experiment.plans import TrainingError
 from experiment.settings import Settings
@@ -221,7 +220,8 @@ def train_modules(experiment: Experiment, name: str, runs: int) -> dict[str, np.
     else:
         models = [(module, run) for module in range(modules) for run in range(runs)]
         live = np.ones(len(REPRESENTATIONS[name].feature_names), bool)
-        plan = planner.plan_classifiers(Source(name, each_layer=True), live, models, label, num_layers=2)
+        source = replace(experiment.inputs.ranking_source(), name=name)  # each unit alone, as in the ranking
+        plan = planner.plan_classifiers(source, live, models, label, num_layers=2)
     scores = planner.carry_out(plan, experiment.progress)
     kinds = [kind for kind in ("predicted", "log_loss") if kind in scores]
     return {kind: scores[kind].reshape(modules, runs, -1) for kind in kinds}
