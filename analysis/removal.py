@@ -73,7 +73,7 @@ class Measured:
 
     @cached_property
     def win_and_defeat(self) -> np.ndarray:
-        """How often each draw has a LoRA that only all layers recognise, and one that only the condition does.
+        """Counts, in each draw, of a LoRA that only all layers recognise and of one that only the condition does.
 
         Both are added to the G that are drawn from, so that these draws are of G + 2: float[2, B].
         """

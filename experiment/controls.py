@@ -203,10 +203,32 @@ def train_conditions(
     if REPRESENTATIONS[name].unit == "layer":
         plan = plan_of(experiment, Order.of_layers(evidence), name, level)
         return plan, experiment.train_under(name, plan.kept)
-    alone = experiment.train_modules(name, runs_of(experiment, name, EXTENTS["basic"]))
+    alone = train_modules(experiment, name, runs_of(experiment, name, EXTENTS["basic"]))
     order = Order.of_modules(evidence, experiment.inputs.members, **alone)
     plan = plan_of(experiment, order, name, level)
     return plan, experiment.train_under(name, plan.kept) | {"modules": alone["predicted"]}
+
+
+def train_modules(experiment: Experiment, name: str, runs: int) -> dict[str, np.ndarray]:
+    """Train a representation that reads whole modules on each of them alone.
+
+    Returns:
+        ``predicted`` int32[P, runs, V + T], and ``log_loss`` likewise where a classifier has one.
+
+    Raises:
+        TrainingError: A training diverged, or memory ran out.
+    """
+    planner, modules, label = experiment.planner, len(experiment.inputs.pairs), f"modules {name}"
+    if REPRESENTATIONS[name].made == "kernel":
+        plan = planner.plan_kernels(np.eye(modules, dtype=bool), label, num_layers=2)
+    else:
+        models = [(module, run) for module in range(modules) for run in range(runs)]
+        live = np.ones(len(REPRESENTATIONS[name].feature_names), bool)
+        source = replace(experiment.inputs.ranking_source(), name=name)  # each unit alone, as in the ranking
+        plan = planner.plan_classifiers(source, live, models, label, num_layers=2)
+    scores = planner.carry_out(plan, experiment.progress)
+    kinds = [kind for kind in ("predicted", "log_loss") if kind in scores]
+    return {kind: scores[kind].reshape(modules, runs, -1) for kind in kinds}
 
 
 def runs_of(experiment: Experiment, name: str, extent: Extent) -> int:

@@ -3,7 +3,7 @@
 An experiment is a collection under one split and one set of settings. Every training is a stack of models, and a
 finished stack is a unit of work: each is trained once, by whichever thread is free.
 
-Shape letters: N LoRAs, L layers, P modules, F features, R runs, K conditions, V and T validation and test LoRAs.
+Shape letters: N LoRAs, L layers, F features, R runs, K conditions, V and T validation and test LoRAs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from analysis.evidence import Predictions
 from data import Collection, CollectionError
 from experiment import store
 from experiment.extraction import Extracted
-from experiment.inputs import Inputs, Source
+from experiment.inputs import Inputs
 from experiment.plans import Plan, Planner, TrainingError
 from experiment.settings import RUNS_IN_STACK, Settings
 from experiment.units import Units
@@ -221,26 +221,6 @@ class Experiment:
             for kind, array in arrays.items():
                 array[trainable] = scores[kind]
         return {kind: array[position].reshape(conditions, runs, -1) for kind, array in arrays.items()}
-
-    def train_modules(self, name: str, runs: int) -> dict[str, np.ndarray]:
-        """Train a representation that reads whole modules on each of them alone.
-
-        Returns:
-            ``predicted`` int32[P, runs, V + T], and ``log_loss`` likewise where a classifier has one.
-
-        Raises:
-            TrainingError: A training diverged, or memory ran out.
-        """
-        modules, label = len(self.inputs.pairs), f"modules {name}"
-        if REPRESENTATIONS[name].made == "kernel":
-            plan = self.planner.plan_kernels(np.eye(modules, dtype=bool), label, num_layers=2)
-        else:
-            models = [(module, run) for module in range(modules) for run in range(runs)]
-            live = np.ones(len(REPRESENTATIONS[name].feature_names), bool)
-            plan = self.planner.plan_classifiers(Source(name, each_layer=True), live, models, label, num_layers=2)
-        scores = self.planner.carry_out(plan, self.progress)
-        kinds = [kind for kind in ("predicted", "log_loss") if kind in scores]
-        return {kind: scores[kind].reshape(modules, runs, -1) for kind in kinds}
 
     def _plan_under(self, name: str, live: np.ndarray, runs: list[int]) -> Plan:
         """Plan classifiers of a representation that see the inputs ``live`` bool[M, F], each in its run."""

@@ -272,11 +272,12 @@ def test_the_analysis_says_what_was_planted(analysed, planted):
     found = results["analysis"]
     above = [record["layer"] for record in found["layers"]["records"] if record["above_null"]]
     assert sorted(above) == sorted(planted[1])
-    assert found["robustness"]["stats"]["verdict"] == "localized"
+    robust = found["robustness"]["stats"]  # of five other layers there are ten choices of three
+    assert robust["verdict"] == "undecided" and "too few others" in robust["why"] and robust["half_gone"] <= 3
     assert len(found["hypotheses"]) == 5 and "norms" in found["cheap"]["as_good"]
     assert found["representations"]["drops"]["stats"]["interval"][0] > 0.3
     written = (folder / "results.txt").read_text()
-    assert text.render_text(results) == written and "localized" in written
+    assert text.render_text(results) == written and "undecided" in written.lower()
     predictions = store.load_arrays(folder / "predictions.npz")
     conditions = predictions["controls/stats/names"].tolist()
     right = predictions["controls/stats/predicted"][conditions.index("top alone")] == predictions["y"]

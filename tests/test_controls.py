@@ -13,6 +13,7 @@ from making import NARROW, planted_collection, write_collection
 
 import ablation_experiment
 from analysis.comparison import grouped_split
+from analysis.removal_plan import Order
 from experiment import controls, plans
 from experiment.extraction import extract
 from experiment.phases import Experiment
@@ -100,6 +101,29 @@ def test_conditions_without_an_input_are_chance_and_not_trained(planted):
     assert (found["predicted"][0, 0, 9:] == truth).mean() == pytest.approx(1 / 3)
 
 
+def test_representations_that_read_whole_modules_are_ordered_and_removed_by_modules(planted):
+    alone = controls.train_modules(planted, "update_sketch", 2)
+    assert alone["predicted"].shape == alone["log_loss"].shape == (4, 2, 9 + 18)
+    order = Order.of_modules(controls.evidence_of(planted), planted.inputs.members, **alone)
+    assert (order.unit, order.top, len(order.names)) == ("module", 2, 4)
+    validated = (alone["predicted"][..., :9] == planted.collection.y[planted.rows["validation"]]).mean((1, 2))
+    first = [layer.module for layer in planted.layers[::2]].index(order.names[0])
+    assert validated[first] == validated.max()
+    plan = controls.plan_of(planted, order, "update_sketch", "all")
+    assert (plan.kept[..., ::2] == plan.kept[..., 1::2]).all() and plan.kept.shape[1] == 3
+
+
+def test_kernels_are_trained_on_each_module_alone(planted, tmp_path):
+    flags = ("--top-k=3", "--representations=update_kernel")
+    experiment = experiment_on(planted.collection.root, tmp_path / "cache", *flags)
+    plan, arrays = controls.train_conditions(experiment, controls.evidence_of(experiment), "update_kernel", "basic")
+    assert arrays["modules"].shape == (4, 1, 9 + 18) and plan.order.unit == "module"
+    alone = plan.kept[:, 0, ::2].sum(1) == 1
+    trained = {int(kept.argmax()) // 2: i for i, kept in enumerate(plan.kept[:, 0]) if alone[i]}
+    for module, condition in trained.items():
+        np.testing.assert_array_equal(arrays["modules"][module], arrays["predicted"][condition])
+
+
 def test_attribution_finds_the_layers_that_carry_the_class_and_no_removed_one(planted):
     kept = np.ones((2, 3, 8), bool)
     kept[1, :, 1] = False
@@ -164,12 +188,13 @@ def test_no_controls_no_analysis(planted):
     assert asked(planted, "none") is None
 
 
-def test_planted_layers_are_found_localised_and_the_same_again(planted):
+def test_planted_layers_are_found_and_the_same_again(planted):
     found = asked(planted, "basic")
     assert found == asked(planted, "basic")
     above = {record["depth"] for record in found["layers"]["records"] if record["above_null"]}
     assert above == {1, 4, 6}
-    assert list(found["robustness"]) == ["stats"] and found["robustness"]["stats"]["verdict"] == "localized"
+    assert list(found["robustness"]) == ["stats"] and found["robustness"]["stats"]["verdict"] == "undecided"
+    assert "too few others to remove instead (p = 0.091 from 10 draws)" in found["robustness"]["stats"]["why"]
     assert found["groups"]["unused"] == ["artist"] and found["attribution"]["same_top_k"] == 3
     assert found["cheap"]["metadata"]["p"] > 0.05 and "norms" in found["cheap"]["as_good"]  # only scales are planted
     assert found["controls_not_run"] == {}

@@ -236,7 +236,8 @@ def test_what_is_planted_gets_its_verdict(where, units, top_k, modules, expected
 def test_what_is_planted_never_gets_another_verdict(where, units, top_k, modules, expected, not_outcome, test_rows):
     given = verdicts(range(20), where, units, top_k, modules, not_outcome, test_rows=test_rows, runs=2)
     assert given[expected] + given["undecided"] >= 19
-    assert given[expected] >= 19 or test_rows < 100
+    enough = {"redundant": 300, "distributed": 100, "no signal": 1000}.get(expected, 40)  # p < 0.05 in one of 20
+    assert given[expected] >= 19 or test_rows < enough
 
 
 @pytest.mark.parametrize("where", ["1", "10", "all in each", "a little in each"])
