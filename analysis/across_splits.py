@@ -18,7 +18,6 @@ from scipy import stats
 from analysis.draws import LEVEL, ROUNDING
 from analysis.evidence import Evidence
 from analysis.layers import kendall_tau, kendall_w
-from analysis.questions import plain
 
 LEAST_SPLITS = 5  # below which there is a range and no interval
 SHARES, DIFFERENCES = (0.0, 1.0), (-1.0, 1.0)  # within which they lie
@@ -97,7 +96,7 @@ def across_splits(
     pairs = list(combinations(range(len(outcomes)), 2))
     taus = [kendall_tau(accuracy[:, a], accuracy[:, b])["kendall_tau"] for a, b in pairs]
     known = [tau for tau in taus if tau is not None]
-    result = {
+    return {
         "splits": len(outcomes),
         "best": best,
         "representations": {name: _representation(outcomes, name, best, ratio) for name in names},
@@ -117,7 +116,6 @@ def across_splits(
         "not_run": not_run,
         "splits_not_run": splits_not_run,
     }
-    return plain(result)
 
 
 def _representation(outcomes: Sequence[SplitOutcome], name: str, best: str, ratio: float) -> dict:

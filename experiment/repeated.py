@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from analysis.across_splits import SplitOutcome, across_splits
+from analysis.questions import plain
 from data import CollectionError
 from experiment import store
 from experiment.controls import evidence_of
@@ -54,7 +55,7 @@ def repeat(experiment: Experiment, names: Sequence[str], say: Callable[[str], No
     for name, reason in not_run.items():
         say(f"{name}: not compared over splits: {reason}")
     layers = [layer.name for layer in experiment.layers]
-    return across_splits(outcomes, layers, settings.top_k, not_run, splits_not_run)
+    return plain(across_splits(outcomes, layers, settings.top_k, not_run, splits_not_run))
 
 
 def _rows_of(experiment: Experiment) -> str:
