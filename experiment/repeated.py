@@ -92,7 +92,7 @@ def _line(outcomes: Sequence[SplitOutcome], number: int, count: int, top_k: int,
     """Return the line of the console on the latest split."""
     first, latest = outcomes[0], outcomes[-1]
     layer = latest.ranking[0]
-    name, accuracy = experiment.layers[layer].name, 100 * latest.recognised[layer].mean()
+    name, accuracy = experiment.layers[layer].name, 100 * latest.accuracies[layer]
     shared = len(set(first.ranking[:top_k].tolist()) & set(latest.ranking[:top_k].tolist()))
     line = (
         f"split {number} of {count}: first {name}, {accuracy:.1f} %; {shared} of its top {top_k} are those of split 1"
