@@ -18,7 +18,6 @@ from scipy import stats
 from analysis.draws import LEVEL, ROUNDING
 from analysis.evidence import Evidence
 from analysis.layers import kendall_tau, kendall_w
-from analysis.questions import plain
 
 LEAST_SPLITS = 5  # below which there is a range and no interval
 SHARES, DIFFERENCES = (0.0, 1.0), (-1.0, 1.0)  # within which they lie
@@ -33,7 +32,8 @@ class SplitOutcome:
         trained: Number of train LoRAs.
         tested: The test LoRAs, int[T].
         chosen_by: The LoRAs that rank the layers, int[T or V].
-        recognised: Share of runs in which each layer alone recognises each of them, float32[L, T].
+        recognised: Number of runs in which each layer alone recognises each of them, int[L, T].
+        runs: Number of runs.
         baseline: Test accuracies with all layers, by representation.
         ablation: Those without the top k of this split.
         validation: Validation accuracies with all layers.
@@ -44,9 +44,15 @@ class SplitOutcome:
     tested: np.ndarray
     chosen_by: np.ndarray
     recognised: np.ndarray
+    runs: int
     baseline: dict[str, float]
     ablation: dict[str, float]
     validation: dict[str, float]
+
+    @property
+    def accuracies(self) -> np.ndarray:
+        """The test accuracy of each layer alone, mean over runs, float64[L]."""
+        return self.recognised.mean(1) / self.runs
 
     @classmethod
     def of(cls, evidence: Evidence, names: Sequence[str], chosen_by: str = "test") -> SplitOutcome:
@@ -61,12 +67,14 @@ class SplitOutcome:
         def accuracies(condition: str) -> dict[str, float]:
             return {name: float((evidence.predicted(condition, name) == evidence.truth).mean()) for name in names}
 
+        correct = evidence.layer_predictions() == evidence.truth  # (L, R, T)
         return cls(
             evidence.ranking,
             len(evidence.rows["train"]),
             evidence.rows["test"],
             evidence.rows[chosen_by],
-            (evidence.layer_predictions() == evidence.truth).mean(1, dtype=np.float32),
+            correct.sum(1, dtype=np.uint16),
+            correct.shape[1],
             accuracies("baseline"),
             accuracies("ablation"),
             {name: float(evidence.validated("baseline", name).mean()) for name in names},
@@ -92,12 +100,12 @@ def across_splits(
     names = [name for name in outcomes[0].baseline if name not in not_run]
     ratio = float(np.mean([len(outcome.tested) / outcome.trained for outcome in outcomes]))
     best = max(names, key=lambda name: round(sum(outcome.validation[name] for outcome in outcomes), 9), default=None)
-    accuracy = np.stack([outcome.recognised.mean(1, dtype=float) for outcome in outcomes], axis=1)  # (L, S)
+    accuracy = np.stack([outcome.accuracies for outcome in outcomes], axis=1)  # (L, S)
     top = np.stack([np.isin(np.arange(len(layers)), outcome.ranking[:top_k]) for outcome in outcomes], axis=1)
     pairs = list(combinations(range(len(outcomes)), 2))
     taus = [kendall_tau(accuracy[:, a], accuracy[:, b])["kendall_tau"] for a, b in pairs]
     known = [tau for tau in taus if tau is not None]
-    result = {
+    return {
         "splits": len(outcomes),
         "best": best,
         "representations": {name: _representation(outcomes, name, best, ratio) for name in names},
@@ -117,7 +125,6 @@ def across_splits(
         "not_run": not_run,
         "splits_not_run": splits_not_run,
     }
-    return plain(result)
 
 
 def _representation(outcomes: Sequence[SplitOutcome], name: str, best: str, ratio: float) -> dict:
@@ -140,7 +147,7 @@ def _first_elsewhere(outcomes: Sequence[SplitOutcome], layers: Sequence[str], ra
     for outcome in outcomes[1:]:
         unseen = ~np.isin(outcome.tested, outcomes[0].chosen_by)
         if unseen.any():
-            values.append(outcome.recognised[chosen, unseen].mean(dtype=float))
+            values.append(outcome.recognised[chosen, unseen].mean() / outcome.runs)
     return {"layer": layers[chosen], **summary(np.array(values), ratio, SHARES)} if values else None
 
 

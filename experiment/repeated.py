@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from analysis.across_splits import SplitOutcome, across_splits
+from analysis.questions import plain
 from data import CollectionError
 from experiment import store
 from experiment.controls import evidence_of
@@ -54,7 +55,7 @@ def repeat(experiment: Experiment, names: Sequence[str], say: Callable[[str], No
     for name, reason in not_run.items():
         say(f"{name}: not compared over splits: {reason}")
     layers = [layer.name for layer in experiment.layers]
-    return across_splits(outcomes, layers, settings.top_k, not_run, splits_not_run)
+    return plain(across_splits(outcomes, layers, settings.top_k, not_run, splits_not_run))
 
 
 def _rows_of(experiment: Experiment) -> str:
@@ -91,7 +92,7 @@ def _line(outcomes: Sequence[SplitOutcome], number: int, count: int, top_k: int,
     """Return the line of the console on the latest split."""
     first, latest = outcomes[0], outcomes[-1]
     layer = latest.ranking[0]
-    name, accuracy = experiment.layers[layer].name, 100 * latest.recognised[layer].mean()
+    name, accuracy = experiment.layers[layer].name, 100 * latest.accuracies[layer]
     shared = len(set(first.ranking[:top_k].tolist()) & set(latest.ranking[:top_k].tolist()))
     line = (
         f"split {number} of {count}: first {name}, {accuracy:.1f} %; {shared} of its top {top_k} are those of split 1"

@@ -201,6 +201,27 @@ def test_planted_layers_are_found_and_the_same_again(planted):
     json.dumps(found, allow_nan=False)
 
 
+def test_what_each_fold_chose_is_removed_and_the_ranking_not_trained_again(planted, monkeypatch):
+    monkeypatch.setattr(planted, "rank", None)
+    found = asked(planted, "basic")["cross_fitted"]
+    assert found["why"] is None and found["sets"] == 1 and found["runs"] == 3  # three layers stand out in every fold
+    for name, record in found["drops"].items():
+        assert name in NAMES and record["drop"] == record["drop_cf"] and record["optimism"] == 0
+    assert found["drops"]["stats"]["significant"] and found["drops"]["stats"]["drop_cf"] > 0.3
+    assert found["top_alone"]["p"] < 0.01 and found["beats_all"].keys() == {"first", "top_alone"}
+    kept = planted.predictions.conditions.pop("cross_fitted")
+    assert kept.keys() == {*NAMES, "top layers alone"} and kept["stats"]["predicted"].shape == (1, 3, 9 + 18)
+
+
+def test_nothing_is_cross_fitted_where_validation_ranks_and_trained_where_no_controls_are(planted, monkeypatch):
+    evidence = controls.evidence_of(planted)
+    monkeypatch.setattr(planted, "again", None)
+    without = controls.cross_fitted(planted, evidence, NAMES, "none")
+    assert without.removed == {} and without.why is None and without.all_layers.shape == (3, 18)
+    monkeypatch.setattr(planted, "settings", replace(planted.settings, rank_by="val"))
+    assert "validation" in controls.cross_fitted(planted, evidence, NAMES, "basic").why
+
+
 def test_controls_that_diverge_are_named_and_the_rest_goes_on(planted, monkeypatch):
     def diverge(*_):
         raise plans.TrainingError("training diverged")
