@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 from scipy import sparse, stats
 
 BLOCK = 2**24  # numbers worked on at a time
 LEVEL, ALPHA = 0.95, 0.05  # of all intervals and tests
-FEW_SEPARATING = (
-    10  # LoRAs (groups) that separate two classifiers, below which draws of their difference are too narrow
-)
+FEW_SEPARATING = 10  # LoRAs (groups) that separate two classifiers, below which draws know little of others
 ROUNDING = 1e-9  # differences of shares that are rounding
 
 
@@ -118,14 +117,28 @@ class Draws:
         half = z * np.sqrt(between / size + z**2 / (4 * size**2)) / (1 + z**2 / size)
         return np.clip(np.stack([centre - half, centre + half], axis=-1), 0, 1)
 
+    @property
+    def freedom(self) -> int:
+        """The degrees of freedom of Student's t: G - 1."""
+        return max(1, self.units - 1)
+
     def quantile(self, probability: float) -> float:
         """Return a quantile of Student's t with G - 1 degrees of freedom."""
-        return float(stats.t.ppf(probability, max(1, self.units - 1)))
+        return float(stats.t.ppf(probability, self.freedom))
 
-    @property
+    @cached_property
     def inflation(self) -> float:
-        """The factor by which the variance of draws is less than that of a sample: G / (G - 1)."""
-        return self.units / max(1, self.units - 1)
+        """The factor by which the variance of draws is less than that of a sample: G / (G - 1) of equal groups.
+
+        Of others G is the number of equal ones that would weigh as much: what a large group adds is compared with a
+        mean that is mostly its own.
+        """
+        equal = self.units**2 / np.square(self._weights).sum()  # Kish's
+        return float(equal / max(equal - 1, ROUNDING))
+
+    def _t_of_normal(self, normal: float) -> float:
+        """Return the quantile of Student's t that as much lies above as above this one of the normal distribution."""
+        return float(stats.t.isf(stats.norm.sf(normal), self.freedom))
 
     def differences(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], resample_runs: bool = True) -> list[dict]:
         """Return the family of differences of accuracies a - b, with intervals and p that hold for all of it together.
@@ -151,9 +164,9 @@ class Draws:
 
         Single-step: c is the 95 % quantile over draws of the largest studentised difference |draw - d| / SE of the
         family; the interval is d ± c SE, and p the share of draws whose largest is at least |d| / SE. So the interval
-        of a difference excludes 0 where its p is below 0.05, and only there. Both are carried over to Student's t of
-        G - 1. Draws of a difference on which fewer than ten LoRAs (groups) separate the two know little of the others:
-        these are computed from their number (`_of_few`), each at its part of the 5 %.
+        of a difference excludes 0 where its p is below 0.05, and only there. Both are carried over to Student's t, see
+        `quantile`. Draws of a difference on which fewer than ten LoRAs (groups) separate the two, or fewer than ten do
+        not, know little of others: these are computed from what was seen (`_of_few`), each at its part of the 5 %.
 
         Args:
             by_lora: Of each difference, the mean over runs for each LoRA, float[m, T].
@@ -164,17 +177,17 @@ class Draws:
         """
         count = len(by_lora)
         difference, by_group = by_lora.mean(1), self._by_group(by_lora)
-        few = (np.abs(by_group).sum(1) < FEW_SEPARATING) | (drawn.std(-1) < ROUNDING)
-        interval, p = self._of_few(by_group, count)
+        error = drawn.std(-1) * np.sqrt(self.inflation)
+        separating = np.abs(by_group / self._weights).sum(1)
+        few = (np.minimum(separating, self.units - separating) < FEW_SEPARATING) | (error < ROUNDING)
+        interval, p = _of_few(by_group, self._weights, error)
         many = np.flatnonzero(~few)
         if len(many):
-            spread = drawn[many].std(-1)
-            error = spread * np.sqrt(self.inflation)
-            largest = (np.abs(drawn[many] - difference[many, None]) / spread[:, None]).max(0)  # (B,)
+            largest = (np.abs(drawn[many] - difference[many, None]) / drawn[many].std(-1)[:, None]).max(0)  # (B,)
             part = len(many) / count  # of the 5 %, as the others have theirs
-            bound = self.quantile(stats.norm.cdf(np.quantile(largest, 1 - ALPHA * part)))
-            interval[many] = difference[many, None] + np.array([-1, 1]) * (bound * error)[:, None]
-            normal = stats.norm.isf(stats.t.sf(np.abs(difference[many]) / error, max(1, self.units - 1)))
+            bound = self._t_of_normal(_bound(largest, ALPHA * part))
+            interval[many] = difference[many, None] + np.array([-1, 1]) * (bound * error[many])[:, None]
+            normal = stats.norm.isf(stats.t.sf(np.abs(difference[many]) / error[many], self.freedom))
             p[many] = np.minimum(1, exceedance(normal, largest[:, None]) / part)
         interval = np.clip(interval, -1, 1)
         return [
@@ -182,29 +195,15 @@ class Draws:
             for i in range(count)
         ]
 
+    @cached_property
+    def _weights(self) -> np.ndarray:
+        """The LoRAs of each group, as a multiple of their mean, float[G]."""
+        return np.bincount(self.group) * self.units / len(self.group)
+
     def _by_group(self, by_lora: np.ndarray) -> np.ndarray:
         """Return what each group adds to differences float[m, T], float[m, G]: their mean is the difference."""
         sums = sparse.csr_array((np.ones(len(self.group)), (np.arange(len(self.group)), self.group)))
         return (by_lora @ sums) * self.units / len(self.group)
-
-    @staticmethod
-    def _of_few(by_group: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return intervals float[m, 2] and p float[m] of differences, to each of which one win and one defeat is added.
-
-        ``d ± z sqrt((v - d²) / (G + 2))`` with ``d = (f12 - f21) / (G + 2)`` and ``v = (q + 2) / (G + 2)``, where
-        f12 - f21 is the sum and q the sum of squares of what groups add; z at ``1 - 0.05 / count`` (Bonferroni). Of a
-        single run, where these are -1, 0 or 1, it is Bonett and Price's interval.
-
-        Source:
-            Bonett & Price, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired
-            data", Journal of Educational and Behavioral Statistics 2012.
-        """
-        size = by_group.shape[1] + 2
-        centre, square = by_group.sum(1) / size, (np.square(by_group).sum(1) + 2) / size
-        error = np.sqrt((square - centre**2) / size)
-        half = stats.norm.isf(ALPHA / count / 2) * error
-        p = np.minimum(1, count * 2 * stats.norm.sf(np.abs(centre) / error))
-        return np.stack([centre - half, centre + half], axis=-1), p
 
     def _blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the number of the first draw of a block, and how often each draw has each LoRA, float32[b, T]."""
@@ -219,6 +218,37 @@ class Draws:
         picked = stream(self.seed, purpose, items, start).integers(items, size=(draws, items))
         picked += items * np.arange(draws)[:, None]
         return np.bincount(picked.ravel(), minlength=draws * items).reshape(draws, items)
+
+
+def _of_few(by_group: np.ndarray, weights: np.ndarray, drawn_error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return intervals float[m, 2] and p float[m] of differences, to which one win and one defeat is added.
+
+    These are of groups of the mean size and differ by w, the mean size of what separates the two and of half a
+    group that is won wholly: ``(sum n d² + 1/2) / (sum n |d| + 1/2)``, where d is a group's difference and n its
+    size as a multiple of the mean. The interval is ``c ± z SE``, c the mean of all G + 2, its error that of a
+    ratio, ``SE² = (sum (n (d - c))² + 2 (w² + c²)) / (G + 2)²``, and z at ``1 - 0.05 / count`` (Bonferroni). Of one
+    run and no groups it is Bonett and Price's interval. Where draws, which know of runs, spread wider, their error
+    is taken.
+
+    Source:
+        Bonett & Price, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired
+        data", Journal of Educational and Behavioral Statistics 2012.
+    """
+    count, size = len(by_group), len(weights) + 2
+    sizes, squares = np.abs(by_group).sum(1), (np.square(by_group) / weights).sum(1)
+    added = (squares + 0.5) / (sizes + 0.5)
+    centre = by_group.sum(1) / size
+    variance = np.square(by_group - centre[:, None] * weights).sum(1) + 2 * (added**2 + centre**2)
+    error = np.maximum(np.sqrt(variance) / size, drawn_error)
+    half = stats.norm.isf(ALPHA / count / 2) * error
+    p = np.minimum(1, count * 2 * stats.norm.sf(np.abs(centre) / error))
+    return np.stack([centre - half, centre + half], axis=-1), p
+
+
+def _bound(largest: np.ndarray, alpha: float) -> float:
+    """Return the number above which `exceedance` of draws float[B] is below alpha, and only there."""
+    allowed = int(np.ceil(alpha * (1 + len(largest)) - ROUNDING)) - 2  # draws that may be as large
+    return float(np.sort(largest)[-1 - allowed]) if allowed >= 0 else np.inf
 
 
 def interval(drawn: np.ndarray) -> np.ndarray:

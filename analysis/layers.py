@@ -336,12 +336,13 @@ def _coarse_and_fine(evidence: Evidence, test: ChanceTest, of_class: np.ndarray)
 
     Coarse: share of LoRAs whose cluster is right, from 0 (chance) to 1. Fine: of those, share whose concept is right,
     likewise. Chance is the largest cluster, and the largest class within each cluster. The top layers are those by
-    validation, the others those that know something: layers that know nothing have no fine score that means anything.
+    validation, the others those that know something, family-wise: the lucky ones of many that know nothing would all
+    be right about concepts on the very LoRAs that they are compared on.
     ``why`` says why there is no answer, and is None where there is one.
     """
     predicted, k = evidence.layer_predictions(), evidence.top_k
     by_validation = order_of(evidence.layer_validation().mean((1, 2)), -evidence.layer_validation_loss())
-    top, others = by_validation[:k], [layer for layer in by_validation[k:].tolist() if test.p[layer] < ALPHA]
+    top, others = by_validation[:k], [layer for layer in by_validation[k:].tolist() if test.above_null[layer]]
     cluster, sizes = of_class[evidence.truth], np.bincount(evidence.truth, minlength=len(of_class))
     largest = np.array([sizes[of_class == label].max() for label in range(1, of_class.max() + 1)])
     chance = {"coarse": np.bincount(cluster).max() / len(cluster), "fine": largest.sum() / len(cluster)}

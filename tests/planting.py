@@ -37,6 +37,13 @@ def evidence_of(
     return Evidence(described, labels, y, rows, groups, np.arange(layers), top_k, predictions, seed, *FEWER_DRAWS)
 
 
+def all_tested(y: np.ndarray, groups: np.ndarray | None = None, *, draws=300, seed=0) -> Evidence:
+    """Return evidence all of whose LoRAs are test rows, to test predictions that are simulated."""
+    rows = {"train": np.arange(0), "validation": np.arange(0), "test": np.arange(len(y))}
+    classes = [f"class {c}" for c in range(y.max() + 1)]
+    return Evidence([], classes, y, rows, groups, np.arange(0), 1, Predictions(rows["test"], y), seed, draws, draws)
+
+
 def held_out(evidence: Evidence) -> np.ndarray:
     return evidence.y[np.concatenate([evidence.rows["validation"], evidence.rows["test"]])]
 
@@ -65,8 +72,11 @@ def all_predictions(evidence: Evidence) -> list[dict[str, np.ndarray]]:
 
 
 def share(evidence: Evidence, size: float | np.ndarray) -> np.ndarray:
-    """Return a mask of a share of the held-out LoRAs, the same of each class, for each run where ``size`` has runs."""
-    order = np.arange(len(held_out(evidence))) // len(evidence.classes)
+    """Return a mask of a share of the held-out LoRAs, the same of each class, for each run where ``size`` has runs.
+
+    Of the first few, which are the validation LoRAs, it is about that share too.
+    """
+    order = 7 * (np.arange(len(held_out(evidence))) // len(evidence.classes))
     return order % 20 < 20 * np.asarray(size)[..., None]
 
 
