@@ -29,6 +29,7 @@ import numpy as np
 from loras import labels as labelling
 from loras import lora_files
 from loras.building import WEIGHTS_NAME
+from loras.copies import common_names
 from loras.labels import Finding
 from loras.lora_files import Header, Layer, Layout, LoraFileError, by_layout, file_stat
 from loras.notices import Notice
@@ -77,7 +78,7 @@ class Collection:
 
     Layers stand in the network's order, under the names that the first file gives them. ``label_column`` is None where
     folders are the labels, ``table`` where no table is; ``skipped`` are path and reason of the files left out;
-    ``notices`` is what is reported of files that are used.
+    ``notices`` is what is reported of files that are used, ``together`` whether groups keep copies and epochs together.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Collection:
     table: Path | None = None
     skipped: tuple[tuple[str, str], ...] = ()
     notices: tuple[Notice, ...] = ()
+    together: bool = False
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -120,11 +122,33 @@ class Collection:
 
     @cached_property
     def groups(self) -> np.ndarray | None:
-        """Group of each file, int64[N]; None without a group column."""
-        if self.group_column is None:
+        """Group of each file, int64[N]; None where neither a column nor copies make groups."""
+        if self.group_column is None and not self.together:
             return None
         position = {group: g for g, group in enumerate(sorted({file.group for file in self.files}))}
         return np.array([position[file.group] for file in self.files])
+
+    @property
+    def rows_of_groups(self) -> list[list[int]]:
+        """The rows of each group; none without groups."""
+        rows = defaultdict(list)
+        for row, group in enumerate([] if self.groups is None else self.groups.tolist()):
+            rows[group].append(row)
+        return list(rows.values())
+
+    @property
+    def grouped_by(self) -> str:
+        """The origin of the groups, in words."""
+        if self.group_column is None:
+            return "copies and epochs"
+        return f"groups by {self.group_column}" + (", copies and epochs" if self.together else "")
+
+    @property
+    def mend_of_groups(self) -> str:
+        """What helps where groups allow no split."""
+        others = ["group by another column"] if self.group_column is not None else []
+        twins = ["add LoRAs of other trainings, or --keep-twins leaves copies and epochs where they fall"]
+        return ", or ".join(others + (twins if self.together else []))
 
     @cached_property
     def columns(self) -> dict[str, dict[str, str]]:
@@ -190,7 +214,8 @@ def index_collection(
         name: Of the collection; the folder's, if none is given.
         progress: Wraps the iteration over files.
         labels: A table of labels, see `labels.read_labels`.
-        label_column, group_column: Its columns, or fields of the metadata.json files, that are label and group.
+        label_column: Its column, or field of the metadata.json files, that is the label.
+        group_column: The one that is the group.
         skip_bad: Leave out files that cannot be used, instead of refusing the collection.
         strict: Refuse, or with ``skip_bad`` leave out, what is otherwise only reported.
 
@@ -318,6 +343,19 @@ def _more(count: int) -> str:
     return f" and {count - 1} more" if count > 1 else ""
 
 
+def keep_together(collection: Collection, groups: Sequence[Sequence[int]]) -> Collection:
+    """Return the collection with each group of rows in one group of files, beside the groups that it has.
+
+    Groups that share a file become one, under the first of their names; a file without a group is its own.
+    """
+    if not groups:
+        return collection
+    own = [file.path if collection.groups is None else file.group for file in collection.files]
+    names = common_names(own, [*groups, *collection.rows_of_groups])
+    files = [replace(file, group=name) for file, name in zip(collection.files, names, strict=True)]
+    return replace(collection, files=tuple(files), together=True)
+
+
 def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[str], list[Finding]]:
     """Find the weight files below a folder, as sorted paths relative to it, and what is wrong with the folders."""
     paths, findings = [], []
@@ -419,8 +457,8 @@ def _check_groups(collection: Collection) -> None:
     pairs = np.unique(np.stack([collection.y, collection.groups]), axis=1)  # (class, group) of at least one LoRA
     counts = dict(zip(collection.classes, np.bincount(pairs[0]).tolist(), strict=True))
     if min(counts.values()) < 3:
-        fault = f"{collection.group_column} gives a class with fewer than three groups ({_rarest(counts)})"
-        mend = "Train, validation and test need one each: group by another column."
+        fault = f"{collection.grouped_by} leave a class with fewer than three groups ({_rarest(counts)})"
+        mend = f"Train, validation and test need one each: {collection.mend_of_groups}."
         raise CollectionError([f"{collection.root}: {fault}. {mend}"])
 
 

@@ -16,7 +16,7 @@ from analysis import comparison, questions
 from analysis.evidence import Evidence, permuted, stream
 from analysis.questions import Controls
 from analysis.removal import Conditions, plan_controls
-from data import CollectionError, check_classes
+from data import CollectionError, check_classes, keep_together
 from experiment.phases import Experiment, split_collection
 from experiment.plans import TrainingError
 from experiment.settings import Settings
@@ -294,7 +294,8 @@ def grouped(experiment: Experiment, evidence: Evidence, names: Sequence[str], co
     fixed = [name for name in names if REPRESENTATIONS[name].made == "computed"]
     for column, values_by_file in columns.items() if fixed else ():
         files = tuple(replace(file, group=values_by_file[file.path]) for file in collection.files)
-        by_group = replace(collection, files=files, group_column=column)
+        by_group = replace(collection, files=files, group_column=column, together=False)
+        by_group = keep_together(by_group, collection.rows_of_groups)  # those of copies and epochs
         try:
             check_classes(by_group)
             rows = split_collection(by_group, settings.seed)

@@ -36,8 +36,9 @@ def split_collection(collection: Collection, seed: int) -> dict[str, np.ndarray]
     try:
         return split_rows(collection.y, seed, collection.groups)
     except ValueError as error:
-        where = f"{collection.root}: groups by {collection.group_column}"
-        raise CollectionError([f"{where}: {error}. Group by another column, or leave out --group-column."]) from error
+        mend = collection.mend_of_groups
+        fault = f"{collection.root}: {collection.grouped_by}: {error}"
+        raise CollectionError([f"{fault}. {mend[0].upper()}{mend[1:]}."]) from error
 
 
 class Experiment:
