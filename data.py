@@ -137,18 +137,16 @@ class Collection:
         return list(rows.values())
 
     @property
-    def grouped_by(self) -> str:
-        """The origin of the groups, in words."""
-        if self.group_column is None:
-            return "copies and epochs"
-        return f"groups by {self.group_column}" + (", copies and epochs" if self.together else "")
-
-    @property
-    def mend_of_groups(self) -> str:
-        """What helps where groups allow no split."""
-        others = ["group by another column"] if self.group_column is not None else []
-        twins = ["add LoRAs of other trainings, or --keep-twins leaves copies and epochs where they fall"]
-        return ", or ".join(others + (twins if self.together else []))
+    def group_words(self) -> tuple[str, str]:
+        """The origin of the groups, and what helps where they allow no split, in words."""
+        if not self.together:
+            return f"groups by {self.group_column}", "Group by another column, or leave out --group-column."
+        by = (
+            f"groups by {self.group_column}, copies and epochs"
+            if self.group_column is not None
+            else "copies and epochs"
+        )
+        return by, "Add LoRAs of other trainings, or --keep-twins leaves copies and epochs where they fall."
 
     @cached_property
     def columns(self) -> dict[str, dict[str, str]]:
@@ -457,9 +455,13 @@ def _check_groups(collection: Collection) -> None:
     pairs = np.unique(np.stack([collection.y, collection.groups]), axis=1)  # (class, group) of at least one LoRA
     counts = dict(zip(collection.classes, np.bincount(pairs[0]).tolist(), strict=True))
     if min(counts.values()) < 3:
-        fault = f"{collection.grouped_by} leave a class with fewer than three groups ({_rarest(counts)})"
-        mend = f"Train, validation and test need one each: {collection.mend_of_groups}."
-        raise CollectionError([f"{collection.root}: {fault}. {mend}"])
+        few = f"a class with fewer than three groups ({_rarest(counts)})"
+        need = "Train, validation and test need one each"
+        fault = f"{collection.group_column} gives {few}. {need}: group by another column."
+        if collection.together:
+            by, mend = collection.group_words
+            fault = f"{by}, kept together, leave {few}. {need}. {mend}"
+        raise CollectionError([f"{collection.root}: {fault}"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from analysis import comparison, questions
 from analysis.evidence import Evidence, permuted, stream
 from analysis.questions import Controls
 from analysis.removal import Conditions, plan_controls
-from data import CollectionError, check_classes, keep_together
+from data import Collection, CollectionError, check_classes, keep_together
 from experiment.phases import Experiment, split_collection
 from experiment.plans import TrainingError
 from experiment.settings import Settings
@@ -293,9 +293,7 @@ def grouped(experiment: Experiment, evidence: Evidence, names: Sequence[str], co
     settings, collection = experiment.settings, experiment.collection
     fixed = [name for name in names if REPRESENTATIONS[name].made == "computed"]
     for column, values_by_file in columns.items() if fixed else ():
-        files = tuple(replace(file, group=values_by_file[file.path]) for file in collection.files)
-        by_group = replace(collection, files=files, group_column=column, together=False)
-        by_group = keep_together(by_group, collection.rows_of_groups)  # those of copies and epochs
+        by_group = grouped_by(collection, column, values_by_file)
         try:
             check_classes(by_group)
             rows = split_collection(by_group, settings.seed)
@@ -309,6 +307,14 @@ def grouped(experiment: Experiment, evidence: Evidence, names: Sequence[str], co
         predicted = again.predictions.conditions["grouped"][best]["predicted"][:, len(rows["validation"]) :]
         return column, best, by_group.y[rows["test"]], by_group.groups[rows["test"]], predicted
     return None
+
+
+def grouped_by(collection: Collection, column: str, values_by_file: dict[str, str]) -> Collection:
+    """Return a collection whose groups are those of a column, and keep copies and epochs together as before."""
+    files = tuple(replace(file, group=values_by_file[file.path]) for file in collection.files)
+    return keep_together(
+        replace(collection, files=files, group_column=column, together=False), collection.rows_of_groups
+    )
 
 
 def shuffled(experiment: Experiment, shuffles: int) -> np.ndarray:

@@ -36,9 +36,8 @@ def split_collection(collection: Collection, seed: int) -> dict[str, np.ndarray]
     try:
         return split_rows(collection.y, seed, collection.groups)
     except ValueError as error:
-        mend = collection.mend_of_groups
-        fault = f"{collection.root}: {collection.grouped_by}: {error}"
-        raise CollectionError([f"{fault}. {mend[0].upper()}{mend[1:]}."]) from error
+        by, mend = collection.group_words
+        raise CollectionError([f"{collection.root}: {by}: {error}. {mend}"]) from error
 
 
 class Experiment:
