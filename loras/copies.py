@@ -102,16 +102,16 @@ def find_copies(
     suspects = rows[_has_like(sizes[rows], tolerance)]
     sums = np.array([_sums(read(row), layouts[row]) for row in suspects.tolist()]).reshape(-1, SUMS)
     compared: set[tuple[int, int]] = set()
-    while True:  # until those that are left, one of each group, have no more copies among them
-        pairs = [pair for pair in _near(suspects, sums, max(1e-4, coarsest)) if pair not in compared]
+    pairs = _of_equal_sums(suspects, sums) or _near(suspects, sums, max(1e-4, coarsest))
+    while pairs:  # until those that are left, one of each group, have no more copies among them
         compared.update(pairs)
         equal = _equal_pairs(pairs, layouts, read)
-        if not equal:
-            return joined(len(digests), groups)
         groups += equal
         again = [row for group in joined(len(digests), equal) for row in group[1:]]
         left = ~np.isin(suspects, again)
         suspects, sums = suspects[left], sums[left]
+        pairs = [pair for pair in _near(suspects, sums, max(1e-4, coarsest)) if pair not in compared]
+    return joined(len(digests), groups)
 
 
 def _tolerance(types: set[str]) -> tuple[float, float]:
@@ -133,15 +133,20 @@ def _has_like(sizes: np.ndarray, tolerance: float) -> np.ndarray:
         return np.full(count, count > 1)
     logarithms = np.log(sizes + 1e-7)  # float16 has nothing below that
     directions = np.random.default_rng(0).standard_normal((layers, min(layers, DIRECTIONS))) / np.sqrt(layers)
-    places = logarithms @ directions
-    near = cKDTree(places).query(places, min(NEIGHBOURS, count), p=np.inf, distance_upper_bound=6 * tolerance)[1]
-    alike = np.zeros(count, bool)
+    places, first, position, counts = np.unique(
+        logarithms @ directions, axis=0, return_index=True, return_inverse=True, return_counts=True
+    )
+    alike = (counts > 1)[position.ravel()]
+    logarithms, count = logarithms[first], len(first)  # thousands of equal places would make the search quadratic
+    near = cKDTree(places).query(
+        places, range(1, 1 + min(NEIGHBOURS, count)), p=np.inf, distance_upper_bound=6 * tolerance
+    )[1]
     for neighbours in near.T:
         rows = np.flatnonzero((neighbours < count) & (neighbours != np.arange(count)))
         for part in np.array_split(rows, 1 + len(rows) // ROWS_AT_ONCE):
-            gaps = np.abs(logarithms[part] - logarithms[neighbours[part]]).max(1)
-            alike[part] |= gaps <= tolerance
-            alike[neighbours[part[gaps <= tolerance]]] = True
+            same = np.abs(logarithms[part] - logarithms[neighbours[part]]).max(1) <= tolerance
+            alike[first[part[same]]] = True
+            alike[first[neighbours[part[same]]]] = True
     return alike
 
 
@@ -156,6 +161,13 @@ def _sums(weights: np.ndarray, layout: Layout) -> np.ndarray:
         folded = np.pad(layer, (0, -len(layer) % SUMS)).reshape(-1, SUMS).sum(0)
         sums += folded / (np.linalg.norm(layer) or 1.0)
     return sums / np.sqrt(len(layout.columns))
+
+
+def _of_equal_sums(rows: np.ndarray, sums: np.ndarray) -> list[tuple[int, int]]:
+    """Return pairs of rows of the very same sums, each row with the first; headers alone may differ in thousands."""
+    first: dict[bytes, int] = {}
+    pairs = [(first.setdefault(values.tobytes(), row), row) for row, values in zip(rows.tolist(), sums, strict=True)]
+    return [(one, other) for one, other in pairs if one != other]
 
 
 def _near(rows: np.ndarray, sums: np.ndarray, distance: float) -> list[tuple[int, int]]:

@@ -4,6 +4,9 @@ import csv
 import json
 import os
 import shutil
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -251,7 +254,7 @@ def test_check_sees_what_the_pass_left_in_several_shards(zoo, tmp_path, monkeypa
     monkeypatch.setattr(extraction, "_numbers_of_a_lora", lambda _: 64)
     monkeypatch.setattr(extraction, "SHARD_NUMBERS", 3 * 64)
     collection = index_collection(zoo)
-    check = lambda *arguments: checks.check_collection(*arguments, seed=0)  # noqa: E731
+    check = partial(checks.check_collection, seed=0)
     first = extract(collection, CHECKED, tmp_path / "cache", CPU, check=check)
     assert first.checked["groups"] == [[1, 19]]
     assert first.load("digests").shape == (20, 32) and first.load("digests").dtype == np.uint8
@@ -269,3 +272,44 @@ def test_a_file_that_looks_like_a_copy_and_changes_is_refused(zoo, tmp_path):
     os.truncate(lora_at(zoo, 0, 2), 9)
     with pytest.raises(CollectionError, match="changed since it was indexed"):
         checks.check_collection(collection, extracted.path, seed=0)
+
+
+def test_a_pass_that_was_stopped_goes_on_and_is_checked(zoo, tmp_path, monkeypatch):
+    copy_lora(zoo, (0, 1), (0, 2))
+    monkeypatch.setattr(extraction, "_numbers_of_a_lora", lambda _: 64)
+    monkeypatch.setattr(extraction, "SHARD_NUMBERS", 5 * 64)
+    read, original = [], extraction._Pass.run
+
+    def stop_in_third(*arguments):
+        read.append(arguments[1].start)
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        original(*arguments)
+
+    def checked():
+        check = partial(checks.check_collection, seed=0)
+        return extract(index_collection(zoo), CHECKED, tmp_path / "cache", CPU, check=check).checked
+
+    monkeypatch.setattr(extraction._Pass, "run", stop_in_third)
+    with pytest.raises(KeyboardInterrupt):
+        checked()
+    assert checked()["groups"] == [[1, 2]] and read == [0, 5, 10, 10, 15]
+
+
+@pytest.mark.slow
+def test_two_processes_of_one_job_keep_the_same_groups(zoo):
+    """The first process finds them, the other one is told: else they would train on other splits."""
+    copy_lora(zoo, (0, 1), (0, 4), (0, 7))
+    expected = samples_in(run(zoo))
+    for flags, code in (((), 0), (("--strict",), 1)):
+        out = zoo.parent / f"shared{code}"
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", Path(main.__code__.co_filename)]
+        command += ["--dataset", zoo, "--output-dir", out, *FLAGS, *flags]
+        job = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=zoo.parent, timeout=240)
+        assert job.returncode == code, job.stderr
+        if code:
+            assert job.stderr.count("1 LoRA is") + job.stderr.count("2 LoRAs are copies of others") == 1
+            assert not out.exists()
+        else:
+            assert samples_in(out / "ablation_zoo") == expected
+            assert job.stdout.count("note      2 LoRAs are copies of others") == 1
