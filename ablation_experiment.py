@@ -35,8 +35,8 @@ from threadpoolctl import threadpool_limits
 
 import data
 from data import Collection, CollectionError
-from experiment import controls, store
-from experiment.extraction import WEIGHTS, Extracted, extract, identity
+from experiment import checks, controls, store
+from experiment.extraction import CHECKED, WEIGHTS, Extracted, extract, identity
 from experiment.phases import Experiment, emptied, split_collection
 from experiment.plans import TrainingError
 from experiment.repeated import repeat
@@ -48,7 +48,7 @@ from loras.building import Progress
 from report import figures, page, text
 from report.text import Content
 from report.wording import top_layers as top_layers_text
-from representations import RANKING, REPRESENTATIONS, UPDATES
+from representations import REPRESENTATIONS
 from training.classifier import scored
 from training.stacks import start_thread
 
@@ -58,7 +58,8 @@ THREADS = torch.get_num_threads()  # tasks at once on a CPU, one thread each
 PROGRAM = (  # of which results are; tests, benchmarks and what imports a published collection are no part of it
     *("ablation_experiment", "autoencoders", "data", "representations"),
     *("analysis", "experiment", "report", "training"),
-    *("loras/building", "loras/digits_zoo", "loras/keys", "loras/labels", "loras/lora_files", "loras/notices"),
+    *("loras/building", "loras/copies", "loras/digits_zoo", "loras/keys", "loras/labels", "loras/lora_files"),
+    *("loras/notices", "loras/weight_checks"),
 )
 SCHEMA_VERSION = 2
 
@@ -114,6 +115,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "instead: the built-in digits",
     )
     data.add_label_flags(add)
+    add(
+        "--keep-twins",
+        action="store_true",
+        help="leave copies of a LoRA, and epochs of one training, where the split puts them, also on both sides of it; "
+        "without this flag they are kept together",
+    )
     add_experiment_flags(parser.add_argument_group("experiment").add_argument)
     add = parser.add_argument_group("files and machine").add_argument
     add("--output-dir", type=Path, default=Path("ablation-results"), help="folder of results (ablation-results)")
@@ -240,8 +247,11 @@ def carry_out(args: argparse.Namespace, settings: Settings, workers: Workers) ->
             workers.check_shared(cache)
         with watch.phase("features"):
             indexed = collection, plan
-            collection, plan, extracted = read_weights(settings, indexed, cache, workers, progress, args.skip_bad)
+            collection, plan, extracted = read_weights(args, settings, indexed, cache, workers, progress)
         plan.header["dataset"]["fingerprint"] = extracted.fingerprint
+        plan.header["dataset"]["findings"] = [notice.record() for notice in collection.notices]
+        for line in text.notice_lines(plan.header):
+            say(line)
         if finished := workers.broadcast(lambda: finished_results(target, plan.header)):
             say(f"\nNothing to do: {target} holds the results of these settings on these files.")
             return 3 if finished["not run"] else 0
@@ -263,31 +273,38 @@ def carry_out(args: argparse.Namespace, settings: Settings, workers: Workers) ->
 
 
 def read_weights(
+    args: argparse.Namespace,
     settings: Settings,
     indexed: tuple[Collection, CollectionPlan],
     cache: Path,
     workers: Workers,
     progress: Progress,
-    skip_bad: bool,
 ) -> tuple[Collection, CollectionPlan, Extracted]:
-    """Extract features; return them with the collection and plan, less files that --skip-bad leaves out.
+    """Extract features and check the weights; return them with the collection and plan that are left.
+
+    These are less the files that --skip-bad leaves out, and keep copies and epochs on one side of the split.
 
     Raises:
-        CollectionError: Weights are NaN or infinite, or files have changed.
+        CollectionError: Weights are NaN or infinite, copies have several labels, or files have changed.
     """
     collection, plan = indexed
+    flags = {"strict": args.strict, "skip_bad": args.skip_bad, "keep_twins": settings.keep_twins}
+    check = partial(checks.check_collection, seed=settings.seed, **flags)
     while True:
         check_alike(workers, collection, plan)
         try:
-            extracted = extract(collection, plan.needed, cache, settings.device, workers, progress, skip_bad)
+            extracted = extract(
+                collection, plan.needed, cache, settings.device, workers, progress, args.skip_bad, check
+            )
         except CollectionError as error:
-            if not (skip_bad and error.files):
+            if not (args.skip_bad and error.files):
                 raise
             say(f"skipped   {len(error.files)} more, found on reading their weights")
             collection = data.without(collection, error.files)
             plan = make_plan(settings, collection)
         else:
-            return collection, plan, extracted
+            collection = checks.apply(collection, extracted.checked)
+            return collection, make_plan(settings, collection) if collection.together else plan, extracted
 
 
 def check_alike(workers: Workers, collection: Collection, plan: CollectionPlan) -> None:
@@ -313,6 +330,7 @@ def index(args: argparse.Namespace, name: str, folder: Path, progress: Progress)
         label_column=args.label_column,
         group_column=args.group_column,
         skip_bad=args.skip_bad,
+        strict=args.strict,
     )
 
 
@@ -350,7 +368,7 @@ def make_plan(settings: Settings, collection: Collection) -> CollectionPlan:
     not_run = {name: collection.mixed_ranks for name in flat if collection.mixed_ranks}
     chosen = [name for name in settings.representations if name not in not_run]
     computed = {name for name in chosen if REPRESENTATIONS[name].made == "computed"}
-    needed = {RANKING, UPDATES} | computed | ({WEIGHTS} if len(computed) < len(chosen) else set())
+    needed = {*CHECKED} | computed | ({WEIGHTS} if len(computed) < len(chosen) else set())
     header = describe(settings, collection, rows, selected)
     say(text.collection_lines(header, len(chosen)))
     for name, reason in not_run.items():
@@ -527,7 +545,7 @@ def samples(experiment: Experiment, *_: object) -> bytes:
     """Return the content of samples.csv: a line for each LoRA."""
     part_of_row = {row: part for part, rows in experiment.rows.items() for row in rows.tolist()}
     columns = ["file", "label", "split"]
-    if experiment.collection.group_column is not None:
+    if experiment.collection.groups is not None:
         columns.append("group")
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")

@@ -29,6 +29,7 @@ import numpy as np
 from loras import labels as labelling
 from loras import lora_files
 from loras.building import WEIGHTS_NAME
+from loras.copies import common_names
 from loras.labels import Finding
 from loras.lora_files import Header, Layer, Layout, LoraFileError, by_layout, file_stat
 from loras.notices import Notice
@@ -77,7 +78,7 @@ class Collection:
 
     Layers stand in the network's order, under the names that the first file gives them. ``label_column`` is None where
     folders are the labels, ``table`` where no table is; ``skipped`` are path and reason of the files left out;
-    ``notices`` is what is reported of files that are used.
+    ``notices`` is what is reported of files that are used, ``together`` whether groups keep copies and epochs together.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Collection:
     table: Path | None = None
     skipped: tuple[tuple[str, str], ...] = ()
     notices: tuple[Notice, ...] = ()
+    together: bool = False
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -120,11 +122,31 @@ class Collection:
 
     @cached_property
     def groups(self) -> np.ndarray | None:
-        """Group of each file, int64[N]; None without a group column."""
-        if self.group_column is None:
+        """Group of each file, int64[N]; None where neither a column nor copies make groups."""
+        if self.group_column is None and not self.together:
             return None
         position = {group: g for g, group in enumerate(sorted({file.group for file in self.files}))}
         return np.array([position[file.group] for file in self.files])
+
+    @property
+    def rows_of_groups(self) -> list[list[int]]:
+        """The rows of each group; none without groups."""
+        rows = defaultdict(list)
+        for row, group in enumerate([] if self.groups is None else self.groups.tolist()):
+            rows[group].append(row)
+        return list(rows.values())
+
+    @property
+    def group_words(self) -> tuple[str, str]:
+        """The origin of the groups, and what helps where they allow no split, in words."""
+        if not self.together:
+            return f"groups by {self.group_column}", "Group by another column, or leave out --group-column."
+        by = (
+            f"groups by {self.group_column}, copies and epochs"
+            if self.group_column is not None
+            else "copies and epochs"
+        )
+        return by, "Add LoRAs of other trainings, or --keep-twins leaves copies and epochs where they fall."
 
     @cached_property
     def columns(self) -> dict[str, dict[str, str]]:
@@ -181,6 +203,7 @@ def index_collection(
     label_column: str | None = None,
     group_column: str | None = None,
     skip_bad: bool = False,
+    strict: bool = False,
 ) -> Collection:
     """Read all headers and labels of a folder, and nothing of the weights.
 
@@ -192,6 +215,7 @@ def index_collection(
         label_column: Its column, or field of the metadata.json files, that is the label.
         group_column: The one that is the group.
         skip_bad: Leave out files that cannot be used, instead of refusing the collection.
+        strict: Refuse, or with ``skip_bad`` leave out, what is otherwise only reported.
 
     Raises:
         CollectionError: No LoRA is there, or files are faulty, unlabelled, or differ in their layers.
@@ -203,8 +227,7 @@ def index_collection(
     labelled = labelling.read_labels(root, paths, labels, label_column, group_column)
     files, faulty = _index_files(root, progress(paths, "index"), labelled)
     bad += labelled.findings + faulty
-    if skip_bad:  # what is left out has no say in which layers are the commonest
-        files = _less(files, bad)
+    files = _less(files, bad) if skip_bad else files  # what is left out has no say in which layers are the commonest
     bad += _layer_differences(root, files)
     faults = labelled.faults + ([] if skip_bad and files else [finding.line(root) for finding in bad])
     if faults or not files:
@@ -220,7 +243,8 @@ def index_collection(
         group_column=group_column,
         table=labelled.table,
     )
-    return without(collection, [(path, finding.reason) for finding in bad for path in finding.files])
+    collection = without(collection, [(path, finding.reason) for finding in bad for path in finding.files])
+    return noted(collection, [], strict, skip_bad)
 
 
 def _no_file(root: Path, linked: int) -> str:
@@ -284,6 +308,52 @@ def without(collection: Collection, findings: Iterable[tuple[str, str]]) -> Coll
     return replace(collection, files=files, skipped=(*collection.skipped, *skipped))
 
 
+def noted(collection: Collection, notices: Sequence[Notice], strict: bool, skip_bad: bool) -> Collection:
+    """Return the collection with more notices; with ``strict`` these are faults of their files.
+
+    Args:
+        collection: The collection; the files of a notice are among its own.
+        notices: Those found of it since it was indexed, or while it was.
+        strict: Refuse the collection for them.
+        skip_bad: With ``strict``: leave out their files instead; its classes are then to be checked again.
+
+    Raises:
+        CollectionError: With ``strict``: there is a notice; with ``skip_bad`` too, one that no file can be left out
+            for, or no file is left.
+    """
+    if not strict:
+        return replace(collection, notices=(*collection.notices, *notices))
+    faults = [notice for notice in notices if not (skip_bad and notice.files)]
+    if faults:
+        raise CollectionError([_finding_of(notice, collection.root).line(collection.root) for notice in faults])
+    reasons = [(path, notice.message) for notice in notices for path in notice.files]
+    return without(collection, reasons) if reasons else collection
+
+
+def _finding_of(notice: Notice, root: Path) -> Finding:
+    """Return a notice as a fault of its files, or of the whole collection."""
+    place = f"{root / notice.files[0]}" if notice.files else f"{root}"
+    return Finding(notice.files, notice.message, place + _more(len(notice.files)))
+
+
+def _more(count: int) -> str:
+    """Return the words behind the first of a number of files."""
+    return f" and {count - 1} more" if count > 1 else ""
+
+
+def keep_together(collection: Collection, groups: Sequence[Sequence[int]]) -> Collection:
+    """Return the collection with each group of rows in one group of files, beside the groups that it has.
+
+    Groups that share a file become one, under the first of their names; a file without a group is its own.
+    """
+    if not groups:
+        return collection
+    own = [file.path if collection.groups is None else file.group for file in collection.files]
+    names = common_names(own, [*groups, *collection.rows_of_groups])
+    files = [replace(file, group=name) for file, name in zip(collection.files, names, strict=True)]
+    return replace(collection, files=tuple(files), together=True)
+
+
 def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[str], list[Finding]]:
     """Find the weight files below a folder, as sorted paths relative to it, and what is wrong with the folders."""
     paths, findings = [], []
@@ -324,7 +394,7 @@ def _layer_differences(root: Path, files: list[LoraFile]) -> list[Finding]:
     findings = []
     for sides, paths in holders.items():
         if reason := _difference(dict(sides), dict(common), others):
-            place = f"{root / min(paths)}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+            place = f"{root / min(paths)}" + _more(len(paths))
             findings.append(Finding(tuple(paths), reason, place))
     return findings
 
@@ -385,9 +455,13 @@ def _check_groups(collection: Collection) -> None:
     pairs = np.unique(np.stack([collection.y, collection.groups]), axis=1)  # (class, group) of at least one LoRA
     counts = dict(zip(collection.classes, np.bincount(pairs[0]).tolist(), strict=True))
     if min(counts.values()) < 3:
-        fault = f"{collection.group_column} gives a class with fewer than three groups ({_rarest(counts)})"
-        mend = "Train, validation and test need one each: group by another column."
-        raise CollectionError([f"{collection.root}: {fault}. {mend}"])
+        few = f"a class with fewer than three groups ({_rarest(counts)})"
+        need = "Train, validation and test need one each"
+        fault = f"{collection.group_column} gives {few}. {need}: group by another column."
+        if collection.together:
+            by, mend = collection.group_words
+            fault = f"{by}, kept together, leave {few}. {need}. {mend}"
+        raise CollectionError([f"{collection.root}: {fault}"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -482,6 +556,12 @@ def add_label_flags(add: Callable) -> None:
         help="leave out files that cannot be used, and list them, instead of refusing",
     )
     add(
+        "--strict",
+        action="store_true",
+        help="refuse what is otherwise only reported: copies, mixed scales, untrained LoRAs, and the like; with "
+        "--skip-bad leave those files out",
+    )
+    add(
         "--layers",
         metavar="PATTERN",
         help="only layers whose name or canonical module matches: attn2, '*.to_v.*', or a comma list (all)",
@@ -502,6 +582,7 @@ def main(arguments: list[str] | None = None) -> int:
             label_column=args.label_column,
             group_column=args.group_column,
             skip_bad=args.skip_bad,
+            strict=args.strict,
         )
         contents = inspection(collection, args.layers)
     except CollectionError as error:

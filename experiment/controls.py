@@ -19,7 +19,7 @@ from analysis.draws import stream
 from analysis.evidence import Evidence
 from analysis.questions import Controls
 from analysis.removal_plan import Conditions, Order, plan_controls
-from data import CollectionError, check_classes
+from data import Collection, CollectionError, check_classes, keep_together
 from experiment.phases import Experiment, emptied, split_collection
 from experiment.plans import TrainingError
 from experiment.settings import Settings
@@ -406,8 +406,7 @@ def grouped(experiment: Experiment, evidence: Evidence, names: Sequence[str], co
     settings, collection = experiment.settings, experiment.collection
     fixed = [name for name in names if REPRESENTATIONS[name].made == "computed"]
     for column, values_by_file in columns.items() if fixed else ():
-        files = tuple(replace(file, group=values_by_file[file.path]) for file in collection.files)
-        by_group = replace(collection, files=files, group_column=column)
+        by_group = grouped_by(collection, column, values_by_file)
         try:
             check_classes(by_group)
             rows = split_collection(by_group, settings.seed)
@@ -421,6 +420,14 @@ def grouped(experiment: Experiment, evidence: Evidence, names: Sequence[str], co
         predicted = again.predictions.conditions["grouped"][best]["predicted"][:, len(rows["validation"]) :]
         return column, best, by_group.y[rows["test"]], by_group.groups[rows["test"]], predicted
     return None
+
+
+def grouped_by(collection: Collection, column: str, values_by_file: dict[str, str]) -> Collection:
+    """Return a collection whose groups are those of a column, and keep copies and epochs together as before."""
+    files = tuple(replace(file, group=values_by_file[file.path]) for file in collection.files)
+    return keep_together(
+        replace(collection, files=files, group_column=column, together=False), collection.rows_of_groups
+    )
 
 
 def shuffled(experiment: Experiment, shuffles: int) -> np.ndarray:

@@ -14,7 +14,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,21 +27,31 @@ from experiment.workers import Task, Workers
 from loras import building, lora_files
 from loras.labels import Finding
 from loras.lora_files import Layout, LoraFileError, NotFiniteError, by_layout, file_stat
-from representations import FEATURES, UPDATES, matrix_features, pair_features
+from representations import FEATURES, RANKING, UPDATES, matrix_features, pair_features
 
 CHUNK_NUMBERS = 2**22  # weights worked on at once, 16 MiB
 SHARD_NUMBERS = 2**24  # features and packed weights of files, held and then written together: 64 MiB
 PASS_THREADS = 8  # threads at most, each with a shard in memory
 WEIGHTS = "weights"  # the name under which the packed weights are kept, beside the features
+DIGESTS = "digests"  # and sha256 of each file, uint8[N, 32]
+CHECKED = (RANKING, UPDATES, DIGESTS)  # the arrays that a check of the collection looks at
+
+# A check of a collection, given the folder of each of these arrays: what it returns is a JSON object, in which
+# ``findings`` (path, reason, True) and ``faults`` (lines) are why the collection is refused.
+Check = Callable[[Collection, Callable[[str], Path]], dict]
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """Features and packed weights of a collection, in a cache folder named by the fingerprint of its contents."""
+    """Features and packed weights of a collection, in a cache folder named by the fingerprint of its contents.
+
+    ``checked`` is what a check of the collection has returned; None without one.
+    """
 
     fingerprint: str
     folder: Path
     suffix: str
+    checked: dict | None = None
 
     def load(self, name: str, rows: np.ndarray | None = None) -> np.ndarray:
         """Return features of all LoRAs, float32[N, L or P, F], memory-mapped where they are one shard; or of rows."""
@@ -86,6 +96,7 @@ def extract(
     workers: Workers | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     skip_bad: bool = False,
+    check: Check | None = None,
 ) -> Extracted:
     """Compute, or find in the cache, the named arrays of a collection.
 
@@ -102,22 +113,27 @@ def extract(
         skip_bad: Whether the caller goes on without files whose weights are not finite: then they are remembered, and
             the arrays of the others kept, so that these are not read again. Else nothing is left of a collection
             that is refused.
+        check: Done by the first process when the weights have been read, before anything is left of the pass; names
+            are then to have all that are ``CHECKED``.
 
     Raises:
-        CollectionError: Weights are NaN or infinite, or files have changed since they were indexed.
+        CollectionError: Weights are NaN or infinite, files have changed since they were indexed, or the check refuses.
     """
     workers, names = workers or Workers(), list(names)
-    weight_pass = _Pass(collection, cache, device, skip_bad)
+    weight_pass = _Pass(collection, cache, device, skip_bad, check)
     if bad := workers.broadcast(lambda: weight_pass.read_known().get("findings", [])):
         raise _bad_weights(collection, bad)
-    if known := workers.broadcast(lambda: [] if weight_pass.missing(names) else [weight_pass.known_fingerprint()]):
-        return weight_pass.extracted(*known)
-    outcome = _read(weight_pass, names, workers, progress)
+    outcome = workers.broadcast(partial(weight_pass.known_outcome, names))
+    if outcome is None:
+        outcome = _read(weight_pass, names, workers, progress)
     if "findings" in outcome:
         raise _bad_weights(collection, outcome["findings"])
-    if outcome["missing"]:  # the contents are others than when the rest was computed, though no file's state said so
-        return extract(collection, names, cache, device, workers, progress, skip_bad)
-    return weight_pass.extracted(outcome["fingerprint"])
+    if "faults" in outcome:
+        raise CollectionError(outcome["faults"])
+    # The contents may be others than when the rest was computed, though no file's state said so.
+    if outcome["missing"] or (check and outcome["checked"] is None):
+        return extract(collection, names, cache, device, workers, progress, skip_bad, check)
+    return replace(weight_pass.extracted(outcome["fingerprint"]), checked=outcome["checked"])
 
 
 def _read(weight_pass: _Pass, names: list[str], workers: Workers, progress: Callable[[str, int, int], None]) -> dict:
@@ -156,6 +172,12 @@ def _say_waiting(holder: str) -> None:
     print(f"waiting for {holder}, which reads the same collection", flush=True)
 
 
+def _outcome(fingerprint: str, checked: dict | None) -> dict:
+    """Return the outcome of a pass that misses nothing, or why its check refuses the collection."""
+    refused = {key: checked[key] for key in ("findings", "faults") if checked and checked.get(key)}
+    return refused or {"fingerprint": fingerprint, "missing": [], "checked": checked}
+
+
 class _Pass:
     """One pass over the weights of a collection, in shards of consecutive files.
 
@@ -164,9 +186,16 @@ class _Pass:
     folder of the fingerprint.
     """
 
-    def __init__(self, collection: Collection, cache: Path, device: torch.device, skip_bad: bool = False):
-        self.collection, self.cache = collection, cache
-        self.device, self.skip_bad = device, skip_bad
+    def __init__(
+        self,
+        collection: Collection,
+        cache: Path,
+        device: torch.device,
+        skip_bad: bool = False,
+        check: Check | None = None,
+    ):
+        self.collection, self.cache, self.device = collection, cache, device
+        self.skip_bad, self.check = skip_bad, check
         self.identity = identity(collection)
         self.folder = cache / "passes" / store.digest(str(collection.root.resolve()))
         code = store.code_digest(
@@ -201,6 +230,13 @@ class _Pass:
         fingerprint = self.known_fingerprint()
         return [name for name in names if not (fingerprint and self.extracted(fingerprint).path(name).exists())]
 
+    def known_outcome(self, names: list[str]) -> dict | None:
+        """Return the outcome, as `end` does, where nothing is `missing`; else None."""
+        if self.missing(names):
+            return None
+        done = self.extracted(self.known_fingerprint())
+        return _outcome(done.fingerprint, self.check and self.check(self.collection, done.path))
+
     def begin(self, names: list[str]) -> list[str]:
         """Return what is `missing`; make ready for it."""
         names = self.missing(names)
@@ -209,13 +245,14 @@ class _Pass:
         return names
 
     def end(self, names: list[str], computed: list[str]) -> dict:
-        """Put the arrays in their places; return ``fingerprint`` and what is ``missing``, or ``findings``.
+        """Put the arrays in their places, with ``skip_bad`` those of files whose weights are finite as if read alone.
 
-        With ``skip_bad`` the arrays are those of the files without findings, put where a pass over these alone would
-        put them.
+        Returns:
+            ``fingerprint``, what is ``missing``, and what has been ``checked``, None where that is still to be done; or
+            ``findings`` or ``faults``, for which the collection is refused.
         """
         if not computed:
-            return {"fingerprint": self.known_fingerprint(), "missing": []}
+            return self.known_outcome(names)
         documents = [building.read_object(self._document(rows)) for rows in self.shards]
         if None in documents:
             raise OSError(f"{self.folder}: a shard's document was damaged meanwhile. Remove that folder")
@@ -224,11 +261,20 @@ class _Pass:
         if findings and not (self.skip_bad and _all_at_fault(findings)):
             self._remove()
             return {"findings": findings}
+        checked = None
+        if self.check and not findings and set(CHECKED) <= set(computed):
+            checked = self.check(self.collection, self._arrays)
+        outcome = _outcome(store.digest(contents), checked)
+        if "faults" in outcome or ("findings" in outcome and not self.skip_bad):
+            self._remove()
+            return outcome
         try:
             good = self._less(findings) if findings else self
+            if "findings" in outcome:  # they are of labels and flags: the arrays are put in place with theirs
+                self._less(outcome["findings"])
         except CollectionError:  # those that are left will be refused: nothing is kept for them
             self._remove()
-            return {"findings": findings}
+            return {"findings": findings or outcome["findings"]}
         # Weights are padded to the largest rank, which may have been that of a bad file: they are then read again.
         same = [layer.shape for layer in good.collection.packed_layout.layers] == [
             layer.shape for layer in self.collection.packed_layout.layers
@@ -239,7 +285,7 @@ class _Pass:
         self._remove()
         if findings:
             return {"findings": findings}
-        return {"fingerprint": store.digest(contents), "missing": self.missing(names)}
+        return outcome if "findings" in outcome else outcome | {"missing": self.missing(names)}
 
     def _less(self, findings: list) -> _Pass:
         """Return the pass over the files of which nothing was found.
@@ -321,6 +367,8 @@ class _Pass:
                 weights.append(flat)
                 scales.append(scale)
                 contents.append(store.digest([file.path, digest, str(file.adapter_config)]))
+                if DIGESTS in arrays:
+                    arrays[DIGESTS][len(contents) - 1] = np.frombuffer(bytes.fromhex(digest), np.uint8)
             if files and (self.skip_bad or not findings):  # else go on reading, to report every fault at once
                 part = {name: array[first : len(contents)] for name, array in arrays.items()}
                 _fill(part, self.collection, files, weights, scales, self.device)
@@ -347,15 +395,17 @@ def identity(collection: Collection) -> str:
 
 
 def _allocate(collection: Collection, names: list[str], rows: int) -> dict[str, np.ndarray]:
-    """Return an array for a shard of each name: features [rows, L or P, F], or packed weights [rows, W]."""
-    shapes = {}
+    """Return an array for a shard of each name: features [rows, L or P, F], packed weights [rows, W], or digests."""
+    arrays = {}
     for name in names:
-        if name == WEIGHTS:
-            shapes[name] = (rows, collection.packed_layout.width)
+        if name == DIGESTS:
+            arrays[name] = np.empty((rows, hashlib.sha256().digest_size), np.uint8)
+        elif name == WEIGHTS:
+            arrays[name] = np.empty((rows, collection.packed_layout.width), np.float32)
         else:
             units = collection.layers if FEATURES[name].unit == "layer" else collection.modules
-            shapes[name] = (rows, len(units), len(FEATURES[name].feature_names))
-    return {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+            arrays[name] = np.empty((rows, len(units), len(FEATURES[name].feature_names)), np.float32)
+    return arrays
 
 
 def _read_file(root: Path, file: LoraFile) -> tuple[np.ndarray, dict[str, float], str]:
@@ -415,7 +465,7 @@ def _packed(flat: np.ndarray, layout: Layout, packed: Layout) -> np.ndarray:
 
 def _fill_matrix_features(arrays: dict, matrices: list) -> None:
     """Compute features by layer of files; all matrices of one shape, whatever file and layer, at once."""
-    names = [name for name in arrays if name != WEIGHTS and FEATURES[name].unit == "layer"]
+    names = [name for name in arrays if name in FEATURES and FEATURES[name].unit == "layer"]
     groups = defaultdict(list)
     for depth, batches in enumerate(matrices):
         for members, batch in batches:
@@ -430,7 +480,7 @@ def _fill_matrix_features(arrays: dict, matrices: list) -> None:
 
 def _fill_pair_features(arrays: dict, collection: Collection, matrices: list, scales: list[dict]) -> None:
     """Compute features by pair of files; all pairs of one shape, whatever file and module, at once."""
-    names = [name for name in arrays if name != WEIGHTS and FEATURES[name].unit == "pair"]
+    names = [name for name in arrays if name in FEATURES and FEATURES[name].unit == "pair"]
     groups = defaultdict(list)
     for p, module in enumerate(collection.modules):
         # In the network's order a module's up follows its down.

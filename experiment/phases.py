@@ -36,8 +36,8 @@ def split_collection(collection: Collection, seed: int) -> dict[str, np.ndarray]
     try:
         return split_rows(collection.y, seed, collection.groups)
     except ValueError as error:
-        where = f"{collection.root}: groups by {collection.group_column}"
-        raise CollectionError([f"{where}: {error}. Group by another column, or leave out --group-column."]) from error
+        by, mend = collection.group_words
+        raise CollectionError([f"{collection.root}: {by}: {error}. {mend}"]) from error
 
 
 class Experiment:

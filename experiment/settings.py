@@ -48,6 +48,7 @@ class Settings:
     layers: str | None  # pattern; see `data.select_layers`
     controls: str  # one of `controls.LEVELS`
     null_shuffles: int  # rankings to train on shuffled labels
+    keep_twins: bool  # copies and epochs of one training stay where the split puts them
     classifier: Schedule
     autoencoder: Schedule
 
@@ -65,6 +66,7 @@ class Settings:
             "layers": self.layers,
             "controls": self.controls,
             "null_shuffles": self.null_shuffles,
+            "keep_twins": self.keep_twins,
             "classifier": {"hidden": list(self.classifier.hidden), "dropout": DROPOUT} | _numbers(self.classifier),
             "autoencoder": _numbers(self.autoencoder) | _hidden(self.autoencoder),
             "stack": {
@@ -109,6 +111,7 @@ def resolve(args: argparse.Namespace, networks: Networks = Networks()) -> Settin
         layers=args.layers,
         controls=args.controls or ("none" if quick else "basic"),
         null_shuffles=args.null_shuffles,
+        keep_twins=args.keep_twins,
         classifier=Schedule(
             max_epochs=30 if quick else 1000, patience=5 if quick else 20, lr_patience=10, hidden=networks.classifier
         ),

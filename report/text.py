@@ -132,7 +132,17 @@ def run_facts(results: dict) -> list[tuple[str, str]]:
             f"accuracy {100 * chance['accuracy']:.1f}, macro-F1 {100 * chance['f1']:.1f}: "
             "always guessing the largest class of the test rows",
         ),
+        *_notices(results),
     ]
+
+
+def notice_lines(results: dict) -> list[str]:
+    """Return what is reported of the collection while the run goes on, a line for each notice."""
+    return _aligned(_notices(results))
+
+
+def _notices(results: dict) -> list[tuple[str, str]]:
+    return [("note", finding["message"]) for finding in results["dataset"]["findings"]]
 
 
 def _collection(results: dict) -> list[tuple[str, str]]:
@@ -151,8 +161,13 @@ def _collection(results: dict) -> list[tuple[str, str]]:
     names = ", ".join(dataset["classes"][:12]) + (", ..." if len(dataset["classes"]) > 12 else "")
     classes = f"{dataset['num_classes']} from {dataset['label_source']}, {per_class} LoRAs each: {names}"
     split, groups = dataset["split_sizes"], ""
-    if dataset["group_column"] is not None:
-        groups = f"; {dataset['num_groups']} groups by {dataset['group_column']}, each in one part"
+    if dataset["num_groups"] is not None:
+        by = (
+            f" by {dataset['group_column']}"
+            if dataset["group_column"] is not None
+            else ", one for all copies of a LoRA"
+        )
+        groups = f"; {dataset['num_groups']} groups{by}, each in one part"
     parts = f"{split['train']} train, {split['validation']} validation, {split['test']} test{groups}"
     return [*facts, ("classes", classes), ("split", parts)]
 

@@ -96,7 +96,7 @@ def _results(e: Evidence, names: tuple[str, ...], found: dict) -> dict:
                     "classes": CLASS_NAMES, "class_counts": dict.fromkeys(CLASS_NAMES, 60), "num_layers": LAYERS,
                     "split_sizes": {name: len(rows) for name, rows in e.rows.items()}, "skipped": [], "ignored": {},
                     "num_layers_selected": LAYERS, "label_source": "class folders", "group_column": None,
-                    "num_groups": None},
+                    "num_groups": None, "findings": []},
         "config": {"top_k": TOP_K, "num_runs": RUNS, "rank_by": "test", "seed": 0, "quick": False, "device": "cpu",
                    "layers": None, "classifier": training, "autoencoder": training},
         "environment": {"torch": "2", "device": "CPU", "threads": 2, "date": "2026-11-25T02:10:03+00:00"},

@@ -1,0 +1,120 @@
+"""The check of a collection by its weights: copies, epochs, untrained LoRAs and outliers, before anything is trained.
+
+It looks at what the pass over the weights has left, and reads again only files that look like copies of others.
+
+Shape letters: N LoRAs, L layers, P modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from data import Collection, CollectionError, check_classes, keep_together, noted
+from experiment import store
+from experiment.extraction import DIGESTS
+from experiment.phases import split_collection
+from loras import copies, lora_files
+from loras.notices import Notice
+from loras.weight_checks import weight_notices
+from representations import FEATURES, RANKING, UPDATES
+
+
+def check_collection(
+    collection: Collection,
+    folder_of: Callable[[str], Path],
+    *,
+    seed: int,
+    keep_twins: bool = False,
+    strict: bool = False,
+    skip_bad: bool = False,
+) -> dict:
+    """Return what the weights of a collection show, as a JSON object.
+
+    Args:
+        collection: The LoRAs.
+        folder_of: Where the shards of a name's array lie, see `extraction.CHECKED`.
+        seed: Of the split.
+        keep_twins: Whether copies and epochs stay where the split puts them.
+        strict: Whether notices are faults.
+        skip_bad: Whether files with faults can be left out.
+
+    Returns:
+        ``notices``, and ``groups`` of rows that are to be on one side of the split; or why the collection is refused:
+        ``findings`` of files that can be left out, or ``faults``.
+    """
+    paths, labels = [file.path for file in collection.files], [file.label for file in collection.files]
+    sizes, norms = _sizes(folder_of(RANKING)), _columns(folder_of(UPDATES), UPDATES, ("norm",))[..., 0]
+    twins = _find_copies(collection, folder_of(DIGESTS), sizes)
+    if findings := copies.contradictions(paths, labels, twins):
+        return {"findings": [(*finding.files, finding.reason, True) for finding in findings]}
+    epochs = copies.find_epochs(paths, _sessions(collection))
+    notices = weight_notices(paths, labels, collection.modules, norms)
+    notices += copies.twin_notices(paths, labels, twins, epochs, keep_twins, strict)
+    groups = [] if keep_twins else copies.joined(len(paths), [*twins, *epochs])
+    try:
+        left = noted(collection, notices, strict, skip_bad)
+        if left.skipped != collection.skipped:
+            return {"findings": [(*entry, True) for entry in left.skipped[len(collection.skipped) :]]}
+        if groups:
+            grouped = keep_together(collection, groups)
+            check_classes(grouped)
+            split_collection(grouped, seed)
+    except CollectionError as error:
+        return {"faults": error.findings}
+    return {"notices": [asdict(notice) for notice in notices], "groups": groups}
+
+
+def apply(collection: Collection, checked: dict) -> Collection:
+    """Return a collection with the notices and groups that its check has found."""
+    notices = [
+        Notice(**notice | {"files": tuple(notice["files"]), "groups": tuple(map(tuple, notice["groups"]))})
+        for notice in checked["notices"]
+    ]
+    return keep_together(noted(collection, notices, strict=False, skip_bad=False), checked["groups"])
+
+
+def _find_copies(collection: Collection, digests: Path, sizes: np.ndarray) -> list[list[int]]:
+    """Return the groups of rows of files that hold the same weights.
+
+    Raises:
+        CollectionError: A file that looks like another's copy cannot be read again.
+    """
+    files, root = collection.files, collection.root
+
+    def read(row: int) -> np.ndarray:
+        path = root / files[row].path
+        try:
+            return lora_files.load_weights(np.fromfile(path, np.uint8), files[row].header)[0]
+        except (lora_files.LoraFileError, OSError) as error:
+            raise CollectionError([f"{path}: {error}"]) from error
+
+    digest_of_row = [digest.tobytes() for shard in store.map_shards(digests) for digest in shard]
+    return copies.find_copies(digest_of_row, sizes, [file.layout for file in files], read)
+
+
+def _sizes(statistics: Path) -> np.ndarray:
+    """Return the root mean square of the weights of each layer, float64[N, L]."""
+    moments = _columns(statistics, RANKING, ("mean", "std"))
+    return np.sqrt(np.square(moments.astype(np.float64)).sum(2))
+
+
+def _columns(folder: Path, name: str, features: tuple[str, ...]) -> np.ndarray:
+    """Return some features of all LoRAs, float32[N, L or P, len(features)]; the others stay on disk."""
+    columns = [FEATURES[name].feature_names.index(feature) for feature in features]
+    return np.concatenate([shard[:, :, columns] for shard in store.map_shards(folder)])
+
+
+def _sessions(collection: Collection) -> list[tuple[str, str] | None]:
+    """Return the session of training of each file and the moment in it, as its header names them."""
+    sessions = []
+    for file in collection.files:
+        try:
+            header = lora_files.read_header(collection.root / file.path)
+        except (lora_files.LoraFileError, OSError) as error:
+            raise CollectionError([f"{collection.root / file.path}: {error}"]) from error
+        sessions.append(copies.session_id(header))
+    return sessions
