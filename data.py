@@ -181,6 +181,7 @@ def index_collection(
     label_column: str | None = None,
     group_column: str | None = None,
     skip_bad: bool = False,
+    strict: bool = False,
 ) -> Collection:
     """Read all headers and labels of a folder, and nothing of the weights.
 
@@ -189,9 +190,9 @@ def index_collection(
         name: Of the collection; the folder's, if none is given.
         progress: Wraps the iteration over files.
         labels: A table of labels, see `labels.read_labels`.
-        label_column: Its column, or field of the metadata.json files, that is the label.
-        group_column: The one that is the group.
+        label_column, group_column: Its columns, or fields of the metadata.json files, that are label and group.
         skip_bad: Leave out files that cannot be used, instead of refusing the collection.
+        strict: Refuse, or with ``skip_bad`` leave out, what is otherwise only reported.
 
     Raises:
         CollectionError: No LoRA is there, or files are faulty, unlabelled, or differ in their layers.
@@ -203,8 +204,7 @@ def index_collection(
     labelled = labelling.read_labels(root, paths, labels, label_column, group_column)
     files, faulty = _index_files(root, progress(paths, "index"), labelled)
     bad += labelled.findings + faulty
-    if skip_bad:  # what is left out has no say in which layers are the commonest
-        files = _less(files, bad)
+    files = _less(files, bad) if skip_bad else files  # what is left out has no say in which layers are the commonest
     bad += _layer_differences(root, files)
     faults = labelled.faults + ([] if skip_bad and files else [finding.line(root) for finding in bad])
     if faults or not files:
@@ -220,7 +220,8 @@ def index_collection(
         group_column=group_column,
         table=labelled.table,
     )
-    return without(collection, [(path, finding.reason) for finding in bad for path in finding.files])
+    collection = without(collection, [(path, finding.reason) for finding in bad for path in finding.files])
+    return noted(collection, [], strict, skip_bad)
 
 
 def _no_file(root: Path, linked: int) -> str:
@@ -284,6 +285,39 @@ def without(collection: Collection, findings: Iterable[tuple[str, str]]) -> Coll
     return replace(collection, files=files, skipped=(*collection.skipped, *skipped))
 
 
+def noted(collection: Collection, notices: Sequence[Notice], strict: bool, skip_bad: bool) -> Collection:
+    """Return the collection with more notices; with ``strict`` these are faults of their files.
+
+    Args:
+        collection: The collection; the files of a notice are among its own.
+        notices: Those found of it since it was indexed, or while it was.
+        strict: Refuse the collection for them.
+        skip_bad: With ``strict``: leave out their files instead; its classes are then to be checked again.
+
+    Raises:
+        CollectionError: With ``strict``: there is a notice; with ``skip_bad`` too, one that no file can be left out
+            for, or no file is left.
+    """
+    if not strict:
+        return replace(collection, notices=(*collection.notices, *notices))
+    faults = [notice for notice in notices if not (skip_bad and notice.files)]
+    if faults:
+        raise CollectionError([_finding_of(notice, collection.root).line(collection.root) for notice in faults])
+    reasons = [(path, notice.message) for notice in notices for path in notice.files]
+    return without(collection, reasons) if reasons else collection
+
+
+def _finding_of(notice: Notice, root: Path) -> Finding:
+    """Return a notice as a fault of its files, or of the whole collection."""
+    place = f"{root / notice.files[0]}" if notice.files else f"{root}"
+    return Finding(notice.files, notice.message, place + _more(len(notice.files)))
+
+
+def _more(count: int) -> str:
+    """Return the words behind the first of a number of files."""
+    return f" and {count - 1} more" if count > 1 else ""
+
+
 def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[str], list[Finding]]:
     """Find the weight files below a folder, as sorted paths relative to it, and what is wrong with the folders."""
     paths, findings = [], []
@@ -324,7 +358,7 @@ def _layer_differences(root: Path, files: list[LoraFile]) -> list[Finding]:
     findings = []
     for sides, paths in holders.items():
         if reason := _difference(dict(sides), dict(common), others):
-            place = f"{root / min(paths)}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+            place = f"{root / min(paths)}" + _more(len(paths))
             findings.append(Finding(tuple(paths), reason, place))
     return findings
 
@@ -482,6 +516,12 @@ def add_label_flags(add: Callable) -> None:
         help="leave out files that cannot be used, and list them, instead of refusing",
     )
     add(
+        "--strict",
+        action="store_true",
+        help="refuse what is otherwise only reported: copies, mixed scales, untrained LoRAs, and the like; with "
+        "--skip-bad leave those files out",
+    )
+    add(
         "--layers",
         metavar="PATTERN",
         help="only layers whose name or canonical module matches: attn2, '*.to_v.*', or a comma list (all)",
@@ -502,6 +542,7 @@ def main(arguments: list[str] | None = None) -> int:
             label_column=args.label_column,
             group_column=args.group_column,
             skip_bad=args.skip_bad,
+            strict=args.strict,
         )
         contents = inspection(collection, args.layers)
     except CollectionError as error:
