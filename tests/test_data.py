@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 from data import CollectionError, check_classes, index_collection
+from loras.weight_files import PICKLE_SUFFIXES
 
 
 def findings(root) -> list[str]:
@@ -128,7 +129,7 @@ def test_linked_folders_are_counted_and_linked_files_read(tmp_path):
     assert collection.ignored == {"linked folders": 1}
 
 
-@pytest.mark.parametrize("suffix", data.PICKLE_SUFFIXES)
+@pytest.mark.parametrize("suffix", PICKLE_SUFFIXES)
 def test_pickles_are_never_loaded(tmp_path, suffix):
     write_collection(tmp_path)
     path = tmp_path / "class_0" / "0009" / f"pytorch_lora_weights{suffix}"
