@@ -58,7 +58,7 @@ PROGRAM = (  # of which results are; tests, benchmarks and what imports a publis
     *("ablation_experiment", "autoencoders", "data", "representations"),
     *("analysis", "experiment", "report", "training"),
     *("loras/building", "loras/digits_zoo", "loras/keys", "loras/labels", "loras/lora_files", "loras/notices"),
-    *("loras/recipe", "loras/scales", "loras/weight_checks", "loras/weight_files"),
+    *("loras/copies", "loras/recipe", "loras/scales", "loras/weight_checks", "loras/weight_files"),
 )
 SCHEMA_VERSION = 2
 

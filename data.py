@@ -26,16 +26,15 @@ from pathlib import Path
 
 import numpy as np
 
+from loras import inspection as inspecting
 from loras import labels as labelling
 from loras import lora_files
 from loras.building import Progress
-from loras.inspection import NOT_CHECKED, WEIGHTS_CHECKED, content_lines, notice_lines, skipped_lines
 from loras.labels import Finding
 from loras.lora_files import Header, Layer, Layout, LoraFileError, by_layout, file_stat
 from loras.notices import Notice
 from loras.recipe import header_notices, scale_records
 from loras.scales import ScaleCount, count_scales
-from loras.weight_checks import check_weights, weight_notices
 from loras.weight_files import and_more, find_weight_files, layer_differences
 
 MAX_FINDINGS = 20
@@ -430,54 +429,44 @@ def inspection(collection: Collection, layers: str | None = None) -> dict:
         "mixed_ranks": bool(collection.mixed_ranks),
         "ignored": dict(collection.ignored),
         "skipped": collection.skipped_records,
-        "notices": [notice.record() for notice in collection.notices],
+        "notices": _records(collection),
     }
 
 
-def with_scales(collection: Collection, skip_bad: bool) -> Collection:
+def _with_scales(collection: Collection, skip_bad: bool) -> Collection:
     """Return the collection with the scales of alpha tensors read.
 
     Raises:
-        CollectionError: Files cannot be read, or their alphas not be used; with ``skip_bad`` they are left out.
+        CollectionError: Alphas cannot be used; with ``skip_bad`` their files are left out.
     """
-    files, faults = [], []
-    for file in collection.files:
-        try:
-            if file.layout.alphas:
-                alphas = lora_files.read_alphas(collection.root / file.path, file.header)
-                file = replace(file, scales=count_scales(file.header, file.adapter_config, alphas))
-            files.append(file)
-        except (LoraFileError, OSError) as error:
-            files.append(file)
-            faults.append((file.path, str(error)))
+    files, faults = inspecting.with_scales(collection.root, collection.files)
     return _less_faulty(replace(collection, files=tuple(files)), faults, skip_bad)
 
 
-def with_weights_checked(
-    collection: Collection, progress: Callable[[Iterable, str], Iterable], strict: bool, skip_bad: bool
-) -> Collection:
+def _with_weights_checked(collection: Collection, progress: Progress, strict: bool, skip_bad: bool) -> Collection:
     """Return the collection with what its weights show added to its notices; each file is read once.
 
     Raises:
-        CollectionError: Weights are not finite, or files cannot be read; with ``skip_bad`` they are left out. With
-            ``strict`` also for what is otherwise a notice.
+        CollectionError: Weights are not finite, or of copies with several labels; with ``skip_bad`` these files are
+            left out. With ``strict`` also for what is otherwise a notice.
     """
-    checked = {
-        file.path: check_weights(collection.root / file.path, file.header)
-        for file in progress(collection.files, "weights")
-    }
-    faults = [(path, result.fault) for path, result in checked.items() if result.fault]
+    root = collection.root
+    checked, faults = inspecting.check_files(root, progress.track(collection.files, "weights"))
     collection = _less_faulty(collection, faults, skip_bad)
-    paths, labels = ([getattr(file, name) for file in collection.files] for name in ("path", "label"))
-    notices = weight_notices(paths, labels, [checked[path] for path in paths], collection.layers)
+    twins, faults = inspecting.twins_of(root, collection.files, checked)
+    if faults:
+        collection = _less_faulty(collection, faults, skip_bad)
+        twins, _ = inspecting.twins_of(root, collection.files, checked)
+    notices = inspecting.notices_of_weights(root, collection.files, checked, twins, strict)
     return noted(collection, notices, strict, skip_bad)
 
 
-def _less_faulty(collection: Collection, faults: list[tuple[str, str]], skip_bad: bool) -> Collection:
-    """Refuse a collection with faulty files, given with the reason, or leave them out."""
+def _less_faulty(collection: Collection, faults: list[Finding], skip_bad: bool) -> Collection:
+    """Refuse a collection with faulty files, or leave them out."""
     if faults and not skip_bad:
-        raise CollectionError([Finding((path,), reason).line(collection.root) for path, reason in faults])
-    return without(collection, faults) if faults else collection
+        raise CollectionError([finding.line(collection.root) for finding in faults])
+    reasons = [(path, finding.reason) for finding in faults for path in finding.files]
+    return without(collection, reasons) if reasons else collection
 
 
 def add_label_flags(add: Callable) -> None:
@@ -531,6 +520,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # whoever reads has seen enough; nothing is to be flushed to it at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (LoraFileError, OSError) as error:  # files have changed while they were looked at
+        print(f"error: {args.path}: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -550,23 +542,27 @@ def inspect(args: argparse.Namespace) -> None:
         skip_bad=args.skip_bad,
         strict=args.strict,
     )
-    collection = with_scales(collection, args.skip_bad)
+    collection = _with_scales(collection, args.skip_bad)
     contents = inspection(collection, args.layers)
     if not args.json:
-        lines = content_lines(args.path, contents)
-        print("\n".join(lines + notice_lines(contents["notices"])), flush=True)
+        lines = inspecting.content_lines(args.path, contents)
+        print("\n".join(lines + inspecting.notice_lines(contents["notices"])), flush=True)
+    by_header = collection
     if not args.headers_only:
-        shown = len(contents["skipped"]), len(contents["notices"])
-        collection = with_weights_checked(collection, progress.track, args.strict, args.skip_bad)
-        contents = inspection(collection, args.layers)
+        collection = _with_weights_checked(collection, progress, args.strict, args.skip_bad)
     if args.json:
-        document = contents | {"weights_checked": not args.headers_only}
-        print(json.dumps(document, indent=2, ensure_ascii=False))
-    elif args.headers_only:
-        print(NOT_CHECKED)
-    else:
-        skipped, notices = contents["skipped"][shown[0] :], contents["notices"][shown[1] :]
-        print("\n".join([WEIGHTS_CHECKED, *skipped_lines(skipped), *notice_lines(notices)]))
+        contents = contents if collection.files == by_header.files else inspection(collection, args.layers)
+        contents |= {"notices": _records(collection), "weights_checked": not args.headers_only}
+        print(json.dumps(contents, indent=2, ensure_ascii=False))
+        return
+    skipped = collection.skipped_records[len(by_header.skipped) :]
+    notices = _records(collection)[len(by_header.notices) :]
+    first = inspecting.NOT_CHECKED if args.headers_only else inspecting.CHECKED
+    print("\n".join([first, *inspecting.skipped_lines(skipped), *inspecting.notice_lines(notices)]))
+
+
+def _records(collection: Collection) -> list[dict]:
+    return [notice.record() for notice in collection.notices]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

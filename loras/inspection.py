@@ -1,14 +1,87 @@
-"""Text of ``python data.py inspect``: a collection's contents as lines."""
+"""Parts of ``python data.py inspect``: the checks of files one by one, and a collection's contents as lines."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from loras.labels import plain
+import numpy as np
+
+from loras import copies, lora_files
+from loras.labels import Finding, plain
+from loras.lora_files import LoraFileError
+from loras.notices import Notice
+from loras.recipe import IndexedFile
+from loras.scales import count_scales
+from loras.weight_checks import Checked, check_weights, weight_notices
 
 MAX_SCALES = 12
 NOT_CHECKED = "weights: not read; NaN, copies, untrained LoRAs and outliers were not checked"
-WEIGHTS_CHECKED = "weights: read and checked for NaN, copies, untrained LoRAs and outliers"
+CHECKED = "weights: read and checked for NaN, copies, untrained LoRAs and outliers"
+
+
+def with_scales(root: Path, files: Iterable[IndexedFile]) -> tuple[list[IndexedFile], list[Finding]]:
+    """Return files with the scales of their alpha tensors, and the faults of those where that cannot be."""
+    read, faults = [], []
+    for file in files:
+        try:
+            if file.layout.alphas:
+                alphas = lora_files.read_alphas(root / file.path, file.header)
+                file = replace(file, scales=count_scales(file.header, file.adapter_config, alphas))
+        except (LoraFileError, OSError) as error:
+            faults.append(Finding((file.path,), str(error)))
+        read.append(file)
+    return read, faults
+
+
+def check_files(root: Path, files: Iterable[IndexedFile]) -> tuple[dict[str, Checked], list[Finding]]:
+    """Read the weights of each file once; return what they show, by path, and what is wrong with the others."""
+    checked, faults = {}, []
+    for file in files:
+        try:
+            result = check_weights(root / file.path, file.header, file.adapter_config)
+            fault = result.fault
+        except (LoraFileError, OSError) as error:
+            fault = str(error)
+        if fault:
+            faults.append(Finding((file.path,), fault))
+        else:
+            checked[file.path] = result
+    return checked, faults
+
+
+def twins_of(
+    root: Path, files: Sequence[IndexedFile], checked: dict[str, Checked]
+) -> tuple[list[list[int]], list[Finding]]:
+    """Return the groups of rows of files that hold the same weights, and the fault of those whose labels differ."""
+
+    def read(row: int) -> np.ndarray:
+        return lora_files.load_weights(np.fromfile(root / files[row].path, np.uint8), files[row].header)[0]
+
+    results = [checked[file.path] for file in files]
+    sizes = np.stack([result.sizes for result in results])
+    twins = copies.find_copies([result.digest for result in results], sizes, [file.layout for file in files], read)
+    return twins, copies.contradictions([file.path for file in files], _labels(files), twins)
+
+
+def _labels(files: Sequence[IndexedFile]) -> list[str]:
+    return [file.label for file in files]
+
+
+def notices_of_weights(
+    root: Path,
+    files: Sequence[IndexedFile],
+    checked: dict[str, Checked],
+    twins: list[list[int]],
+    strict: bool,
+) -> list[Notice]:
+    """Return what the weights of files show that can be used, and which are epochs of one training."""
+    paths, labels = [file.path for file in files], _labels(files)
+    norms = np.stack([checked[path].norms for path in paths])
+    sessions = [copies.session_id(lora_files.read_header(root / path)) for path in paths]
+    twin_notices = copies.twin_notices(paths, labels, twins, copies.find_epochs(paths, sessions), strict=strict)
+    return weight_notices(paths, labels, files[0].layout.modules, norms) + twin_notices
 
 
 def content_lines(path: Path, contents: dict) -> list[str]:

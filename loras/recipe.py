@@ -31,6 +31,7 @@ class IndexedFile(Protocol):
     """A file of a collection, with what indexing has read."""
 
     path: str
+    label: str
     header: Header
     adapter_config: dict | None
     scales: tuple[ScaleCount, ...]
@@ -181,7 +182,10 @@ def _mixed_scales(files: Sequence[IndexedFile]) -> Iterator[Notice]:
 
 
 def _source_words(sources: tuple[str, ...]) -> str:
-    return " and ".join("stated by nothing" if source == NONE else source for source in sources)
+    stating = " and ".join(source for source in sources if source != NONE)
+    if NONE not in sources:
+        return f"by {stating}"
+    return f"by {stating} of some modules, and by nothing of others," if stating else "by nothing"
 
 
 def _not_the_update(files: Sequence[IndexedFile]) -> Iterator[Notice]:

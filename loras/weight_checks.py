@@ -1,4 +1,7 @@
-"""Stub of the light pass over the weights of one file: to be replaced."""
+"""Checks of weights: what is wrong or odd in a file, and which files of a collection differ from the others in size.
+
+Shape letters: N LoRAs, L layers, P modules, W weights of a LoRA.
+"""
 
 from __future__ import annotations
 
@@ -10,35 +13,138 @@ from pathlib import Path
 import numpy as np
 
 from loras import lora_files
-from loras.lora_files import Header, Layer, LoraFileError, NotFiniteError
+from loras.lora_files import Header, LoraFileError
 from loras.notices import Notice
+from loras.scales import update_scales
+
+FEWEST = 5  # files among which one can be an outlier
+# A file is an outlier where the update of its modules is so many times those of the others, or of any module so many.
+FACTOR, MODULE_FACTOR = 5, 20
+DEVIATIONS, MODULE_DEVIATIONS = 10, 20  # and by so many standard deviations, estimated by the median deviation
+LEAST_SPREAD = 0.03  # taken for the median deviation of logarithms where it is less
+OUTLIERS = 0.1  # of the files at most: more are another kind of LoRA and no outliers
+MAX_NAMED = 3
 
 
 @dataclass(frozen=True)
 class Checked:
-    """The digest of a file's contents, the norm of each layer, float64[L], and what is wrong with it, if anything."""
+    """The findings of one reading of a file.
+
+    Attributes:
+        digest: sha256 of its bytes.
+        sizes: Root mean square of the weights of each layer, float64[L].
+        norms: Frobenius norm of the update s·up·down of each module, float64[P].
+        fault: What makes its weights unusable, in words; empty where nothing does.
+    """
 
     digest: str
+    sizes: np.ndarray
     norms: np.ndarray
-    fault: str
+    fault: str = ""
 
 
-def check_weights(path: Path, header: Header) -> Checked:
-    """Read the weights of a file once."""
+def check_weights(path: Path | str, header: Header, adapter_config: dict | None = None) -> Checked:
+    """Read the weights of a file and check them; only what no feature needs is computed.
+
+    Raises:
+        LoraFileError: The file has changed since its header was parsed.
+        OSError: It cannot be read.
+    """
+    content = np.fromfile(path, np.uint8)
+    digest, layout = hashlib.sha256(content).hexdigest(), header.layout
+    weights, alphas = lora_files.load_weights(content, header)
     try:
-        content = np.fromfile(path, np.uint8)
-        weights, _ = lora_files.load_weights(content, header)
-        lora_files.check_finite(weights, header.layout)
-    except (LoraFileError, NotFiniteError, OSError) as error:
-        return Checked("", np.zeros(len(header.layout.layers)), str(error))
-    norms = np.array([np.linalg.norm(weights[columns].astype(np.float64)) for columns in header.layout.columns])
-    return Checked(hashlib.sha256(content).hexdigest(), norms, "")
+        lora_files.check_finite(weights, layout)
+        scales = update_scales(header, alphas, adapter_config)
+    except LoraFileError as error:
+        return Checked(digest, np.zeros(len(layout.layers)), np.zeros(len(layout.modules)), str(error))
+    places = zip(layout.layers, layout.columns, strict=True)
+    matrices = [weights[columns].reshape(layer.shape).astype(np.float64) for layer, columns in places]
+    sizes = np.array([np.sqrt(np.square(matrix).mean()) for matrix in matrices])
+    norms = [_update_norm(down, up) for down, up in zip(matrices[::2], matrices[1::2], strict=True)]
+    return Checked(digest, sizes, np.array([abs(scales[m]) * n for m, n in zip(layout.modules, norms, strict=True)]))
+
+
+def _update_norm(down: np.ndarray, up: np.ndarray) -> float:
+    """Return the norm of up·down, which is never formed: float[r, in], float[out, r]."""
+    return float(np.sqrt(max(0.0, np.sum((up.T @ up) * (down @ down.T)))))
 
 
 def weight_notices(
-    paths: Sequence[str], labels: Sequence[str], checked: Sequence[Checked], layers: Sequence[Layer]
+    paths: Sequence[str], labels: Sequence[str], modules: Sequence[str], norms: np.ndarray
 ) -> list[Notice]:
-    """Return what weights show of files that can be used."""
-    untrained = tuple(path for path, one in zip(paths, checked, strict=True) if not one.norms[1::2].any())
-    message = f"every update is zero in {len(untrained)} LoRAs: untrained. Train them or leave them out."
-    return [Notice("untrained", message, untrained)] if untrained else []
+    """Return the notices of untrained files, of modules that are zero in all others, and of outliers in size.
+
+    Args:
+        paths: Of the files.
+        labels: Of the files.
+        modules: Names of the modules.
+        norms: Of the update of each module, float[N, P].
+    """
+    notices, zero = [], norms == 0
+    untrained = zero.all(1)
+    if untrained.any():
+        files = [paths[row] for row in np.flatnonzero(untrained)]
+        subject = "1 LoRA is untrained" if len(files) == 1 else f"{len(files)} LoRAs are untrained"
+        message = f"{subject}, as every update is zero ({_named(files)}). Leave such files out."
+        notices.append(Notice("untrained", message, tuple(files)))
+    always = zero[~untrained].all(0)
+    if always.any() and not untrained.all():
+        names = _named([modules[position] for position in np.flatnonzero(always)])
+        subject = "1 module is" if always.sum() == 1 else f"{always.sum()} modules are"
+        message = f"{subject} zero in every LoRA that is trained ({names}). Leave such layers out with --layers."
+        notices.append(Notice("zero modules", message, ()))
+    if outliers := _outliers(labels, modules, norms):
+        files = tuple(paths[row] for row in outliers)
+        subject = "1 LoRA is" if len(files) == 1 else f"{len(files)} LoRAs are"
+        described = _named([f"{paths[row]}: {words}" for row, words in outliers.items()])
+        message = f"{subject} far from the others in size ({described}). Look at how such files were made."
+        notices.append(Notice("outlier", message, files))
+    return notices
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
+
+
+def _outliers(labels: Sequence[str], modules: Sequence[str], norms: np.ndarray) -> dict[int, str]:
+    """Return how far files are from all others in size, and from those of their class, in words by row.
+
+    Sizes are compared module by module, as logarithms, by medians, which a few outliers do not move. What is zero has
+    no size. Where many files are far from the median, there are several kinds of LoRAs, and none is an outlier.
+    """
+    rows = np.flatnonzero((norms > 0).any(1))
+    if len(rows) < FEWEST:
+        return {}
+    with np.errstate(divide="ignore"):
+        gaps = np.log(norms[rows])  # (n, P)
+    medians = np.median(gaps, axis=0)
+    positions = np.flatnonzero(np.isfinite(medians))
+    gaps = gaps[:, positions] - medians[positions]
+    gaps[np.isinf(gaps)] = 0
+    spreads = np.maximum(1.4826 * np.median(np.abs(gaps), axis=0), LEAST_SPREAD)
+    label, own = np.array(labels)[rows], gaps.copy()  # gaps to the file's class, where that has others
+    for name in np.unique(label):
+        members = np.flatnonzero(label == name)
+        if len(members) >= 3:
+            own[members] -= np.median(own[members], axis=0)
+    whole, least = np.median(gaps, axis=1), np.log(FACTOR)
+    far = (np.abs(whole) > least) & (np.median(np.abs(gaps) / spreads, axis=1) > DEVIATIONS)
+    far = _few(far & (np.sign(whole) * np.median(own, axis=1) > least))
+    single, least = np.abs(gaps) > MODULE_DEVIATIONS * spreads, np.log(MODULE_FACTOR)
+    single = _few(single & (np.abs(gaps) > least) & (np.sign(gaps) * own > least)) & ~far[:, None]
+    words = {int(rows[i]): f"its updates are {_times(whole[i])} those of the others" for i in np.flatnonzero(far)}
+    for i in np.flatnonzero(single.any(1)):
+        module = np.abs(np.where(single[i], gaps[i], 0)).argmax()
+        words[int(rows[i])] = f"that of {modules[positions[module]]} is {_times(gaps[i, module])} those of the others"
+    return dict(sorted(words.items()))
+
+
+def _few(far: np.ndarray) -> np.ndarray:
+    """Return which are far, bool[n] or bool[n, P], where few of the n are."""
+    return far & (far.sum(0) <= max(2, OUTLIERS * len(far)))
+
+
+def _times(gap: float) -> str:
+    factor = np.exp(abs(gap))
+    return f"{factor:.3g} times" if gap > 0 else f"1/{factor:.3g} of"

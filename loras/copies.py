@@ -1,0 +1,333 @@
+"""Copies and epochs: files of one collection that hold the same LoRA, or the same training at several moments.
+
+Such files on both sides of a split let a classifier recognise a LoRA that it has seen. Copies are found by contents:
+the same bytes, or the same weights in another order of keys, under other keys, in another type, or up to rounding.
+Epochs are found by name, or by the session that the trainer wrote into the header.
+
+Shape letters: N LoRAs, L layers, W weights of a LoRA.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import chain
+from pathlib import PurePosixPath
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
+
+from loras.labels import Finding
+from loras.lora_files import Layer, Layout
+from loras.notices import Notice
+
+EQUAL = 2e-6  # difference of two matrices of one type over their norm, up to which they are equal
+SEVERAL_ROUNDINGS = 0.1  # of the numbers of a matrix may be rounded otherwise, where another type came between
+# Of each type, the spacing of its numbers, relative and next to zero; float64 is read as float32.
+SPACINGS = {
+    "F64": (2.0**-23, 0.0),
+    "F32": (2.0**-23, 0.0),
+    "F16": (2.0**-10, 2.0**-24),
+    "BF16": (2.0**-7, 0.0),
+    "F8_E4M3": (2.0**-3, 2.0**-9),
+    "F8_E5M2": (2.0**-2, 2.0**-16),
+}
+_TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+DIRECTIONS = 12  # in which sizes of layers are compared
+NEIGHBOURS = 6  # nearest files that each is compared with, itself among them
+SUMS = 16  # of weights, by which files are told apart before they are compared
+ROWS_AT_ONCE = 10_000
+
+
+def joined(count: int, groups: Iterable[Sequence[int]]) -> list[list[int]]:
+    """Return the groups of rows that remain when those with a row in common are one, each of two rows or more, sorted.
+
+    Example:
+        >>> joined(6, [[4, 1], [0, 2], [5, 4]])
+        [[0, 2], [1, 4, 5]]
+    """
+    edges = np.array([(group[0], row) for group in groups for row in group[1:]], int).reshape(-1, 2)
+    graph = coo_array((np.ones(len(edges), bool), (edges[:, 0], edges[:, 1])), shape=(count, count))
+    members = defaultdict(list)
+    for row, component in enumerate(connected_components(graph, directed=False)[1].tolist()):
+        members[component].append(row)
+    return sorted(rows for rows in members.values() if len(rows) > 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Copies
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def find_copies(
+    digests: Sequence[Hashable], sizes: np.ndarray, layouts: Sequence[Layout], read: Callable[[int], np.ndarray]
+) -> list[list[int]]:
+    """Return the groups of files that hold the same weights; scales may differ.
+
+    Equal are matrices that differ by at most ``EQUAL`` of their norm, and those of which one is the other, rounded to a
+    coarser type. Files whose sizes have no like are never read, nor are those of equal bytes; of the others each is
+    read once, and again beside those few whose sums are nearly its own. So the work grows with the number of files, not
+    of pairs of files.
+
+    Args:
+        digests: Of the bytes of each file.
+        sizes: Root mean square of the weights of each layer, float[N, L].
+        layouts: Of each file.
+        read: Returns the flattened weights of a file, float32[W].
+
+    Returns:
+        Rows of the files of each group, sorted, the groups too.
+    """
+    first_row: dict[Hashable, int] = {}
+    for row, digest in enumerate(digests):
+        first_row.setdefault(digest, row)
+    groups = [[first_row[digest], row] for row, digest in enumerate(digests) if first_row[digest] != row]
+    rows = np.array(sorted(first_row.values()))
+    distinct = {id(layout): layout for layout in layouts}.values()
+    coarsest, tolerance = _tolerance({layer.dtype for layout in distinct for layer in layout.layers})
+    suspects = rows[_has_like(sizes[rows], tolerance)]
+    sums = np.array([_sums(read(row)) for row in suspects.tolist()]).reshape(-1, SUMS)
+    compared: set[tuple[int, int]] = set()
+    while True:  # until those that are left, one of each group, have no more copies among them
+        pairs = [pair for pair in _near(suspects, sums, max(1e-4, coarsest)) if pair not in compared]
+        compared.update(pairs)
+        equal = _equal_pairs(pairs, layouts, read)
+        if not equal:
+            return joined(len(digests), groups)
+        groups += equal
+        again = [row for group in joined(len(digests), equal) for row in group[1:]]
+        left = ~np.isin(suspects, again)
+        suspects, sums = suspects[left], sums[left]
+
+
+def _tolerance(types: set[str]) -> tuple[float, float]:
+    """Return the spacing of the coarsest type, and by how much logarithms of sizes of copies may differ.
+
+    Of 8 bits so little may be left that sizes say nothing: then infinity.
+    """
+    spacings = {SPACINGS[name][0] for name in types}
+    if len(spacings) == 1:
+        return 0.0, 5e-6
+    coarsest = max(spacings)
+    return coarsest, 2 * coarsest if coarsest <= SPACINGS["BF16"][0] else np.inf
+
+
+def _has_like(sizes: np.ndarray, tolerance: float) -> np.ndarray:
+    """Return which files have layers of the same sizes as those of another file, bool[N]."""
+    count, layers = sizes.shape
+    if count < 2 or np.isinf(tolerance):
+        return np.full(count, count > 1)
+    logarithms = np.log(sizes + 1e-7)  # float16 has nothing below that
+    directions = np.random.default_rng(0).standard_normal((layers, min(layers, DIRECTIONS))) / np.sqrt(layers)
+    places = logarithms @ directions
+    near = cKDTree(places).query(places, min(NEIGHBOURS, count), p=np.inf, distance_upper_bound=6 * tolerance)[1]
+    alike = np.zeros(count, bool)
+    for neighbours in near.T:
+        rows = np.flatnonzero((neighbours < count) & (neighbours != np.arange(count)))
+        for part in np.array_split(rows, 1 + len(rows) // ROWS_AT_ONCE):
+            gaps = np.abs(logarithms[part] - logarithms[neighbours[part]]).max(1)
+            alike[part] |= gaps <= tolerance
+            alike[neighbours[part[gaps <= tolerance]]] = True
+    return alike
+
+
+def _sums(weights: np.ndarray) -> np.ndarray:
+    """Return sums of every 16th weight over the norm, float64[16]: unlike files differ in them, whatever their size."""
+    padded = np.pad(weights, (0, -len(weights) % SUMS)).reshape(-1, SUMS)
+    return padded.sum(0, dtype=np.float64) / max(np.linalg.norm(padded.astype(np.float64)), np.finfo(np.float64).tiny)
+
+
+def _near(rows: np.ndarray, sums: np.ndarray, distance: float) -> list[tuple[int, int]]:
+    """Return the pairs of rows whose sums are nearly the same, of each row with its nearest ones, sorted."""
+    if len(rows) < 2:
+        return []
+    near = cKDTree(sums).query(sums, min(NEIGHBOURS, len(rows)), p=np.inf, distance_upper_bound=distance)[1]
+    pairs = {(min(i, j), max(i, j)) for i, found in enumerate(near.tolist()) for j in found if j < len(rows) and i != j}
+    return sorted((int(rows[i]), int(rows[j])) for i, j in pairs)
+
+
+def _equal_pairs(
+    pairs: list[tuple[int, int]], layouts: Sequence[Layout], read: Callable[[int], np.ndarray]
+) -> list[list[int]]:
+    """Return the pairs of files that hold the same weights."""
+    equal, first, weights = [], -1, np.empty(0)
+    for i, j in pairs:
+        if [layer.shape for layer in layouts[i].layers] != [layer.shape for layer in layouts[j].layers]:
+            continue
+        if i != first:
+            first, weights = i, read(i)
+        places = zip(layouts[i].layers, layouts[j].layers, layouts[i].columns, strict=True)
+        other = read(j)
+        if all(_same(weights[columns], other[columns], one, two) for one, two, columns in places):
+            equal.append([i, j])
+    return equal
+
+
+def _same(x: np.ndarray, y: np.ndarray, x_layer: Layer, y_layer: Layer) -> bool:
+    """Return whether two matrices are one, or one is the other in a coarser type."""
+    coarse = max(x_layer.dtype, y_layer.dtype, key=lambda name: SPACINGS[name])
+    if SPACINGS[x_layer.dtype] == SPACINGS[y_layer.dtype]:
+        x, y = x.astype(np.float64), y.astype(np.float64)
+        return bool(np.linalg.norm(x - y) <= EQUAL * np.linalg.norm(x))
+    x, y = _rounded(x, coarse), _rounded(y, coarse)
+    relative, least = SPACINGS[coarse]
+    close = np.abs(x - y) <= relative * np.maximum(np.abs(x), np.abs(y)) + least
+    return bool(close.all() and (x != y).mean() <= SEVERAL_ROUNDINGS)
+
+
+def _rounded(values: np.ndarray, name: str) -> np.ndarray:
+    """Return float32 numbers as a coarser type has them, float64."""
+    import torch  # seconds to load, and few collections are of several types
+
+    return torch.from_numpy(values).to(getattr(torch, _TORCH_NAMES[name])).double().numpy()
+
+
+def contradictions(paths: Sequence[str], labels: Sequence[str], groups: Iterable[Sequence[int]]) -> list[Finding]:
+    """Return what is wrong with copies whose labels differ: a finding for each of their files."""
+    findings = []
+    for group in groups:
+        for row in group:
+            other = next((i for i in group if labels[i] != labels[row]), None)
+            if other is not None:
+                fault = f"the same weights as {paths[other]}, but another label ({labels[row]}, {labels[other]})"
+                findings.append(Finding((paths[row],), f"{fault}. Keep one."))
+    return findings
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Epochs
+# ----------------------------------------------------------------------------------------------------------------------
+
+# A moment of a training at the end of a name: a word for it and a number; or a bare e, where the name has more.
+_MOMENT = re.compile(
+    r"(?:^|[-_. ])(?:epochs?|ep|steps?|checkpoint|ckpt|iter)[-_. ]?(\d{1,12})$"
+    r"|(?<=.)[-_. ]e(\d{1,12})(?:[-_. ]s\d{1,12})?$",
+    re.IGNORECASE,
+)
+_LAST = re.compile(r"[-_. ](?:last|final)$", re.IGNORECASE)
+_NUMBER = re.compile(r"[-_](\d{6,12})$")  # kohya's epochs have six digits, ai-toolkit's steps nine
+
+
+def session_id(header: bytes) -> tuple[str, str] | None:
+    """Return the session of training that a header names, and the moment in it; None where it names none."""
+    if b"ss_session_id" not in header:
+        return None
+    try:
+        metadata = json.loads(header).get("__metadata__")
+        session, moment = (
+            [str(metadata[name]) for name in names if metadata.get(name)]
+            for names in (("ss_session_id", "ss_training_started_at"), ("ss_epoch", "ss_steps"))
+        )
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return ("/".join(session), "/".join(moment)) if session else None
+
+
+def find_epochs(paths: Sequence[str], sessions: Sequence[tuple[str, str] | None]) -> list[list[int]]:
+    """Return the groups of files that are one training at several moments, the latest last.
+
+    By name: in one folder ``x-e05``, ``x-step500`` or ``epoch-3``, in folders such as ``x/checkpoint-500``, and the
+    file without such an end; and ``x-000001`` only where ``x`` is beside it, as numbers alone may count LoRAs. By
+    header: files of one session of which not all are of one moment.
+
+    Args:
+        paths: Relative to the collection.
+        sessions: Of `session_id`, for each file.
+    """
+    by_name, by_session = defaultdict(list), defaultdict(list)
+    names = [_without_suffix(path) for path in paths]
+    present, moments = set(names), []
+    for row, name in enumerate(names):
+        stem, moment = _training(name, present)
+        by_name[stem].append(row)
+        moments.append(moment)
+    for row, session in enumerate(sessions):
+        if session is not None:
+            by_session[session[0]].append(row)
+    groups = [rows for rows in by_name.values() if any(moments[row] for row in rows)]
+    groups += [rows for rows in by_session.values() if len({sessions[row][1] for row in rows}) > 1]
+
+    def time(row: int) -> tuple:
+        return not moments[row], moments[row], paths[row]  # a file without a number is the last of its training
+
+    return [sorted(rows, key=time) for rows in joined(len(paths), groups)]
+
+
+def _without_suffix(path: str) -> tuple[str, ...]:
+    parts = PurePosixPath(path).parts
+    return (*parts[:-1], parts[-1][: -len(".safetensors")])
+
+
+def _training(name: tuple[str, ...], present: set[tuple[str, ...]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return the name of a file's training, and the moment of it that the file's path names: () for none."""
+    stem, number = (*name[:-1], _NUMBER.sub("", name[-1])), _NUMBER.search(name[-1])
+    if number and stem in present:
+        return stem, (int(number[1]),)
+    parts, moment = [], ()
+    for part in name:
+        numbers = ()
+        while match := _MOMENT.search(part):  # x-epoch5-step500 has two
+            part, numbers = part[: match.start()], (int(match[1] or match[2]), *numbers)
+        moment += numbers
+        parts += [part] if part else []
+    last = (*name[:-1], _LAST.sub("", name[-1]))
+    return (last, ()) if not moment and last != name else (tuple(parts), moment)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Notices
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def twin_notices(
+    paths: Sequence[str],
+    labels: Sequence[str],
+    copies: list[list[int]],
+    epochs: list[list[int]],
+    keep_twins: bool = False,
+    strict: bool = False,
+) -> list[Notice]:
+    """Return the notices of copies and of epochs, where there are some.
+
+    Args:
+        paths: Of all files.
+        labels: Of all files.
+        copies: Of `find_copies`.
+        epochs: Of `find_epochs`.
+        keep_twins: Whether they stay where the split puts them.
+        strict: Whether they are faults; then the notices' files are all but the first copy and the last epoch.
+    """
+    outcome = ": they are kept on one side of the split. Remove them, or --keep-twins leaves them where they fall."
+    if keep_twins:
+        outcome = ": as --keep-twins asks, they may be on both sides of the split, and recognised there. Remove them."
+    if strict:
+        outcome = ". Keep one of each."
+    notices = []
+    if copies:
+        count = sum(len(group) - 1 for group in copies)
+        subject = "1 LoRA is a copy of another" if count == 1 else f"{count} LoRAs are copies of others"
+        at_fault = [row for group in copies for row in group[1:]] if strict else list(chain(*copies))
+        message = f"{subject} ({_example(paths, copies, ' = ')}){outcome}"
+        notices.append(_notice("copies", message, paths, at_fault, copies))
+    if epochs:
+        count, several = sum(map(len, epochs)), sum(len({labels[row] for row in group}) > 1 for group in epochs)
+        trainings = "one training" if len(epochs) == 1 else f"{len(epochs)} trainings"
+        mixed = f"; {several} of these have more than one label" if several else ""
+        at_fault = [row for group in epochs for row in group[:-1]] if strict else list(chain(*epochs))
+        message = f"{count} LoRAs are epochs of {trainings} ({_example(paths, epochs, ', ')}){mixed}{outcome}"
+        notices.append(_notice("epochs", message, paths, at_fault, epochs))
+    return notices
+
+
+def _example(paths: Sequence[str], groups: list[list[int]], between: str) -> str:
+    first = between.join(paths[row] for row in groups[0][:2])
+    return first + (", ..." if len(groups) > 1 or len(groups[0]) > 2 else "")
+
+
+def _notice(kind: str, message: str, paths: Sequence[str], at_fault: list[int], groups: list[list[int]]) -> Notice:
+    named = tuple(tuple(sorted(paths[row] for row in group)) for group in groups)
+    return Notice(kind, message, tuple(sorted(paths[row] for row in at_fault)), named)
