@@ -262,9 +262,10 @@ def parse_header(header: bytes) -> Header:
     tensors, metadata = _split(header)
     places = _parse(tensors)
     configs = _adapter_configs(metadata.pop(ADAPTER_METADATA)) if ADAPTER_METADATA in metadata else _NO_CONFIGS
-    names = tuple(name for position, name in enumerate(metadata) if _is_kept(name, metadata[name], position))
+    short = (name for name, value in metadata.items() if len(value) <= MAX_FIELD_LENGTH and value.isprintable())
+    names = _kept_names(tuple(sorted(short)))  # safetensors writes them in any order
     values = tuple(sys.intern(metadata[name]) for name in names)
-    return Header(places, 8 + len(header), hashlib.sha256(header).digest(), configs, _shared_names(names), values)
+    return Header(places, 8 + len(header), hashlib.sha256(header).digest(), configs, names, values)
 
 
 def _without_doubles(pairs: list[tuple[str, object]]) -> dict:
@@ -301,19 +302,20 @@ def _readable(name: str, text: str) -> dict | None:
 _METADATA = re.compile(
     r"""\{\s*"__metadata__"\s*:\s*(null|\{(?:[^"{}]++|"(?:[^"\\]++|\\.)*+")*+\})[\s,]*+""", re.DOTALL
 )
-MAX_FIELDS, MAX_FIELD_LENGTH = 500, 200  # trainers write some hundred fields; a longer one is a list, or prose
+# Trainers write some hundred fields; a longer text is a list, or prose.
+MAX_FIELDS, MAX_FIELD_LENGTH, MAX_NAME_LENGTH = 500, 200, 100
 MAX_CONFIG_LENGTH = 2**20
 # What is kept of PEFT's configuration of an adapter, which diffusers writes into the header.
 CONFIG_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights")
 _NO_CONFIGS: dict[str, dict] = {}
-_shared_names = lru_cache(maxsize=2**10)(lambda names: tuple(map(sys.intern, names)))
 
 
-def _is_kept(name: str, value: str, position: int) -> bool:
-    """Return whether a field may be of use: a short text, and none of more fields than any trainer writes."""
-    if not (name.isprintable() and value.isprintable() and len(name) <= 100 and len(value) <= MAX_FIELD_LENGTH):
-        return False
-    return position < MAX_FIELDS or name in (*ALPHA_FIELDS, *RANK_FIELDS)
+@lru_cache(maxsize=2**8)
+def _kept_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of fields that may be of use, of no more than any trainer writes."""
+    kept = [name for name in names if name.isprintable() and len(name) <= MAX_NAME_LENGTH]
+    stating = [name for name in kept[MAX_FIELDS:] if name in (*ALPHA_FIELDS, *RANK_FIELDS)]
+    return tuple(map(sys.intern, kept[:MAX_FIELDS] + stating))
 
 
 def _adapter_configs(text: str) -> dict[str, dict]:

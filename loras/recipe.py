@@ -162,8 +162,8 @@ def _mixed_scales(files: Sequence[IndexedFile]) -> Iterator[Notice]:
         by_sources[tuple(sources_of(file))].append(file.path)
     if len(by_sources) < 2 and not any(len(sources) > 1 and NONE in sources for sources in by_sources):
         return
-    # The measure is the commonest of those that state all scales.
-    common = max(by_sources, key=lambda sources: (NONE not in sources, len(by_sources[sources]), sources))
+    # The measure is the commonest, and where two are that, one that states all scales.
+    common = max(by_sources, key=lambda sources: (len(by_sources[sources]), NONE not in sources, sources))
     counts = ", ".join(
         f"{_source_words(sources)} in {_some(paths)}"
         for sources, paths in sorted(by_sources.items(), key=lambda entry: -len(entry[1]))

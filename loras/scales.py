@@ -23,7 +23,7 @@ _COMPONENT = re.compile(r"(text_encoder(?:_[2-9])?|unet|transformer(?:_[2-9])?)_
 # Patterns of single modules are mostly paths; the others are regular expressions, of which some would take years.
 _PATH = re.compile(r"[\w.\-]*")
 _REPEATS = re.compile(r"(?<!\\)(?:[*+{]|(?<!\()\?)")
-_MAX_EXPRESSIONS, _MAX_LENGTH, _MAX_REPEATS, _MAX_ALTERNATIVES = 64, 200, 3, 16
+_MAX_EXPRESSIONS, _MAX_LENGTH, _MAX_REPEATS, _MAX_ALTERNATIVES, _MAX_PATH = 64, 200, 3, 8, 300
 
 
 class Scale(NamedTuple):
@@ -67,9 +67,7 @@ def module_scales(header: Header, alphas: dict[str, float | None], adapter_confi
     """
     sources = list(_sources(header, adapter_config))
     scales = {}
-    for layer in header.layout.layers:
-        if layer.role == "up":
-            continue
+    for layer in header.layout.layers[::2]:  # a module's down stands before its up
         if layer.module in alphas:
             alpha = alphas[layer.module]
             scale = Scale(None if alpha is None else _checked(alpha, layer) / layer.rank or 1.0, TENSORS)
@@ -89,9 +87,12 @@ def count_scales(header: Header, adapter_config: dict | None, alphas: dict | Non
     layout = header.layout
     tensors = dict.fromkeys(layout.alphas) if alphas is None else alphas
     if tensors and adapter_config:
-        module_scales(header, {}, adapter_config)
-    if not adapter_config and not header.adapter_configs and not _plain_config(header) and alphas is None:
-        counts = +Counter({Scale(None, TENSORS): len(tensors), _UNSTATED: len(layout.layers) // 2 - len(tensors)})
+        scale_of = _scale_by(CONFIG, adapter_config)
+        for layer in layout.layers[::2]:
+            scale_of(layer)
+    modules = len(layout.layers) // 2
+    if alphas is None and not adapter_config and (len(tensors) == modules or not list(_sources(header, None))):
+        counts = +Counter({Scale(None, TENSORS): len(tensors), _UNSTATED: modules - len(tensors)})
     else:
         counts = Counter(module_scales(header, tensors, adapter_config).values())
     return _shared(tuple(ScaleCount(scale, modules) for scale, modules in counts.items()))
@@ -193,18 +194,19 @@ def _rule(config: dict, patterns: str, default: str) -> Callable[[str], float]:
     expressions = {pattern: _compiled(pattern) for pattern in values if not _PATH.fullmatch(pattern)}
     if len(expressions) > _MAX_EXPRESSIONS:
         raise ValueError(f"{patterns} has {len(expressions)} regular expressions")
-    usual = float(config.get(default) or 0)
 
     def value(path: str) -> float:
         if not values:
-            return usual
+            return float(config.get(default) or 0)
+        if expressions and len(path) > _MAX_PATH:
+            raise ValueError(f"regular expressions for a path of {len(path)} characters")
         parts = path.split(".")
         ends = [".".join(parts[start:]) for start in range(len(parts))]
         named = {end for end in ends if end in values}
         named |= {pattern for pattern, expression in expressions.items() if any(map(expression.fullmatch, ends))}
         if len(named) > 1:
             named = {next(pattern for pattern in values if pattern in named)}
-        return float(values[named.pop()]) if named else usual
+        return float(values[named.pop()] if named else config.get(default) or 0)
 
     return value
 
