@@ -1,10 +1,10 @@
 """A folder of LoRA files -> a collection of labelled LoRAs with the same layers.
 
-    python data.py inspect PATH [--json]     shows what a folder holds; only headers are read
+    python data.py inspect PATH [--json]     shows what a folder holds, and checks the weights
     python data.py import SOURCE OUT         makes a folder of a published collection, see loras/published.py
 
-Both work from any folder, and through a link to this file. Indexing reads safetensors headers only and finds every
-fault that a header can show. The weights are read by the one pass over them (experiment/extraction.py);
+Both work from any folder, and through a link to this file. Indexing reads safetensors headers only, and finds every
+fault and notice that a header can show. An experiment reads the weights in one pass (experiment/extraction.py);
 training/splits.py chooses train, validation and test rows.
 
 Shape letters: N LoRAs, L layers, P modules (pairs of a down and an up).
@@ -26,16 +26,18 @@ from pathlib import Path
 
 import numpy as np
 
+from loras import inspection as inspecting
 from loras import labels as labelling
 from loras import lora_files
-from loras.building import WEIGHTS_NAME
+from loras.building import Progress
 from loras.copies import common_names
 from loras.labels import Finding
 from loras.lora_files import Header, Layer, Layout, LoraFileError, by_layout, file_stat
 from loras.notices import Notice
+from loras.recipe import header_notices, scale_records
+from loras.scales import ScaleCount, count_scales
+from loras.weight_files import and_more, find_weight_files, layer_differences
 
-PREFERRED_FILES = (WEIGHTS_NAME, "adapter_model.safetensors")
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_FINDINGS = 20
 
 
@@ -57,7 +59,10 @@ class CollectionError(ValueError):
 
 @dataclass(frozen=True)
 class LoraFile:
-    """One indexed file: path relative to the collection, label, parsed header, and what shows that it is unchanged."""
+    """One indexed file: path relative to the collection, label, parsed header, and what shows that it is unchanged.
+
+    ``scales`` are those of its modules, as far as no weight has to be read for them.
+    """
 
     path: str
     label: str
@@ -65,6 +70,7 @@ class LoraFile:
     stat: tuple[int, int, int]  # size, mtime in ns, inode
     adapter_config: dict | None
     group: str | None = None
+    scales: tuple[ScaleCount, ...] = ()
 
     @property
     def layout(self) -> Layout:
@@ -222,13 +228,12 @@ def index_collection(
     """
     if not root.is_dir():
         raise CollectionError([f"{root}: no such folder. Give a folder of LoRAs."])
-    ignored: Counter = Counter()
-    paths, bad = _find_weight_files(root, ignored)
+    paths, bad, ignored = find_weight_files(root)
     labelled = labelling.read_labels(root, paths, labels, label_column, group_column)
     files, faulty = _index_files(root, progress(paths, "index"), labelled)
     bad += labelled.findings + faulty
     files = _less(files, bad) if skip_bad else files  # what is left out has no say in which layers are the commonest
-    bad += _layer_differences(root, files)
+    bad += layer_differences(root, files)
     faults = labelled.faults + ([] if skip_bad and files else [finding.line(root) for finding in bad])
     if faults or not files:
         raise CollectionError(list(dict.fromkeys(faults)) or [_no_file(root, ignored["linked folders"])])
@@ -244,7 +249,7 @@ def index_collection(
         table=labelled.table,
     )
     collection = without(collection, [(path, finding.reason) for finding in bad for path in finding.files])
-    return noted(collection, [], strict, skip_bad)
+    return noted(collection, header_notices(collection.files), strict, skip_bad)
 
 
 def _no_file(root: Path, linked: int) -> str:
@@ -274,12 +279,11 @@ def _index_file(root: Path, path: str, labelled: labelling.Labels) -> LoraFile:
     stat = file_stat(full)
     header = lora_files.parse_header(lora_files.read_header(full))
     adapter_config = labelling.read_json(os.path.join(os.path.dirname(full), "adapter_config.json"))
-    if adapter_config:
-        lora_files.update_scales(header.layout, {}, adapter_config)  # refuses what cannot be used
+    scales = count_scales(header, adapter_config)
     label, group = labelled.label.get(path, ""), labelled.group.get(path)
     if labelling.NOT_TEXT.search(path + label + (group or "")):
         raise LoraFileError(f"its name {path!a}, label {label!a} or group {group!a} is not plain text. Rename it.")
-    return LoraFile(path, label, header, stat, adapter_config, group)
+    return LoraFile(path, label, header, stat, adapter_config, group, scales)
 
 
 def _less(files: list[LoraFile], findings: list[Finding]) -> list[LoraFile]:
@@ -333,12 +337,7 @@ def noted(collection: Collection, notices: Sequence[Notice], strict: bool, skip_
 def _finding_of(notice: Notice, root: Path) -> Finding:
     """Return a notice as a fault of its files, or of the whole collection."""
     place = f"{root / notice.files[0]}" if notice.files else f"{root}"
-    return Finding(notice.files, notice.message, place + _more(len(notice.files)))
-
-
-def _more(count: int) -> str:
-    """Return the words behind the first of a number of files."""
-    return f" and {count - 1} more" if count > 1 else ""
+    return Finding(notice.files, notice.message, place + and_more(len(notice.files)))
 
 
 def keep_together(collection: Collection, groups: Sequence[Sequence[int]]) -> Collection:
@@ -352,66 +351,6 @@ def keep_together(collection: Collection, groups: Sequence[Sequence[int]]) -> Co
     names = common_names(own, [*groups, *collection.rows_of_groups])
     files = [replace(file, group=name) for file, name in zip(collection.files, names, strict=True)]
     return replace(collection, files=tuple(files), together=True)
-
-
-def _find_weight_files(root: Path, ignored: Counter) -> tuple[list[str], list[Finding]]:
-    """Find the weight files below a folder, as sorted paths relative to it, and what is wrong with the folders."""
-    paths, findings = [], []
-    errors: list[OSError] = []
-    for folder, subfolders, names in os.walk(root, onerror=errors.append):
-        ignored["hidden folders"] += sum(sub.startswith(".") for sub in subfolders)
-        subfolders[:] = sorted(sub for sub in subfolders if not sub.startswith("."))
-        ignored["linked folders"] += sum(os.path.islink(os.path.join(folder, sub)) for sub in subfolders)
-        weights = [name for name in names if name.lower().endswith(".safetensors") and not name.startswith(".")]
-        preferred = [name for name in PREFERRED_FILES if name in weights][:1]
-        if preferred:
-            ignored[f"*.safetensors beside {preferred[0]}"] += len(weights) - 1
-        inside = folder[len(os.fspath(root)) :].lstrip(os.sep)
-        paths += [os.path.join(inside, name) for name in preferred or weights]
-        pickles = sorted(os.path.join(inside, name) for name in names if name.lower().endswith(PICKLE_SUFFIXES))
-        if weights:
-            ignored["pickles beside *.safetensors"] += len(pickles)
-        else:
-            reason = "a pickle checkpoint: never loaded. Convert it to safetensors."
-            findings += [Finding((path,), reason) for path in pickles]
-    for error in errors:
-        folder = os.path.relpath(error.filename, root)
-        findings.append(Finding((folder,), f"cannot be listed ({error.strerror}). Mend its permissions."))
-    return sorted(paths), findings
-
-
-def _layer_differences(root: Path, files: list[LoraFile]) -> list[Finding]:
-    """Find files that differ in their layers, or in more than the rank; the commonest layers are the measure."""
-    holders = defaultdict(list)
-    for positions in by_layout(file.layout for file in files):
-        layout = files[positions[0]].layout
-        sides = tuple((f"{layer.module} {layer.role}", layer.free_side) for layer in layout.layers)
-        holders[sides] += [files[i].path for i in positions]
-    common = max(holders, key=lambda sides: len(holders[sides]), default=())
-    others = ""
-    if holders:
-        others = f"{len(holders[common])} files" if len(holders[common]) > 1 else min(holders[common])
-    findings = []
-    for sides, paths in holders.items():
-        if reason := _difference(dict(sides), dict(common), others):
-            place = f"{root / min(paths)}" + _more(len(paths))
-            findings.append(Finding(tuple(paths), reason, place))
-    return findings
-
-
-def _difference(sides: dict[str, int], common: dict[str, int], others: str) -> str:
-    """Describe how the free sides of a file's layers differ from those of ``others``; empty if they do not."""
-    lacking = [layer for layer in common if layer not in sides]
-    extra = [layer for layer in sides if layer not in common]
-    if lacking or extra:
-        parts = [f"lacks {len(lacking)} layers ({lacking[0]} ...)"] if lacking else []
-        parts += [f"adds {len(extra)} layers ({extra[0]} ...)"] if extra else []
-        return f"{' and '.join(parts)} compared with {others}. Keep LoRAs of the same layers to a collection."
-    for layer, side in sides.items():
-        if side != common[layer]:
-            fault = f"{layer} is {side} wide, but {common[layer]} in {others}: mixed base models"
-            return f"{fault}. Keep one base model to a collection."
-    return ""
 
 
 def check_classes(collection: Collection) -> None:
@@ -520,6 +459,7 @@ def inspection(collection: Collection, layers: str | None = None) -> dict:
         ],
         "layers_selected": np.flatnonzero(select_layers(collection, layers)).tolist(),
         "dtypes": dict(dtypes),
+        "scales": scale_records([file.scales for file in collection.files]),
         "label_source": collection.label_source,
         "label_column": collection.label_column,
         "group_column": collection.group_column,
@@ -528,11 +468,44 @@ def inspection(collection: Collection, layers: str | None = None) -> dict:
         "mixed_ranks": bool(collection.mixed_ranks),
         "ignored": dict(collection.ignored),
         "skipped": collection.skipped_records,
+        "notices": _records(collection),
     }
 
 
-def _listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} ({count})" for name, count in counts.items()) or "nothing"
+def _with_scales(collection: Collection, skip_bad: bool) -> Collection:
+    """Return the collection with the scales of alpha tensors read.
+
+    Raises:
+        CollectionError: Alphas cannot be used; with ``skip_bad`` their files are left out.
+    """
+    files, faults = inspecting.with_scales(collection.root, collection.files)
+    return _less_faulty(replace(collection, files=tuple(files)), faults, skip_bad)
+
+
+def _with_weights_checked(collection: Collection, progress: Progress, strict: bool, skip_bad: bool) -> Collection:
+    """Return the collection with what its weights show added to its notices; each file is read once.
+
+    Raises:
+        CollectionError: Weights are not finite, or of copies with several labels; with ``skip_bad`` these files are
+            left out. With ``strict`` also for what is otherwise a notice.
+    """
+    root = collection.root
+    checked, faults = inspecting.check_files(root, progress.track(collection.files, "weights"))
+    collection = _less_faulty(collection, faults, skip_bad)
+    twins, faults = inspecting.twins_of(root, collection.files, checked)
+    if faults:
+        collection = _less_faulty(collection, faults, skip_bad)
+        twins, _ = inspecting.twins_of(root, collection.files, checked)
+    notices = inspecting.notices_of_weights(root, collection.files, checked, twins, strict)
+    return noted(collection, notices, strict, skip_bad)
+
+
+def _less_faulty(collection: Collection, faults: list[Finding], skip_bad: bool) -> Collection:
+    """Refuse a collection with faulty files, or leave them out."""
+    if faults and not skip_bad:
+        raise CollectionError([finding.line(collection.root) for finding in faults])
+    reasons = [(path, finding.reason) for finding in faults for path in finding.files]
+    return without(collection, reasons) if reasons else collection
 
 
 def add_label_flags(add: Callable) -> None:
@@ -576,36 +549,74 @@ def main(arguments: list[str] | None = None) -> int:
 
         return published.run(args)
     try:
-        collection = index_collection(
-            args.path,
-            labels=args.labels,
-            label_column=args.label_column,
-            group_column=args.group_column,
-            skip_bad=args.skip_bad,
-            strict=args.strict,
-        )
-        contents = inspection(collection, args.layers)
+        inspect(args)
+        sys.stdout.flush()
     except CollectionError as error:
         print(error.shown(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
-    if args.json:
-        print(json.dumps(contents, indent=2, ensure_ascii=False))
-    else:
-        print("\n".join(_inspection_lines(args.path, contents)))
+    except BrokenPipeError:  # whoever reads has seen enough; nothing is to be flushed to it at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (LoraFileError, OSError) as error:  # files have changed while they were looked at
+        print(f"error: {args.path}: {error}", file=sys.stderr)
+        return 2
     return 0
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Print what a folder holds: what headers show at once, then what the weights do.
+
+    Raises:
+        CollectionError: It cannot be used.
+    """
+    progress = Progress(log=sys.stderr)
+    collection = index_collection(
+        args.path,
+        progress=progress.track,
+        labels=args.labels,
+        label_column=args.label_column,
+        group_column=args.group_column,
+        skip_bad=args.skip_bad,
+        strict=args.strict,
+    )
+    collection = _with_scales(collection, args.skip_bad)
+    contents = inspection(collection, args.layers)
+    if not args.json:
+        lines = inspecting.content_lines(args.path, contents)
+        print("\n".join(lines + inspecting.notice_lines(contents["notices"])), flush=True)
+    by_header = collection
+    if not args.headers_only:
+        collection = _with_weights_checked(collection, progress, args.strict, args.skip_bad)
+    if args.json:
+        contents = contents if collection.files == by_header.files else inspection(collection, args.layers)
+        contents |= {"notices": _records(collection), "weights_checked": not args.headers_only}
+        print(json.dumps(contents, indent=2, ensure_ascii=False))
+        return
+    skipped = collection.skipped_records[len(by_header.skipped) :]
+    notices = _records(collection)[len(by_header.notices) :]
+    first = inspecting.NOT_CHECKED if args.headers_only else inspecting.CHECKED
+    print("\n".join([first, *inspecting.skipped_lines(skipped), *inspecting.notice_lines(notices)]))
+
+
+def _records(collection: Collection) -> list[dict]:
+    return [notice.record() for notice in collection.notices]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the flags of ``inspect`` and ``import``."""
     parser = argparse.ArgumentParser(description="Look at a folder of LoRAs before an experiment, or make one.")
     commands = parser.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser("inspect", help="show what a folder of LoRAs holds; only headers are read")
-    inspect.add_argument("path", type=Path, help="folder of LoRAs")
-    inspect.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    add_label_flags(inspect.add_argument)
+    look = commands.add_parser("inspect", help="show what a folder of LoRAs holds, and check their weights")
+    look.add_argument("path", type=Path, help="folder of LoRAs")
+    look.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    look.add_argument(
+        "--headers-only",
+        action="store_true",
+        help="do not read the weights: no NaN, copies, untrained LoRAs or outliers are looked for",
+    )
+    add_label_flags(look.add_argument)
     publish = commands.add_parser("import", help="turn a published parquet collection into a folder of LoRAs")
     publish.add_argument("source", help="a parquet file, a folder of them, or owner/name of a data set of the hub")
     publish.add_argument("out", type=Path, help="folder to make; it may exist if the same import made it")
@@ -625,30 +636,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     publish.add_argument("--subset", help="of a data set of the hub that has several (none)")
     publish.add_argument("--split", help="of a data set of the hub that has several (the only one)")
     return parser.parse_args(arguments)
-
-
-def _inspection_lines(path: Path, contents: dict) -> list[str]:
-    """Return what ``inspect`` prints."""
-    layers = {depth: contents["layers"][depth] for depth in contents["layers_selected"]}
-    selected = f", {len(layers)} of them listed" if len(layers) < len(contents["layers"]) else ""
-    width = max(len(layer["name"]) for layer in layers.values())
-    lines = [
-        f"{path}: {contents['num_samples']} LoRAs of {len(contents['layers'])} layers{selected}; "
-        f"labels from {contents['label_source']}"
-    ]
-    if contents["mixed_ranks"]:
-        lines.append("ranks differ between LoRAs: the shapes are those of the first file")
-    lines += ["dtypes:  " + _listed(contents["dtypes"]), "classes: " + _listed(contents["classes"])]
-    if contents["num_groups"] is not None:
-        lines.append(f"groups:  {contents['num_groups']} by {contents['group_column']}")
-    chooses = " (number of values; --label-column chooses)" if contents["columns"] else ""
-    lines += [f"columns: {_listed(contents['columns'])}{chooses}", "ignored: " + _listed(contents["ignored"])]
-    lines += [f"skipped: {entry['path']}: {entry['reason']}" for entry in contents["skipped"]]
-    lines.append(f"{'depth':>5}  {'role':4}  {'shape':>12}  {'layer':{width}}  module")
-    for depth, layer in layers.items():
-        shape = "x".join(map(str, layer["shape"]))
-        lines.append(f"{depth:5}  {layer['role']:4}  {shape:>12}  {layer['name']:{width}}  {layer['module']}")
-    return lines
 
 
 if __name__ == "__main__":

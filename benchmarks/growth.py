@@ -36,6 +36,7 @@ import data
 from ablation_experiment import THREADS
 from experiment import extraction
 from experiment.workers import Workers
+from loras.building import WEIGHTS_NAME
 from representations import REPRESENTATIONS
 from training.stacks import start_thread
 
@@ -55,7 +56,7 @@ def write_small(out: Path, count: int) -> None:
     for i in range(count):
         folder = out / str(i % CLASSES) / f"{i:06}"
         folder.mkdir(parents=True)
-        (folder / data.PREFERRED_FILES[0]).write_bytes(save(tensors, metadata={"training": str(i)}))
+        (folder / WEIGHTS_NAME).write_bytes(save(tensors, metadata={"training": str(i)}))
         (folder / "metadata.json").write_text(json.dumps({"category_label": i % CLASSES, "number": i}))
         (folder / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "target_modules": ["to_q"]}))
 

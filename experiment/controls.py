@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from sklearn.preprocessing import OneHotEncoder
 
 from analysis import comparison, questions
 from analysis.chance import permuted
@@ -23,9 +24,11 @@ from data import Collection, CollectionError, check_classes, keep_together
 from experiment.phases import Experiment, emptied, split_collection
 from experiment.plans import TrainingError
 from experiment.settings import Settings
-from representations import RANKING, REPRESENTATIONS, UPDATES
+from loras.recipe import header_columns, recipe_columns
+from representations import FEATURES, RANKING, REPRESENTATIONS, UPDATES
 
 LEVELS = ("none", "basic", "all")
+RECIPE_WIDTH = 300  # values of recipe fields that a cheap explanation reads at most
 SAMPLES = 200  # LoRAs in which features that are the same number are looked for
 
 
@@ -82,6 +85,7 @@ def analyse(experiment: Experiment, names: Sequence[str], say: Callable[[str], N
         "norms": comparison.norms(statistics, updates),
         "ranks and shapes": ranks(experiment),
         "metadata": metadata(experiment),
+        "recipe": recipe(experiment, updates),
     }
     controls = replace(trained, cheap=cheap)
     return questions.analyse(evidence, names, statistics, updates, samples(experiment, names), controls) | {
@@ -351,6 +355,24 @@ def metadata(experiment: Experiment) -> np.ndarray | None:
     return np.stack(columns, axis=1) if columns else None
 
 
+def recipe(experiment: Experiment, updates: np.ndarray) -> np.ndarray | None:
+    """Return the values of the recipe's fields (see `loras.recipe`), one-hot, uint8[N, values]; None where all agree.
+
+    Fields of the fewest values come first, as far as the width goes.
+
+    Args:
+        experiment: The experiment.
+        updates: Measures of the updates, float[N, P, F], of which the scale is one.
+    """
+    scales = updates[..., FEATURES[UPDATES].feature_names.index("scale")]
+    columns = sorted(recipe_columns(experiment.collection.files, scales).values(), key=lambda column: len(set(column)))
+    widths = np.cumsum([len(set(column)) for column in columns])
+    columns = columns[: np.searchsorted(widths, RECIPE_WIDTH, "right")]
+    if not columns:
+        return None
+    return OneHotEncoder(sparse_output=False, dtype=np.uint8).fit_transform(np.array(columns, object).T)
+
+
 def _number(text: str | None) -> float | None:
     try:
         number = float(text or "")
@@ -365,7 +387,7 @@ def _number(text: str | None) -> float | None:
 
 
 def group_columns(experiment: Experiment) -> dict[str, dict[str, str]]:
-    """Return columns that look like groups which no split keeps together, with the value of each file.
+    """Return columns and header fields that look like groups which no split keeps together, with each file's value.
 
     Each file has a value, and most share it with another; either the column is called a group, or all LoRAs of one
     value are of one class while classes have several values, as of the artists or sets of images of a concept.
@@ -374,7 +396,7 @@ def group_columns(experiment: Experiment) -> dict[str, dict[str, str]]:
     if collection.group_column is not None:
         return {}
     columns = {}
-    for name, values_by_file in collection.columns.items():
+    for name, values_by_file in (collection.columns | header_columns(collection.files)).items():
         if name == collection.label_column or len(values_by_file) < len(collection.files):
             continue
         values, group = np.unique([values_by_file[file.path] for file in collection.files], return_inverse=True)

@@ -27,6 +27,7 @@ from experiment.workers import Task, Workers
 from loras import building, lora_files
 from loras.labels import Finding
 from loras.lora_files import Layout, LoraFileError, NotFiniteError, by_layout, file_stat
+from loras.scales import update_scales
 from representations import FEATURES, RANKING, UPDATES, matrix_features, pair_features
 
 CHUNK_NUMBERS = 2**22  # weights worked on at once, 16 MiB
@@ -199,7 +200,12 @@ class _Pass:
         self.identity = identity(collection)
         self.folder = cache / "passes" / store.digest(str(collection.root.resolve()))
         code = store.code_digest(
-            "representations", "loras/keys", "loras/lora_files", "experiment/extraction", "experiment/store"
+            "representations",
+            "loras/keys",
+            "loras/lora_files",
+            "loras/scales",
+            "experiment/extraction",
+            "experiment/store",
         )
         self.suffix = f"{store.digest([code, torch.__version__])[:8]}-{device.type}"
         count = len(collection.files)
@@ -420,7 +426,7 @@ def _read_file(root: Path, file: LoraFile) -> tuple[np.ndarray, dict[str, float]
         raise LoraFileError("changed since it was indexed. Start again.")
     weights, alphas = lora_files.load_weights(content, file.header)
     lora_files.check_finite(weights, file.layout)
-    scales = lora_files.update_scales(file.layout, alphas, file.adapter_config)
+    scales = update_scales(file.header, alphas, file.adapter_config)
     return weights, scales, hashlib.sha256(content).hexdigest()
 
 

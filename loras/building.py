@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from tqdm import tqdm
 
@@ -257,10 +257,15 @@ def write_lora(folder: Path, metadata: bytes, weights: bytes) -> None:
 
 
 class Progress:
-    """The progress of a stage: a bar on a terminal, in a log file a plain line about once a minute."""
+    """The progress of a stage: a bar on a terminal, in a log file a plain line about once a minute.
 
-    def __init__(self, shown: bool = True):
-        self.shown = shown
+    Args:
+        shown: Whether it is shown at all.
+        log: The file for the plain lines, standard output where none is given.
+    """
+
+    def __init__(self, shown: bool = True, log: TextIO | None = None):
+        self.shown, self.log = shown, log
         self.stage = ""
         self.bar = None
         self.last_line = time.monotonic()
@@ -280,7 +285,7 @@ class Progress:
         elif time.monotonic() - self.last_line > LOG_SECONDS:
             self.last_line = time.monotonic()
             count = f"{done}" if total is None else f"{done} of {total}"
-            print(f"  {stage}: {count}", flush=True)
+            print(f"  {stage}: {count}", file=self.log, flush=True)
 
     def track(self, items: Iterable, stage: str) -> Iterator:
         """Yield the items and show how many are done."""

@@ -26,7 +26,7 @@ KEY_FAMILIES = {
     "XLabs": r"^(?P<m>.+\.processor\.(?:qkv|proj)_lora[12]?)\.(?P<r>down|up)\.weight$",
     "cloneofsimo": r"^(?P<m>(?:unet|text_encoder):\d+):(?P<r>down|up)$",
 }
-SCALE = r"^(?P<m>.+)\.alpha$"
+SCALE = r"^(?P<m>.+?)(\.lora(_linear_layer|_down|_up|_A|_B)?)?\.alpha$"  # of a module, also beside its factors
 REFUSED_FAMILIES = {
     "a LoHa": r"\.hada_(w[12]_[ab]|t[12])$",
     "a LoKr": r"\.lokr_(w[12](_[ab])?|t[12])$",
@@ -111,16 +111,17 @@ def depth_key(module: str, role: str) -> tuple:
 
 
 class _Key(NamedTuple):
-    """A parsed key: canonical module, role, and the adapter that it belongs to."""
+    """A parsed key: canonical module, role, the adapter that it belongs to, and the style: a row of `KEY_FAMILIES`."""
 
     module: str
     role: str
     adapter: str
+    style: str
 
 
 @lru_cache(maxsize=2**16)  # headers differ more than keys do
 def parse_key(key: str) -> _Key | None:
-    """Return module, role and adapter of a weight's key; None for a key that is no LoRA weight.
+    """Return module, role, adapter and style of a weight's key; None for a key that is no LoRA weight.
 
     Raises:
         LoraFileError: The key belongs to a family that is refused.
@@ -128,14 +129,14 @@ def parse_key(key: str) -> _Key | None:
     for name, pattern in REFUSED_FAMILIES.items():
         if re.search(pattern, key):
             raise LoraFileError(f"{name} adapter ({key}), which cannot be read. Convert it or leave it out.")
-    for pattern in KEY_FAMILIES.values():
+    for style, pattern in KEY_FAMILIES.items():
         if match := re.match(pattern, key):
             parts = match.groupdict()
             module = parts["m"]
             if projection := parts.get("p"):
                 module += ".to_out.0" if projection == "out" else f".to_{projection}"
             role = {"A": "down", "B": "up"}.get(parts["r"], parts["r"])
-            return _Key(canonical_module(module), role, parts.get("a") or "")
+            return _Key(canonical_module(module), role, parts.get("a") or "", style)
     return None
 
 

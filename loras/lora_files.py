@@ -118,9 +118,13 @@ def packed_layout(layouts: Sequence[Layout]) -> Layout:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+METADATA, ADAPTER_METADATA = "__metadata__", "lora_adapter_metadata"
+# Fields of the metadata that may state a scale; of several the first counts. Kohya's stand beside alpha tensors.
+ALPHA_FIELDS = ("ss_network_alpha", "lora_alpha", "alpha")
+RANK_FIELDS = ("ss_network_dim", "lora_rank", "rank", "r")
 _accepted: set[tuple[bytes, int]] = set()  # digests of headers that the library has accepted, with the file's size
 # What parsing raises where the contents are not what they should be.
-_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def read_header(path: Path | str) -> bytes:
@@ -181,9 +185,9 @@ def _check_header(path: Path | str, header: bytes, size: int) -> None:
         fault = error
     try:
         entries = json.loads(header)
-        data = max((entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"), default=0)
+        data = max((entry["data_offsets"][1] for key, entry in entries.items() if key != METADATA), default=0)
         short = isinstance(data, int) and size < 8 + len(header) + data < 2**63
-    except _UNREADABLE:
+    except UNREADABLE:
         short = False
     if short:
         raise _incomplete(size, 8 + len(header) + data) from fault
@@ -225,27 +229,43 @@ class Header:
     """The parsed header of a file: places, which files of equal tensors share, and what is its own.
 
     ``data_start`` is the byte of the file at which its data begin, ``digest`` stands for the bytes of the header.
+    ``adapter_configs`` are what ``lora_adapter_metadata`` says of the adapter of each component, "" for none.
     """
 
     places: Places
     data_start: int
     digest: bytes
+    adapter_configs: dict[str, dict] = field(default_factory=dict)
+    field_names: tuple[str, ...] = ()
+    field_values: tuple[str, ...] = ()
 
     @property
     def layout(self) -> Layout:
         """The layers that the header promises; equal layouts are mostly one object."""
         return self.places.layout
 
+    @property
+    def fields(self) -> dict[str, str]:
+        """The short fields of the header's metadata."""
+        return dict(zip(self.field_names, self.field_values, strict=True))
+
 
 def parse_header(header: bytes) -> Header:
-    """Parse a safetensors header: layers, alphas, ignored tensors, and where each lies.
+    """Parse a safetensors header: layers, alphas, ignored tensors, where each lies, and the metadata of the writer.
 
     Places are mostly one object for files of equal tensors, layouts also where the order of keys differs.
 
     Raises:
-        LoraFileError: No LoRA pair, a missing partner, ranks that differ, two adapters, or a family that is refused.
+        LoraFileError: No LoRA pair, a missing partner, ranks that differ, two adapters, a family that is refused, or
+            metadata that cannot be read.
     """
-    return Header(_parse(_without_metadata(header)), 8 + len(header), hashlib.sha256(header).digest())
+    tensors, metadata = _split(header)
+    places = _parse(tensors)
+    configs = _adapter_configs(metadata.pop(ADAPTER_METADATA)) if ADAPTER_METADATA in metadata else _NO_CONFIGS
+    short = (name for name, value in metadata.items() if len(value) <= MAX_FIELD_LENGTH and value.isprintable())
+    names = _kept_names(tuple(sorted(short)))  # safetensors writes them in any order
+    values = tuple(sys.intern(metadata[name]) for name in names)
+    return Header(places, 8 + len(header), hashlib.sha256(header).digest(), configs, names, values)
 
 
 def _without_doubles(pairs: list[tuple[str, object]]) -> dict:
@@ -257,17 +277,70 @@ def _without_doubles(pairs: list[tuple[str, object]]) -> dict:
     return entries
 
 
-def _without_metadata(header: bytes) -> str:
-    """Return the header without ``__metadata__``, which writers put first and kohya fills differently for each file."""
+def _split(header: bytes) -> tuple[str, dict[str, str]]:
+    """Return the header without ``__metadata__``, and that.
+
+    Writers mostly put it first, and kohya fills it differently for each file. Where it stands elsewhere, it is left in.
+    """
     text = header.decode()
-    metadata = _METADATA.match(text)
-    return "{" + text[metadata.end() :] if metadata else text
+    if match := _METADATA.match(text):
+        tensors, metadata = "{" + text[match.end() :], _readable(METADATA, match[1])
+    else:
+        found = '"__metadata__"' in text and len(text) <= MAX_TENSORS_BYTES
+        tensors, metadata = text, _readable("header", text).get(METADATA) if found else {}
+    return tensors, {name: value for name, value in (metadata or {}).items() if isinstance(value, str)}
+
+
+def _readable(name: str, text: str) -> dict | None:
+    try:
+        return json.loads(text)
+    except UNREADABLE as error:
+        raise LoraFileError(f"its {name} is not readable as JSON ({error}). Mend or remove it.") from error
 
 
 # Names and values are texts, as the library has checked; nothing is matched twice, so time is linear in the length.
 _METADATA = re.compile(
-    r"""\{\s*"__metadata__"\s*:\s*(?:null|\{(?:[^"{}]++|"(?:[^"\\]++|\\.)*+")*+\})[\s,]*+""", re.DOTALL
+    r"""\{\s*"__metadata__"\s*:\s*(null|\{(?:[^"{}]++|"(?:[^"\\]++|\\.)*+")*+\})[\s,]*+""", re.DOTALL
 )
+# Trainers write some hundred fields; a longer text is a list, or prose.
+MAX_FIELDS, MAX_FIELD_LENGTH, MAX_NAME_LENGTH = 500, 200, 100
+MAX_CONFIG_LENGTH = 2**20
+# What is kept of PEFT's configuration of an adapter, which diffusers writes into the header.
+CONFIG_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights")
+_NO_CONFIGS: dict[str, dict] = {}
+
+
+@lru_cache(maxsize=2**8)
+def _kept_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of fields that may be of use, of no more than any trainer writes."""
+    kept = [name for name in names if name.isprintable() and len(name) <= MAX_NAME_LENGTH]
+    stating = [name for name in kept[MAX_FIELDS:] if name in (*ALPHA_FIELDS, *RANK_FIELDS)]
+    return tuple(map(sys.intern, kept[:MAX_FIELDS] + stating))
+
+
+def _adapter_configs(text: str) -> dict[str, dict]:
+    """Return the configuration of each component's adapter, less what is not used: ``unet.r`` is r of ``unet``.
+
+    Raises:
+        LoraFileError: The text is no JSON object, or larger than any that belongs to a LoRA.
+    """
+    if len(text) > MAX_CONFIG_LENGTH:
+        raise LoraFileError(f"its {ADAPTER_METADATA} has {len(text)} characters. Mend or remove it.")
+    document = _readable(ADAPTER_METADATA, text)
+    if not isinstance(document, dict):
+        raise LoraFileError(f"its {ADAPTER_METADATA} holds no JSON object. Mend or remove it.")
+    configs: dict[str, dict] = {}
+    for key, value in document.items():
+        component, _, name = key.rpartition(".")
+        if name in CONFIG_FIELDS and value is not None:
+            configs.setdefault(component, {})[name] = value
+    try:
+        return _shared_configs(json.dumps(configs))
+    except UNREADABLE as error:
+        raise LoraFileError(f"its {ADAPTER_METADATA} is not readable ({error}). Mend or remove it.") from error
+
+
+_shared_configs = lru_cache(maxsize=2**8)(json.loads)  # writers list the rest, as target modules, in any order
 
 
 @lru_cache(maxsize=64)
@@ -276,7 +349,7 @@ def _parse(header: str) -> Places:
     if len(header) > MAX_TENSORS_BYTES:
         raise LoraFileError(f"its header describes tensors in {len(header)} bytes, more than any LoRA has. Is it one?")
     entries = json.loads(header, object_pairs_hook=_without_doubles)
-    entries.pop("__metadata__", None)
+    entries.pop(METADATA, None)
     factors, alphas, ignored = _sort_keys(entries)
     if not factors:
         raise LoraFileError(f"no LoRA pair; the first keys are {', '.join(list(entries)[:3]) or 'none'}. Is it a LoRA?")
@@ -470,6 +543,23 @@ def _alphas(data: bytes | np.ndarray, header: Header) -> dict[str, float]:
     return {module: float(_numbers(data, dtype, byte, 1)[0]) for module, dtype, byte in places}
 
 
+def read_alphas(path: Path | str, header: Header) -> dict[str, float]:
+    """Read alpha by module, and nothing else of a file.
+
+    Raises:
+        LoraFileError: The file is shorter than it promises.
+    """
+    alphas = {}
+    with open(path, "rb") as file:
+        for module, dtype, byte in header.places.alphas:
+            file.seek(header.data_start + byte)
+            try:
+                alphas[module] = float(_numbers(file.read(8), dtype, 0, 1)[0])
+            except ValueError as error:
+                raise LoraFileError("changed since it was indexed. Start again.") from error
+    return alphas
+
+
 def check_finite(weights: np.ndarray, layout: Layout) -> None:
     """Refuse NaN and infinity in flattened weights.
 
@@ -502,53 +592,3 @@ def _floats_of_8_bits() -> dict[str, np.ndarray]:
 
 
 _FLOATS_OF_8_BITS = _floats_of_8_bits()
-
-
-def update_scales(layout: Layout, alphas: dict[str, float], adapter_config: dict | None) -> dict[str, float]:
-    """Return the factor s of each module's update s·up·down.
-
-    kohya stores alpha in the file, s = alpha / rank. PEFT stores ``lora_alpha`` in ``adapter_config.json``,
-    s = lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``; ``alpha_pattern`` and ``rank_pattern`` override
-    single modules. The rank is the file's own; a configuration that names another belongs to another file. A missing or
-    zero alpha means s = 1.
-
-    Raises:
-        LoraFileError: An alpha is no finite number, a pattern no regular expression, or a rank not the file's.
-    """
-    config = adapter_config or {}
-    if not alphas and not config:
-        return {layer.module: 1.0 for layer in layout.layers if layer.role == "down"}
-    scales = {}
-    for layer in layout.layers:
-        if layer.role == "up":
-            continue
-        from_file = layer.module in alphas
-        alpha = alphas[layer.module] if from_file else _configured_alpha(config, layer)
-        if not abs(alpha) <= FLOAT32_MAX:  # not >, which NaN would pass
-            raise LoraFileError(f"alpha of module {layer.module} is {alpha}. Mend it or leave the file out.")
-        root = 0.5 if config.get("use_rslora") and not from_file else 1.0
-        scales[layer.module] = alpha / layer.rank**root if alpha else 1.0
-    return scales
-
-
-def _configured_alpha(config: dict, layer: Layer) -> float:
-    """Return the alpha that ``adapter_config.json`` gives a module, 0 if none."""
-    path = re.split(r"\.lora[._]", layer.name)[0].removeprefix("base_model.model.")
-    try:
-        alpha = _configured(config, "alpha_pattern", "lora_alpha", path)
-        rank = _configured(config, "rank_pattern", "r", path)
-    except (*_UNREADABLE, OverflowError, re.error) as error:
-        fault = f"adapter_config.json has an unusable alpha or rank ({error})"
-        raise LoraFileError(f"{fault}. Mend or remove it.") from error
-    if rank and rank != layer.rank:
-        fault = f"adapter_config.json says rank {rank:g} for {path}, where the file has {layer.rank}"
-        raise LoraFileError(f"{fault}. Mend or remove it.")
-    return alpha
-
-
-def _configured(config: dict, patterns: str, default: str, path: str) -> float:
-    """Return the value of the first pattern that names the end of a module's path, else the default: PEFT's rule."""
-    for pattern, value in (config.get(patterns) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return float(value)
-    return float(config.get(default) or 0)

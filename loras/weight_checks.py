@@ -15,6 +15,7 @@ import numpy as np
 from loras import lora_files
 from loras.lora_files import Header, LoraFileError
 from loras.notices import Notice
+from loras.scales import update_scales
 
 FEWEST = 5  # files among which one can be an outlier
 # A file is an outlier where the update of its modules is so many times those of the others, or of any module so many.
@@ -54,7 +55,7 @@ def check_weights(path: Path | str, header: Header, adapter_config: dict | None 
     weights, alphas = lora_files.load_weights(content, header)
     try:
         lora_files.check_finite(weights, layout)
-        scales = lora_files.update_scales(layout, alphas, adapter_config)
+        scales = update_scales(header, alphas, adapter_config)
     except LoraFileError as error:
         return Checked(digest, np.zeros(len(layout.layers)), np.zeros(len(layout.modules)), str(error))
     places = zip(layout.layers, layout.columns, strict=True)

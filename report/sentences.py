@@ -327,8 +327,8 @@ def _none_best(results: dict) -> Iterator[str]:
     if not others:
         yield (
             f"None of {len(accuracy)} representations is distinguishable from chance ({chance} %) with all layers, so "
-            f"none is best. By validation accuracy it would be {chosen}, which reaches {reached} and would have to reach "
-            f"{needed} %."
+            f"none is best. By validation accuracy it would be {chosen}, which reaches {reached} and would have to "
+            f"reach {needed} %."
         )
     else:
         verb = "is" if len(others) == 1 else "are"

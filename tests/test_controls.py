@@ -5,15 +5,18 @@ import json
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from making import NARROW, planted_collection, write_collection
+from safetensors.torch import load_file, save_file
 
 import ablation_experiment
 from analysis.comparison import grouped_split
 from analysis.removal_plan import Order
+from data import index_collection
 from experiment import controls, plans
 from experiment.extraction import extract
 from experiment.phases import Experiment
@@ -135,6 +138,37 @@ def test_metadata_are_numbers_that_are_neither_the_label_nor_ids(planted):
     numbers = controls.metadata(planted)
     assert numbers.shape == (90, 1) and set(numbers.ravel().tolist()) == {5, 6, 7, 8}
     assert controls.ranks(planted) is None
+
+
+def test_the_recipe_is_one_hot_and_none_where_all_files_are_alike(planted, tmp_path):
+    updates = np.ones((90, 4, 3), np.float32)
+    assert controls.recipe(planted, updates) is None
+    headers_by_class(tmp_path, lambda c, i: {"ss_base": f"base {c}", "ss_seed": 4 * c + i, "ss_steps": i % 2})
+    files = SimpleNamespace(collection=index_collection(tmp_path))
+    found = controls.recipe(files, np.ones((8, 2, 3), np.float32))
+    bases, steps = [[1, 0]] * 4 + [[0, 1]] * 4, [[1, 0], [0, 1]] * 4
+    assert found.tolist() == [base + step for base, step in zip(bases, steps, strict=True)]
+    of_scales = controls.recipe(files, np.repeat([1.0, 2.0], 4)[:, None, None] * np.ones((8, 2, 3)))
+    assert of_scales.shape == (8, 6)
+
+
+def test_groups_that_headers_name_are_found(tmp_path):
+    headers_by_class(
+        tmp_path, lambda c, i: {"ss_session_id": f"{c} {i // 2}", "ss_base": f"base {c}", "ss_steps": i % 2}
+    )
+    collection = index_collection(tmp_path)
+    columns = controls.group_columns(SimpleNamespace(collection=collection))
+    assert list(columns) == ["header: ss_session_id"]  # a base is that of a class, and steps are of several
+    values = [columns["header: ss_session_id"][file.path] for file in collection.files]
+    assert values == [f"{c} {i}" for c in range(2) for i in (0, 0, 1, 1)]
+
+
+def headers_by_class(root: Path, fields) -> None:
+    """Two classes of four LoRAs, the header of each with ``fields(class, number)``."""
+    write_collection(root, per_class=4)
+    for position, path in enumerate(sorted(root.rglob("*.safetensors"))):
+        texts = {name: str(value) for name, value in fields(position // 4, position % 4).items()}
+        save_file(load_file(path), path, texts)
 
 
 def test_ranks_are_told_where_they_differ(tmp_path):

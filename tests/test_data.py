@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 from data import CollectionError, check_classes, index_collection
+from loras.weight_files import PICKLE_SUFFIXES
 
 
 def findings(root) -> list[str]:
@@ -128,7 +129,7 @@ def test_linked_folders_are_counted_and_linked_files_read(tmp_path):
     assert collection.ignored == {"linked folders": 1}
 
 
-@pytest.mark.parametrize("suffix", data.PICKLE_SUFFIXES)
+@pytest.mark.parametrize("suffix", PICKLE_SUFFIXES)
 def test_pickles_are_never_loaded(tmp_path, suffix):
     write_collection(tmp_path)
     path = tmp_path / "class_0" / "0009" / f"pytorch_lora_weights{suffix}"
@@ -349,3 +350,100 @@ def test_an_interrupted_inspection_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data, "index_collection", interrupted)
     assert data.main(["inspect", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "\nInterrupted.\n"
+
+
+def test_inspect_counts_scales_with_their_source(tmp_path, capsys):
+    root = write_collection(tmp_path, per_class=2)
+    alphas = {f"{module}.alpha": torch.tensor(float(m)) for m, module in enumerate(module_names(2))}
+    write_lora(files_in(root)[0], lora() | alphas)
+    (files_in(root)[1].parent / "adapter_config.json").write_text('{"lora_alpha": 8, "r": 2}')
+    assert data.main(["inspect", str(root), "--json", "--headers-only"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["scales"] == [
+        {"scale": 1.0, "source": "none", "modules": 2, "files": 2},
+        {"scale": 4.0, "source": "adapter_config.json", "modules": 2, "files": 1},
+        {"scale": 0.5, "source": "alpha tensors", "modules": 1, "files": 1},
+        {"scale": 1.0, "source": "alpha tensors", "modules": 1, "files": 1},
+    ]
+    assert [(notice["kind"], notice["count"]) for notice in found["notices"]] == [("scales", 2)]
+    assert found["weights_checked"] is False
+    assert data.main(["inspect", str(root)]) == 0
+    out = capsys.readouterr().out
+    assert "\nscales:  1 (none, 2 modules of 2 LoRAs), 4 (adapter_config.json, 2 modules of 1 LoRA), 0.5 (" in out
+    assert "\nnote: scales of updates are not stated alike: by nothing in 2 LoRAs (class_1/0000/" in out
+
+
+def test_inspect_of_headers_only_says_what_was_not_checked(tmp_path, capsys):
+    write_lora(write_collection(tmp_path) / "class_0" / "0000" / FILE_NAME, spoiled(float("nan")))
+    assert data.main(["inspect", str(tmp_path), "--headers-only"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "weights: not read; NaN, copies, untrained LoRAs and outliers were not checked"
+
+
+def spoiled(value: float) -> dict:
+    """A LoRA with a number that is none."""
+    tensors = lora(seed=9)
+    tensors[f"{module_names(2)[1]}.lora.up.weight"][0, 0] = value
+    return tensors
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_inspect_finds_what_the_run_would_refuse(tmp_path, capsys, value, flags):
+    path = write_lora(write_collection(tmp_path) / "class_0" / "0000" / FILE_NAME, spoiled(value))
+    assert data.main(["inspect", str(tmp_path), *flags]) == 2
+    name = f"{module_names(2)[1]}.lora.up.weight"
+    fault = f"NaN or infinity in 1 tensors, first in {name}. Train again or leave it out."
+    assert capsys.readouterr().err == f"error: {path}: {fault}\n"
+    assert data.main(["inspect", str(tmp_path), "--skip-bad", *flags]) == 0
+    captured = capsys.readouterr()
+    skipped = {"path": f"class_0/0000/{FILE_NAME}", "reason": fault}
+    if flags:
+        found = json.loads(captured.out)
+        assert found["skipped"] == [skipped] and found["num_samples"] == 5 and found["weights_checked"]
+    else:
+        assert f"skipped: {skipped['path']}: {fault}" in captured.out.splitlines()
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
+def test_inspect_refuses_an_alpha_that_is_no_number(tmp_path, capsys, alpha):
+    module = module_names(1)[0]
+    bad = lora() | {f"{module}.alpha": torch.tensor(alpha)}
+    path = write_lora(write_collection(tmp_path) / "class_0" / "0000" / FILE_NAME, bad)
+    assert data.main(["inspect", str(tmp_path), "--headers-only"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {path}: alpha of module {module.replace('.', '_')} is ")
+
+
+def test_inspect_reports_copies_and_untrained_loras(tmp_path, capsys):
+    root = write_collection(tmp_path, per_class=4)
+    paths = files_in(root)
+    write_lora(paths[1], load_file(paths[0]))
+    untrained = {key: tensor * (".lora.down." in key) for key, tensor in lora(seed=50).items()}
+    write_lora(paths[7], untrained)
+    assert data.main(["inspect", str(root), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    kinds = {notice["kind"]: notice["files"] for notice in found["notices"]}
+    names = [path.relative_to(root).as_posix() for path in paths]
+    assert kinds["copies"] == names[:2] and kinds["untrained"] == names[7:]
+    assert data.main(["inspect", str(root), "--strict"]) == 2
+    assert {line.split(": ")[1] for line in capsys.readouterr().err.splitlines()} == {str(paths[i]) for i in (1, 7)}
+    assert data.main(["inspect", str(root), "--strict", "--skip-bad", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [record["path"] for record in found["skipped"]] == [names[1], names[7]] and found["notices"] == []
+
+
+def test_inspect_refuses_copies_of_two_classes(tmp_path, capsys):
+    paths = files_in(write_collection(tmp_path))
+    write_lora(paths[3], load_file(paths[0]))
+    assert data.main(["inspect", str(tmp_path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1] for line in lines] == [str(paths[0]), str(paths[3])]
+    assert all("class_0" in line and "class_1" in line for line in lines)
+    assert data.main(["inspect", str(tmp_path), "--skip-bad"]) == 0
+
+
+def test_whoever_reads_the_inspection_may_stop(tmp_path):
+    write_collection(tmp_path / "zoo", modules=2000, per_class=1, width=2)
+    command = f"{sys.executable} {data.__file__} inspect {tmp_path / 'zoo'} --headers-only | head -n 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "LoRAs of 4000 layers" in done.stdout

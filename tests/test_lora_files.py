@@ -16,6 +16,7 @@ from safetensors.torch import save
 from loras import lora_files
 from loras.keys import LoraFileError
 from loras.lora_files import load_weights, parse_header, read_header
+from loras.scales import update_scales
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Scales, shapes, dtypes
@@ -26,7 +27,7 @@ def scales_of(tensors: dict, config: dict | None = None) -> dict:
     data = save(tensors)
     header = parse_header(header_of(data))
     _, alphas = load_weights(data, header)
-    return lora_files.update_scales(header.layout, alphas, config)
+    return update_scales(header, alphas, config)
 
 
 def peft(*modules: str, rank: int = 4) -> dict:
@@ -184,7 +185,7 @@ def test_a_mid_is_multiplied_into_the_down(dtype, down):
         ("unet_c", "down", (2, 4 * 3 * 5)),
         ("unet_c", "up", (6, 2)),
     ]
-    assert lora_files.update_scales(layout, alphas, None) == {"unet_a": 1.0, "unet_c": 0.5}
+    assert update_scales(header, alphas, None) == {"unet_a": 1.0, "unet_c": 0.5}
     _, _, wide, up = (
         weights[columns].reshape(layer.shape) for layer, columns in zip(layout.layers, layout.columns, strict=True)
     )

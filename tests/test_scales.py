@@ -1,0 +1,267 @@
+"""The scale of each update, and its source: alpha tensors, adapter_config.json, the header, nothing."""
+
+import json
+import time
+
+import pytest
+import torch
+from headers import header_of, pair
+from making import write_lora
+from safetensors.torch import save
+
+from loras.keys import LoraFileError
+from loras.lora_files import MAX_CONFIG_LENGTH, MAX_FIELDS, load_weights, parse_header, read_alphas, read_header
+from loras.scales import ADAPTER_METADATA, CONFIG, FIELDS, NONE, TENSORS, Scale, count_scales, module_scales
+
+UNET, TEXT = "unet.mid_block.to_q", "text_encoder.text_model.q_proj"
+BOTH = pair(UNET, 4) | pair(TEXT, 4)
+BY_COMPONENT = {"unet.r": 4, "unet.lora_alpha": 16, "text_encoder.r": 4, "text_encoder.lora_alpha": 8}
+
+
+def scales_of(tensors: dict, metadata: dict | None = None, config: dict | None = None) -> list[tuple[float, str]]:
+    """Scale and source of each module, in the network's order; a value of the metadata that is no text becomes JSON."""
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in (metadata or {}).items()}
+    data = save(tensors, texts or None)
+    header = parse_header(header_of(data))
+    by_module = module_scales(header, load_weights(data, header)[1], config)
+    counted = dict(count_scales(header, config))
+    for scale in by_module.values():
+        assert (scale if scale.source != TENSORS else Scale(None, TENSORS)) in counted
+    assert sum(counted.values()) == len(by_module)
+    return [tuple(scale) for scale in by_module.values()]
+
+
+def adapter(**fields) -> dict:
+    return {ADAPTER_METADATA: {name.replace("__", "."): value for name, value in fields.items()}}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sources
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_diffusers_states_scales_by_component():
+    assert scales_of(BOTH, {ADAPTER_METADATA: BY_COMPONENT}) == [(2.0, ADAPTER_METADATA), (4.0, ADAPTER_METADATA)]
+
+
+def test_patterns_of_a_component_name_paths_below_it():
+    single = "single_transformer_blocks.0.attn.to_q"
+    tensors = pair("transformer.transformer_blocks.0.attn.to_q", 4) | pair(f"transformer.{single}", 8)
+    fields = {"transformer__r": 4, "transformer__lora_alpha": 8, "transformer__rank_pattern": {f"^{single}": 8}}
+    found = scales_of(tensors, adapter(**fields, transformer__alpha_pattern={single: 2}))
+    assert found == [(2.0, ADAPTER_METADATA), (0.25, ADAPTER_METADATA)]
+
+
+def test_rank_stabilised_scales_are_of_their_component():
+    found = scales_of(BOTH, {ADAPTER_METADATA: BY_COMPONENT | {"unet.use_rslora": True}})
+    assert [value for value, _ in found] == [2.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    ("module", "fields", "scale"),
+    [
+        (UNET, {"r": 4, "lora_alpha": 8}, 2.0),  # a model saved by itself: no component in the metadata
+        ("mid_block.to_q", {"r": 4, "lora_alpha": 8}, 2.0),
+        ("mid_block.to_q", {"unet__r": 4, "unet__lora_alpha": 8, "text_encoder__lora_alpha": 4}, 2.0),
+        ("diffusion_model.blocks.0.to_q", {"transformer__r": 4, "transformer__lora_alpha": 8}, 2.0),
+        ("text_encoder_2.a.q_proj", {"text_encoder__lora_alpha": 8, "text_encoder_2__lora_alpha": 4}, 1.0),
+        ("text_encoder_2.a.q_proj", {"text_encoder__lora_alpha": 8}, None),
+        (UNET, {"unet__r": 4}, None),
+        (UNET, {"unet__r": None, "unet__lora_alpha": None}, None),
+        (UNET, {"unet__lora_dropout": 0.5, "something": [1]}, None),
+    ],
+)
+def test_a_module_has_the_scale_of_its_component(module, fields, scale):
+    expected = (1.0, NONE) if scale is None else (scale, ADAPTER_METADATA)
+    assert scales_of(pair(module, 4), adapter(**fields)) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("fields", "scale"),
+    [
+        ({"ss_network_alpha": "8.0", "ss_network_dim": "4"}, 2.0),
+        ({"ss_network_alpha": "8", "ss_network_dim": "None"}, 2.0),
+        ({"lora_alpha": "2", "r": "4"}, 0.5),
+        ({"lora_alpha": "2", "r": "4", "use_rslora": "True"}, 1.0),
+        ({"alpha": "2", "rank": "4"}, 0.5),
+        ({"alpha": "2"}, None),  # may be anything
+        ({"rank": "4"}, None),
+        ({"ss_network_alpha": "None", "ss_network_dim": "4"}, None),
+        ({"lora_alpha": "0", "rank": "4"}, None),
+    ],
+)
+def test_plain_fields_of_the_header(fields, scale):
+    expected = (1.0, NONE) if scale is None else (scale, FIELDS)
+    assert scales_of(pair(UNET, 4), fields) == [expected]
+
+
+def test_of_several_sources_the_nearest_to_the_weights_counts():
+    plain = {"lora_alpha": "64", "r": "4"}
+    metadata = plain | {ADAPTER_METADATA: {"unet.r": 4, "unet.lora_alpha": 32}}
+    config = {"lora_alpha": 16, "r": 4}
+    tensors = pair(UNET, 4)
+    assert scales_of(tensors, plain) == [(16.0, FIELDS)]
+    assert scales_of(tensors, metadata) == [(8.0, ADAPTER_METADATA)]
+    assert scales_of(tensors, metadata, config) == [(4.0, CONFIG)]
+    assert scales_of(tensors, metadata, {"r": 4}) == [(8.0, ADAPTER_METADATA)]  # which states no alpha
+    assert scales_of(tensors | {f"{UNET}.alpha": torch.tensor(2.0)}, metadata, config) == [(0.5, TENSORS)]
+
+
+def test_sources_may_differ_between_modules():
+    metadata = {ADAPTER_METADATA: {"unet.lora_alpha": 8}, "lora_alpha": "None"}
+    assert scales_of(BOTH, metadata) == [(1.0, NONE), (2.0, ADAPTER_METADATA)]
+
+
+@pytest.mark.parametrize("place", ["lora", "lora_linear_layer", "lora_down"])
+def test_an_alpha_may_stand_beside_the_factors(place):
+    assert scales_of(pair(UNET, 4) | {f"{UNET}.{place}.alpha": torch.tensor(1.0)}) == [(0.25, TENSORS)]
+
+
+def test_two_alphas_of_one_module_are_refused():
+    alphas = {f"{UNET}.alpha": torch.tensor(1.0), f"{UNET}.lora.alpha": torch.tensor(2.0)}
+    with pytest.raises(LoraFileError, match="two tensors are the alpha of module"):
+        scales_of(pair(UNET, 4) | alphas)
+
+
+def test_metadata_count_wherever_they_stand_in_the_header():
+    header = json.loads(header_of(save(pair(UNET, 4), {"lora_alpha": "8", "r": "4"})))
+    metadata = header.pop("__metadata__")
+    last = parse_header(json.dumps(header | {"__metadata__": metadata}).encode())
+    assert count_scales(last, None) == ((Scale(2.0, FIELDS), 1),)
+    assert last.fields == metadata
+
+
+def test_alphas_can_be_read_alone(tmp_path):
+    tensors = BOTH | {f"{UNET}.alpha": torch.tensor(3.0, dtype=torch.bfloat16), f"{TEXT}.alpha": torch.tensor([2])}
+    path = write_lora(tmp_path / "x.safetensors", tensors)
+    header = parse_header(read_header(path))
+    assert read_alphas(path, header) == load_weights(path.read_bytes(), header)[1]
+    path.write_bytes(path.read_bytes()[: header.data_start])
+    with pytest.raises(LoraFileError, match="changed since it was indexed"):
+        read_alphas(path, header)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What strangers write
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not readable as JSON"),
+        ("[1]", "no JSON object"),
+        ('"x"', "no JSON object"),
+        ("[" * 100_000, "not readable as JSON"),
+        ('{"unet.rank_pattern":' * 40_000, "not readable as JSON"),
+        ("{}" + " " * MAX_CONFIG_LENGTH, "characters"),
+        ('{"unet.lora_alpha": "much"}', "unusable alpha or rank"),
+        ('{"unet.lora_alpha": 1e999}', "alpha of module unet_mid_block_to_q is inf"),
+        ('{"unet.lora_alpha": NaN}', "alpha of module unet_mid_block_to_q is nan"),
+        (f'{{"unet.lora_alpha": 1{"0" * 400}}}', "unusable alpha or rank"),
+        (f'{{"unet.lora_alpha": 1{"0" * 5000}}}', "not readable as JSON"),
+        ('{"unet.r": 8, "unet.lora_alpha": 8}', "lora_adapter_metadata says rank 8 for mid_block.to_q, where .* has 4"),
+        ('{"unet.alpha_pattern": [1]}', "unusable alpha or rank"),
+        ('{"unet.alpha_pattern": "to_q"}', "unusable alpha or rank"),
+        ('{"unet.alpha_pattern": {"(": 1}}', "unusable alpha or rank"),
+        ('{"unet.alpha_pattern": {"to_q": {}}}', "unusable alpha or rank"),
+    ],
+)
+def test_metadata_that_cannot_be_used_are_refused_in_one_line(text, words):
+    with pytest.raises(LoraFileError, match=words) as error:
+        scales_of(pair(UNET, 4), {ADAPTER_METADATA: text})
+    assert "\n" not in str(error.value) and str(error.value).endswith((".",))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"lora_alpha": "x", "r": "4"}, {"ss_network_alpha": "8", "ss_network_dim": "Dynamic"}]
+)
+def test_plain_fields_that_cannot_be_used_are_refused_where_they_would_be(fields):
+    with pytest.raises(LoraFileError, match="header metadata has an unusable alpha or rank"):
+        scales_of(pair(UNET, 4), fields)
+    alpha = {f"{UNET}.alpha": torch.tensor(4.0)}
+    assert scales_of(pair(UNET, 4) | alpha, fields) == [(1.0, TENSORS)]
+
+
+def test_a_plain_rank_that_is_not_the_files_is_refused():
+    with pytest.raises(LoraFileError, match=r"header metadata says rank 16 for unet\.mid_block\.to_q, where .* 4"):
+        scales_of(pair(UNET, 4), {"alpha": "8", "rank": "16"})
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(a+)+b",
+        "(.*.*)*x",
+        "(a|a)" * 30,
+        "a?" * 40,
+        ".*" * 20,
+        "(x+x+)+y",
+        "[a-z]{1,50}{1,50}",
+        "a{1,9}{1,9}{1,9}{1,9}",
+        "(?:a*)*",
+    ],
+)
+def test_a_pattern_that_would_never_end_is_refused(pattern):
+    module = "unet." + "a" * 200 + ".to_q"
+    start = time.perf_counter()
+    with pytest.raises(LoraFileError, match="unusable alpha or rank"):
+        scales_of(pair(module, 4), adapter(unet__lora_alpha=4, unet__alpha_pattern={pattern: 1}))
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "value"),
+    [
+        ("to_q", 1.0),
+        (r".*\.to_q", 1.0),
+        (r"mid_block\.to_[qk]", 1.0),
+        ("to_q|to_k", 1.0),
+        ("o_q", 2.0),
+        ("mid_block", 2.0),
+    ],
+)
+def test_a_pattern_names_the_end_of_a_path(pattern, value):
+    found = scales_of(pair(UNET, 4), adapter(unet__lora_alpha=8, unet__alpha_pattern={"x": 3, pattern: 4}))
+    assert found == [(value, ADAPTER_METADATA)]
+
+
+def test_many_patterns_and_many_modules_take_no_time():
+    modules = [f"blocks.{i}.to_q" for i in range(600)]
+    tensors = {key: tensor for module in modules for key, tensor in pair(module, 2).items()}
+    patterns = dict.fromkeys(modules, 4)
+    start = time.perf_counter()
+    assert set(scales_of(tensors, adapter(lora_alpha=2, alpha_pattern=patterns))) == {(2.0, ADAPTER_METADATA)}
+    assert time.perf_counter() - start < 2
+
+
+def test_little_is_kept_of_metadata_and_held_once():
+    used = {"unet.r": 4, "unet.lora_alpha": 8}
+    headers = [
+        parse_header(
+            header_of(
+                save(
+                    pair(UNET, 4),
+                    {
+                        ADAPTER_METADATA: json.dumps(used | {"unet.target_modules": [f"{number}"]}),
+                        "long": "x" * 10_000,
+                        "number": str(number),
+                        "line\nbreak": "x",
+                        "base": "sd 1.5",
+                    },
+                )
+            )
+        )
+        for number in range(2)
+    ]
+    assert [header.fields for header in headers] == [{"number": str(number), "base": "sd 1.5"} for number in range(2)]
+    for name in ("adapter_configs", "field_names", "places"):
+        assert getattr(headers[0], name) is getattr(headers[1], name), name
+    assert headers[0].adapter_configs == {"unet": {"r": 4, "lora_alpha": 8}}
+
+
+def test_a_scale_is_found_behind_more_fields_than_are_kept():
+    fields = {f"field {number}": "x" for number in range(2 * MAX_FIELDS)} | {"lora_alpha": "8", "r": "4"}
+    header = parse_header(header_of(save(pair(UNET, 4), fields)))
+    assert len(header.fields) <= MAX_FIELDS + 2
+    assert scales_of(pair(UNET, 4), fields) == [(2.0, FIELDS)]
