@@ -61,7 +61,7 @@ PROGRAM = (  # of which results are; tests, benchmarks and what imports a publis
     *("loras/building", "loras/digits_zoo", "loras/keys", "loras/labels", "loras/lora_files", "loras/notices"),
     *("loras/copies", "loras/recipe", "loras/scales", "loras/weight_checks", "loras/weight_files"),
 )
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------

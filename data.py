@@ -496,7 +496,7 @@ def _with_weights_checked(collection: Collection, progress: Progress, strict: bo
     if faults:
         collection = _less_faulty(collection, faults, skip_bad)
         twins, _ = inspecting.twins_of(root, collection.files, checked)
-    notices = inspecting.notices_of_weights(root, collection.files, checked, twins, strict)
+    notices = inspecting.notices_of_weights(collection.files, checked, twins, strict)
     return noted(collection, notices, strict, skip_bad)
 
 

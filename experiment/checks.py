@@ -51,7 +51,7 @@ def check_collection(
     twins = _find_copies(collection, folder_of(DIGESTS), sizes)
     if findings := copies.contradictions(paths, labels, twins):
         return {"findings": [(*finding.files, finding.reason, True) for finding in findings]}
-    epochs = copies.find_epochs(paths, _sessions(collection))
+    epochs = copies.find_epochs(paths, [copies.session_id(file.header.fields) for file in collection.files])
     notices = weight_notices(paths, labels, collection.modules, norms)
     notices += copies.twin_notices(paths, labels, twins, epochs, keep_twins, strict)
     groups = [] if keep_twins else copies.joined(len(paths), [*twins, *epochs])
@@ -106,15 +106,3 @@ def _columns(folder: Path, name: str, features: tuple[str, ...]) -> np.ndarray:
     """Return some features of all LoRAs, float32[N, L or P, len(features)]; the others stay on disk."""
     columns = [FEATURES[name].feature_names.index(feature) for feature in features]
     return np.concatenate([shard[:, :, columns] for shard in store.map_shards(folder)])
-
-
-def _sessions(collection: Collection) -> list[tuple[str, str] | None]:
-    """Return the session of training of each file and the moment in it, as its header names them."""
-    sessions = []
-    for file in collection.files:
-        try:
-            header = lora_files.read_header(collection.root / file.path)
-        except (lora_files.LoraFileError, OSError) as error:
-            raise CollectionError([f"{collection.root / file.path}: {error}"]) from error
-        sessions.append(copies.session_id(header))
-    return sessions

@@ -275,9 +275,9 @@ class _Pass:
             self._remove()
             return outcome
         try:
-            good = self._less(findings) if findings else self
+            good = _without(self, findings) if findings else self
             if "findings" in outcome:  # they are of labels and flags: the arrays are put in place with theirs
-                self._less(outcome["findings"])
+                _without(self, outcome["findings"])
         except CollectionError:  # those that are left will be refused: nothing is kept for them
             self._remove()
             return {"findings": findings or outcome["findings"]}
@@ -292,16 +292,6 @@ class _Pass:
         if findings:
             return {"findings": findings}
         return outcome if "findings" in outcome else outcome | {"missing": self.missing(names)}
-
-    def _less(self, findings: list) -> _Pass:
-        """Return the pass over the files of which nothing was found.
-
-        Raises:
-            CollectionError: These make no classification task.
-        """
-        rest = without(self.collection, [finding[:2] for finding in findings])
-        check_classes(rest)
-        return _Pass(rest, self.cache, self.device)
 
     def _put_in_place(self, names: list[str], documents: list[dict], contents: list[str], read_by: _Pass) -> None:
         """Rename arrays from where a pass has written them to the folder of their fingerprint."""
@@ -383,6 +373,17 @@ class _Pass:
                 store.save_array(store.shard_path(self._arrays(name), rows.start), array[: len(contents)])
         document = {"contents": contents, "findings": findings}
         building.write_atomically(self._document(rows), building.canonical_json(document))
+
+
+def _without(weight_pass: _Pass, findings: list) -> _Pass:
+    """Return the pass over the files of which nothing was found.
+
+    Raises:
+        CollectionError: These make no classification task.
+    """
+    rest = without(weight_pass.collection, [finding[:2] for finding in findings])
+    check_classes(rest)
+    return _Pass(rest, weight_pass.cache, weight_pass.device)
 
 
 def _numbers_of_a_lora(collection: Collection) -> int:

@@ -9,10 +9,9 @@ Shape letters: N LoRAs, L layers, W weights of a LoRA.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import PurePosixPath
 
@@ -241,19 +240,15 @@ _LAST = re.compile(r"[-_. ](?:last|final)$", re.IGNORECASE)
 _NUMBER = re.compile(r"[-_](\d{6,12})$")  # kohya's epochs have six digits, ai-toolkit's steps nine
 
 
-def session_id(header: bytes) -> tuple[str, str] | None:
-    """Return the session of training that a header names, and the moment in it; None where it names none."""
-    if b"ss_session_id" not in header:
+def session_id(fields: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return the session of training that a header's fields name, and the moment in it; None where they name none."""
+    if not fields.get("ss_session_id"):
         return None
-    try:
-        metadata = json.loads(header).get("__metadata__")
-        session, moment = (
-            [str(metadata[name]) for name in names if metadata.get(name)]
-            for names in (("ss_session_id", "ss_training_started_at"), ("ss_epoch", "ss_steps"))
-        )
-    except (ValueError, AttributeError, RecursionError):
-        return None
-    return ("/".join(session), "/".join(moment)) if session else None
+    session, moment = (
+        "/".join(fields[name] for name in names if fields.get(name))
+        for names in (("ss_session_id", "ss_training_started_at"), ("ss_epoch", "ss_steps"))
+    )
+    return session, moment
 
 
 def find_epochs(paths: Sequence[str], sessions: Sequence[tuple[str, str] | None]) -> list[list[int]]:

@@ -70,7 +70,6 @@ def _labels(files: Sequence[IndexedFile]) -> list[str]:
 
 
 def notices_of_weights(
-    root: Path,
     files: Sequence[IndexedFile],
     checked: dict[str, Checked],
     twins: list[list[int]],
@@ -79,7 +78,7 @@ def notices_of_weights(
     """Return what the weights of files show that can be used, and which are epochs of one training."""
     paths, labels = [file.path for file in files], _labels(files)
     norms = np.stack([checked[path].norms for path in paths])
-    sessions = [copies.session_id(lora_files.read_header(root / path)) for path in paths]
+    sessions = [copies.session_id(file.header.fields) for file in files]
     twin_notices = copies.twin_notices(paths, labels, twins, copies.find_epochs(paths, sessions), strict=strict)
     return weight_notices(paths, labels, files[0].layout.modules, norms) + twin_notices
 
