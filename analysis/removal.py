@@ -272,17 +272,17 @@ def half_gone(removed: Sequence[int], share: np.ndarray, trained: np.ndarray) ->
 
 
 def _left_without_least(measured: Measured) -> dict | None:
-    """Return what is left without the least predictive units: as many as can go until less than nine tenths are.
+    """Return what is left without the least predictive units: with the most of them gone that leave nine tenths.
 
-    Where the first point of the curve is below that already, without half of the units; None where the curve has no
-    points but its ends.
+    With half of the units gone, where no point of the curve leaves as much; None where the curve has no points but its
+    ends. More may be left than with all units, where those that know nothing were in the way.
     """
     removed, weights = measured.curve("least first")
     if len(removed) < 3:
         return None
     share = measured.shares(weights)[0]
-    below = np.flatnonzero((share < REDUNDANT) | ~weights.any(1))
-    point = int(below[0]) - 1
+    enough = np.flatnonzero((share >= REDUNDANT) & weights.any(1))
+    point = int(enough[-1])
     if point == 0:
         point = max(1, sum(number <= measured.units / 2 for number in removed) - 1)
     return {"removed": removed[point]} | measured.share(weights[point])

@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ KINDS = {
         cross_fitting.TrainedSets,
     )
 }
+FEW = 10  # LoRAs whose features are looked at for coinciding ones
 FOLDER = Path(__file__).parent / "golden"
 
 
@@ -72,6 +73,16 @@ def unpacked(value: object, arrays: dict[str, np.ndarray]) -> object:
 
 
 def save(path: Path, content: dict) -> None:
+    """Write what an analysis read, less the arrays that it does not read, and of samples no more than a few."""
+    read = content["evidence"].predictions
+    conditions = {
+        condition: {name: {"predicted": arrays["predicted"]} for name, arrays in named.items()}
+        for condition, named in read.conditions.items()
+    }
+    layers = {name: read.layers[name] for name in ("predicted", "log_loss")}
+    predictions = evidence.Predictions(read.rows, read.y, layers, conditions)
+    samples = {name: (features[:FEW], names) for name, (features, names) in content["samples"].items()}
+    content = content | {"evidence": replace(content["evidence"], predictions=predictions), "samples": samples}
     arrays: dict[str, np.ndarray] = {}
     text = json.dumps(packed(content, arrays), separators=(",", ":"))
     arrays["content"] = np.frombuffer(text.encode(), np.uint8)
