@@ -232,7 +232,7 @@ def _beats_all(
     correct = {name: predicted[:runs] == evidence.truth for name, predicted in candidates.items()}
     whole = all_layers[:runs] == evidence.truth
     records = evidence.draws.differences([(hits, whole) for hits in correct.values()])
-    return {"top_alone": None} | dict(zip(correct, records, strict=True))
+    return dict.fromkeys(("first", "top_alone")) | dict(zip(correct, records, strict=True))
 
 
 def _drops(evidence: Evidence, choice: Choice, removed: dict[str, np.ndarray]) -> dict[str, dict]:

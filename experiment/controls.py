@@ -285,10 +285,12 @@ def cross_fitted(experiment: Experiment, evidence: Evidence, names: Sequence[str
     others = [[layer for layer in layers if layer not in top] for top in choice.sets]
     alone, failed = _without_each(again, [RANKING], others, "top k alone")
     whole, failed_whole = _without_each(again, [RANKING], [[]], "cross-fitted, all layers")
-    if failed := failed | failed_whole:
+    if failed:
         not_run["the top layers alone"] = failed[RANKING]
+    if failed_whole:
+        not_run["all layers, to compare with"] = failed_whole[RANKING]
     kept, smallest = removed.copy(), np.min_scalar_type(len(experiment.collection.classes))
-    if RANKING in alone:
+    if alone:
         kept["top layers alone"] = alone[RANKING]
     experiment.predictions.conditions["cross_fitted"] = {
         name: {"predicted": predicted.astype(smallest)} for name, predicted in kept.items()
@@ -296,8 +298,8 @@ def cross_fitted(experiment: Experiment, evidence: Evidence, names: Sequence[str
     tested = len(experiment.rows["test"])
     return TrainedSets(
         removed={name: predicted[..., -tested:] for name, predicted in removed.items()},
-        alone=None if failed else alone[RANKING][..., -tested:],
-        all_layers=None if failed else whole[RANKING][0, :, -tested:],
+        alone=alone[RANKING][..., -tested:] if alone else None,
+        all_layers=whole[RANKING][0, :, -tested:] if whole else None,
         not_run=not_run,
     )
 

@@ -32,7 +32,7 @@ def repeat(experiment: Experiment, names: Sequence[str], say: Callable[[str], No
     settings = experiment.settings
     if settings.splits == 1:
         return None
-    say(f"\n{settings.splits - 1} more splits, of other train, validation and test LoRAs")
+    say("\nThe same on other splits into train, validation and test LoRAs")
     outcomes, seen = [_outcome_of(experiment, names)], {_rows_of(experiment): 1}
     not_run: dict[str, str] = {}
     splits_not_run: dict[str, str] = {}
