@@ -390,14 +390,15 @@ def settle(sections: dict[str, dict], top_alone: dict | None, any_above: bool) -
         silent, shown = section["verdict"] == NO_SIGNAL, top_alone is not None and top_alone["p"] < ALPHA
         # An accuracy that is above permuted labels, and not clearly above guessing, has no shares.
         lost = section["survives"] is None and shown and top_alone["interval"][0] > section["all"]["interval"][1]
+        top, verb = ("top layer", "reaches") if section["top_k"] == 1 else (f"top {section['top_k']} layers", "reach")
         why = None
         if shown and (silent or lost):
-            top = "top layer alone reaches" if section["top_k"] == 1 else f"top {section['top_k']} layers alone reach"
-            why = f"the {top} {100 * top_alone['accuracy']:.1f} %; with all layers {name} loses it among the others"
+            reached = f"the {top}, chosen by other test LoRAs, {verb} {100 * top_alone['accuracy']:.1f} % alone"
+            why = f"{reached}; with all layers {name} loses it among the others"
         elif silent and any_above:
             why = f"with all layers {name} is indistinguishable from chance, and other representations are above it"
         elif silent:
-            why = "neither all layers, nor the top k alone, nor any representation is above chance"
+            why = f"neither all layers, nor the {top} alone, nor any representation is above chance"
         settled[name] = section
         if why:
             settled[name] = section | {"verdict": UNSEEN if shown or any_above else NO_SIGNAL, "why": why}

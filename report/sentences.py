@@ -35,11 +35,11 @@ VERDICTS = {
     "distributed": "without the most predictive (the top k, or a tenth of all where that is more) more than half of "
     "what is above chance is left, but less than nine tenths before half of all are removed",
     "redundant": "nine tenths of what is above chance, or more, are left even without the most predictive half",
-    "no signal": "neither all layers, nor the top ones alone, nor any representation is above chance, so nothing can "
-    "survive a removal",
-    "unseen": "with all layers this representation is indistinguishable from chance, although others, or the top "
-    "layers alone, are above it: what a removal costs is not seen by it",
-    "undecided": "the numbers do not bear one of the other verdicts; the reason stands beside them",
+    "no signal": "neither all layers, nor the top ones alone, nor any representation is above chance, so there is "
+    "nothing that a removal could take",
+    "unseen": "with all layers it is indistinguishable from chance, although the top layers alone, or other "
+    "representations, are above it, so it cannot show what a removal takes",
+    "undecided": "the numbers bear none of the other verdicts, for the reason given below",
 }
 RANKED_BY = "stats"  # the representation by which layers are ranked
 MANY = 6  # names in a sentence, from which on they are counted
