@@ -13,6 +13,7 @@ from making import NARROW, planted_collection, write_collection
 
 import ablation_experiment
 from analysis.comparison import grouped_split
+from analysis.cross_fitting import cross_fitted
 from experiment import controls, plans
 from experiment.extraction import extract
 from experiment.phases import Experiment
@@ -178,7 +179,8 @@ def test_planted_layers_are_found_localised_and_the_same_again(planted):
 
 def test_what_each_fold_chose_is_removed_and_the_ranking_not_trained_again(planted, monkeypatch):
     monkeypatch.setattr(planted, "rank", None)
-    found = asked(planted, "basic")["cross_fitted"]
+    evidence = replace(controls.evidence_of(planted), resamples=200, permutations=200)
+    found = cross_fitted(evidence, controls.cross_fitted(planted, evidence, NAMES, "basic"))
     assert found["why"] is None and found["sets"] == 1 and found["runs"] == 3  # three layers stand out in every fold
     for name, record in found["drops"].items():
         assert name in NAMES and record["drop"] == record["drop_cf"] and record["optimism"] == 0
