@@ -9,18 +9,19 @@ Shape letters as in evidence.py, and k of the top layers, S of distinct sets of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from analysis.chance import ChanceTest, permuted
-from analysis.draws import exceedance, stream
+from analysis.chance import guessed, permuted
+from analysis.draws import ALPHA, exceedance, stream
 from analysis.evidence import Evidence
 from analysis.layers import order_of
 
 FOLDS = 5
 LEAST_UNITS = 10  # test LoRAs (groups), below which a fold would hold one
-UNION_PERMUTATIONS = 200  # each chooses the top k six times
+PERMUTATIONS, DRAWS = 200, 400  # each chooses the layers again, for every fold
 MISSING = ("folds", "sets", "runs", "first", "vote", "union", "top_alone", "beats_all")
 
 
@@ -124,6 +125,90 @@ def vote_of(predicted: np.ndarray) -> np.ndarray:
     return np.take_along_axis(predicted, votes.argmax(0)[None], 0)[0]
 
 
+@dataclass(frozen=True)
+class Composite:
+    """Predictions of all test LoRAs, each by what the other folds chose.
+
+    Attributes:
+        first: By the first layer, int[R, T].
+        vote: By the vote of the top k, int[R, T].
+        union: The LoRAs that at least one of the top k recognises, bool[R, T].
+    """
+
+    first: np.ndarray
+    vote: np.ndarray
+    union: np.ndarray
+
+    @classmethod
+    def of(cls, predicted: np.ndarray, labels: np.ndarray, choice: Choice) -> Composite:
+        """Put together the predictions of layers int[L, R, T] that a choice gives."""
+        first, vote = np.empty_like(predicted[0]), np.empty_like(predicted[0])
+        union = np.empty(first.shape, bool)
+        for number, order in enumerate(choice.orders):
+            rows = np.flatnonzero(choice.fold == number)
+            top = predicted[order[: choice.top_k]][..., rows]
+            first[:, rows], vote[:, rows], union[:, rows] = top[0], vote_of(top), (top == labels[rows]).any(0)
+        return cls(first, vote, union)
+
+
+def choices_again(
+    evidence: Evidence, fold: np.ndarray, labels: np.ndarray, weights: np.ndarray
+) -> Iterator[tuple[Choice, np.ndarray]]:
+    """Yield the choice of each draw, by its labels int[B, T] and weights float[B, T], and the order of all folds."""
+    predicted = evidence.layer_predictions()
+    inside = (fold == np.arange(FOLDS)[:, None]).astype(float)  # (folds, T)
+    hits = np.empty((len(labels), FOLDS, len(predicted)))  # of each layer in each fold, mean over runs
+    for layer, of_layer in enumerate(predicted):
+        said = np.stack([(of_layer == label).mean(0) for label in range(len(evidence.classes))], axis=1)  # (T, C)
+        hits[:, :, layer] = (said[np.arange(len(said)), labels] * weights) @ inside.T
+    sizes, ties = weights @ inside.T, _ties(evidence)  # (B, folds)
+    for of_fold, size in zip(hits, sizes, strict=True):
+        total, others = of_fold.sum(0), size.sum() - size
+        orders = [order_of((total - hit) / rest, *ties) for hit, rest in zip(of_fold, others, strict=True)]
+        yield Choice(fold, np.stack(orders), evidence.top_k), order_of(total / size.sum(), *ties)
+
+
+def by_chance(evidence: Evidence, fold: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what permuted test labels give where they also choose the layers, float[B] each.
+
+    ``first`` and ``vote``: by how much the accuracy is above that of the same predictions on permuted labels on average
+    (`guessed`). ``union``, and ``ordinary_union`` chosen and measured on the same rows: the shares themselves.
+    """
+    count = min(PERMUTATIONS, evidence.permutations)
+    labels = permuted(evidence.truth, evidence.test_groups, count, stream(evidence.seed, "chosen by chance"))
+    predicted = evidence.layer_predictions().astype(np.min_scalar_type(len(evidence.classes)))  # indexed many times
+    result: dict[str, list[float]] = {"first": [], "vote": [], "union": [], "ordinary_union": []}
+    again = choices_again(evidence, fold, labels, np.ones(labels.shape))
+    for drawn, (choice, order) in zip(labels, again, strict=True):
+        composite = Composite.of(predicted, drawn, choice)
+        for name, classes in (("first", composite.first), ("vote", composite.vote)):
+            result[name].append((classes == drawn).mean() - guessed(classes[None], drawn)[0])
+        result["union"].append(composite.union.mean())
+        result["ordinary_union"].append((predicted[order[: evidence.top_k]] == drawn).any(0).mean())
+    return {name: np.array(values) for name, values in result.items()}
+
+
+def drawn_again(evidence: Evidence, fold: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Return accuracies of `Composite` in draws of test LoRAs that also choose the layers, float[B] each.
+
+    The folds' choices depend on each other's LoRAs, so that a composite varies more than its LoRAs alone would make it.
+    Where layers are about equal this overstates by how much.
+
+    Args:
+        evidence: The evidence.
+        fold: Of each test LoRA, int[T].
+        weights: How often each draw has each test LoRA, float[B, T].
+    """
+    predicted = evidence.layer_predictions().astype(np.min_scalar_type(len(evidence.classes)))
+    labels, result = np.broadcast_to(evidence.truth, weights.shape), {"first": [], "vote": [], "union": []}
+    for weight, (choice, _) in zip(weights, choices_again(evidence, fold, labels, weights), strict=True):
+        composite = Composite.of(predicted, evidence.truth, choice)
+        correct = {"first": composite.first == evidence.truth, "vote": composite.vote == evidence.truth}
+        for name, hits in (correct | {"union": composite.union}).items():
+            result[name].append(hits.mean(0) @ weight / weight.sum())
+    return {name: np.array(values) for name, values in result.items()}
+
+
 def cross_fitted(evidence: Evidence, trained: TrainedSets) -> dict:
     """Return accuracies and drops whose layers were not chosen on the LoRAs that they are measured on.
 
@@ -137,31 +222,52 @@ def cross_fitted(evidence: Evidence, trained: TrainedSets) -> dict:
     if choice is None:
         why = trained.why or f"fewer than {LEAST_UNITS} independent test units"
         return {"why": why, **dict.fromkeys(MISSING), "drops": {}, "not_run": {}}
-    layers = evidence.layer_predictions()
-    first, ordinary = choice.composite(layers[choice.orders[:, 0]]), layers[evidence.ranking[0]]
     alone = None if trained.alone is None else choice.composite(trained.alone[choice.set_of_fold])
     runs = [len(predicted[0]) for predicted in (*trained.removed.values(), trained.alone) if predicted is not None]
+    group = np.unique(evidence.test_groups, return_inverse=True)[1]
+    share = np.full(group.max() + 1, 1 / (group.max() + 1))
+    count = min(DRAWS, evidence.resamples)
+    weights = stream(evidence.seed, "choices").multinomial(len(share), share, size=count)[:, group].astype(float)
+    null, drawn = by_chance(evidence, choice.fold), drawn_again(evidence, choice.fold, weights)
+    layers = evidence.layer_predictions()
+    composite = Composite.of(layers, evidence.truth, choice)
+    top = layers[evidence.ranking[: evidence.top_k]]
     return {
         "why": None,
         "folds": FOLDS,
         "sets": len(choice.sets),
         "runs": max(runs, default=None),
-        "first": _estimate(evidence, first) | _beside(evidence, first, ordinary),
-        **_top_together(evidence, choice),
-        "top_alone": None if alone is None else _estimate(evidence, alone),
-        "beats_all": _beats_all(evidence, first, alone, trained.all_layers),
-        "drops": _drops(evidence, choice, trained.removed),
+        "first": _estimate(evidence, composite.first, drawn["first"], null["first"])
+        | _beside(evidence, composite.first, top[0]),
+        "vote": _estimate(evidence, composite.vote, drawn["vote"], null["vote"])
+        | _beside(evidence, composite.vote, vote_of(top)),
+        "union": _union(evidence, composite.union, drawn["union"], (top == evidence.truth).any(0).mean(), null),
+        "top_alone": None if alone is None else _estimate(evidence, alone, None, null["vote"]),
+        "beats_all": _beats_all(evidence, composite.first, alone, trained.all_layers, drawn["first"], weights),
+        "drops": drops_of(evidence, choice, trained.removed),
         "not_run": dict(trained.not_run),
     }
 
 
-def _estimate(evidence: Evidence, predicted: np.ndarray) -> dict:
-    """Return accuracy, interval, and tests against chance of one classifier, int[R, T]."""
-    correct, test = predicted == evidence.truth, ChanceTest.of(evidence, [predicted])
-    return evidence.draws.estimate(correct, evidence.draws.accuracies([correct])[0]) | {
-        "p": test.p[0],
-        "above_null": test.above_null[0],
-        "above_chance": test.above_chance[0],
+def _estimate(evidence: Evidence, predicted: np.ndarray, drawn: np.ndarray | None, null: np.ndarray) -> dict:
+    """Return accuracy, interval, and comparison with chance of one composite classifier.
+
+    Args:
+        evidence: The evidence.
+        predicted: Its classes, int[R, T].
+        drawn: Its accuracy in draws, float[B]; None: of draws that keep its choice.
+        null: By how much permuted labels are above their average, of `by_chance`. For the classifier of the top k,
+            which is not trained for each permutation, that of their vote.
+    """
+    correct = predicted == evidence.truth
+    drawn = evidence.draws.accuracies([correct])[0] if drawn is None else drawn
+    record = evidence.draws.estimate(correct, drawn)
+    p = exceedance(correct.mean() - guessed(predicted[None], evidence.truth), null[:, None])[0]
+    known = bool(p < ALPHA)
+    return record | {
+        "p": p,
+        "above_null": known,
+        "above_chance": known and bool(record["interval"][0] > evidence.chance),
     }
 
 
@@ -171,71 +277,54 @@ def _beside(evidence: Evidence, predicted: np.ndarray, ordinary: np.ndarray) -> 
     return {"ordinary": accuracy, "optimism": accuracy - (predicted == evidence.truth).mean()}
 
 
-def _top_together(evidence: Evidence, choice: Choice) -> dict:
-    """Return what the top k know together: their vote, and the share of LoRAs that at least one of them recognises."""
-    predicted, tops = evidence.layer_predictions(), choice.orders[:, : choice.top_k]
-    vote = choice.composite(np.stack([vote_of(predicted[top]) for top in tops]))
-    ordinary = predicted[evidence.ranking[: evidence.top_k]]
-    recognised = predicted == evidence.truth  # (L, R, T)
-    union = choice.composite(np.stack([recognised[top].any(0) for top in tops]))
-    ordinary_union = recognised[evidence.ranking[: evidence.top_k]].any(0).mean()
-    chance, ordinary_chance = union_by_chance(evidence, choice)
+def _union(
+    evidence: Evidence, recognised: np.ndarray, drawn: np.ndarray, ordinary: float, null: dict[str, np.ndarray]
+) -> dict:
+    """Return the share of LoRAs that at least one of the top k recognises, bool[R, T], beside what chance gives."""
     return {
-        "vote": _estimate(evidence, vote) | _beside(evidence, vote, vote_of(ordinary)),
-        "union": {
-            **evidence.draws.estimate(union, evidence.draws.accuracies([union])[0]),
-            "by_chance": chance.mean(),
-            "p": exceedance(np.array([union.mean()]), chance[:, None])[0],
-            "ordinary": ordinary_union,
-            "ordinary_by_chance": ordinary_chance.mean(),
-            "ordinary_p": exceedance(np.array([ordinary_union]), ordinary_chance[:, None])[0],
-            "optimism": ordinary_union - union.mean(),
-        },
+        **evidence.draws.estimate(recognised, drawn),
+        "by_chance": null["union"].mean(),
+        "p": exceedance(np.array([recognised.mean()]), null["union"][:, None])[0],
+        "ordinary": ordinary,
+        "ordinary_by_chance": null["ordinary_union"].mean(),
+        "ordinary_p": exceedance(np.array([ordinary]), null["ordinary_union"][:, None])[0],
+        "optimism": ordinary - recognised.mean(),
     }
 
 
-def union_by_chance(evidence: Evidence, choice: Choice) -> tuple[np.ndarray, np.ndarray]:
-    """Return what the top k recognise together on permuted test labels, by which they are chosen again.
-
-    Returns:
-        Cross-fitted, and chosen and measured on the same rows, float[B] each.
-    """
-    predicted, top_k = evidence.layer_predictions(), choice.top_k
-    count = min(UNION_PERMUTATIONS, evidence.permutations)
-    predicted = predicted.astype(np.min_scalar_type(len(evidence.classes)))  # indexed many times
-    labels = permuted(evidence.truth, evidence.test_groups, count, stream(evidence.seed, "unions"))
-    inside = choice.fold == np.arange(FOLDS)[:, None]  # (folds, T)
-    hits = np.empty((count, FOLDS, len(predicted)))  # of each layer in each fold, mean over runs
-    for layer, of_layer in enumerate(predicted):
-        said = np.stack([(of_layer == label).mean(0) for label in range(len(evidence.classes))], axis=1)  # (T, C)
-        hits[:, :, layer] = said[np.arange(len(said)), labels] @ inside.T
-    sizes, ties = inside.sum(1), _ties(evidence)
-    crossed, ordinary = np.zeros(count), np.empty(count)
-    for draw, (drawn, of_fold) in enumerate(zip(labels.astype(predicted.dtype), hits, strict=True)):
-        total = of_fold.sum(0)
-        top = order_of(total / len(drawn), *ties)[:top_k]
-        ordinary[draw] = (predicted[top] == drawn).any(0).mean()
-        for rows, size, hit in zip(inside, sizes, of_fold, strict=True):
-            top = order_of((total - hit) / (len(drawn) - size), *ties)[:top_k]
-            crossed[draw] += (predicted[top][..., rows] == drawn[rows]).any(0).mean(0).sum() / len(drawn)
-    return crossed, ordinary
-
-
 def _beats_all(
-    evidence: Evidence, first: np.ndarray, alone: np.ndarray | None, all_layers: np.ndarray | None
+    evidence: Evidence,
+    first: np.ndarray,
+    alone: np.ndarray | None,
+    all_layers: np.ndarray | None,
+    drawn: np.ndarray,
+    weights: np.ndarray,
 ) -> dict | None:
-    """Compare the first layer, and the top k alone, with all layers, in the runs that all of them have: int[R, T]."""
+    """Compare the first layer, and the top k alone, with all layers, in the runs that all of them have: int[R, T].
+
+    Args:
+        evidence: The evidence.
+        first: Cross-fitted.
+        alone: Cross-fitted.
+        all_layers: Of the same representation.
+        drawn: Accuracy of the first layer in draws that also choose it, float[B].
+        weights: Those draws, float[B, T].
+    """
     if all_layers is None:
         return None
     candidates = {"first": first} if alone is None else {"first": first, "top_alone": alone}
     runs = min(len(predicted) for predicted in (*candidates.values(), all_layers))
-    correct = {name: predicted[:runs] == evidence.truth for name, predicted in candidates.items()}
-    whole = all_layers[:runs] == evidence.truth
-    records = evidence.draws.differences([(hits, whole) for hits in correct.values()])
-    return dict.fromkeys(("first", "top_alone")) | dict(zip(correct, records, strict=True))
+    shares = {name: (predicted[:runs] == evidence.truth).mean(0) for name, predicted in candidates.items()}  # (T,)
+    whole = (all_layers[:runs] == evidence.truth).mean(0)
+    by_lora = np.stack(list(shares.values())) - whole
+    accuracies = [(weights @ share) / weights.sum(1) for share in shares.values()]
+    accuracies[0] = drawn
+    differences = np.stack(accuracies) - (weights @ whole) / weights.sum(1)
+    records = evidence.draws.family(by_lora, differences)
+    return dict.fromkeys(("first", "top_alone")) | dict(zip(candidates, records, strict=True))
 
 
-def _drops(evidence: Evidence, choice: Choice, removed: dict[str, np.ndarray]) -> dict[str, dict]:
+def drops_of(evidence: Evidence, choice: Choice, removed: dict[str, np.ndarray]) -> dict[str, dict]:
     """Return the cost of the removal of the top k by representation, as one family.
 
     Args:

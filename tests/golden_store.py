@@ -82,7 +82,8 @@ def save(path: Path, content: dict) -> None:
     layers = {name: read.layers[name] for name in ("predicted", "log_loss")}
     predictions = evidence.Predictions(read.rows, read.y, layers, conditions)
     samples = {name: (features[:FEW], names) for name, (features, names) in content["samples"].items()}
-    content = content | {"evidence": replace(content["evidence"], predictions=predictions), "samples": samples}
+    kept = {"evidence": replace(content["evidence"], predictions=predictions), "samples": samples}
+    content = content | kept | {"controls": replace(content["controls"], cheap={})}  # its outcome is kept
     arrays: dict[str, np.ndarray] = {}
     text = json.dumps(packed(content, arrays), separators=(",", ":"))
     arrays["content"] = np.frombuffer(text.encode(), np.uint8)
@@ -100,5 +101,6 @@ def analysed(content: dict, resamples: int) -> dict:
     values = {field.name: getattr(content["evidence"], field.name) for field in fields(evidence.Evidence)}
     read = evidence.Evidence(**values | {"resamples": resamples, "permutations": resamples})
     inputs = (content["names"], content["statistics"], content["updates"], content["samples"], content["controls"])
-    analysis = questions.analyse(read, *inputs) | {"controls_not_run": content["controls_not_run"]}
+    analysis = questions.analyse(read, *inputs)
+    analysis |= {name: content[name] for name in ("controls_not_run", "cheap")}
     return content["results"] | {"analysis": json.loads(json.dumps(analysis))}
