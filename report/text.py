@@ -52,7 +52,7 @@ def content_of(results: dict) -> Content:
 
 def settings_lines(config: dict, environment: dict, output_dir: object) -> str:
     """Return the resolved settings and the device."""
-    shown = ", ".join(f"{key} {config[key]}" for key in ("top_k", "num_runs", "rank_by", "seed", "quick"))
+    shown = ", ".join(f"{key} {config[key]}" for key in ("top_k", "num_runs", "rank_by", "splits", "seed", "quick"))
     classifier, autoencoder = config["classifier"], config["autoencoder"]
     threads = f", {environment['threads']} threads" if config["device"] == "cpu" else ""
     return "\n".join(
