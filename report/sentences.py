@@ -195,9 +195,18 @@ def _over_splits(results: dict) -> Iterator[str]:
         parts.append(f"Kendall's W is {number(splits['kendall_w'])}")
     if splits["kendall_tau"] is not None:
         parts.append(f"Kendall's tau of two splits {number(splits['kendall_tau'])} on average")
-    parts.append(f"the top {k} of two splits share {splits['same_top_k']:.1f} layers on average")
-    first = f"the layer that is first on one split reaches {spread_text(splits['first'])} on the others"
-    yield f"Over {splits['splits']} splits: {', '.join(parts)}; {first}."
+    if splits["same_top_k"] is not None:
+        shared = f"{splits['same_top_k']:.1f} of their top {k}"
+        if k == 1:
+            shared = f"the first layer in {percent(splits['same_top_k'])} % of cases"
+        parts.append(f"two splits share {shared} on average" if k > 1 else f"two splits share {shared}")
+    if splits["first"]:
+        reached = spread_text(splits["first"])
+        parts.append(
+            f"the first layer of the first split reaches {reached} on the others, on LoRAs that did not rank it"
+        )
+    if parts:
+        yield f"Over {counted(splits['splits'], 'split')}: {'; '.join(parts)}."
 
 
 # ----------------------------------------------------------------------------------------------------------------------
