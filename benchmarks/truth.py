@@ -1,4 +1,4 @@
-"""What the answers say against known truth: coverage of intervals, and claims where there is nothing to claim.
+"""Coverage of intervals, and claims where there is nothing to claim, in collections whose truth is known.
 
     python benchmarks/truth.py [--draws 2000] [--processes 2] [--rows WORD]
 
@@ -40,8 +40,7 @@ from analysis.questions import QUESTIONS
 from loras.lora_files import Layer
 
 RESAMPLES, PERMUTATIONS = 400, 399
-BATCH = 50  # collections that share bootstrap draws
-LARGE = [40] + [1] * 20  # sizes of groups: one of 40 LoRAs
+BATCH, LARGE = 50, [40] + [1] * 20  # collections that share bootstrap draws; sizes of groups, one of 40 LoRAs
 HYPOTHESIS = {question.key: question.hypothesis for question in QUESTIONS}
 WIDTHS = (46, 22, 9, 6, 7, 9)
 
@@ -148,7 +147,8 @@ def difference_covered(cell: tuple, generator: np.random.Generator, collections:
         drawn = draws.accuracies([*correct[:, 0], *correct[:, 1]])
         by_lora = correct.mean(2)
         for i in range(count):
-            (record,) = draws.family(by_lora[i, :1] - by_lora[i, 1:], (drawn[i] - drawn[count + i])[None])
+            difference = by_lora[i, :1] - by_lora[i, 1:], (drawn[i] - drawn[count + i])[None]
+            (record,) = draws.family(*difference, np.array([runs]))
             yield covers(record["interval"], truths[0] - truths[1])
 
 
