@@ -10,7 +10,7 @@ from sklearn.metrics import f1_score
 from analysis.chance import ChanceTest, f1_weights, guessed, null_accuracies, permuted
 from analysis.draws import BLOCK, exceedance, stream
 
-TRIALS = 80
+TRIALS = 60
 BOUND = 0.05 + 3 * (0.05 * 0.95 / TRIALS) ** 0.5  # three standard errors
 
 
@@ -77,7 +77,7 @@ def test_guessing_one_class_is_chance_where_groups_differ_in_size():
 @pytest.mark.parametrize("equal", [True, False])
 def test_groups_that_are_recognised_as_such_are_no_signal(equal):
     """Test predictions that are the same within a group, and know nothing: permuting single LoRAs is fooled."""
-    generator, trials = np.random.default_rng(0), 200
+    generator, trials = np.random.default_rng(0), 120
     called = np.zeros(2)
     for trial in range(trials):
         sizes = np.full(12, 6) if equal else generator.integers(2, 11, 12)
@@ -91,7 +91,7 @@ def test_groups_that_are_recognised_as_such_are_no_signal(equal):
 
 
 def test_the_best_of_many_that_know_nothing_is_called_predictive_one_time_in_twenty():
-    generator, called, trials = np.random.default_rng(0), 0, 300
+    generator, called, trials = np.random.default_rng(0), 0, 150
     for trial in range(trials):
         y, predicted = generator.permutation(np.arange(40) % 4), generator.integers(0, 4, (20, 3, 40))
         null = null_accuracies(predicted, y, np.arange(40), 4, 199, trial)

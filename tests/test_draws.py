@@ -166,7 +166,7 @@ def test_draws_of_one_large_group_are_widened():
 @pytest.mark.parametrize("runs", [1, 3])
 @pytest.mark.parametrize("sizes", [[1] * 20, [1] * 100, [5] * 12, [5] * 40], ids=sizes_text)
 def test_intervals_of_single_differences_cover_the_truth(sizes, runs):
-    trials, draws, covered = 80, Draws(groups_of(sizes), 200, 0), []
+    trials, draws, covered = 50, Draws(groups_of(sizes), 200, 0), []
     for truths in ((0.6, 0.5), (0.97, 0.9), (0.995, 0.05)):
         correct = simulated(2, sizes, truths, trials, runs)
         drawn, by_lora = draws.accuracies([*correct[:, 0], *correct[:, 1]]), correct.mean(2)
