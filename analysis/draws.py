@@ -117,14 +117,9 @@ class Draws:
         half = z * np.sqrt(between / size + z**2 / (4 * size**2)) / (1 + z**2 / size)
         return np.clip(np.stack([centre - half, centre + half], axis=-1), 0, 1)
 
-    @property
-    def freedom(self) -> int:
-        """The degrees of freedom of Student's t: G - 1."""
-        return max(1, self.units - 1)
-
     def quantile(self, probability: float) -> float:
         """Return a quantile of Student's t with G - 1 degrees of freedom."""
-        return float(stats.t.ppf(probability, self.freedom))
+        return float(stats.t.ppf(probability, max(1, self.units - 1)))
 
     @cached_property
     def inflation(self) -> float:
@@ -135,10 +130,6 @@ class Draws:
         """
         equal = self.units**2 / np.square(self._weights).sum()  # Kish's
         return float(equal / max(equal - 1, ROUNDING))
-
-    def _t_of_normal(self, normal: float) -> float:
-        """Return the quantile of Student's t that as much lies above as above this one of the normal distribution."""
-        return float(stats.t.isf(stats.norm.sf(normal), self.freedom))
 
     def differences(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], resample_runs: bool = True) -> list[dict]:
         """Return the family of differences of accuracies a - b, with intervals and p that hold for all of it together.
@@ -157,20 +148,22 @@ class Draws:
         first, second = (np.array([position[id(pair[side])] for pair in pairs]) for side in (0, 1))
         drawn = self.accuracies(distinct, resample_runs)
         by_lora = np.stack([runs.mean(0) for runs in distinct])  # (., T)
-        return self.family(by_lora[first] - by_lora[second], drawn[first] - drawn[second])
+        run_counts = np.array([max(len(a), len(b)) for a, b in pairs])
+        return self.family(by_lora[first] - by_lora[second], drawn[first] - drawn[second], run_counts)
 
-    def family(self, by_lora: np.ndarray, drawn: np.ndarray) -> list[dict]:
+    def family(self, by_lora: np.ndarray, drawn: np.ndarray, run_counts: np.ndarray | None = None) -> list[dict]:
         """Return differences of accuracies with simultaneous intervals, and p by the same rule.
 
         Single-step: c is the 95 % quantile over draws of the largest studentised difference |draw - d| / SE of the
         family; the interval is d ± c SE, and p the share of draws whose largest is at least |d| / SE. So the interval
-        of a difference excludes 0 where its p is below 0.05, and only there. Both are carried over to Student's t, see
-        `quantile`. Draws of a difference on which fewer than ten LoRAs (groups) separate the two, or fewer than ten do
+        of a difference excludes 0 where its p is below 0.05, and only there. Both are carried over to Student's t (see
+        `_freedom`). Draws of a difference on which fewer than ten LoRAs (groups) separate the two, or fewer than ten do
         not, know little of others: these are computed from what was seen (`_of_few`), each at its part of the 5 %.
 
         Args:
             by_lora: Of each difference, the mean over runs for each LoRA, float[m, T].
             drawn: The differences in each draw, float[m, B].
+            run_counts: R of each difference, int[m], where runs were drawn too.
 
         Source:
             Westfall & Young, "Resampling-based multiple testing", 1993 (single-step maxT).
@@ -180,20 +173,35 @@ class Draws:
         error = drawn.std(-1) * np.sqrt(self.inflation)
         separating = np.abs(by_group / self._weights).sum(1)
         few = (np.minimum(separating, self.units - separating) < FEW_SEPARATING) | (error < ROUNDING)
-        interval, p = _of_few(by_group, self._weights, error)
+        freedom = self._freedom(by_group, error**2, run_counts)
+        interval, p = _of_few(by_group, self._weights, error, freedom)
         many = np.flatnonzero(~few)
         if len(many):
             largest = (np.abs(drawn[many] - difference[many, None]) / drawn[many].std(-1)[:, None]).max(0)  # (B,)
             part = len(many) / count  # of the 5 %, as the others have theirs
-            bound = self._t_of_normal(_bound(largest, ALPHA * part))
+            bound = stats.t.isf(stats.norm.sf(_bound(largest, ALPHA * part)), freedom[many])
             interval[many] = difference[many, None] + np.array([-1, 1]) * (bound * error[many])[:, None]
-            normal = stats.norm.isf(stats.t.sf(np.abs(difference[many]) / error[many], self.freedom))
+            normal = stats.norm.isf(stats.t.sf(np.abs(difference[many]) / error[many], freedom[many]))
             p[many] = np.minimum(1, exceedance(normal, largest[:, None]) / part)
         interval = np.clip(interval, -1, 1)
         return [
             {"difference": difference[i], "interval": interval[i], "p": p[i], "significant": bool(p[i] < ALPHA)}
             for i in range(count)
         ]
+
+    def _freedom(self, by_group: np.ndarray, variance: np.ndarray, run_counts: np.ndarray | None) -> np.ndarray:
+        """Return the degrees of freedom of differences, float[m]: G - 1, or fewer where few runs differ by more.
+
+        Satterthwaite's, of the variance float[m] in two parts: what groups give, and the rest, which R runs give.
+        """
+        of_groups = max(1, self.units - 1)
+        if run_counts is None:
+            return np.full(len(by_group), float(of_groups))
+        centre = by_group.mean(1, keepdims=True)
+        groups = np.square(by_group - centre * self._weights).sum(1) / self.units**2 * self.inflation
+        runs = np.where(run_counts > 1, np.maximum(0, variance - groups), 0)
+        part = groups**2 / of_groups + runs**2 / np.maximum(1, run_counts - 1)
+        return np.divide((groups + runs) ** 2, part, out=np.full(len(part), float(of_groups)), where=part > 0)
 
     @cached_property
     def _weights(self) -> np.ndarray:
@@ -220,15 +228,16 @@ class Draws:
         return np.bincount(picked.ravel(), minlength=draws * items).reshape(draws, items)
 
 
-def _of_few(by_group: np.ndarray, weights: np.ndarray, drawn_error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _of_few(
+    by_group: np.ndarray, weights: np.ndarray, drawn_error: np.ndarray, freedom: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return intervals float[m, 2] and p float[m] of differences, to which one win and one defeat is added.
 
-    These are of groups of the mean size and differ by w, the mean size of what separates the two and of half a
-    group that is won wholly: ``(sum n d² + 1/2) / (sum n |d| + 1/2)``, where d is a group's difference and n its
-    size as a multiple of the mean. The interval is ``c ± z SE``, c the mean of all G + 2, its error that of a
-    ratio, ``SE² = (sum (n (d - c))² + 2 (w² + c²)) / (G + 2)²``, and z at ``1 - 0.05 / count`` (Bonferroni). Of one
-    run and no groups it is Bonett and Price's interval. Where draws, which know of runs, spread wider, their error
-    is taken.
+    These differ by w, the mean size of what separates the two and of half a group that is won wholly: ``(sum n d² +
+    1/2) / (sum n |d| + 1/2)``, where d is a group's difference and n its size as a multiple of the mean. The interval
+    is ``c ± z SE``, c the mean of all G + 2, its error that of a ratio, ``SE² = (sum (n (d - c))² + 2 mean(n²) (w² +
+    c²)) / (G + 2)²``, and z at ``1 - 0.05 / m`` (Bonferroni). Of one run and no groups it is Bonett and Price's
+    interval. Where draws, which know of runs, spread wider, their error and Student's z are taken.
 
     Source:
         Bonett & Price, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired
@@ -236,12 +245,13 @@ def _of_few(by_group: np.ndarray, weights: np.ndarray, drawn_error: np.ndarray) 
     """
     count, size = len(by_group), len(weights) + 2
     sizes, squares = np.abs(by_group).sum(1), (np.square(by_group) / weights).sum(1)
-    added = (squares + 0.5) / (sizes + 0.5)
-    centre = by_group.sum(1) / size
-    variance = np.square(by_group - centre[:, None] * weights).sum(1) + 2 * (added**2 + centre**2)
-    error = np.maximum(np.sqrt(variance) / size, drawn_error)
-    half = stats.norm.isf(ALPHA / count / 2) * error
-    p = np.minimum(1, count * 2 * stats.norm.sf(np.abs(centre) / error))
+    added, centre = (squares + 0.5) / (sizes + 0.5), by_group.sum(1) / size
+    variance = np.square(by_group - centre[:, None] * weights).sum(1)
+    error = np.sqrt(variance + 2 * np.square(weights).mean() * (added**2 + centre**2)) / size
+    freedom = np.where(drawn_error > error, freedom, np.inf)  # Student's t of infinitely many is normal
+    error = np.maximum(error, drawn_error)
+    half = stats.t.isf(ALPHA / count / 2, freedom) * error
+    p = np.minimum(1, count * 2 * stats.t.sf(np.abs(centre) / error, freedom))
     return np.stack([centre - half, centre + half], axis=-1), p
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks' own parts: the collection in Stable Diffusion 1.5's shapes, and that the features are compared."""
+"""The benchmarks' own parts: the collection in Stable Diffusion 1.5's shapes, features compared, truth simulated."""
 
 import importlib.util
 import math
@@ -100,3 +100,41 @@ def test_features_that_differ_are_noticed():
         ours = {name: values.copy() for name, values in theirs.items()}
         ours["spectral"][0, 1, 3] = wrong
         assert features.largest_difference(ours, theirs) == (expected, "spectral.sigma_4")
+
+
+truth = module_of("truth")
+TRUTH_ROWS = [row for make in truth.ROWS for row in make()]
+
+
+@pytest.mark.parametrize("row", TRUTH_ROWS, ids=lambda row: row.name)
+def test_a_cell_of_each_kind_of_truth_counts_successes(row):
+    counts = list(row.counts(row.cells[0], np.random.default_rng(0), 3))
+    assert len(counts) == 3 and set(counts) <= {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("promise", "shares", "broken"),
+    [
+        (truth.COVERS, [0.95, 0.96], False),
+        (truth.COVERS, [1.0, 1.0], True),
+        (truth.COVERS, [0.99, 0.86], True),  # right on average, and one cell far below
+        (truth.ON_NOTHING, [0.05, 0.06], False),
+        (truth.ON_NOTHING, [0.0, 0.07], True),
+        (truth.POWER, [0.5, 0.6], True),
+        ({}, [0.0, 0.1], False),
+    ],
+)
+def test_a_promise_is_broken_beyond_three_standard_errors(promise, shares, broken):
+    row = truth.Row("something", None, [("first",), ("second",)], **promise)
+    text, is_broken = truth.line(row, np.array(shares), 2000)
+    assert is_broken == broken == ("BROKEN" in text)
+    worst = shares[0] < shares[1] if row.least else shares[0] > shares[1]
+    assert ("first" if worst or shares[0] == shares[1] else "second") in text
+
+
+def test_the_table_of_truth_is_printed_and_its_exit_code_is_that_of_its_promises():
+    command = [sys.executable, FOLDER / "truth.py", "--draws=10", "--processes=1", "--rows=13"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[1].split() == ["percent", "of", "collections", "promised", "measured", "SE", "cells", "worst", "in"]
+    assert [line.split(" ")[0] for line in lines[2:-1]] == ["families", "any"] and lines[-1].endswith("than 3 SE")

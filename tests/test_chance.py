@@ -10,7 +10,8 @@ from sklearn.metrics import f1_score
 from analysis.chance import ChanceTest, f1_weights, guessed, null_accuracies, permuted
 from analysis.draws import BLOCK, exceedance, stream
 
-BOUND = 0.05 + 3 * (0.05 * 0.95 / 120) ** 0.5  # of 120 trials, three standard errors
+TRIALS = 60
+BOUND = 0.05 + 3 * (0.05 * 0.95 / TRIALS) ** 0.5  # three standard errors
 
 
 def test_permuted_labels_keep_their_counts_and_are_uniform():
@@ -76,7 +77,7 @@ def test_guessing_one_class_is_chance_where_groups_differ_in_size():
 @pytest.mark.parametrize("equal", [True, False])
 def test_groups_that_are_recognised_as_such_are_no_signal(equal):
     """Test predictions that are the same within a group, and know nothing: permuting single LoRAs is fooled."""
-    generator, trials = np.random.default_rng(0), 300
+    generator, trials = np.random.default_rng(0), 120
     called = np.zeros(2)
     for trial in range(trials):
         sizes = np.full(12, 6) if equal else generator.integers(2, 11, 12)
@@ -90,7 +91,7 @@ def test_groups_that_are_recognised_as_such_are_no_signal(equal):
 
 
 def test_the_best_of_many_that_know_nothing_is_called_predictive_one_time_in_twenty():
-    generator, called, trials = np.random.default_rng(0), 0, 300
+    generator, called, trials = np.random.default_rng(0), 0, 150
     for trial in range(trials):
         y, predicted = generator.permutation(np.arange(40) % 4), generator.integers(0, 4, (20, 3, 40))
         null = null_accuracies(predicted, y, np.arange(40), 4, 199, trial)
@@ -128,17 +129,17 @@ GROUPED = {"no groups": [1] * 60, "groups of 2 to 8": [2, 8, 3, 5] * 5, "one gro
 def test_no_layer_of_a_family_that_knows_nothing_is_called_in_more_than_a_twentieth(sizes):
     """Predict the same within groups, as what recognises groups and no concept does."""
     generator, groups, called = np.random.default_rng(1), np.repeat(np.arange(len(sizes)), sizes), 0
-    for seed in range(120):
+    for seed in range(TRIALS):
         y = generator.permutation(np.arange(len(sizes)) % 2)[groups]
         predicted = generator.integers(0, 2, (8, 1, len(sizes)))[..., groups]
         called += ChanceTest.of(all_tested(y, groups, draws=199, seed=seed), list(predicted)).above_null.any()
-    assert called / 120 <= BOUND
+    assert called / TRIALS <= BOUND
 
 
 def test_layers_that_say_the_largest_class_hide_no_other_and_are_not_called():
     """Test a layer that knows a quarter of what there is, among twelve that always say the class of 70 %."""
     generator, y = np.random.default_rng(2), np.repeat([0, 1, 2], [84, 24, 12])
-    called, by_guessing, trials = 0, 0, 60
+    called, by_guessing, trials = 0, 0, 40
     for seed in range(trials):
         knows = np.where(generator.random(120) < 0.25, y, generator.choice(3, 120, p=[0.7, 0.2, 0.1]))
         test = ChanceTest.of(all_tested(y, draws=199, seed=seed), [knows[None], *np.zeros((12, 1, 120), int)])
@@ -149,12 +150,12 @@ def test_layers_that_say_the_largest_class_hide_no_other_and_are_not_called():
 
 def test_unequal_classes_that_nothing_knows_are_called_in_no_more_than_a_twentieth():
     generator, y, called = np.random.default_rng(3), np.repeat([0, 1, 2], [42, 12, 6]), np.zeros(3)
-    for seed in range(120):
+    for seed in range(TRIALS):
         # Some layers say the largest class more often than others.
         predicted = [np.where(generator.random(60) < often, 0, generator.choice(3, 60))[None] for often in (0, 0.5, 1)]
         test = ChanceTest.of(all_tested(y, draws=199, seed=seed), predicted)
         called += test.above_null.any(), test.above_chance.any(), (test.p_f1 < 0.05).any()
-    assert (called / 120 <= BOUND).all()
+    assert (called / TRIALS <= BOUND).all()
 
 
 def test_a_layer_may_know_something_and_yet_be_right_less_often_than_guessing_is():
@@ -171,12 +172,12 @@ def test_a_layer_may_know_something_and_yet_be_right_less_often_than_guessing_is
 def test_right_more_often_than_guessing_is_more_than_by_chance():
     """Count collections with classes 70/20/10 whose layer is as often right as guessing: none knows more than that."""
     generator, y, called = np.random.default_rng(4), np.repeat([0, 1, 2], [70, 20, 10]), 0
-    for seed in range(120):
+    for seed in range(TRIALS):
         right = generator.random(100) < 0.7  # of any class
         called += ChanceTest.of(
             all_tested(y, draws=199, seed=seed), [np.where(right, y, (y + 1) % 3)[None]]
         ).above_chance[0]
-    assert called / 120 <= BOUND
+    assert called / TRIALS <= BOUND
 
 
 def test_macro_f1_is_all_testedly_where_the_largest_class_is_twice_the_smallest():

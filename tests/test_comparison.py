@@ -7,7 +7,7 @@ import pytest
 from planting import all_predictions, analysed, evidence_of, held_out, outcome, plant, share
 
 from analysis.chance import null_of
-from analysis.comparison import best_on_validation, compare_representations, norms
+from analysis.comparison import best_on_validation, compare_representations, grouped_split, norms, null_shuffles
 from analysis.draws import exceedance
 from analysis.questions import Controls
 
@@ -106,7 +106,7 @@ def test_ensemble_or_spectral_beats_stats(known, expected):
 def test_one_card_says_of_a_pair_what_the_other_says():
     """Decide the third hypothesis by the very comparison that question 3 shows, whatever the accuracies are."""
     decided = set()
-    for known in (0.5, 0.7, 0.8, 0.9):
+    for known in (0.5, 0.75, 0.9):
         evidence = evidence_of(tested=10, names=("stats", "spectral", "ensemble", "flat_vec"))
         for name, of in (("stats", 0.5), ("spectral", known), ("ensemble", 0.3)):
             plant(evidence, share(evidence, of), "baseline", name)
@@ -184,10 +184,10 @@ def test_a_grouped_split_at_chance_or_below_the_random_one_may_be_the_groups():
         right = np.arange(120) // 6 % 20 < 20 * known
         predicted = np.tile(np.where(right, evidence.truth, (evidence.truth + 1) % 6), (2, 1))
         grouped = ("artist", "stats", evidence.truth, groups, predicted)
-        result = analysed(evidence, Controls("basic", unused=["artist"], grouped=grouped))["groups"]
+        result = grouped_split(evidence, ["artist"], grouped)
         assert result["may_be_groups"] == may_be
         assert may_be == (result["interval"][0] <= result["chance"] or result["interval"][1] < result["random_split"])
-    none = analysed(evidence, Controls("basic", unused=["artist"]))["groups"]
+    none = grouped_split(evidence, ["artist"], None)
     assert none["may_be_groups"] is None and none["why"]
 
 
@@ -203,9 +203,9 @@ def test_nineteen_shuffles_decide_and_fewer_do_not():
     ):
         shuffled = np.full((shuffles, 12), 0.2)
         shuffled[:larger] = 1
-        result = analysed(evidence, Controls("basic", shuffled=shuffled))["null_shuffles"]
+        result = null_shuffles(evidence, shuffled)
         assert result["shuffles"] == shuffles and result["observed"] > 0.5 and max(result["largest"]) == shuffled.max()
-        assert result["p"] == (p and pytest.approx(p)) and result["significant"] is significant
+        assert result["p"] == (p and pytest.approx(p)) and result["significant"] == significant
 
 
 def test_norms_are_those_of_the_factors_and_the_updates():
@@ -232,7 +232,7 @@ def test_significance_interval_and_p_say_the_same():
 
 
 def test_a_best_is_said_to_be_above_chance_in_no_more_than_a_twentieth_of_guesses():
-    called, trials = 0, 40
+    called, trials = 0, 25
     for seed in range(trials):
         evidence = replace(evidence_of(tested=10, names=[f"guess {i}" for i in range(8)], seed=seed), permutations=199)
         generator = np.random.default_rng(seed)

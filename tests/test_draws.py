@@ -119,7 +119,7 @@ def test_exceedance_counts_ties_and_never_gives_zero():
 @pytest.mark.parametrize("runs", [1, 3])
 @pytest.mark.parametrize("sizes", [[1] * 20, [1] * 60, [5] * 10, [5] * 40, [1, 2, 3, 8] * 8], ids=sizes_text)
 def test_intervals_of_accuracies_cover_the_truth(sizes, runs):
-    trials, draws, covered = 150, Draws(groups_of(sizes), 200, 0), []
+    trials, draws, covered = 120, Draws(groups_of(sizes), 200, 0), []
     for truth in (0.1, 0.5, 0.97):
         correct = simulated(1, sizes, [truth], trials, runs)[:, 0]
         covered.append(covers(draws.intervals(correct.mean((1, 2)), draws.accuracies(list(correct))), truth).mean())
@@ -166,10 +166,13 @@ def test_draws_of_one_large_group_are_widened():
 @pytest.mark.parametrize("runs", [1, 3])
 @pytest.mark.parametrize("sizes", [[1] * 20, [1] * 100, [5] * 12, [5] * 40], ids=sizes_text)
 def test_intervals_of_single_differences_cover_the_truth(sizes, runs):
-    trials, draws, covered = 80, Draws(groups_of(sizes), 200, 0), []
+    trials, draws, covered = 50, Draws(groups_of(sizes), 200, 0), []
     for truths in ((0.6, 0.5), (0.97, 0.9), (0.995, 0.05)):
-        records = [draws.differences([tuple(pair)])[0] for pair in simulated(2, sizes, truths, trials, runs)]
-        bounds = np.array([record["interval"] for record in records])
+        correct = simulated(2, sizes, truths, trials, runs)
+        drawn, by_lora = draws.accuracies([*correct[:, 0], *correct[:, 1]]), correct.mean(2)
+        differences, drawn = by_lora[:, 0] - by_lora[:, 1], drawn[:trials] - drawn[trials:]
+        alone = [draws.family(differences[[i]], drawn[[i]], np.array([runs]))[0] for i in range(trials)]
+        bounds = np.array([record["interval"] for record in alone])
         covered.append(covers(bounds, truths[0] - truths[1]).mean())
     assert min(covered) >= 0.9 - slack(0.9, trials) and np.mean(covered) >= 0.94 - slack(0.94, 3 * trials)
 
@@ -177,19 +180,19 @@ def test_intervals_of_single_differences_cover_the_truth(sizes, runs):
 @pytest.mark.parametrize("sizes", [[1] * 60, [5] * 20], ids=sizes_text)
 @pytest.mark.parametrize("truths", [[0.6] * 14, [0.95] + [0.9] * 6 + [0.4] * 7], ids=["equal", "few and many separate"])
 def test_a_family_of_thirteen_is_covered_jointly(sizes, truths):
-    trials, together = 100, 0
-    draws, truth = Draws(groups_of(sizes), 400, 0), truths[0] - np.array(truths[1:])
+    trials, together = 60, 0
+    draws, truth = Draws(groups_of(sizes), 200, 0), truths[0] - np.array(truths[1:])
     for best, *others in simulated(3, sizes, truths, trials):
         records = draws.differences([(best, other) for other in others])
         together += covers(np.array([record["interval"] for record in records]), truth).all()
     assert together / trials >= 0.93 - slack(0.93, trials)
 
 
-@pytest.mark.parametrize("count", [37, 200, 399])
+@pytest.mark.parametrize("count", [37, 200])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_an_interval_excludes_0_exactly_where_p_is_below_a_twentieth(sizes, count):
     seen = set()
-    for trial, known in enumerate(simulated(4, sizes, [0.6, 0.3, 0.5, 0.6, 0.62, 0.99, 0.01], 8, runs=2)):
+    for trial, known in enumerate(simulated(4, sizes, [0.6, 0.3, 0.5, 0.6, 0.62, 0.99, 0.01], 4, runs=2)):
         for record in Draws(groups_of(sizes), count, trial).differences(list(pairwise(known))):
             low, high = record["interval"]
             assert record["significant"] == (record["p"] < ALPHA) == (low > 0 or high < 0)
@@ -200,7 +203,7 @@ def test_an_interval_excludes_0_exactly_where_p_is_below_a_twentieth(sizes, coun
 
 @pytest.mark.parametrize("sizes", [[1] * 40, [5] * 20, [40] + [1] * 20], ids=sizes_text)
 def test_a_family_without_differences_is_significant_one_time_in_twenty(sizes):
-    trials, called, draws = 120, 0, Draws(groups_of(sizes), 400, 0)
+    trials, called, draws = 80, 0, Draws(groups_of(sizes), 200, 0)
     for first, *others in simulated(5, sizes, [0.7] * 6, trials):
         called += any(record["significant"] for record in draws.differences([(first, other) for other in others]))
     assert called / trials <= 0.05 + slack(0.05, trials)
@@ -240,3 +243,13 @@ def test_what_runs_share_counts_once():
     assert 0.9 < variance / (0.25 / 320) < 1.5
     of_runs = list(np.random.default_rng(7).random((60, 4, 1)) < np.full((4, 80), 0.5))  # right on all LoRAs or on none
     assert Draws(np.arange(80), 300, 0).accuracies(of_runs).var(1).mean() == pytest.approx(0.25 / 4, rel=0.2)
+
+
+def test_few_runs_that_differ_widen_a_difference():
+    """Draw three runs of each of two classifiers, whose accuracies differ from run to run by 8 points."""
+    generator, trials, runs, covered = np.random.default_rng(8), 60, 3, 0
+    draws = Draws(np.arange(200), 200, 0)
+    knows = 0.6 + 0.08 * generator.normal(size=(trials, 2, runs, 1))
+    for first, second in generator.random((trials, 2, runs, 200)) < knows:
+        covered += covers(draws.differences([(first, second)])[0]["interval"], 0)
+    assert covered / trials >= 0.9 - slack(0.9, trials)

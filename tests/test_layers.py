@@ -86,7 +86,7 @@ def test_one_layer_above_chance_has_no_depth_to_speak_of():
 
 @pytest.mark.parametrize("blocks", [6, 16])
 def test_effects_that_a_block_shares_are_a_trend_in_no_more_than_a_twentieth(blocks):
-    (evidence, block), generator, trials, called = in_blocks(blocks, 4), np.random.default_rng(0), 150, np.zeros(2)
+    (evidence, block), generator, trials, called = in_blocks(blocks, 4), np.random.default_rng(0), 100, np.zeros(2)
     for _ in range(trials):
         accuracy = 0.5 + 0.1 * generator.normal(size=blocks)[block] + 0.03 * generator.normal(size=len(block))
         called += (
