@@ -185,4 +185,4 @@ def unwrapped(text: str) -> str:
 def faults(text: str) -> list[str]:
     """Words that no reader should see: a missing number, and a plural of one. "None" may begin a sentence."""
     one = r"(?<![\d.])1 (?:layer|module|concept|run|draw|split|representation|other|cluster|LoRA|group|time)s\b"
-    return re.findall(rf"(?<![.?:] )(?<!^)\bNone\b|\bnan\b|\binf\b|-0\.0+\b|{one}", text)
+    return re.findall(rf"(?<![.?:] )(?<!^)\bNone\b|\bnan\b|\binf\b|-0\.0+\b|{one}", unwrapped(text))
