@@ -136,7 +136,10 @@ def _layer_importance_finding(results: dict) -> str:
     known, above, total = section["num_above_null"], section["num_above_chance"], len(section["records"])
     finding = f"{above or 'None'} of {total} layers {'predict' if above > 1 else 'predicts'} above chance"
     if known > above:
-        finding = f"{known} of {total} layers know something of the concept, {above or 'none'} more than guessing gives"
+        verb = "knows" if known == 1 else "know"
+        finding = (
+            f"{known} of {total} layers {verb} something of the concept, {above or 'none'} more than guessing gives"
+        )
     roles = sorted(section["groups"]["role"].items(), key=lambda item: -item[1]["mean"])
     if len(roles) != 2:
         return finding
@@ -226,9 +229,12 @@ def _ablation_curves_finding(results: dict) -> str:
     others = NO_OTHERS
     if random["draws"]:
         drawn = "a random other" if section["most"] == 1 else f"{section['most']} random others"
-        others = f"without {drawn} {bounds((random['min'], random['max']))} %"
+        reached = percent(random["mean"]) if random["draws"] == 1 else bounds((random["min"], random["max"]))
+        others = f"without {drawn} {reached} %"
     in_runs = f" in {runs}" if runs else ""
-    most = f"most predictive {section['unit']}" if section["most"] == 1 else f"{section['most']} most predictive"
+    most = f"most predictive {section['unit']}"
+    if section["most"] > 1:
+        most = f"{section['most']} {most}s"
     finding = (
         f"Without the {most} {cut(name, 1.5)} reaches {percent(section['without_most']['accuracy'])} %{in_runs} "
         f"(with all {percent(section['all']['accuracy'])} %, {others}): {section['verdict']}"

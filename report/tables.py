@@ -21,6 +21,11 @@ from report.wording import (
     signed,
 )
 
+TOGETHER = (  # note below a table of differences
+    "Intervals and p of a column of differences hold for all of it together (single-step, 95 %); all are over the same "
+    "test LoRAs and runs."
+)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -60,6 +65,7 @@ def tables(results: dict) -> dict[str, Table]:
             "conditional": _conditional_table(analysis.get("conditional"), results["config"]["top_k"]),
             "controls": _controls_table(results),
             "differences": _differences_table(results),
+            "drops": _drops_table(results),
             "disagreement": _disagreement_table(results),
             "clusters": _clusters_table(analysis["layer_information"]["clusters"]["members"]),
             "modules": _modules_table(analysis["rank_structure"]),
@@ -173,9 +179,9 @@ def _controls_table(results: dict) -> Table | None:
         "all": lambda section: _left(section["all"]),
         "without the top": lambda section: f"{_left(section['without_top'])}, {section['removed']} removed",
         "without the most predictive": lambda section: f"{_left(section['without_most'])}, {section['most']} removed",
-        "without as many random others (mean, range)": lambda section: _range(section["without_random"]),
+        "as many random others (mean, range)": lambda section: _range(section["without_random"]),
         "random draws": lambda section: str(section["without_random"]["draws"]),
-        "of these at or below the most predictive": lambda section: _at_or_below(section["without_random"]),
+        "of these at or below it": lambda section: _at_or_below(section["without_random"]),
         "without the bottom": lambda section: _left(section["without_bottom"]),
         "the top alone": lambda section: _left(section["top_alone"]),
         "share left without the top": lambda section: _surviving(section["survives"]),
@@ -266,36 +272,46 @@ def _metrics_table(results: dict) -> Table:
 
 
 def _differences_table(results: dict) -> Table | None:
-    """Return intervals of the accuracies, the drops by the ablation, and distances behind the best."""
+    """Return intervals of the accuracies, and distances behind the best."""
     section, k = results["analysis"]["representations"], results["config"]["top_k"]
     if not section:
         return None
-    baseline, crossed = section["conditions"]["baseline"], results["analysis"]["cross_fitted"]["drops"] or {}
-    behind = {
-        record["b"]: [f"{percent(record['difference'])} ({bounds(record['interval'])})", p_cell(record["p"])]
-        for record in baseline["comparisons"]
-        if record["a"] == baseline["best"]
-    }
-    rows = []
-    for name in _best_first(results):
-        drop = section["drops"][name]
-        intervals = [bounds(section["conditions"][condition]["intervals"][name]) for condition in section["conditions"]]
-        lost = [f"{percent(drop['drop'])} ({bounds(drop['interval'])})", p_cell(drop["p"])]
-        chosen = crossed.get(name)
-        honest = ["", ""]
-        if chosen:
-            honest = [f"{percent(chosen['drop_cf'])} ({bounds(chosen['interval'])})", p_cell(chosen["p"])]
-        rows.append([name, *intervals, *lost, *honest, *behind.get(name, ["", ""])])
-    columns = ["representation", "all layers", f"without top {k}", "drop", "p", "drop, others choose", "p"]
-    columns += [f"behind {baseline['best'] or 'the best'}", "p"]
-    note = (
-        "Intervals and p of a column of differences hold for all of it together (single-step, 95 %); all are over the "
-        "same test LoRAs and runs. Drop, others choose: the removed layers are chosen on other test LoRAs, in "
-        "five folds."
-    )
-    kept = [i for i in range(len(columns)) if i < 5 or any(row[i] for row in rows)]
-    rows, columns = [[row[i] for i in kept] for row in rows], [columns[i] for i in kept]
-    return Table("representations", "95 % intervals, drops and distances, in points", columns, rows, note=note)
+    baseline = section["conditions"]["baseline"]
+    behind = {record["b"]: record for record in baseline["comparisons"] if record["a"] == baseline["best"]}
+    columns, title = ["representation", "all layers", f"without top {k}"], "95 % intervals of test accuracies"
+    rows = [
+        [name, *(bounds(condition["intervals"][name]) for condition in section["conditions"].values())]
+        for name in _best_first(results)
+    ]
+    if not behind:
+        return Table("representations", title, columns, rows)
+    columns += [f"behind {baseline['best']}", "p"]
+    for row in rows:
+        row += _difference(behind.get(row[0]), "difference")
+    return Table("representations", f"{title}, and distances in points", columns, rows, note=TOGETHER)
+
+
+def _drops_table(results: dict) -> Table | None:
+    """Return what the removal of the top layers costs, chosen by the same test LoRAs and by others."""
+    section, k = results["analysis"]["representations"], results["config"]["top_k"]
+    if not section:
+        return None
+    crossed = results["analysis"]["cross_fitted"]["drops"] or {}
+    columns, note = ["representation", "drop", "p"], TOGETHER
+    rows = [[name, *_difference(section["drops"][name], "drop")] for name in _best_first(results)]
+    if crossed:
+        columns += ["drop, others choose", "p"]
+        note += " Others choose: the layers that are removed are chosen on other test LoRAs, in five folds."
+        for row in rows:
+            row += _difference(crossed.get(row[0]), "drop_cf")
+    return Table("representations", f"What removing the top {k} costs, in points", columns, rows, note=note)
+
+
+def _difference(record: dict | None, key: str) -> list[str]:
+    """Return the cells of a difference with its interval, and of its p; empty ones where there is none."""
+    if record is None:
+        return ["", ""]
+    return [f"{percent(record[key])} ({bounds(record['interval'])})", p_cell(record["p"])]
 
 
 def _concepts_table(analysis: dict) -> Table:

@@ -252,7 +252,7 @@ def _representations(results: dict) -> list[str]:
 def _evidence(made: dict[str, Table], controls: Sequence[str]) -> list[str]:
     """Return the tables that only an analysis fills, one below the other, and the outcome of the controls."""
     lines = []
-    for name in ("differences", "controls", "places", "conditional", "concepts"):
+    for name in ("differences", "drops", "controls", "places", "conditional", "concepts"):
         if name in made:
             lines += [made[name].title, *_table_lines(made[name]), ""]
     return [*lines, "Controls", *_bullets(controls)] if controls else lines

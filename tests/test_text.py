@@ -6,13 +6,12 @@ from dataclasses import replace
 import pytest
 from result_making import CLASSES, KNOWN, made, unwrapped
 
-from report import figures, page, sentences, tables, text
+from report import cautions, figures, page, sentences, tables, text
 
 
 def test_that_the_top_was_chosen_on_the_test_loras_is_on_the_first_page_once():
     results = made()
-    chosen = "The top 2 were chosen on the same test LoRAs that the drops are measured on"
-    assert [line for line in sentences.warnings(results) if line.startswith(chosen)]
+    (chosen,) = (line for line in cautions.warnings(results) if line.startswith("The top 2 layers were chosen"))
     assert unwrapped(text.render_text(results)).count(chosen) == 1
     results["config"]["rank_by"] = "val"
     assert "--rank-by" not in text.render_text(results)
@@ -28,7 +27,8 @@ def test_results_txt_has_the_answers_first_and_short_lines(kind):
     lines = rendered.splitlines()
     assert max(map(len, lines)) <= 120 and len(lines) < 200 and rendered.endswith("\n")
     heads = ["chance  ", "Short answers", "Cautions", "1. Which layers predict? Each of 12", "2 and 3. Every",
-             "Removing the top 2", "Not run", "Accuracies and macro-F1"]  # fmt: skip
+             "95 % intervals", "What removing the top 2 costs",
+             "Removing the top, and", "Not run", "Accuracies and macro-F1"]  # fmt: skip
     positions = [rendered.index(head) for head in heads]
     assert positions == sorted(positions)
     for i, question in enumerate(sentences.QUESTIONS, 1):
@@ -36,10 +36,9 @@ def test_results_txt_has_the_answers_first_and_short_lines(kind):
     words = unwrapped(rendered)
     for one in sentences.answers(results):
         assert all(sentence in words for sentence in one.sentences) and one.evidence in words
-    assert all(warning in words for warning in sentences.warnings(results))
-    assert all(words.count(check) == 1 for check in sentences.checks(results))
-    assert words.count("--rank-by=val") == 1
-    assert rendered.index("--rank-by=val") < rendered.index("1. Which layers predict? E")
+    assert all(warning in words for warning in cautions.warnings(results))
+    assert all(words.count(check) == 1 for check in cautions.checks(results))
+    assert f"note      {results['dataset']['findings'][0]['message']}\n" in rendered
 
 
 @pytest.mark.parametrize("analysed", [True, False])
@@ -50,8 +49,8 @@ def test_content_that_is_made_already_gives_the_same_files(analysed):
     content = text.content_of(results)
     assert content == text.Content(
         sentences.answers(results),
-        sentences.warnings(results),
-        sentences.checks(results),
+        cautions.warnings(results),
+        cautions.checks(results),
         tables.tables(results),
         figures.findings(results),
     )
@@ -81,13 +80,11 @@ def test_without_an_analysis_one_line_says_which_flag_makes_it(absent):
         del results["analysis"]
     else:
         results["analysis"] = None
-    assert sentences.answers(results) == [] and sentences.checks(results) == []
+    assert sentences.answers(results) == [] and cautions.checks(results) == []
     rendered = text.render_text(results)
     assert rendered.count("--rank-by=val avoids that") == 1
     assert (
-        rendered.count("--controls=basic") == 1
-        and "Short answers" not in rendered
-        and len(sentences.NO_CONTROLS) <= 120
+        rendered.count("--controls=basic") == 1 and "Short answers" not in rendered and len(cautions.NO_CONTROLS) <= 120
     )
     assert (
         f"\n{text.LAYER_HEADER}\n" in rendered and f"\n{text.layer_row(1, results['layer_ranking'][0])}\n" in rendered
