@@ -123,10 +123,7 @@ class Measured:
         whole, total = self.weights("all"), weights.sum(1)
         compared = weights - total[:, None] * whole  # with all layers, or with one another
         by_lora = compared @ self.correct.mean(1)  # (m, T)
-        few = (
-            np.array([np.abs(np.bincount(draws.group, row)).sum() for row in by_lora]) * draws.units / len(draws.group)
-        )
-        few = few < FEW_SEPARATING
+        few = draws.separating(by_lora) < FEW_SEPARATING
         wins, defeats = self.win_and_defeat
         size = draws.units + 2
         drawn = compared @ self.drawn  # (m, B)
