@@ -59,32 +59,16 @@ class Draws:
         accuracies = np.empty((len(correct), self.count))
         run_counts = np.array([len(runs) for runs in correct])
         hits = np.stack([runs.sum(0, dtype=np.float32) for runs in correct])  # (L, T)
-        effects = [self._run_effects(runs) if resample_runs and len(runs) > 1 else None for runs in correct]
+        drawn_too = [runs for runs in np.unique(run_counts).tolist() if resample_runs and runs > 1]
+        effects = {i: _run_effects(self._by_group(correct[i])) for i in np.flatnonzero(np.isin(run_counts, drawn_too))}
         for start, rows in self._blocks():
             columns, total = slice(start, start + len(rows)), rows.sum(1, dtype=float)
             accuracies[:, columns] = (hits @ rows.T) / (run_counts[:, None] * total)
-            for runs in np.unique(run_counts).tolist() if resample_runs else ():
-                if runs > 1:
-                    members = np.flatnonzero(run_counts == runs)
-                    drawn_runs = self._counts(len(rows), runs, "runs", start).T  # (R, b)
-                    accuracies[members, columns] += np.stack([effects[i] for i in members]) @ drawn_runs
+            for runs in drawn_too:
+                members = np.flatnonzero(run_counts == runs)
+                drawn_runs = self._counts(len(rows), runs, "runs", start).T  # (R, b)
+                accuracies[members, columns] += np.stack([effects[i] for i in members]) @ drawn_runs
         return accuracies
-
-    def _run_effects(self, correct: np.ndarray) -> np.ndarray:
-        """Return what each run adds to the mean over runs of a classifier, bool[R, T] -> float64[R].
-
-        Its deviation from that mean, shrunk by the share of its variance that LoRAs do not explain, ``1 - MS_LR /
-        MS_R`` of the analysis of variance of runs by LoRAs (groups), and by ``sqrt((R - 1) R)`` so that drawn runs have
-        the variance of the mean of R.
-        """
-        by_group = self._by_group(correct.astype(float))  # (R, G)
-        runs, groups = by_group.shape
-        effect = by_group.mean(1) - by_group.mean()
-        residual = by_group - by_group.mean(0) - effect[:, None]
-        between = groups * np.square(effect).sum() / (runs - 1)
-        within = np.square(residual).sum() / max(1, (runs - 1) * (groups - 1))
-        share = max(0.0, 1 - within / between) if between > ROUNDING else 0.0
-        return effect * np.sqrt(share / (runs * (runs - 1)))
 
     def estimate(self, correct: np.ndarray, drawn: np.ndarray) -> dict:
         """Return the accuracy of a classifier, correct bool[R, T], and its interval, given the draws float[B]."""
@@ -235,6 +219,22 @@ class Draws:
         picked = stream(self.seed, purpose, items, start).integers(items, size=(draws, items))
         picked += items * np.arange(draws)[:, None]
         return np.bincount(picked.ravel(), minlength=draws * items).reshape(draws, items)
+
+
+def _run_effects(by_group: np.ndarray) -> np.ndarray:
+    """Return what each run adds to the mean over runs of a classifier, by groups float[R, G]: float64[R].
+
+    Its deviation from that mean, shrunk by the share of its variance that LoRAs do not explain, ``1 - MS_LR / MS_R`` of
+    the analysis of variance of runs by LoRAs (groups), and by ``sqrt((R - 1) R)`` so that drawn runs have the variance
+    of the mean of R.
+    """
+    runs, groups = by_group.shape
+    effect = by_group.mean(1) - by_group.mean()
+    residual = by_group - by_group.mean(0) - effect[:, None]
+    between = groups * np.square(effect).sum() / (runs - 1)
+    within = np.square(residual).sum() / max(1, (runs - 1) * (groups - 1))
+    share = max(0.0, 1 - within / between) if between > ROUNDING else 0.0
+    return effect * np.sqrt(share / (runs * (runs - 1)))
 
 
 def _of_few(

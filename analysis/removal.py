@@ -370,7 +370,7 @@ def _share_text(record: dict) -> str:
     return f"{100 * share:.0f} % ({100 * low:.0f} to {100 * high:.0f}) of the accuracy above chance is left"
 
 
-def settle(sections: dict[str, dict], top_alone: dict | None, any_above: bool) -> dict[str, dict]:
+def settle(sections: dict[str, dict], top_alone: dict | None, any_above: bool, chosen_by: str) -> dict[str, dict]:
     """Return sections of `robustness` that say no more than what all representations show together.
 
     A verdict is of one representation. One that shows nothing with all layers has not seen that there is nothing where
@@ -381,6 +381,7 @@ def settle(sections: dict[str, dict], top_alone: dict | None, any_above: bool) -
         top_alone: ``accuracy``, ``interval`` and ``p`` of the top k alone by the ranking representation, the top k
             chosen on other LoRAs; None where it is not known.
         any_above: Whether any representation is above chance with all layers.
+        chosen_by: The LoRAs that chose the top k, in words.
     """
     settled = {}
     for name, section in sections.items():
@@ -390,10 +391,12 @@ def settle(sections: dict[str, dict], top_alone: dict | None, any_above: bool) -
         top, verb = ("top layer", "reaches") if section["top_k"] == 1 else (f"top {section['top_k']} layers", "reach")
         why = None
         if shown and (silent or lost):
-            reached = f"the {top}, chosen by other test LoRAs, {verb} {100 * top_alone['accuracy']:.1f} % alone"
+            reached = f"the {top}, chosen by {chosen_by}, {verb} {100 * top_alone['accuracy']:.1f} % alone"
             why = f"{reached}; with all layers {name} loses it among the others"
         elif silent and any_above:
             why = f"with all layers {name} is indistinguishable from chance, and other representations are above it"
+        elif silent and top_alone is None:
+            why = f"neither all layers nor any representation is above chance; the {top} alone could not be tested"
         elif silent:
             why = f"neither all layers, nor the {top} alone, nor any representation is above chance"
         settled[name] = section
