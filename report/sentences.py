@@ -424,9 +424,10 @@ def _without_top(results: dict) -> Iterator[str]:
     if not section["above_null"]:
         yield f"Without {top_layers(k)} no representation is distinguishable from chance."
     elif section["best"] is None:
+        known = section["above_null"]
         yield (
-            f"Without {top_layers(k)} {listed(section['above_null'])} {_are(len(section['above_null']))} distinguishable "
-            f"from chance, but not the best by validation accuracy, {section['chosen']}."
+            f"Without {top_layers(k)} {listed(known)} {_are(len(known))} distinguishable from chance, but not the best by "
+            f"validation accuracy, {section['chosen']}."
         )
     elif len(drops) > 1:
         yield (
