@@ -426,8 +426,8 @@ def _without_top(results: dict) -> Iterator[str]:
     elif section["best"] is None:
         known = section["above_null"]
         yield (
-            f"Without {top_layers(k)} {listed(known)} {_are(len(known))} distinguishable from chance, but not the best by "
-            f"validation accuracy, {section['chosen']}."
+            f"Without {top_layers(k)} {listed(known)} {_are(len(known))} distinguishable from chance, but not the best "
+            f"by validation accuracy, {section['chosen']}."
         )
     elif len(drops) > 1:
         yield (
