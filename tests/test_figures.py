@@ -594,7 +594,7 @@ def test_the_analysis_itself_is_drawn():
     predictions = Predictions(np.arange(60, 120), y[60:], alone)
     for condition in ("baseline", "ablation"):
         predictions.conditions[condition] = {name: {"predicted": guessed(3)} for name in names}
-    e = Evidence(layers, list("abcd"), y, rows, None, np.arange(8), 2, predictions, 0, 200, 200)
+    e = Evidence(layers, list("abcd"), y, rows, None, np.arange(8), 2, predictions, 0, 50, 50)
     conditions = plan_controls(Order.of_layers(e), runs=3, draws=5, points=5, seed=0)
     controls = Controls("basic", {"stats": (conditions, guessed(*conditions.kept.shape[:2])[..., 20:])})
     features, updates = generator.random((120, 8, 7)), generator.random((120, 4, 2))
