@@ -244,6 +244,11 @@ def test_agreement_of_several_splits():
     splits |= {"kendall_w": None, "kendall_tau": None}
     line = next(line for line in answer(results, "layers").sentences if "5 splits" in line)
     assert "Kendall" not in line and f" {splits['same_top_k']:.1f} " in line
+    splits["first"] = None  # the same LoRAs on all splits
+    line = next(line for line in answer(results, "layers").sentences if "5 splits" in line)
+    assert " % " not in line and f" {splits['same_top_k']:.1f} " in line
+    splits["same_top_k"] = None  # one split could be done
+    assert not any("5 splits" in line for line in answer(results, "layers").sentences)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
