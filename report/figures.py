@@ -154,7 +154,7 @@ def _layer_importance(results: dict, figure: Figure) -> None:
     roles = list(dict.fromkeys(record["role"] for record in records))
     set_height(figure, 1.3 + 1.7 * len(roles))
     axes = figure.subplots(len(roles), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    highest = max(section["needed"], *(record["interval"][1] for record in records))
+    highest = max(min(1, section["needed"]), *(record["interval"][1] for record in records))
     axes[0].set_ylim(0, 115 * highest + 2)  # room for ranks above the intervals
     blocks = [record["block"] for record in records]
     for ax, role in zip(axes, roles, strict=True):
@@ -200,6 +200,8 @@ def _layers_of_role(ax: Axes, section: dict, role: str, rank_of: dict[str, int])
 def _layer_legend(section: dict, top_k: int) -> list:
     above, total = section["num_above_null"], len(section["records"])
     limit = f"needed among {total}: {percent(section['needed'])} %"
+    if section["needed"] > 1:
+        limit = f"needed among {total}: more than 100 %"
     marker = {"marker": "^", "ls": "none", "mec": INK, "ms": 5}
     return [
         Line2D([], [], color=BLUE, **marker, label=f"knows something ({above}), with 95 % interval"),

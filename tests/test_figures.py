@@ -475,6 +475,15 @@ def test_one_unit_and_one_draw_are_told_in_the_singular():
     assert "without a random other 90.0 %" in title
 
 
+@pytest.mark.parametrize(("needed", "shown"), [(0.4567, "12: 45.7 %"), (1.04, "12: more than 100 %")])
+def test_of_few_test_loras_no_accuracy_is_enough(needed, shown):
+    results = only(results_of(), "layers")
+    results["analysis"]["layers"]["needed"] = needed
+    figure = drawn_figures(results)["layer_importance"]
+    assert [text for entry in figure.legends[0].get_texts() if (text := entry.get_text()).endswith(shown)]
+    assert figure.axes[0].get_ylim()[1] < 120 and max(figure.axes[0].get_yticks()) <= 100
+
+
 def test_runs_are_told_where_the_accuracies_are_of_more():
     results = results_of(quick=True)
     results["baseline_results"]["stats"]["test_accuracy"]["runs"] = [0.9] * 10
