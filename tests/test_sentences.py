@@ -183,7 +183,7 @@ def test_layers_by_macro_f1_are_told_where_classes_are_unequal():
     before = answer(results, "layers").sentences[0]
     results["analysis"]["layers"]["num_above_null_f1"] = 7
     first = answer(results, "layers").sentences[0]
-    assert first.startswith(before) and " 7 of 12 layers are " in first.removeprefix(before)
+    assert first.startswith(before) and " 7 of 12 " in first.removeprefix(before)
 
 
 def test_planted_layers_are_counted():
