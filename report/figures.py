@@ -484,7 +484,13 @@ def _layer_clusters_finding(results: dict) -> str | None:
         finding = f"No two of {total} layers have similar features {below}"
     if k < 2:
         return finding
+    crossed = results["analysis"].get("cross_fitted") or {"union": None}
     known = f"{percent(union['any_of_top_k'])} % of LoRAs, the first alone on {percent(union['best_alone'])} %"
+    if crossed["union"]:  # where the layers are not chosen by the LoRAs that they are measured on
+        known = (
+            f"{percent(crossed['union']['accuracy'])} % of LoRAs (on shuffled labels "
+            f"{percent(crossed['union']['by_chance'])} %), the first alone on {percent(crossed['first']['accuracy'])} %"
+        )
     return f"{finding}; at least one of the top {k} is right on {known}"
 
 

@@ -484,6 +484,16 @@ def test_of_few_test_loras_no_accuracy_is_enough(needed, shown):
     assert figure.axes[0].get_ylim()[1] < 120 and max(figure.axes[0].get_yticks()) <= 100
 
 
+def test_what_the_top_layers_know_together_is_of_layers_that_others_chose():
+    results = only(results_of(), "layers", "layer_information")
+    crossed = {"union": {"accuracy": 0.654, "by_chance": 0.321}, "first": {"accuracy": 0.432}}
+    results["analysis"]["cross_fitted"] = crossed
+    title = figures.findings(results)["layer_clusters"]
+    assert all(number in title for number in ("65.4 %", "32.1 %", "43.2 %")) and "83.7" not in title
+    results["analysis"]["cross_fitted"] = {"union": None, "first": None}
+    assert "83.7 %" in figures.findings(results)["layer_clusters"]
+
+
 def test_runs_are_told_where_the_accuracies_are_of_more():
     results = results_of(quick=True)
     results["baseline_results"]["stats"]["test_accuracy"]["runs"] = [0.9] * 10
