@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from analysis.draws import ALPHA, BLOCK, exceedance, stream
+from analysis.draws import ALPHA, BLOCK, ROUNDING, exceedance, stream
 from analysis.evidence import Evidence
 
 
@@ -206,5 +206,6 @@ class ChanceTest:
 
     @property
     def margin(self) -> float:
-        """The accuracy above ``guessed`` that the best of the family stays below in 95 % of the permutations."""
-        return float(np.quantile(self.margins, 1 - ALPHA))
+        """The accuracy above ``guessed`` that must be exceeded for a ``p_family`` below 0.05."""
+        as_large = int(np.ceil(ALPHA * (1 + len(self.margins)) - ROUNDING)) - 1  # permutations that give 0.05 or more
+        return float(np.sort(self.margins)[-max(1, as_large)])

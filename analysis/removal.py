@@ -388,17 +388,17 @@ def settle(sections: dict[str, dict], top_alone: dict | None, any_above: bool, c
         silent, shown = section["verdict"] == NO_SIGNAL, top_alone is not None and top_alone["p"] < ALPHA
         # An accuracy that is above permuted labels, and not clearly above guessing, has no shares.
         lost = section["survives"] is None and shown and top_alone["interval"][0] > section["all"]["interval"][1]
-        top, verb = ("top layer", "reaches") if section["top_k"] == 1 else (f"top {section['top_k']} layers", "reach")
+        top, verb = ("top layer", "is") if section["top_k"] == 1 else (f"top {section['top_k']} layers", "are")
         why = None
         if shown and (silent or lost):
-            reached = f"the {top}, chosen by {chosen_by}, {verb} {100 * top_alone['accuracy']:.1f} % alone"
-            why = f"{reached}; with all layers {name} loses it among the others"
+            knows = f"the {top}, chosen by {chosen_by}, {verb} distinguishable from chance alone"
+            why = f"{knows} ({100 * top_alone['accuracy']:.1f} %); with all layers {name} loses it among the others"
         elif silent and any_above:
-            why = f"with all layers {name} is indistinguishable from chance, and other representations are above it"
-        elif silent and top_alone is None:
-            why = f"neither all layers nor any representation is above chance; the {top} alone could not be tested"
+            why = f"with all layers {name} is indistinguishable from chance, and other representations are not"
+        elif silent and top_alone:
+            why = f"neither all layers, nor the {top} alone, nor any representation is distinguishable from chance"
         elif silent:
-            why = f"neither all layers, nor the {top} alone, nor any representation is above chance"
+            why = "neither all layers nor any representation is distinguishable from chance"
         settled[name] = section
         if why:
             settled[name] = section | {"verdict": UNSEEN if shown or any_above else NO_SIGNAL, "why": why}

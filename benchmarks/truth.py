@@ -338,9 +338,8 @@ STRUCTURES = {  # by verdict, the share of the accuracy above chance that layers
 
 def removed(verdict: str, generator: np.random.Generator) -> dict:
     """Return ``robustness`` of a planted structure of 64 layers, 200 test LoRAs and two runs."""
-    from analysis.removal_plan import Order, plan_controls
-
     from analysis.removal import robustness
+    from analysis.removal_plan import Order, plan_controls
 
     y, left = np.arange(200) % 4, STRUCTURES[verdict]
     alone = left(np.eye(64, dtype=bool))

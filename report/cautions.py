@@ -11,6 +11,7 @@ from report.wording import (
     classifier_name,
     correlation_text,
     listed,
+    needed_text,
     p_text,
     percent,
     ranges,
@@ -55,10 +56,9 @@ def _few(results: dict) -> Iterator[str]:
     analysis = results["analysis"]
     if analysis["few_test_loras"]:
         units = "test LoRAs" if analysis["permuted"] == "LoRAs" else "groups of test LoRAs"
-        needed = percent(analysis["layers"]["needed"])
         yield (
-            f"Only {analysis['units']} {units}: intervals are wide, and small effects cannot be seen. A layer would "
-            f"have to reach {needed} % to be told from chance."
+            f"Only {analysis['units']} {units}: intervals are wide, and small effects cannot be seen. A layer "
+            f"{needed_text(analysis['layers']['needed'])}."
         )
 
 
@@ -104,9 +104,8 @@ def _cheap(analysis: dict) -> Iterator[str]:
         compared = "better" if cheap["weights_worse"] else "not significantly worse"
         meaning = "the trainer's file and not the concept" if name == "recipe" else "that and not the concept"
         yield (
-            f"Cheap explanation: {CHEAP[name]} alone predict the label with {accuracy_text(cheap)}, {compared} than "
-            f"{weights} (whose advantage is {bounds(cheap['advantage_of_weights'])} points). What the weights show may "
-            f"be {meaning}."
+            f"Cheap explanation: {CHEAP[name]} alone reach {accuracy_text(cheap)}, {compared} than {weights} (whose "
+            f"advantage is {bounds(cheap['advantage_of_weights'])} points). What the weights show may be {meaning}."
         )
 
 
@@ -177,8 +176,8 @@ def checks(results: dict) -> list[str]:
     layers, moved = analysis["layers"], "whole groups" if analysis["permuted"] == "groups" else "LoRAs"
     lines = [
         f"Chance: the predictions of all layers against {analysis['permutations']:,} permutations of the test labels "
-        f"({moved} moved). A single layer then reaches {bounds(layers['null_band'])} %; to be told from chance among "
-        f"{len(layers['records'])} layers, the first would have to reach {percent(layers['needed'])} %.",
+        f"({moved} moved). A single layer then reaches {bounds(layers['null_band'])} %; the first among "
+        f"{len(layers['records'])} {needed_text(layers['needed'])}.",
         *_cheap_accuracies(analysis["cheap"]),
     ]
     if gradients := analysis["attribution"]:

@@ -19,6 +19,7 @@ from report.wording import (
     counted,
     left_text,
     listed,
+    needed_text,
     number,
     p_text,
     percent,
@@ -35,10 +36,10 @@ VERDICTS = {
     "distributed": "without the most predictive (the top k, or a tenth of all where that is more) more than half of "
     "what is above chance is left, but less than nine tenths before half of all are removed",
     "redundant": "nine tenths of what is above chance, or more, are left even without the most predictive half",
-    "no signal": "neither all layers, nor the top ones alone, nor any representation is above chance, so there is "
-    "nothing that a removal could take",
+    "no signal": "neither all layers, nor the top ones alone, nor any representation is distinguishable from chance, "
+    "so what a removal takes cannot be judged",
     "unseen": "with all layers it is indistinguishable from chance, although the top layers alone, or other "
-    "representations, are above it, so it cannot show what a removal takes",
+    "representations, are not, so it does not show what a removal takes",
     "undecided": "the numbers bear none of the other verdicts, for the reason given below",
 }
 RANKED_BY = "stats"  # the representation by which layers are ranked
@@ -146,17 +147,29 @@ def _layers_above(results: dict) -> str:
     analysis, total = results["analysis"], len(results["layer_ranking"])
     section, largest = analysis["layers"], percent(results["analysis"]["layers"]["chance"])
     known, above = section["num_above_null"], section["num_above_chance"]
-    needed = f"the first of the ranking would have to reach {percent(section['needed'])} %"
+    by_f1 = ""
+    if (count := section["num_above_null_f1"]) is not None:
+        by_f1 = (
+            f" By macro-F1, which counts every class alike, {count or 'none'} of {total} {_are(count)} above chance."
+        )
     if known == 0:
-        return f"No single layer is distinguishable from chance ({largest} %): {needed}."
+        needed = needed_text(section["needed"])
+        return (
+            f"No single layer is distinguishable from chance ({largest} %): the first of the ranking {needed}.{by_f1}"
+        )
     family = f"p < {analysis['alpha']}, corrected for the choice among all layers"
     if above == known:
-        return f"{known} of {total} layers {'are' if known > 1 else 'is'} above chance ({largest} %; {family})."
-    right = f"is shown to be right more often than always guessing the largest class ({largest} %)"
-    return (
-        f"{known} of {total} layers {'know' if known > 1 else 'knows'} something of the concept ({family}), but "
-        f"{'none' if above == 0 else f'only {above}'} of them {right}."
-    )
+        return f"{known} of {total} layers {_are(known)} above chance ({largest} %; {family}).{by_f1}"
+    right = f"shown to be right more often than always guessing the largest class ({largest} %)"
+    shown = f"only {above} of them {_are(above)} {right}"
+    if above == 0:
+        shown = f"{'none of them is' if known > 1 else 'it is not'} {right}"
+    verb = "know" if known > 1 else "knows"
+    return f"{known} of {total} layers {verb} something of the concept ({family}), but {shown}.{by_f1}"
+
+
+def _are(count: int) -> str:
+    return "are" if count > 1 else "is"
 
 
 def _reached(results: dict, first: dict) -> str:
@@ -313,10 +326,9 @@ def _best_representation(results: dict) -> Iterator[str]:
     best, drops = section["best"], compared["drops"]
     if best is None:
         if len(drops) == 1:
-            yield (
-                f"{next(iter(drops))} is indistinguishable from chance ({chance}) with all layers: it would have to "
-                f"reach {percent(section['needed'])} %."
-            )
+            name = next(iter(drops))
+            needed = needed_text(section["needed"])
+            yield f"{name} is indistinguishable from chance ({chance}) with all layers: it {needed}."
         else:
             yield from _none_best(results)
         return
@@ -331,22 +343,21 @@ def _none_best(results: dict) -> Iterator[str]:
     """Yield why none of several representations is called the best."""
     section = results["analysis"]["representations"]["conditions"]["baseline"]
     accuracy, chance = _accuracies(results, "baseline"), percent(results["chance"]["accuracy"])
-    chosen, needed = section["chosen"], percent(section["needed"])
+    chosen, others = section["chosen"], section["above_null"]
     reached = f"{percent(accuracy[chosen])} % ({bounds(section['intervals'][chosen])})"
-    others = section["above_null"]
     if not others:
         yield (
             f"None of {len(accuracy)} representations is distinguishable from chance ({chance} %) with all layers, so "
-            f"none is best. By validation accuracy it would be {chosen}, which reaches {reached} and would have to "
-            f"reach {needed} %."
+            f"none is best. By validation accuracy it would be {chosen}, which reaches {reached}, and "
+            f"{needed_text(section['needed'])}."
         )
-    else:
-        verb = "is" if len(others) == 1 else "are"
-        yield (
-            f"None is best: by validation accuracy it would be {chosen}, which is indistinguishable from chance "
-            f"({chance} %) with all layers: it reaches {reached}, and would have to reach {needed} %. {listed(others)} "
-            f"{verb} above chance, but validation does not choose {'it' if len(others) == 1 else 'them'}."
-        )
+        return
+    verb, them = ("does", "it") if len(others) == 1 else ("do", "them")
+    yield (
+        f"None is best: by validation accuracy it would be {chosen}, which reaches {reached} with all layers (chance "
+        f"{chance} %), and among {len(accuracy)} representations {needed_text(section['needed'])}. {listed(others)} "
+        f"{verb} know something of the concept, but validation does not choose {them}."
+    )
 
 
 def _best_reached(results: dict) -> str:
@@ -414,9 +425,10 @@ def _without_top(results: dict) -> Iterator[str]:
     if not section["above_null"]:
         yield f"Without {top_layers(k)} no representation is distinguishable from chance."
     elif section["best"] is None:
+        known = section["above_null"]
         yield (
-            f"Without {top_layers(k)} {listed(section['above_null'])} can be told from chance, but not the best by "
-            f"validation accuracy, {section['chosen']}."
+            f"Without {top_layers(k)} {listed(known)} {_are(len(known))} distinguishable from chance, but not the best "
+            f"by validation accuracy, {section['chosen']}."
         )
     elif len(drops) > 1:
         yield (

@@ -78,6 +78,13 @@ def accuracy_text(estimate: dict) -> str:
     return f"{percent(estimate['accuracy'])} % ({bounds(estimate['interval'])})"
 
 
+def needed_text(needed: float) -> str:
+    """Return what an accuracy would have to be to differ from chance, as the end of a sentence on it."""
+    if needed > 1 - 1e-9:
+        return "would be indistinguishable from chance by so few test LoRAs even at 100 %"
+    return f"would have to exceed {percent(needed)} % to be distinguishable from chance"
+
+
 def left_text(estimate: dict) -> str:
     """Return the accuracy under a removal with its interval; of nothing, which is not trained, that it is chance."""
     if estimate["interval"] is None:

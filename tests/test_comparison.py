@@ -268,7 +268,7 @@ def test_groups_that_explain_nothing_are_suspected_in_no_more_than_a_twentieth()
 
 def test_explanations_are_tested_as_one_family():
     evidence, generator = evidence_of(), np.random.default_rng(0)
-    cheap = {name: generator.normal(size=(len(evidence.y), 2)) for name in ("norms", "metadata", "recipe")}
+    cheap = {name: generator.normal(size=(len(evidence.y), 2)) for name in ("norms", "recipe")}
     best = evidence.predicted("baseline", "stats")
     together = cheap_explanations(evidence, cheap, best)
     for name, features in cheap.items():

@@ -148,7 +148,7 @@ def test_nothing_is_cross_fitted_of_few_units_or_of_layers_chosen_elsewhere():
 
 def test_top_layers_alone_in_fewer_runs_than_the_ranking_are_not_called_for_that():
     """Three runs of guesses vary more than the vote of ten, by which the choice of layers is accounted for."""
-    generator, y, trials = np.random.default_rng(6), np.arange(60) % 4, 40
+    generator, y, trials = np.random.default_rng(6), np.arange(60) % 4, 20
     called = 0
     for _ in range(trials):
         evidence = replace(evidence_of(generator.integers(0, 4, (8, 10, 60)), y, draws=2), permutations=100)

@@ -491,22 +491,10 @@ ALONE = {"accuracy": 1.0, "interval": [0.9, 1.0], "p": 0.001}
 @pytest.mark.parametrize(
     ("before", "alone", "any_above", "expected", "why"),
     [
-        (
-            section(),
-            None,
-            False,
-            "no signal",
-            "neither all layers nor any representation is above chance; the top 5 layers alone could not",
-        ),
-        (section(), ALONE | {"p": 0.3}, False, "no signal", "neither"),
-        (
-            section(),
-            ALONE,
-            False,
-            "unseen",
-            "the top 5 layers, chosen by other test LoRAs, reach 100.0 % alone; with all layers stats loses it",
-        ),
-        (section(), ALONE | {"p": 0.3}, True, "unseen", "other representations are above it"),
+        (section(), None, False, "no signal", "neither all layers nor any representation"),
+        (section(), ALONE | {"p": 0.3}, False, "no signal", "neither all layers, nor the top 5 layers alone, nor any"),
+        (section(), ALONE, False, "unseen", "the top 5 layers, chosen by other test LoRAs, are distinguishable"),
+        (section(), ALONE | {"p": 0.3}, True, "unseen", "other representations are not"),
         (section("undecided"), ALONE, True, "unseen", "loses it among the others"),
         (section("undecided", high=0.95), ALONE, True, "undecided", "?"),
         (section("localized", survives=LITTLE), ALONE, True, "localized", "?"),
