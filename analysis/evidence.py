@@ -54,7 +54,7 @@ class Predictions:
         y: Their classes, int64[V + T].
         layers: Each layer alone: ``predicted`` int[L, R, V + T], ``log_loss``, ``epochs``.
         conditions: By condition ("baseline", "ablation" or "grouped") and representation: ``predicted`` int[R, V + T],
-            ``log_loss``, ``epochs``.
+            ``log_loss``, ``epochs``. Under "cross_fitted" ``predicted`` int[S, R, V + T] only, of S removed sets.
         controls: By representation: ``names`` and ``kept`` of the conditions, ``predicted`` int[K, R, V + T].
     """
 

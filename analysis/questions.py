@@ -287,7 +287,7 @@ def _degradation_is_graceful(sections: dict) -> dict:
     outcome = "undecided"
     if high <= STEEP:
         outcome = "confirmed"
-    elif low > STEEP:
+    elif low > STEEP and section["verdict"] != "redundant":  # else the fall is from more than all layers have
         outcome = "refuted"
     return _decided(record, steepest["share"], steepest["interval"], outcome)
 

@@ -418,8 +418,12 @@ def _without_top(results: dict) -> Iterator[str]:
     drops, left = compared["drops"], _accuracies(results, "ablation")
     yield f"Without {top_layers(k)} it {change_text(drops[best])}{_crossed_drop(results, best)}."
     if len(drops) > 1:
+        crossed = analysis["cross_fitted"]["drops"]
+        lost = [name for name, drop in crossed.items() if drop["significant"] and drop["drop_cf"] > 0]
+        honest = f"; where other test LoRAs choose the layers {len(lost)} of {len(crossed)} do" if crossed else ""
         yield (
-            f"{len(compared['significant_losses'])} of {len(drops)} representations lose significantly by that removal."
+            f"{len(compared['significant_losses'])} of {len(drops)} representations lose significantly by that removal"
+            f"{honest}."
         )
     section = compared["conditions"]["ablation"]
     if not section["above_null"]:

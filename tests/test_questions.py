@@ -162,6 +162,13 @@ def test_each_question_has_a_section_and_a_hypothesis():
         assert words in by_key[key]
 
 
+@pytest.mark.parametrize(("verdict", "expected"), [("localized", "refuted"), ("redundant", "undecided")])
+def test_what_is_redundant_does_not_degrade_steeply(verdict, expected):
+    graceful = next(question for question in QUESTIONS if question.key == "robustness").hypothesis
+    steepest = {"share": 0.8, "interval": [0.6, 1.0]}
+    assert graceful({"robustness": {"stats": {"steepest": steepest, "verdict": verdict}}})["outcome"] == expected
+
+
 def test_the_curve_of_the_first_control_decides_whether_degradation_is_graceful():
     evidence = evidence_of()
     plant(evidence, share(evidence, 0.5))  # without a layer above chance there is no order
