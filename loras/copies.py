@@ -292,8 +292,9 @@ def find_epochs(
         return [int(number) for number in re.findall(r"\d+", sessions[row][1])], time(row)
 
     def in_order(rows: list[int]) -> list[int]:
+        one_session = len({sessions[row] and sessions[row][0] for row in rows}) == 1  # one that goes on counts anew
         stated = all(sessions[row] and sessions[row][1] for row in rows)
-        return sorted(rows, key=time_in_header if stated else time)
+        return sorted(rows, key=time_in_header if one_session and stated else time)
 
     return [in_order(rows) for rows in groups]
 

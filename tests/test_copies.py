@@ -217,6 +217,9 @@ def test_of_a_session_the_header_says_which_is_the_last():
     assert find_epochs(paths, sessions) == [[1, 2, 0], [3, 4]]
     assert find_epochs(paths, sessions, [[3, 4]]) == [[1, 2, 0]]  # copies of one another are no epochs
     assert find_epochs(paths, sessions, [[0, 2]]) == [[1, 2, 0], [3, 4]]
+    resumed = [f"a/x-e0{i}.safetensors" for i in range(1, 5)]
+    sessions = [(str(i // 2), str(i % 2)) for i in range(4)]
+    assert find_epochs(resumed, sessions) == [[0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("order", [("x-000005", "x-000010", "x"), ("x-000005", "x-000010", "another")])
