@@ -39,7 +39,7 @@ _TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"
 DIRECTIONS = 12  # in which sizes of layers are compared
 NEIGHBOURS = 6  # nearest files that each is compared with, itself among them
 SUMS = 16  # of weights, by which files are told apart before they are compared
-SUMS_APART = 1e-3  # by which these may differ at least
+SUMS_DISTANCE = 1e-3  # by which these may differ at least
 ROWS_AT_ONCE = 10_000
 
 
@@ -102,7 +102,7 @@ def find_copies(
     suspects = rows[_has_like(sizes[rows], tolerance)]
     sums = np.array([_sums(read(row), layouts[row]) for row in suspects.tolist()]).reshape(-1, SUMS)
     compared: set[tuple[int, int]] = set()
-    pairs = _of_equal_sums(suspects, sums) or _near(suspects, sums, max(SUMS_APART, coarsest))
+    pairs = _of_equal_sums(suspects, sums) or _near(suspects, sums, max(SUMS_DISTANCE, coarsest))
     while pairs:  # until those that are left, one of each group, have no more copies among them
         compared.update(pairs)
         equal = _equal_pairs(pairs, layouts, read)
@@ -110,7 +110,7 @@ def find_copies(
         again = [row for group in joined(len(digests), equal) for row in group[1:]]
         left = ~np.isin(suspects, again)
         suspects, sums = suspects[left], sums[left]
-        pairs = [pair for pair in _near(suspects, sums, max(SUMS_APART, coarsest)) if pair not in compared]
+        pairs = [pair for pair in _near(suspects, sums, max(SUMS_DISTANCE, coarsest)) if pair not in compared]
     return joined(len(digests), groups)
 
 
@@ -167,7 +167,7 @@ def _of_equal_sums(rows: np.ndarray, sums: np.ndarray) -> list[tuple[int, int]]:
     """Return pairs of rows of the very same sums, each row with the first; headers alone may differ in thousands."""
     first: dict[bytes, int] = {}
     pairs = [(first.setdefault(values.tobytes(), row), row) for row, values in zip(rows.tolist(), sums, strict=True)]
-    return [(one, other) for one, other in pairs if one != other]
+    return [(earlier, row) for earlier, row in pairs if earlier != row]
 
 
 def _near(rows: np.ndarray, sums: np.ndarray, distance: float) -> list[tuple[int, int]]:
@@ -175,7 +175,7 @@ def _near(rows: np.ndarray, sums: np.ndarray, distance: float) -> list[tuple[int
     if len(rows) < 2:
         return []
     near = cKDTree(sums).query(sums, min(NEIGHBOURS, len(rows)), p=np.inf, distance_upper_bound=distance)[1]
-    pairs = {(min(i, j), max(i, j)) for i, found in enumerate(near.tolist()) for j in found if j < len(rows) and i != j}
+    pairs = {(min(i, j), max(i, j)) for i, close in enumerate(near.tolist()) for j in close if j < len(rows) and i != j}
     return sorted((int(rows[i]), int(rows[j])) for i, j in pairs)
 
 
@@ -191,7 +191,7 @@ def _equal_pairs(
             first, weights = i, read(i)
         places = zip(layouts[i].layers, layouts[j].layers, layouts[i].columns, strict=True)
         other = read(j)
-        if all(_same(weights[columns], other[columns], one, two) for one, two, columns in places):
+        if all(_same(weights[columns], other[columns], layer, like) for layer, like, columns in places):
             equal.append([i, j])
     return equal
 
