@@ -75,7 +75,7 @@ def null_accuracies(
     """
     layers, runs, size = predicted.shape
     hits, present = np.empty((count, layers)), np.bincount(y, minlength=num_classes)
-    layers_at_once = max(1, 4 * block // (size * num_classes))
+    layers_at_once = max(1, (4 if weights is None else 2) * block // (size * num_classes))
     draws_at_once = max(1, block // (4 * size))
     for first in range(0, layers, layers_at_once):
         part = slice(first, first + layers_at_once)
@@ -95,14 +95,17 @@ def null_accuracies(
 
 
 def _votes(predicted: np.ndarray, num_classes: int, weights: np.ndarray | None = None) -> np.ndarray:
-    """Count the runs that predict each class of each LoRA, times weights [L, C]: int[L, R, T] -> float32[T * C, L]."""
+    """Count the runs that predict each class of each LoRA, times weights [L, C]: int[L, R, T] -> float[T * C, L].
+
+    Counts are float32, which holds them exactly; weighted ones are float64, so that rounding is far below `ROUNDING`.
+    """
     layers, _, size = predicted.shape
-    votes = np.zeros((size * num_classes, layers), np.float32)
+    votes = np.zeros((size * num_classes, layers), np.float32 if weights is None else np.float64)
     for layer, of_layer in enumerate(predicted):
         cells = np.arange(size) * num_classes + of_layer  # (R, T)
         votes[:, layer] = np.bincount(cells.ravel(), minlength=len(votes))
     if weights is not None:
-        votes *= np.tile(weights.T, (size, 1)).astype(np.float32)
+        votes *= np.tile(weights.T, (size, 1))
     return votes
 
 
@@ -111,7 +114,7 @@ def guessed(predicted: np.ndarray, y: np.ndarray, weights: np.ndarray | None = N
 
     The sum over classes of the class's share of the LoRAs times its share of the predictions; see `null_accuracies`.
     """
-    classes = int(max(y.max(), predicted.max())) + 1
+    classes = int(max(y.max(), predicted.max())) + 1 if weights is None else weights.shape[1]
     says = np.stack([(predicted == label).mean((1, 2)) for label in range(classes)], axis=1)  # (L, C)
     share = np.bincount(y, minlength=classes) / len(y)
     return (says * share if weights is None else says * share * weights).sum(1)

@@ -115,7 +115,8 @@ def cheap_explanations(evidence: Evidence, features: dict[str, np.ndarray | None
     """Test whether something simpler than the weights predicts the concept as well.
 
     Of each, logistic regression and a random forest are fitted, and the better one on validation rows is tested. It is
-    as good as the weights where it is above permuted labels and the weights' advantage is not above 0.
+    as good as the weights where it is above permuted labels, as one of all these explanations, and the weights'
+    advantage is not above 0. Advantages are one family too.
 
     Args:
         evidence: The evidence.
@@ -123,15 +124,15 @@ def cheap_explanations(evidence: Evidence, features: dict[str, np.ndarray | None
         best: Predictions of the best representation, int[R, T].
     """
     records: dict[str, object] = dict.fromkeys(features)
-    as_good = []
-    for name, columns in features.items():
-        if columns is None:
-            continue
-        classifier, predicted = _best_of_two(evidence, columns)
-        correct = (predicted == evidence.truth)[None]
-        p = float(ChanceTest.of(evidence, [predicted[None]]).p[0])
-        (difference,) = evidence.draws.differences([(best == evidence.truth, correct)])
-        advantage = difference["interval"]
+    fitted = {name: _best_of_two(evidence, columns) for name, columns in features.items() if columns is not None}
+    if not fitted:
+        return records | {"as_good": []}
+    predictions, as_good = [predicted[None] for _, predicted in fitted.values()], []
+    all_p = ChanceTest.of(evidence, predictions).p_family
+    weights = best == evidence.truth
+    differences = evidence.draws.differences([(weights, predicted == evidence.truth) for predicted in predictions])
+    for (name, (classifier, predicted)), p, record in zip(fitted.items(), all_p, differences, strict=True):
+        correct, advantage = (predicted == evidence.truth)[None], record["interval"]
         records[name] = evidence.draws.estimate(correct, evidence.draws.accuracies([correct])[0]) | {
             "classifier": classifier,
             "train_rows": min(len(evidence.rows["train"]), CHEAP_ROWS),
@@ -178,8 +179,10 @@ def norms(statistics: np.ndarray, updates: np.ndarray) -> np.ndarray:
 def grouped_split(evidence: Evidence, unused: Sequence[str], grouped: tuple | None) -> dict:
     """Return the accuracy on a split that keeps groups together, where the experiment's own did not; else None.
 
-    The representation knows the groups rather than the concept where that accuracy may be chance, or is below the
-    accuracy on the experiment's own split by more than its interval.
+    The representation may know the groups rather than the concept, where it is above permuted labels on the
+    experiment's own split and, on the other, its accuracy may be chance or is less: by an interval of the difference
+    of two independent shares (square-and-add: Newcombe, "Interval estimation for the difference between independent
+    proportions", Statistics in Medicine 1998).
     """
     missing = dict.fromkeys(("column", "representation", "random_split", "grouped_split", "interval", "chance"))
     result = {"unused": list(unused), **missing, "may_be_groups": None}
@@ -189,7 +192,10 @@ def grouped_split(evidence: Evidence, unused: Sequence[str], grouped: tuple | No
     correct = predicted == truth
     draws = Draws(groups, evidence.resamples, evidence.seed)
     low, high = draws.intervals(correct.mean(), draws.accuracies([correct])[0])
-    random_split, chance = (evidence.predicted("baseline", name) == evidence.truth).mean(), share_of_largest(truth)
+    own = evidence.predicted("baseline", name)
+    random_split, chance = (own == evidence.truth).mean(), share_of_largest(truth)
+    own_low, _ = evidence.draws.intervals(random_split, evidence.draws.accuracies([own == evidence.truth])[0])
+    less = random_split - correct.mean() > np.hypot(random_split - own_low, high - correct.mean())
     return result | {
         "column": column,
         "representation": name,
@@ -197,7 +203,7 @@ def grouped_split(evidence: Evidence, unused: Sequence[str], grouped: tuple | No
         "grouped_split": correct.mean(),
         "interval": (low, high),
         "chance": chance,
-        "may_be_groups": low <= chance or high < random_split,
+        "may_be_groups": bool(ChanceTest.of(evidence, [own]).above_null[0] and (low <= chance or less)),
     }
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from analysis.chance import guessed, permuted
+from analysis.chance import ChanceTest, guessed, permuted
 from analysis.draws import ALPHA, exceedance, stream
 from analysis.evidence import Evidence
-from analysis.layers import order_of
+from analysis.layers import order_of, vote_of
 
 FOLDS = 5
 LEAST_UNITS = 10  # test LoRAs (groups), below which a fold would hold one
@@ -30,7 +30,8 @@ class TrainedSets:
     """Predictions that were trained for the cross-fitted removal; each may be empty or None.
 
     Attributes:
-        why: The reason why nothing is cross-fitted, such as layers chosen on other rows; None: it is.
+        why: The reason why nothing is cross-fitted: the layers are chosen on other rows; None: it is. There is one set
+            then, the top k.
         removed: By representation, the classes of the test LoRAs without each of the distinct sets of top layers (in
             the order of `Choice.sets`), int[S, R, T].
         alone: Those by the ranking representation with each set alone, int[S, R, T].
@@ -119,12 +120,6 @@ def _ties(evidence: Evidence) -> tuple[np.ndarray, np.ndarray]:
     return evidence.layer_validation().mean((1, 2)), -evidence.layer_validation_loss()
 
 
-def vote_of(predicted: np.ndarray) -> np.ndarray:
-    """Return the class that most layers predict, the better ranked where they tie: int[k, R, T] -> int[R, T]."""
-    votes = (predicted[:, None] == predicted[None]).sum(1)  # (k, R, T): how many predict the same class as this one
-    return np.take_along_axis(predicted, votes.argmax(0)[None], 0)[0]
-
-
 @dataclass(frozen=True)
 class Composite:
     """Predictions of all test LoRAs, each by what the other folds chose.
@@ -168,20 +163,23 @@ def choices_again(
         yield Choice(fold, np.stack(orders), evidence.top_k), order_of(total / size.sum(), *ties)
 
 
-def by_chance(evidence: Evidence, fold: np.ndarray) -> dict[str, np.ndarray]:
+def by_chance(evidence: Evidence, fold: np.ndarray, runs: int) -> dict[str, np.ndarray]:
     """Return what permuted test labels give where they also choose the layers, float[B] each.
 
     ``first`` and ``vote``: by how much the accuracy is above that of the same predictions on permuted labels on average
-    (`guessed`). ``union``, and ``ordinary_union`` chosen and measured on the same rows: the shares themselves.
+    (`guessed`). ``top_alone``: that of the vote in the first ``runs`` of the runs, for the classifier of the top k,
+    which is not trained for each permutation. ``union``, and ``ordinary_union`` chosen and measured on the same rows:
+    the shares themselves.
     """
     count = min(PERMUTATIONS, evidence.permutations)
     labels = permuted(evidence.truth, evidence.test_groups, count, stream(evidence.seed, "chosen by chance"))
     predicted = evidence.layer_predictions().astype(np.min_scalar_type(len(evidence.classes)))  # indexed many times
-    result: dict[str, list[float]] = {"first": [], "vote": [], "union": [], "ordinary_union": []}
+    result: dict[str, list[float]] = {"first": [], "vote": [], "top_alone": [], "union": [], "ordinary_union": []}
     again = choices_again(evidence, fold, labels, np.ones(labels.shape))
     for drawn, (choice, order) in zip(labels, again, strict=True):
         composite = Composite.of(predicted, drawn, choice)
-        for name, classes in (("first", composite.first), ("vote", composite.vote)):
+        said = {"first": composite.first, "vote": composite.vote, "top_alone": composite.vote[:runs]}
+        for name, classes in said.items():
             result[name].append((classes == drawn).mean() - guessed(classes[None], drawn)[0])
         result["union"].append(composite.union.mean())
         result["ordinary_union"].append((predicted[order[: evidence.top_k]] == drawn).any(0).mean())
@@ -218,18 +216,20 @@ def cross_fitted(evidence: Evidence, trained: TrainedSets) -> dict:
         evidence: The evidence.
         trained: What was trained for the removal of the sets that the folds chose.
     """
-    choice = None if trained.why else Choice.of(evidence)
-    if choice is None:
-        why = trained.why or f"fewer than {LEAST_UNITS} independent test units"
-        return {"why": why, **dict.fromkeys(MISSING), "drops": {}, "not_run": {}}
+    missing = {**dict.fromkeys(MISSING), "drops": {}, "not_run": {}}
+    if trained.why:
+        return {"why": trained.why, **missing, **_chosen_elsewhere(evidence, trained)}
+    if (choice := Choice.of(evidence)) is None:
+        return {"why": f"fewer than {LEAST_UNITS} independent test units", **missing}
     alone = None if trained.alone is None else choice.composite(trained.alone[choice.set_of_fold])
     runs = [len(predicted[0]) for predicted in (*trained.removed.values(), trained.alone) if predicted is not None]
     group = np.unique(evidence.test_groups, return_inverse=True)[1]
     share = np.full(group.max() + 1, 1 / (group.max() + 1))
     count = min(DRAWS, evidence.resamples)
     weights = stream(evidence.seed, "choices").multinomial(len(share), share, size=count)[:, group].astype(float)
-    null, drawn = by_chance(evidence, choice.fold), drawn_again(evidence, choice.fold, weights)
     layers = evidence.layer_predictions()
+    null = by_chance(evidence, choice.fold, layers.shape[1] if alone is None else len(alone))
+    drawn = drawn_again(evidence, choice.fold, weights)
     composite = Composite.of(layers, evidence.truth, choice)
     top = layers[evidence.ranking[: evidence.top_k]]
     return {
@@ -242,33 +242,54 @@ def cross_fitted(evidence: Evidence, trained: TrainedSets) -> dict:
         "vote": _estimate(evidence, composite.vote, drawn["vote"], null["vote"])
         | _beside(evidence, composite.vote, vote_of(top)),
         "union": _union(evidence, composite.union, drawn["union"], (top == evidence.truth).any(0).mean(), null),
-        "top_alone": None if alone is None else _estimate(evidence, alone, None, null["vote"]),
+        "top_alone": None if alone is None else _top_alone(evidence, alone, null["top_alone"]),
         "beats_all": _beats_all(evidence, composite.first, alone, trained.all_layers, drawn["first"], weights),
         "drops": drops_of(evidence, choice, trained.removed),
         "not_run": dict(trained.not_run),
     }
 
 
-def _estimate(evidence: Evidence, predicted: np.ndarray, drawn: np.ndarray | None, null: np.ndarray) -> dict:
+def _chosen_elsewhere(evidence: Evidence, trained: TrainedSets) -> dict:
+    """Compare the first layer, and the top k alone, with all layers, where no test LoRA took part in their choice."""
+    first, alone = evidence.layer_predictions()[evidence.ranking[0]], None
+    result, candidates = {}, {"first": first}
+    if trained.alone is not None:
+        candidates["top_alone"] = alone = trained.alone[0]
+        correct, p = alone == evidence.truth, ChanceTest.of(evidence, [alone]).p[0]
+        record = evidence.draws.estimate(correct, evidence.draws.accuracies([correct])[0])
+        result["top_alone"] = record | {"p": p, "above_null": bool(p < ALPHA)}
+    if trained.all_layers is not None:
+        runs = min(len(predicted) for predicted in (*candidates.values(), trained.all_layers))
+        whole = trained.all_layers[:runs] == evidence.truth
+        pairs = [(predicted[:runs] == evidence.truth, whole) for predicted in candidates.values()]
+        records = evidence.draws.differences(pairs)
+        result["beats_all"] = {"top_alone": None} | dict(zip(candidates, records, strict=True))
+    return result
+
+
+def _estimate(evidence: Evidence, predicted: np.ndarray, drawn: np.ndarray, null: np.ndarray) -> dict:
     """Return accuracy, interval, and comparison with chance of one composite classifier.
 
     Args:
         evidence: The evidence.
         predicted: Its classes, int[R, T].
-        drawn: Its accuracy in draws, float[B]; None: of draws that keep its choice.
-        null: By how much permuted labels are above their average, of `by_chance`. For the classifier of the top k,
-            which is not trained for each permutation, that of their vote.
+        drawn: Its accuracy in draws, float[B].
+        null: By how much permuted labels are above their average, of `by_chance`.
     """
     correct = predicted == evidence.truth
-    drawn = evidence.draws.accuracies([correct])[0] if drawn is None else drawn
-    record = evidence.draws.estimate(correct, drawn)
     p = exceedance(correct.mean() - guessed(predicted[None], evidence.truth), null[:, None])[0]
-    known = bool(p < ALPHA)
-    return record | {
-        "p": p,
-        "above_null": known,
-        "above_chance": known and bool(record["interval"][0] > evidence.chance),
-    }
+    return evidence.draws.estimate(correct, drawn) | {"p": p, "above_null": bool(p < ALPHA)}
+
+
+def _top_alone(evidence: Evidence, predicted: np.ndarray, null: np.ndarray) -> dict:
+    """Return `_estimate` of the classifier of the top k alone, int[R, T].
+
+    Its runs may agree with each other more than those of the vote: the larger p of the two counts.
+    """
+    drawn = evidence.draws.accuracies([predicted == evidence.truth])[0]
+    record = _estimate(evidence, predicted, drawn, null)
+    p = max(record["p"], ChanceTest.of(evidence, [predicted]).p[0])
+    return record | {"p": p, "above_null": bool(p < ALPHA)}
 
 
 def _beside(evidence: Evidence, predicted: np.ndarray, ordinary: np.ndarray) -> dict:

@@ -19,6 +19,7 @@ from scipy import sparse, stats
 BLOCK = 2**24  # numbers worked on at a time
 LEVEL, ALPHA = 0.95, 0.05  # of all intervals and tests
 FEW_SEPARATING = 10  # LoRAs (groups) that separate two classifiers, below which draws know little of others
+LEAST_BEYOND = 10  # draws beyond a bound, below which they do not say where it is
 ROUNDING = 1e-9  # differences of shares that are rounding
 
 
@@ -57,35 +58,17 @@ class Draws:
         """
         accuracies = np.empty((len(correct), self.count))
         run_counts = np.array([len(runs) for runs in correct])
+        hits = np.stack([runs.sum(0, dtype=np.float32) for runs in correct])  # (L, T)
+        drawn_too = [runs for runs in np.unique(run_counts).tolist() if resample_runs and runs > 1]
+        effects = {i: _run_effects(self._by_group(correct[i])) for i in np.flatnonzero(np.isin(run_counts, drawn_too))}
         for start, rows in self._blocks():
             columns, total = slice(start, start + len(rows)), rows.sum(1, dtype=float)
-            for runs in np.unique(run_counts).tolist():
+            accuracies[:, columns] = (hits @ rows.T) / (run_counts[:, None] * total)
+            for runs in drawn_too:
                 members = np.flatnonzero(run_counts == runs)
-                hits = np.stack([correct[i].sum(0, dtype=np.float32) for i in members])  # (members, T)
-                accuracies[members, columns] = (hits @ rows.T) / (runs * total)
-                if resample_runs and runs > 1:
-                    drawn_runs = self._counts(len(rows), runs, "runs", start).T  # (R, b)
-                    accuracies[members, columns] += self._run_effects(members, correct) @ drawn_runs
+                drawn_runs = self._counts(len(rows), runs, "runs", start).T  # (R, b)
+                accuracies[members, columns] += np.stack([effects[i] for i in members]) @ drawn_runs
         return accuracies
-
-    def _run_effects(self, members: np.ndarray, correct: Sequence[np.ndarray]) -> np.ndarray:
-        """Return what each run adds to the mean over runs of some classifiers, float64[members, R].
-
-        Its deviation from that mean, shrunk by the share of its variance that LoRAs do not explain, ``1 - MS_LR /
-        MS_R`` of the analysis of variance of runs by LoRAs (groups), and by ``sqrt((R - 1) R)`` so that drawn runs have
-        the variance of the mean of R.
-        """
-        effects = []
-        for i in members:
-            by_group = self._by_group(correct[i].astype(float))  # (R, G)
-            runs, groups = by_group.shape
-            effect = by_group.mean(1) - by_group.mean()
-            residual = by_group - by_group.mean(0) - effect[:, None]
-            between = groups * np.square(effect).sum() / (runs - 1)
-            within = np.square(residual).sum() / max(1, (runs - 1) * (groups - 1))
-            share = max(0.0, 1 - within / between) if between > ROUNDING else 0.0
-            effects.append(effect * np.sqrt(share / (runs * (runs - 1))))
-        return np.array(effects)
 
     def estimate(self, correct: np.ndarray, drawn: np.ndarray) -> dict:
         """Return the accuracy of a classifier, correct bool[R, T], and its interval, given the draws float[B]."""
@@ -159,6 +142,8 @@ class Draws:
         of a difference excludes 0 where its p is below 0.05, and only there. Both are carried over to Student's t (see
         `_freedom`). Draws of a difference on which fewer than ten LoRAs (groups) separate the two, or fewer than ten do
         not, know little of others: these are computed from what was seen (`_of_few`), each at its part of the 5 %.
+        Where the part of the rest is so small that hardly a draw lies beyond c, as of one among hundreds, c is
+        Bonferroni's.
 
         Args:
             by_lora: Of each difference, the mean over runs for each LoRA, float[m, T].
@@ -171,23 +156,31 @@ class Draws:
         count = len(by_lora)
         difference, by_group = by_lora.mean(1), self._by_group(by_lora)
         error = drawn.std(-1) * np.sqrt(self.inflation)
-        separating = np.abs(by_group / self._weights).sum(1)
+        separating = self.separating(by_lora)
         few = (np.minimum(separating, self.units - separating) < FEW_SEPARATING) | (error < ROUNDING)
         freedom = self._freedom(by_group, error**2, run_counts)
         interval, p = _of_few(by_group, self._weights, error, freedom)
         many = np.flatnonzero(~few)
         if len(many):
-            largest = (np.abs(drawn[many] - difference[many, None]) / drawn[many].std(-1)[:, None]).max(0)  # (B,)
             part = len(many) / count  # of the 5 %, as the others have theirs
-            bound = stats.t.isf(stats.norm.sf(_bound(largest, ALPHA * part)), freedom[many])
-            interval[many] = difference[many, None] + np.array([-1, 1]) * (bound * error[many])[:, None]
-            normal = stats.norm.isf(stats.t.sf(np.abs(difference[many]) / error[many], freedom[many]))
-            p[many] = np.minimum(1, exceedance(normal, largest[:, None]) / part)
-        interval = np.clip(interval, -1, 1)
+            tail = stats.t.sf(np.abs(difference[many]) / error[many], freedom[many])
+            if ALPHA * part * drawn.shape[1] < LEAST_BEYOND:
+                beyond, p[many] = ALPHA / count / 2, 2 * count * tail
+            else:
+                largest = (np.abs(drawn[many] - difference[many, None]) / drawn[many].std(-1)[:, None]).max(0)  # (B,)
+                beyond = stats.norm.sf(_bound(largest, ALPHA * part))
+                p[many] = exceedance(stats.norm.isf(tail), largest[:, None]) / part
+            half = stats.t.isf(beyond, freedom[many]) * error[many]
+            interval[many] = difference[many, None] + np.array([-1, 1]) * half[:, None]
+        interval, p = np.clip(interval, -1, 1), np.minimum(1, p)
         return [
             {"difference": difference[i], "interval": interval[i], "p": p[i], "significant": bool(p[i] < ALPHA)}
             for i in range(count)
         ]
+
+    def separating(self, by_lora: np.ndarray) -> np.ndarray:
+        """Return how many LoRAs (groups) differences float[m, T] tell apart, each as much as its mean: float[m]."""
+        return np.abs(self._by_group(by_lora) / self._weights).sum(1)
 
     def _freedom(self, by_group: np.ndarray, variance: np.ndarray, run_counts: np.ndarray | None) -> np.ndarray:
         """Return the degrees of freedom of differences, float[m]: G - 1, or fewer where few runs differ by more.
@@ -226,6 +219,22 @@ class Draws:
         picked = stream(self.seed, purpose, items, start).integers(items, size=(draws, items))
         picked += items * np.arange(draws)[:, None]
         return np.bincount(picked.ravel(), minlength=draws * items).reshape(draws, items)
+
+
+def _run_effects(by_group: np.ndarray) -> np.ndarray:
+    """Return what each run adds to the mean over runs of a classifier, by groups float[R, G]: float64[R].
+
+    Its deviation from that mean, shrunk by the share of its variance that LoRAs do not explain, ``1 - MS_LR / MS_R`` of
+    the analysis of variance of runs by LoRAs (groups), and by ``sqrt((R - 1) R)`` so that drawn runs have the variance
+    of the mean of R.
+    """
+    runs, groups = by_group.shape
+    effect = by_group.mean(1) - by_group.mean()
+    residual = by_group - by_group.mean(0) - effect[:, None]
+    between = groups * np.square(effect).sum() / (runs - 1)
+    within = np.square(residual).sum() / max(1, (runs - 1) * (groups - 1))
+    share = max(0.0, 1 - within / between) if between > ROUNDING else 0.0
+    return effect * np.sqrt(share / (runs * (runs - 1)))
 
 
 def _of_few(

@@ -110,7 +110,7 @@ def layer_ranking(evidence: Evidence, test: ChanceTest) -> dict:
         "rankings": compare_rankings(evidence, accuracy, validation),
         "depth": depth_trend(evidence, accuracy, test.above_null),
         "groups": groups,
-        "better_role": _better_role(groups["role"]),
+        "better_role": _better_role(groups["role"]) if test.above_null.any() else None,
     }
 
 
@@ -274,8 +274,10 @@ def _union(evidence: Evidence, predicted: np.ndarray) -> dict:
 
 def vote_of(predicted: np.ndarray) -> np.ndarray:
     """Return the class that most of k layers predict, int[k, R, T] -> int[R, T]; the better ranked where they tie."""
-    votes = (predicted[:, None] == predicted[None]).sum(1)  # (k, R, T): how many predict the same class as this one
-    return np.take_along_axis(predicted, votes.argmax(0)[None], 0)[0]
+    flat = predicted.reshape(len(predicted), -1)
+    cells = flat.astype(np.int64) * flat.shape[1] + np.arange(flat.shape[1])  # one for each class of each run and LoRA
+    votes = np.bincount(cells.ravel())[cells]  # (k, R * T): how many predict the same class as this one
+    return np.take_along_axis(flat, votes.argmax(0)[None], 0)[0].reshape(predicted.shape[1:])
 
 
 def disagreement_and_kappa(predicted: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:

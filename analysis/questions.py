@@ -32,9 +32,7 @@ from analysis.removal_plan import Conditions
 FEATURE_NUMBERS = 2**24  # of features that descriptions only (CKA, clusters, spread) read, at most
 CLIP = 10.0  # standard deviations beyond which a feature is an outlier of a heavy tail, as in training
 FEW_TEST_LORAS = 50  # (or groups) below which only large effects can be seen
-STEEP = (
-    0.5  # of the accuracy above chance; degradation that loses more of it with a tenth of the layers is not graceful
-)
+STEEP = 0.5  # of the accuracy above chance, which is lost with a tenth of the layers where degradation is not graceful
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,8 @@ def analyse(
     sections = {question.key: question.answer(material) for question in QUESTIONS}
     crossed, compared = cross_fitted(evidence, controls.cross_fitted), sections["representations"]
     any_above = bool(compared and compared["conditions"]["baseline"]["above_null"])
-    sections["robustness"] = settle(sections["robustness"], crossed["top_alone"], any_above)
+    chosen_by = "validation LoRAs" if controls.cross_fitted.why else "other test LoRAs"
+    sections["robustness"] = settle(sections["robustness"], crossed["top_alone"], any_above, chosen_by)
     sections["cross_fitted"] = crossed
     hypotheses = [{"question": question.key, **question.hypothesis(sections)} for question in QUESTIONS]
     return plain(_settings(material) | sections | _other_sections(material, sections) | {"hypotheses": hypotheses})

@@ -123,10 +123,7 @@ class Measured:
         whole, total = self.weights("all"), weights.sum(1)
         compared = weights - total[:, None] * whole  # with all layers, or with one another
         by_lora = compared @ self.correct.mean(1)  # (m, T)
-        few = (
-            np.array([np.abs(np.bincount(draws.group, row)).sum() for row in by_lora]) * draws.units / len(draws.group)
-        )
-        few = few < FEW_SEPARATING
+        few = draws.separating(by_lora) < FEW_SEPARATING
         wins, defeats = self.win_and_defeat
         size = draws.units + 2
         drawn = compared @ self.drawn  # (m, B)
@@ -373,7 +370,7 @@ def _share_text(record: dict) -> str:
     return f"{100 * share:.0f} % ({100 * low:.0f} to {100 * high:.0f}) of the accuracy above chance is left"
 
 
-def settle(sections: dict[str, dict], top_alone: dict | None, any_above: bool) -> dict[str, dict]:
+def settle(sections: dict[str, dict], top_alone: dict | None, any_above: bool, chosen_by: str) -> dict[str, dict]:
     """Return sections of `robustness` that say no more than what all representations show together.
 
     A verdict is of one representation. One that shows nothing with all layers has not seen that there is nothing where
@@ -384,6 +381,7 @@ def settle(sections: dict[str, dict], top_alone: dict | None, any_above: bool) -
         top_alone: ``accuracy``, ``interval`` and ``p`` of the top k alone by the ranking representation, the top k
             chosen on other LoRAs; None where it is not known.
         any_above: Whether any representation is above chance with all layers.
+        chosen_by: The LoRAs that chose the top k, in words.
     """
     settled = {}
     for name, section in sections.items():
@@ -393,7 +391,7 @@ def settle(sections: dict[str, dict], top_alone: dict | None, any_above: bool) -
         top, verb = ("top layer", "is") if section["top_k"] == 1 else (f"top {section['top_k']} layers", "are")
         why = None
         if shown and (silent or lost):
-            knows = f"the {top}, chosen by other test LoRAs, {verb} distinguishable from chance alone"
+            knows = f"the {top}, chosen by {chosen_by}, {verb} distinguishable from chance alone"
             why = f"{knows} ({100 * top_alone['accuracy']:.1f} %); with all layers {name} loses it among the others"
         elif silent and any_above:
             why = f"with all layers {name} is indistinguishable from chance, and other representations are not"

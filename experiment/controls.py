@@ -110,8 +110,10 @@ def _train(
             return None
 
     attributions: dict[str, np.ndarray] = {}
-    for name in control_names(experiment, names, level):
-        trained = attempt(name, lambda name=name: train_conditions(experiment, evidence, name, level))
+    controlled = control_names(experiment, names, level)
+    of_layers = Order.of_layers(evidence) if controlled else None
+    for name in controlled:
+        trained = attempt(name, lambda name=name: train_conditions(experiment, evidence, name, level, of_layers))
         if trained:
             plan, arrays = trained
             conditions[name] = plan, keep(experiment, name, plan, arrays)
@@ -125,7 +127,7 @@ def _train(
         unused=list(columns),
         grouped=attempt("grouped split", lambda: grouped(experiment, evidence, names, columns)),
         shuffled=attempt("null shuffles", lambda: shuffled(experiment, shuffles)) if shuffles else None,
-        cross_fitted=cross_fitted(experiment, evidence, names, level),
+        cross_fitted=cross_fitted(experiment, evidence, names, level, conditions.get(RANKING)),
     )
     for name, reason in controls.cross_fitted.not_run.items():
         say(f"controls: {name} without what each fold chose not run: {reason}")
@@ -194,18 +196,25 @@ def control_names(experiment: Experiment, names: Sequence[str], level: str) -> l
 
 
 def train_conditions(
-    experiment: Experiment, evidence: Evidence, name: str, level: str
+    experiment: Experiment, evidence: Evidence, name: str, level: str, of_layers: Order
 ) -> tuple[Conditions, dict[str, np.ndarray]]:
     """Train a representation under its conditions; return these and what was trained.
 
     That is `Experiment.train_under`'s, and of a representation that reads whole modules the predicted classes of each
     ``modules`` alone, int[P, R, V + T].
 
+    Args:
+        experiment: All phases done.
+        evidence: What they left.
+        name: Of the representation.
+        level: Of the controls.
+        of_layers: The layers as they are ranked.
+
     Raises:
         TrainingError: A training diverged, or memory ran out.
     """
     if REPRESENTATIONS[name].unit == "layer":
-        plan = plan_of(experiment, Order.of_layers(evidence), name, level)
+        plan = plan_of(experiment, of_layers, name, level)
         return plan, experiment.train_under(name, plan.kept)
     alone = train_modules(experiment, name, runs_of(experiment, name, EXTENTS["basic"]))
     order = Order.of_modules(evidence, experiment.inputs.members, **alone)
@@ -263,7 +272,13 @@ def plan_of(experiment: Experiment, order: Order, name: str, level: str) -> Cond
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def cross_fitted(experiment: Experiment, evidence: Evidence, names: Sequence[str], level: str) -> TrainedSets:
+def cross_fitted(
+    experiment: Experiment,
+    evidence: Evidence,
+    names: Sequence[str],
+    level: str,
+    measured: tuple[Conditions, np.ndarray] | None = None,
+) -> TrainedSets:
     """Train without each distinct set of top layers that folds of the test LoRAs choose, and each set alone.
 
     Args:
@@ -271,12 +286,15 @@ def cross_fitted(experiment: Experiment, evidence: Evidence, names: Sequence[str
         evidence: What they left.
         names: The representations that were run.
         level: Of the controls; at ``none`` nothing is trained.
+        measured: The conditions of the ranking representation, and the classes of the test LoRAs int[K, R, T]; all that
+            is needed where validation chose the layers.
     """
+    all_layers = evidence.predicted("baseline", RANKING) if RANKING in names else None
     if experiment.settings.rank_by != "test":
-        return TrainedSets(why="the layers are ranked by validation accuracy, so no test row takes part in the choice")
+        return _chosen_by_validation(all_layers, measured)
     choice = Choice.of(evidence)
     if choice is None or level == "none":
-        return TrainedSets(all_layers=evidence.predicted("baseline", RANKING) if RANKING in names else None)
+        return TrainedSets(all_layers=all_layers)
     runs = min(EXTENTS[level].runs or experiment.settings.num_runs, experiment.settings.num_runs)
     again = experiment.again(experiment.collection, experiment.rows, runs)
     again.inputs = again.planner.inputs = experiment.inputs  # weights in memory are the same
@@ -302,6 +320,16 @@ def cross_fitted(experiment: Experiment, evidence: Evidence, names: Sequence[str
         all_layers=whole[RANKING][0, :, -tested:] if whole else None,
         not_run=not_run,
     )
+
+
+def _chosen_by_validation(all_layers: np.ndarray | None, measured: tuple[Conditions, np.ndarray] | None) -> TrainedSets:
+    """Return what no fold is to choose again, with the top k alone where controls were trained."""
+    why = "the layers are ranked by validation accuracy, so no test row takes part in the choice"
+    if measured is None:
+        return TrainedSets(why=why, all_layers=all_layers)
+    conditions, predicted = measured
+    alone, whole = (predicted[conditions.where(name)] for name in ("top alone", "all"))
+    return TrainedSets(why=why, alone=alone, all_layers=whole[0])
 
 
 def _without_each(

@@ -248,6 +248,7 @@ def _is_robust(results: dict) -> Iterator[str]:
 def _beats_all(results: dict) -> Iterator[str]:
     """Yield that fewer layers are right more often than all, against which what survives is measured."""
     records, k = results["analysis"]["cross_fitted"]["beats_all"] or {}, results["config"]["top_k"]
+    chosen_by = "other test" if results["config"]["rank_by"] == "test" else "validation"
     subjects = {"first": "The first layer alone is", "top_alone": f"{capital(top_layers(k))} alone are"}
     if k == 1:
         subjects["top_alone"] = ""  # it is the first layer
@@ -256,7 +257,7 @@ def _beats_all(results: dict) -> Iterator[str]:
         if subject and record and record["interval"][0] > 0:
             yield (
                 f"{subject} right more often than all layers together by {RANKED_BY}: by "
-                f"{percent(record['difference'])} points ({bounds(record['interval'])}, chosen by other test LoRAs). "
+                f"{percent(record['difference'])} points ({bounds(record['interval'])}, chosen by {chosen_by} LoRAs). "
                 "What is left after a removal is measured against all layers."
             )
 

@@ -203,3 +203,9 @@ def test_one_lora_or_one_group_of_one_class_shows_nothing():
         evidence = replace(all_tested(y, groups), rows={"test": rows})
         test = ChanceTest.of(evidence, [evidence.truth[None]])
         assert not test.above_chance[0] and not test.above_null[0]
+
+
+def test_a_class_that_no_test_lora_has_and_nothing_predicts_is_no_fault():
+    evidence = all_tested(np.repeat([0, 1], [30, 10]))
+    test = ChanceTest.of(replace(evidence, classes=["a", "b", "c"]), [evidence.truth[None]])
+    assert test.above_chance.all() and test.p_f1[0] < 0.05

@@ -7,7 +7,14 @@ import pytest
 from planting import all_predictions, analysed, evidence_of, held_out, outcome, plant, share
 
 from analysis.chance import null_of
-from analysis.comparison import best_on_validation, compare_representations, grouped_split, norms, null_shuffles
+from analysis.comparison import (
+    best_on_validation,
+    cheap_explanations,
+    compare_representations,
+    grouped_split,
+    norms,
+    null_shuffles,
+)
 from analysis.draws import exceedance
 from analysis.questions import Controls
 
@@ -186,7 +193,9 @@ def test_a_grouped_split_at_chance_or_below_the_random_one_may_be_the_groups():
         grouped = ("artist", "stats", evidence.truth, groups, predicted)
         result = grouped_split(evidence, ["artist"], grouped)
         assert result["may_be_groups"] == may_be
-        assert may_be == (result["interval"][0] <= result["chance"] or result["interval"][1] < result["random_split"])
+    guessed = ("artist", "stats", evidence.truth, groups, predicted)
+    nothing = analysed(evidence_of(), Controls("basic", unused=["artist"], grouped=guessed))["groups"]
+    assert not nothing["may_be_groups"]  # what knows nothing does not know the groups
     none = grouped_split(evidence, ["artist"], None)
     assert none["may_be_groups"] is None and none["why"]
 
@@ -241,3 +250,29 @@ def test_a_best_is_said_to_be_above_chance_in_no_more_than_a_twentieth_of_guesse
         called += compare_representations(replace(evidence, resamples=100), list(
             evidence.predictions.conditions["baseline"]))["conditions"]["baseline"]["best_above_chance"]  # fmt: skip
     assert called / trials <= 0.05 + 3 * (0.05 * 0.95 / trials) ** 0.5
+
+
+def test_groups_that_explain_nothing_are_suspected_in_no_more_than_a_twentieth():
+    """A concept that is known as well on either split: both accuracies err, not one of them alone."""
+    generator, suspected, trials = np.random.default_rng(0), 0, 100
+    evidence = replace(evidence_of(runs=1), resamples=300, permutations=200)
+    wrong = (evidence.truth + 1) % 6
+    for _ in range(trials):
+        own, other = (np.where(generator.random(120) < 0.7, evidence.truth, wrong) for _ in range(2))
+        arrays = {"predicted": says_at_test(evidence, own)[None]}
+        evidence.predictions.conditions["baseline"]["stats"] = arrays
+        grouped = ("artist", "stats", evidence.truth, np.arange(120), other[None])
+        suspected += grouped_split(evidence, ["artist"], grouped)["may_be_groups"]
+    assert suspected <= trials * (0.05 + 3 * np.sqrt(0.05 * 0.95 / trials))
+
+
+def test_explanations_are_tested_as_one_family():
+    evidence, generator = evidence_of(), np.random.default_rng(0)
+    cheap = {name: generator.normal(size=(len(evidence.y), 2)) for name in ("norms", "recipe")}
+    best = evidence.predicted("baseline", "stats")
+    together = cheap_explanations(evidence, cheap, best)
+    for name, features in cheap.items():
+        alone = cheap_explanations(evidence, {name: features}, best)
+        assert together[name]["accuracy"] == alone[name]["accuracy"] and together[name]["p"] >= alone[name]["p"]
+        low, high = alone[name]["advantage_of_weights"]
+        assert together[name]["advantage_of_weights"][0] < low and high < together[name]["advantage_of_weights"][1]

@@ -120,7 +120,8 @@ def test_representations_that_read_whole_modules_are_ordered_and_removed_by_modu
 def test_kernels_are_trained_on_each_module_alone(planted, tmp_path):
     flags = ("--top-k=3", "--representations=update_kernel")
     experiment = experiment_on(planted.collection.root, tmp_path / "cache", *flags)
-    plan, arrays = controls.train_conditions(experiment, controls.evidence_of(experiment), "update_kernel", "basic")
+    evidence = controls.evidence_of(experiment)
+    plan, arrays = controls.train_conditions(experiment, evidence, "update_kernel", "basic", None)
     assert arrays["modules"].shape == (4, 1, 9 + 18) and plan.order.unit == "module"
     alone = plan.kept[:, 0, ::2].sum(1) == 1
     trained = {int(kept.argmax()) // 2: i for i, kept in enumerate(plan.kept[:, 0]) if alone[i]}

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from analysis.cross_fitting import FOLDS, Choice, TrainedSets, cross_fitted, drops_of, folds_of, orders_without, vote_of
+from analysis.cross_fitting import FOLDS, Choice, TrainedSets, cross_fitted, drops_of, folds_of, orders_without
 from analysis.evidence import Evidence, Predictions
-from analysis.layers import order_of
+from analysis.layers import order_of, vote_of
 from loras.lora_files import Layer
 
 
@@ -146,6 +146,34 @@ def test_nothing_is_cross_fitted_of_few_units_or_of_layers_chosen_elsewhere():
     assert result.keys() == cross_fitted(enough, TrainedSets()).keys()
 
 
+def test_top_layers_alone_in_fewer_runs_than_the_ranking_are_not_called_for_that():
+    """Three runs of guesses vary more than the vote of ten, by which the choice of layers is accounted for."""
+    generator, y, trials = np.random.default_rng(6), np.arange(60) % 4, 20
+    called = 0
+    for _ in range(trials):
+        evidence = replace(evidence_of(generator.integers(0, 4, (8, 10, 60)), y, draws=2), permutations=100)
+        alone = generator.integers(0, 4, (len(Choice.of(evidence).sets), 3, 60))
+        called += cross_fitted(evidence, TrainedSets(alone=alone))["top_alone"]["above_null"]
+    assert called <= trials * (0.05 + 3 * np.sqrt(0.05 * 0.95 / trials))
+
+
+def test_where_validation_chooses_the_top_layers_themselves_are_compared_with_all():
+    generator, y = np.random.default_rng(7), np.arange(60) % 3
+    layers, everything = noisy(y, (6, 3), 0.8, generator), noisy(y, (2,), 0.2, generator)
+    trained = TrainedSets(why="on validation rows", alone=layers[:1], all_layers=everything)
+    evidence = evidence_of(layers, y, draws=300)
+    result = cross_fitted(evidence, trained)
+    assert result["first"] is None and result["top_alone"]["accuracy"] == (layers[0] == y).mean()
+    assert result["top_alone"]["above_null"] and result["beats_all"]["top_alone"]["interval"][0] > 0
+    assert result["beats_all"]["first"]["interval"][0] > 0
+    without = cross_fitted(evidence, replace(trained, alone=None))
+    assert without["top_alone"] is None and without["beats_all"]["top_alone"] is None
+
+
 def test_a_vote_ties_for_the_better_ranked():
     predicted = np.array([[[0, 1, 2]], [[1, 1, 0]], [[1, 2, 1]]])
     np.testing.assert_array_equal(vote_of(predicted), [[1, 1, 2]])
+    many = np.random.default_rng(8).integers(0, 5, (9, 2, 30))
+    for run, lora in np.ndindex(2, 30):
+        said = many[:, run, lora].tolist()
+        assert vote_of(many)[run, lora] == max(said, key=said.count)

@@ -253,3 +253,18 @@ def test_few_runs_that_differ_widen_a_difference():
     for first, second in generator.random((trials, 2, runs, 200)) < knows:
         covered += covers(draws.differences([(first, second)])[0]["interval"], 0)
     assert covered / trials >= 0.9 - slack(0.9, trials)
+
+
+def test_one_that_differs_is_seen_among_hundreds_that_do_not():
+    generator, guess = np.random.default_rng(0), (np.arange(100) < 70)[None]
+    knows = generator.random((1, 100)) < 0.97
+    same = [(guess.copy(), guess) for _ in range(599)]
+    record = Draws(np.arange(100), 2000, 0).differences([(knows, guess), *same])[0]
+    assert record["significant"] and record["interval"][0] > 0 and record["p"] < 0.01
+
+
+def test_one_large_group_is_one_that_separates_however_many_loras_it_has():
+    draws = Draws(np.concatenate([np.zeros(40, int), np.arange(1, 21)]), 10, 0)
+    np.testing.assert_allclose(
+        draws.separating(np.stack([np.arange(60) < 40, np.arange(60) >= 57]).astype(float)), [1, 3]
+    )

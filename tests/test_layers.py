@@ -126,6 +126,15 @@ def test_roles_that_do_not_differ_have_no_better_one():
     assert analysed(evidence)["layers"]["better_role"] is None
 
 
+def test_roles_that_know_nothing_have_no_better_one_however_they_guess():
+    evidence = evidence_of(classes=2, each=40)
+    evidence.y[evidence.rows["test"]] = np.arange(40) % 4 == 0
+    says = np.array([0, 1] * 6)[:, None, None]
+    plant(evidence, np.ones((12, 1, 1), bool), says=says)
+    result = analysed(evidence)["layers"]
+    assert result["groups"]["role"]["down"]["mean"] > 0.7 and result["better_role"] is None
+
+
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
@@ -221,14 +230,16 @@ def test_what_the_union_of_the_top_layers_knows():
     for layer in range(3):
         knows[layer] = held_out(evidence) // 2 == layer  # two classes each
     plant(evidence, knows)
-    union = analysed(evidence)["layer_information"]["union"]
+    result = analysed(evidence)
+    union, crossed = result["layer_information"]["union"], result["cross_fitted"]["union"]
     assert union["any_of_top_k"] == 1 and union["best_alone"] < 0.55 and union["interval"][0] > 0.4
-    assert union["any_of_top_k"] > union["any_by_chance"] + 0.3
+    assert crossed["ordinary"] == 1 > crossed["ordinary_by_chance"] + 0.3
 
 
 def test_the_union_of_guesses_is_what_chance_gives_and_a_vote_of_them_gains_nothing():
-    union = analysed(evidence_of(tested=200, each=230))["layer_information"]["union"]
-    assert union["gain"] > 0.2 and union["any_of_top_k"] == pytest.approx(union["any_by_chance"], abs=0.03)
+    result = analysed(evidence_of(tested=200, each=230))
+    union, crossed = result["layer_information"]["union"], result["cross_fitted"]["union"]
+    assert union["gain"] > 0.2 and union["any_of_top_k"] == pytest.approx(crossed["ordinary_by_chance"], abs=0.03)
     assert union["vote_interval"][0] <= 0 <= union["vote_interval"][1]
 
 

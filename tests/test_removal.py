@@ -491,17 +491,17 @@ ALONE = {"accuracy": 1.0, "interval": [0.9, 1.0], "p": 0.001}
 @pytest.mark.parametrize(
     ("before", "alone", "any_above", "expected", "why"),
     [
-        (section(), None, False, "no signal", "neither all layers, nor the top k alone, nor any representation"),
-        (section(), ALONE | {"p": 0.3}, False, "no signal", "neither"),
-        (section(), ALONE, False, "unseen", "the top 5 layers alone reach 100.0 %; with all layers stats loses it"),
-        (section(), ALONE | {"p": 0.3}, True, "unseen", "other representations are above it"),
+        (section(), None, False, "no signal", "neither all layers nor any representation"),
+        (section(), ALONE | {"p": 0.3}, False, "no signal", "neither all layers, nor the top 5 layers alone, nor any"),
+        (section(), ALONE, False, "unseen", "the top 5 layers, chosen by other test LoRAs, are distinguishable"),
+        (section(), ALONE | {"p": 0.3}, True, "unseen", "other representations are not"),
         (section("undecided"), ALONE, True, "unseen", "loses it among the others"),
         (section("undecided", high=0.95), ALONE, True, "undecided", "?"),
         (section("localized", survives=LITTLE), ALONE, True, "localized", "?"),
     ],
 )
 def test_what_a_representation_does_not_see_is_no_absence_of_a_signal(before, alone, any_above, expected, why):
-    settled = settle({"stats": before}, alone, any_above)["stats"]
+    settled = settle({"stats": before}, alone, any_above, "other test LoRAs")["stats"]
     assert settled["verdict"] == expected and why in settled["why"]
     assert {key: value for key, value in settled.items() if key not in ("verdict", "why")} == {
         key: value for key, value in before.items() if key not in ("verdict", "why")
