@@ -289,7 +289,7 @@ def read_weights(
     """
     collection, plan = indexed
     flags = {"strict": args.strict, "skip_bad": args.skip_bad, "keep_twins": settings.keep_twins}
-    check = partial(checks.check_collection, seed=settings.seed, **flags)
+    check = partial(checks.check_collection, seed=settings.seed, layers=settings.layers, **flags)
     while True:
         check_alike(workers, collection, plan)
         try:

@@ -472,17 +472,19 @@ def inspection(collection: Collection, layers: str | None = None) -> dict:
     }
 
 
-def _with_scales(collection: Collection, skip_bad: bool) -> Collection:
+def _with_scales(collection: Collection, progress: Progress, skip_bad: bool) -> Collection:
     """Return the collection with the scales of alpha tensors read.
 
     Raises:
         CollectionError: Alphas cannot be used; with ``skip_bad`` their files are left out.
     """
-    files, faults = inspecting.with_scales(collection.root, collection.files)
+    files, faults = inspecting.with_scales(collection.root, progress.track(collection.files, "scales"))
     return _less_faulty(replace(collection, files=tuple(files)), faults, skip_bad)
 
 
-def _with_weights_checked(collection: Collection, progress: Progress, strict: bool, skip_bad: bool) -> Collection:
+def _with_weights_checked(
+    collection: Collection, progress: Progress, strict: bool, skip_bad: bool, layers: str | None
+) -> Collection:
     """Return the collection with what its weights show added to its notices; each file is read once.
 
     Raises:
@@ -496,7 +498,8 @@ def _with_weights_checked(collection: Collection, progress: Progress, strict: bo
     if faults:
         collection = _less_faulty(collection, faults, skip_bad)
         twins, _ = inspecting.twins_of(root, collection.files, checked)
-    notices = inspecting.notices_of_weights(collection.files, checked, twins, strict)
+    selected = select_layers(collection, layers)
+    notices = inspecting.notices_of_weights(collection.files, checked, twins, strict, selected)
     return noted(collection, notices, strict, skip_bad)
 
 
@@ -581,14 +584,14 @@ def inspect(args: argparse.Namespace) -> None:
         skip_bad=args.skip_bad,
         strict=args.strict,
     )
-    collection = _with_scales(collection, args.skip_bad)
+    collection = _with_scales(collection, progress, args.skip_bad)
     contents = inspection(collection, args.layers)
     if not args.json:
         lines = inspecting.content_lines(args.path, contents)
         print("\n".join(lines + inspecting.notice_lines(contents["notices"])), flush=True)
     by_header = collection
     if not args.headers_only:
-        collection = _with_weights_checked(collection, progress, args.strict, args.skip_bad)
+        collection = _with_weights_checked(collection, progress, args.strict, args.skip_bad, args.layers)
     if args.json:
         contents = contents if collection.files == by_header.files else inspection(collection, args.layers)
         contents |= {"notices": _records(collection), "weights_checked": not args.headers_only}
@@ -614,7 +617,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     look.add_argument(
         "--headers-only",
         action="store_true",
-        help="do not read the weights: no NaN, copies, untrained LoRAs or outliers are looked for",
+        help="do not read the weights: no NaN, copies, epochs, untrained LoRAs or outliers are looked for",
     )
     add_label_flags(look.add_argument)
     publish = commands.add_parser("import", help="turn a published parquet collection into a folder of LoRAs")

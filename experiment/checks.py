@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import Collection, CollectionError, check_classes, keep_together, noted
+from data import Collection, CollectionError, check_classes, keep_together, noted, select_layers
 from experiment import store
 from experiment.extraction import DIGESTS
 from experiment.phases import split_collection
@@ -28,6 +28,7 @@ def check_collection(
     folder_of: Callable[[str], Path],
     *,
     seed: int,
+    layers: str | None = None,
     keep_twins: bool = False,
     strict: bool = False,
     skip_bad: bool = False,
@@ -38,6 +39,7 @@ def check_collection(
         collection: The LoRAs.
         folder_of: Where the shards of a name's array lie, see `extraction.CHECKED`.
         seed: Of the split.
+        layers: Pattern of --layers.
         keep_twins: Whether copies and epochs stay where the split puts them.
         strict: Whether notices are faults.
         skip_bad: Whether files with faults can be left out.
@@ -51,8 +53,8 @@ def check_collection(
     twins = _find_copies(collection, folder_of(DIGESTS), sizes)
     if findings := copies.contradictions(paths, labels, twins):
         return {"findings": [(*finding.files, finding.reason, True) for finding in findings]}
-    epochs = copies.find_epochs(paths, [copies.session_id(file.header.fields) for file in collection.files])
-    notices = weight_notices(paths, labels, collection.modules, norms)
+    epochs = copies.find_epochs(paths, [copies.session_id(file.header.fields) for file in collection.files], twins)
+    notices = weight_notices(paths, labels, collection.modules, norms, select_layers(collection, layers))
     notices += copies.twin_notices(paths, labels, twins, epochs, keep_twins, strict)
     groups = [] if keep_twins else copies.joined(len(paths), [*twins, *epochs])
     try:

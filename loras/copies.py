@@ -24,7 +24,7 @@ from loras.labels import Finding
 from loras.lora_files import Layer, Layout
 from loras.notices import Notice
 
-EQUAL = 2e-6  # difference of two matrices of one type over their norm, up to which they are equal
+EQUAL = 1e-4  # norm of the difference of two matrices of one type over their norm, up to which they are equal
 SEVERAL_ROUNDINGS = 0.1  # of the numbers of a matrix may be rounded otherwise, where another type came between
 # Of each type, the spacing of its numbers, relative and next to zero; float64 is read as float32.
 SPACINGS = {
@@ -39,6 +39,7 @@ _TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"
 DIRECTIONS = 12  # in which sizes of layers are compared
 NEIGHBOURS = 6  # nearest files that each is compared with, itself among them
 SUMS = 16  # of weights, by which files are told apart before they are compared
+SUMS_DISTANCE = 1e-3  # by which these may differ at least
 ROWS_AT_ONCE = 10_000
 
 
@@ -101,7 +102,7 @@ def find_copies(
     suspects = rows[_has_like(sizes[rows], tolerance)]
     sums = np.array([_sums(read(row), layouts[row]) for row in suspects.tolist()]).reshape(-1, SUMS)
     compared: set[tuple[int, int]] = set()
-    pairs = _of_equal_sums(suspects, sums) or _near(suspects, sums, max(1e-4, coarsest))
+    pairs = _of_equal_sums(suspects, sums) or _near(suspects, sums, max(SUMS_DISTANCE, coarsest))
     while pairs:  # until those that are left, one of each group, have no more copies among them
         compared.update(pairs)
         equal = _equal_pairs(pairs, layouts, read)
@@ -109,7 +110,7 @@ def find_copies(
         again = [row for group in joined(len(digests), equal) for row in group[1:]]
         left = ~np.isin(suspects, again)
         suspects, sums = suspects[left], sums[left]
-        pairs = [pair for pair in _near(suspects, sums, max(1e-4, coarsest)) if pair not in compared]
+        pairs = [pair for pair in _near(suspects, sums, max(SUMS_DISTANCE, coarsest)) if pair not in compared]
     return joined(len(digests), groups)
 
 
@@ -120,7 +121,7 @@ def _tolerance(types: set[str]) -> tuple[float, float]:
     """
     spacings = {SPACINGS[name][0] for name in types}
     if len(spacings) == 1:
-        return 0.0, 5e-6
+        return 0.0, EQUAL  # norms differ by no more than the norm of the difference
     coarsest = max(spacings)
     return coarsest, 2 * coarsest if coarsest <= SPACINGS["BF16"][0] else np.inf
 
@@ -166,7 +167,7 @@ def _of_equal_sums(rows: np.ndarray, sums: np.ndarray) -> list[tuple[int, int]]:
     """Return pairs of rows of the very same sums, each row with the first; headers alone may differ in thousands."""
     first: dict[bytes, int] = {}
     pairs = [(first.setdefault(values.tobytes(), row), row) for row, values in zip(rows.tolist(), sums, strict=True)]
-    return [(one, other) for one, other in pairs if one != other]
+    return [(earlier, row) for earlier, row in pairs if earlier != row]
 
 
 def _near(rows: np.ndarray, sums: np.ndarray, distance: float) -> list[tuple[int, int]]:
@@ -174,7 +175,7 @@ def _near(rows: np.ndarray, sums: np.ndarray, distance: float) -> list[tuple[int
     if len(rows) < 2:
         return []
     near = cKDTree(sums).query(sums, min(NEIGHBOURS, len(rows)), p=np.inf, distance_upper_bound=distance)[1]
-    pairs = {(min(i, j), max(i, j)) for i, found in enumerate(near.tolist()) for j in found if j < len(rows) and i != j}
+    pairs = {(min(i, j), max(i, j)) for i, close in enumerate(near.tolist()) for j in close if j < len(rows) and i != j}
     return sorted((int(rows[i]), int(rows[j])) for i, j in pairs)
 
 
@@ -190,7 +191,7 @@ def _equal_pairs(
             first, weights = i, read(i)
         places = zip(layouts[i].layers, layouts[j].layers, layouts[i].columns, strict=True)
         other = read(j)
-        if all(_same(weights[columns], other[columns], one, two) for one, two, columns in places):
+        if all(_same(weights[columns], other[columns], layer, like) for layer, like, columns in places):
             equal.append([i, j])
     return equal
 
@@ -230,13 +231,14 @@ def contradictions(paths: Sequence[str], labels: Sequence[str], groups: Iterable
 # Epochs
 # ----------------------------------------------------------------------------------------------------------------------
 
-# A moment of a training at the end of a name: a word for it and a number; or a bare e, where the name has more.
+# A moment of a training at the end of a name: a word and a number in either order; or a bare e, if the name has more.
 _MOMENT = re.compile(
     r"(?:^|[-_. ])(?:epochs?|ep|steps?|checkpoint|ckpt|iter)[-_. ]?(\d{1,12})$"
+    r"|(?<=.)[-_. ](\d{1,12})[-_. ]?(?:epochs?|ep|steps?|iters?)$"
     r"|(?<=.)[-_. ]e(\d{1,12})(?:[-_. ]s\d{1,12})?$",
     re.IGNORECASE,
 )
-_LAST = re.compile(r"[-_. ](?:last|final)$", re.IGNORECASE)
+_LAST = re.compile(r"(?:^|[-_. ])(?:last|final)$", re.IGNORECASE)
 _NUMBER = re.compile(r"[-_](\d{6,12})$")  # kohya's epochs have six digits, ai-toolkit's steps nine
 
 
@@ -251,16 +253,20 @@ def session_id(fields: Mapping[str, str]) -> tuple[str, str] | None:
     return session, moment
 
 
-def find_epochs(paths: Sequence[str], sessions: Sequence[tuple[str, str] | None]) -> list[list[int]]:
+def find_epochs(
+    paths: Sequence[str], sessions: Sequence[tuple[str, str] | None], copies: Iterable[Sequence[int]] = ()
+) -> list[list[int]]:
     """Return the groups of files that are one training at several moments, the latest last.
 
     By name: in one folder ``x-e05``, ``x-step500`` or ``epoch-3``, in folders such as ``x/checkpoint-500``, and the
     file without such an end; and ``x-000001`` only where ``x`` is beside it, as numbers alone may count LoRAs. By
-    header: files of one session of which not all are of one moment.
+    header: files of one session, unless their headers say that all are of one moment. Files that are all copies of one
+    another are no epochs.
 
     Args:
         paths: Relative to the collection.
         sessions: Of `session_id`, for each file.
+        copies: Of `find_copies`.
     """
     by_name, by_session = defaultdict(list), defaultdict(list)
     names = [_without_suffix(path) for path in paths]
@@ -273,12 +279,24 @@ def find_epochs(paths: Sequence[str], sessions: Sequence[tuple[str, str] | None]
         if session is not None:
             by_session[session[0]].append(row)
     groups = [rows for rows in by_name.values() if any(moments[row] for row in rows)]
-    groups += [rows for rows in by_session.values() if len({sessions[row][1] for row in rows}) > 1]
+    for rows in by_session.values():
+        stated = {sessions[row][1] for row in rows}
+        groups += [rows] if len(stated) > 1 or stated == {""} else []
+    same = [set(group) for group in copies]
+    groups = [rows for rows in joined(len(paths), groups) if not any(group.issuperset(rows) for group in same)]
 
     def time(row: int) -> tuple:
         return not moments[row], moments[row], paths[row]  # a file without a number is the last of its training
 
-    return [sorted(rows, key=time) for rows in joined(len(paths), groups)]
+    def time_in_header(row: int) -> tuple:
+        return [int(number) for number in re.findall(r"\d+", sessions[row][1])], time(row)
+
+    def in_order(rows: list[int]) -> list[int]:
+        one_session = len({sessions[row] and sessions[row][0] for row in rows}) == 1  # one that goes on counts anew
+        stated = all(sessions[row] and sessions[row][1] for row in rows)
+        return sorted(rows, key=time_in_header if one_session and stated else time)
+
+    return [in_order(rows) for rows in groups]
 
 
 def _without_suffix(path: str) -> tuple[str, ...]:
@@ -295,11 +313,13 @@ def _training(name: tuple[str, ...], present: set[tuple[str, ...]]) -> tuple[tup
     for part in name:
         numbers = ()
         while match := _MOMENT.search(part):  # x-epoch5-step500 has two
-            part, numbers = part[: match.start()], (int(match[1] or match[2]), *numbers)
+            part, numbers = part[: match.start()], (int(match[match.lastindex]), *numbers)
         moment += numbers
         parts += [part] if part else []
-    last = (*name[:-1], _LAST.sub("", name[-1]))
-    return (last, ()) if not moment and last != name else (tuple(parts), moment)
+    if not moment:
+        last = _LAST.sub("", name[-1])
+        parts = [*name[:-1], last] if last else name[:-1]
+    return tuple(parts), moment
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -334,17 +354,25 @@ def twin_notices(
     if copies:
         count = sum(len(group) - 1 for group in copies)
         subject = "1 LoRA is a copy of another" if count == 1 else f"{count} LoRAs are copies of others"
-        at_fault = [row for group in copies for row in group[1:]] if strict else list(chain(*copies))
+        at_fault = _all_but_one(copies, epochs) if strict else list(chain(*copies))
         message = f"{subject} ({_example(paths, copies, ' = ')}){outcome}"
         notices.append(_notice("copies", message, paths, at_fault, copies))
     if epochs:
         count, several = sum(map(len, epochs)), sum(len({labels[row] for row in group}) > 1 for group in epochs)
         trainings = "one training" if len(epochs) == 1 else f"{len(epochs)} trainings"
-        mixed = f"; {several} of these have more than one label" if several else ""
+        verb = "has" if several == 1 else "have"
+        mixed = f"; {several} of these {verb} more than one label" if several else ""
         at_fault = [row for group in epochs for row in group[:-1]] if strict else list(chain(*epochs))
         message = f"{count} LoRAs are epochs of {trainings} ({_example(paths, epochs, ', ')}){mixed}{outcome}"
         notices.append(_notice("epochs", message, paths, at_fault, epochs))
     return notices
+
+
+def _all_but_one(copies: list[list[int]], epochs: list[list[int]]) -> list[int]:
+    """Return the rows of copies less one of each group: the first that is no earlier epoch itself."""
+    earlier = {row for group in epochs for row in group[:-1]}
+    kept = {next((row for row in group if row not in earlier), group[0]) for group in copies}
+    return [row for group in copies for row in group if row not in kept]
 
 
 def _example(paths: Sequence[str], groups: list[list[int]], between: str) -> str:

@@ -17,8 +17,8 @@ from loras.scales import count_scales
 from loras.weight_checks import Checked, check_weights, weight_notices
 
 MAX_SCALES = 12
-NOT_CHECKED = "weights: not read; NaN, copies, untrained LoRAs and outliers were not checked"
-CHECKED = "weights: read and checked for NaN, copies, untrained LoRAs and outliers"
+NOT_CHECKED = "weights: not read; NaN, copies, epochs, untrained LoRAs and outliers were not checked"
+CHECKED = "weights: read and checked for NaN, copies, epochs, untrained LoRAs and outliers"
 
 
 def with_scales(root: Path, files: Iterable[IndexedFile]) -> tuple[list[IndexedFile], list[Finding]]:
@@ -74,13 +74,18 @@ def notices_of_weights(
     checked: dict[str, Checked],
     twins: list[list[int]],
     strict: bool,
+    selected: np.ndarray,
 ) -> list[Notice]:
-    """Return what the weights of files show that can be used, and which are epochs of one training."""
+    """Return what the weights of files show that can be used, and which are epochs of one training.
+
+    ``selected`` are the layers that --layers keeps, bool[L].
+    """
     paths, labels = [file.path for file in files], _labels(files)
     norms = np.stack([checked[path].norms for path in paths])
     sessions = [copies.session_id(file.header.fields) for file in files]
-    twin_notices = copies.twin_notices(paths, labels, twins, copies.find_epochs(paths, sessions), strict=strict)
-    return weight_notices(paths, labels, files[0].layout.modules, norms) + twin_notices
+    epochs = copies.find_epochs(paths, sessions, twins)
+    twin_notices = copies.twin_notices(paths, labels, twins, epochs, strict=strict)
+    return weight_notices(paths, labels, files[0].layout.modules, norms, selected) + twin_notices
 
 
 def content_lines(path: Path, contents: dict) -> list[str]:

@@ -286,8 +286,8 @@ def _split(header: bytes) -> tuple[str, dict[str, str]]:
     if match := _METADATA.match(text):
         tensors, metadata = "{" + text[match.end() :], _readable(METADATA, match[1])
     else:
-        found = '"__metadata__"' in text and len(text) <= MAX_TENSORS_BYTES
-        tensors, metadata = text, _readable("header", text).get(METADATA) if found else {}
+        elsewhere = '"__metadata__"' in text and len(text) <= MAX_TENSORS_BYTES
+        tensors, metadata = text, _readable("header", text).get(METADATA) if elsewhere else {}
     return tensors, {name: value for name, value in (metadata or {}).items() if isinstance(value, str)}
 
 

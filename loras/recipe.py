@@ -8,7 +8,7 @@ Shape letters: N LoRAs, P modules (pairs of a down and an up).
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -23,6 +23,12 @@ from loras.scales import CONFIG, NONE, ScaleCount
 DORA = ("*.dora_scale", "*.lora_magnitude_vector")  # rows of `keys.IGNORED`
 # Ways to begin a training after which up·down is the change of W; the other ones change W itself before it.
 PLAIN_INITS = ("true", "false", "gaussian", "orthogonal", "eva", "none", "")
+# Fields of the header that name the concept, or its images: what they tell is the label and no recipe.
+NAMING = (
+    *("ss_output_name", "ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_datasets", "ss_tag_frequency"),
+    *("ss_training_comment", "training_info", "name"),
+    *("modelspec.title", "modelspec.description", "modelspec.tags", "modelspec.trigger_phrase"),
+)
 MAX_COLUMNS = 500
 MAX_SHOWN = 60  # characters of a value in a message
 
@@ -44,7 +50,7 @@ class IndexedFile(Protocol):
 def recipe(file: IndexedFile) -> dict[str, str]:
     """Return the recipe of a file, by field: key style, dtype, scale, tensors beside the factors, what the writer says.
 
-    The scale of alpha tensors is a weight, and not part of it.
+    The scale of alpha tensors is a weight, and not part of it; nor is what names the concept.
     """
     fields = dict(_of_layout(file.layout))
     if all(scale.value is not None for scale, _ in file.scales):
@@ -56,7 +62,7 @@ def recipe(file: IndexedFile) -> dict[str, str]:
         for name, value in config.items():
             if isinstance(value, str | int | float):
                 fields[f"{prefix}{name}"] = str(value)
-    return fields | {f"header: {name}": value for name, value in file.header.fields.items()}
+    return fields | {f"header: {name}": value for name, value in file.header.fields.items() if name not in NAMING}
 
 
 @lru_cache(maxsize=2**10)
@@ -106,11 +112,14 @@ def recipe_columns(files: Sequence[IndexedFile], scales: np.ndarray | None = Non
         files: The N files.
         scales: The scale of each module, float[N, P], where the weights have been read; else headers have the say.
     """
-    recipes = map(recipe, files)
-    if scales is not None:
-        values = np.round(np.asarray(scales, float).mean(1), 6)
-        recipes = (fields | {"scale": f"{value:.6g}"} for fields, value in zip(recipes, values, strict=True))
-    return _columns(list(recipes))
+    values = None if scales is None else np.round(np.asarray(scales, float).mean(1), 6).tolist()
+
+    def recipes() -> Iterator[dict[str, str]]:
+        for row, file in enumerate(files):
+            fields = recipe(file)
+            yield fields if values is None else fields | {"scale": f"{values[row]:.6g}"}
+
+    return _columns(len(files), recipes)
 
 
 def header_columns(files: Sequence[IndexedFile]) -> dict[str, dict[str, str]]:
@@ -119,7 +128,7 @@ def header_columns(files: Sequence[IndexedFile]) -> dict[str, dict[str, str]]:
     Of fields that divide the files alike the first is kept.
     """
     columns: dict[bytes, tuple[str, list[str]]] = {}
-    for name, column in _columns([file.header.fields for file in files]).items():
+    for name, column in _columns(len(files), lambda: (file.header.fields for file in files)).items():
         _, first, group = np.unique(np.array(column, object), return_index=True, return_inverse=True)
         if "" not in column:
             columns.setdefault(first[group].tobytes(), (f"header: {name}", column))
@@ -129,20 +138,27 @@ def header_columns(files: Sequence[IndexedFile]) -> dict[str, dict[str, str]]:
     }
 
 
-def _columns(rows: list[dict[str, str]]) -> dict[str, list[str]]:
-    """Return the columns of rows of fields that have 2 to N/2 values, of at most `MAX_COLUMNS` the commonest fields."""
+def _columns(count: int, rows: Callable[[], Iterable[dict[str, str]]]) -> dict[str, list[str]]:
+    """Return the columns of rows of fields that have 2 to N/2 values, of at most `MAX_COLUMNS` the commonest fields.
+
+    The N rows are made twice, as to hold some hundred fields of each file would take gigabytes.
+    """
     values: dict[str, set[str]] = defaultdict(set)
     held: Counter[str] = Counter()
-    for row in rows:
+    for row in rows():
         for name, value in row.items():
             values[name].add(value)
         held.update(row.keys())
     chosen = []
-    for name, count in held.most_common():
-        distinct = len(values[name] | ({""} if count < len(rows) else set()))
-        if 2 <= distinct <= len(rows) / 2:
+    for name, number in held.most_common():
+        distinct = len(values[name] | ({""} if number < count else set()))
+        if 2 <= distinct <= count / 2:
             chosen.append(name)
-    return {name: [row.get(name, "") for row in rows] for name in sorted(chosen[:MAX_COLUMNS])}
+    columns: dict[str, list[str]] = {name: [] for name in sorted(chosen[:MAX_COLUMNS])}
+    for row in rows():
+        for name, column in columns.items():
+            column.append(row.get(name, ""))
+    return columns
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -148,14 +148,14 @@ def _plain_config(header: Header) -> dict | None:
     if not alphas or (alphas == ["alpha"] and not ranks):
         return None
     rank = fields[ranks[0]] if ranks else 0
-    root = fields.get("use_rslora", "").lower() == "true"
-    return {"lora_alpha": fields[alphas[0]], "r": rank, "use_rslora": root}
+    return {"lora_alpha": fields[alphas[0]], "r": rank, "use_rslora": fields.get("use_rslora")}
 
 
 def _scale_by(source: str, config: dict, component: str = "") -> Callable[[Layer], float]:
     """Return the function from a module to the scale that PEFT's configuration of an adapter states, 0 for none."""
     with _in_words(source):
         alpha_of, rank_of = _rule(config, "alpha_pattern", "lora_alpha"), _rule(config, "rank_pattern", "r")
+    stabilised = str(config.get("use_rslora")).lower() in ("true", "1")  # where a writer made a text of it too
 
     def scale(layer: Layer) -> float:
         path = _path(layer.name).removeprefix(f"{component}.")
@@ -164,7 +164,7 @@ def _scale_by(source: str, config: dict, component: str = "") -> Callable[[Layer
         if rank and rank != layer.rank:
             fault = f"{source} says rank {rank:g} for {path}, where the file has {layer.rank}"
             raise LoraFileError(f"{fault}. Mend or remove it.")
-        return _checked(alpha, layer) / layer.rank ** (0.5 if config.get("use_rslora") else 1.0)
+        return _checked(alpha, layer) / layer.rank ** (0.5 if stabilised else 1.0)
 
     return scale
 

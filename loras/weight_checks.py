@@ -71,7 +71,11 @@ def _update_norm(down: np.ndarray, up: np.ndarray) -> float:
 
 
 def weight_notices(
-    paths: Sequence[str], labels: Sequence[str], modules: Sequence[str], norms: np.ndarray
+    paths: Sequence[str],
+    labels: Sequence[str],
+    modules: Sequence[str],
+    norms: np.ndarray,
+    selected: np.ndarray | None = None,
 ) -> list[Notice]:
     """Return the notices of untrained files, of modules that are zero in all others, and of outliers in size.
 
@@ -80,6 +84,7 @@ def weight_notices(
         labels: Of the files.
         modules: Names of the modules.
         norms: Of the update of each module, float[N, P].
+        selected: Layers that --layers keeps, bool[L]; modules that are zero are reported of these alone.
     """
     notices, zero = [], norms == 0
     untrained = zero.all(1)
@@ -89,6 +94,8 @@ def weight_notices(
         message = f"{subject}, as every update is zero ({_named(files)}). Leave such files out."
         notices.append(Notice("untrained", message, tuple(files)))
     always = zero[~untrained].all(0)
+    if selected is not None:
+        always &= selected.reshape(-1, 2).any(1)  # a module's down and up are neighbours
     if always.any() and not untrained.all():
         names = _named([modules[position] for position in np.flatnonzero(always)])
         subject = "1 module is" if always.sum() == 1 else f"{always.sum()} modules are"
@@ -117,9 +124,11 @@ def _outliers(labels: Sequence[str], modules: Sequence[str], norms: np.ndarray) 
     if len(rows) < FEWEST:
         return {}
     with np.errstate(divide="ignore"):
-        gaps = np.log(norms[rows])  # (n, P)
+        gaps = np.log(norms[rows].astype(np.float64))  # (n, P)
     medians = np.median(gaps, axis=0)
     positions = np.flatnonzero(np.isfinite(medians))
+    if len(positions) == 0:  # each module is zero in most files: nothing to compare with
+        return {}
     gaps = gaps[:, positions] - medians[positions]
     gaps[np.isinf(gaps)] = 0
     spreads = np.maximum(1.4826 * np.median(np.abs(gaps), axis=0), LEAST_SPREAD)

@@ -133,8 +133,15 @@ def _unused_groups(analysis: dict) -> Iterator[str]:
     yield (
         f"{unused} On a split that keeps the groups of {groups['column']} together {name} reaches "
         f"{percent(groups['grouped_split'])} % ({bounds(groups['interval'])}; chance {percent(groups['chance'])} %), "
-        f"on this one {percent(groups['random_split'])} %.{meaning} --group-column={groups['column']} uses it."
+        f"on this one {percent(groups['random_split'])} %.{meaning} {_use_of(groups['column'])}"
     )
+
+
+def _use_of(column: str) -> str:
+    """Return how groups of a column are used; those of a header's field are to be written into a table first."""
+    if column.startswith("header: "):
+        return "A table (--labels) with that field as a column, and --group-column, use it."
+    return f"--group-column={column} uses it."
 
 
 def _degenerate_features(results: dict) -> Iterator[str]:

@@ -197,3 +197,17 @@ def test_chance_and_attribution_are_among_the_checks():
     assert "not measured" in checked(results, "attribution")[0]
     results["analysis"]["attribution"] = None
     assert not checked(results, "attribution")
+
+
+@pytest.mark.parametrize(
+    ("column", "mend"),
+    [
+        ("artist", "--group-column=artist uses it."),
+        ("header: ss_set", "A table (--labels) with that field as a column, and --group-column, use it."),
+    ],
+)
+def test_groups_that_were_not_used_are_named_with_what_uses_them(column, mend):
+    results = made()
+    results["analysis"]["groups"] |= {"unused": [column], "column": column, "representation": "stats"}
+    (line,) = warned(results, column)
+    assert line.endswith(mend)

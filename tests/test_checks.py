@@ -18,6 +18,7 @@ from test_house import check_schema
 
 from ablation_experiment import main
 from data import CollectionError, index_collection, keep_together
+from data import main as data_main
 from experiment import checks, controls, extraction
 from experiment.extraction import CHECKED, extract
 
@@ -218,6 +219,20 @@ def test_strict_with_skip_bad_keeps_the_first_copy_and_the_last_epoch(zoo, capsy
         "class_1/y-epoch9.safetensors",
     ]
     assert dataset["findings"] == [] and dataset["num_groups"] is None
+
+
+def test_strict_goes_on_without_the_modules_that_are_zero(tmp_path, capsys):
+    root = write_collection(tmp_path / "zoo", classes=2, per_class=5, modules=2)
+    for path in root.rglob("*.safetensors"):
+        write_lora(path, {name: t * ("attentions.1" not in name) for name, t in load_file(path).items()})
+    collection = index_collection(root)
+    check = partial(checks.check_collection, seed=0, strict=True)
+    extracted = extract(collection, CHECKED, tmp_path / "cache", CPU)
+    assert "1 module is zero" in check(collection, extracted.path)["faults"][0]
+    assert check(collection, extracted.path, layers="*attentions.0*")["notices"] == []
+    assert data_main(["inspect", str(root), "--strict"]) == 2
+    assert data_main(["inspect", str(root), "--strict", "--layers=*attentions.0*"]) == 0
+    assert "1 module is zero in every LoRA" in capsys.readouterr().err
 
 
 def test_untrained_loras_and_outliers_are_reported_and_the_run_goes_on(zoo):

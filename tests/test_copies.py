@@ -59,14 +59,17 @@ SAME = {
         name.replace("unet.", "base_model.model.unet."): t for name, t in tensors.items()
     },
     "noise of 1e-7": lambda tensors: noisy(tensors, 1e-7),
+    "noise of 1e-5": lambda tensors: noisy(tensors, 1e-5),
+    "small weights and 1e-6": lambda tensors: {name: t + 1e-6 for name, t in tensors.items()},
 }
 
 
 @pytest.mark.parametrize("change", SAME)
 def test_the_same_weights_are_found_however_they_are_written(tmp_path, change):
     others(tmp_path)
-    write_lora(tmp_path / "a.safetensors", lora(seed=1))
-    write_lora(tmp_path / "b.safetensors", SAME[change](lora(seed=1)))
+    first = {name: t * (0.03 if "small" in change else 1) for name, t in lora(seed=1).items()}
+    write_lora(tmp_path / "a.safetensors", first)
+    write_lora(tmp_path / "b.safetensors", SAME[change](first))
     assert groups_of(tmp_path)[0] == [["a", "b"]]
 
 
@@ -87,7 +90,6 @@ DIFFERENT = {
     "the same init": trained_otherwise,
     "the same init in fp16": lambda tensors: {name: t.half() for name, t in trained_otherwise(tensors).items()},
     "noise of 1e-3": lambda tensors: noisy(tensors, 1e-3),
-    "noise of 1e-5": lambda tensors: noisy(tensors, 1e-5),
     "twice the size": lambda tensors: {name: 2 * t for name, t in tensors.items()},
     "other signs": lambda tensors: {name: -t for name, t in tensors.items()},
     "rows reversed": lambda tensors: {name: t.flip(0) for name, t in tensors.items()},
@@ -169,6 +171,12 @@ EPOCHS = {
     "a letter alone": (["a/e1", "a/e2", "a/e3"], []),
     "two moments": (["a/x-e01-s0100", "a/x-e02-s0200"], [["a/x-e01-s0100", "a/x-e02-s0200"]]),
     "words alone": (["a/epoch-3", "a/epoch-10", "b/epoch-3"], [["a/epoch-3", "a/epoch-10"]]),
+    "numbers before words": (["a/x_500steps", "a/x_1000steps", "a/x"], [["a/x_500steps", "a/x_1000steps", "a/x"]]),
+    "kohya without a name": (
+        ["a/epoch-000001", "a/epoch-000002", "a/last"],
+        [["a/epoch-000001", "a/epoch-000002", "a/last"]],
+    ),
+    "the last alone": (["a/last", "b/last", "b/final"], []),
     "the last named so": (["a/x-epoch2", "a/x-last"], [["a/x-epoch2", "a/x-last"]]),
     "folders": (
         ["a/x/checkpoint-500/model", "a/x/checkpoint-1000/model", "a/x/model", "a/y/checkpoint-500/model"],
@@ -202,12 +210,34 @@ def test_epochs_are_told_by_the_session_in_their_headers(tmp_path):
     assert find_epochs([f"{i}/x.safetensors" for i in range(5)], sessions) == [[0, 1]]
 
 
+def test_of_a_session_the_header_says_which_is_the_last():
+    paths = [f"a/{name}.safetensors" for name in ("best", "early", "late", "x", "y")]
+    moments = ("10/2000", "2/400", "9/1800", "", "")
+    sessions = [(str(i // 3), moment) for i, moment in enumerate(moments)]
+    assert find_epochs(paths, sessions) == [[1, 2, 0], [3, 4]]
+    assert find_epochs(paths, sessions, [[3, 4]]) == [[1, 2, 0]]  # copies of one another are no epochs
+    assert find_epochs(paths, sessions, [[0, 2]]) == [[1, 2, 0], [3, 4]]
+    resumed = [f"a/x-e0{i}.safetensors" for i in range(1, 5)]
+    sessions = [(str(i // 2), str(i % 2)) for i in range(4)]
+    assert find_epochs(resumed, sessions) == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("order", [("x-000005", "x-000010", "x"), ("x-000005", "x-000010", "another")])
+def test_strict_keeps_one_file_of_a_training_whose_last_epoch_is_saved_twice(order):
+    paths = sorted(f"a/{name}.safetensors" for name in order)
+    row = {path.split("/")[1].split(".")[0]: i for i, path in enumerate(paths)}
+    twins = [sorted((row["x-000010"], row[order[2]]))]
+    epochs = find_epochs(paths, [("1", "")] * 3, twins)
+    at_fault = {path for notice in twin_notices(paths, ["a"] * 3, twins, epochs, strict=True) for path in notice.files}
+    assert len(at_fault) == 2
+
+
 def test_notices_count_and_name_the_first():
     paths, labels = [f"{name}.safetensors" for name in "abcdef"], ["x"] * 5 + ["y"]
     copied, epochs = twin_notices(paths, labels, [[0, 1, 2], [3, 4]], [[2, 5]])
     assert copied.message.startswith("3 LoRAs are copies of others (a.safetensors = b.safetensors, ...): they are kept")
     assert copied.groups == (tuple(paths[:3]), tuple(paths[3:5])) and copied.files == tuple(paths[:5])
-    assert "2 LoRAs are epochs of one training (c.safetensors, f.safetensors); 1 of these have more" in epochs.message
+    assert "2 LoRAs are epochs of one training (c.safetensors, f.safetensors); 1 of these has more" in epochs.message
     (kept,) = twin_notices(paths, labels, [[0, 1]], [], keep_twins=True)
     assert kept.message.startswith("1 LoRA is a copy of another (a.safetensors = b.safetensors): as --keep-twins asks")
     strict = twin_notices(paths, labels, [[0, 1, 2]], [[2, 5]], strict=True)

@@ -377,7 +377,7 @@ def test_inspect_of_headers_only_says_what_was_not_checked(tmp_path, capsys):
     write_lora(write_collection(tmp_path) / "class_0" / "0000" / FILE_NAME, spoiled(float("nan")))
     assert data.main(["inspect", str(tmp_path), "--headers-only"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "weights: not read; NaN, copies, untrained LoRAs and outliers were not checked"
+    assert last == "weights: not read; NaN, copies, epochs, untrained LoRAs and outliers were not checked"
 
 
 def spoiled(value: float) -> dict:

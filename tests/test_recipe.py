@@ -105,6 +105,13 @@ def test_ids_and_long_texts_are_of_no_recipe(tmp_path):
     } or columns == {"header: hash": ["0", "0", "1", "1", "2", "2", "3", "3"]}
 
 
+def test_what_names_the_concept_is_no_recipe(tmp_path):
+    for i in range(8):
+        label = "cat" if i < 4 else "dog"
+        one(tmp_path, label, i, ss_output_name=f"my_{label}", ss_dataset_dirs=f'{{"10_{label}": 1}}', ss_seed=i % 2)
+    assert recipe_columns(index_collection(tmp_path).files) == {"header: ss_seed": ["0", "1"] * 4}
+
+
 def test_scales_of_alpha_tensors_come_from_the_features(tmp_path):
     alphas = {f"{module}.alpha": torch.tensor(1.0) for module in MODULES}
     files = zoo(tmp_path, {"tensors": alphas}, {"tensors": alphas}).files

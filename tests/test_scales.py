@@ -55,6 +55,8 @@ def test_patterns_of_a_component_name_paths_below_it():
 def test_rank_stabilised_scales_are_of_their_component():
     found = scales_of(BOTH, {ADAPTER_METADATA: BY_COMPONENT | {"unet.use_rslora": True}})
     assert [value for value, _ in found] == [2.0, 8.0]
+    found = scales_of(BOTH, {ADAPTER_METADATA: BY_COMPONENT | {"unet.use_rslora": "false"}})
+    assert [value for value, _ in found] == [2.0, 4.0]
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,30 @@ def test_untrained_files_and_modules_without_an_update_are_told():
     assert [notice.kind for notice in notices(np.zeros((6, 3)))] == ["untrained"]
 
 
+def test_modules_that_are_zero_are_told_of_the_layers_that_are_looked_at():
+    sizes = norms(modules=3)
+    sizes[:, 1] = 0
+    paths, modules = [f"{i}.safetensors" for i in range(20)], ["m0", "m1", "m2"]
+    kinds = [
+        [notice.kind for notice in weight_notices(paths, ["a"] * 20, modules, sizes, np.array(selected, bool))]
+        for selected in ([1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 0, 0], [1, 1, 0, 0, 1, 1])
+    ]
+    assert kinds == [["zero modules"], ["zero modules"], []]
+
+
+@pytest.mark.filterwarnings("error")
+def test_files_that_train_a_module_each_are_compared_with_nothing():
+    assert notices(np.eye(10)) == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_size_next_to_zero_is_a_number():
+    sizes = norms(spread=0.05).astype(np.float32)
+    sizes[4] = 1e-45
+    (notice,) = notices(sizes)
+    assert "inf" not in notice.message and notice.files == ("4.safetensors",)
+
+
 @pytest.mark.parametrize(
     ("factor", "words"), [(83, "its updates are 8[0-9.]+ times"), (0.01, r"its updates are 1/[0-9.]+ of")]
 )
