@@ -220,7 +220,7 @@ def cross_fitted(evidence: Evidence, trained: TrainedSets) -> dict:
     """
     choice = None if trained.why else Choice.of(evidence)
     if choice is None:
-        why = trained.why or f"fewer than {LEAST_UNITS} independent test units"
+        why = trained.why or f"fewer than {LEAST_UNITS} test LoRAs or groups"
         return {"why": why, **dict.fromkeys(MISSING), "drops": {}, "not_run": {}}
     alone = None if trained.alone is None else choice.composite(trained.alone[choice.set_of_fold])
     runs = [len(predicted[0]) for predicted in (*trained.removed.values(), trained.alone) if predicted is not None]
