@@ -339,7 +339,8 @@ def _top_layers_separate_clusters(sections: dict) -> dict:
     elif all(part["interval"][1] < 0 for part in parts):
         outcome = "refuted"
     lesser = min(parts, key=lambda part: part["difference"])
-    return _decided(record, lesser["difference"], lesser["interval"], outcome)
+    why = "decided only where both leads are above 0, or both below" if outcome == "undecided" else ""
+    return _decided(record, lesser["difference"], lesser["interval"], outcome) | {"why": why}
 
 
 def _rank_goes_with_complexity(sections: dict) -> dict:

@@ -185,10 +185,8 @@ def robustness(evidence: Evidence, conditions: Conditions, predicted: np.ndarray
     if evidence.draws.differences([(whole == evidence.truth, evidence.guess)])[0]["interval"][0] <= 0:
         # Shares of an accuracy above chance that may be nothing are unbounded (Fieller, 1954).
         guess = f"always guessing the largest class ({100 * evidence.chance:.0f} %)"
-        why = (
-            f"with all layers the accuracy is above permuted labels (p = {p:.2g}, this representation alone), but not "
-            f"clearly above {guess}"
-        )
+        above = f"above permuted labels (p = {p:.2g}, this representation alone)"
+        why = f"with all layers the accuracy is {above}, but not clearly above {guess}"
         return result | {"verdict": UNDECIDED, "why": why}
     result |= {
         "survives": measured.share(measured.weights("without top")),

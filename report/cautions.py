@@ -108,8 +108,8 @@ def _cheap(analysis: dict) -> Iterator[str]:
         basis = "the trainer's file" if name == "recipe" else CHEAP[name]
         yield (
             f"Cheap explanation: {CHEAP[name]} alone reach {accuracy_text(cheap)}, {compared} than {weights} (whose "
-            f"advantage is {bounds(cheap['advantage_of_weights'])} points). The prediction may rest on {basis} and not on the "
-            "concept."
+            f"advantage is {bounds(cheap['advantage_of_weights'])} points). The prediction may rest on {basis} and not "
+            "on the concept."
         )
 
 

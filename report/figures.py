@@ -154,7 +154,7 @@ def _layer_importance(results: dict, figure: Figure) -> None:
     roles = list(dict.fromkeys(record["role"] for record in records))
     set_height(figure, 1.3 + 1.7 * len(roles))
     axes = figure.subplots(len(roles), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    highest = max(section["needed"], *(record["interval"][1] for record in records))
+    highest = max(min(1, section["needed"]), *(record["interval"][1] for record in records))
     axes[0].set_ylim(0, 115 * highest + 2)  # room for ranks above the intervals
     blocks = [record["block"] for record in records]
     for ax, role in zip(axes, roles, strict=True):
@@ -200,6 +200,8 @@ def _layers_of_role(ax: Axes, section: dict, role: str, rank_of: dict[str, int])
 def _layer_legend(section: dict, top_k: int) -> list:
     above, total = section["num_above_null"], len(section["records"])
     limit = f"needed among {total}: {percent(section['needed'])} %"
+    if section["needed"] > 1:
+        limit = f"needed among {total}: more than 100 %"
     marker = {"marker": "^", "ls": "none", "mec": INK, "ms": 5}
     return [
         Line2D([], [], color=BLUE, **marker, label=f"knows something ({above}), with 95 % interval"),
@@ -482,7 +484,13 @@ def _layer_clusters_finding(results: dict) -> str | None:
         finding = f"No two of {total} layers have similar features {below}"
     if k < 2:
         return finding
+    crossed = results["analysis"].get("cross_fitted") or {"union": None}
     known = f"{percent(union['any_of_top_k'])} % of LoRAs, the first alone on {percent(union['best_alone'])} %"
+    if crossed["union"]:  # where the layers are not chosen by the LoRAs that they are measured on
+        known = (
+            f"{percent(crossed['union']['accuracy'])} % of LoRAs (on shuffled labels "
+            f"{percent(crossed['union']['by_chance'])} %), the first alone on {percent(crossed['first']['accuracy'])} %"
+        )
     return f"{finding}; at least one of the top {k} is right on {known}"
 
 

@@ -289,11 +289,9 @@ def _top(count: int, unit: str) -> str:
 def _modules_above(name: str, section: dict) -> Iterator[str]:
     """Yield which modules are the most predictive, where some alone are above chance; layers are in the ranking."""
     if section["unit"] == "module" and (count := section["units_above"]):
-        first = section["order"][: min(count, NAMED_MODULES)]
-        yield (
-            f"By {name}, {count} of {section['units']} modules {_are(count)} above chance alone; the first by "
-            f"validation {_are(len(first))} {listed(first)}."
-        )
+        first = section["order"][:count]
+        names = f"; the first by validation {_are(count)} {listed(first)}" if count <= NAMED_MODULES else ""
+        yield f"By {name}, {count} of {section['units']} modules {_are(count)} above chance alone{names}."
 
 
 def _concentration(name: str, section: dict) -> Iterator[str]:
@@ -435,7 +433,7 @@ def _without_top(results: dict) -> Iterator[str]:
     if len(drops) > 1:
         losses = len(compared["significant_losses"])
         yield (
-            f"{losses or 'None'} of {len(drops)} representations {'lose' if losses > 1 else 'loses'} significantly by "
+            f"Of {len(drops)} representations {losses or 'none'} {'lose' if losses > 1 else 'loses'} significantly by "
             "that removal."
         )
     section = compared["conditions"]["ablation"]

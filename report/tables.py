@@ -20,6 +20,7 @@ from report.wording import (
     percent,
     runs_text,
     signed,
+    spread_text,
     top_layers,
 )
 
@@ -61,6 +62,8 @@ class Table:
 def tables(results: dict) -> dict[str, Table]:
     """Return all tables by name, from the content of results.json, without those that have no rows."""
     made = {"ranking": _ranking_table(results), "metrics": _metrics_table(results)}
+    if results["splits"]:
+        made |= {"splits": _splits_table(results), "split layers": _split_layers_table(results)}
     if analysis := results.get("analysis"):
         made |= {
             "places": _places_table(analysis["layers"]["groups"]),
@@ -356,3 +359,45 @@ def _concepts_table(analysis: dict) -> Table:
 def _known(value: float | None, shown: Callable[[float], str] = percent) -> str:
     """Return a number of a concept, which without test LoRAs has not all of them."""
     return "unknown" if value is None else shown(value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several splits
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _splits_table(results: dict) -> Table:
+    """Return means over splits of what each representation reaches and loses."""
+    splits, k = results["splits"], results["config"]["top_k"]
+    records = splits["representations"]
+    rows = [
+        [name, *(_over_splits(records[name][part]) for part in ("baseline", "ablation", "drop", "behind_best"))]
+        for name in sorted(records, key=lambda name: -records[name]["baseline"]["mean"])
+    ]
+    columns = ["representation", "all layers", f"without top {k} of each", "drop", f"behind {splits['best']}"]
+    note = (
+        "Means over splits, in percent and points. In brackets 95 % intervals, which account for the LoRAs that splits "
+        "share (Nadeau and Bengio); ranges of fewer than five splits or of equal values."
+    )
+    return Table("representations", f"Over {counted(splits['splits'], 'split')}", columns, rows, note=note)
+
+
+def _over_splits(values: dict | None) -> str:
+    return "" if values is None else spread_text(values, "").replace("  ", " ")
+
+
+def _split_layers_table(results: dict) -> Table:
+    """Return how often each layer is among the top k of a split, those first that most often are."""
+    splits, k = results["splits"], results["config"]["top_k"]
+    ordered = sorted(splits["layers"], key=lambda record: (-record["in_top_k"], -record["mean_accuracy"]))
+    rows = [
+        [
+            f"{100 * record['in_top_k']:.0f}",
+            percent(record["mean_accuracy"]),
+            percent(record["sd"] or 0),
+            record["layer"],
+        ]
+        for record in ordered
+    ]
+    title = f"Layers over {counted(splits['splits'], 'split')}"
+    return Table("layers", title, [f"in top {k}, % of splits", "mean accuracy", "sd", "layer"], rows, (3,), 2 * k)

@@ -114,6 +114,7 @@ def render_text(results: dict, content: Content | None = None) -> str:
         _caution_lines(results, content.warnings),
         _layers(results, content.tables["ranking"]),
         _representations(results),
+        _splits(content.tables),
         _evidence(results, content.tables, [check for check in content.checks if check not in content.warnings]),
         _not_run(results),
         _notes(results),
@@ -249,13 +250,23 @@ def _representations(results: dict) -> list[str]:
     return lines
 
 
+def _splits(made: dict[str, Table]) -> list[str]:
+    """Return the tables of several splits."""
+    return [line for name in ("splits", "split layers") if name in made for line in _titled(made[name])][:-1]
+
+
+def _titled(table: Table) -> list[str]:
+    return [table.title, *_table_lines(table), ""]
+
+
 def _evidence(results: dict, made: dict[str, Table], controls: Sequence[str]) -> list[str]:
     """Return the tables that only an analysis fills, one below the other, and the outcome of the controls."""
     lines = []
     for name in ("differences", "drops", "controls", "places", "conditional", "concepts"):
         if name in made:
-            lines += [made[name].title, *_table_lines(made[name])]
-            lines += [*(_verdict_lines(results) if name == "controls" else []), ""]
+            lines += _titled(made[name])
+            if name == "controls":
+                lines[-1:] = [*_verdict_lines(results), ""]
     return [*lines, "Controls", *_bullets(controls)] if controls else lines
 
 

@@ -19,7 +19,7 @@ from analysis.evidence import Evidence, Predictions
 from analysis.questions import Controls, analyse
 from analysis.removal_plan import Order, plan_controls
 from loras.lora_files import Layer
-from report import drawing, figures
+from report import drawing, figures, wording
 
 pytestmark = pytest.mark.filterwarnings("error")
 NAMES = [
@@ -54,6 +54,7 @@ def layers_section(layers, classes, roles, blocks, generator):
                 "accuracy": accuracy,
                 "interval": bounds(accuracy),
                 "above_null": accuracy > chance + 0.1,
+                "above_chance": accuracy > chance + 0.1,
             }
         )
     groups = {}
@@ -63,21 +64,31 @@ def layers_section(layers, classes, roles, blocks, generator):
     return {
         "chance": chance,
         "null_band": [0.7 * chance, 1.2 * chance],
-        "null_max": chance + 0.1,
+        "needed": chance + 0.1,
         "num_above_null": sum(record["above_null"] for record in records),
+        "num_above_chance": sum(record["above_chance"] for record in records),
         "records": records,
         "groups": {"role": groups},
         "better_role": max(groups, key=lambda role: groups[role]["mean"]) if len(groups) > 1 else None,
-        "depth": {"r": 0.25, "interval": [-0.1, 0.5], "p": 0.2} if layers > 3 else None,
+        "depth": depth_section(blocks),
     }
 
 
+def depth_section(blocks):
+    if blocks < 5:
+        return {"blocks": blocks, "why": "fewer than 5 blocks", **dict.fromkeys(("r", "interval", "p"))}
+    return {"blocks": blocks, "why": None, "r": 0.25, "interval": [-0.1, 0.5], "p": 0.2}
+
+
 def robustness_section(layers, chance, top_k, verdict, draws):
-    removed = np.unique(np.linspace(0, layers, 11).astype(int))
+    """A section of layers; the last point of its curves is of nothing left, which has no interval."""
+    removed, most = np.unique(np.linspace(0, layers, 11).astype(int)), max(top_k, -(-layers // 10))
+    unseen = verdict in ("no signal", "unseen")
 
     def curve(power):
         accuracy = chance + (0.95 - chance) * (1 - removed / layers) ** power
         sides = {"low": np.maximum(0, accuracy - 0.05).tolist(), "high": np.minimum(1, accuracy + 0.05).tolist()}
+        sides["low"][-1] = sides["high"][-1] = None
         return {"removed": removed.tolist(), "accuracy": accuracy.tolist(), **sides, "area": 0.5}
 
     random = {"draws": draws, "accuracies": np.linspace(0.88, 0.92, draws).tolist()}
@@ -85,32 +96,39 @@ def robustness_section(layers, chance, top_k, verdict, draws):
     return {
         "runs": 3,
         "top_k": top_k,
+        "unit": "layer",
+        "units": layers,
+        "removed": top_k,
+        "most": most,
         "all": estimate(0.953),
-        "without_top": estimate(0.812),
+        "without_top": estimate(0.872),
+        "without_most": estimate(0.812),
         "without_bottom": estimate(0.93),
         "top_alone": estimate(0.6),
         "without_random": random,
         "curves": {"most_first": curve(1), "least_first": curve(0.3), "random_order": curve(0.5)},
-        "survives": None if verdict == "no signal" else {"share": 0.83, "interval": [0.78, 0.88]},
+        "survives_most": None if unseen else {"share": 0.83, "interval": [0.78, 0.88]},
         "verdict": verdict,
     }
 
 
 def representations_section(accuracy, dropped):
     best = max(accuracy, key=accuracy.get)
+    near = [name for name in accuracy if name != best and accuracy[name] > accuracy[best] - 0.02]
+    intervals = {
+        "baseline": {name: bounds(value) for name, value in accuracy.items()},
+        "ablation": {name: bounds(value - dropped[name]) for name, value in accuracy.items()},
+    }
     return {
-        "best": best,
-        "best_above_chance": True,
-        "intervals": {
-            "baseline": {name: bounds(value) for name, value in accuracy.items()},
-            "ablation": {name: bounds(value - dropped[name]) for name, value in accuracy.items()},
+        "conditions": {
+            condition: {"chosen": best, "best": best, "intervals": of_condition, "not_worse": near}
+            for condition, of_condition in intervals.items()
         },
         "drops": {
-            name: {"drop": drop, "interval": [drop - 0.03, drop + 0.03], "significant": drop > 0.05}
+            name: {"drop": drop, "interval": [drop - 0.03, drop + 0.03], "significant": drop > 0.05, "p": 0.04}
             for name, drop in dropped.items()
         },
         "significant_losses": [name for name, drop in dropped.items() if drop > 0.05],
-        "indistinguishable_from_best": [n for n in accuracy if n != best and accuracy[n] > accuracy[best] - 0.02],
     }
 
 
@@ -163,11 +181,11 @@ def results_of(
     clusters = hierarchy.fcluster(tree, 0.5, "distance")
     accuracy = {name: float(value) for name, value in zip(told, generator.uniform(0.6, 1, len(told)), strict=True)}
     dropped = {name: float(value) for name, value in zip(told, generator.uniform(-0.02, 0.1, len(told)), strict=True)}
-    verdicts = ("distributed", "localized", "no signal", "redundant", "undecided")
+    verdicts = ("distributed", "localized", "no signal", "redundant", "undecided", "unseen")
     analysis = {
         "layers": section,
         "robustness": {
-            name: robustness_section(layers, 1 / classes, top_k, verdicts[i % 5], draws)
+            name: robustness_section(layers, 1 / classes, top_k, verdicts[i % 6], draws)
             for i, name in enumerate(robust)
         },
         "representations": representations_section(accuracy, dropped) if told else None,
@@ -338,10 +356,10 @@ def test_without_other_layers_of_the_same_roles_the_figure_says_so():
     random = results["analysis"]["robustness"]["stats"]["without_random"]
     random |= {"draws": 0, "accuracies": [], "mean": None, "min": None, "max": None}
     told = figures.findings(results)["ablation_curves"]
-    assert "(with all 95.3 %, no other layers of the same roles): distributed" in told
+    assert f"(with all 95.3 %, {wording.NO_OTHERS})" in told and "None" not in told
     figure = drawn_figures(results)["ablation_curves"]
     texts = [[text.get_text() for text in ax.texts] for ax in figure.axes]
-    assert texts == [[], ["no other layers of the same roles"], [], []]
+    assert texts == [[], [wording.NO_OTHERS], [], []]
     entries = [text.get_text() for text in figure.legends[0].get_texts()]
     assert "one random draw" in entries  # of ensemble
     results["analysis"]["robustness"]["ensemble"]["without_random"] = random
@@ -369,66 +387,117 @@ def test_a_concept_without_a_test_lora_is_left_out(results):
 
 
 def test_titles_carry_the_numbers_of_the_results(results):
-    told, analysis = figures.findings(results), results["analysis"]
+    titles, analysis = figures.findings(results), results["analysis"]
     layers, role = analysis["layers"], analysis["layers"]["groups"]["role"]
-    first, second = sorted(role, key=lambda name: -role[name]["mean"])
-    assert told["layer_importance"] == (
-        f"{layers['num_above_null']} of 12 layers predict above chance; {first} factors more than {second} "
-        f"({100 * role[first]['mean']:.1f} and {100 * role[second]['mean']:.1f} %)"
-    )
-    assert told["ablation_curves"] == (
-        "Without the top 3 layers stats reaches 81.2 % (with all 95.3 %, without 3 random ones 88.0 to 92.0 %): "
-        "distributed"
-    )
-    best = analysis["representations"]["best"]
-    whole, left = (results[kind][best]["test_accuracy"]["mean"] for kind in ("baseline_results", "ablation_results"))
-    assert told["representations"].startswith(f"{best} is best")
-    assert (
-        f"{100 * whole:.1f} % with all layers, {100 * left:.1f} % without the top 3 layers" in told["representations"]
-    )
+    high, low = sorted(role, key=lambda name: -role[name]["mean"])
+    assert titles["layer_importance"].startswith(f"{layers['num_above_chance']} of 12 layers ")
+    assert f"{high} factors more than {low}" in titles["layer_importance"]
+    means = (wording.percent(role[name]["mean"]) for name in (high, low))
+    assert "({} and {} %)".format(*means) in titles["layer_importance"]
+    for number in ("3 most predictive layers", "81.2 %", "95.3 %", "88.0 to 92.0 %", ": distributed"):
+        assert number in titles["ablation_curves"]
+    section = analysis["representations"]
+    best = section["conditions"]["baseline"]["best"]
+    assert titles["representations"].startswith(f"{best} is best")
+    for kind in ("baseline_results", "ablation_results"):
+        assert f"{wording.percent(results[kind][best]['test_accuracy']['mean'])} %" in titles["representations"]
+    assert f" {len(section['significant_losses'])} of 2 representations" in titles["representations"]
     recall = np.array(analysis["concepts"]["recall"]).max(0)
-    assert f"(up to {100 * recall.max():.1f} % of it)" in told["concept_layer_map"]
-    assert (
-        f"{analysis['concepts']['classes'][recall.argmin()]} worst (up to {100 * recall.min():.1f} %)"
-        in (told["concept_layer_map"])
-    )
-    assert f"12 layers form {analysis['layer_information']['clusters']['count']} clusters" in told["layer_clusters"]
-    assert told["layer_clusters"].endswith(
-        "at least one of the top 3 is right on 83.7 % of LoRAs, the first alone on 44.2 %"
-    )
-    assert told["rank_structure"] == (
-        "Effective rank differs by concept in 3 of 6 modules; its correlation with spread is 0.36 (-0.35 to 0.81)"
-    )
+    for edge, position in ((recall.max(), recall.argmax()), (recall.min(), recall.argmin())):
+        assert f"(up to {wording.percent(edge)} %" in titles["concept_layer_map"]
+        assert analysis["concepts"]["classes"][position] in titles["concept_layer_map"]
+    clusters = analysis["layer_information"]["clusters"]["count"]
+    assert f"12 layers form {wording.counted(clusters, 'cluster')} " in titles["layer_clusters"]
+    assert "83.7 %" in titles["layer_clusters"] and "44.2 %" in titles["layer_clusters"]
+    assert "in 3 of 6 modules" in titles["rank_structure"]
+    assert titles["rank_structure"].endswith(" 0.36 (-0.35 to 0.81)")
 
 
 def test_titles_say_when_there_is_nothing_to_find():
     results = results_of(answerable=False)
     section = results["analysis"]["layers"]
-    section["num_above_null"] = 0
+    section |= {"num_above_null": 0, "num_above_chance": 0, "better_role": None}
     for role in section["groups"]["role"].values():
         role |= {"mean": 0.25, "interval": [0.2, 0.3]}
-    section["better_role"] = None
     results["analysis"]["layer_information"]["clusters"]["count"] = 12
-    best = results["analysis"]["representations"]["best"]
-    results["analysis"]["representations"]["best_above_chance"] = False
-    told = figures.findings(results)
-    assert told["layer_importance"].startswith("None of 12 layers predicts above chance; ")
-    assert told["layer_importance"].endswith("factors (25.0 and 25.0 %)")
-    assert told["representations"].startswith(
-        f"All 2 representations are indistinguishable from chance; the first, {best}: "
-    )
-    assert told["layer_clusters"].startswith("No two of 12 layers have similar features")
-    assert told["rank_structure"] == (
-        "Not answerable at rank 1: the effective rank never varies; "
-        "the norm of the update differs by concept in 3 of 6 modules"
-    )
+    results["analysis"]["representations"]["conditions"]["baseline"] |= {"best": None, "not_worse": []}
+    titles = figures.findings(results)
+    assert titles["layer_importance"].startswith("None of 12 layers ")
+    assert titles["layer_importance"].endswith("factors (25.0 and 25.0 %)")
+    assert "more than" not in titles["layer_importance"]
+    assert titles["representations"].startswith("None of 2 representations ")
+    assert titles["layer_clusters"].startswith("No two of 12 layers ")
+    assert titles["rank_structure"].startswith("Not answerable at rank 1")
+    assert "in 3 of 6 modules" in titles["rank_structure"]
+    assert set(drawn_figures(results)) == set(NAMES)  # without a best representation too
+
+
+@pytest.mark.parametrize(
+    ("known", "above", "expected"),
+    [
+        (12, 12, "12 of 12 layers predict "),
+        (1, 1, "1 of 12 layers predicts "),
+        (5, 3, "5 of 12 layers know "),
+        (1, 0, "1 of 12 layers knows "),
+    ],
+)
+def test_layers_that_know_something_are_told_from_those_above_chance(known, above, expected):
+    results = results_of()
+    results["analysis"]["layers"] |= {"num_above_null": known, "num_above_chance": above}
+    title = figures.findings(results)["layer_importance"]
+    assert title.startswith(expected) and ("none more" in title) == (above == 0) and ("3 more" in title) == (above == 3)
+
+
+@pytest.mark.parametrize("losses", [[], ["stats"]])
+def test_one_representation_is_not_compared_with_others(losses):
+    results = results_of(told=("stats",))
+    results["analysis"]["representations"]["significant_losses"] = losses
+    title = figures.findings(results)["representations"]
+    assert title.startswith("stats: ") and title.endswith(f"{'a' if losses else 'no'} significant loss")
+    results["analysis"]["representations"]["conditions"]["baseline"]["best"] = None
+    assert figures.findings(results)["representations"].startswith("stats is ")
+
+
+@pytest.mark.parametrize(("near", "shown"), [(1, "(b not"), (2, "(b and c not"), (3, "(3 others not")])
+def test_few_representations_that_are_as_good_are_named_and_many_counted(near, shown):
+    results = results_of(told=("a", "b", "c", "d", "e"))
+    section = results["analysis"]["representations"]["conditions"]["baseline"]
+    section |= {"best": "a", "not_worse": ["b", "c", "d"][:near]}
+    assert f"a is best {shown} significantly worse)" in figures.findings(results)["representations"]
+
+
+def test_one_unit_and_one_draw_are_told_in_the_singular():
+    results = results_of(draws=1, top_k=1, layers=6)
+    section = results["analysis"]["robustness"]["stats"]
+    section |= {"unit": "module"}
+    title = figures.findings(results)["ablation_curves"]
+    assert section["most"] == 1 and "the most predictive module stats" in title
+    assert "without a random other 90.0 %" in title
+
+
+@pytest.mark.parametrize(("needed", "shown"), [(0.4567, "12: 45.7 %"), (1.04, "12: more than 100 %")])
+def test_of_few_test_loras_no_accuracy_is_enough(needed, shown):
+    results = only(results_of(), "layers")
+    results["analysis"]["layers"]["needed"] = needed
+    figure = drawn_figures(results)["layer_importance"]
+    assert [text for entry in figure.legends[0].get_texts() if (text := entry.get_text()).endswith(shown)]
+    assert figure.axes[0].get_ylim()[1] < 120 and max(figure.axes[0].get_yticks()) <= 100
+
+
+def test_what_the_top_layers_know_together_is_of_layers_that_others_chose():
+    results = only(results_of(), "layers", "layer_information")
+    crossed = {"union": {"accuracy": 0.654, "by_chance": 0.321}, "first": {"accuracy": 0.432}}
+    results["analysis"]["cross_fitted"] = crossed
+    title = figures.findings(results)["layer_clusters"]
+    assert all(number in title for number in ("65.4 %", "32.1 %", "43.2 %")) and "83.7" not in title
+    results["analysis"]["cross_fitted"] = {"union": None, "first": None}
+    assert "83.7 %" in figures.findings(results)["layer_clusters"]
 
 
 def test_runs_are_told_where_the_accuracies_are_of_more():
     results = results_of(quick=True)
     results["baseline_results"]["stats"]["test_accuracy"]["runs"] = [0.9] * 10
-    told = figures.findings(results)["ablation_curves"]
-    assert told.startswith("Without the top 3 layers stats reaches 81.2 % in 3 of the 10 runs (with all 95.3 %, ")
+    assert "81.2 % in 3 of the 10 runs (with all 95.3 %, " in figures.findings(results)["ablation_curves"]
 
 
 def test_the_recall_of_the_figure_is_that_of_who_is_named(results):
@@ -444,7 +513,7 @@ def test_many_verdicts_are_counted_and_few_are_named():
         ": distributed; b localized, c no signal"
     )
     assert figures.findings(results_of(robust="abcdefg"))["ablation_curves"].endswith(
-        ": distributed; 2 localized, 1 no signal, 1 redundant, 1 undecided, 1 distributed"
+        ": distributed; 1 localized, 1 no signal, 1 redundant, 1 undecided, 1 unseen, 1 distributed"
     )
 
 
@@ -463,6 +532,7 @@ def test_what_is_drawn_is_what_was_found(results):
     curves = results["analysis"]["robustness"]["stats"]["curves"]
     first = drawn["ablation_curves"].axes[0].lines[0]
     assert first.get_ydata() == pytest.approx(100 * np.array(curves["most_first"]["accuracy"]))
+    assert first.get_xdata().tolist() == curves["most_first"]["removed"]
     order = [label.get_text() for label in drawn["representations"].axes[0].get_yticklabels()]
     accuracy = [results["baseline_results"][name]["test_accuracy"]["mean"] for name in order]
     assert accuracy == sorted(accuracy)
@@ -539,10 +609,11 @@ def test_the_analysis_itself_is_drawn():
         truth = y[60:]
         return np.where(generator.random((*shape, 60)) < 0.6, truth, generator.integers(0, 4, (*shape, 60)))
 
-    predictions = Predictions(np.arange(60, 120), y[60:], {"predicted": guessed(8, 3)})
+    alone = {"predicted": guessed(8, 3), "log_loss": generator.random((8, 3, 60)).astype(np.float32)}
+    predictions = Predictions(np.arange(60, 120), y[60:], alone)
     for condition in ("baseline", "ablation"):
         predictions.conditions[condition] = {name: {"predicted": guessed(3)} for name in names}
-    e = Evidence(layers, list("abcd"), y, rows, None, np.arange(8), 2, predictions, 0)
+    e = Evidence(layers, list("abcd"), y, rows, None, np.arange(8), 2, predictions, 0, 50, 50)
     conditions = plan_controls(Order.of_layers(e), runs=3, draws=5, points=5, seed=0)
     controls = Controls("basic", {"stats": (conditions, guessed(*conditions.kept.shape[:2])[..., 20:])})
     features, updates = generator.random((120, 8, 7)), generator.random((120, 4, 2))

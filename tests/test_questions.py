@@ -7,7 +7,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from planting import all_predictions, analysed, controls_of, evidence_of, features_of, held_out, outcome, updates_of
+from planting import (
+    all_predictions,
+    analysed,
+    controls_of,
+    evidence_of,
+    features_of,
+    held_out,
+    outcome,
+    plant,
+    share,
+    updates_of,
+)
 
 from analysis.questions import CLIP, QUESTIONS, Controls, choose_rows, plain, standardised
 
@@ -153,6 +164,7 @@ def test_each_question_has_a_section_and_a_hypothesis():
 
 def test_the_curve_of_the_first_control_decides_whether_degradation_is_graceful():
     evidence = evidence_of()
+    plant(evidence, share(evidence, 0.5))  # without a layer above chance there is no order
     planned, predicted = controls_of(evidence).conditions["stats"]
     kept = planned.kept.mean(2)[..., None]  # share of layers in each condition and run, (K, R, 1)
     known = np.arange(len(evidence.truth)) % 20 < 20 * kept

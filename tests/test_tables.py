@@ -144,3 +144,18 @@ def test_p_of_kruskal_and_wallis_have_another_floor_than_those_of_draws():
     results["analysis"]["rank_structure"]["modules"][0]["p_fdr"] = 0.0
     assert tables.tables(results)["modules"].rows[0][1] == "< 1e-9"
     assert "< 1e-9" not in [row[3] for row in tables.tables(results)["ranking"].rows]
+
+
+def test_several_splits_have_tables_of_their_own_without_an_analysis_too():
+    results = made(splits=5)
+    made_tables = tables.tables(results)
+    row = next(row for row in made_tables["splits"].rows if row[0] == "stats")
+    record = results["splits"]["representations"]["stats"]
+    shown = wording.bounds(record["drop"]["interval"])
+    assert row[3] == f"{wording.percent(record['drop']['mean'])} ({shown})"
+    shares = [float(row[0]) for row in made_tables["split layers"].rows]
+    assert shares == sorted(shares, reverse=True) and len(shares) == len(results["layer_ranking"])
+    assert sum(shares) == pytest.approx(100 * results["config"]["top_k"])
+    results["analysis"] = None
+    assert "Over 5 splits" in text.render_text(results) and "splits" in tables.tables(results)
+    assert "splits" not in tables.tables(made())
