@@ -220,7 +220,7 @@ def cross_fitted(evidence: Evidence, trained: TrainedSets) -> dict:
     if trained.why:
         return {"why": trained.why, **missing, **_chosen_elsewhere(evidence, trained)}
     if (choice := Choice.of(evidence)) is None:
-        return {"why": f"fewer than {LEAST_UNITS} independent test units", **missing}
+        return {"why": f"fewer than {LEAST_UNITS} test LoRAs or groups", **missing}
     alone = None if trained.alone is None else choice.composite(trained.alone[choice.set_of_fold])
     runs = [len(predicted[0]) for predicted in (*trained.removed.values(), trained.alone) if predicted is not None]
     group = np.unique(evidence.test_groups, return_inverse=True)[1]

@@ -279,17 +279,21 @@ def _degradation_is_graceful(sections: dict) -> dict:
     steepest = section["steepest"] if section else None
     record = _unanswered(
         "degradation is graceful",
-        "largest fall of the share left while a tenth of the layers is removed, until half are",
+        "largest part of the accuracy above chance that a tenth of the layers takes, until half are removed",
     )
     if steepest is None:
-        return record | {"why": f"no removal curve that is above chance and of at least {LEAST_UNITS} layers"}
+        why = section["why"] if section else "no removal was compared with others"
+        if section and section["units"] < LEAST_UNITS:
+            why = f"fewer than {LEAST_UNITS} {section['unit']}s"
+        return record | {"why": why}
     low, high = steepest["interval"]
     outcome = "undecided"
     if high <= STEEP:
         outcome = "confirmed"
     elif low > STEEP and section["verdict"] != "redundant":  # else the fall is from more than all layers have
         outcome = "refuted"
-    return _decided(record, steepest["share"], steepest["interval"], outcome)
+    decided = _decided(record, steepest["share"], steepest["interval"], outcome)
+    return decided | {"why": f"graceful is at most {100 * STEEP:.0f} %"}
 
 
 def _better_than_stats(sections: dict) -> dict:
@@ -312,7 +316,7 @@ def _better_than_stats(sections: dict) -> dict:
         outcome = "refuted"
     why = f"{better['name']} minus stats"
     if len(pairs) > 1:
-        why += "; the better of ensemble and spectral"
+        why = f"{better['name']}, the better of the two, minus stats"
     return _decided(record, better["difference"], better["interval"], outcome) | {"why": why}
 
 
@@ -334,7 +338,8 @@ def _top_layers_separate_clusters(sections: dict) -> dict:
     elif all(part["interval"][1] < 0 for part in parts):
         outcome = "refuted"
     lesser = min(parts, key=lambda part: part["difference"])
-    return _decided(record, lesser["difference"], lesser["interval"], outcome)
+    why = "decided only where both leads are above 0, or both below" if outcome == "undecided" else ""
+    return _decided(record, lesser["difference"], lesser["interval"], outcome) | {"why": why}
 
 
 def _rank_goes_with_complexity(sections: dict) -> dict:
@@ -345,7 +350,7 @@ def _rank_goes_with_complexity(sections: dict) -> dict:
         "Spearman correlation over concepts of effective rank and spread of features",
     )
     if not structure["answerable"]:
-        return record | {"why": structure["why"]}
+        return record | {"why": structure["why"].removeprefix("not answerable ")}
     if spread is None:
         return record | {"why": f"fewer than {LEAST_CORRELATED} classes, or none that differ"}
     return _decided(record, spread["r"], spread["interval"], _sign(spread["p"], spread["interval"]))

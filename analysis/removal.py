@@ -182,14 +182,18 @@ def robustness(evidence: Evidence, conditions: Conditions, predicted: np.ndarray
     if evidence.draws.differences([(whole == evidence.truth, evidence.guess)])[0]["interval"][0] <= 0:
         # Shares of an accuracy above chance that may be nothing are unbounded (Fieller, 1954).
         guess = f"always guessing the largest class ({100 * evidence.chance:.0f} %)"
-        why = f"with all layers the accuracy is above permuted labels, but not clearly above {guess}"
+        above = f"above permuted labels (p = {p:.2g}, this representation alone)"
+        why = f"with all layers the accuracy is {above}, but not clearly above {guess}"
         return result | {"verdict": UNDECIDED, "why": why}
     result |= {
         "survives": measured.share(measured.weights("without top")),
         "survives_most": measured.share(measured.weights("without most")),
     }
     if not order.above:
-        return result | {"verdict": UNDECIDED, "why": f"no single {order.unit} is above chance"}
+        return result | {
+            "verdict": UNDECIDED,
+            "why": f"no single {order.unit} is above chance, so no order of removal is known",
+        }
     result |= _along_the_order(measured)
     return result | verdict(result["survives_most"], random, result["survives_half"], order)
 
@@ -330,20 +334,20 @@ def verdict(survives: dict, random: dict, half: dict | None, order: Order) -> di
     left = f"without the {most if order.most == 1 else f'{order.most} {most}'} {_share_text(survives)}"
     low, high = survives["interval"] or (0.0, 0.0)
     if high < LOCALIZED and random["draws"] >= LEAST_DRAWS and random["p"] <= ALPHA:
-        return {"verdict": "localized", "why": f"{left}, and without random others more is ({_draws_text(random)})"}
+        return {"verdict": "localized", "why": f"{left}, and random others cost less ({_draws_text(random)})"}
     if half is None:
         return {"verdict": UNDECIDED, "why": f"nothing is left without the only {order.unit}"}
-    removed = f"{half['removed']} {order.unit if half['removed'] == 1 else f'{order.unit}s'} removed"
-    text = f"{_share_text(half)} at the lowest point until half of the {order.unit}s are removed ({removed})"
+    removed = f"{half['removed']} {order.unit if half['removed'] == 1 else f'{order.unit}s'}"
+    text = f"{_share_text(half)} without {removed}, the lowest point until half are removed"
     half_low, half_high = half["interval"]
     if half_low >= REDUNDANT:
         return {"verdict": "redundant", "why": text}
     if low >= LOCALIZED and half_high < REDUNDANT:
-        return {"verdict": "distributed", "why": f"{left}; {text}"}
+        return {"verdict": "distributed", "why": f"{left}, but {text}"}
     if low >= LOCALIZED:
-        why = f"{text}: the interval includes {100 * REDUNDANT:.0f} %"
+        why = f"{text}: the interval includes {100 * REDUNDANT:.0f} %, the bound between distributed and redundant"
     elif high >= LOCALIZED:
-        why = f"{left}: the interval includes {100 * LOCALIZED:.0f} %"
+        why = f"{left}: the interval includes {100 * LOCALIZED:.0f} %, the bound between localized and distributed"
     elif len(order.names) < 2 * order.most:
         why = f"{left}, but there are fewer than {order.most} others to remove instead"
     elif random["draws"] < LEAST_DRAWS:
@@ -391,14 +395,17 @@ def settle(sections: dict[str, dict], top_alone: dict | None, any_above: bool, c
         top, verb = ("top layer", "is") if section["top_k"] == 1 else (f"top {section['top_k']} layers", "are")
         why = None
         if shown and (silent or lost):
-            knows = f"the {top}, chosen by {chosen_by}, {verb} distinguishable from chance alone"
-            why = f"{knows} ({100 * top_alone['accuracy']:.1f} %); with all layers {name} loses it among the others"
+            alone = f"the {top} alone by stats, chosen by {chosen_by}, {verb} distinguishable from it"
+            reached = f"{100 * top_alone['accuracy']:.1f} %, p = {top_alone['p']:.2g} against permuted labels"
+            all_layers = "indistinguishable from chance" if silent else "not clearly above chance"
+            why = f"with all layers {name} is {all_layers}, while {alone} ({reached})"
         elif silent and any_above:
-            why = f"with all layers {name} is indistinguishable from chance, and other representations are not"
+            why = f"with all layers {name} is indistinguishable from chance, while other representations are not"
         elif silent and top_alone:
             why = f"neither all layers, nor the {top} alone, nor any representation is distinguishable from chance"
         elif silent:
             why = "neither all layers nor any representation is distinguishable from chance"
+            why += f"; the {top} alone, chosen by the same test LoRAs, could not be tested"
         settled[name] = section
         if why:
             settled[name] = section | {"verdict": UNSEEN if shown or any_above else NO_SIGNAL, "why": why}

@@ -40,7 +40,7 @@ def warnings(results: dict) -> list[str]:
     lines = [_quick(config)] if config["quick"] else []
     if not analysis:
         return [*lines, NO_CONTROLS]
-    for written in (_alternatives, _few, _chosen_on_test, _layers_at_chance, _not_run, _degenerate_features):
+    for written in (_alternatives, _few, _chosen_on_test, _layers_at_chance, _not_run):
         lines += written(results)
     return lines
 
@@ -56,20 +56,21 @@ def _few(results: dict) -> Iterator[str]:
     analysis = results["analysis"]
     if analysis["few_test_loras"]:
         units = "test LoRAs" if analysis["permuted"] == "LoRAs" else "groups of test LoRAs"
-        yield (
-            f"Only {analysis['units']} {units}: intervals are wide, and small effects cannot be seen. A layer "
-            f"{needed_text(analysis['layers']['needed'])}."
-        )
+        line = f"Only {analysis['units']} {units}: intervals are wide, and small effects cannot be seen."
+        if analysis["layers"]["num_above_null"]:  # else the first answer says it
+            count = len(analysis["layers"]["records"])
+            line += f" Among {count} layers, the first {needed_text(analysis['layers']['needed'])}."
+        yield line
 
 
 def _layers_at_chance(results: dict) -> Iterator[str]:
     section = results["analysis"]["layers"]
     below, total = len(section["records"]) - section["num_above_null"], len(section["records"])
     if 0 < below < total:
-        verb = "is" if below == 1 else "are"
+        verb, they = ("is", "it holds") if below == 1 else ("are", "they hold")
         yield (
-            f"{below} of {total} layers {verb} not distinguishable from chance, which does not show that they know "
-            "nothing."
+            f"{below} of {total} layers {verb} indistinguishable from chance, which does not show that {they} nothing "
+            "of the concept."
         )
 
 
@@ -87,14 +88,16 @@ def _chosen_on_test(results: dict) -> Iterator[str]:
         return
     k, crossed = results["config"]["top_k"], results["analysis"]["cross_fitted"]
     verb = "was" if k == 1 else "were"
-    beside = "the figures where other test LoRAs choose stand beside them"
+    beside = "the numbers where other test LoRAs choose stand beside them"
     if crossed["why"]:
-        beside = f"figures where others choose are not known ({crossed['why']}); --rank-by=val chooses on others"
+        beside = f"numbers where other test LoRAs choose are not known ({crossed['why']})"
+        beside += "; --rank-by=val chooses on the validation LoRAs"
     elif not crossed["drops"]:
-        beside = "--controls=basic adds figures where other test LoRAs choose, and --rank-by=val chooses on others"
+        beside = "--controls=basic adds numbers where other test LoRAs choose, and --rank-by=val chooses on the "
+        beside += "validation LoRAs"
     yield (
         f"{capital(top_layers(k))} {verb} chosen by the same test LoRAs that the ordinary accuracies and drops are "
-        f"measured on, which makes both look larger than they are: {beside}."
+        f"measured on, which tends to make both too large: {beside}."
     )
 
 
@@ -102,10 +105,11 @@ def _cheap(analysis: dict) -> Iterator[str]:
     for name in (analysis["cheap"] or {}).get("as_good", ()):
         cheap, weights = analysis["cheap"][name], classifier_name(analysis["cheap"]["compared_with"])
         compared = "better" if cheap["weights_worse"] else "not significantly worse"
-        meaning = "the trainer's file and not the concept" if name == "recipe" else "that and not the concept"
+        basis = "the trainer's file" if name == "recipe" else CHEAP[name]
         yield (
             f"Cheap explanation: {CHEAP[name]} alone reach {accuracy_text(cheap)}, {compared} than {weights} (whose "
-            f"advantage is {bounds(cheap['advantage_of_weights'])} points). What the weights show may be {meaning}."
+            f"advantage is {bounds(cheap['advantage_of_weights'])} points). The prediction may rest on {basis} and not "
+            "on the concept."
         )
 
 
@@ -183,32 +187,35 @@ def checks(results: dict) -> list[str]:
     layers, moved = analysis["layers"], "whole groups" if analysis["permuted"] == "groups" else "LoRAs"
     lines = [
         f"Chance: the predictions of all layers against {analysis['permutations']:,} permutations of the test labels "
-        f"({moved} moved). A single layer then reaches {bounds(layers['null_band'])} %; the first among "
+        f"({moved} moved). By chance a single layer reaches {bounds(layers['null_band'])} %; the first among "
         f"{len(layers['records'])} {needed_text(layers['needed'])}.",
         *_cheap_accuracies(analysis["cheap"]),
     ]
     if gradients := analysis["attribution"]:
         rho = None if gradients["spearman"] is None else gradients | {"r": gradients["spearman"]}
+        k, same = results["config"]["top_k"], gradients["same_top_k"]
+        common = f"{same} of the top {k} in common"
+        if k == 1:
+            common = "the same first layer" if same else "another first layer"
         lines.append(
             f"Gradient attribution ({gradients['representation']}) against the accuracies of single layers: Spearman "
-            f"correlation {correlation_text(rho)}; {gradients['same_top_k']} of the top "
-            f"{results['config']['top_k']} are the same."
+            f"correlation {correlation_text(rho)}; {common}."
         )
-    return [*lines, *_not_run(results), *_unused_groups(analysis), *_shuffled(analysis)]
+    lines += [*_not_run(results), *_unused_groups(analysis), *_shuffled(analysis)]
+    return [*lines, *_degenerate_features(results)]
 
 
 def _cheap_accuracies(cheap: dict | None) -> Iterator[str]:
     if not cheap:
         yield f"Cheap explanations ({listed(list(CHEAP.values()))}) were not tried."
         return
-    for name, explanation in cheap.items():
-        if name in ("as_good", "compared_with"):
-            continue
-        if explanation is None:
-            yield f"Cheap explanation by {CHEAP[name]}: not available, or the same in every LoRA."
-        else:
+    explanations = {name: explanation for name, explanation in cheap.items() if name in CHEAP}
+    for name, explanation in explanations.items():
+        if explanation is not None:
             yield (
                 f"Cheap explanation by {CHEAP[name]}: {accuracy_text(explanation)}, {p_text(explanation['p'])} against "
                 f"permuted labels ({explanation['classifier']}); the advantage of "
                 f"{classifier_name(cheap['compared_with'])} is {bounds(explanation['advantage_of_weights'])} points."
             )
+    if missing := [CHEAP[name] for name, explanation in explanations.items() if explanation is None]:
+        yield f"Cheap explanation by {listed(missing)}: not available, or the same in every LoRA."

@@ -31,19 +31,19 @@ from report.wording import (
 )
 
 VERDICTS = {
-    "localized": "without the most predictive (the top k, or a tenth of all where that is more) less than half of what "
-    "is above chance is left, and removing as many others costs less",
-    "distributed": "without the most predictive (the top k, or a tenth of all where that is more) more than half of "
-    "what is above chance is left, but less than nine tenths before half of all are removed",
-    "redundant": "nine tenths of what is above chance, or more, are left even without the most predictive half",
-    "no signal": "neither all layers, nor the top ones alone, nor any representation is distinguishable from chance, "
-    "so what a removal takes cannot be judged",
-    "unseen": "with all layers it is indistinguishable from chance, although the top layers alone, or other "
-    "representations, are not, so it does not show what a removal takes",
-    "undecided": "the numbers bear none of the other verdicts, for the reason given below",
+    "localized": "less than half of the accuracy above chance is left without the most predictive (the top k, or a "
+    "tenth of all where that is more), and removing as many random others costs less",
+    "distributed": "more than half of the accuracy above chance is left without the most predictive (the top k, or a "
+    "tenth of all where that is more), but less than nine tenths at some point until half of all are removed",
+    "redundant": "nine tenths or more of the accuracy above chance are left until the most predictive half is removed",
+    "no signal": "nothing that was tested is distinguishable from chance, so what a removal takes cannot be judged",
+    "unseen": "this representation shows less with all layers than other representations or the top layers alone "
+    "do, so its removals cannot be judged",
+    "undecided": "none of the other verdicts is shown",
 }
 RANKED_BY = "stats"  # the representation by which layers are ranked
 MANY = 6  # names in a sentence, from which on they are counted
+NAMED_MODULES = 3  # names of modules in a sentence, at most
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _evidence(hypothesis: dict, unit: str) -> str:
         return sentence(why)
     shown = percent if unit else number
     value = f"{shown(hypothesis['number'])} {unit}".rstrip()
-    evidence = f"{hypothesis['measure']} {value} ({bounds(hypothesis['interval'], shown)})"
+    evidence = f"{hypothesis['measure']}: {value} ({bounds(hypothesis['interval'], shown)})"
     return sentence(f"{evidence}; {why}" if why else evidence)
 
 
@@ -129,12 +129,13 @@ def _which_layers(results: dict) -> Iterator[str]:
     roles = section["groups"].get("role", {})
     if len(roles) == 2:
         means = [
-            f"{role} factors {percent(group['mean'])} % ({bounds(group['interval'])})" for role, group in roles.items()
+            f"{role} factors reach {percent(group['mean'])} % ({bounds(group['interval'])})"
+            for role, group in roles.items()
         ]
-        yield f"On average {listed(means)}."
+        yield f"On average, {listed(means)}."
     shares = [record_of[record["layer"]]["top_k_share"] for record in ranking[:k]]
     redrawn = " to ".join(dict.fromkeys((percent(min(shares)), percent(max(shares)))))
-    top = "the first layer is the first" if k == 1 else f"each of the top {k} is among the top {k}"
+    top = "the first layer stays first" if k == 1 else f"each of the top {k} stays among the top {k}"
     yield (
         f"Stability on this split: {_stability(section, k)}; with the test LoRAs resampled, {top} in {redrawn} % of "
         "the draws."
@@ -143,20 +144,19 @@ def _which_layers(results: dict) -> Iterator[str]:
 
 
 def _layers_above(results: dict) -> str:
-    """Return how many layers know something of the concept, and how many are above chance."""
+    """Return how many layers are distinguishable from chance, and how many are above always guessing one class."""
     analysis, total = results["analysis"], len(results["layer_ranking"])
     section, largest = analysis["layers"], percent(results["analysis"]["layers"]["chance"])
     known, above = section["num_above_null"], section["num_above_chance"]
     by_f1 = ""
     if (count := section["num_above_null_f1"]) is not None:
         by_f1 = (
-            f" By macro-F1, which counts every class alike, {count or 'none'} of {total} {_are(count)} above chance."
+            f" By macro-F1, which counts every class alike, {count or 'none'} of {total} {_are(count)} distinguishable "
+            "from chance."
         )
     if known == 0:
         needed = needed_text(section["needed"])
-        return (
-            f"No single layer is distinguishable from chance ({largest} %): the first of the ranking {needed}.{by_f1}"
-        )
+        return f"No single layer is distinguishable from chance ({largest} %); among {total} the first {needed}.{by_f1}"
     family = f"p < {analysis['alpha']}, corrected for the choice among all layers"
     if above == known:
         return f"{known} of {total} layers {_are(known)} above chance ({largest} %; {family}).{by_f1}"
@@ -164,8 +164,7 @@ def _layers_above(results: dict) -> str:
     shown = f"only {above} of them {_are(above)} {right}"
     if above == 0:
         shown = f"{'none of them is' if known > 1 else 'it is not'} {right}"
-    verb = "know" if known > 1 else "knows"
-    return f"{known} of {total} layers {verb} something of the concept ({family}), but {shown}.{by_f1}"
+    return f"{known} of {total} layers {_are(known)} distinguishable from chance ({family}), but {shown}.{by_f1}"
 
 
 def _are(count: int) -> str:
@@ -179,18 +178,20 @@ def _reached(results: dict, first: dict) -> str:
         return ordinary
     crossed = results["analysis"]["cross_fitted"]
     if crossed["why"]:
-        return f"{ordinary} on the test LoRAs that it was chosen by"
-    return (
-        f"{ordinary} on the test LoRAs that it was chosen by; the first layer chosen by others reaches "
-        f"{accuracy_text(crossed['first'])}"
-    )
+        return f"{ordinary} on the test LoRAs that chose it"
+    honest = accuracy_text(crossed["first"])
+    if results["analysis"]["layers"]["num_above_null"] and not crossed["first"]["above_null"]:
+        honest += ", indistinguishable from chance: which layer is first is not settled"
+    others = "where other test LoRAs choose the first layer, it reaches"
+    return f"{ordinary} on the test LoRAs that chose it; {others} {honest}"
 
 
 def _stability(section: dict, k: int) -> str:
     concordance, rankings = section["stability"], section["rankings"]
     parts = []
     if concordance["kendall_w"] is not None:
-        parts.append(f"Kendall's W over {concordance['runs']} runs is {number(concordance['kendall_w'])}")
+        agreement = number(concordance["kendall_w"])
+        parts.append(f"Kendall's W over {concordance['runs']} runs is {agreement} (1: the same ranking)")
     if rankings["kendall_tau"] is not None:
         parts.append(f"Kendall's tau of the rankings by test and by validation is {number(rankings['kendall_tau'])}")
     same = "they have the same first layer" if rankings["same_top_k"] else "their first layers differ"
@@ -232,16 +233,16 @@ def _is_robust(results: dict) -> Iterator[str]:
     if not sections:
         yield from _no_verdict(results)
         return
-    yield from _beats_all(results)
-    names_of: dict[str, list[str]] = {}
-    for name, section in sections.items():
-        names_of.setdefault(section["verdict"], []).append(name)
-    yield " ".join(
-        f"{capital(verdict)} by {listed(names)}: {VERDICTS[verdict]}." for verdict, names in names_of.items()
-    )
+    names_of: dict[tuple[str, str], list[str]] = {}
     for name, section in sections.items():
         runs = runs_text(results, name)
-        yield f"{name}{f' (in {runs})' if runs else ''}: {section['why'].rstrip('.')}. {_removals(results, section)}"
+        verdict = (section["verdict"], section["why"].rstrip("."))
+        names_of.setdefault(verdict, []).append(f"{name} (in {runs})" if runs else name)
+    yield " ".join(f"{capital(verdict)} by {listed(names)}: {why}." for (verdict, why), names in names_of.items())
+    yield from _beats_all(results)
+    for name, section in sections.items():
+        yield f"{name}: {_removals(section)}"
+        yield from _modules_above(name, section)
         yield from _concentration(name, section)
 
 
@@ -257,15 +258,15 @@ def _beats_all(results: dict) -> Iterator[str]:
         if subject and record and record["interval"][0] > 0:
             yield (
                 f"{subject} right more often than all layers together by {RANKED_BY}: by "
-                f"{percent(record['difference'])} points ({bounds(record['interval'])}, chosen by {chosen_by} LoRAs). "
-                "What is left after a removal is measured against all layers."
+                f"{percent(record['difference'])} points ({bounds(record['interval'])}, chosen by {chosen_by} LoRAs); "
+                "what a removal leaves is measured against all layers."
             )
 
 
-def _removals(results: dict, section: dict) -> str:
+def _removals(section: dict) -> str:
     """Return accuracies with all units, and without some."""
     random, unit, total, removed = section["without_random"], section["unit"], section["units"], section["removed"]
-    parts = [f"With all {counted(total, unit)} {accuracy_text(section['all'])}"]
+    parts = [f"with all {counted(total, unit)} {accuracy_text(section['all'])}"]
     parts.append(f"without the {_top(removed, unit)} {left_text(section['without_top'])}")
     if section["most"] > removed:
         parts.append(f"without the {_top(section['most'], unit)} {left_text(section['without_most'])}")
@@ -274,10 +275,10 @@ def _removals(results: dict, section: dict) -> str:
     if random["draws"] == 1:
         others = f"without {drawn} {percent(random['mean'])} % (one draw)"
     elif random["draws"]:
-        others = (
-            f"without {drawn} {percent(random['mean'])} % (mean of {random['draws']} draws, "
-            f"which range from {bounds((random['min'], random['max']))})"
-        )
+        spread = f"which range from {bounds((random['min'], random['max']))}"
+        if random["min"] == random["max"]:
+            spread = "all alike"
+        others = f"without {drawn} {percent(random['mean'])} % (mean of {random['draws']} draws, {spread})"
     parts.append(others)
     return f"{', '.join(parts)}; with the {_top(removed, unit)} alone {left_text(section['top_alone'])}."
 
@@ -286,17 +287,26 @@ def _top(count: int, unit: str) -> str:
     return f"most predictive {unit}" if count == 1 else f"{count} most predictive {unit}s"
 
 
+def _modules_above(name: str, section: dict) -> Iterator[str]:
+    """Yield which modules are the most predictive, where some alone are above chance; layers are in the ranking."""
+    if section["unit"] == "module" and (count := section["units_above"]):
+        first = section["order"][:count]
+        names = f"; the first by validation {_are(count)} {listed(first)}" if count <= NAMED_MODULES else ""
+        yield f"By {name}, {count} of {section['units']} modules {_are(count)} above chance alone{names}."
+
+
 def _concentration(name: str, section: dict) -> Iterator[str]:
     """Yield how many units hold half of what is above chance, and what is left without the least predictive."""
     gone, left, unit = section["half_gone"], section["left_without_least"], section["unit"]
     if left is None or left["interval"] is None:
         return
-    half = f"half of what is above chance is gone without the {_top(gone, unit)} of {section['units']}"
-    if gone is None:
-        half = f"more than half of what is above chance is left as long as any {unit} is"
+    half = f"more than half of the accuracy above chance is left as long as any {unit} is"
+    if gone is not None:
+        half = f"half of the accuracy above chance is gone without the {_top(gone, unit)} of {section['units']}"
     least = f"least predictive {unit}" if left["removed"] == 1 else f"{left['removed']} least predictive {unit}s"
     yield (
-        f"By {name}, {half}; without the {least} {percent(left['share'])} % ({bounds(left['interval'])}) of it is left."
+        f"By {name}, {half} (an estimate without an interval); without the {least} the accuracy above chance is "
+        f"{percent(left['share'])} % ({bounds(left['interval'])}) of that with all."
     )
 
 
@@ -344,19 +354,19 @@ def _none_best(results: dict) -> Iterator[str]:
     section = results["analysis"]["representations"]["conditions"]["baseline"]
     accuracy, chance = _accuracies(results, "baseline"), percent(results["chance"]["accuracy"])
     chosen, others = section["chosen"], section["above_null"]
-    reached = f"{percent(accuracy[chosen])} % ({bounds(section['intervals'][chosen])})"
+    reached = f"reaches {percent(accuracy[chosen])} % ({bounds(section['intervals'][chosen])})"
+    needed = f"among {len(accuracy)} representations {needed_text(section['needed'])}"
     if not others:
         yield (
             f"None of {len(accuracy)} representations is distinguishable from chance ({chance} %) with all layers, so "
-            f"none is best. By validation accuracy it would be {chosen}, which reaches {reached}, and "
-            f"{needed_text(section['needed'])}."
+            f"none is best. The first by validation accuracy, {chosen}, {reached} and {needed}."
         )
         return
-    verb, them = ("does", "it") if len(others) == 1 else ("do", "them")
+    them = "it" if len(others) == 1 else "them"
     yield (
-        f"None is best: by validation accuracy it would be {chosen}, which reaches {reached} with all layers (chance "
-        f"{chance} %), and among {len(accuracy)} representations {needed_text(section['needed'])}. {listed(others)} "
-        f"{verb} know something of the concept, but validation does not choose {them}."
+        f"None is best: the first by validation accuracy, {chosen}, is indistinguishable from chance ({chance} %) with "
+        f"all layers: it {reached} and {needed}. Distinguishable from chance {_are(len(others))} {listed(others)}, but "
+        f"validation does not choose {them}."
     )
 
 
@@ -370,12 +380,12 @@ def _best_reached(results: dict) -> str:
     line += f", where chance is {chance} %"
     if not section["best_above_chance"]:
         line += (
-            f"; it knows something of the concept ({p_text(section['p_family'][best])}), but is not shown to be right "
+            f"; it is distinguishable from chance ({p_text(section['p_family'][best])}), but not shown to be right "
             "more often than always guessing the largest class"
         )
     groups = results["analysis"]["groups"]
     if groups and groups["may_be_groups"]:
-        line += f"; what it knows may be the {groups['column']} and not the concept"
+        line += f"; what it predicts may be the {groups['column']} and not the concept"
     return f"{line}."
 
 
@@ -383,18 +393,22 @@ def _compared_with_best(results: dict) -> Iterator[str]:
     """Yield how far the best representation is ahead of the others."""
     section = results["analysis"]["representations"]["conditions"]["baseline"]
     accuracy, best, by_test = _accuracies(results, "baseline"), section["best"], section["best_by_test"]
-    if by_test != best and accuracy[by_test] > accuracy[best]:
-        yield f"By test accuracy it is {by_test}, with {percent(accuracy[by_test])} %."
-    if section["ties"]:
-        yield f"{listed([best, *section['ties']])} are right on equally many test LoRAs."
     others, not_worse = [name for name in accuracy if name != best], section["not_worse"]
     worse = [name for name in others if name not in not_worse]
     if not worse:
-        yield f"Not significantly worse {'is' if len(others) == 1 else 'are'} {_all_of(others)}."
+        yield f"Not significantly worse than it {_are(len(others))} {_all_of(others)}."
     elif not not_worse:
         yield f"It is significantly better than {_all_of(others)}."
     else:
-        yield f"It is significantly better than {listed(worse)}; not significantly worse: {listed(not_worse)}."
+        counted_worse = listed(worse) if len(worse) < MANY else f"{len(worse)} of {len(others)} others"
+        yield (
+            f"It is significantly better than {counted_worse}; not significantly worse than it {_are(len(not_worse))} "
+            f"{listed(not_worse)}."
+        )
+    if section["ties"]:
+        yield f"{listed([best, *section['ties']])} are right on equally many test LoRAs."
+    if by_test != best and accuracy[by_test] > accuracy[best]:
+        yield f"The highest test accuracy is that of {by_test}, with {percent(accuracy[by_test])} %."
     records = {record["b"]: record for record in section["comparisons"] if record["a"] == best}
     second = max(others, key=accuracy.get)
     if second not in section["ties"]:
@@ -402,8 +416,8 @@ def _compared_with_best(results: dict) -> Iterator[str]:
         ahead = "ahead of" if record["difference"] > 0 else "behind"
         interval = record["interval"] if record["difference"] > 0 else [-bound for bound in record["interval"][::-1]]
         yield (
-            f"It is {ahead} {second} by {percent(abs(record['difference']))} points ({bounds(interval)}, "
-            f"{p_text(record['p'])}; intervals and p hold for all these comparisons together)."
+            f"By test accuracy {best} is {ahead} {second} by {percent(abs(record['difference']))} points "
+            f"({bounds(interval)}, {p_text(record['p'])}; intervals and p hold for all these comparisons together)."
         )
 
 
@@ -416,14 +430,14 @@ def _without_top(results: dict) -> Iterator[str]:
     analysis, k = results["analysis"], results["config"]["top_k"]
     compared, best = analysis["representations"], analysis["representations"]["conditions"]["baseline"]["best"]
     drops, left = compared["drops"], _accuracies(results, "ablation")
-    yield f"Without {top_layers(k)} it {change_text(drops[best])}{_crossed_drop(results, best)}."
+    yield f"Without {top_layers(k)} {best} {change_text(drops[best])}{_crossed_drop(results, best)}."
     if len(drops) > 1:
-        crossed = analysis["cross_fitted"]["drops"]
-        lost = [name for name, drop in crossed.items() if drop["significant"] and drop["drop_cf"] > 0]
-        honest = f"; where other test LoRAs choose the layers {len(lost)} of {len(crossed)} do" if crossed else ""
+        losses, crossed = len(compared["significant_losses"]), analysis["cross_fitted"]["drops"]
+        lost = sum(drop["significant"] and drop["drop_cf"] > 0 for drop in crossed.values())
+        honest = f"; where other test LoRAs choose the layers, {lost or 'none'}" if crossed else ""
         yield (
-            f"{len(compared['significant_losses'])} of {len(drops)} representations lose significantly by that removal"
-            f"{honest}."
+            f"Of {len(drops)} representations {losses or 'none'} {'lose' if losses > 1 else 'loses'} significantly by "
+            f"that removal{honest}."
         )
     section = compared["conditions"]["ablation"]
     if not section["above_null"]:
@@ -431,8 +445,8 @@ def _without_top(results: dict) -> Iterator[str]:
     elif section["best"] is None:
         known = section["above_null"]
         yield (
-            f"Without {top_layers(k)} {listed(known)} {_are(len(known))} distinguishable from chance, but not the best "
-            f"by validation accuracy, {section['chosen']}."
+            f"Without {top_layers(k)} {listed(known)} {_are(len(known))} distinguishable from chance, but the first by "
+            f"validation accuracy, {section['chosen']}, is not."
         )
     elif len(drops) > 1:
         yield (
@@ -450,7 +464,7 @@ def _crossed_drop(results: dict, name: str) -> str:
     verb, sign = ("loses", 1) if drop["drop_cf"] >= 0 else ("gains", -1)
     interval = drop["interval"] if sign == 1 else [-bound for bound in drop["interval"][::-1]]
     return (
-        f" on the test LoRAs that these layers were chosen by; where they are chosen by others it {verb} "
+        f" where the same test LoRAs choose the layers to remove; where others do, it {verb} "
         f"{percent(sign * drop['drop_cf'])} points ({bounds(interval)}, {p_text(drop['p'])})"
     )
 
@@ -481,17 +495,23 @@ def _best_over_splits(results: dict) -> Iterator[str]:
 def _different_information(results: dict) -> Iterator[str]:
     section, k = results["analysis"]["layer_information"], results["config"]["top_k"]
     clusters, total = section["clusters"], len(results["layer_ranking"])
+    if (known := results["analysis"]["layers"]["num_above_null"]) < 2:
+        alone = "No single layer is" if known == 0 else f"Only 1 of {total} layers is"
+        yield f"Not shown: {alone.lower()} distinguishable from chance, and layers at chance differ by chance."
     yield (
         f"Two layers predict different classes for {percent(section['disagreement']['mean'])} % of the test LoRAs on "
-        f"average (kappa {number(section['kappa']['mean'])})."
+        f"average (kappa {number(section['kappa']['mean'])}; 0 is agreement by chance)."
     )
     if k > 1:
         yield from _together(results)
-    alone = ", each a single layer" if clusters["count"] == total else ""
-    yield (
-        f"By their features (linear CKA of at least {number(1 - clusters['threshold'])} within a cluster) the {total} "
-        f"layers form {counted(clusters['count'], 'cluster')}{alone}."
-    )
+    similar = f"linear CKA of at least {number(1 - clusters['threshold'])}"
+    if clusters["count"] == total:
+        yield f"No two of {total} layers have similar features ({similar})."
+    else:
+        yield (
+            f"By their features ({similar} within a cluster) the {total} layers form "
+            f"{counted(clusters['count'], 'cluster')}."
+        )
 
 
 def _together(results: dict) -> Iterator[str]:
@@ -499,18 +519,18 @@ def _together(results: dict) -> Iterator[str]:
     analysis, k = results["analysis"], results["config"]["top_k"]
     union, crossed = analysis["layer_information"]["union"], analysis["cross_fitted"]
     yield (
-        f"A vote of the top {k} is right on {percent(union['vote'])} % of them, the first alone on "
+        f"A vote of the top {k} is right on {percent(union['vote'])} % of the test LoRAs, the first alone on "
         f"{percent(union['best_alone'])} %: a difference of {signed(union['vote_gain'])} points "
         f"({bounds(union['vote_interval'])})."
     )
     if crossed["why"]:
-        yield f"At least one of the top {k} is right on {percent(union['any_of_top_k'])} %, which guessing raises too."
+        yield f"At least one of the top {k} is right on {percent(union['any_of_top_k'])} %, which chance raises too."
         return
     together = crossed["union"]
     yield (
         f"Where other test LoRAs choose the layers, the vote is right on {accuracy_text(crossed['vote'])}, the first "
-        f"alone on {accuracy_text(crossed['first'])}, and at least one of the top {k} on {accuracy_text(together)}; on "
-        f"shuffled labels, with layers chosen by them, at least one is right on {percent(together['by_chance'])} %."
+        f"alone on {accuracy_text(crossed['first'])}, and at least one of the top {k} on {accuracy_text(together)}, "
+        f"against {percent(together['by_chance'])} % on shuffled labels."
     )
 
 
@@ -523,11 +543,18 @@ def _rank_matters(results: dict) -> Iterator[str]:
     if not section["answerable"]:
         yield f"{capital(section['why']).rstrip('.')}; the {tested} is tested instead."
     yield (
-        f"The {tested} differs between concepts in {section['num_significant']} of {len(section['modules'])} modules "
-        f"(Kruskal-Wallis, false discovery rate {100 * results['analysis']['alpha']:.0f} %)."
+        f"The {tested} differs significantly between concepts in {section['num_significant']} of "
+        f"{len(section['modules'])} modules (Kruskal-Wallis, false discovery rate "
+        f"{100 * results['analysis']['alpha']:.0f} %)."
     )
     concepts = len(complexity["by_class"])
     known = sum(record["recall"] is not None for record in complexity["by_class"])
+    if complexity["spearman_spread"] is None and complexity["spearman_recall"] is None:
+        yield (
+            f"Its correlations over the {concepts} concepts, with the spread of their features and with their recall, "
+            "are not measured (too few, or constant)."
+        )
+        return
     over = "" if known == concepts else f", over the {known} with test LoRAs,"
     yield (
         f"Over the {concepts} concepts its Spearman correlation with the spread of a concept's features is "
@@ -561,14 +588,17 @@ def concept_lines(results: dict) -> list[str]:
         for name, recall in zip(names, zip(*section["recall"], strict=True), strict=True)
         if None not in recall
     }
-    lines = [f"The best single layer for each concept recognises {_ends(alone)}."]
+    lines = [
+        "The single layer that recognises a concept best, which the choice by these test LoRAs flatters, recognises "
+        f"{_ends(alone)}."
+    ]
     best = compared["conditions"]["baseline"]["best"] if compared else None
     if best:
         recall, drop = (dict(zip(names, section[key][best], strict=True)) for key in ("baseline", "drop"))
         most = max(alone, key=lambda name: drop[name])
         lost = f"takes most from {most} ({percent(drop[most])} points)" if drop[most] > 0 else "costs none of them"
         ends = _ends({name: recall[name] for name in alone})
-        lines.append(f"With all layers {best} recognises {ends}; removing the top {k} {lost}.")
+        lines.append(f"With all layers {best} recognises {ends}; removing {top_layers(k)} {lost}.")
     return lines
 
 

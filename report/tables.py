@@ -21,6 +21,7 @@ from report.wording import (
     runs_text,
     signed,
     spread_text,
+    top_layers,
 )
 
 TOGETHER = (  # note below a table of differences
@@ -114,6 +115,7 @@ def _places_table(groups: dict) -> Table:
     rows = [
         [kind, value, str(group["layers"]), percent(group["mean"]), bounds(group["interval"])]
         for kind, values in groups.items()
+        if len(values) > 1  # else it is the mean of all
         for value, group in values.items()
     ]
     columns = ["by", "value", "layers", "mean accuracy", "95 % interval"]
@@ -179,13 +181,13 @@ def _controls_table(results: dict) -> Table | None:
     if not sections:
         return None
     cells_of: dict[str, Callable[[dict], str]] = {
-        "removed are": lambda section: f"{section['unit']}s, of {section['units']}",
+        "removed from": lambda section: counted(section["units"], section["unit"]),
         "all": lambda section: _left(section["all"]),
         "without the top": lambda section: f"{_left(section['without_top'])}, {section['removed']} removed",
         "without the most predictive": lambda section: f"{_left(section['without_most'])}, {section['most']} removed",
         "as many random others (mean, range)": lambda section: _range(section["without_random"]),
         "random draws": lambda section: str(section["without_random"]["draws"]),
-        "of these at or below it": lambda section: _at_or_below(section["without_random"]),
+        "of these, draws that cost as much": lambda section: _at_or_below(section["without_random"]),
         "without the bottom": lambda section: _left(section["without_bottom"]),
         "the top alone": lambda section: _left(section["top_alone"]),
         "share left without the top": lambda section: _surviving(section["survives"]),
@@ -197,12 +199,16 @@ def _controls_table(results: dict) -> Table | None:
         "area under the curve, least first": lambda section: _area(section, "least_first"),
         "area under the curve, random order": lambda section: _area(section, "random_order"),
     }
+    if all(section["most"] == section["removed"] for section in sections.values()):
+        for line in ("without the most predictive", "share left without the most predictive"):
+            del cells_of[line]  # which are the top
     rows = [[line, *map(cell, sections.values())] for line, cell in cells_of.items()]
     rows.append(["runs", *(_runs(results, name) for name in sections)])
     rows.append(["verdict", *(section["verdict"] for section in sections.values())])
     note = (
-        "In percent. Share left: of the accuracy above chance, when the most predictive are removed. Concentration: 1 "
-        "- 2 times the area under that share, 0 where all are equal and 1 where one holds all. Area: under the "
+        "In percent. Top: the most predictive. Share left: of the accuracy above chance; below 0 the accuracy is below "
+        "chance. Concentration: 1 - 2 times the area under that share as the most predictive are removed first, 0 "
+        "where all are equal and 1 where one holds all, more where the others fall below chance. Area: under the "
         "accuracy from all to none, 1 at most."
     )
     return Table("robustness", "Removing the top, and what else could be removed", ["", *sections], rows, note=note)
@@ -242,7 +248,7 @@ def _area(section: dict, curve: str) -> str:
 
 def _runs(results: dict, name: str) -> str:
     runs = results["analysis"]["robustness"][name]["runs"]
-    return runs_text(results, name).replace("the ", "") or f"all {runs}"
+    return runs_text(results, name).replace("the ", "") or str(runs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -272,7 +278,7 @@ def _metrics_table(results: dict) -> Table:
             ]
             accuracies.append(entry["test_accuracy"]["mean"])
         rows.append([*row, signed(accuracies[1] - accuracies[0])])
-    return Table("representations", f"Every representation with all layers and without the top {k}", columns, rows)
+    return Table("representations", f"Every representation with all layers and without {top_layers(k)}", columns, rows)
 
 
 def _differences_table(results: dict) -> Table | None:
@@ -305,10 +311,10 @@ def _drops_table(results: dict) -> Table | None:
     rows = [[name, *_difference(section["drops"][name], "drop")] for name in _best_first(results)]
     if crossed:
         columns += ["drop, others choose", "p"]
-        note += " Others choose: the layers that are removed are chosen on other test LoRAs, in five folds."
+        note += " Others choose: the layers that are removed are chosen by other test LoRAs, in five folds."
         for row in rows:
             row += _difference(crossed.get(row[0]), "drop_cf")
-    return Table("representations", f"What removing the top {k} costs, in points", columns, rows, note=note)
+    return Table("representations", f"What removing {top_layers(k)} costs, in points", columns, rows, note=note)
 
 
 def _difference(record: dict | None, key: str) -> list[str]:
@@ -322,11 +328,15 @@ def _concepts_table(analysis: dict) -> Table:
     """Return what is known of each concept, those that lose most by the ablation first."""
     section, compared, structure = analysis["concepts"], analysis["representations"], analysis["rank_structure"]
     columns, rows = ["concept"], [[str(name)] for name in section["classes"]]
-    title, note = "Each concept", "best layer: highest recall by one layer alone; spread: of the concept's features"
+    title = "Each concept"
+    note = (
+        "best layer: highest recall by one layer alone, too high as the same test LoRAs choose the layer; spread: of "
+        "the features about the concept's mean"
+    )
     best = compared["conditions"]["baseline"]["best"] if compared else None
     if best:
         columns += ["recall", "drop"]
-        title = f"Each concept: recall by {best} with all layers, and what the ablation takes from it (points)"
+        title = f"Each concept: recall by {best} with all layers, and what removing the top takes from it (points)"
         for row, recall, drop in zip(rows, section["baseline"][best], section["drop"][best], strict=True):
             row += [_known(recall), _known(drop)]
     columns += ["best layer", "spread"]
@@ -339,7 +349,7 @@ def _concepts_table(analysis: dict) -> Table:
         columns.append(measure.replace("_", " "))
         note += f"; {columns[-1]}: mean of the updates"
         for row, record in zip(rows, by_class, strict=True):
-            row.append(f"{record[measure]:.3g}")
+            row.append(f"{record[measure]:#.3g}".rstrip("."))
     if best:
         drops = [-math.inf if drop is None else drop for drop in section["drop"][best]]
         rows = [rows[c] for c in sorted(range(len(rows)), key=lambda c: -drops[c])]

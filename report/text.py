@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from report.cautions import NO_CONTROLS, checks, warnings
 from report.figures import findings
-from report.sentences import Answer, answers
+from report.sentences import VERDICTS, Answer, answers
 from report.tables import Table, tables
-from report.wording import counted, metric, signed, wrapped
+from report.wording import capital, counted, metric, signed, top_layers, wrapped
 
 # Validation rows below which the results say how little early stopping rests on. It stands here, not in analysis/, as
 # results without an analysis need it too.
@@ -115,7 +115,7 @@ def render_text(results: dict, content: Content | None = None) -> str:
         _layers(results, content.tables["ranking"]),
         _representations(results),
         _splits(content.tables),
-        _evidence(content.tables, [check for check in content.checks if check not in content.warnings]),
+        _evidence(results, content.tables, [check for check in content.checks if check not in content.warnings]),
         _not_run(results),
         _notes(results),
     )
@@ -131,7 +131,7 @@ def run_facts(results: dict) -> list[tuple[str, str]]:
         (
             "chance",
             f"accuracy {100 * chance['accuracy']:.1f}, macro-F1 {100 * chance['f1']:.1f}: "
-            "always guessing the largest class of the test rows",
+            "always guessing the largest class of the test LoRAs",
         ),
         *_notices(results),
     ]
@@ -190,7 +190,7 @@ def answer_lines(results: dict, answered: Sequence[Answer]) -> list[str]:
     if not answered:
         return []
     level = results["analysis"]["level"]
-    title = f"Short answers (in brackets: intervals of {100 * level:.0f} % over the test LoRAs)"
+    title = f"Short answers (in brackets: {100 * level:.0f} % intervals over the test LoRAs)"
     lines = [title, "-" * len(title)]
     for position, answer in enumerate(answered, 1):
         lines.append(f"{position}. {answer.question}")
@@ -233,13 +233,13 @@ def _representations(results: dict) -> list[str]:
     k, ranking = results["config"]["top_k"], results["layer_ranking"]
     total, layers_of = len(ranking), Counter(record["module"] for record in ranking)
     whole = {module for module, layers in layers_of.items() if layers == 2}  # the down and the up
-    lines = [f"2 and 3. Every representation with all {total} layers, and without the top {k} ({total - k} left)"]
+    lines = [f"2 and 3. Every representation with all {total} layers, and without {top_layers(k)} ({total - k} left)"]
     if whole:
         pairs = len({record["module"] for record in ranking[:k]} & whole)
         lines.append(
             f"(pair-wise ones lose a pair when either of its layers is removed: {pairs} of {len(whole)} pairs)"
         )
-    lines.append(f"{'':<16}{' all layers ':-^37}   {f' without the top {k} ':-^37}")
+    lines.append(f"{'':<16}{' all layers ':-^37}   {f' without {top_layers(k)} ':-^37}")
     lines.append(f"{RESULT_HEADER} {'features':>9} {'test accuracy':>13}  {'test F1':>13}  {'change':>7}")
     baseline, ablation = results["baseline_results"], results["ablation_results"]
     for name in sorted(baseline, key=lambda name: -baseline[name]["test_accuracy"]["mean"]):
@@ -259,13 +259,23 @@ def _titled(table: Table) -> list[str]:
     return [table.title, *_table_lines(table), ""]
 
 
-def _evidence(made: dict[str, Table], controls: Sequence[str]) -> list[str]:
+def _evidence(results: dict, made: dict[str, Table], controls: Sequence[str]) -> list[str]:
     """Return the tables that only an analysis fills, one below the other, and the outcome of the controls."""
     lines = []
     for name in ("differences", "drops", "controls", "places", "conditional", "concepts"):
         if name in made:
             lines += _titled(made[name])
+            if name == "controls":
+                lines[-1:] = [*_verdict_lines(results), ""]
     return [*lines, "Controls", *_bullets(controls)] if controls else lines
+
+
+def _verdict_lines(results: dict) -> list[str]:
+    """Return what each verdict that was given means."""
+    given = {section["verdict"] for section in results["analysis"]["robustness"].values()}
+    return wrapped(
+        " ".join(f"{capital(name)}: {meaning}." for name, meaning in VERDICTS.items() if name in given), WIDTH
+    )
 
 
 def _table_lines(table: Table, columns: Sequence[str] = ()) -> list[str]:
@@ -300,17 +310,17 @@ def _not_run(results: dict) -> list[str]:
 def _notes(results: dict) -> list[str]:
     split, config, skipped = results["dataset"]["split_sizes"], results["config"], results["dataset"]["skipped"]
     lines = [
-        "Accuracies and macro-F1 in percent, on the test rows; changes in points. ± is the sample standard deviation",
+        "Accuracies and macro-F1 in percent, on the test LoRAs; changes in points. ± is the sample standard deviation",
         f"over {config['num_runs']} runs, which differ in initial weights, minibatch order and dropout. The split and",
         "the fitted autoencoders are the same in all runs.",
     ]
     if config["rank_by"] == "test" and not results.get("analysis"):  # else a warning says so
         lines.append(
-            "The top layers were chosen on the same test rows that the tables report; --rank-by=val avoids that."
+            "The top layers were chosen on the same test LoRAs that the tables report; --rank-by=val avoids that."
         )
     if split["validation"] < SMALL_VALIDATION:
         lines.append(
-            f"Early stopping rests on only {split['validation']} validation rows: take small differences lightly."
+            f"Early stopping rests on only {split['validation']} validation LoRAs: do not rely on small differences."
         )
     if skipped:
         lines.append(f"{len(skipped)} files were left out; results.json lists them.")

@@ -218,7 +218,7 @@ def test_samples_and_predictions_belong_to_the_figures(everything, planted):
 def test_results_txt_tells_what_was_run_and_chance(everything):
     text = (everything[0] / "results.txt").read_text()
     for expected in ("--quick", "180 LoRAs of 8 layers", "126 train, 18 validation, 36 test", "accuracy 33.3",
-                     "3 of 4 pairs", "18 validation rows", "--rank-by=val"):  # fmt: skip
+                     "3 of 4 pairs", "18 validation LoRAs", "--rank-by=val"):  # fmt: skip
         assert expected in text
     assert all(f"\n{name} " in text for name in REPRESENTATIONS)
     assert max(map(len, text.splitlines())) <= 120

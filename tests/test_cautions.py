@@ -170,18 +170,18 @@ def test_planted_layers_are_ahead_of_shuffled_labels():
 
 
 def test_features_that_coincide_or_never_vary():
-    assert not warned(made(), "features of")
+    assert not checked(made(), "features of")
     results = made(answerable=False)
-    assert len(warned(results, "At this rank features of spectral")) == 2
-    assert len(warned(results, "sigma_1 = gap_1.")) == len(warned(results, "sigma_2, sigma_3.")) == 1
+    assert len(checked(results, "At this rank features of spectral")) == 2
+    assert len(checked(results, "sigma_1 = gap_1.")) == len(checked(results, "sigma_2, sigma_3.")) == 1
     structure = results["analysis"]["rank_structure"]
     structure["constant"]["spectral"] = ["mean", "gap_2", "gap_3", "gap_4", "gap_9"]
-    assert warned(results, "mean, gap_2 to gap_4, gap_9.")
+    assert checked(results, "mean, gap_2 to gap_4, gap_9.")
     structure["answerable"] = True
-    assert len(warned(results, "In these LoRAs features of spectral")) == 2 and not warned(results, "At this rank")
+    assert len(checked(results, "In these LoRAs features of spectral")) == 2 and not checked(results, "At this rank")
     results = without_pairs()  # of no update is anything known
     results["analysis"]["rank_structure"]["constant"] = {"spectral": ["gap_2"]}
-    assert len(warned(results, "In these LoRAs features of spectral")) == 1
+    assert len(checked(results, "In these LoRAs features of spectral")) == 1
 
 
 def test_chance_and_attribution_are_among_the_checks():

@@ -355,7 +355,10 @@ def test_without_any_unit_above_chance_there_is_no_order_and_no_verdict():
     evidence = evidence_of(alone=np.zeros((LAYERS, 1, 140), bool))
     conditions = planned(evidence)
     result = robustness(evidence, conditions, guesses(evidence, conditions, lambda kept: 0.9 * kept.any()))
-    assert (result["verdict"], result["why"]) == ("undecided", "no single layer is above chance")
+    assert (result["verdict"], result["why"]) == (
+        "undecided",
+        "no single layer is above chance, so no order of removal is known",
+    )
     assert result["units_above"] == 0 and result["survives"]["share"] > 0.9
     assert result["steepest"] is None and result["half_gone"] is None
 
@@ -451,8 +454,8 @@ def test_verdicts_by_their_boundaries(survives, random, half, expected):
     [
         (
             (LITTLE, drawn(), LOW, order_of(16, 4)),
-            "without the 4 most predictive layers 20 % (10 to 30) of the accuracy above chance is left, and without "
-            "random others more is (p = 0.025 from 39 draws)",
+            "without the 4 most predictive layers 20 % (10 to 30) of the accuracy above chance is left, and random "
+            "others cost less (p = 0.025 from 39 draws)",
         ),
         (
             (shares(-0.08, -0.15, 0.04), drawn(1), LOW, order_of(2, 1)),
@@ -466,14 +469,13 @@ def test_verdicts_by_their_boundaries(survives, random, half, expected):
         ),
         (
             (shares(0.8, 0.7, 0.9), drawn(), shares(0.5, 0.4, 0.6), order_of(16, 4)),
-            "without the 4 most predictive layers 80 % (70 to 90) of the accuracy above chance is left; 50 % (40 to "
-            "60) of the accuracy above chance is left at the lowest point until half of the layers are removed (8 "
-            "layers removed)",
+            "without the 4 most predictive layers 80 % (70 to 90) of the accuracy above chance is left, but 50 % (40 "
+            "to 60) of the accuracy above chance is left without 8 layers, the lowest point until half are removed",
         ),
         (
             (shares(1.0, 0.9, 1.1), drawn(), shares(0.95, 0.85, 1.05) | {"removed": 1}, order_of(16, 4)),
-            "95 % (85 to 105) of the accuracy above chance is left at the lowest point until half of the layers are "
-            "removed (1 layer removed): the interval includes 90 %",
+            "95 % (85 to 105) of the accuracy above chance is left without 1 layer, the lowest point until half are "
+            "removed: the interval includes 90 %, the bound between distributed and redundant",
         ),
     ],
 )
@@ -491,11 +493,23 @@ ALONE = {"accuracy": 1.0, "interval": [0.9, 1.0], "p": 0.001}
 @pytest.mark.parametrize(
     ("before", "alone", "any_above", "expected", "why"),
     [
-        (section(), None, False, "no signal", "neither all layers nor any representation"),
-        (section(), ALONE | {"p": 0.3}, False, "no signal", "neither all layers, nor the top 5 layers alone, nor any"),
-        (section(), ALONE, False, "unseen", "the top 5 layers, chosen by other test LoRAs, are distinguishable"),
-        (section(), ALONE | {"p": 0.3}, True, "unseen", "other representations are not"),
-        (section("undecided"), ALONE, True, "unseen", "loses it among the others"),
+        (section(), None, False, "no signal", "the top 5 layers alone, chosen by the same test LoRAs, could not be"),
+        (section(), ALONE | {"p": 0.3}, False, "no signal", "neither"),
+        (
+            section(),
+            ALONE,
+            False,
+            "unseen",
+            "with all layers stats is indistinguishable from chance, while the top 5 layers",
+        ),
+        (section(), ALONE | {"p": 0.3}, True, "unseen", "while other representations are not"),
+        (
+            section("undecided"),
+            ALONE,
+            True,
+            "unseen",
+            "with all layers stats is not clearly above chance, while the top 5",
+        ),
         (section("undecided", high=0.95), ALONE, True, "undecided", "?"),
         (section("localized", survives=LITTLE), ALONE, True, "localized", "?"),
     ],
