@@ -349,8 +349,9 @@ def _coarse_and_fine(evidence: Evidence, test: ChanceTest, of_class: np.ndarray)
     largest = np.array([sizes[of_class == label].max() for label in range(1, of_class.max() + 1)])
     chance = {"coarse": np.bincount(cluster).max() / len(cluster), "fine": largest.sum() / len(cluster)}
     missing = dict.fromkeys(("top_k", "others", "coarse", "fine"))
+    top_layers = "the top layer" if k == 1 else f"the top {k}"
     if len(others) < LEAST_OTHERS:
-        return missing | {"why": f"fewer than {LEAST_OTHERS} layers beside the top {k} are above chance"}
+        return missing | {"why": f"fewer than {LEAST_OTHERS} layers beside {top_layers} are above chance"}
     if max(chance.values()) == 1:
         return missing | {"why": "all test LoRAs are of one cluster, or each of a cluster of its own"}
     right = predicted == evidence.truth  # (L, R, T)

@@ -120,6 +120,12 @@ def _not_run(results: dict) -> Iterator[str]:
             continue  # its reason stands with the columns
         subject = name if name in BEYOND_REMOVAL else f"controls of {name}"
         yield sentence(f"{subject} not run: {reason}")
+    for name, reason in analysis["cross_fitted"]["not_run"].items():
+        yield sentence(f"{name} where other test LoRAs choose the layers not run: {reason}")
+    for name, reason in (results["splits"] or {"not_run": {}})["not_run"].items():
+        yield sentence(f"{name} over several splits left out: {reason}")
+    for number, reason in (results["splits"] or {"splits_not_run": {}})["splits_not_run"].items():
+        yield sentence(f"split {number} left out: {reason}")
 
 
 def _unused_groups(analysis: dict) -> Iterator[str]:

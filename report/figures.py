@@ -138,14 +138,17 @@ def _layer_importance_finding(results: dict) -> str:
     if known > above:
         verb = "knows" if known == 1 else "know"
         finding = (
-            f"{known} of {total} layers {verb} something of the concept, {above or 'none'} more than guessing gives"
+            f"{known} of {total} layers {verb} something of the concept, {above or 'none'} more than guessing does"
         )
     roles = sorted(section["groups"]["role"].items(), key=lambda item: -item[1]["mean"])
     if len(roles) != 2:
         return finding
     (high, first), (low, second) = roles
-    compared = f"{high} factors more than {low}" if section["better_role"] else f"{high} and {low} factors"
-    return f"{finding}; {compared} ({percent(first['mean'])} and {percent(second['mean'])} %)"
+    reached = f"{percent(first['mean'])} and {percent(second['mean'])} %"
+    compared = f"{high} factors reach more than {low} ({reached})"
+    if not section["better_role"]:
+        compared = f"{high} and {low} factors reach {reached} on average"
+    return f"{finding}; {compared}"
 
 
 def _layer_importance(results: dict, figure: Figure) -> None:
@@ -332,9 +335,12 @@ def _representations_finding(results: dict) -> str:
     compared, total = section["conditions"]["baseline"], len(section["drops"])
     best, similar = compared["best"], compared["not_worse"]
     if best is None:
-        subject = next(iter(section["drops"])) if total == 1 else f"None of {total} representations"
-        verb = "is indistinguishable" if total == 1 else "is distinguishable"
-        return f"{subject} {verb} from chance with all layers"
+        if total == 1:
+            return f"{next(iter(section['drops']))} is indistinguishable from chance with all layers"
+        if compared["above_null"]:
+            chosen = cut(compared["chosen"], 1.5)
+            return f"None is best: the first by validation accuracy, {chosen}, is indistinguishable from chance"
+        return f"None of {total} representations is distinguishable from chance with all layers"
     whole, left = _accuracies(results, best)
     reached = f"{percent(whole)} % with all layers, {percent(left)} % without {top_layers(k)}"
     losses = len(section["significant_losses"])

@@ -461,12 +461,8 @@ def _crossed_drop(results: dict, name: str) -> str:
     drop = (crossed["drops"] or {}).get(name)
     if drop is None:
         return ""
-    verb, sign = ("loses", 1) if drop["drop_cf"] >= 0 else ("gains", -1)
-    interval = drop["interval"] if sign == 1 else [-bound for bound in drop["interval"][::-1]]
-    return (
-        f" where the same test LoRAs choose the layers to remove; where others do, it {verb} "
-        f"{percent(sign * drop['drop_cf'])} points ({bounds(interval)}, {p_text(drop['p'])})"
-    )
+    changed = change_text(drop | {"drop": drop["drop_cf"]})
+    return f" where the same test LoRAs choose the layers to remove; where others do, it {changed}"
 
 
 def _accuracies(results: dict, condition: str) -> dict[str, float]:
@@ -481,8 +477,8 @@ def _best_over_splits(results: dict) -> Iterator[str]:
     if splits and best in splits["representations"]:
         record, k = splits["representations"][best], results["config"]["top_k"]
         yield (
-            f"Over {splits['splits']} splits {best} reaches {spread_text(record['baseline'])}, and without "
-            f"{top_layers(k)} of each {spread_text(record['ablation'])}: a loss of "
+            f"Over {counted(splits['splits'], 'split')} {best} reaches {spread_text(record['baseline'])}, and without "
+            f"{top_layers(k)} of each {spread_text(record['ablation'])}; the drop is "
             f"{spread_text(record['drop'], 'points')}."
         )
 

@@ -117,7 +117,11 @@ def gain_text(drop: dict) -> str:
 
 def spread_text(values: dict, unit: str = "%") -> str:
     """Return a mean over splits with its interval; with their range where there are too few splits for one."""
-    around = bounds(values["interval"]) if values["interval"] else f"range {bounds((values['min'], values['max']))}"
+    around = f"range {bounds((values['min'], values['max']))}"
+    if values["interval"]:
+        around = bounds(values["interval"])
+    elif percent(values["min"]) == percent(values["max"]):
+        around = "on each" if len(values["values"]) > 1 else "on one"
     return f"{percent(values['mean'])} {unit} ({around})"
 
 

@@ -23,7 +23,7 @@ KINDS = {
         cross_fitting.TrainedSets,
     )
 }
-FEW = 10  # LoRAs whose features are looked at for coinciding ones
+FEW = 3  # LoRAs whose features are looked at for coinciding ones
 FOLDER = Path(__file__).parent / "golden"
 
 
