@@ -391,7 +391,7 @@ def test_titles_carry_the_numbers_of_the_results(results):
     layers, role = analysis["layers"], analysis["layers"]["groups"]["role"]
     high, low = sorted(role, key=lambda name: -role[name]["mean"])
     assert titles["layer_importance"].startswith(f"{layers['num_above_chance']} of 12 layers ")
-    assert f"{high} factors more than {low}" in titles["layer_importance"]
+    assert f"{high} factors reach more than {low}" in titles["layer_importance"]
     means = (wording.percent(role[name]["mean"]) for name in (high, low))
     assert "({} and {} %)".format(*means) in titles["layer_importance"]
     for number in ("3 most predictive layers", "81.2 %", "95.3 %", "88.0 to 92.0 %", ": distributed"):
@@ -420,10 +420,10 @@ def test_titles_say_when_there_is_nothing_to_find():
     for role in section["groups"]["role"].values():
         role |= {"mean": 0.25, "interval": [0.2, 0.3]}
     results["analysis"]["layer_information"]["clusters"]["count"] = 12
-    results["analysis"]["representations"]["conditions"]["baseline"] |= {"best": None, "not_worse": []}
+    results["analysis"]["representations"]["conditions"]["baseline"] |= {"best": None, "not_worse": [], "above_null": []}
     titles = figures.findings(results)
     assert titles["layer_importance"].startswith("None of 12 layers ")
-    assert titles["layer_importance"].endswith("factors (25.0 and 25.0 %)")
+    assert titles["layer_importance"].endswith("factors reach 25.0 and 25.0 % on average")
     assert "more than" not in titles["layer_importance"]
     assert titles["representations"].startswith("None of 2 representations ")
     assert titles["layer_clusters"].startswith("No two of 12 layers ")
