@@ -41,12 +41,11 @@ from analysis.questions import QUESTIONS
 from analysis.removal import robustness
 from analysis.removal_plan import Conditions, Order, plan_controls
 from loras.lora_files import Layer
-from training.splits import split_rows
 
 RESAMPLES, PERMUTATIONS = 400, 399
 BATCH, LARGE = 50, [40] + [1] * 20  # collections that share bootstrap draws; sizes of groups, one of 40 LoRAs
 HYPOTHESIS = {question.key: question.hypothesis for question in QUESTIONS}
-WIDTHS = (46, 22, 9, 6, 7, 9)
+WIDTHS = (46, 27, 9, 6, 7, 9)
 
 
 @dataclass(frozen=True)
@@ -526,16 +525,15 @@ def split_covered(cell: tuple, generator: np.random.Generator, collections: int)
     for _ in range(collections):
         y, other = np.arange(4 * per_class) % 4, np.arange(400) % 4
         x, other_x = (generator.normal(size=(len(labels), 5)) + 1.5 * np.eye(4, 5)[labels] for labels in (y, other))
-        seed, values = new_seed(generator), []
-        parts = [split_rows(y, seed + number) for number in range(splits)]
-        for rows in parts:
-            means = np.stack([x[rows["train"]][y[rows["train"]] == label].mean(0) for label in range(4)])
-            sample, labels = np.concatenate([x[rows["test"]], other_x]), np.concatenate([y[rows["test"]], other])
-            right = np.square(sample[:, None] - means).sum(2).argmin(1) == labels
-            values.append(right[: len(rows["test"])].mean())
-            truths.append(right[len(rows["test"]) :].mean())
-        ratio = len(parts[0]["test"]) / len(parts[0]["train"])
-        intervals.append(summary(np.array(values), ratio, SHARES)["interval"])
+        values = []
+        for _ in range(splits):
+            of_class = generator.permuted(np.arange(len(y)).reshape(-1, 4), axis=0)  # (per_class, 4)
+            test, train = of_class[: per_class // 5].ravel(), of_class[per_class // 5 + per_class // 10 :]
+            sample, labels = np.concatenate([x[test], other_x]), np.concatenate([y[test], other])
+            right = np.square(sample[:, None] - x[train].mean(0)).sum(2).argmin(1) == labels
+            values.append(right[: len(test)].mean())
+            truths.append(right[len(test) :].mean())
+        intervals.append(summary(np.array(values), len(test) / train.size, SHARES)["interval"])
     for bounds in intervals:  # None where all splits are equal, which says nothing that may be false
         yield bounds is None or covers(bounds, float(np.mean(truths)))
 
