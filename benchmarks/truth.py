@@ -20,8 +20,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -604,21 +604,23 @@ def line(row: Row, shares: np.ndarray, collections: np.ndarray) -> tuple[str, bo
     return f"{text}{where}{'   BROKEN' if broken else ''}", broken
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, makers: Sequence[Callable[[], list[Row]]] = ROWS) -> None:
     """Simulate all rows and print them as they are finished."""
     parser = argparse.ArgumentParser(description="Compare what the answers say with known truth.")
     parser.add_argument("--draws", type=int, default=2000, help="collections in each cell (2000)")
-    parser.add_argument("--processes", type=int, default=2, help="that work at the same time (2)")
+    parser.add_argument("--processes", type=int, default=2, help="that work at the same time (2); 1: none but this")
     parser.add_argument("--rows", default="", help="only rows whose name has this in it (all)")
-    args = parser.parse_args()
-    rows = [row for make in ROWS for row in make() if args.rows in row.name]
+    args = parser.parse_args(arguments)
+    rows = [row for make in makers for row in make() if args.rows in row.name]
     print(f"{os.cpu_count()} cores ({platform.machine()}), {args.processes} processes, numpy {np.__version__}, "
           f"{args.draws} collections in a cell, {RESAMPLES} bootstrap draws, {PERMUTATIONS} permutations")  # fmt: skip
     titles = ("percent of collections", "promised", "measured", "SE", "cells", "worst")
     print("".join(f"{title:<{width}}" for title, width in zip(titles, WIDTHS, strict=True)) + "in", flush=True)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of each process
-    start, broken = time.perf_counter(), 0
-    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+    start, broken, executor = time.perf_counter(), 0, ThreadPoolExecutor(1)
+    if args.processes > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of each process
+        executor = ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"))
+    with executor as pool:
         pending: dict[tuple[Callable, str], Future] = {}  # rows share what one simulation counts
         for row in rows:
             for cell in row.cells:

@@ -148,9 +148,14 @@ def test_a_promise_is_broken_beyond_three_standard_errors(promise, shares, broke
     assert ("first" if worst or shares[0] == shares[1] else "second") in text
 
 
-def test_the_table_of_truth_is_printed_and_its_exit_code_is_that_of_its_promises():
-    command = [sys.executable, FOLDER / "truth.py", "--draws=10", "--processes=1", "--rows=any of 13"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
+def test_the_table_of_truth_is_printed_and_its_exit_code_is_that_of_its_promises(capsys):
+    truth.main(["--draws=10", "--processes=1", "--rows=any of"])
+    lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["percent", "of", "collections", "promised", "measured", "SE", "cells", "worst", "in"]
-    assert [line.split(" ")[0] for line in lines[2:-1]] == ["any"] and lines[-1].endswith("than 3 SE")
+    names = [row.name for row in TRUTH_ROWS if "any of" in row.name]
+    assert len(names) == 3 and all(line.startswith(name) for line, name in zip(lines[2:-1], names, strict=True))
+    assert lines[-1].endswith("0 of 3 promises broken by more than 3 SE")
+    never = truth.Row("never", lambda cell, generator, collections: iter([False] * collections), [()], **truth.POWER)
+    with pytest.raises(SystemExit) as left:
+        truth.main(["--draws=10", "--processes=1"], [lambda: [never]])
+    assert left.value.code == 1 and "BROKEN" in capsys.readouterr().out
