@@ -43,6 +43,7 @@ class Draws:
         self.group = np.unique(groups, return_inverse=True)[1]
         self.units = int(self.group.max()) + 1  # G
         self.count, self.seed, self.block = count, seed, block
+        self._members = sparse.csr_array((np.ones(len(groups)), (np.arange(len(groups)), self.group)))  # (T, G)
 
     def accuracies(self, correct: Sequence[np.ndarray], resample_runs: bool = True) -> np.ndarray:
         """Return the accuracy of each classifier in every draw, float64[L, B].
@@ -203,8 +204,7 @@ class Draws:
 
     def _by_group(self, by_lora: np.ndarray) -> np.ndarray:
         """Return what each group adds to differences float[m, T], float[m, G]: their mean is the difference."""
-        sums = sparse.csr_array((np.ones(len(self.group)), (np.arange(len(self.group)), self.group)))
-        return (by_lora @ sums) * self.units / len(self.group)
+        return (by_lora @ self._members) * self.units / len(self.group)
 
     def _blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the number of the first draw of a block, and how often each draw has each LoRA, float32[b, T]."""

@@ -20,11 +20,9 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -32,18 +30,22 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from analysis.across_splits import SHARES, summary
 from analysis.chance import ChanceTest
 from analysis.comparison import compare_representations
-from analysis.draws import Draws, stream
+from analysis.cross_fitting import Choice, TrainedSets, cross_fitted, drops_of, vote_of
+from analysis.draws import ALPHA, Draws, stream
 from analysis.evidence import Evidence, Predictions
-from analysis.layers import depth_trend, layer_information
+from analysis.layers import depth_trend, layer_information, order_of
 from analysis.questions import QUESTIONS
+from analysis.removal import robustness
+from analysis.removal_plan import Conditions, Order, plan_controls
 from loras.lora_files import Layer
 
 RESAMPLES, PERMUTATIONS = 400, 399
 BATCH, LARGE = 50, [40] + [1] * 20  # collections that share bootstrap draws; sizes of groups, one of 40 LoRAs
 HYPOTHESIS = {question.key: question.hypothesis for question in QUESTIONS}
-WIDTHS = (46, 22, 9, 6, 7, 9)
+WIDTHS = (46, 27, 9, 6, 7, 9)
 
 
 @dataclass(frozen=True)
@@ -52,26 +54,27 @@ class Row:
 
     Attributes:
         name: What is counted.
-        counts: Yields the number of successes, 0 to 1 each, of a cell's collections, given the cell, its generator and
-            the number of collections.
+        counts: Yields the success of each of a cell's collections, given the cell, its generator and the number of
+            collections; or several by name, of which those that a collection does not answer are left out.
         cells: Arguments of each cell.
+        key: Of the success among several.
         mean: The least and the largest share that is promised on average.
         cell: Likewise of each cell.
         least: Whether the cell with the least share is the worst, else the one with the largest.
-        share: Of ``--draws`` that a cell has: what trains takes longer.
     """
 
     name: str
-    counts: Callable[[tuple, np.random.Generator, int], Iterator[float]]
+    counts: Callable[[tuple, np.random.Generator, int], Iterator[bool | dict[str, bool]]]
     cells: list[tuple]
+    key: str = ""
     mean: tuple[float, float] = (0.0, 1.0)
     cell: tuple[float, float] = (0.0, 1.0)
     least: bool = True
-    share: float = 1.0
 
 
 COVERS = {"mean": (0.94, 0.975), "cell": (0.9, 1.0)}
 JOINTLY = {"mean": (0.93, 1.0), "cell": (0.93, 1.0)}
+AT_LEAST_90 = {"mean": (0.9, 1.0), "cell": (0.9, 1.0)}
 ON_NOTHING = {"mean": (0.0, 0.05), "cell": (0.0, 0.05), "least": False}
 POWER = {"mean": (0.8, 1.0)}
 
@@ -130,7 +133,7 @@ def covers(bounds: np.ndarray, truth: np.ndarray | float) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def accuracy_covered(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[float]:
+def accuracy_covered(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[bool]:
     """Yield whether the interval of an accuracy holds the truth."""
     sizes, runs, truth = cell
     for start in range(0, collections, BATCH):
@@ -139,7 +142,7 @@ def accuracy_covered(cell: tuple, generator: np.random.Generator, collections: i
         yield from covers(draws.intervals(correct.mean((1, 2)), draws.accuracies(list(correct))), truth)
 
 
-def difference_covered(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[float]:
+def difference_covered(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[bool]:
     """Yield whether the interval of a single difference of accuracies holds the truth."""
     sizes, runs, truths = cell
     for start in range(0, collections, BATCH):
@@ -153,7 +156,7 @@ def difference_covered(cell: tuple, generator: np.random.Generator, collections:
             yield covers(record["interval"], truths[0] - truths[1])
 
 
-def family_covered(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[float]:
+def family_covered(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[bool]:
     """Yield whether all of thirteen differences with the best are in their intervals."""
     sizes, truths = cell
     draws = None
@@ -166,7 +169,7 @@ def family_covered(cell: tuple, generator: np.random.Generator, collections: int
         yield covers(bounds, truths[0] - np.array(truths[1:])).all()
 
 
-def family_called(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[float]:
+def family_called(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[bool]:
     """Yield whether any of thirteen equal classifiers is said to differ from the best."""
     for held in family_covered((cell[0], [0.7] * 14), generator, collections):
         yield not held
@@ -208,15 +211,15 @@ def guesses(generator: np.random.Generator, cell: tuple, layers: int, groups: np
     return np.where(says < often, 0, others)[:, None, groups]
 
 
-def layer_called(which: str, cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[float]:
-    """Yield whether any of 24 layers that know nothing is called."""
+def layer_called(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[dict[str, bool]]:
+    """Yield whether any of 24 layers that know nothing is said to know something, and to be above chance."""
     for _ in range(collections):
         y, groups = classes_of(cell, generator)
         test = ChanceTest.of(evidence_of(y, new_seed(generator), groups), list(guesses(generator, cell, 24, groups)))
-        yield getattr(test, which).any()
+        yield {"knows": test.above_null.any(), "above": test.above_chance.any()}
 
 
-def layer_found(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[float]:
+def layer_found(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[bool]:
     """Yield whether a layer that knows some LoRAs is called beside 23 that know nothing."""
     *kind, known = cell
     for _ in range(collections):
@@ -227,7 +230,7 @@ def layer_found(cell: tuple, generator: np.random.Generator, collections: int) -
         yield ChanceTest.of(evidence_of(y, new_seed(generator), groups), list(predicted)).above_null[0]
 
 
-def right_as_guessing(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[float]:
+def right_as_guessing(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[bool]:
     """Yield whether a layer is above chance that is right as often as guessing the largest class is."""
     for _ in range(collections):
         y, groups = classes_of(cell, generator)
@@ -249,7 +252,7 @@ def compared(known: list[float], generator: np.random.Generator) -> dict:
     return compare_representations(evidence, names)
 
 
-def best_called(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[float]:
+def best_called(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[bool]:
     """Yield whether the best of representations that know nothing is above chance."""
     for _ in range(collections):
         yield compared([0.0] * cell[0], generator)["conditions"]["baseline"]["best"] is not None
@@ -261,8 +264,8 @@ def rows_of_chance() -> list[Row]:
     kinds = [([1] * 60, equal), ([2, 8, 3, 5] * 5, (0.5, 0.5)), (LARGE, (0.5, 0.5)), ([1] * 100, unequal)]
     found = [([1] * 60, equal, 0.5), ([5] * 20, (0.5, 0.5), 0.9), ([1] * 120, unequal, 0.35)]
     return [
-        Row("any of 24 layers knows something", partial(layer_called, "above_null"), kinds, **ON_NOTHING),
-        Row("any of 24 layers is above chance", partial(layer_called, "above_chance"), kinds, **ON_NOTHING),
+        Row("any of 24 layers knows something", layer_called, kinds, "knows", **ON_NOTHING),
+        Row("any of 24 layers is above chance", layer_called, kinds, "above", **ON_NOTHING),
         Row("the layer that knows is found", layer_found, found, **POWER),
         Row("as good as guessing is above it", right_as_guessing, [([1] * 100, unequal)], **ON_NOTHING),
         Row("there is a best representation", best_called, [(3,), (13,)], **ON_NOTHING),
@@ -274,7 +277,7 @@ def rows_of_chance() -> list[Row]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def depth_decided(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[float]:
+def depth_decided(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[bool]:
     """Yield whether later layers are said to predict more, or less, where only blocks differ, at random."""
     blocks, of_block, trend = cell
     evidence = replace(evidence_of(np.arange(4) % 2, 0), layers=layers_of(blocks, 4))
@@ -286,14 +289,14 @@ def depth_decided(cell: tuple, generator: np.random.Generator, collections: int)
         yield HYPOTHESIS["layers"]({"layers": {"depth": depth}})["outcome"] in ("confirmed", "refuted")
 
 
-def better_decided(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[float]:
+def better_decided(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[bool]:
     """Yield whether ensemble or spectral are said to be better or worse than stats, which knows as much."""
     for _ in range(collections):
         sections = {"representations": compared([cell[0]] * 6, generator)}
         yield HYPOTHESIS["representations"](sections)["outcome"] in ("confirmed", "refuted")
 
 
-def coarse_decided(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[float]:
+def coarse_decided(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[bool]:
     """Yield whether the fourth hypothesis is decided: the first five know a cluster, others nothing or as much."""
     layers, exact, others = cell
     y = np.arange(120) % 6  # clusters: odd and even classes
@@ -320,124 +323,250 @@ def rows_of_hypotheses() -> list[Row]:
         Row("a trend of depth", depth_decided, [(6, 0.1, 0), (9, 0.1, 0), (24, 0.1, 0), (24, 0, 0)], **ON_NOTHING),
         Row("a trend that is there", depth_decided, [(12, 0.02, 0.2)], **POWER),
         Row("ensemble or spectral against stats", better_decided, [(0.3,), (0.7,), (0.97,)], **ON_NOTHING),
-        Row("top layers know clusters, others concepts", coarse_decided, coarse, **ON_NOTHING, share=0.5),
+        Row("top layers know clusters, others concepts", coarse_decided, coarse, **ON_NOTHING),
     ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Removal, layers chosen elsewhere, and several splits, where these modules are there
+# Removal of planted structures
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-STRUCTURES = {  # by verdict, the share of the accuracy above chance that layers kept, bool[..., L], have
-    "localized": lambda kept: kept[..., :6].mean(-1),  # six hold everything
-    "distributed": lambda kept: kept.mean(-1),  # each holds as much
-    "redundant": lambda kept: np.minimum(1, 4 * kept.mean(-1)),  # any quarter is enough
+@dataclass(frozen=True)
+class Structure:
+    """A concept that some of the units hold, layers or modules.
+
+    Attributes:
+        units: U.
+        holders: Number of units of which each alone holds the concept; None: each unit holds as much of it.
+        verdict: By the definition, of infinitely many test LoRAs.
+        top_k: k.
+        modules: Whether units are modules, of which single factors show nothing.
+    """
+
+    units: int
+    holders: int | None
+    verdict: str
+    top_k: int = 5
+    modules: bool = False
+
+    def left(self, kept: np.ndarray) -> np.ndarray:
+        """Return the share of the accuracy above chance that units kept, bool[..., U], have together."""
+        return kept.mean(-1) if self.holders is None else kept[..., : self.holders].any(-1).astype(float)
+
+    @property
+    def alone(self) -> np.ndarray:
+        """The share of the LoRAs that each unit alone knows, float[U]."""
+        return np.full(self.units, 0.15) if self.holders is None else 0.9 * self.left(np.eye(self.units, dtype=bool))
+
+
+STRUCTURES = {
+    "one of 64": Structure(64, 1, "localized"),
+    "six of 64": Structure(64, 6, "localized"),  # K = 7
+    "ten copies in 64": Structure(64, 10, "distributed"),  # all is left without 7, nothing without 10
+    "ten copies in 12": Structure(12, 10, "redundant"),
+    "a little in each": Structure(64, None, "distributed"),
+    "all in each": Structure(64, 64, "redundant"),
+    "two of ten pairs": Structure(10, 2, "localized", 4, modules=True),
+    "two of eight pairs": Structure(8, 2, "undecided", 4, modules=True),  # 15 choices of two others: too few
+    "nothing": Structure(64, 0, "no signal"),
 }
 
 
-def removed(verdict: str, generator: np.random.Generator) -> dict:
-    """Return ``robustness`` of a planted structure of 64 layers, 200 test LoRAs and two runs."""
-    from analysis.removal import robustness
-    from analysis.removal_plan import Order, plan_controls
-
-    y, left = np.arange(200) % 4, STRUCTURES[verdict]
-    alone = left(np.eye(64, dtype=bool))
-    evidence = evidence_of(y, new_seed(generator), layers=64)
-    predicted = predicted_by(generator, y, 0.2 + 0.6 * alone / alone.max())
-    evidence.predictions.layers |= {"predicted": predicted, "log_loss": np.zeros(predicted.shape)}
-    conditions = plan_controls(Order.of_layers(evidence), runs=2, draws=39, points=32, seed=evidence.seed)
-    return robustness(evidence, conditions, predicted_by(generator, y, 0.9 * left(conditions.kept[:, 0])))
+def known(generator: np.random.Generator, y: np.ndarray, share: np.ndarray, difficulty: np.ndarray) -> np.ndarray:
+    """Draw predictions that know shares float[..., R] of LoRAs, a tenth of them at random, int[..., R, T]."""
+    shape = (*share.shape, len(y))
+    hard = np.where(generator.random(shape) < 0.1, generator.random(shape), difficulty)
+    return np.where(hard < share[..., None], y, generator.integers(0, int(y.max()) + 1, shape))
 
 
-def predicted_by(generator: np.random.Generator, y: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Draw predictions int[K, 2, T] that are right on a share of LoRAs float[K], more difficult ones for all alike."""
-    recognises = generator.random((1, 1, len(y))) < known[:, None, None]
-    return np.where(recognises, y, generator.integers(0, int(y.max()) + 1, (len(known), 2, len(y))))
+def removal_of(
+    structure: Structure, tested: int, generator: np.random.Generator
+) -> tuple[Evidence, Conditions, np.ndarray, np.ndarray]:
+    """Draw a collection of two runs: evidence, conditions, predictions under them, and the shares left, float[K]."""
+    y, layers = np.arange(40 + tested) % 4, structure.units * (1 + structure.modules)
+    difficulty = generator.random(len(y))
+    each = generator.random((structure.units, 1, len(y))) if structure.holders is None else difficulty
+    alone = known(generator, y, np.repeat(structure.alone[:, None], 2, axis=1), each)
+    shown = generator.integers(0, 4, (layers, 2, len(y))) if structure.modules else alone
+    evidence = evidence_of(y, new_seed(generator), layers=layers, validation=40)
+    evidence.predictions.layers |= {"predicted": shown, "log_loss": np.zeros(shown.shape)}
+    ranking = order_of((evidence.layer_predictions() == evidence.truth).mean((1, 2)))
+    evidence = replace(evidence, ranking=ranking, top_k=structure.top_k)
+    if structure.modules:
+        order = Order.of_modules(evidence, np.arange(layers).reshape(-1, 2), alone)
+    else:
+        order = Order.of_layers(evidence)
+    conditions = plan_controls(order, runs=2, draws=39, points=12, seed=evidence.seed)
+    left = structure.left(conditions.kept[..., :: 1 + structure.modules])  # (K, R)
+    return evidence, conditions, known(generator, evidence.truth, 0.9 * left, difficulty[40:]), left[:, 0]
 
 
-def verdict_right(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[float]:
-    """Yield whether the verdict is the structure's."""
+def along_the_curve(section: dict, conditions: Conditions, left: np.ndarray) -> tuple[float, float]:
+    """Return the true steepest fall and concentration of the shares left under conditions, float[K]."""
+    removed = section["curves"]["most_first"]["removed"]
+    x = np.array(removed) / section["units"]
+    share = [1.0, *(left[conditions.where(f"most first {number}")[0]] for number in removed[1:-1]), 0.0]
+    width = section["steepest"]["width"]
+    starts = np.clip(np.concatenate([x, x - width]), 0, 0.5 - width)  # where the slope of a fall changes
+    falls = np.interp(starts, x, share) - np.interp(starts + width, x, share)
+    return falls.max(), 1 - 2 * np.trapezoid(share, x)
+
+
+def removed(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[dict[str, bool]]:
+    """Yield which verdict a structure gets, whether intervals hold their truth, and whether answers contradict."""
+    structure = STRUCTURES[cell[0]]
     for _ in range(collections):
-        yield removed(cell[0], generator)["verdict"] == cell[0]
-
-
-def share_covered(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[float]:
-    """Yield whether the interval of the share that survives without the top five of 64 layers holds the truth."""
-    for _ in range(collections):
-        bounds = removed(cell[0], generator)["survives"]["interval"]
-        yield covers(np.array(bounds), STRUCTURES[cell[0]](np.arange(64) >= 5))
-
-
-def step_covered(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[float]:
-    """Yield whether the interval of the steepest step of the removal curve holds the truth; the window is a tenth."""
-    for _ in range(collections):
-        section = removed(cell[0], generator)["steepest"]
-        yield covers(np.array(section["interval"]), cell[1])
+        evidence, conditions, predicted, left = removal_of(structure, cell[1], generator)
+        section = robustness(evidence, conditions, predicted)
+        right, undecided = (section["verdict"] == verdict for verdict in (structure.verdict, "undecided"))
+        graceful = HYPOTHESIS["robustness"]({"robustness": {"stats": section}})["outcome"]
+        counted = {
+            "right": right,
+            "undecided": undecided,
+            "wrong": not (right or undecided),
+            "contradicts": section["verdict"] == "redundant" and graceful == "refuted",
+        }
+        if structure.holders == 0:
+            yield counted
+            continue
+        for key, name in (("survives", "without top"), ("survives_most", "without most")):
+            if section[key]:
+                counted[key] = covers(np.array(section[key]["interval"]), left[conditions.where(name)[0]])
+        if section["steepest"]:
+            truths = along_the_curve(section, conditions, left)
+            for key, truth in zip(("steepest", "concentration"), truths, strict=True):
+                counted[key] = covers(np.array(section[key]["interval"]), truth)
+        yield counted
 
 
 def rows_of_removal() -> list[Row]:
-    """Return the rows of shares that survive a removal and of verdicts."""
-    if find_spec("analysis.removal_plan") is None:
-        return []
-    cells, steps = [(verdict,) for verdict in STRUCTURES], [("localized", 1.0), ("distributed", 0.1)]
+    """Return the rows of verdicts on planted structures, and of what is measured on the way to them."""
+    sizes, rows = (60, 200), []
+    for name, structure in STRUCTURES.items():
+        cells = [(name, size) for size in sizes]
+        rows.append(Row(f"{name}: {structure.verdict}", removed, cells, "right"))
+        if structure.verdict != "undecided":
+            rows.append(Row(f"{name}: undecided", removed, cells, "undecided", least=False))
+        rows.append(Row(f"{name}: another verdict", removed, cells, "wrong", **ON_NOTHING))
+    cells = list(product(STRUCTURES, sizes))
+    never = {"mean": (0.0, 0.0), "cell": (0.0, 0.0), "least": False}
+    rows.append(Row("redundant, yet graceful is refuted", removed, cells, "contradicts", **never))
+    some = [cell for cell in cells if STRUCTURES[cell[0]].holders != 0]
     return [
-        Row("share that survives", share_covered, cells, mean=(0.9, 1.0), cell=(0.9, 1.0), share=0.1),
-        Row("steepest step of a removal", step_covered, steps, mean=(0.9, 1.0), cell=(0.9, 1.0), share=0.1),
-        Row("verdict of a planted structure", verdict_right, cells, share=0.1, **POWER),
+        *rows,
+        Row("share that survives without the top k", removed, some, "survives", **AT_LEAST_90),
+        Row("share that survives without the top K", removed, some, "survives_most", **AT_LEAST_90),
+        Row("steepest fall", removed, some, "steepest", **AT_LEAST_90),
+        Row("concentration", removed, some, "concentration", **AT_LEAST_90),
     ]
 
 
-def first_covered(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[float]:
-    """Yield whether the interval of the cross-fitted first of 64 equal layers holds their accuracy."""
-    from analysis.cross_fitting import TrainedSets, cross_fitted
+# ----------------------------------------------------------------------------------------------------------------------
+# Layers chosen elsewhere, and several splits
+# ----------------------------------------------------------------------------------------------------------------------
 
-    tested, known = cell
-    y = np.arange(20 + tested) % 4
+
+def equal_layers(generator: np.random.Generator, tested: int, layers: int, share: float, resamples: int) -> Evidence:
+    """Draw evidence of layers that all know a share of the LoRAs, and that four validation LoRAs do not tell apart."""
+    y = np.arange(4 + tested) % 4
+    predicted = known(generator, y, np.full((layers, 1), share), generator.random((layers, 1, len(y))))
+    predicted[..., :4] = 0
+    evidence = evidence_of(y, new_seed(generator), layers=layers, validation=4)
+    evidence.predictions.layers |= {"predicted": predicted, "log_loss": np.zeros(predicted.shape)}
+    ranking = order_of((evidence.layer_predictions() == evidence.truth).mean((1, 2)))
+    return replace(evidence, ranking=ranking, resamples=resamples, permutations=resamples - 1)
+
+
+def chosen(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[dict[str, bool]]:
+    """Yield whether what is chosen of 32 equal layers holds its truth, and what is claimed of it."""
+    tested, share = cell
+    right = share + (1 - share) / 4
+    y = np.arange(100_000) % 4
+    vote = (vote_of(known(generator, y, np.full((5, 1), share), generator.random((5, 1, len(y))))) == y).mean()
+    truths = {"first": right, "vote": vote, "union": 1 - (1 - right) ** 5}
     for _ in range(collections):
-        evidence = evidence_of(y, new_seed(generator), layers=64, validation=20)
-        shape = (64, 1, len(y))
-        predicted = np.where(generator.random(shape) < known, y, generator.integers(0, 4, shape))
-        evidence.predictions.layers |= {"predicted": predicted, "log_loss": np.zeros(shape)}
-        first = cross_fitted(evidence, TrainedSets())["first"]
-        yield covers(np.array(first["interval"]), known + (1 - known) / 4)
+        evidence = equal_layers(generator, tested, 32, share, resamples=100)
+        section = cross_fitted(evidence, TrainedSets())
+        counted = {name: covers(np.array(section[name]["interval"]), truth) for name, truth in truths.items()}
+        yield counted | {f"{name} claimed": section[name]["p"] < ALPHA for name in truths}
 
 
-def rows_of_cross_fitting() -> list[Row]:
-    """Return the row of the first layer, chosen on other LoRAs than it is measured on."""
-    if find_spec("analysis.cross_fitting") is None:
-        return []
-    return [Row("first of 64 equal layers", first_covered, [(40, 0.2), (100, 0.2)], cell=(0.9, 1.0), share=0.1)]
+def plurality(predicted: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Return what most layers int[L, 1, T] predict, ties at random: a classifier of all of them, int[1, T]."""
+    counts = np.stack([(predicted == label).sum(0) for label in range(4)])
+    return (counts + generator.random(counts.shape) / 2).argmax(0)
 
 
-def split_covered(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[float]:
-    """Yield whether the interval over splits holds the mean over all of them, of results that splits share in part."""
-    from analysis.across_splits import summary
-
-    splits, ratio = cell
+def dropped(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[dict[str, bool]]:
+    """Yield whether the cross-fitted drop of a plurality of 24 equal layers holds its truth, and whether it is one."""
+    tested, share = cell
+    y = np.arange(100_000) % 4
+    layers = known(generator, y, np.full((24, 1), share), generator.random((24, 1, len(y))))
+    whole, rest = ((plurality(layers[:count], generator) == y).mean() for count in (24, 19))
+    truth = whole - rest if share else 0.0
     for _ in range(collections):
-        shared = ratio**0.5 * generator.normal()  # of the collection: all splits overlap
-        values = 0.5 + 0.05 * (shared + generator.normal(size=splits))
-        yield covers(np.array(summary(values, ratio, (0.0, 1.0))["interval"]), 0.5)
+        evidence = equal_layers(generator, tested, 24, share, RESAMPLES)
+        layers = evidence.layer_predictions()
+        without = {"baseline": layers, "ablation": np.delete(layers, evidence.ranking[:5], 0)}
+        for condition, kept in without.items():
+            predicted = np.concatenate([np.zeros((1, 4), int), plurality(kept, generator)], axis=1)
+            evidence.predictions.conditions[condition] = {"vote": {"predicted": predicted}}
+        choice = Choice.of(evidence)
+        sets = np.stack([plurality(np.delete(layers, top, 0), generator) for top in choice.sets])
+        record = drops_of(evidence, choice, {"vote": sets})["vote"]
+        yield {"covered": covers(np.array(record["interval"]), truth), "claimed": record["p"] < ALPHA}
 
 
-def rows_of_splits() -> list[Row]:
-    """Return the row of intervals over splits."""
-    if find_spec("analysis.across_splits") is None:
-        return []
-    return [Row("means over splits", split_covered, [(5, 0.25), (10, 0.25)], mean=(0.93, 1.0), cell=(0.9, 1.0))]
+def split_covered(cell: tuple, generator: np.random.Generator, collections: int) -> Iterator[bool]:
+    """Yield whether the interval over splits holds the accuracy on other LoRAs, of the nearest mean of each class."""
+    splits, per_class = cell
+    intervals, truths = [], []
+    for _ in range(collections):
+        y, other = np.arange(4 * per_class) % 4, np.arange(400) % 4
+        x, other_x = (generator.normal(size=(len(labels), 5)) + 1.5 * np.eye(4, 5)[labels] for labels in (y, other))
+        values = []
+        for _ in range(splits):
+            of_class = generator.permuted(np.arange(len(y)).reshape(-1, 4), axis=0)  # (per_class, 4)
+            test, train = of_class[: per_class // 5].ravel(), of_class[per_class // 5 + per_class // 10 :]
+            sample, labels = np.concatenate([x[test], other_x]), np.concatenate([y[test], other])
+            right = np.square(sample[:, None] - x[train].mean(0)).sum(2).argmin(1) == labels
+            values.append(right[: len(test)].mean())
+            truths.append(right[len(test) :].mean())
+        intervals.append(summary(np.array(values), len(test) / train.size, SHARES)["interval"])
+    for bounds in intervals:  # None where all splits are equal, which says nothing that may be false
+        yield bounds is None or covers(bounds, float(np.mean(truths)))
+
+
+def rows_of_choices() -> list[Row]:
+    """Return the rows of layers chosen on other LoRAs than they are measured on, and of several splits."""
+    cells, nothing = list(product((60, 200), (0.0, 0.2))), [(60, 0.0), (200, 0.0)]
+    names = {"first": "first of 32 equal layers", "vote": "vote of the top 5 of them", "union": "union of the top 5"}
+    held = [Row(f"{name}, cross-fitted", chosen, cells, key, **AT_LEAST_90) for key, name in names.items()]
+    claims = [Row(f"{names[key]} knows", chosen, nothing, f"{key} claimed", **ON_NOTHING) for key in names]
+    return [
+        *held,
+        *claims,
+        Row("cross-fitted drop", dropped, list(product((60, 200), (0.0, 0.12))), "covered", **AT_LEAST_90),
+        Row("cross-fitted drop where there is none", dropped, nothing, "claimed", **ON_NOTHING),
+        Row("accuracy over splits", split_covered, list(product((5, 10), (15, 50))), **AT_LEAST_90),
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The table
 # ----------------------------------------------------------------------------------------------------------------------
 
-ROWS = (rows_of_intervals, rows_of_chance, rows_of_hypotheses, rows_of_removal, rows_of_cross_fitting, rows_of_splits)
+ROWS = (rows_of_intervals, rows_of_chance, rows_of_hypotheses, rows_of_removal, rows_of_choices)
 
 
-def share_of_cell(row: Row, number: int, collections: int) -> float:
-    """Return the share of successes in one cell."""
-    return float(np.mean(list(row.counts(row.cells[number], stream("truth", row.name, number), collections))))
+def shares_of_cell(counts: Callable, cell: tuple, collections: int) -> dict[str, tuple[float, int]]:
+    """Return the share of successes in one cell and the number of collections that it is of, by key."""
+    successes: dict[str, list[float]] = {}
+    for counted in counts(cell, stream("truth", counts.__name__, *cell), collections):
+        for key, success in (counted if isinstance(counted, dict) else {"": counted}).items():
+            successes.setdefault(key, []).append(float(success))
+    return {key: (float(np.mean(values)), len(values)) for key, values in successes.items()}
 
 
 def promised(row: Row) -> str:
@@ -451,17 +580,23 @@ def promised(row: Row) -> str:
     return ", ".join(part for part in parts if part) or "-"
 
 
-def line(row: Row, shares: np.ndarray, collections: int) -> tuple[str, bool]:
-    """Return a row of the table, and whether its promise is broken by more than three standard errors."""
+def line(row: Row, shares: np.ndarray, collections: np.ndarray) -> tuple[str, bool]:
+    """Return a row of the table, and whether its promise is broken by more than three standard errors.
+
+    Args:
+        row: The row.
+        shares: Of successes in each cell.
+        collections: Of each cell.
+    """
     number = int(shares.argmin() if row.least else shares.argmax())
     mean, worst = shares.mean(), shares[number]
-    error = float(np.sqrt((shares * (1 - shares)).sum() / collections) / len(shares))
+    error = float(np.sqrt((shares * (1 - shares) / collections).sum()) / len(shares))
 
     def beyond(value: float, bounds: tuple[float, float], count: int) -> bool:
         slack = [3 * (bound * (1 - bound) / count) ** 0.5 for bound in bounds]
         return value < bounds[0] - slack[0] or value > bounds[1] + slack[1]
 
-    broken = beyond(mean, row.mean, collections * len(shares)) or beyond(worst, row.cell, collections)
+    broken = beyond(mean, row.mean, collections.sum()) or beyond(worst, row.cell, collections[number])
     where = ", ".join(f"{len(part)} groups" if isinstance(part, list) and len(part) > 3 else str(part)
                       for part in row.cells[number])  # fmt: skip
     texts = (row.name, promised(row), f"{100 * mean:.1f}", f"{100 * error:.1f}", str(len(shares)), f"{100 * worst:.1f}")
@@ -469,26 +604,33 @@ def line(row: Row, shares: np.ndarray, collections: int) -> tuple[str, bool]:
     return f"{text}{where}{'   BROKEN' if broken else ''}", broken
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, makers: Sequence[Callable[[], list[Row]]] = ROWS) -> None:
     """Simulate all rows and print them as they are finished."""
     parser = argparse.ArgumentParser(description="Compare what the answers say with known truth.")
     parser.add_argument("--draws", type=int, default=2000, help="collections in each cell (2000)")
-    parser.add_argument("--processes", type=int, default=2, help="that work at the same time (2)")
+    parser.add_argument("--processes", type=int, default=2, help="that work at the same time (2); 1: none but this")
     parser.add_argument("--rows", default="", help="only rows whose name has this in it (all)")
-    args = parser.parse_args()
-    rows = [row for make in ROWS for row in make() if args.rows in row.name]
+    args = parser.parse_args(arguments)
+    rows = [row for make in makers for row in make() if args.rows in row.name]
     print(f"{os.cpu_count()} cores ({platform.machine()}), {args.processes} processes, numpy {np.__version__}, "
           f"{args.draws} collections in a cell, {RESAMPLES} bootstrap draws, {PERMUTATIONS} permutations")  # fmt: skip
     titles = ("percent of collections", "promised", "measured", "SE", "cells", "worst")
     print("".join(f"{title:<{width}}" for title, width in zip(titles, WIDTHS, strict=True)) + "in", flush=True)
-    start, broken = time.perf_counter(), 0
-    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
-        pending = []
+    start, broken, executor = time.perf_counter(), 0, ThreadPoolExecutor(1)
+    if args.processes > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of each process
+        executor = ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"))
+    with executor as pool:
+        pending: dict[tuple[Callable, str], Future] = {}  # rows share what one simulation counts
         for row in rows:
-            count = max(10, round(args.draws * row.share))
-            pending.append((row, count, [pool.submit(share_of_cell, row, i, count) for i in range(len(row.cells))]))
-        for row, count, futures in pending:
-            text, is_broken = line(row, np.array([future.result() for future in futures]), count)
+            for cell in row.cells:
+                if (row.counts, str(cell)) not in pending:
+                    future = pool.submit(shares_of_cell, row.counts, cell, args.draws)
+                    pending[row.counts, str(cell)] = future
+        for row in rows:
+            cells = [pending[row.counts, str(cell)].result()[row.key] for cell in row.cells]
+            shares, collections = np.array(cells).T
+            text, is_broken = line(row, shares, collections)
             print(text, flush=True)
             broken += is_broken
     print(f"{time.perf_counter() - start:.0f} s; {broken} of {len(rows)} promises broken by more than 3 SE")

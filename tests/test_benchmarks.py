@@ -104,12 +104,28 @@ def test_features_that_differ_are_noticed():
 
 truth = module_of("truth")
 TRUTH_ROWS = [row for make in truth.ROWS for row in make()]
+SIMULATED = {(row.counts.__name__, str(row.cells[0])): row for row in TRUTH_ROWS}  # rows share simulations
 
 
-@pytest.mark.parametrize("row", TRUTH_ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", SIMULATED.values(), ids=lambda row: row.name)
 def test_a_cell_of_each_kind_of_truth_counts_successes(row):
-    counts = list(row.counts(row.cells[0], np.random.default_rng(0), 3))
-    assert len(counts) == 3 and set(counts) <= {0, 1}
+    counted = truth.shares_of_cell(row.counts, row.cells[0], 2)
+    rows = [other for other in TRUTH_ROWS if other.counts is row.counts and other.cells[0] == row.cells[0]]
+    assert {row.key for row in rows} <= counted.keys()
+    assert all(share in (0, 0.5, 1) and count == 2 for share, count in counted.values())
+
+
+def test_planted_structures_have_the_verdict_of_their_truth():
+    for name, verdict, more in (
+        ("one of 64", "localized", {"steepest": 1, "concentration": 0.98}),
+        ("a little in each", "distributed", {"steepest": 0.1, "concentration": 0}),
+        ("two of ten pairs", "localized", {"steepest": 1, "concentration": 0.7}),
+    ):
+        evidence, conditions, predicted, left = truth.removal_of(truth.STRUCTURES[name], 1000, np.random.default_rng(0))
+        section = truth.robustness(evidence, conditions, predicted)
+        fall, concentration = truth.along_the_curve(section, conditions, left)
+        assert section["verdict"] == verdict
+        assert (fall, concentration) == pytest.approx((more["steepest"], more["concentration"]), abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -126,15 +142,20 @@ def test_a_cell_of_each_kind_of_truth_counts_successes(row):
 )
 def test_a_promise_is_broken_beyond_three_standard_errors(promise, shares, broken):
     row = truth.Row("something", None, [("first",), ("second",)], **promise)
-    text, is_broken = truth.line(row, np.array(shares), 2000)
+    text, is_broken = truth.line(row, np.array(shares), np.array([2000, 2000]))
     assert is_broken == broken == ("BROKEN" in text)
     worst = shares[0] < shares[1] if row.least else shares[0] > shares[1]
     assert ("first" if worst or shares[0] == shares[1] else "second") in text
 
 
-def test_the_table_of_truth_is_printed_and_its_exit_code_is_that_of_its_promises():
-    command = [sys.executable, FOLDER / "truth.py", "--draws=10", "--processes=1", "--rows=13"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
+def test_the_table_of_truth_is_printed_and_its_exit_code_is_that_of_its_promises(capsys):
+    truth.main(["--draws=10", "--processes=1", "--rows=any of"])
+    lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["percent", "of", "collections", "promised", "measured", "SE", "cells", "worst", "in"]
-    assert [line.split(" ")[0] for line in lines[2:-1]] == ["families", "any"] and lines[-1].endswith("than 3 SE")
+    names = [row.name for row in TRUTH_ROWS if "any of" in row.name]
+    assert len(names) == 3 and all(line.startswith(name) for line, name in zip(lines[2:-1], names, strict=True))
+    assert lines[-1].endswith("0 of 3 promises broken by more than 3 SE")
+    never = truth.Row("never", lambda cell, generator, collections: iter([False] * collections), [()], **truth.POWER)
+    with pytest.raises(SystemExit) as left:
+        truth.main(["--draws=10", "--processes=1"], [lambda: [never]])
+    assert left.value.code == 1 and "BROKEN" in capsys.readouterr().out
