@@ -420,7 +420,8 @@ def test_titles_say_when_there_is_nothing_to_find():
     for role in section["groups"]["role"].values():
         role |= {"mean": 0.25, "interval": [0.2, 0.3]}
     results["analysis"]["layer_information"]["clusters"]["count"] = 12
-    results["analysis"]["representations"]["conditions"]["baseline"] |= {"best": None, "not_worse": [], "above_null": []}
+    compared = results["analysis"]["representations"]["conditions"]["baseline"]
+    compared |= {"best": None, "not_worse": [], "above_null": []}
     titles = figures.findings(results)
     assert titles["layer_importance"].startswith("None of 12 layers ")
     assert titles["layer_importance"].endswith("factors reach 25.0 and 25.0 % on average")
