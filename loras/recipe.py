@@ -112,7 +112,9 @@ def recipe_columns(files: Sequence[IndexedFile], scales: np.ndarray | None = Non
         files: The N files.
         scales: The scale of each module, float[N, P], where the weights have been read; else headers have the say.
     """
-    values = None if scales is None else np.round(np.asarray(scales, float).mean(1), 6).tolist()
+    values = None
+    if scales is not None and np.size(scales):  # of layers without a whole pair there is none
+        values = np.round(np.asarray(scales, float).mean(1), 6).tolist()
 
     def recipes() -> Iterator[dict[str, str]]:
         for row, file in enumerate(files):
