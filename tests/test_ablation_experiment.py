@@ -79,9 +79,9 @@ def test_shuffled_labels_give_chance(tmp_path):
 
 
 def test_changing_the_test_files_leaves_every_train_and_validation_figure_unchanged(planted, everything, tmp_path):
-    root, flags = tmp_path / "planted", ("--top-k=3", "--quick", "--rank-by=val")
+    root, flags = tmp_path / "planted", ("--top-k=3", "--quick", "--rank-by=val", "--num-runs=1")
     shutil.copytree(planted[0], root)
-    before = run(tmp_path, root, *flags, out="before")
+    before = run(tmp_path, root, *flags, out="before", networks=NARROW)
     table = csv.DictReader((tmp_path / "before" / "ablation_planted" / "samples.csv").open())
     generator = torch.Generator().manual_seed(0)
     for row in table:
@@ -89,7 +89,7 @@ def test_changing_the_test_files_leaves_every_train_and_validation_figure_unchan
             tensors = load_file(root / row["file"])
             noise = {name: 3 * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
             save_file(noise, root / row["file"])
-    after = run(tmp_path, root, *flags, out="after")
+    after = run(tmp_path, root, *flags, out="after", networks=NARROW)
     assert before["dataset"]["fingerprint"] != after["dataset"]["fingerprint"]
     assert before["top_layers"] == after["top_layers"]
     for condition in ("baseline_results", "ablation_results"):
@@ -250,7 +250,7 @@ def test_two_runs_with_separate_caches_give_the_same_bytes(everything, planted, 
 
 # -- the analysis ---------------------------------------------------------------------------------------
 
-ANALYSED = ("--top-k=3", "--quick", "--controls=basic", "--representations=stats,spectral,ensemble,update_sketch")
+ANALYSED = ("--top-k=3", "--quick", "--controls=basic", "--representations=stats,spectral,update_sketch")
 
 
 def files_in(folder):
@@ -264,7 +264,7 @@ def files_in(folder):
 def analysed(planted, tmp_path_factory):
     """The planted collection with controls."""
     out = tmp_path_factory.mktemp("analysed")
-    return out / "out" / "ablation_planted", run(out, planted[0], *ANALYSED)
+    return out / "out" / "ablation_planted", run(out, planted[0], *ANALYSED, networks=NARROW)
 
 
 def test_the_analysis_says_what_was_planted(analysed, planted):
@@ -313,7 +313,7 @@ def test_figures_and_a_page_lie_beside_the_results_and_two_runs_give_the_same_by
     pictures = {Path(name).stem for name in first if name.endswith(".png")}
     assert {"layer_importance", "ablation_curves", "representations", "concept_layer_map"} <= pictures
     assert all(f"figures/{name}.svg" in first for name in pictures) and "report.html" in first
-    run(tmp_path, planted[0], *ANALYSED)
+    run(tmp_path, planted[0], *ANALYSED, networks=NARROW)
     assert files_in(tmp_path / "out" / "ablation_planted") == first
 
 
@@ -328,7 +328,7 @@ def test_figures_go_to_previous_with_the_results_that_they_are_of(analysed, plan
         and not list((here / "figures").glob("*"))
         and json.loads((here / "results.json").read_text())["analysis"] is None
     )
-    run(tmp_path, planted[0], *ANALYSED)
+    run(tmp_path, planted[0], *ANALYSED, networks=NARROW)
     assert {name for name in files_in(here) if "previous" not in name} == files_in(folder).keys()
 
 
@@ -338,7 +338,7 @@ def test_a_lost_page_is_made_again_and_nothing_is_trained(analysed, planted, tmp
     page = tmp_path / "out" / "ablation_planted" / "report.html"
     page.unlink()
     monkeypatch.setattr(plans, "train_classifiers", not_again)
-    run(tmp_path, planted[0], *ANALYSED)
+    run(tmp_path, planted[0], *ANALYSED, networks=NARROW)
     assert page.read_bytes() == (folder / "report.html").read_bytes()
 
 
@@ -346,17 +346,19 @@ def test_what_is_told_beside_the_weights_is_part_of_the_results(planted, tmp_pat
     root = tmp_path / "planted"
     shutil.copytree(planted[0], root)
     flags = ("--top-k=3", "--quick", "--controls=basic", "--representations=stats", "--num-runs=1")
-    assert run(tmp_path, root, *flags)["analysis"]["cheap"]["metadata"] is None
+    assert run(tmp_path, root, *flags, networks=NARROW)["analysis"]["cheap"]["metadata"] is None
     for i, path in enumerate(root.rglob("metadata.json")):
         path.write_text(json.dumps({**json.loads(path.read_text()), "steps": i % 7}))
-    assert run(tmp_path, root, *flags)["analysis"]["cheap"]["metadata"] is not None
+    assert run(tmp_path, root, *flags, networks=NARROW)["analysis"]["cheap"]["metadata"] is not None
     assert "Nothing to do" not in capsys.readouterr().out
-    run(tmp_path, root, *flags)
+    run(tmp_path, root, *flags, networks=NARROW)
     assert "Nothing to do" in capsys.readouterr().out
 
 
 def test_shuffled_labels_can_be_trained_without_other_controls(planted, tmp_path):
-    results = run(tmp_path, planted[0], "--top-k=3", "--quick", "--representations=stats", "--null-shuffles=2")
+    results = run(
+        tmp_path, planted[0], "--top-k=3", "--quick", "--representations=stats", "--null-shuffles=2", networks=NARROW
+    )
     assert results["config"]["controls"] == "none" and results["analysis"]["null_shuffles"]["shuffles"] == 2
     assert max(results["analysis"]["null_shuffles"]["largest"]) < results["analysis"]["null_shuffles"]["observed"]
     assert results["analysis"]["robustness"] == {}
