@@ -299,7 +299,7 @@ def read_weights(
         except CollectionError as error:
             if not (args.skip_bad and error.files):
                 raise
-            say(f"skipped   {len(error.files)} more, found on reading their weights")
+            say(f"skipped   {len(error.files)}, found on reading their weights")
             collection = data.without(collection, error.files)
             plan = make_plan(settings, collection)
         else:

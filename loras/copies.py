@@ -223,7 +223,7 @@ def contradictions(paths: Sequence[str], labels: Sequence[str], groups: Iterable
             other = next((i for i in group if labels[i] != labels[row]), None)
             if other is not None:
                 fault = f"the same weights as {paths[other]}, but another label ({labels[row]}, {labels[other]})"
-                findings.append(Finding((paths[row],), f"{fault}. Keep one."))
+                findings.append(Finding((paths[row],), f"{fault}. Mend the label, or keep one and its row."))
     return findings
 
 
@@ -345,11 +345,15 @@ def twin_notices(
         keep_twins: Whether they stay where the split puts them.
         strict: Whether they are faults; then the notices' files are all but the first copy and the last epoch.
     """
-    outcome = ": they are kept on one side of the split. Remove them, or --keep-twins leaves them where they fall."
+    outcome = (
+        ": they are kept on one side of the split. Keep one of each, or let the experiment leave them (--keep-twins)."
+    )
     if keep_twins:
-        outcome = ": as --keep-twins asks, they may be on both sides of the split, and recognised there. Remove them."
+        outcome = (
+            ": as --keep-twins asks, they may be on both sides of the split, and recognised there. Keep one of each."
+        )
     if strict:
-        outcome = ". Keep one of each."
+        outcome = ". Keep one of each, as --strict --skip-bad does: of epochs the last."
     notices = []
     if copies:
         count = sum(len(group) - 1 for group in copies)

@@ -91,7 +91,9 @@ def weight_notices(
     if untrained.any():
         files = [paths[row] for row in np.flatnonzero(untrained)]
         subject = "1 LoRA is untrained" if len(files) == 1 else f"{len(files)} LoRAs are untrained"
-        message = f"{subject}, as every update is zero ({_named(files)}). Leave such files out."
+        message = (
+            f"{subject}, as every update is zero ({_named(files)}). Leave such files out, as --strict --skip-bad does."
+        )
         notices.append(Notice("untrained", message, tuple(files)))
     always = zero[~untrained].all(0)
     if selected is not None:
@@ -105,7 +107,8 @@ def weight_notices(
         files = tuple(paths[row] for row in outliers)
         subject = "1 LoRA is" if len(files) == 1 else f"{len(files)} LoRAs are"
         described = _named([f"{paths[row]}: {words}" for row, words in outliers.items()])
-        message = f"{subject} far from the others in size ({described}). Look at how such files were made."
+        message = f"{subject} far from the others in size ({described}). "
+        message += "Look at how such files were made; --strict --skip-bad leaves them out."
         notices.append(Notice("outlier", message, files))
     return notices
 

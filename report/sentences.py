@@ -140,7 +140,7 @@ def _which_layers(results: dict) -> Iterator[str]:
         f"Stability on this split: {_stability(section, k)}; with the test LoRAs resampled, {top} in {redrawn} % of "
         "the draws."
     )
-    yield from _over_splits(results)
+    yield from over_splits(results)
 
 
 def _layers_above(results: dict) -> str:
@@ -200,7 +200,7 @@ def _stability(section: dict, k: int) -> str:
     return ", ".join([*parts, same if rankings["kendall_tau"] is not None else f"by test and by validation {same}"])
 
 
-def _over_splits(results: dict) -> Iterator[str]:
+def over_splits(results: dict) -> Iterator[str]:
     """Yield how much of the ranking other splits repeat."""
     if not (splits := results["splits"]):
         return

@@ -399,5 +399,6 @@ def _split_layers_table(results: dict) -> Table:
         ]
         for record in ordered
     ]
-    title = f"Layers over {counted(splits['splits'], 'split')}"
-    return Table("layers", title, [f"in top {k}, % of splits", "mean accuracy", "sd", "layer"], rows, (3,), 2 * k)
+    title, columns = f"Layers over {counted(splits['splits'], 'split')}", [f"in top {k}, % of splits", "mean accuracy"]
+    shown = sum(record["in_top_k"] > 0 for record in ordered)
+    return Table("layers", title, [*columns, "sd", "layer"], rows, (3,), shown)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from report.cautions import NO_CONTROLS, checks, warnings
 from report.figures import findings
-from report.sentences import VERDICTS, Answer, answers
+from report.sentences import VERDICTS, Answer, answers, over_splits
 from report.tables import Table, tables
 from report.wording import capital, counted, metric, signed, top_layers, wrapped
 
@@ -114,7 +114,7 @@ def render_text(results: dict, content: Content | None = None) -> str:
         _caution_lines(results, content.warnings),
         _layers(results, content.tables["ranking"]),
         _representations(results),
-        _splits(content.tables),
+        _splits(results, content.tables),
         _evidence(results, content.tables, [check for check in content.checks if check not in content.warnings]),
         _not_run(results),
         _notes(results),
@@ -127,7 +127,7 @@ def run_facts(results: dict) -> list[tuple[str, str]]:
     config, chance = results["config"], results["chance"]
     return [
         *_collection(results),
-        ("training", f"{config['num_runs']} runs, seed {config['seed']}, on {config['device']}"),
+        ("training", f"{counted(config['num_runs'], 'run')}, seed {config['seed']}, on {config['device']}"),
         (
             "chance",
             f"accuracy {100 * chance['accuracy']:.1f}, macro-F1 {100 * chance['f1']:.1f}: "
@@ -166,7 +166,7 @@ def _collection(results: dict) -> list[tuple[str, str]]:
         by = (
             f" by {dataset['group_column']}"
             if dataset["group_column"] is not None
-            else ", one for all copies of a LoRA"
+            else " of copies or epochs, and of single LoRAs"
         )
         groups = f"; {dataset['num_groups']} groups{by}, each in one part"
     parts = f"{split['train']} train, {split['validation']} validation, {split['test']} test{groups}"
@@ -250,9 +250,11 @@ def _representations(results: dict) -> list[str]:
     return lines
 
 
-def _splits(made: dict[str, Table]) -> list[str]:
-    """Return the tables of several splits."""
-    return [line for name in ("splits", "split layers") if name in made for line in _titled(made[name])][:-1]
+def _splits(results: dict, made: dict[str, Table]) -> list[str]:
+    """Return the tables of several splits, and how far their rankings agree where no answer says so."""
+    agreement = [] if results.get("analysis") else list(over_splits(results))
+    lines = [line for sentence in agreement for line in wrapped(sentence, WIDTH)]
+    return lines + [line for name in ("splits", "split layers") if name in made for line in _titled(made[name])][:-1]
 
 
 def _titled(table: Table) -> list[str]:
@@ -323,5 +325,5 @@ def _notes(results: dict) -> list[str]:
             f"Early stopping rests on only {split['validation']} validation LoRAs: do not rely on small differences."
         )
     if skipped:
-        lines.append(f"{len(skipped)} files were left out; results.json lists them.")
+        lines.append(f"{counted(len(skipped), 'file')} left out; results.json lists them.")
     return lines

@@ -88,7 +88,7 @@ def test_copies_are_on_one_side_of_the_split_and_reported(zoo, capsys, seed):
     message = f"3 LoRAs are copies of others ({groups[0][0]} = {groups[0][1]}, ...): they are kept on one side"
     assert f"note      {message}" in told and finding["message"].startswith(message)
     assert f"note      {message}" in (folder / "results.txt").read_text()
-    assert "17 groups, one for all copies of a LoRA, each in one part" in told
+    assert "17 groups of copies or epochs, and of single LoRAs, each in one part" in told
 
 
 def test_a_rerun_does_nothing_and_keep_twins_is_another_experiment(zoo, capsys):
@@ -122,13 +122,14 @@ def test_copies_of_several_labels_are_refused_with_both_names(zoo, capsys, twice
         labels.write_text("file_name,label\n" + "\n".join(rows))
         run(zoo, f"--labels={labels}")
         capsys.readouterr()
+    mend = "Mend the label, or keep one and its row."
     for flags in ((), ("--keep-twins",)):
         before = listing(zoo.parent)
         run(zoo, *flags, expected=2)
         paths = [f"class_0/0001/{FILE_NAME}", f"class_1/0004/{FILE_NAME}"]
         assert capsys.readouterr().err.splitlines() == [
-            f"error: {zoo}/{paths[0]}: the same weights as {paths[1]}, but another label (class_0, class_1). Keep one.",
-            f"error: {zoo}/{paths[1]}: the same weights as {paths[0]}, but another label (class_1, class_0). Keep one.",
+            f"error: {zoo}/{paths[0]}: the same weights as {paths[1]}, but another label (class_0, class_1). {mend}",
+            f"error: {zoo}/{paths[1]}: the same weights as {paths[0]}, but another label (class_1, class_0). {mend}",
         ]
         assert listing(zoo.parent) == before
 
@@ -199,9 +200,9 @@ def test_strict_refuses_what_is_reported_and_leaves_nothing(zoo, capsys):
     told = capsys.readouterr().err.splitlines()
     assert told == [
         f"error: {lora_at(zoo, 1, 1)}: 1 LoRA is untrained, as every update is zero (class_1/0001/{FILE_NAME}). "
-        "Leave such files out.",
+        "Leave such files out, as --strict --skip-bad does.",
         f"error: {lora_at(zoo, 0, 2)}: 1 LoRA is a copy of another (class_0/0001/{FILE_NAME} = "
-        f"class_0/0002/{FILE_NAME}). Keep one of each.",
+        f"class_0/0002/{FILE_NAME}). Keep one of each, as --strict --skip-bad does: of epochs the last.",
     ]
     assert not (zoo.parent / "out").exists()
 

@@ -247,5 +247,8 @@ def test_notices_count_and_name_the_first():
 def test_contradictory_copies_are_named_each_with_its_like():
     findings = copies.contradictions(["a/x", "a/y", "b/z"], ["a", "a", "b"], [[0, 1, 2]])
     assert [finding.files for finding in findings] == [("a/x",), ("a/y",), ("b/z",)]
-    assert findings[2].reason == "the same weights as a/x, but another label (b, a). Keep one."
+    assert (
+        findings[2].reason
+        == "the same weights as a/x, but another label (b, a). Mend the label, or keep one and its row."
+    )
     assert copies.contradictions(["a/x", "a/y"], ["a", "a"], [[0, 1]]) == []
