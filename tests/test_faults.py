@@ -155,7 +155,7 @@ def kills_at_random_moments(processes, collection, expected, tmp_path, number):
 
 
 def test_kills_at_random_moments_lose_nothing(processes, collection, expected, tmp_path):
-    kills_at_random_moments(processes, collection, expected, tmp_path, 3)
+    kills_at_random_moments(processes, collection, expected, tmp_path, 2)
 
 
 @pytest.mark.slow

@@ -658,7 +658,7 @@ def test_results_tell_labels_groups_and_what_was_left_out(tmp_path, capsys):
     ((path, reason),) = ((entry["path"], entry["reason"]) for entry in dataset["skipped"])
     assert path == f"03/{FILE_NAME}" and reason.startswith("a web page saved as weights")
     text = (folder / "results.txt").read_text()
-    assert "1 files were left out" in text and "8 groups by owner" in text
+    assert "1 file left out" in text and "8 groups by owner" in text
     rows = list(csv.DictReader((folder / "samples.csv").open()))
     assert list(rows[0]) == ["file", "label", "split", "group"] and len(rows) == 23
     parts = {group: {row["split"] for row in rows if row["group"] == group} for group in {r["group"] for r in rows}}
