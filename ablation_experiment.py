@@ -239,7 +239,7 @@ def carry_out(args: argparse.Namespace, settings: Settings, workers: Workers) ->
     name, folder = workers.broadcast(lambda: [str(part) for part in locate(args, progress)])
     watch = Stopwatch()
     with watch.phase("index"):
-        collection = index(args, name, Path(folder), progress)
+        collection = data.index_as_asked(args, Path(folder), name, progress)
     plan = make_plan(settings, collection)
     target = args.output_dir / f"ablation_{name}"
     with only_process(target) if workers.rank == 0 else nullcontext():
@@ -318,20 +318,6 @@ def check_alike(workers: Workers, collection: Collection, plan: CollectionPlan) 
     if workers.broadcast(lambda: mine) != mine:
         fault = "other files, flags or another program than the first process has"
         raise UsageError(f"process {workers.rank}: {fault}. Start all processes of a job alike.")
-
-
-def index(args: argparse.Namespace, name: str, folder: Path, progress: Progress) -> Collection:
-    """Index the collection as the flags describe it."""
-    return data.index_collection(
-        folder,
-        name,
-        progress.track,
-        labels=args.labels,
-        label_column=args.label_column,
-        group_column=args.group_column,
-        skip_bad=args.skip_bad,
-        strict=args.strict,
-    )
 
 
 @dataclass(frozen=True)

@@ -544,6 +544,16 @@ def add_label_flags(add: Callable) -> None:
     )
 
 
+def index_as_asked(args: argparse.Namespace, root: Path, name: str | None, progress: Progress) -> Collection:
+    """Index a folder as the flags of `add_label_flags` describe it; see `index_collection`."""
+    return index_collection(
+        root,
+        name,
+        progress.track,
+        **{flag: getattr(args, flag) for flag in ("labels", "label_column", "group_column", "skip_bad", "strict")},
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line of this module: 0 done, 2 refused, 130 interrupted."""
     args = parse_arguments(arguments)
@@ -575,15 +585,7 @@ def inspect(args: argparse.Namespace) -> None:
         CollectionError: It cannot be used.
     """
     progress = Progress(log=sys.stderr)
-    collection = index_collection(
-        args.path,
-        progress=progress.track,
-        labels=args.labels,
-        label_column=args.label_column,
-        group_column=args.group_column,
-        skip_bad=args.skip_bad,
-        strict=args.strict,
-    )
+    collection = index_as_asked(args, args.path, None, progress)
     collection = _with_scales(collection, progress, args.skip_bad)
     contents = inspection(collection, args.layers)
     if not args.json:

@@ -63,7 +63,7 @@ def evidence_of(kind: str, names: tuple[str, ...], top_k: int, split: int = 0) -
 
 
 def cross_fitted(e: Evidence, kind: str, names: tuple[str, ...]) -> TrainedSets:
-    """What is known without, or by, the top layers that folds of the test LoRAs choose."""
+    """Return what is known without, or by, the top layers that folds of the test LoRAs choose."""
     chosen = np.stack([np.isin(np.arange(LAYERS), layers) for layers in Choice.of(e).sets])
     alone, without = ([KNOWN[kind](kept) for kept in masks] for masks in (chosen, ~chosen))
     removed = {

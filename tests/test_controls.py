@@ -17,7 +17,7 @@ import ablation_experiment
 from analysis.comparison import grouped_split
 from analysis.cross_fitting import cross_fitted
 from analysis.removal_plan import Order
-from data import index_collection
+from data import index_as_asked, index_collection
 from experiment import controls, plans
 from experiment.extraction import extract
 from experiment.phases import Experiment
@@ -29,7 +29,7 @@ def experiment_on(root: Path, cache: Path, *flags: str) -> Experiment:
     """An experiment whose phases are done."""
     args = ablation_experiment.parse_arguments(["--dataset", str(root), "--device=cpu", "--quick", *flags])
     settings, progress = resolve(args, NARROW), ablation_experiment.Progress(False)
-    collection = ablation_experiment.index(args, root.name, root, progress)
+    collection = index_as_asked(args, root, root.name, progress)
     plan = ablation_experiment.make_plan(settings, collection)
     extracted = extract(collection, plan.needed, cache, torch.device("cpu"))
     experiment = Experiment(settings, collection, plan.selected, plan.rows, extracted, Workers(), progress)
