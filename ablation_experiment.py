@@ -154,8 +154,9 @@ def add_experiment_flags(add: Callable) -> None:
         "--controls",
         choices=controls.LEVELS,
         help="what to compare with. basic: all that needs no training, and for stats in 3 runs 39 random removals, the "
-        "bottom k, the top k alone, curves of at least 12 points, and the best representation without fitting on a "
-        "split by groups where a column looks like one; update_kernel too, with 200 removals, where its kernels are "
+        "bottom k, the top k alone, curves of at least 12 points; each representation without the layers that other "
+        "test LoRAs choose, in 3 runs; and the best representation without fitting on a split by groups where a "
+        "column looks like one; update_kernel too, with 200 removals, where its kernels are "
         "kept; all: also ensemble and update_sketch, update_kernel in any case, every run, 32 points, what each layer "
         "adds to the top k (basic; none with --quick)",
     )
