@@ -37,6 +37,7 @@ import data
 from data import Collection, CollectionError
 from experiment import checks, controls, store
 from experiment.extraction import CHECKED, WEIGHTS, Extracted, extract, identity
+from experiment.modules import left_by_default
 from experiment.phases import Experiment, emptied, split_collection
 from experiment.plans import TrainingError
 from experiment.repeated import repeat
@@ -353,12 +354,14 @@ def make_plan(settings: Settings, collection: Collection) -> CollectionPlan:
         raise UsageError(f"--top-k {settings.top_k}: these LoRAs have {selected.sum()} layers{matching}. Give fewer.")
     flat = [name for name in settings.representations if REPRESENTATIONS[name].made in ("flat", "pca", "autoencoder")]
     not_run = {name: collection.mixed_ranks for name in flat if collection.mixed_ranks}
-    chosen = [name for name in settings.representations if name not in not_run]
+    left_out = left_by_default(collection, selected, settings.device) if settings.all_representations else {}
+    chosen = [name for name in settings.representations if name not in not_run | left_out]
     computed = {name for name in chosen if REPRESENTATIONS[name].made == "computed"}
     needed = {*CHECKED} | computed | ({WEIGHTS} if len(computed) < len(chosen) else set())
     header = describe(settings, collection, rows, selected)
+    header["config"]["left_out"] = left_out
     say(text.collection_lines(header, len(chosen)))
-    for name, reason in not_run.items():
+    for name, reason in (not_run | left_out).items():
         say(text.not_run_line(name, reason))
     return CollectionPlan(selected, rows, chosen, not_run, sorted(needed), header)
 

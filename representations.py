@@ -570,6 +570,7 @@ def _without_module(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda down, up, module_id, scale: function(down, up, scale)
 
 
+MAPPED = "update_views"  # the kernel by which LoRAs are drawn in the plane
 RANKING = "stats"  # the representation by which single layers are ranked
 REPRESENTATIONS: dict[str, Representation] = {
     row.name: row

@@ -19,7 +19,10 @@ from analysis.draws import ALPHA, ROUNDING, Draws, exceedance, stream
 from analysis.evidence import Evidence, share_of_largest
 
 CONDITIONS = ("baseline", "ablation")
+LEARNED, FIXED = "update_learned", ("update_frozen", "update_sketch")  # projections of updates
 CHALLENGED, CHALLENGERS = "stats", ("ensemble", "spectral")  # the third hypothesis is about these by name
+# Asked for by name, whatever is best: the third hypothesis, and the worth of learning projections.
+ASKED = [(name, CHALLENGED) for name in CHALLENGERS] + [(LEARNED, name) for name in FIXED]
 CHEAP_ROWS = 10_000  # train rows that a cheap explanation is fitted on at most
 LEAST_SHUFFLES = 19  # of which the best of 20 has p = 0.05; fewer decide nothing
 
@@ -69,7 +72,7 @@ def _condition(evidence: Evidence, condition: str, correct: dict[str, np.ndarray
     """Compare representations under a condition, with chance and with the best of them.
 
     The best one is chosen on validation LoRAs; where it is not above permuted labels itself, there is none. The
-    comparisons with it, and with all layers those of the third hypothesis, are one family.
+    comparisons with it, and with all layers those of ``ASKED``, are one family.
 
     Args:
         evidence: The evidence.
@@ -83,8 +86,8 @@ def _condition(evidence: Evidence, condition: str, correct: dict[str, np.ndarray
     chosen = best_on_validation(evidence, condition, names)
     best = chosen if test.above_null[names.index(chosen)] else None
     pairs = [(best, name) for name in names if best not in (None, name)]
-    if condition == "baseline" and CHALLENGED in names:
-        asked = [(name, CHALLENGED) for name in CHALLENGERS if name in names]
+    if condition == "baseline":
+        asked = [pair for pair in ASKED if set(pair) <= set(names)]
         pairs += [pair for pair in asked if pair not in pairs and pair[::-1] not in pairs]
     compared = draws.differences([(correct[first], correct[second]) for first, second in pairs])
     comparisons = [{"a": a, "b": b, **record} for (a, b), record in zip(pairs, compared, strict=True)]

@@ -14,9 +14,7 @@ import numpy as np
 from sklearn.preprocessing import OneHotEncoder
 
 from analysis import comparison, questions
-from analysis.chance import permuted
 from analysis.cross_fitting import Choice, TrainedSets
-from analysis.draws import stream
 from analysis.evidence import Evidence
 from analysis.questions import Controls
 from analysis.removal_plan import Conditions, Order, plan_controls
@@ -190,8 +188,8 @@ def control_names(experiment: Experiment, names: Sequence[str], level: str) -> l
     if level == "none":
         return []
     kernels = [name for name in names if REPRESENTATIONS[name].made == "kernel"]
-    if kernels and level != "all" and not experiment.inputs.kernels.keeps:
-        kernels = []
+    if level != "all":
+        kernels = [name for name in kernels if experiment.inputs.modules.kernels(name).keeps]
     return [name for name in EXTENTS[level].names if name in {RANKING, *names}] + kernels
 
 
@@ -233,12 +231,12 @@ def train_modules(experiment: Experiment, name: str, runs: int) -> dict[str, np.
     """
     planner, modules, label = experiment.planner, len(experiment.inputs.pairs), f"modules {name}"
     if REPRESENTATIONS[name].made == "kernel":
-        plan = planner.plan_kernels(np.eye(modules, dtype=bool), label, num_layers=2)
+        plan = planner.plan_kernels(name, np.eye(modules, dtype=bool), label)
     else:
         models = [(module, run) for module in range(modules) for run in range(runs)]
         live = np.ones(len(REPRESENTATIONS[name].feature_names), bool)
         source = replace(experiment.inputs.ranking_source(), name=name)  # each unit alone, as in the ranking
-        plan = planner.plan_classifiers(source, live, models, label, num_layers=2)
+        plan = planner.plan_classifiers(source, live, models, label)
     scores = planner.carry_out(plan, experiment.progress)
     kinds = [kind for kind in ("predicted", "log_loss") if kind in scores]
     return {kind: scores[kind].reshape(modules, runs, -1) for kind in kinds}
@@ -255,7 +253,7 @@ def runs_of(experiment: Experiment, name: str, extent: Extent) -> int:
 def plan_of(experiment: Experiment, order: Order, name: str, level: str) -> Conditions:
     """Return the conditions of one representation whose units are in this order."""
     extent, is_kernel = EXTENTS[level], REPRESENTATIONS[name].made == "kernel"
-    cost = "kept kernels" if is_kernel and experiment.inputs.kernels.keeps else "else"
+    cost = "kept kernels" if is_kernel and experiment.inputs.modules.kernels(name).keeps else "else"
     return plan_controls(
         order,
         runs=runs_of(experiment, name, extent),
@@ -485,19 +483,12 @@ def grouped_by(collection: Collection, column: str, values_by_file: dict[str, st
 def shuffled(experiment: Experiment, shuffles: int) -> np.ndarray:
     """Return test accuracies of layers on labels shuffled before training, one run, float[shuffles, L].
 
-    Labels of groups are shuffled as in the permutation test.
-
     Raises:
         TrainingError: A training diverged.
     """
-    collection, rows = experiment.collection, experiment.rows
-    groups = np.arange(len(collection.y)) if collection.groups is None else collection.groups
     accuracies = []
-    for y in permuted(collection.y, groups, shuffles, stream(experiment.settings.seed, "shuffles")):
-        pairs = zip(collection.files, y.tolist(), strict=True)
-        files = tuple(replace(file, label=collection.classes[c]) for file, c in pairs)
-        again = experiment.again(replace(collection, files=files), rows, 1)
+    for again in experiment.on_permuted_labels(shuffles, "shuffles"):
         again.rank()
-        predicted = again.predictions.layers["predicted"][:, 0, len(rows["validation"]) :]
-        accuracies.append((predicted == again.collection.y[rows["test"]]).mean(1))
+        predicted = again.predictions.layers["predicted"][:, 0, len(experiment.rows["validation"]) :]
+        accuracies.append((predicted == again.collection.y[experiment.rows["test"]]).mean(1))
     return np.stack(accuracies)

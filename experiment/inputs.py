@@ -20,11 +20,12 @@ import autoencoders
 from data import Collection
 from experiment import store
 from experiment.extraction import Extracted
+from experiment.modules import Modules, whole_pairs
+from experiment.networks import NETWORKS
 from experiment.settings import AUTOENCODER_PARAMETERS, Settings, memory_of
 from experiment.units import Units
 from experiment.workers import Task
 from representations import FEATURES, RANKING, REPRESENTATIONS
-from training.kernels import UpdateKernels
 from training.pca import PCA, num_components
 from training.stacks import Split, Stored, standardise
 
@@ -134,11 +135,12 @@ class Inputs:
         self.weights = Weights(collection, selected, extracted)
         self.depths, self.layers, self.widths = self.weights.depths, self.weights.layers, self.weights.widths
         self.pair_of_layer = collection.pair_of_layer[self.depths]
-        self.pairs = np.flatnonzero(np.bincount(self.pair_of_layer) == 2)  # of which both layers are there
+        self.pairs = whole_pairs(self.pair_of_layer)
         members = [np.flatnonzero(self.pair_of_layer == pair) for pair in self.pairs]
         self.members = np.array(members, int).reshape(-1, 2)  # positions of the two layers of each pair
         self.split = Split(*(torch.from_numpy(rows[part]) for part in ("train", "validation", "test"))).to(self.device)
         self.learned = Learned(self.weights, rows, self.split, settings, units)
+        self.modules = Modules(settings, collection, self.pairs, rows, extracted, units)
         self._kept_sources = kept_sources
         self._read_sources: dict[Source, torch.Tensor | Stored] = {}  # the latest ones
         self._reading = threading.Lock()
@@ -156,8 +158,8 @@ class Inputs:
     def live(self, name: str, kept: np.ndarray) -> np.ndarray:
         """Return the inputs of a representation that are of layers kept, bool[..., L] -> bool[..., F].
 
-        Those of a kernel are the pairs whose kernels are summed. Of components all are, as they are fitted to the
-        layers kept; their number depends on these, so ``kept`` is one choice of layers, bool[L].
+        Those of a kernel, and of a network that reads whole modules, are the pairs. Of components all are, as they are
+        fitted to the layers kept; their number depends on these, so ``kept`` is one choice of layers, bool[L].
         """
         if REPRESENTATIONS[name].made == "pca":
             return np.ones(num_components(PCA_COMPONENTS, len(self.rows["train"]), int(self.widths[kept].sum())), bool)
@@ -165,13 +167,18 @@ class Inputs:
 
     def _columns_per_unit(self, name: str) -> int | list[int]:
         made = REPRESENTATIONS[name].made
-        if made == "kernel":
+        if made in ("kernel", "trained"):
             return 1
         if made == "computed":
             return len(REPRESENTATIONS[name].feature_names)
         if made == "flat":
             return self.widths.tolist()
         return [autoencoders.latent_width(name, width) for width in self.widths.tolist()]
+
+    def count_features(self, name: str, kept: np.ndarray) -> int:
+        """Return how many numbers of each LoRA a representation consists of where the layers ``kept`` bool[L] are."""
+        numbers = int(self.live(name, kept).sum())
+        return numbers * len(REPRESENTATIONS[name].feature_names) if name in NETWORKS else numbers
 
     def count_layers(self, name: str, kept: np.ndarray) -> int:
         """Return how many of the layers kept a representation reads."""
@@ -182,6 +189,17 @@ class Inputs:
         """Return what classifiers of a representation read where the layers ``kept`` bool[L] are kept."""
         fitted = REPRESENTATIONS[name].made == "pca"  # components of what is left, not what is left of the components
         return Source(name, fitted_to=tuple(np.flatnonzero(kept).tolist()) if fitted else None)
+
+    def fitting_tasks(self, name: str, conditions: list[list[int]]) -> list[Task]:
+        """Return the work that must be done before classifiers of a representation are trained; often none.
+
+        Args:
+            name: The representation.
+            conditions: Lists of removed layers, under each of which components are fitted.
+        """
+        if name in NETWORKS:
+            return self.modules.token_tasks() if NETWORKS[name].reads == "tokens" else []
+        return self.learned.fitting_tasks(name, conditions)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -201,6 +219,8 @@ class Inputs:
 
     def _read(self, source: Source) -> torch.Tensor | Stored:
         made = REPRESENTATIONS[source.name].made
+        if source.name in NETWORKS:  # standardised where they are made, or by each LoRA's own norm
+            return self.modules.tokens() if NETWORKS[source.name].reads == "tokens" else self.modules.factors()
         if source.each_layer:
             return standardise(self.features(source.name).transpose(0, 1).contiguous(), self.split.train)  # (L, N, F)
         if made == "flat":
@@ -217,8 +237,8 @@ class Inputs:
         """Give back the memory of all that was read; it is read again where it is asked for."""
         with self._reading:
             self._read_sources.clear()
-            for held in ("flat_weights", "kernels"):
-                self.__dict__.pop(held, None)  # cached properties
+            self.__dict__.pop("flat_weights", None)  # a cached property
+        self.modules.release()
 
     @cached_property
     def flat_weights(self) -> Stored:
@@ -228,19 +248,6 @@ class Inputs:
         read = packed.read if shape == packed.shape else partial(packed.read, columns=columns)
         fits = 4 * math.prod(shape) < MEMORY_SHARE * memory_of(self.device)
         return Stored(read, shape, self.split.train, hold=fits)
-
-    @cached_property
-    def kernels(self) -> UpdateKernels:
-        """Kernels of the pairs; nothing is read before the first is asked for."""
-        read, pairs = self.extracted.factor_reader(self.collection), self.pairs.tolist()  # no reference to this object
-        return UpdateKernels(
-            lambda p, rows: read(pairs[p], rows),
-            len(pairs),
-            self.rows["train"],
-            len(self.collection.files),
-            seed=self.seed,
-            device=self.device,
-        )
 
     def ranking_source(self) -> Source:
         """Return what the classifiers of the ranking read: each layer alone."""

@@ -14,6 +14,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from analysis.chance import permuted
+from analysis.draws import stream
 from analysis.evidence import Predictions
 from data import Collection, CollectionError
 from experiment import store
@@ -95,7 +97,7 @@ class Experiment:
         layers, runs = self.layers, self.settings.num_runs
         models = [(layer, run) for run in range(runs) for layer in range(len(layers))]
         live = np.ones(len(REPRESENTATIONS[RANKING].feature_names), bool)
-        plan = self.planner.plan_classifiers(self.inputs.ranking_source(), live, models, "ranking", num_layers=1)
+        plan = self.planner.plan_classifiers(self.inputs.ranking_source(), live, models, "ranking")
         try:
             scores = self.planner.carry_out(plan, self.progress)
         except TrainingError as error:
@@ -136,11 +138,11 @@ class Experiment:
         """
         work: list[tuple[str, Task]] = []
         for name in names:
-            work += [(name, task) for task in self.inputs.learned.fitting_tasks(name, conditions)]
+            work += [(name, task) for task in self.inputs.fitting_tasks(name, conditions)]
         failed: dict[str, str] = {}
         outcomes = self.workers.do([task for _, task in work])
         for done, ((name, _), reason) in enumerate(zip(work, outcomes, strict=True), 1):
-            self.progress("fitting autoencoders and pca", done, len(work))
+            self.progress("fitting what is learned", done, len(work))
             if reason:
                 failed.setdefault(name, reason)
         for name in names:
@@ -159,7 +161,7 @@ class Experiment:
             removed: Positions of the layers that are left out.
             condition: "baseline", "ablation" or "grouped", for the progress bar and predictions.npz.
         """
-        plans = {name: self._plan(name, removed, condition) for name in names}
+        plans = {name: self.plan(name, removed, condition) for name in names}
         outcomes = self.workers.do([task for plan in plans.values() for task in plan.tasks])
         for name, plan in plans.items():
             reasons = set()
@@ -167,28 +169,28 @@ class Experiment:
                 reasons.add(next(outcomes))
                 self.progress(plan.label, done, len(plan.tasks))
             reason = max(reasons)
-            yield name, reason or self._entry(name, plan, condition)
+            yield name, reason or self._entry(name, plan, self.inputs.weights.without(removed), condition)
         next(outcomes, None)  # until the threads have ended
 
-    def _plan(self, name: str, removed: list[int], condition: str) -> Plan:
+    def plan(self, name: str, removed: list[int], condition: str) -> Plan:
         """Plan the classifiers of one representation without some layers."""
         kept, label = self.inputs.weights.without(removed), f"{condition} {name}"
-        live, num_layers = self.inputs.live(name, kept), self.inputs.count_layers(name, kept)
+        live = self.inputs.live(name, kept)
         if REPRESENTATIONS[name].made == "kernel":
-            return self.planner.plan_kernels(live[None], label, num_layers)
+            return self.planner.plan_kernels(name, live[None], label)
         models = [(0, run) for run in range(self.settings.num_runs)]
         at_most = RUNS_IN_STACK[self.settings.device.type]
-        return self.planner.plan_classifiers(self.inputs.source(name, kept), live, models, label, num_layers, at_most)
+        return self.planner.plan_classifiers(self.inputs.source(name, kept), live, models, label, at_most)
 
-    def _entry(self, name: str, plan: Plan, condition: str) -> dict:
-        """Return what results.json holds of finished classifiers; keep their predictions."""
+    def _entry(self, name: str, plan: Plan, kept: np.ndarray, condition: str) -> dict:
+        """Return what results.json holds of finished classifiers of layers ``kept`` bool[L]; keep their predictions."""
         scores = self.planner.load_scores(plan)
         kinds = [kind for kind in ("predicted", "log_loss", "epochs") if kind in scores]  # an SVM has no losses, epochs
         self.predictions.conditions.setdefault(condition, {})[name] = {kind: scores[kind] for kind in kinds}
         metrics = [f"{part}_{metric}" for metric in ("accuracy", "f1") for part in ("train", "val", "test")]
         return {
-            "num_layers": plan.num_layers,
-            "num_features": int(plan.live.sum()),
+            "num_layers": self.inputs.count_layers(name, kept),
+            "num_features": self.inputs.count_features(name, kept),
             **{m: {"mean": mean(scores[m]), "std": deviation(scores[m]), "runs": scores[m].tolist()} for m in metrics},
         }
 
@@ -224,12 +226,28 @@ class Experiment:
 
     def _plan_under(self, name: str, live: np.ndarray, runs: list[int]) -> Plan:
         """Plan classifiers of a representation that see the inputs ``live`` bool[M, F], each in its run."""
-        label, total = f"controls {name}", len(self.layers)
+        label = f"controls {name}"
         if REPRESENTATIONS[name].made == "kernel":
-            return self.planner.plan_kernels(live, label, total)
+            return self.planner.plan_kernels(name, live, label)
         at_most = 1 if self.settings.device.type == "cpu" else None
         source = self.inputs.source(name, self.inputs.weights.without([]))
-        return self.planner.plan_classifiers(source, live, [(0, run) for run in runs], label, total, at_most)
+        return self.planner.plan_classifiers(source, live, [(0, run) for run in runs], label, at_most)
+
+    def on_permuted_labels(self, count: int, purpose: str) -> Iterator[Experiment]:
+        """Yield the experiment with one run on labels that are permuted before training, so many times.
+
+        Labels of groups are permuted as in the permutation test.
+
+        Args:
+            count: How often.
+            purpose: Decides the permutations, with the seed.
+        """
+        collection = self.collection
+        groups = np.arange(len(collection.y)) if collection.groups is None else collection.groups
+        for y in permuted(collection.y, groups, count, stream(self.settings.seed, purpose)):
+            pairs = zip(collection.files, y.tolist(), strict=True)
+            files = tuple(replace(file, label=collection.classes[c]) for file, c in pairs)
+            yield self.again(replace(collection, files=files), self.rows, 1)
 
     def again(self, collection: Collection, rows: dict[str, np.ndarray], num_runs: int) -> Experiment:
         """Return the same experiment on the same files with other labels, groups or split."""
@@ -245,7 +263,8 @@ def _common_key(
     """Return what every unit depends on beside its own key."""
     return {
         "code": store.code_digest(
-            *("training", "experiment/inputs", "experiment/units", "experiment/plans", "experiment/store")
+            *("training", "experiment/inputs", "experiment/modules", "experiment/networks"),
+            *("experiment/units", "experiment/plans", "experiment/store"),
         ),
         "features": extracted.suffix,
         "torch": torch.__version__,

@@ -20,12 +20,14 @@ import torch
 
 from experiment import store
 from experiment.inputs import Inputs, Source
+from experiment.networks import NETWORKS
 from experiment.settings import STACK_PARAMETERS, Settings
 from experiment.units import OutOfMemory, Units, one_memory_error
 from experiment.workers import Task, Workers
 from representations import REPRESENTATIONS
 from training import kernels
 from training.classifier import DROPOUT, Models, scored, train_classifiers
+from training.stacks import Schedule
 
 
 class TrainingError(RuntimeError):
@@ -34,14 +36,9 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Plan:
-    """Models that read the same inputs: the live columns, and the units that hold the models.
-
-    ``live`` bool[F]; ``keys`` are of the finished units, ``tasks`` the work that finishes them.
-    """
+    """Models that read the same inputs: ``keys`` of the units that hold them, ``tasks`` the work that finishes these."""
 
     label: str
-    num_layers: int
-    live: np.ndarray
     keys: list[dict]
     tasks: list[Task]
 
@@ -72,22 +69,18 @@ class Planner:
         live: np.ndarray,
         models: list[tuple[int, int]],
         label: str,
-        num_layers: int,
         at_most: int | None = None,
     ) -> Plan:
-        """Plan multilayer perceptrons in stacks.
+        """Plan classifiers in stacks: multilayer perceptrons, or the networks of a representation that is trained.
 
         Args:
             source: What they read.
             live: The columns of it that they see, bool[F], or bool[M, F] where each sees others.
             models: (source, run) of each model, in the order that fills the stacks.
             label: For the progress bar, and to report smaller stacks.
-            num_layers: How many layers the live columns are of.
             at_most: Models in a stack, even where it would take more; None: no bound.
         """
-        schedule = self.settings.classifier
-        widths = (live.shape[-1], *schedule.hidden, self.num_classes)
-        parameters = sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise(widths))
+        schedule, parameters = self._size(source, live.shape[-1])
         at_once = max(1, min(STACK_PARAMETERS[self.settings.device.type] // parameters, at_most or len(models)))
         live_of_model = np.broadcast_to(live, (len(models), live.shape[-1]))
         key = {"kind": "classifier", "inputs": asdict(source), "schedule": asdict(schedule), "dropout": DROPOUT}
@@ -101,7 +94,17 @@ class Planner:
         compute = partial(self._train_classifiers, source, live_of_model, models)
         tasks = [self.units.task(key, compute, stack, label) for key, stack in zip(keys, stacks, strict=True)]
         self._read_before_fork(source, tasks)
-        return Plan(label, num_layers, live, keys, tasks)
+        return Plan(label, keys, tasks)
+
+    def _size(self, source: Source, columns: int) -> tuple[Schedule, int]:
+        """Return the schedule of the classifiers that read a source, and the parameters of each."""
+        if source.name in NETWORKS:
+            network = NETWORKS[source.name]
+            schedule = network.schedule(self.settings)
+            return schedule, network.parameters(self.inputs.modules.shapes, self.num_classes, schedule)
+        schedule = self.settings.classifier
+        widths = (columns, *schedule.hidden, self.num_classes)
+        return schedule, sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise(widths))
 
     def _read_before_fork(self, source: Source, tasks: list[Task]) -> None:
         """Read flat weights into this process, so that those forked from it share them."""
@@ -116,32 +119,39 @@ class Planner:
         self, source: Source, live: np.ndarray, models: list[tuple[int, int]], stack: list[int]
     ) -> dict[str, np.ndarray]:
         source_of_model, run = (torch.tensor(column) for column in zip(*(models[i] for i in stack), strict=True))
+        x, y = self.inputs.read(source), torch.from_numpy(self.y).to(self.settings.device)
+        stacked = Models(source_of_model, run, None if live[stack].all() else torch.from_numpy(live[stack]))
+        inputs, settings = self.inputs, self.settings
+        if source.name in NETWORKS:
+            network = NETWORKS[source.name]
+            modules, schedule = inputs.modules.shapes, network.schedule(settings)
+            return network.train(x, y, inputs.split, stacked, self.num_classes, modules, schedule, settings.seed)
         row = REPRESENTATIONS[source.name]
         attributed = (row.unit, row.made) == ("layer", "computed") and not source.each_layer
         return train_classifiers(
-            self.inputs.read(source),
-            torch.from_numpy(self.y).to(self.settings.device),
-            self.inputs.split,
-            Models(source_of_model, run, None if live[stack].all() else torch.from_numpy(live[stack])),
+            x,
+            y,
+            inputs.split,
+            stacked,
             self.num_classes,
-            schedule=self.settings.classifier,
-            seed=self.settings.seed,
+            schedule=settings.classifier,
+            seed=settings.seed,
             block=len(row.feature_names) if attributed else None,
         )
 
-    def plan_kernels(self, kept: np.ndarray, label: str, num_layers: int) -> Plan:
+    def plan_kernels(self, name: str, kept: np.ndarray, label: str) -> Plan:
         """Plan a support vector machine for each choice of pairs, bool[K, P]; one run each, as nothing is drawn."""
-        stacks = _stacks(len(kept), self.inputs.kernels.at_once)
-        key = {"kind": "kernel", "sklearn": sklearn.__version__}
+        stacks = _stacks(len(kept), self.inputs.modules.kernels(name).at_once)
+        key = {"kind": "kernel", "name": name, "sklearn": sklearn.__version__}
         keys = [{**key, "pairs": store.array_digest(kept[stack]), "models": len(stack) * [0]} for stack in stacks]
 
         def compute(stack: list[int]) -> dict[str, np.ndarray]:
-            inputs = self.inputs
-            return kernels.classify_each(inputs.kernels, kept[stack], self.y, inputs.rows, self.num_classes)
+            of_modules, rows = self.inputs.modules.kernels(name), self.inputs.rows
+            return kernels.classify_each(of_modules, kept[stack], self.y, rows, self.num_classes)
 
         # The kernels stay in memory, for all tasks.
         tasks = [self.units.task(key, compute, stack, label, True) for key, stack in zip(keys, stacks, strict=True)]
-        return Plan(label, num_layers, kept[0], keys, tasks)
+        return Plan(label, keys, tasks)
 
     def carry_out(self, plan: Plan, progress: Callable[[str, int, int], None]) -> dict[str, np.ndarray]:
         """Do the work of a plan; return its scores.

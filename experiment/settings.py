@@ -27,10 +27,11 @@ class UsageError(ValueError):
 
 @dataclass(frozen=True)
 class Networks:
-    """Widths of hidden layers; ``autoencoder`` None stands for those of each autoencoder's own row."""
+    """Widths of hidden layers; None stands for those that a network has by default."""
 
     classifier: tuple[int, ...] = HIDDEN
     autoencoder: tuple[int, ...] | None = None
+    attention: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,15 @@ class Settings:
     quick: bool
     device: torch.device
     representations: tuple[str, ...]
+    all_representations: bool  # asked for by no name: the costly ones are left out where they would take long
     layers: str | None  # pattern; see `data.select_layers`
     controls: str  # one of `controls.LEVELS`
     null_shuffles: int  # rankings to train on shuffled labels
     keep_twins: bool  # copies and epochs of one training stay where the split puts them
     classifier: Schedule
     autoencoder: Schedule
+    attention: Schedule
+    projection: Schedule
 
     def config(self) -> dict:
         """Return what results.json keeps of the settings: all that decides the numbers, no path and no machine."""
@@ -69,6 +73,8 @@ class Settings:
             "keep_twins": self.keep_twins,
             "classifier": {"hidden": list(self.classifier.hidden), "dropout": DROPOUT} | _numbers(self.classifier),
             "autoencoder": _numbers(self.autoencoder) | _hidden(self.autoencoder),
+            "attention": _numbers(self.attention) | _hidden(self.attention),
+            "projection": _numbers(self.projection) | _hidden(self.projection),
             "stack": {
                 "parameters": STACK_PARAMETERS[self.device.type],
                 "autoencoder_parameters": AUTOENCODER_PARAMETERS[self.device.type],
@@ -108,6 +114,7 @@ def resolve(args: argparse.Namespace, networks: Networks = Networks()) -> Settin
         quick=quick,
         device=resolve_device(args.device),
         representations=resolve_representations(args.representations),
+        all_representations=args.representations == "all",
         layers=args.layers,
         controls=args.controls or ("none" if quick else "basic"),
         null_shuffles=args.null_shuffles,
@@ -116,6 +123,15 @@ def resolve(args: argparse.Namespace, networks: Networks = Networks()) -> Settin
             max_epochs=30 if quick else 1000, patience=5 if quick else 20, lr_patience=10, hidden=networks.classifier
         ),
         autoencoder=Schedule(max_epochs=8 if quick else 100, patience=5 if quick else 15, hidden=networks.autoencoder),
+        attention=Schedule(
+            max_epochs=30 if quick else 200,
+            patience=5 if quick else 20,
+            weight_decay=WEIGHT_DECAY,
+            hidden=networks.attention,
+        ),
+        projection=Schedule(
+            max_epochs=30 if quick else 200, patience=5 if quick else 20, hidden=networks.classifier
+        ),
     )
 
 

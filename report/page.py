@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from report.cautions import NO_CONTROLS
 from report.figures import FIGURES
 from report.sentences import QUESTIONS, VERDICTS, concept_lines
-from report.text import Content, content_of, run_facts
+from report.text import Content, content_of, not_run, run_facts
 from report.wording import kept_together
 
 SVG_LIMIT = 300_000  # bytes above which the smaller of SVG and PNG is taken, so that the page can be sent
@@ -62,7 +62,7 @@ def render_page(results: dict, drawn: dict[str, bytes], content: Content | None 
         cautions=content.warnings,
         verdicts=VERDICTS if analysis.get("robustness") else {},
         settings={part: list(_flat(_undated(results[part]))) for part in ("config", "dataset", "environment")},
-        not_run=results["representations_not_run"],
+        not_run=not_run(results),
         environment=results["environment"],
     )
     return page.encode()

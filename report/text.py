@@ -304,8 +304,14 @@ def _cut(word: str) -> str:
     return word if len(word) <= WORD_WIDTH else f"{word[: WORD_WIDTH - 3]}..."
 
 
+def not_run(results: dict) -> list[dict]:
+    """Return representation and reason of all that could not be run, or is run only where it is asked for by name."""
+    left_out = [{"representation": name, "reason": reason} for name, reason in results["config"]["left_out"].items()]
+    return results["representations_not_run"] + left_out
+
+
 def _not_run(results: dict) -> list[str]:
-    lines = [not_run_line(**entry) for entry in results["representations_not_run"]]
+    lines = [not_run_line(**entry) for entry in not_run(results)]
     return ["Not run", *lines] if lines else []
 
 

@@ -92,7 +92,7 @@ def keys_of(collection) -> dict[str, str]:
 
     def classifier(name: str) -> str:
         source, live = inputs.source(name, kept), inputs.live(name, kept)
-        plan = planner.plan_classifiers(source, live, [(0, 0)], name, num_layers=len(kept))
+        plan = planner.plan_classifiers(source, live, [(0, 0)], name)
         return planner.units.path(plan.keys[0]).name
 
     return {

@@ -1,0 +1,158 @@
+"""What whole modules give to classifiers: kernels of their updates, tokens, and factors.
+
+A module counts where both its layers are among those of the experiment. Everything fitted is fitted on train rows only.
+
+Shape letters: N LoRAs, P modules, r rank, W numbers of all factors.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import sklearn
+import torch
+
+from data import Collection
+from experiment import networks
+from experiment.extraction import Extracted
+from experiment.networks import Module
+from experiment.settings import Settings
+from experiment.units import Units
+from experiment.workers import Task
+from representations import FEATURES, UPDATES
+from training.attention import module_tokens
+from training.kernels import UpdateKernels, Updates
+
+TOKENS_OF = "update_views"  # the kernel whose components tokens are
+MODULES_IN_UNIT = 4  # whose tokens one unit of work holds
+
+
+class Modules:
+    """The whole modules of an experiment.
+
+    Args:
+        settings: Seed, device.
+        collection: The LoRAs.
+        pairs: Positions of the P modules among those of the files, int64[P].
+        rows: Row indices of ``train``, ``validation`` and ``test``.
+        extracted: Features and packed weights.
+        units: Where tokens lie.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        collection: Collection,
+        pairs: np.ndarray,
+        rows: dict[str, np.ndarray],
+        extracted: Extracted,
+        units: Units,
+    ):
+        self.collection, self.pairs, self.rows = collection, pairs.tolist(), rows
+        self.extracted, self.units = extracted, units
+        self.seed, self.device = settings.seed, settings.device
+        self._kernels: dict[str, UpdateKernels] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def shapes(self) -> list[Module]:
+        """Name and sides of each module, in the network's order."""
+        return module_shapes(self.collection, self.pairs)
+
+    def kernels(self, name: str) -> UpdateKernels:
+        """Return the kernels of a representation; nothing is read before the first is asked for."""
+        with self._lock:
+            if name not in self._kernels:
+                read, pairs = self.extracted.factor_reader(self.collection), self.pairs  # no reference to this object
+                self._kernels[name] = UpdateKernels(
+                    lambda p, rows: read(pairs[p], rows),
+                    len(pairs),
+                    self.rows["train"],
+                    len(self.collection.files),
+                    kind=name,
+                    seed=self.seed,
+                    device=self.device,
+                )
+            return self._kernels[name]
+
+    def release(self) -> None:
+        """Give back the memory of all kernels."""
+        with self._lock:
+            self._kernels.clear()
+
+    # -- tokens -------------------------------------------------------------------------------------------------------
+
+    def token_tasks(self) -> list[Task]:
+        """Return the work that computes tokens; kernels that are kept in memory are left there for others."""
+        return [
+            self.units.task(key, self._compute_tokens, key["models"], "tokens of modules", in_main=True)
+            for key in self._token_keys()
+        ]
+
+    def tokens(self) -> torch.Tensor:
+        """Return finished tokens of all modules side by side, float32[1, N, P · 33]."""
+        parts = [torch.from_numpy(self.units.load(key, ["tokens"])["tokens"]) for key in self._token_keys()]
+        return torch.cat(parts).transpose(0, 1).flatten(1)[None].to(self.device)
+
+    def _token_keys(self) -> list[dict]:
+        positions = list(range(len(self.pairs)))
+        parts = [positions[start : start + MODULES_IN_UNIT] for start in range(0, len(positions), MODULES_IN_UNIT)]
+        return [{"kind": "tokens", "of": TOKENS_OF, "sklearn": sklearn.__version__, "models": part} for part in parts]
+
+    def _compute_tokens(self, modules: list[int]) -> dict[str, np.ndarray]:
+        """Return the tokens float32[m, N, 33] of modules."""
+        kernels, train = self.kernels(TOKENS_OF), self.rows["train"]
+        norms = self.extracted.load(UPDATES)[..., FEATURES[UPDATES].feature_names.index("norm")]
+        tokens = [
+            module_tokens(kernels.module(p), train, kernels.columns, norms[:, self.pairs[p]], seed=self.seed)
+            for p in modules
+        ]
+        return {"tokens": np.stack(tokens)}
+
+    # -- factors ------------------------------------------------------------------------------------------------------
+
+    def factors(self) -> torch.Tensor:
+        """Return the factors of all updates, each of norm 1: float32[1, N, W], of each module down, then up.
+
+        What is told of a module does not depend on how its update is factorised, nor on its size; zero updates are 0.
+        """
+        read, shapes = self.extracted.factor_reader(self.collection), self.shapes
+        factors = torch.zeros(len(self.collection.files), sum(module.numbers for module in shapes), device=self.device)
+        end = 0
+        for pair, module in zip(self.pairs, shapes, strict=True):
+            updates = Updates.from_factors(*(x.to(self.device) for x in read(pair, None)))
+            for factor in (updates.down, updates.up):
+                start, end = end, end + factor[0].numel()
+                factors[:, start:end] = factor.flatten(1)
+        return factors[None]
+
+
+def left_by_default(collection: Collection, selected: np.ndarray, device: torch.device) -> dict[str, str]:
+    """Return the networks that are not trained unless their names are asked for, and why.
+
+    Args:
+        collection: The LoRAs.
+        selected: The layers that the experiment is about, bool[L of the files].
+        device: Where they would be trained.
+    """
+    modules = module_shapes(collection, whole_pairs(collection.pair_of_layer[selected]).tolist())
+    return networks.left_by_default(modules, len(collection.files), device)
+
+
+def whole_pairs(pair_of_layer: np.ndarray) -> np.ndarray:
+    """Return the pairs of which both layers are there, given the pair of each layer: int64[L] -> int64[P]."""
+    return np.flatnonzero(np.bincount(pair_of_layer) == 2)
+
+
+def module_shapes(collection: Collection, pairs: list[int]) -> list[Module]:
+    """Return name and sides of modules, given their positions among those of the files.
+
+    Orthonormal rows of a down are at most as many as it is wide, so that the rank is the lesser of the two.
+    """
+    layers = collection.packed_layout.layers  # in the network's order a module's up follows its down
+    modules = []
+    for pair in pairs:
+        down, up = layers[2 * pair], layers[2 * pair + 1]
+        modules.append(Module(down.module, min(down.shape), down.shape[1], up.shape[0]))
+    return modules
