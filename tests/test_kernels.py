@@ -86,8 +86,8 @@ def module_kernel(down, up, scale, columns=None, at_once=2**22):
     """Inner products of the updates of one module, all or those with some columns, float64[N, n]."""
     rows = Updates.from_factors(down, up, scale, at_once)
     if columns is None:
-        return own_cosines(rows, at_once) * rows.norm[:, None] * rows.norm
-    return cosines(rows, rows[columns], at_once) * rows.norm[:, None] * rows.norm[columns]
+        return own_cosines(rows, at_once)[0] * rows.norm[:, None] * rows.norm
+    return cosines(rows, rows[columns], at_once)[0] * rows.norm[:, None] * rows.norm[columns]
 
 
 def test_two_updates_by_hand():
