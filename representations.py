@@ -180,11 +180,9 @@ def spectral(w: Tensor | Shared) -> Tensor:
     batch = shared(w)
     s = batch.singular_values
     leading, nuclear = _leading(s), s.sum(1, keepdim=True)
-    cutoff = s[:, :1] * max(batch.weights.shape[1:]) * torch.finfo(torch.float32).eps
-    smallest = torch.where(s > cutoff, s, math.inf).amin(1, keepdim=True)  # Inf, hence condition 0, if all are 0
     gaps = leading[:, :-1] - leading[:, 1:]
-    rank = effective_rank(s)[:, None]
-    return _leave(leading, _ratio(leading, nuclear), rank, s[:, :1] / smallest, gaps, nuclear)
+    rank, condition = effective_rank(s)[:, None], _condition(s, max(batch.weights.shape[1:]))
+    return _leave(leading, _ratio(leading, nuclear), rank, condition, gaps, nuclear)
 
 
 def matrix_norms(w: Tensor | Shared) -> Tensor:
@@ -329,22 +327,43 @@ def update_sketch(down: Tensor, up: Tensor, module_id: str | Sequence[str], scal
     return _leave((scale[:, None, None] * sketch).flatten(1))
 
 
+def update_spectrum(down: Tensor, up: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Compute the spectrum of the update and the concentration of its rows and columns.
+
+    Of ``s·up·down``, which is never formed: σ1..σ10; each over the sum of *all*; effective rank; stable rank ``sum σ² /
+    σ1²`` (Rudelson & Vershynin, 2007); participation ratio ``(sum σ²)² / sum σ⁴``; condition number, as in `spectral`;
+    nuclear and Frobenius norm; of the norms of its rows, then of its columns, the largest over their mean, and the Gini
+    coefficient (1912): 0 where all are equal, 1 - 1/n where one of n is not 0. Unchanged when (up, down) becomes
+    (up·G⁻¹, G·down), by the sign of s, and, all but σ and norms of the update, by rescaling. A zero update has 0
+    everywhere; values of at most 1e-12 of the product of the factors' norms are rounding, hence 0.
+
+    Shapes: arguments as of `coupling`; features in the table's order, float32[N, 30].
+    """
+    down, up, scale = (x.double() for x in _pair(down, up, scale))
+    s, cutoff, (down_r, up_r) = _update_values(down, up, scale)
+    leading, nuclear, norm = _leading(s), s.sum(1, keepdim=True), torch.linalg.vector_norm(s, dim=1)[:, None]
+    squares = _ratio(s, s[:, :1]).square()  # of shares of the largest, as no fourth power of these overflows
+    stable = squares.sum(1, keepdim=True)
+    ranks = effective_rank(s)[:, None], stable, _ratio(stable.square(), squares.square().sum(1, keepdim=True))
+    spread = []
+    # The other factor's orthonormal part leaves norms of rows, or of columns, as they are.
+    for side in (torch.linalg.vector_norm(up @ down_r.mT, dim=2), torch.linalg.vector_norm(up_r @ down, dim=1)):
+        side = torch.where((side > cutoff) & (nuclear > 0), side, 0)
+        spread += [_ratio(side.amax(1, keepdim=True), side.mean(1, keepdim=True)), _gini(side)]
+    condition = _condition(s, max(up.shape[1], down.shape[2]))
+    return _leave(leading, _ratio(leading, nuclear), *ranks, condition, nuclear, norm, *spread)
+
+
 def update_measures(down: Tensor, up: Tensor, scale: Tensor | None = None) -> Tensor:
     """Compute effective rank (Roy & Vetterli, 2007) and Frobenius norm of the update, and its scale.
 
-    Of the singular values of ``s·up·down``, which is never formed: QR of both factors, and an r x r core between
-    them. Unchanged when (up, down) becomes (up·G⁻¹, G·down), and the effective rank when the update is rescaled.
-    Effective rank and norm of a zero update are 0 by convention; singular values of at most 1e-12 of the product of
-    the factors' norms are rounding, hence 0. Arguments are those of `coupling`.
+    Of singular values as in `update_spectrum`: effective rank in {0} or [1, r]. Unchanged when (up, down) becomes
+    (up·G⁻¹, G·down), and the effective rank when the update is rescaled. Both are 0 for a zero update.
 
-    Returns:
-        Effective rank in {0} or [1, r], norm, and s, float32[N, 3].
+    Shapes: arguments as of `coupling`; features in the table's order, float32[N, 3].
     """
     down, up, scale = (x.double() for x in _pair(down, up, scale))
-    down_r, up_r = _triangles(down, up)
-    largest = torch.linalg.vector_norm(down_r, dim=(1, 2)) * torch.linalg.vector_norm(up_r, dim=(1, 2))
-    s = singular_values(up_r @ down_r.mT)
-    s = torch.where(s > ROUNDING * largest[:, None], s, 0) * scale.abs()[:, None]
+    s = _update_values(down, up, scale)[0]
     norm = torch.linalg.vector_norm(s, dim=1)
     return _leave(effective_rank(s)[:, None], norm[:, None], scale[:, None])
 
@@ -486,6 +505,29 @@ def _triangles(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(torch.linalg.qr(x, mode="r").R for x in (down.mT, up))
 
 
+def _update_values(down: Tensor, up: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Return singular values of updates, the cutoff of rounding in those of up·down [N, 1], factors' `_triangles`."""
+    down_r, up_r = _triangles(down, up)
+    largest = torch.linalg.vector_norm(down_r, dim=(1, 2)) * torch.linalg.vector_norm(up_r, dim=(1, 2))
+    cutoff = ROUNDING * largest[:, None]
+    s = singular_values(up_r @ down_r.mT)
+    return torch.where(s > cutoff, s, 0) * scale.abs()[:, None], cutoff, (down_r, up_r)
+
+
+def _condition(s: Tensor, longer_side: int) -> Tensor:
+    """Return the largest singular value over the smallest that float32 tells from zero, [N, 1]; 0 if all are 0."""
+    cutoff = s[:, :1] * longer_side * torch.finfo(torch.float32).eps
+    return s[:, :1] / torch.where(s > cutoff, s, math.inf).amin(1, keepdim=True)
+
+
+def _gini(x: Tensor) -> Tensor:
+    """Return the Gini coefficient of rows of x [N, F], nonnegative: [N, 1]; 0 where all are equal, or 0."""
+    n = x.shape[1]
+    rank = 2 * torch.arange(n, dtype=x.dtype, device=x.device) + 1 - n  # of ascending values: 1 - n to n - 1
+    share = _ratio(_sorted_rows(x) @ rank, n * x.sum(1))[:, None]
+    return torch.where(share > ROUNDING, share, 0)
+
+
 def _without_rounding(descending: Tensor) -> Tensor:
     """Set entries of rows [N, F] that are rounding, as a share of the first, to 0."""
     return torch.where(descending > ROUNDING * descending[:, :1], descending, 0)  # not >=, or rows of zeros fail
@@ -527,8 +569,8 @@ class Representation:
         name: As on the command line and in the results.
         unit: "layer" or "pair": what goes when a layer is removed, that layer or the whole module.
         made: "computed" (by a function of a matrix or of an update's two factors), "flat" (the weights themselves),
-            "pca" (components of them), "autoencoder" (learned from them, see autoencoders.py) or "kernel" (inner
-            products of updates, see training/kernels.py).
+            "pca" (components of them), "autoencoder" (learned from them, see autoencoders.py) or "kernel" (of updates,
+            see training/kernels.py).
         feature_names: Names of the columns of a unit; their number is the width. Empty where the data decides it.
         source: The paper that the idea is from.
         joins: Other representations whose features these are; empty for all but a few.
@@ -556,6 +598,8 @@ _NORMS = ("frobenius", "nuclear", "spectral", "l1", "linf", "nuclear_to_frobeniu
 _SPREAD = ("interquartile_range", "mean_absolute_deviation", "std_to_mean", "skewness", "kurtosis")
 _DISTRIBUTION = (*(f"quantile_{100 * q:02.0f}" for q in QUANTILES), *_SPREAD)
 _COUPLING = ("entries_correlation", "entries_cosine", "update_norm", "singular_values_correlation")
+_SPECTRUM = (*_SIGMAS, "effective_rank", "stable_rank", "participation_ratio", "condition_number", "nuclear_norm")
+_SPECTRUM += ("frobenius_norm", *(f"{x}_norms_{y}" for x in ("row", "column") for y in ("max_to_mean", "gini")))
 _FREQUENCY = (*_numbered("magnitude", 10), "mean", "std", "max", "energy_share_of_10")
 _INFO = ("entropy", "normalised_entropy")
 _SKETCH = _numbered("sketch", SKETCH * SKETCH)
@@ -566,7 +610,7 @@ _ALL = tuple(f"{part}.{feature}" for part, features in ENSEMBLE.items() for feat
 _UPDATES = ("effective_rank", "norm", "scale")
 
 
-def _without_module(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _by_factors(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda down, up, module_id, scale: function(down, up, scale)
 
 
@@ -581,7 +625,7 @@ REPRESENTATIONS: dict[str, Representation] = {
         Representation("spectral", "layer", "computed", _SPECTRAL, "Roy & Vetterli, 2007", spectral),
         Representation("matrix_norms", "layer", "computed", _NORMS, "Golub & Van Loan, section 2.3", matrix_norms),
         Representation("distribution", "layer", "computed", _DISTRIBUTION, "Unterthiner et al., 2020", distribution),
-        Representation("coupling", "pair", "computed", _COUPLING, "LoRA: Hu et al., 2022", _without_module(coupling)),
+        Representation("coupling", "pair", "computed", _COUPLING, "LoRA: Hu et al., 2022", _by_factors(coupling)),
         Representation("frequency", "layer", "computed", _FREQUENCY, "FourierFT: Gao et al., 2024", frequency),
         Representation("info_theoretic", "layer", "computed", _INFO, "Shannon, 1948", info_theoretic),
         Representation("ensemble", "layer", "computed", _ALL, "the five that it joins", ensemble, tuple(ENSEMBLE)),
@@ -590,12 +634,14 @@ REPRESENTATIONS: dict[str, Representation] = {
         Representation("denoising", "layer", "autoencoder", (), "Vincent et al., 2008"),
         Representation("update_sketch", "pair", "computed", _SKETCH, "Putterman et al., 2024", update_sketch),
         Representation("update_kernel", "pair", "kernel", (), "SVM: Cortes & Vapnik, 1995"),
+        Representation(
+            "update_spectrum", "pair", "computed", _SPECTRUM, "Rudelson & Vershynin, 2007", _by_factors(update_spectrum)
+        ),
+        Representation("update_views", "pair", "kernel", (), "kernel alignment: Cortes et al., 2012"),
     )
 }
 UPDATES = "updates"  # effective rank, norm and scale of each update: for the analysis, no classifier reads them
 MEASURES: dict[str, Representation] = {
-    UPDATES: Representation(
-        UPDATES, "pair", "computed", _UPDATES, "Roy & Vetterli, 2007", _without_module(update_measures)
-    )
+    UPDATES: Representation(UPDATES, "pair", "computed", _UPDATES, "Roy & Vetterli, 2007", _by_factors(update_measures))
 }
 FEATURES = REPRESENTATIONS | MEASURES

@@ -134,6 +134,28 @@ def plain_update_sketch(down: np.ndarray, up: np.ndarray, module: str) -> list:
     return list(((p.T @ up) @ (down @ q)).ravel())
 
 
+def plain_gini(x: np.ndarray) -> float:
+    """Compute the Gini coefficient: half of the mean difference of two values, over their mean."""
+    return np.abs(x[:, None] - x).mean() / (2 * x.mean())
+
+
+def plain_update_spectrum(down: np.ndarray, up: np.ndarray, module: str) -> list:
+    """Compute the spectrum of the update, its ranks, condition and norms, and how its rows and columns differ."""
+    w = up @ down
+    core = np.linalg.qr(up)[1] @ np.linalg.qr(down.T)[1].T  # a plain script need not decompose the whole update either
+    s = np.linalg.svd(core, compute_uv=False)
+    top = np.zeros(10)
+    top[: len(s)] = s[:10]
+    p = s[s > 0] / s.sum()
+    smallest = s[s > s[0] * max(w.shape) * np.finfo(np.float32).eps].min()
+    square = (s**2).sum()
+    ranks = [np.exp(-(p * np.log(p)).sum()), square / s[0] ** 2, square**2 / (s**4).sum()]
+    spread = []
+    for norms in (np.linalg.norm(w, axis=1), np.linalg.norm(w, axis=0)):
+        spread += [norms.max() / norms.mean(), plain_gini(norms)]
+    return [*top, *(top / s.sum()), *ranks, s[0] / smallest, s.sum(), np.sqrt(square), *spread]
+
+
 def plain(loras: list[Lora], device: torch.device) -> Features:
     """Compute every representation of every layer and module, one by one; on the CPU, whatever the device."""
     features = defaultdict(list)

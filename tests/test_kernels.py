@@ -1,3 +1,4 @@
+import math
 import threading
 
 import numpy as np
@@ -9,7 +10,19 @@ from sklearn.preprocessing import KernelCenterer
 from sklearn.svm import SVC, LinearSVC
 
 from training import kernels
-from training.kernels import GRID, Limits, UpdateKernels, Updates, classify, classify_each, cosines, own_cosines
+from training.kernels import (
+    GRID,
+    KERNELS,
+    Kernel,
+    Limits,
+    UpdateKernels,
+    Updates,
+    alignments,
+    classify,
+    classify_each,
+    cosines,
+    own_cosines,
+)
 
 PARTS = ("train", "validation", "test")
 
@@ -86,8 +99,8 @@ def module_kernel(down, up, scale, columns=None, at_once=2**22):
     """Inner products of the updates of one module, all or those with some columns, float64[N, n]."""
     rows = Updates.from_factors(down, up, scale, at_once)
     if columns is None:
-        return own_cosines(rows, at_once) * rows.norm[:, None] * rows.norm
-    return cosines(rows, rows[columns], at_once) * rows.norm[:, None] * rows.norm[columns]
+        return own_cosines(rows, at_once)[0] * rows.norm[:, None] * rows.norm
+    return cosines(rows, rows[columns], at_once)[0] * rows.norm[:, None] * rows.norm[columns]
 
 
 def test_two_updates_by_hand():
@@ -161,6 +174,93 @@ def test_very_small_and_very_large_updates(size):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Views of one module
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def view_cosines(down, up, scale, columns=None, at_once=2**22):
+    """Cosines of the three views of the updates of one module, all or those with some columns, float64[3, N, n]."""
+    rows = Updates.from_factors(down, up, scale, at_once, orthogonal=True)
+    return own_cosines(rows, at_once, 3) if columns is None else cosines(rows, rows[columns], at_once, 3)
+
+
+def formed_views(down, up, scale):
+    """The views themselves, of norm 1 or 0, and their cosines, float64[3, N, N]."""
+    w = scale.double()[:, None, None] * (up.double() @ down.double())
+    views = [x.flatten(1).numpy() for x in (w, w @ w.mT, w.mT @ w)]
+    sizes = [np.linalg.norm(x, axis=1, keepdims=True) for x in views]
+    views = [np.divide(x, size, out=np.zeros_like(x), where=size > 0) for x, size in zip(views, sizes, strict=True)]
+    return np.stack([x @ x.T for x in views])
+
+
+def test_views_of_two_updates_by_hand():
+    # [[1, 0], [0, 0]] and, times -2, [[0, 0], [3, 4]]: they share neither rows nor columns that are not 0, but read
+    # 1 of e1, and (3 e1 + 4 e2) / 5. A third that writes with both rows, and reads e1 alone.
+    down, up = (
+        torch.tensor([[[1.0, 0.0]], [[3.0, 4.0]], [[2.0, 0.0]]]),
+        torch.tensor([[[1.0], [0]], [[0], [1]], [[3], [4]]]),
+    )
+    update, left, right = view_cosines(down, up, torch.tensor([1.0, -2.0, 1.0]))
+    assert update.tolist() == [pytest.approx(row) for row in ([1, 0, 0.6], [0, 1, -0.48], [0.6, -0.48, 1])]
+    assert left.tolist() == [pytest.approx(row) for row in ([1, 0, 0.36], [0, 1, 0.64], [0.36, 0.64, 1])]
+    assert right.tolist() == [pytest.approx(row) for row in ([1, 0.36, 1], [0.36, 1, 0.36], [1, 0.36, 1])]
+
+
+@pytest.mark.parametrize("at_once", [1, 300, 2**22])
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (5, 3, 4), (40, 12, 12)], ids=str)
+def test_views_are_those_of_the_formed_updates_for_mixed_ranks(shape, at_once):
+    updates = factors(17, *shape, ranks=[1 + i % shape[0] for i in range(17)])
+    expected = formed_views(*updates)
+    actual = view_cosines(*updates, at_once=at_once)
+    assert actual.dtype == torch.float64 and (actual.diagonal(dim1=1, dim2=2) == 1).all()
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
+    columns = torch.tensor([3, 16, 0, 7])
+    np.testing.assert_allclose(view_cosines(*updates, columns, at_once), expected[:, :, columns], atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(4, 30, 40), (8, 11, 6)])
+@pytest.mark.parametrize("spread", [1.0, 1e3])
+def test_views_do_not_depend_on_factorisation_padding_size_or_sign(shape, spread):
+    down, up, scale = factors(9, *shape)
+    scale = scale + 3
+    rank, expected = shape[0], view_cosines(down, up, scale)
+    gauge = torch.randn(9, rank, rank, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    gauge = torch.linalg.qr(gauge).Q * torch.logspace(0, math.log10(spread), rank, dtype=torch.float64)
+    other = gauge @ down.double(), up.double() @ torch.linalg.inv(gauge)
+    np.testing.assert_allclose(view_cosines(*other, scale), expected, atol=1e-6)
+    padded = torch.cat([down, torch.zeros(9, 3, shape[1])], 1), torch.cat([up, torch.ones(9, shape[2], 3)], 2)
+    np.testing.assert_allclose(view_cosines(*padded, scale), expected, atol=1e-6)
+    np.testing.assert_allclose(view_cosines(down * 1e-15, up * 1e-12, scale), expected, atol=1e-6)
+    sign = torch.ones(9)
+    sign[4] = -1
+    turned = view_cosines(down, up, sign * scale)
+    np.testing.assert_allclose(turned[1:], expected[1:], atol=1e-6)
+    np.testing.assert_allclose(turned[0], expected[0] * sign * sign[:, None], atol=1e-6)
+
+
+def test_zero_updates_have_views_of_0():
+    down, up, scale = factors(5, 3, 12, 9)
+    up[2], scale[4] = 0, 0
+    cosine = view_cosines(down, up, scale)
+    assert cosine.isfinite().all()
+    assert not cosine[:, [2, 4]].any() and not cosine[:, :, [2, 4]].any()
+    assert cosine.diagonal(dim1=1, dim2=2).tolist() == [[1, 1, 0, 1, 0]] * 3
+
+
+def test_alignment_by_hand():
+    labels = np.array([0, 0, 1, 1])
+    same = (labels[:, None] == labels).astype(float)
+    other = np.kron(np.ones((2, 2)), np.eye(2))  # the first and the third are alike
+    # Centred, the matrix of labels is +-1/2: without its diagonal four of 1/2 and eight of -1/2.
+    # That of the other has products 1, -1, -1 with it in a row: a third against it.
+    weights = alignments(np.stack([same, 5 * same + 3, other, -same, np.ones((4, 4)), np.eye(4)]), labels)
+    assert weights[:5].tolist() == pytest.approx([1, 1, 0, 0, 0], abs=1e-9)
+    # An identity, centred, is -1/4 off the diagonal: of sums -1/4 * (2 - 4) over (sqrt(12) / 4) * (sqrt(12) / 2).
+    assert weights[5] == pytest.approx(1 / 3)
+    assert alignments(np.stack([same, other]), np.zeros(4)).tolist() == [1, 1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # All modules
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -207,6 +307,95 @@ def test_recomputed_kernels_are_those_kept_and_each_of_these_is_computed_once(mo
     for again, before in zip(recomputed, kept, strict=True):
         np.testing.assert_array_equal(again, before)
     assert len(computed) == 5 + 5 + len([p for p in range(5) if any_needs(p)])
+
+
+def views_of(modules, rows, labels=None, **more):
+    return kernels_of(modules, rows, kind="update_views", labels=labels, **more)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_sums_of_views_are_those_of_formed_updates_and_an_ablation_is_a_subtraction(labelled):
+    modules, rows, y = several(zero=(3,)), split(24), np.arange(24) % 3
+    train, expected = rows["train"], 0
+    modules[1][2][[train[0], rows["test"][0]]] = 0  # zero updates of two LoRAs
+    update_views = views_of(modules, rows, y[train] if labelled else None)
+    for p, kept in enumerate(np.eye(5, dtype=bool)):
+        views = formed_views(*modules[p])
+        own = views[:, train][:, :, train]
+        weights = alignments(own, y[train]) if labelled else np.ones(3)
+        size = own.trace(axis1=1, axis2=2).mean() / len(train) or 1
+        views = np.tensordot(weights / 3 / size, views[:, :, train], 1)
+        np.testing.assert_allclose(update_views.module(p), views, atol=1e-6)
+        (alone,) = update_views.sums(kept[None])
+        np.testing.assert_array_equal(alone, update_views.module(p))
+        expected += views if p not in (0, 2) else 0
+    (some,) = update_views.sums(np.array([[False, True, False, True, True]]))
+    np.testing.assert_allclose(some, expected, atol=1e-5)
+    if not labelled:
+        own = update_views.module(0)[train]
+        assert (own.diagonal() == 1).all()
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_landmarks_and_few_numbers_at_once_give_the_same_views(kind):
+    modules, rows, y = several(), split(24), np.arange(24) % 3
+    labels = y[rows["train"]]
+    kernel = kernels_of(modules, rows, kind=kind, labels=labels)
+    small = kernels_of(modules, rows, kind=kind, labels=labels, limits=Limits(kept=0, numbers_at_once=50))
+    shuffled = np.random.default_rng(0).permutation(len(labels))
+    ordered = kernels_of(modules, {"train": rows["train"][shuffled]}, kind=kind, labels=labels[shuffled])
+    landmarks = kernels_of(modules, rows, kind=kind, labels=labels, limits=Limits(exact=0))
+    for p in range(5):
+        expected = kernel.module(p)
+        np.testing.assert_allclose(small.module(p), expected, atol=1e-6)
+        np.testing.assert_allclose(ordered.module(p), expected[:, shuffled], atol=1e-6)
+    for features, x in zip(landmarks.inputs(KEPT), kernel.inputs(KEPT), strict=True):
+        np.testing.assert_allclose(features @ features[rows["train"]].T, x, atol=2e-5)
+
+
+def test_a_kernel_may_be_given_itself_and_an_unknown_name_is_an_error():
+    modules, rows = several(), split(24)
+    plain, given = kernels_of(modules, rows), kernels_of(modules, rows, kind=Kernel(views=1, sized=False))
+    norms = np.sqrt(np.einsum("ii->i", formed(*modules[2]) @ formed(*modules[2]).T))
+    train = rows["train"]
+    expected = plain.module(2) / np.outer(norms, norms[train]) * np.square(norms[train]).mean()
+    np.testing.assert_allclose(given.module(2), expected, atol=1e-5)
+    with pytest.raises(KeyError, match="update_nothing"):
+        kernels_of(modules, rows, kind="update_nothing")
+
+
+def in_regime(regime, n=150, classes=5, modules=6, wide=40, seed=0):
+    """Rank-one LoRAs whose class lies in what modules write, read, or in which up goes with which down alone."""
+    g, y = torch.Generator().manual_seed(seed), np.arange(n) % classes
+    factors_of_modules = []
+    for _ in range(modules):
+        down, up = torch.randn(n, 1, wide, generator=g), torch.randn(n, wide, 1, generator=g)
+        concept_down = torch.randn(classes, 1, wide, generator=g)
+        concept_up = torch.randn(classes, wide, 1, generator=g)
+        strength = torch.randn(n, 1, 1, generator=g)
+        if regime == "written":  # up = a gradient of rank one times its own down
+            up = 0.5 * up + strength * concept_up[y]
+        if regime == "read":
+            down = down + concept_down[y]
+        if regime == "pairs":
+            which = torch.randint(classes, (n,), generator=g)
+            up, down = concept_up[which] + 0.3 * up, concept_down[(which + torch.from_numpy(y)) % classes] + 0.3 * down
+        factors_of_modules.append((down, up, torch.ones(n)))
+    return factors_of_modules, y
+
+
+@pytest.mark.parametrize(("regime", "blind"), [("written", True), ("read", True), ("pairs", False), ("nothing", True)])
+def test_views_see_what_inner_products_do_not_and_lose_nothing_that_they_see(regime, blind):
+    modules, y = in_regime(regime)
+    rows, kept = split(150), np.ones((1, 6), bool)
+    inner, views = (
+        test_accuracy(classify_each(kernels, kept, y, rows, 5), y, rows)[0]
+        for kernels in (kernels_of(modules, rows), views_of(modules, rows, y[rows["train"]]))
+    )
+    if regime == "nothing":
+        assert views < 0.45  # of 30 test rows at chance 1/5, 3.4 standard deviations
+    else:
+        assert views > 0.9 and (inner < 0.7) == blind
 
 
 def any_needs(module):
@@ -368,17 +557,19 @@ def test_random_labels_give_chance():
     assert np.mean(accuracies) == pytest.approx(1 / 3, abs=0.1)
 
 
+@pytest.mark.parametrize("kind", KERNELS)
 @pytest.mark.parametrize("exact", [True, False])
-def test_test_rows_change_no_prediction_but_their_own(exact):
+def test_test_rows_change_no_prediction_but_their_own(exact, kind):
     limits = Limits(exact=90 if exact else 0)
     modules, y = planted(strength=0.7)
     rows = split(90)
     changed = [tuple(x.clone() for x in module) for module in modules]
     for down, up, scale in changed:
         down[rows["test"]], up[rows["test"]], scale[rows["test"]] = 7.0, -3.0, 1e3
-    kept = np.array([[1, 1, 1, 1], [1, 0, 1, 1], [1, 0, 0, 0]], bool)
+    kept, labels = np.array([[1, 1, 1, 1], [1, 0, 1, 1], [1, 0, 0, 0]], bool), y[rows["train"]]
     before, after = (
-        classify_each(kernels_of(read, rows, limits=limits), kept, y, rows, 3) for read in (modules, changed)
+        classify_each(kernels_of(read, rows, limits=limits, kind=kind, labels=labels), kept, y, rows, 3)
+        for read in (modules, changed)
     )
     boundary = len(rows["validation"])
     np.testing.assert_array_equal(after["predicted"][:, :boundary], before["predicted"][:, :boundary])

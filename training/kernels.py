@@ -1,15 +1,22 @@
-"""The representation ``update_kernel``: inner products of updates, and support vector machines (SVMs) on them.
+"""Kernels of updates, exact whatever the factorisation and the ranks, and support vector machines (SVMs) on them.
 
-The kernel of one module is ``K[i, j] = <ΔW_i, ΔW_j> = s_i s_j · sum((up_iᵀ up_j) ∘ (down_i down_jᵀ))``, exact whatever
-the factorisation and the ranks, over the mean of ``K[i, i]`` of train LoRAs. The kernel of several modules is the sum
-of theirs, so removing modules is a subtraction, and a condition costs an SVM, nothing more.
+``update_kernel``: of one module ``K[i, j] = <ΔW_i, ΔW_j> = s_i s_j · sum((up_iᵀ up_j) ∘ (down_i down_jᵀ))``, over the
+mean of ``K[i, i]`` of train LoRAs. ``update_views``: three views of a module, <ΔW_i, ΔW_j>, <ΔW_iΔW_iᵀ, ΔW_jΔW_jᵀ> =
+||ΔW_iᵀΔW_j||² (what the module writes) and <ΔW_iᵀΔW_i, ΔW_jᵀΔW_j> = ||ΔW_iΔW_jᵀ||² (what it reads), each as a cosine.
+They are summed with weights, as one view may hold the class and another only what hides it: each view's alignment with
+the labels of train LoRAs (the algorithm "align" of Cortes, Mohri & Rostamizadeh, "Algorithms for learning kernels
+based on centered alignment", 2012).
+
+The kernel of several modules is the sum of theirs, so removing modules is a subtraction, and a condition costs an SVM,
+nothing more.
 
 Columns of a kernel are the train LoRAs. For few LoRAs the kernels of modules are kept; for more they are computed
 anew for each pass over the modules, which serves many conditions at once. For very many LoRAs the columns are
 landmarks drawn from the train LoRAs, and the classifier reads the features that these give each LoRA (Nyström:
 Williams & Seeger, 2001). `Limits` holds the bounds.
 
-Shape letters: N LoRAs, n columns, P modules, K conditions, r rank, V and T validation and test LoRAs, C classes.
+Shape letters: N LoRAs, n columns, P modules, K conditions, W views, r rank, V and T validation and test LoRAs, C
+classes.
 """
 
 from __future__ import annotations
@@ -58,6 +65,23 @@ class Limits:
     summed: int = 2**25
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """A sum of views of updates.
+
+    Attributes:
+        views: W: 1, the update; or 3, its left and its right Gram matrix too.
+        sized: Whether the sizes of updates count; else all but zero updates have size 1.
+    """
+
+    views: int
+    sized: bool
+
+
+# Each representation that is made "kernel", by name.
+KERNELS = {"update_kernel": Kernel(views=1, sized=True), "update_views": Kernel(views=3, sized=False)}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The kernel of one module
 # ----------------------------------------------------------------------------------------------------------------------
@@ -67,6 +91,7 @@ class Limits:
 class Updates:
     """Updates as ``norm · up · down``: rows of down are orthonormal, and up · down has norm 1, or 0 for a zero update.
 
+    Columns of up are orthogonal where asked for: then the singular values of up · down are their norms.
     So products in float32 are exact to rounding relative to the norms of the two updates, whatever their factors were.
 
     ``down`` [n, k, in], ``up`` [n, out, k], k = min(r, in), and ``norm`` float64[n].
@@ -77,7 +102,14 @@ class Updates:
     norm: Tensor
 
     @classmethod
-    def from_factors(cls, down: Tensor, up: Tensor, scale: Tensor, numbers_at_once: int = NUMBERS_AT_ONCE) -> Updates:
+    def from_factors(
+        cls,
+        down: Tensor,
+        up: Tensor,
+        scale: Tensor,
+        numbers_at_once: int = NUMBERS_AT_ONCE,
+        orthogonal: bool = False,
+    ) -> Updates:
         """Factorise updates scale · up · down of factors down float[n, r, in], up float[n, out, r], scale float[n]."""
         parts = []
         length = max(1, numbers_at_once // (down[0].numel() + up[0].numel()))
@@ -87,6 +119,9 @@ class Updates:
             product = up_block.double() @ triangle.mT  # (n, out, k)
             norm = torch.linalg.vector_norm(product, dim=(1, 2))
             product = product * torch.where(norm > 0, scale_block.sign() / norm, 0)[:, None, None]
+            if orthogonal and product.shape[2] > 1:
+                turn = torch.linalg.eigh(product.mT @ product).eigenvectors  # (n, k, k)
+                product, q = product @ turn, q @ turn
             parts.append((q.mT.float(), product.float(), norm * scale_block.abs()))
         return cls(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
 
@@ -104,42 +139,125 @@ class Updates:
         return Updates(self.down[rows], self.up[rows], self.norm[rows])
 
 
-def cosines(a: Updates, b: Updates, numbers_at_once: int = NUMBERS_AT_ONCE) -> Tensor:
-    """Compute the cosine between each update of a and each of b, 0 where one is zero, float64[len(a), len(b)].
+def cosines(a: Updates, b: Updates, numbers_at_once: int = NUMBERS_AT_ONCE, views: int = 1) -> Tensor:
+    """Compute the cosine between each update of a and each of b, in each view; 0 where one is zero.
 
-    One product of matrices for each pair of columns of the factors. Where the updates themselves have fewer entries
-    than that has terms (large ranks, small matrices), blocks of them are formed and multiplied instead.
+    One product of matrices for each pair of columns of up, and one for each pair of rows of down. Where the views
+    themselves have fewer entries than that has terms (large ranks, small matrices), blocks of them are formed and
+    multiplied instead.
+
+    Args:
+        a: Updates; with orthogonal columns of up where there is more than one view.
+        b: Updates, likewise.
+        numbers_at_once: Numbers to work on at a time.
+        views: W: 1, the updates; or 3, also their left Gram matrices ΔWΔWᵀ, and their right ones ΔWᵀΔW.
+
+    Returns:
+        Cosines, float64[W, len(a), len(b)].
     """
     (rank, wide), high, other = a.down.shape[1:], a.up.shape[1], b.down.shape[1]
-    cosine = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.up.device)
-    if rank * other * (wide + high) > wide * high:
-        length = max(1, numbers_at_once // (wide * max(len(a), len(b))))
-        for a_up, b_up in zip(a.up.split(length, dim=1), b.up.split(length, dim=1), strict=True):
-            cosine += (a_up @ a.down).flatten(1) @ (b_up @ b.down).flatten(1).mT
-        return cosine
+    entries = wide * high if views == 1 else wide * high + wide**2 + high**2
+    products = _products_of_views if rank * other * (wide + high) > entries else _products_of_columns
+    cosine = products(a, b, numbers_at_once, views)
+    if views > 1:  # a Gram matrix of an update of norm 1 has another norm
+        a_size, b_size = (torch.linalg.vector_norm(_squares(updates), dim=1).double() for updates in (a, b))
+        for size in (a_size[:, None], b_size):
+            cosine[1:] *= torch.where(size > 0, 1 / size, 0)
+    return cosine
+
+
+def _squares(updates: Updates) -> Tensor:
+    """Return the squared norms of the columns of up, [n, k]."""
+    return updates.up.square().sum(1)
+
+
+def _products_of_views(a: Updates, b: Updates, numbers_at_once: int, views: int) -> Tensor:
+    """Compute inner products of the views, which are formed by blocks of their rows, float64[W, len(a), len(b)]."""
+    product = torch.zeros(views, len(a), len(b), dtype=torch.float64, device=a.up.device)
+    for view, (a_factors, b_factors) in enumerate(zip(_factors(a, views), _factors(b, views), strict=True)):
+        (a_left, a_right), (b_left, b_right) = a_factors, b_factors
+        length = max(1, numbers_at_once // (a_right.shape[2] * max(len(a), len(b))))
+        for a_rows, b_rows in zip(a_left.split(length, dim=1), b_left.split(length, dim=1), strict=True):
+            product[view] += (a_rows @ a_right).flatten(1) @ (b_rows @ b_right).flatten(1).mT
+    return product
+
+
+def _factors(updates: Updates, views: int) -> list[tuple[Tensor, Tensor]]:
+    """Return two factors of each view: of the update, its left and its right Gram matrix."""
+    down, up = updates.down, updates.up
+    weighted = (_squares(updates)[:, :, None] * down).mT
+    return [(up, down), (up, up.mT), (weighted, down)][:views]
+
+
+def _products_of_columns(a: Updates, b: Updates, numbers_at_once: int, views: int) -> Tensor:
+    """Compute inner products of the views from those of columns of up and rows of down, float64[W, len(a), len(b)]."""
+    product = torch.zeros(views, len(a), len(b), dtype=torch.float64, device=a.up.device)
     # Each column of all updates in one piece, or every product would copy it: (k, n, out) and (k, n, in).
     a_up, b_up = (updates.up.permute(2, 0, 1).contiguous() for updates in (a, b))
     a_down, b_down = (updates.down.transpose(0, 1).contiguous() for updates in (a, b))
-    length = max(1, numbers_at_once // len(b))
+    a_size, b_size = (torch.linalg.vector_norm(x, dim=2) for x in (a_up, b_up))  # (k, n)
+    length = max(1, numbers_at_once // (views * len(b)))
     for start in range(0, len(a), length):
         rows = slice(start, start + length)
-        total = torch.zeros_like(cosine[rows], dtype=a.up.dtype)
-        for i in range(rank):
-            for j in range(other):
-                total.addcmul_(a_up[i, rows] @ b_up[j].mT, a_down[i, rows] @ b_down[j].mT)
-        cosine[rows] = total
-    return cosine
+        total = torch.zeros_like(product[:, rows], dtype=a.up.dtype)
+        for i in range(a_up.shape[0]):
+            for j in range(b_up.shape[0]):
+                written, read = a_up[i, rows] @ b_up[j].mT, a_down[i, rows] @ b_down[j].mT
+                total[0].addcmul_(written, read)
+                if views > 1:
+                    total[1].addcmul_(written, written)
+                    read *= a_size[i, rows, None]
+                    read *= b_size[j]
+                    total[2].addcmul_(read, read)
+        product[:, rows] = total
+    return product
 
 
-def own_cosines(a: Updates, numbers_at_once: int = NUMBERS_AT_ONCE) -> Tensor:
-    """Compute `cosines` of updates among themselves, for little more than half of the work."""
+def own_cosines(a: Updates, numbers_at_once: int = NUMBERS_AT_ONCE, views: int = 1) -> Tensor:
+    """Compute `cosines` of updates among themselves, for little more than half of the work.
+
+    Of several views those of an update with itself are exactly 1.
+    """
     length = math.ceil(len(a) / 8)
-    cosine = torch.empty(len(a), len(a), dtype=torch.float64, device=a.up.device)
+    cosine = torch.empty(views, len(a), len(a), dtype=torch.float64, device=a.up.device)
     for start in range(0, len(a), length):
         rows = slice(start, start + length)
-        cosine[rows, start:] = cosines(a[rows], a[start:], numbers_at_once)
-        cosine[rows, :start] = cosine[:start, rows].mT
+        cosine[:, rows, start:] = cosines(a[rows], a[start:], numbers_at_once, views)
+        cosine[:, rows, :start] = cosine[:, :start, rows].mT
+    if views > 1:
+        cosine.diagonal(dim1=1, dim2=2)[:] = a.norm > 0
     return cosine
+
+
+def alignments(kernels: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Compute the alignment of kernels with labels, 0 where it is negative (Cortes, Mohri & Rostamizadeh, 2012).
+
+    The cosine between the centred kernel and the centred matrix of equal labels. Their diagonals are left out: those
+    of cosines are 1 whatever the labels are.
+
+    Args:
+        kernels: Kernels of the same samples, float64[W, n, n].
+        labels: Class of each sample, [n].
+
+    Returns:
+        Alignments in [0, 1], float64[W]; 1 for all where all labels are equal, as they tell nothing.
+    """
+
+    def centred(kernel: np.ndarray) -> np.ndarray:
+        kernel = KernelCenterer().fit_transform(kernel)
+        np.fill_diagonal(kernel, 0)
+        return kernel
+
+    if (labels == labels[0]).all():
+        return np.ones(len(kernels))
+    target = centred((labels[:, None] == labels).astype(np.float64))
+    target /= np.linalg.norm(target)
+    alignment = np.zeros(len(kernels))
+    for view, kernel in enumerate(map(centred, kernels)):
+        size = np.linalg.norm(kernel)
+        if size > ROUNDING * len(kernel):  # else all updates are one and the same
+            alignment[view] = max(0.0, (kernel * target).sum() / size)
+    return alignment
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,6 +273,8 @@ class UpdateKernels:
         num_modules: P.
         train_rows: The LoRAs that kernels are normalised, centred and approximated by, int64[n].
         num_samples: N.
+        kind: The kernel: a name of `KERNELS`, or another.
+        labels: Classes of the train rows, int64[n], by which views are weighted; None: each counts the same.
         seed: Decides the landmarks.
         device: The device that computes inner products.
         limits: Bounds on what is kept, exact, and worked on at a time.
@@ -173,18 +293,25 @@ class UpdateKernels:
         train_rows: np.ndarray,
         num_samples: int,
         *,
+        kind: str | Kernel = "update_kernel",
+        labels: np.ndarray | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
         limits: Limits | None = None,
     ):
         self.read_module, self.num_modules, self.device = read_module, num_modules, device
         self.train, self.num_samples = np.asarray(train_rows), num_samples
+        self.kind = kind if isinstance(kind, Kernel) else KERNELS[kind]
         limits = limits or Limits()
         self.numbers_at_once = limits.numbers_at_once
         self.precomputed = num_samples <= limits.exact
         self.columns = self.train
         if not self.precomputed:
             self.columns = np.sort(numpy_stream(seed, "landmarks").permutation(self.train)[: limits.landmarks])
+        self.labels = None
+        if labels is not None:
+            of_sample = dict(zip(self.train.tolist(), np.asarray(labels).tolist(), strict=True))
+            self.labels = np.array([of_sample[row] for row in self.columns.tolist()])
         numbers = num_samples * len(self.columns)
         self.keeps = num_samples <= limits.kept and num_modules * numbers <= limits.kept_numbers
         self.at_once = 32 if self.keeps else max(1, limits.summed // numbers)
@@ -194,7 +321,10 @@ class UpdateKernels:
         self._full_lock = threading.Lock()
 
     def module(self, module: int) -> np.ndarray:
-        """Return a module's kernel over the mean of its diagonal on train rows, float32[N, n]; 0 if that is 0."""
+        """Return a module's kernel over the mean of its diagonal on train rows, float32[N, n]; 0 if that is 0.
+
+        Of several views it is their mean; where labels weight them, the mean of views times weights.
+        """
         if not self.keeps:
             return self._compute(module)
         with self._locks[module]:
@@ -251,23 +381,32 @@ class UpdateKernels:
             return self._full
 
     def _read(self, module: int, rows: np.ndarray) -> Updates:
-        return Updates.from_factors(*self.read_module(module, rows), self.numbers_at_once).to(self.device)
+        factors, several = self.read_module(module, rows), self.kind.views > 1
+        return Updates.from_factors(*factors, self.numbers_at_once, orthogonal=several).to(self.device)
 
     def _compute(self, module: int) -> np.ndarray:
         """Compute a module's kernel; see `module`."""
-        columns = self._read(module, self.columns)
+        columns, views = self._read(module, self.columns), self.kind.views
         others = np.setdiff1d(np.arange(self.num_samples), self.columns)
         kernel = np.empty((self.num_samples, len(columns)), np.float32)
         norm = np.empty(self.num_samples)
-        kernel[self.columns] = own_cosines(columns, self.numbers_at_once).cpu().numpy()
+        own = own_cosines(columns, self.numbers_at_once, views).cpu().numpy()
+        weights = np.ones(views)
+        if views > 1 and self.labels is not None:
+            weights = alignments(own, self.labels)
+        weights /= views
+        kernel[self.columns] = np.tensordot(weights, own, 1)
         norm[self.columns] = columns.norm.cpu().numpy()
-        numbers = max(len(columns), columns.down[0].numel() + columns.up[0].numel())
+        numbers = max(views * len(columns), columns.down[0].numel() + columns.up[0].numel())
         length = max(1, self.numbers_at_once // numbers)
         for start in range(0, len(others), length):
             rows = others[start : start + length]
             updates = self._read(module, rows)
-            kernel[rows] = cosines(updates, columns, self.numbers_at_once).cpu().numpy()
+            products = cosines(updates, columns, self.numbers_at_once, views).cpu().numpy()
+            kernel[rows] = np.tensordot(weights, products, 1)
             norm[rows] = updates.norm.cpu().numpy()
+        if not self.kind.sized:
+            norm = (norm > 0).astype(np.float64)
         size = math.sqrt(np.square(norm[self.train]).mean())
         if size == 0:
             return np.zeros_like(kernel)
