@@ -16,6 +16,7 @@ from training.attention import (
     deletion,
     initial_parameters,
     logits,
+    loss_gradients,
     module_tokens,
     parameter_shapes,
     predict_logits,
@@ -24,7 +25,7 @@ from training.attention import (
     train_attention,
 )
 from training.classifier import Models
-from training.stacks import Schedule, Split, dropout_masks, stream, train
+from training.stacks import Schedule, Split, dropout_masks, gather, stream, train
 
 CLASSES, MODULES, HIDDEN = 3, 5, 8
 NARROW = Schedule(max_epochs=6, patience=9, lr=5e-3, weight_decay=0.01, hidden=(HIDDEN,))
@@ -233,6 +234,26 @@ def test_every_model_of_a_stack_trains_as_plain_torch_does():
         start = {name: parameter[m] for name, parameter in initial.items()}
         losses = alone(x, y, split, start, run, live[m], seed=7, epochs=NARROW.max_epochs)
         torch.testing.assert_close(stacked[m], torch.tensor(losses, dtype=x.dtype), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("live", [None, masks((), (1,), (0, 1, 2, 3), range(MODULES))])
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+def test_gradients_by_hand_are_those_of_autograd(live, rate):
+    x, y, split = problem()
+    network = {"hidden": HIDDEN, "dropout": rate, "module_dropout": rate}
+    stack = AttentionStack(x, y, split, runs(0, 0, 1, 2, live=live), CLASSES, seed=7, **network)
+    seen = 0
+    for rows, kept, dropped in stack.minibatches(1):  # the last minibatch is smaller
+        params = {name: parameter.clone().requires_grad_() for name, parameter in stack.params.items()}
+        tokens = gather(x, stack.source, rows)
+        scores = logits(params, tokens, kept, dropped).flatten(0, 1)
+        losses = nn.CrossEntropyLoss(reduction="sum", label_smoothing=LABEL_SMOOTHING)
+        (losses(scores, y[rows].flatten()) / rows.shape[1]).backward()
+        by_hand = loss_gradients(stack.params, tokens, y[rows], kept, dropped)
+        for parameter, gradient in zip(params.values(), by_hand, strict=True):
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-9, atol=1e-15)
+        seen += rows.shape[1]
+    assert seen == len(split.train)
 
 
 def test_a_model_does_not_depend_on_what_it_is_stacked_with():

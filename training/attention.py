@@ -59,6 +59,7 @@ NORM_HIDDEN = 16
 DROPOUT, MODULE_DROPOUT = 0.2, 0.2
 LABEL_SMOOTHING = 0.05
 MASKED = -1e9
+NORM_EPS = 1e-5  # torch's default
 SCHEDULE = Schedule(max_epochs=200, patience=20, batch_size=32, lr=1e-3, weight_decay=0.01)
 
 
@@ -181,7 +182,9 @@ def hidden_vectors(params: dict[str, Tensor], x: Tensor) -> Tensor:
     projected = torch.bmm(tokens[..., :COORDINATES], each["token_weight"])  # (M * P, B, H)
     path = functional.gelu(torch.addcmul(each["norm_bias0"], tokens[..., COORDINATES:], each["norm_weight0"]))
     added = torch.baddbmm(each["embedding"], path, each["norm_weight1"])
-    return functional.gelu(functional.layer_norm(projected, (hidden,)) + added).unflatten(0, (models, modules))
+    return functional.gelu(functional.layer_norm(projected, (hidden,), eps=NORM_EPS) + added).unflatten(
+        0, (models, modules)
+    )
 
 
 def gate_scores(params: dict[str, Tensor], hidden: Tensor) -> Tensor:
@@ -241,6 +244,94 @@ def _block_length(params: dict[str, Tensor], numbers_at_once: int) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Gradients by hand
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def loss_gradients(
+    params: dict[str, Tensor], x: Tensor, y: Tensor, kept: Tensor | None, masks: Tensor | None
+) -> list[Tensor]:
+    """Compute the gradient of the sum of the models' mean training losses, for each of ``params``.
+
+    The same as autograd's for `logits` and cross-entropy with label smoothing, in two thirds to four fifths of the
+    time on a CPU: fewer operations, many of them in place.
+
+    Args:
+        params: See `parameter_shapes`, each [M, ...].
+        x: Tokens, float[M, B, P * D].
+        y: Classes, int64[M, B].
+        kept: See `attention_of`.
+        masks: See `logits`.
+    """
+    models, modules, _, width = params["token_weight"].shape
+    each = {name: params[name].flatten(0, 1) for name in OF_MODULES}  # (M * P, ...)
+    tokens = x.unflatten(2, (modules, TOKEN)).transpose(1, 2).flatten(0, 1)  # (M * P, B, D)
+    coordinates, norm = tokens[..., :COORDINATES], tokens[..., COORDINATES:]
+    projected = torch.bmm(coordinates, each["token_weight"])  # (M * P, B, H)
+    normal, mean, inverse = torch.native_layer_norm(projected, (width,), None, None, NORM_EPS)
+    path = torch.addcmul(each["norm_bias0"], norm, each["norm_weight0"])  # (M * P, B, 16)
+    active = functional.gelu(path)
+    total = torch.baddbmm(normal.add_(each["embedding"]), active, each["norm_weight1"])  # (M * P, B, H)
+    hidden = functional.gelu(total).unflatten(0, (models, modules))
+    if masks is not None:
+        hidden.mul_(masks)
+
+    error, gradients = _pool_gradients(params, hidden, y, kept)  # (M, P, B, H)
+    if masks is not None:
+        error.mul_(masks)
+    error = torch.ops.aten.gelu_backward(error.flatten(0, 1), total)
+    gradients["embedding"] = error.sum(1, keepdim=True)
+    gradients["norm_weight1"] = torch.bmm(active.mT, error)
+    path_error = torch.ops.aten.gelu_backward(torch.bmm(error, each["norm_weight1"].mT), path)
+    gradients["norm_bias0"] = path_error.sum(1, keepdim=True)
+    gradients["norm_weight0"] = torch.bmm(norm.mT, path_error)
+    error, _, _ = torch.ops.aten.native_layer_norm_backward(
+        error, projected, (width,), mean, inverse, None, None, (True, False, False)
+    )
+    gradients["token_weight"] = torch.bmm(coordinates.mT, error)
+    return [gradients[name].view_as(parameter) for name, parameter in params.items()]
+
+
+def _pool_gradients(
+    params: dict[str, Tensor], hidden: Tensor, y: Tensor, kept: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return gradients of the modules' vectors, float[M, P, B, H], and of the parameters of gate and classes by name.
+
+    Args:
+        params: See `parameter_shapes`.
+        hidden: The modules' vectors h, float[M, P, B, H].
+        y: Classes, int64[M, B].
+        kept: See `attention_of`.
+    """
+    vectors = hidden.flatten(1, 2)  # (M, P * B, H)
+    tanh = torch.bmm(vectors, params["gate_tanh"]).mul_(2).sigmoid_().mul_(2).sub_(1)  # a fourth of the time of tanh_
+    sigmoid = torch.bmm(vectors, params["gate_sigmoid"]).sigmoid_()
+    gate = tanh * sigmoid
+    attention = attention_of(torch.bmm(gate, params["gate_score"]).view(hidden.shape[:3]), kept)  # (M, P, B)
+    product = attention[..., None] * hidden
+    pooled = product.sum(1)  # (M, B, H)
+
+    error = torch.softmax(torch.baddbmm(params["class_bias"], pooled, params["class_weight"]), 2)  # (M, B, C)
+    error.sub_(LABEL_SMOOTHING / error.shape[2])
+    error.scatter_add_(2, y[..., None], error.new_full((1, 1, 1), LABEL_SMOOTHING - 1).expand(*y.shape, 1))
+    error.div_(y.shape[1])
+    gradients = {"class_weight": torch.bmm(pooled.mT, error), "class_bias": error.sum(1, keepdim=True)}
+    error = torch.bmm(error, params["class_weight"].mT)[:, None]  # (M, 1, B, H)
+
+    share = torch.mul(hidden, error, out=product).sum(3)  # (M, P, B), of the attention; below of the gate's scores
+    share = share.sub_((attention * share).sum(1, keepdim=True)).mul_(attention).view(len(hidden), -1, 1)
+    gradients["gate_score"] = torch.bmm(gate.mT, share)
+    gate_error = share * params["gate_score"].mT  # (M, P * B, H)
+    tanh_error = torch.addcmul(sigmoid, gate, tanh, value=-1).mul_(gate_error)  # sigmoid (1 - tanh^2)
+    sigmoid_error = torch.addcmul(gate, gate, sigmoid, value=-1).mul_(gate_error)  # tanh sigmoid (1 - sigmoid)
+    gradients["gate_tanh"] = torch.bmm(vectors.mT, tanh_error)
+    gradients["gate_sigmoid"] = torch.bmm(vectors.mT, sigmoid_error)
+    below = torch.mul(attention[..., None], error, out=product).flatten(1, 2)  # (M, P * B, H)
+    below.baddbmm_(tanh_error, params["gate_tanh"].mT).baddbmm_(sigmoid_error, params["gate_sigmoid"].mT)
+    return below.view_as(hidden), gradients
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Training
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -279,8 +370,7 @@ class AttentionStack:
         self.seed, self.batch_size = seed, batch_size
         self.dropout, self.module_dropout = dropout, module_dropout
         self.modules, self.hidden = x.shape[2] // TOKEN, hidden
-        drawn = initial_parameters(models, self.modules, num_classes, hidden, seed, like=x)
-        self.params = {name: parameter.requires_grad_() for name, parameter in drawn.items()}
+        self.params = initial_parameters(models, self.modules, num_classes, hidden, seed, like=x)
         self.buffers: dict[str, Tensor] = {}
         self._place()
 
@@ -295,17 +385,13 @@ class AttentionStack:
         """Keep the models at these positions, in this order."""
         live = self.models.live
         self.models = Models(self.models.source[index], self.models.run[index], None if live is None else live[index])
-        self.params = {name: parameter.detach()[index].requires_grad_() for name, parameter in self.params.items()}
+        self.params = {name: parameter[index] for name, parameter in self.params.items()}
         self._place()
 
-    def gradients(self, epoch: int) -> Iterator[tuple[Tensor, ...]]:
-        """Yield gradients of the sum of the models' training losses over each minibatch."""
+    def gradients(self, epoch: int) -> Iterator[list[Tensor]]:
+        """Yield gradients of the models' training losses over each minibatch."""
         for rows, kept, masks in self.minibatches(epoch):
-            scores = logits(self.params, gather(self.x, self.source, rows), kept, masks)  # (M, B, C)
-            loss = functional.cross_entropy(
-                scores.flatten(0, 1), self.y[rows].flatten(), reduction="sum", label_smoothing=LABEL_SMOOTHING
-            )
-            yield torch.autograd.grad(loss / rows.shape[1], list(self.params.values()))
+            yield loss_gradients(self.params, gather(self.x, self.source, rows), self.y[rows], kept, masks)
 
     def minibatches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
         """Yield rows int64[M, B], modules kept bool[M or 1, P, B or 1] and dropout masks float[M or 1, P, B, H]."""
