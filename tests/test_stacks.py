@@ -5,8 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from training.stacks import (
+    Adam,
     Plateau,
     Stored,
     dropout_masks,
@@ -133,3 +135,34 @@ def test_numpys_streams_differ_by_their_key_and_come_from_the_same_hash():
     digest = hashlib.sha256(b"7/3/order").digest()
     assert seed_of(7, 3, "order") == int.from_bytes(digest, "little")
     assert stream(7, 3, "order").initial_seed() == int.from_bytes(digest[:8], "little")
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01, 0.5])
+def test_adam_with_weight_decay_is_torchs_adamw_for_each_models_rate(decay):
+    generator = torch.Generator().manual_seed(0)
+    start = {"weight": torch.randn(4, 5, 3, generator=generator), "bias": torch.randn(4, 1, 3, generator=generator)}
+    params = {name: parameter.clone() for name, parameter in start.items()}
+    rates = torch.tensor([1e-3, 1e-2, 1e-2, 0.1], dtype=torch.float64)
+    ours = Adam(params, decay)
+    alone = [[nn.Parameter(parameter[m].clone()) for parameter in start.values()] for m in range(4)]
+    kind = torch.optim.AdamW if decay else torch.optim.Adam
+    theirs = [kind(alone[m], lr=rates[m].item(), weight_decay=decay, fused=True) for m in range(4)]
+    for _ in range(5):
+        gradients = [torch.randn(parameter.shape, generator=generator) for parameter in start.values()]
+        ours.step(params, gradients, rates)
+        for m in range(4):
+            for parameter, gradient in zip(alone[m], gradients, strict=True):
+                parameter.grad = gradient[m].clone()
+            theirs[m].step()
+    for m in range(4):
+        for name, parameter in zip(start, alone[m], strict=True):
+            if decay:
+                torch.testing.assert_close(params[name][m], parameter.data, rtol=1e-6, atol=1e-7)
+            else:
+                assert torch.equal(params[name][m], parameter.data)
+
+
+def test_parameters_without_a_gradient_shrink_by_rate_times_weight_decay():
+    params = {"weight": torch.ones(2, 3)}
+    Adam(params, 0.1).step(params, [torch.zeros(2, 3)], torch.tensor([0.5, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(params["weight"], torch.tensor([[0.95] * 3, [0.9] * 3]))

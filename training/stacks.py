@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.optim.adam import adam
+from torch.optim.adamw import adamw
 
 NUMBERS_AT_ONCE = 2**24  # worked on at a time where there may be many: 64 MiB in float32
 CLIP = 10.0  # standardised inputs beyond ten standard deviations are outliers of a heavy tail, not information
@@ -231,7 +232,8 @@ class Schedule:
     """The size of a stack's networks, and how long and how fast they train; the same for all models of a stack.
 
     ``lr_patience`` None keeps the learning rate constant. ``hidden`` are the widths of the hidden layers, None for
-    those that the network has by default.
+    those that the network has by default. The learning rate times ``weight_decay`` is the
+    share by which parameters shrink at each step.
     """
 
     max_epochs: int
@@ -241,22 +243,28 @@ class Schedule:
     lr_patience: int | None = None
     lr_factor: float = 0.5
     hidden: tuple[int, ...] | None = None
+    weight_decay: float = 0.0
 
 
 class Adam:
     """Adam (Kingma & Ba, 2015) over stacked parameters, with a learning rate for each model.
 
+    With ``weight_decay`` AdamW ("Decoupled weight decay regularization", Loshchilov & Hutter, 2019): before each step
+    all parameters of a model are multiplied by 1 - its rate x ``weight_decay``.
+
     The fused kernel reads and writes seven floats per parameter and step, which is the floor, but takes one
     learning rate. Models therefore stand in order of their rates, and each distinct rate is one call on a slice.
     """
 
-    def __init__(self, params: dict[str, Tensor]):
+    def __init__(self, params: dict[str, Tensor], weight_decay: float = 0.0):
+        self.weight_decay = weight_decay
         self.mean = {name: torch.zeros_like(parameter) for name, parameter in params.items()}
         self.square = {name: torch.zeros_like(parameter) for name, parameter in params.items()}
         self.steps = 0
 
     def step(self, params: dict[str, Tensor], gradients: Sequence[Tensor], rates: Tensor) -> None:
         """Make one update in place; ``rates`` float64[M] must be sorted so that equal rates are neighbours."""
+        update = adamw if self.weight_decay else adam
         values, counts = torch.unique_consecutive(rates, return_counts=True)
         tensors = [list(params.values()), list(gradients), list(self.mean.values()), list(self.square.values())]
         end = 0
@@ -267,7 +275,7 @@ class Adam:
                 parts = [[tensor[start:end] for tensor in group] for group in tensors]
             done = torch.full((), float(self.steps), device=gradients[0].device)
             with torch.no_grad():
-                adam(
+                update(
                     *parts,
                     [],  # no running maxima: not AMSGrad
                     [done.clone() for _ in params],
@@ -276,7 +284,7 @@ class Adam:
                     beta1=0.9,
                     beta2=0.999,
                     lr=rate,
-                    weight_decay=0.0,
+                    weight_decay=self.weight_decay,
                     eps=1e-8,
                     maximize=False,
                 )
@@ -399,7 +407,7 @@ def train(network, schedule: Schedule) -> Trained:
     trained = Trained.begin(network)
     device = next(iter(trained.state.values())).device
     models = torch.arange(len(trained.epochs))  # the model at each position of the network
-    optimiser = Adam(network.params)
+    optimiser = Adam(network.params, schedule.weight_decay)
     plateau = Plateau(len(models), schedule.lr, schedule.lr_patience, schedule.lr_factor)
     for epoch in range(1, schedule.max_epochs + 1):
         with fast_products(device):
