@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from training.classifier import DROPOUT, ClassifierStack, Models, log_losses, logits, predictions, train_classifiers
-from training.stacks import NUMBERS_AT_ONCE, Schedule, Split, mean_and_scale, rows_at_once, scaled, train
+from training.stacks import CLIP, NUMBERS_AT_ONCE, Schedule, Split, mean_and_scale, rows_at_once, train
 
 HIDDEN = (128, 128, 128)  # as accurate as 512 wide, and trained in a fifth of the time
 Shape = tuple[int, int, int]  # r, in, out of a module's updates
@@ -43,15 +43,16 @@ class Group:
         """Gather the factors of rows int64[M, B] from all, x float[1, N, W]; nothing else of x is copied.
 
         Returns:
-            down float[M·G, B·r, in] and up float[M·G, B·r, out].
+            down float[M·G, r·B, in] and up float[M·G, r·B, out]: the rows of a minibatch stand side by side.
         """
         rank, wide, high = self.shape
         first = rows[:, None] * x.shape[2] + self.columns[:, None]  # (M, G, B), where the factors begin in all numbers
-        numbers, matrices = x.view(-1), first.shape[0] * first.shape[1]
-        down = numbers.unfold(0, rank * wide, 1).index_select(0, first.flatten())
+        numbers, stacked = x.view(-1), first.shape[0] * first.shape[1]
+        row_of_down = first[:, :, None] + torch.arange(0, rank * wide, wide, device=x.device)[:, None]  # (M, G, r, B)
+        down = numbers.unfold(0, wide, 1).index_select(0, row_of_down.flatten())
         up = numbers.unfold(0, high * rank, 1).index_select(0, first.flatten() + rank * wide)
-        up = up.view(-1, high, rank).mT
-        return down.view(matrices, -1, wide), up.reshape(matrices, -1, high)
+        up = up.view(stacked, rows.shape[1], high, rank).permute(0, 3, 1, 2)  # (M·G, r, B, out)
+        return down.view(stacked, -1, wide), up.reshape(stacked, -1, high)
 
 
 def group_modules(shapes: Sequence[Shape], device: torch.device | str = "cpu") -> list[Group]:
@@ -75,7 +76,7 @@ def project(x: Tensor, rows: Tensor, groups: list[Group], projections: dict[str,
         x: Factors of all modules side by side, float[1, N, W]; see `train_projections`.
         rows: Rows of each model, int64[M, B].
         groups: Of the modules.
-        projections: ``P0`` float[M, G, out, k], ``Q0`` float[M, G, in, k], and so on for each group.
+        projections: ``P0`` float[M, G, k, out] and ``Q0`` float[M, G, k, in] of the first group, transposed, and so on.
 
     Returns:
         Blocks in the order of the modules, each row by row, float[M, B, P·k²].
@@ -83,20 +84,30 @@ def project(x: Tensor, rows: Tensor, groups: list[Group], projections: dict[str,
     blocks = []
     for number, group in enumerate(groups):
         p, q = (projections[f"{side}{number}"] for side in "PQ")
+        sides = (len(rows), len(group.modules), p.shape[2], group.shape[0], rows.shape[1])  # (M, G, k, r, B)
         down, up = group.gather(x, rows)
-        left = torch.bmm(up, p.flatten(0, 1)).view(*rows.shape[:1], len(group.modules), rows.shape[1], -1, p.shape[-1])
-        right = torch.bmm(down, q.flatten(0, 1)).view(left.shape)  # (M, G, B, r, k)
-        blocks.append((left[..., :, None] * right[..., None, :]).sum(3).flatten(3).transpose(1, 2))  # (M, B, G, k²)
-    joined = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
-    order = torch.cat([group.modules for group in groups]).argsort()
-    return normalised(joined[:, :, order]).flatten(2)
+        # A CPU multiplies k rows by many columns several times as fast as many rows by k columns.
+        left = torch.bmm(p.flatten(0, 1), up.mT).view(sides)[:, :, :, None].unbind(4)  # r times (M, G, k, 1, B)
+        right = torch.bmm(q.flatten(0, 1), down.mT).view(sides)[:, :, None].unbind(4)  # r times (M, G, 1, k, B)
+        block = left[0] * right[0]
+        for column, row in zip(left[1:], right[1:], strict=True):
+            block = torch.addcmul(block, column, row)  # (M, G, k, k, B)
+        blocks.append(normalised(block.flatten(2, 3)))
+    joined = torch.cat(blocks, 1)[:, _positions(groups)]  # (M, P, k², B)
+    return joined.permute(0, 3, 1, 2).flatten(2)
 
 
 def normalised(blocks: Tensor) -> Tensor:
-    """Divide the last dimension by the root of its mean square; 0 stays 0, and passes no gradient."""
-    square = blocks.square().mean(-1, keepdim=True)
+    """Divide blocks [..., k², B] by the root of the mean square of each; 0 stays 0, and passes no gradient."""
+    square = blocks.square().mean(-2, keepdim=True)
     seen = square > 0
     return blocks * torch.where(seen, torch.where(seen, square, 1).rsqrt(), 0)
+
+
+def _positions(groups: list[Group]) -> Tensor | slice:
+    """Return where the modules stand among those of all groups, one after the other."""
+    order = torch.cat([group.modules for group in groups])
+    return order.argsort() if len(groups) > 1 else slice(None)
 
 
 class Blocks:
@@ -112,7 +123,7 @@ class Blocks:
         numbers_at_once: Numbers of x to work on at a time.
 
     Attributes:
-        start: Stacked by group: ``P0`` float[1, G, out, k], ``Q0`` float[1, G, in, k], and so on.
+        start: The projections there, stacked as `project` takes them, M = 1.
         shape: (1, N, F).
         columns: Columns of a module, k².
     """
@@ -130,7 +141,7 @@ class Blocks:
         self.start = {}
         for number, group in enumerate(self.groups):
             for side, matrices in zip("PQ", start, strict=True):
-                stacked = torch.stack([matrices[module] for module in group.modules.tolist()])
+                stacked = torch.stack([matrices[module].mT for module in group.modules.tolist()])
                 self.start[f"{side}{number}"] = stacked.to(x.device, x.dtype)[None]
         self.columns = start[0][0].shape[1] ** 2
         self.shape = (1, x.shape[1], len(shapes) * self.columns)
@@ -141,7 +152,10 @@ class Blocks:
 
     def rows(self, rows: Tensor, projections: dict[str, Tensor]) -> Tensor:
         """Return blocks of each model's rows under each model's projections, int64[M, B] -> float[M, B, F]."""
-        return scaled(project(self.x, rows, self.groups, projections), self.mean, self.scale)
+        blocks = project(self.x, rows, self.groups, projections)
+        standard = blocks.sub(self.mean.to(self.dtype)).mul(self.scale.to(self.dtype))
+        standard.detach().clamp_(-CLIP, CLIP)  # in place, and as if it were not there for gradients
+        return standard
 
     def all_rows(self, projections: dict[str, Tensor]) -> Tensor:
         """Return blocks of all rows under the projections of one model, float[1, N, F]."""
@@ -153,7 +167,7 @@ class ProjectionStack(ClassifierStack):
     """M classifiers of blocks, whose projections are trained with them.
 
     The classifiers are those of a `ClassifierStack` of the blocks at the start: the same parameters by the same names,
-    minibatches and dropout masks. With them come ``P0``, ``Q0`` and so on, [M, G, out or in, k] of each group.
+    minibatches and dropout masks. With them come ``P0``, ``Q0`` and so on, see `project`.
 
     Args:
         x: The blocks.
