@@ -200,7 +200,10 @@ class ProjectionStack(ClassifierStack):
         super().backpropagate(x.detach(), y, masks)
         errors = self._memory_for(x.shape[1])[1][0]  # of the first layer, (M, B, H)
         below = torch.bmm(errors, self.params["weight0"].mT)  # (M, B, F)
-        self.kept_gradients |= zip(self.leaves, torch.autograd.grad(x, list(self.leaves.values()), below), strict=True)
+        gradients = torch.autograd.grad(x, list(self.leaves.values()), below)
+        self.kept_gradients |= {
+            name: gradient.contiguous() for name, gradient in zip(self.leaves, gradients, strict=True)
+        }
         return list(self.kept_gradients.values())
 
     def validation_losses(self) -> Tensor:
