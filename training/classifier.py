@@ -162,8 +162,12 @@ class ClassifierStack:
             rows = train_rows[order[:, start : start + self.batch_size]]  # (R, B)
             masks = self._dropout_masks(dropout, rows.shape[1])  # (layers, M or 1, B, H)
             rows = rows[self.position]  # (M, B)
-            x = gather(self.x, self.source, rows)  # (M, B, F)
-            yield x if self.live is None else x * self.live, self.y[rows], masks
+            yield self.inputs(rows), self.y[rows], masks
+
+    def inputs(self, rows: Tensor) -> Tensor:
+        """Return what each model reads of its rows, int64[M, B] -> float[M, B, F]."""
+        x = gather(self.x, self.source, rows)
+        return x if self.live is None else x * self.live
 
     def backpropagate(self, x: Tensor, y: Tensor, masks: Tensor | None) -> list[Tensor]:
         """Compute the gradient of the sum of the models' mean cross-entropies, for each of ``params``.
@@ -312,14 +316,14 @@ def train_classifiers(
         "best_epoch": trained.best_epoch.numpy(),
         "validation_loss": trained.best_loss.numpy(),
     }
-    arrays |= _predictions(trained.state, x, y, split, models.source.to(x.device))
+    arrays |= predictions(trained.state, x, y, split, models.source.to(x.device))
     if block is not None:
         shares = attribution(trained.state, x, models.source.to(x.device), split.test, block)
         arrays["attribution"] = shares.float().cpu().numpy()
     return arrays
 
 
-def _predictions(
+def predictions(
     params: dict[str, Tensor], x: Tensor | Stored, y: Tensor, split: Split, source: Tensor
 ) -> dict[str, np.ndarray]:
     """Predict all rows: classes and log-losses of rows held out, metrics of train rows; see `train_classifiers`."""
