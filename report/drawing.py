@@ -207,15 +207,10 @@ def _runs(blocks: Sequence[str | None]) -> list[tuple[str | None, int, int]]:
     return [(blocks[first], first, end - 1) for first, end in zip(starts, [*starts[1:], len(blocks)], strict=True)]
 
 
-def block_words(block: str) -> tuple[str, str]:
-    """Return kind and number of a block: of ``down_blocks_0`` down and 0, of ``transformer_blocks_3`` block and 3."""
-    kind, digits = re.fullmatch(r"(.*?)_?(\d*)", block, re.DOTALL).groups()
-    words = [word for word in kind.split("_") if word not in ("transformer", "blocks", "block")]
-    return " ".join(words) or "block", digits
-
-
 def mark_blocks(ax: Axes, blocks: Sequence[str | None], inches: float, named: bool = True) -> None:
     """Draw lines between the blocks of layers at 0, 1, ..., unless these are too many, and write their names above.
+
+    Of neighbours that differ in their number alone the first has its whole name, the others their numbers.
 
     Args:
         ax: The axes.
@@ -231,9 +226,8 @@ def mark_blocks(ax: Axes, blocks: Sequence[str | None], inches: float, named: bo
         return
     ticks, labels, free, last_kind = [], [], -math.inf, None
     for block, first, last in runs:
-        kind, digits = block_words(block) if block else ("", "")
-        label = digits if kind == last_kind and digits else f"{kind} {digits}".strip()
-        label = cut(label, 1.2, SMALL)
+        kind, digits = re.fullmatch(r"(.*?)(\d*)", block or "", re.DOTALL).groups()
+        label = digits if digits and kind == last_kind else cut(block or "", 1.2, SMALL)
         centre = (first + last) / 2
         half, at = width_of(label, SMALL) / 2, centre / len(blocks) * inches
         if label and at - half > free:

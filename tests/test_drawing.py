@@ -36,15 +36,30 @@ def test_titles_are_wrapped_to_the_width_with_each_percent_sign_at_its_number():
     assert not any(line.startswith("%") for line in lines)
 
 
+def ticks_above(blocks, inches):
+    """Return where names of blocks stand above axes, and the names."""
+    with drawing.new_figure("test", "A title") as figure:
+        ax = figure.subplots()
+        drawing.mark_blocks(ax, blocks, inches)
+        (top,) = ax.child_axes
+        return top.get_xticks().tolist(), [label.get_text() for label in top.get_xticklabels()]
+
+
 def test_blocks_are_named_as_briefly_as_they_can_be():
-    words = {
-        "down_blocks_0": ("down", "0"),
-        "mid_block": ("mid", ""),
-        "transformer_blocks_3": ("block", "3"),
-        "single_transformer_blocks_12": ("single", "12"),
-        "layers_7": ("layers", "7"),
-    }
-    assert {block: drawing.block_words(block) for block in words} == words
+    names = ["TE layer 0", "TE layer 1", "IN01", "IN02", "MID", None, "OUT03", "double 0", "double 1", "single 0"]
+    ticks, labels = ticks_above([name for name in names for _ in range(2)], 20)
+    assert labels == ["TE layer 0", "1", "IN01", "02", "MID", "OUT03", "double 0", "1", "single 0"]
+    assert ticks == [0.5, 2.5, 4.5, 6.5, 8.5, 12.5, 14.5, 16.5, 18.5]
+
+
+@pytest.mark.parametrize("blocks", [57, 200])
+def test_of_many_blocks_as_many_are_named_as_there_is_room_for(blocks):
+    ticks, labels = ticks_above([f"layer {block}" for block in range(blocks)], 6)
+    assert 15 < len(labels) < blocks and labels[0] == "layer 0"
+    assert [int(label.removeprefix("layer ")) for label in labels] == ticks
+    halves = [drawing.width_of(label, drawing.SMALL) / 2 for label in labels]
+    centres = np.array(ticks) / blocks * 6
+    assert (np.diff(centres) > np.add(halves[1:], halves[:-1])).all()
 
 
 # -- colours --------------------------------------------------------------------------------------------
