@@ -59,8 +59,8 @@ THREADS = torch.get_num_threads()  # tasks at once on a CPU, one thread each
 PROGRAM = (  # of which results are; tests, benchmarks and what imports a published collection are no part of it
     *("ablation_experiment", "autoencoders", "data", "representations"),
     *("analysis", "experiment", "report", "training"),
-    *("loras/building", "loras/digits_zoo", "loras/keys", "loras/labels", "loras/lora_files", "loras/notices"),
-    *("loras/copies", "loras/recipe", "loras/scales", "loras/weight_checks", "loras/weight_files"),
+    *("loras/blocks", "loras/building", "loras/digits_zoo", "loras/keys", "loras/labels", "loras/lora_files"),
+    *("loras/copies", "loras/notices", "loras/recipe", "loras/scales", "loras/weight_checks", "loras/weight_files"),
 )
 SCHEMA_VERSION = 3
 

@@ -42,6 +42,18 @@ class Layer(Protocol):
     def role(self) -> str:
         """Its factor of the update: ``down`` or ``up``."""
 
+    @property
+    def block(self) -> str:
+        """The name of its block, such as ``IN04``; empty where it is in none, as what follows."""
+
+    @property
+    def attention(self) -> str:
+        """The attention that its module is of, such as ``attn2``."""
+
+    @property
+    def projection(self) -> str:
+        """The function of its module in the block, such as ``q``."""
+
 
 @dataclass
 class Predictions:

@@ -6,7 +6,6 @@ Concepts and the attribution to layers stand here too. Shape letters as in evide
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -29,39 +28,6 @@ LEAST_RANKED = 3  # layers that differ, below which rankings are not compared
 # 1. Which layers predict?
 # ----------------------------------------------------------------------------------------------------------------------
 
-_PROJECTION = re.compile(
-    r"_(to_(?:[qkv]|out)|add_[qkv]_proj|to_add_out|[qkvo]_proj|out_proj|(?:gate|up|down)_proj|qkv|proj_in|proj_out"
-    r"|ff_net|ff_context_net|fc[12]|conv\w*)(?:_\d+)?(?:_proj)?$"
-)
-_ATTENTION = re.compile(r"_(attn\d?|self_attn|cross_attn|img_attn|txt_attn)(?:_|$)")
-_BLOCK = re.compile(
-    r"(?:^|_)((?:down|up)_blocks_\d+|mid_block|(?:single_)?transformer_blocks_\d+|(?:double|single)_blocks_\d+"
-    r"|layers_\d+|blocks_\d+)"
-)
-
-
-def place(module: str) -> dict[str, str | None]:
-    """Read a module's projection, kind of attention and block from its canonical name; None where it has none.
-
-    Example:
-        >>> place("unet_down_blocks_0_attentions_1_transformer_blocks_0_attn2_to_out_0")
-        {'projection': 'to_out', 'attention': 'attn2', 'block': 'down_blocks_0'}
-    """
-    patterns = {"projection": _PROJECTION, "attention": _ATTENTION, "block": _BLOCK}
-    matches = {name: pattern.search(module) for name, pattern in patterns.items()}
-    return {name: match[1] if match else None for name, match in matches.items()}
-
-
-def block_of(module: str) -> str:
-    """Return the block of a module with the component that it is in; a module outside of all blocks is its own.
-
-    Example:
-        >>> block_of("text_encoder_2_layers_0_self_attn_q_proj"), block_of("unet_conv_in")
-        ('text_encoder_2_layers_0', 'unet_conv_in')
-    """
-    match = _BLOCK.search(module)
-    return module[: match.end()] if match else module
-
 
 def layer_ranking(evidence: Evidence, test: ChanceTest) -> dict:
     """Return accuracy and p of each layer alone, the ranking's stability, and averages by place in the network.
@@ -74,13 +40,14 @@ def layer_ranking(evidence: Evidence, test: ChanceTest) -> dict:
     accuracy, validation = test.accuracy, evidence.layer_validation().mean((1, 2))  # (L,)
     drawn = evidence.draws.accuracies(list(correct), resample_runs=False)  # (L, B)
     intervals, in_top = evidence.draws.intervals(accuracy, drawn), top_share(drawn, evidence.top_k)
+    kinds = ("role", "projection", "attention", "block")
+    places = {kind: [getattr(layer, kind) for layer in evidence.layers] for kind in kinds}
     records = [
         {
             "layer": layer.name,
             "depth": depth,
             "module": layer.module,
-            "role": layer.role,
-            **place(layer.module),
+            **{kind: values[depth] or None for kind, values in places.items()},
             "accuracy": accuracy[depth],
             "val_accuracy": validation[depth],
             "interval": intervals[depth],
@@ -93,10 +60,7 @@ def layer_ranking(evidence: Evidence, test: ChanceTest) -> dict:
         }
         for depth, layer in enumerate(evidence.layers)
     ]
-    groups = {
-        kind: _by_place([record[kind] or "" for record in records], accuracy, drawn)
-        for kind in ("role", "projection", "attention", "block")
-    }
+    groups = {kind: _by_place(values, accuracy, drawn, test.above_null) for kind, values in places.items()}
     first = evidence.ranking[0]
     return {
         "chance": evidence.chance,
@@ -120,9 +84,9 @@ def depth_trend(evidence: Evidence, accuracy: np.ndarray, above_null: np.ndarray
     Layers of a block share much, and down and up factors alternate and differ in what they know: over single layers
     chance decides a trend in half of the collections that have none. So of each layer the mean accuracy of its role is
     subtracted, and blocks, in the network's order, are what is correlated, each by its mean. ``why`` says why there is
-    no answer, and is None where there is one.
+    no answer, and is None where there is one. A module outside of all blocks is a block of its own.
     """
-    blocks = [block_of(layer.module) for layer in evidence.layers]
+    blocks = [layer.block or layer.module for layer in evidence.layers]
     roles, names = np.array([layer.role for layer in evidence.layers]), list(dict.fromkeys(blocks))
     rest = accuracy.copy()
     for role in np.unique(roles):
@@ -148,7 +112,7 @@ def _better_role(roles: dict[str, dict]) -> str | None:
     return first if roles[first]["interval"][0] > roles[second]["interval"][1] else None
 
 
-def _by_place(places: list[str], accuracy: np.ndarray, drawn: np.ndarray) -> dict[str, dict]:
+def _by_place(places: list[str], accuracy: np.ndarray, drawn: np.ndarray, above_null: np.ndarray) -> dict[str, dict]:
     """Average the layers of each place, in the network's order; those without a place are left out."""
     values = np.array(places)
     return {
@@ -156,6 +120,7 @@ def _by_place(places: list[str], accuracy: np.ndarray, drawn: np.ndarray) -> dic
             "layers": int((values == value).sum()),
             "mean": accuracy[values == value].mean(),
             "interval": interval(drawn[values == value].mean(0)),
+            "above_null": int(above_null[values == value].sum()),
         }
         for value in dict.fromkeys(places)
         if value
@@ -384,7 +349,7 @@ def _coarse_and_fine(evidence: Evidence, test: ChanceTest, of_class: np.ndarray)
 def _members(evidence: Evidence, cluster: int, clusters: np.ndarray) -> dict:
     """Count the roles and projections of a cluster's layers."""
     inside = [layer for layer, number in zip(evidence.layers, clusters, strict=True) if number == cluster]
-    projections = [place(layer.module)["projection"] or "other" for layer in inside]
+    projections = [layer.projection or "other" for layer in inside]
     return {
         "cluster": cluster,
         "layers": len(inside),

@@ -105,8 +105,12 @@ def recognised(
 
 def layers_of(blocks: int, modules: int) -> list[Layer]:
     """Return down and up factors of some modules in each of some blocks."""
-    names = [f"net_layers_{block}_m{module}_to_q" for block in range(blocks) for module in range(modules)]
-    return [Layer(f"{name}.{role}", name, role, (4, 4), "F32") for name in names for role in ("down", "up")]
+    return [
+        Layer(f"{block}_m{module}.{role}", f"{block}_m{module}_to_q", role, (4, 4), "F32", f"layer {block}")
+        for block in range(blocks)
+        for module in range(modules)
+        for role in ("down", "up")
+    ]
 
 
 def evidence_of(

@@ -112,6 +112,7 @@ class Experiment:
                 "val_accuracy": mean(by_layer["val_accuracy"][depth]),
                 "module": layer.module,
                 "role": layer.role,
+                "block": layer.block or None,
             }
             for depth, layer in enumerate(layers)
         ]

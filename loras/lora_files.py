@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from loras.blocks import attention_of, blocks_of, projection_of
 from loras.keys import SCALE, LoraFileError, canonical_module, depth_key, ignored_as, parse_key
 
 MAX_HEADER_BYTES = 25_000_000  # the library allows 100 MB; a hostile header of that size took it 9 seconds and 1.4 GB
@@ -44,7 +45,8 @@ class Layer:
     """One matrix of a LoRA: the down or the up factor of a module.
 
     ``name`` is the key in the file, ``module`` the canonical module, ``role`` "down" or "up"; ``shape`` (rows, cols)
-    with a convolution's kernel folded into the columns; ``dtype`` as safetensors writes it.
+    with a convolution's kernel folded into the columns; ``dtype`` as safetensors writes it; ``block`` the name of its
+    block (see blocks.py), "" where it is in none.
     """
 
     name: str
@@ -52,6 +54,17 @@ class Layer:
     role: str
     shape: tuple[int, int]
     dtype: str
+    block: str = ""
+
+    @property
+    def projection(self) -> str:
+        """The function of its module in the block, such as "q"; "" where the name does not say."""
+        return projection_of(self.module)
+
+    @property
+    def attention(self) -> str:
+        """The attention that its module is of, such as "attn2"; "" for none."""
+        return attention_of(self.module)
 
     @property
     def rank(self) -> int:
@@ -354,11 +367,13 @@ def _parse(header: str) -> Places:
     if not factors:
         raise LoraFileError(f"no LoRA pair; the first keys are {', '.join(list(entries)[:3]) or 'none'}. Is it a LoRA?")
     mids = {module: key for (module, role), key in factors.items() if role == "mid"}
+    modules = tuple(sorted({module for module, _ in factors}))
+    block_of = dict(zip(modules, blocks_of(modules), strict=True))
     layers = {}
     for (module, role), key in factors.items():
         if role != "mid":
             shape = _matrix_shape(key, role, entries[key])
-            layers[module, role] = _layer(key, module, role, shape, entries[key]["dtype"])
+            layers[module, role] = _layer(key, module, role, shape, entries[key]["dtype"], block_of[module])
     for module, mid in mids.items():
         layers[module, "down"] = _with_mid(layers.get((module, "down")), module, mid, entries)
     _check_pairs(layers)
@@ -468,7 +483,7 @@ def _with_mid(down: Layer | None, module: str, mid: str, entries: dict) -> Layer
     thin = entries[down.name]["shape"]
     if len(shape) != 4 or prod(shape) == 0 or shape[:2] != [down.rank, down.rank] or prod(thin[2:]) != 1:
         raise LoraFileError(f"ranks differ in module {module}: down {thin}, mid {shape}. Save all factors of one LoRA.")
-    return _layer(down.name, module, "down", (down.rank, down.free_side * prod(shape[2:])), down.dtype)
+    return replace(down, shape=(down.rank, down.free_side * prod(shape[2:])))
 
 
 def _check_pairs(layers: dict[tuple[str, str], Layer]) -> None:

@@ -14,13 +14,13 @@ in the title that each file holds, and in the report.
 from __future__ import annotations
 
 import io
-import math
 import re
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import groupby
 
 import numpy as np
 from matplotlib import style
@@ -82,6 +82,7 @@ STYLE = {
     "ytick.labelsize": SMALL + 0.5,
     "ytick.major.width": 0.6,
 }
+STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)  # of the blocks that are named, where not all are
 _LOCK = threading.Lock()  # matplotlib's settings are those of all threads
 
 
@@ -207,13 +208,6 @@ def _runs(blocks: Sequence[str | None]) -> list[tuple[str | None, int, int]]:
     return [(blocks[first], first, end - 1) for first, end in zip(starts, [*starts[1:], len(blocks)], strict=True)]
 
 
-def block_words(block: str) -> tuple[str, str]:
-    """Return kind and number of a block: of ``down_blocks_0`` down and 0, of ``transformer_blocks_3`` block and 3."""
-    kind, digits = re.fullmatch(r"(.*?)_?(\d*)", block, re.DOTALL).groups()
-    words = [word for word in kind.split("_") if word not in ("transformer", "blocks", "block")]
-    return " ".join(words) or "block", digits
-
-
 def mark_blocks(ax: Axes, blocks: Sequence[str | None], inches: float, named: bool = True) -> None:
     """Draw lines between the blocks of layers at 0, 1, ..., unless these are too many, and write their names above.
 
@@ -229,21 +223,50 @@ def mark_blocks(ax: Axes, blocks: Sequence[str | None], inches: float, named: bo
         ax.vlines(edges, 0, 1, transform=ax.get_xaxis_transform(), color=FAINT, lw=0.5, zorder=layer)
     if not named:
         return
-    ticks, labels, free, last_kind = [], [], -math.inf, None
-    for block, first, last in runs:
-        kind, digits = block_words(block) if block else ("", "")
-        label = digits if kind == last_kind and digits else f"{kind} {digits}".strip()
-        label = cut(label, 1.2, SMALL)
-        centre = (first + last) / 2
-        half, at = width_of(label, SMALL) / 2, centre / len(blocks) * inches
-        if label and at - half > free:
-            ticks.append(centre)
-            labels.append(label)
-            free, last_kind = at + half + 0.06, kind
+    label_of = _block_labels(runs, inches / len(blocks))
     top = ax.secondary_xaxis("top")
-    top.set_xticks(ticks, labels, fontsize=SMALL, color=SOFT)
+    top.set_xticks(list(label_of), list(label_of.values()), fontsize=SMALL, color=SOFT)
     top.tick_params(length=0, pad=1)
     top.spines["top"].set_visible(False)
+
+
+def _block_labels(runs: Sequence[tuple[str | None, int, int]], inches: float) -> dict[float, str]:
+    """Return the names of blocks that there is room for, by position, where a layer takes so many inches.
+
+    Of neighbours that differ in their number alone the first has its whole name, those after it their numbers: all, or
+    every second, fifth, tenth ...
+    """
+    taken: list[tuple[float, float]] = []
+    label_of: dict[float, str] = {}
+
+    def added(run: tuple, label: str) -> bool:
+        """Add a label above a run unless it would lie on another one; return whether it is there."""
+        centre, half = (run[1] + run[2]) / 2, width_of(label, SMALL) / 2 + 0.03
+        left, right = inches * centre - half, inches * centre + half
+        free = all(right <= start or end <= left for start, end in taken)
+        if free:
+            taken.append((left, right))
+            label_of[centre] = label
+        return free
+
+    kinds = [list(members) for kind, members in groupby(runs, lambda run: _kind_and_number(run[0])[0]) if kind]
+    firsts = [
+        next((i for i, run in enumerate(members) if added(run, cut(run[0], 1.2, SMALL))), len(members))
+        for members in kinds
+    ]
+    for members, first in zip(kinds, firsts, strict=True):
+        numbers = [(run, _kind_and_number(run[0])[1]) for run in members]
+        room = max(width_of(number, SMALL) for _, number in numbers) + 0.06
+        width = inches * (members[-1][2] + 1 - members[0][1]) / len(members)  # of a block
+        step = next((step for step in STEPS if step * width >= room), len(members))
+        for run, number in numbers[(first // step + 1) * step :: step]:
+            added(run, number)
+    return dict(sorted(label_of.items()))
+
+
+def _kind_and_number(block: str | None) -> tuple[str, str]:
+    """Return the words of a block's name and the number at its end, which may be empty."""
+    return re.fullmatch(r"(.*?)(\d*)", block or "", re.DOTALL).groups()
 
 
 def place(ax: Axes, points: Sequence, texts: Sequence[str], size: float, beside: bool) -> None:

@@ -605,7 +605,8 @@ def _modules(results: dict, ax: Axes) -> None:
     figure = ax.get_figure()
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     most = sorted(range(len(modules)), key=lambda i: (-explained[i], i))
-    names = [" ".join(filter(None, (places[i].get("attention"), places[i].get("projection")))) for i in most[:5]]
+    words = ("block", "attention", "projection")
+    names = [" ".join(filter(None, map(places[i].get, words))) for i in most[:5]]
     texts = [cut(name or modules[i]["module"], 1.2) for i, name in zip(most, names, strict=False)]
     figure.get_layout_engine().execute(figure)
     place(ax, [(i, explained[i]) for i in most], texts, SMALL, beside=False)

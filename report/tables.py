@@ -66,6 +66,7 @@ def tables(results: dict) -> dict[str, Table]:
         made |= {"splits": _splits_table(results), "split layers": _split_layers_table(results)}
     if analysis := results.get("analysis"):
         made |= {
+            "blocks": _blocks_table(analysis["layers"]["groups"]["block"]),
             "places": _places_table(analysis["layers"]["groups"]),
             "conditional": _conditional_table(analysis.get("conditional"), results["config"]["top_k"]),
             "controls": _controls_table(results),
@@ -87,13 +88,14 @@ def tables(results: dict) -> dict[str, Table]:
 def _ranking_table(results: dict) -> Table:
     """Return the table of all layers, of which results.txt shows the top ones."""
     config, analysis = results["config"], results.get("analysis")
-    columns = ["rank", "test accuracy", "validation", "role", "layer"]
+    columns = ["rank", "test accuracy", "validation", "role", "block", "layer"]
     rows = [
         [
             str(rank),
             f"{percent(record['accuracy'])} ± {percent(record['accuracy_std'])}",
             percent(record["val_accuracy"]),
             record["role"],
+            record["block"] or "",
             record["layer"],
         ]
         for rank, record in enumerate(results["layer_ranking"], 1)
@@ -106,16 +108,32 @@ def _ranking_table(results: dict) -> Table:
             record = record_of[row[-1]]
             row[2:2] = [bounds(record["interval"]), p_cell(record["p_family"]), f"{100 * record['top_k_share']:.0f}"]
         note = "p is family-wise: it is corrected for the choice of the best among all layers."
-    words = (len(columns) - 2, len(columns) - 1)
+    if not any(record["block"] for record in results["layer_ranking"]):
+        for row in (columns, *rows):
+            del row[-2]
+    words = tuple(range(columns.index("role"), len(columns)))
     return Table("layers", "Each layer alone, on 7 statistics", columns, rows, words, config["top_k"], note)
 
 
+def _blocks_table(blocks: dict) -> Table | None:
+    """Return mean accuracies of the layers of each block, the most accurate first, where there are several blocks."""
+    if len(blocks) < 2:
+        return None
+    ordered = sorted(blocks.items(), key=lambda item: -item[1]["mean"])
+    rows = [
+        [name, str(block["layers"]), str(block["above_null"]), percent(block["mean"]), bounds(block["interval"])]
+        for name, block in ordered
+    ]
+    columns = ["block", "layers", "distinguishable from chance", "mean accuracy", "95 % interval"]
+    return Table("layers", "Layers by block, the most accurate blocks first", columns, rows)
+
+
 def _places_table(groups: dict) -> Table:
-    """Return mean accuracies of the layers of each role, projection, kind of attention and block."""
+    """Return mean accuracies of the layers of each role, projection and kind of attention."""
     rows = [
         [kind, value, str(group["layers"]), percent(group["mean"]), bounds(group["interval"])]
         for kind, values in groups.items()
-        if len(values) > 1  # else it is the mean of all
+        if kind != "block" and len(values) > 1  # else it is the mean of all
         for value, group in values.items()
     ]
     columns = ["by", "value", "layers", "mean accuracy", "95 % interval"]

@@ -15,7 +15,7 @@ from report.wording import capital, counted, metric, signed, top_layers, wrapped
 # Validation rows below which the results say how little early stopping rests on. It stands here, not in analysis/, as
 # results without an analysis need it too.
 SMALL_VALIDATION = 50
-LAYER_HEADER = f"{'rank':>4}  {'test accuracy':>13}  {'validation':>10}  {'role':4}  layer"
+LAYER_HEADER = f"{'rank':>4}  {'test accuracy':>13}  {'validation':>10}  {'role':4}  {'block':<12}  layer"
 RESULT_HEADER = f"{'representation':<15} {'features':>8} {'test accuracy':>13}  {'test F1':>13}"
 WIDTH = 118  # of a line of results.txt
 WORD_WIDTH = 40  # of a name in a column of results.txt that is not the last
@@ -86,7 +86,8 @@ def not_run_line(representation: str, reason: str) -> str:
 def layer_row(rank: int, record: dict) -> str:
     """Return one aligned row of the layer ranking, accuracies in percent."""
     accuracy = f"{100 * record['accuracy']:>6.1f} ± {100 * record['accuracy_std']:<4.1f}"
-    return f"{rank:>4}  {accuracy}  {100 * record['val_accuracy']:>10.1f}  {record['role']:4}  {record['layer']}"
+    place = f"{record['role']:4}  {record['block'] or '':<12}"
+    return f"{rank:>4}  {accuracy}  {100 * record['val_accuracy']:>10.1f}  {place}  {record['layer']}"
 
 
 def result_row(name: str, entry: dict) -> str:
@@ -218,7 +219,7 @@ def _layers(results: dict, ranking_table: Table) -> list[str]:
     chosen_by = {"test": "test accuracy, as the experiment is defined", "val": "validation accuracy"}[config["rank_by"]]
     middle, last = ranking[len(ranking) // 2], ranking[-1]
     if results.get("analysis"):
-        shown = _table_lines(ranking_table, ("rank", "test accuracy", "95 % interval", "p", "validation"))
+        shown = _table_lines(ranking_table, ("rank", "test accuracy", "95 % interval", "p", "validation", "block"))
     else:
         shown = [LAYER_HEADER, *(layer_row(rank, record) for rank, record in enumerate(ranking[: config["top_k"]], 1))]
     return [
@@ -264,7 +265,7 @@ def _titled(table: Table) -> list[str]:
 def _evidence(results: dict, made: dict[str, Table], controls: Sequence[str]) -> list[str]:
     """Return the tables that only an analysis fills, one below the other, and the outcome of the controls."""
     lines = []
-    for name in ("differences", "drops", "controls", "places", "conditional", "concepts"):
+    for name in ("differences", "drops", "controls", "blocks", "places", "conditional", "concepts"):
         if name in made:
             lines += _titled(made[name])
             if name == "controls":

@@ -9,6 +9,7 @@ import numpy as np
 
 from analysis import cross_fitting, evidence, questions, removal_plan
 from experiment import store
+from loras.blocks import blocks_of
 from loras.lora_files import Layer
 
 KINDS = {
@@ -93,7 +94,13 @@ def save(path: Path, content: dict) -> None:
 def load(path: Path) -> dict:
     with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
-    return unpacked(json.loads(arrays.pop("content").tobytes().decode()), arrays)
+    content = unpacked(json.loads(arrays.pop("content").tobytes().decode()), arrays)
+    layers = content["evidence"].layers
+    blocks = blocks_of(tuple(layer.module for layer in layers))
+    named = [replace(layer, block=block) for layer, block in zip(layers, blocks, strict=True)]
+    for record in content["results"]["layer_ranking"]:
+        record["block"] = next(layer.block for layer in named if layer.name == record["layer"])
+    return content | {"evidence": replace(content["evidence"], layers=named)}
 
 
 def analysed(content: dict, resamples: int) -> dict:

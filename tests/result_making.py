@@ -29,7 +29,8 @@ KNOWN = {  # share of test LoRAs that a classifier recognises, given which layer
 
 def described(depth: int) -> Layer:
     module = f"unet_down_blocks_{depth // 2}_attn{1 + depth // 2 % 2}_to_{'qk'[depth // 2 % 2]}"
-    return Layer(f"{module}.{('down', 'up')[depth % 2]}.weight", module, ("down", "up")[depth % 2], (1, 4), "F32")
+    role = ("down", "up")[depth % 2]
+    return Layer(f"{module}.{role}.weight", module, role, (1, 4), "F32", f"down {depth // 2}")
 
 
 def guesses(truth: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
@@ -127,7 +128,7 @@ def _results(e: Evidence, names: tuple[str, ...], analysis: dict) -> dict:
     correct = e.layer_predictions() == e.truth
     ranking = [
         {"layer": layer.name, "accuracy": float(of.mean()), "accuracy_std": float(of.mean(1).std(ddof=1)),
-         "val_accuracy": 0.5, "module": layer.module, "role": layer.role}
+         "val_accuracy": 0.5, "module": layer.module, "role": layer.role, "block": layer.block}
         for layer, of in zip(e.layers, correct, strict=True)
     ]  # fmt: skip
     training = {"max_epochs": 30, "patience": 5}

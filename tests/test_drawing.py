@@ -36,15 +36,53 @@ def test_titles_are_wrapped_to_the_width_with_each_percent_sign_at_its_number():
     assert not any(line.startswith("%") for line in lines)
 
 
+def ticks_above(blocks, inches):
+    """Return where names of blocks stand above axes, and the names."""
+    with drawing.new_figure("test", "A title") as figure:
+        ax = figure.subplots()
+        drawing.mark_blocks(ax, blocks, inches)
+        (top,) = ax.child_axes
+        return top.get_xticks().tolist(), [label.get_text() for label in top.get_xticklabels()]
+
+
 def test_blocks_are_named_as_briefly_as_they_can_be():
-    words = {
-        "down_blocks_0": ("down", "0"),
-        "mid_block": ("mid", ""),
-        "transformer_blocks_3": ("block", "3"),
-        "single_transformer_blocks_12": ("single", "12"),
-        "layers_7": ("layers", "7"),
-    }
-    assert {block: drawing.block_words(block) for block in words} == words
+    names = ["TE layer 0", "TE layer 1", "IN01", "IN02", "MID", None, "OUT03", "double 0", "double 1", "single 0"]
+    ticks, labels = ticks_above([name for name in names for _ in range(2)], 20)
+    assert labels == ["TE layer 0", "1", "IN01", "02", "MID", "OUT03", "double 0", "1", "single 0"]
+    assert ticks == [0.5, 2.5, 4.5, 6.5, 8.5, 12.5, 14.5, 16.5, 18.5]
+
+
+MIXED = [*(f"TE layer {i}" for i in range(12)), "IN01", "IN02", "IN04", "IN05", "MID", None,
+         *(f"OUT{i:02}" for i in range(12)), *(f"a part with a name {i}" for i in range(3))]  # fmt: skip
+
+
+@pytest.mark.parametrize("inches", [1, 2.3, 6.5, 40])
+@pytest.mark.parametrize("names", [MIXED, [f"layer {i}" for i in range(57)], [f"layer {i}" for i in range(800)]])
+def test_of_many_blocks_as_many_are_named_as_there_is_room_for(names, inches):
+    ticks, labels = ticks_above(names, inches)
+    halves = [drawing.width_of(label, drawing.SMALL) / 2 for label in labels]
+    assert (np.diff(ticks) / len(names) * inches > np.add(halves[1:], halves[:-1])).all()
+    kind = None  # of the last whole name
+    for tick, label in zip(ticks, labels, strict=True):
+        whole = names[round(tick)]
+        kind = whole if label == whole else kind
+        assert label == whole or (whole.endswith(label) and whole.rstrip("0123456789") == kind.rstrip("0123456789"))
+    assert len(labels) >= min(inches, len(names) / 60) and labels[0] == names[0]
+    if inches == 40 and len(names) < 60:
+        assert len(labels) >= len(names) - 2  # None, and one more beside it
+
+
+@pytest.mark.parametrize(("inches", "step"), [(30, 1), (6.5, 2), (2.8, 5), (2.1, 5)])
+def test_the_numbers_of_many_blocks_are_evenly_spaced(inches, step):
+    """Compare the numbers with multiples of a step; those near a whole name, which takes more room, may be left out."""
+    blocks = [*(f"double {i}" for i in range(19)), *(f"single {i}" for i in range(38))]
+    _, labels = ticks_above(blocks, inches)
+    second = labels.index("single 0")
+    for shown, count in ((labels[1:second], 19), (labels[second + 1 :], 38)):
+        numbers = [int(label) for label in shown]
+        every = range(step, count, step)
+        assert set(numbers) <= set(every) and len(numbers) >= len(every) - 2
+    assert labels[0] == "double 0"
 
 
 # -- colours --------------------------------------------------------------------------------------------

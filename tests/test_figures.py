@@ -48,9 +48,9 @@ def layers_section(layers, classes, roles, blocks, generator):
                 "depth": depth,
                 "module": f"network_{module}",
                 "role": role,
-                "projection": ("to_q", "to_k", "to_v", "to_out", None)[module % 5],
+                "projection": ("q", "k", "v", "context ff out", None)[module % 5],
                 "attention": (None, "attn1", "attn2")[module % 3],
-                "block": f"transformer_blocks_{depth * blocks // layers}" if blocks else None,
+                "block": f"block {depth * blocks // layers}" if blocks else None,
                 "accuracy": accuracy,
                 "interval": bounds(accuracy),
                 "above_null": accuracy > chance + 0.1,
@@ -601,7 +601,8 @@ def test_the_oddest_names_make_valid_files():
 def test_the_analysis_itself_is_drawn():
     generator = np.random.default_rng(0)
     layers = [
-        Layer(f"layer {d}", f"blocks_{d // 4}_to_q_{d // 2}", ("down", "up")[d % 2], (1, 4), "F32") for d in range(8)
+        Layer(f"layer {d}", f"blocks_{d // 4}_{d // 2}_to_q", ("down", "up")[d % 2], (1, 4), "F32", f"block {d // 4}")
+        for d in range(8)
     ]
     y, names = np.arange(120) % 4, ("stats", "spectral")
     rows = {"train": np.arange(60), "validation": np.arange(60, 80), "test": np.arange(80, 120)}

@@ -11,7 +11,6 @@ from sklearn.metrics import cohen_kappa_score
 from analysis.chance import ChanceTest
 from analysis.draws import ALPHA
 from analysis.layers import (
-    block_of,
     compare_rankings,
     depth_trend,
     disagreement_and_kappa,
@@ -20,7 +19,6 @@ from analysis.layers import (
     layer_information,
     linear_cka,
     order_of,
-    place,
     top_share,
 )
 from analysis.questions import Controls
@@ -29,12 +27,13 @@ from loras.lora_files import Layer
 
 def in_blocks(blocks, modules):
     """Return evidence whose layers are down and up factors of some modules in each of some blocks."""
-    evidence, names = (
-        evidence_of(layers=2),
-        [f"net_layers_{b}_m{m}_to_q" for b in range(blocks) for m in range(modules)],
-    )
-    layers = [Layer(f"{name}.{role}", name, role, (2, 4), "F32") for name in names for role in ("down", "up")]
-    return replace(evidence, layers=layers), np.repeat(np.arange(blocks), 2 * modules)
+    layers = [
+        Layer(f"{b}_m{m}.{role}", f"{b}_m{m}_to_q", role, (2, 4), "F32", f"layer {b}")
+        for b in range(blocks)
+        for m in range(modules)
+        for role in ("down", "up")
+    ]
+    return replace(evidence_of(layers=2), layers=layers), np.repeat(np.arange(blocks), 2 * modules)
 
 
 def decided(record):
@@ -105,11 +104,6 @@ def test_alternating_roles_hide_no_trend():
     assert found / trials > 0.9
 
 
-def test_blocks_are_told_apart_by_their_component_and_are_in_the_networks_order():
-    assert block_of("text_encoder_layers_1_self_attn_q_proj") != block_of("text_encoder_2_layers_1_self_attn_q_proj")
-    assert block_of("unet_conv_in") == "unet_conv_in"
-
-
 def test_accuracy_by_role_and_place():
     evidence = evidence_of()
     plant(evidence, share(evidence, 0.6 * (np.arange(12)[:, None] % 2)))
@@ -117,7 +111,27 @@ def test_accuracy_by_role_and_place():
     groups = section["groups"]
     assert groups["role"]["down"]["interval"][1] < groups["role"]["up"]["interval"][0]
     assert section["better_role"] == "up"
-    assert groups["projection"]["to_q"]["layers"] == 12 and groups["attention"] == {}
+    assert groups["projection"]["q"]["layers"] == 12 and groups["attention"] == groups["block"] == {}
+    assert [groups["role"][role]["above_null"] for role in ("down", "up")] == [0, 6]
+
+
+def test_sums_by_block_are_those_of_a_loop_over_its_layers():
+    evidence, names = evidence_of(layers=7), ["TE layer 0", "IN01", "IN01", "IN02", "IN02", "IN02", ""]
+    layers = [replace(layer, block=name) for layer, name in zip(evidence.layers, names, strict=True)]
+    evidence = replace(evidence, layers=layers)
+    plant(evidence, share(evidence, np.array([0, 0.8, 0.5, 0, 0, 0.9, 0])[:, None]))
+    section = analysed(evidence)["layers"]
+    blocks, records = section["groups"]["block"], section["records"]
+    assert list(blocks) == ["TE layer 0", "IN01", "IN02"] and records[6]["block"] is None
+    for name, block in blocks.items():
+        inside = [record for record in records if record["block"] == name]
+        assert block["layers"] == len(inside) == names.count(name)
+        assert block["mean"] == pytest.approx(np.mean([record["accuracy"] for record in inside]))
+        assert block["above_null"] == sum(record["above_null"] for record in inside)
+        assert block["interval"][0] < block["mean"] < block["interval"][1]
+    assert blocks["TE layer 0"]["interval"] == pytest.approx(records[0]["interval"], abs=0.05)
+    assert [block["above_null"] for block in blocks.values()] == [0, 2, 1]
+    assert section["depth"]["blocks"] == 4  # a layer outside of all blocks is one of its own
 
 
 def test_roles_that_do_not_differ_have_no_better_one():
@@ -133,20 +147,6 @@ def test_roles_that_know_nothing_have_no_better_one_however_they_guess():
     plant(evidence, np.ones((12, 1, 1), bool), says=says)
     result = analysed(evidence)["layers"]
     assert result["groups"]["role"]["down"]["mean"] > 0.7 and result["better_role"] is None
-
-
-@pytest.mark.parametrize(
-    ("module", "expected"),
-    [
-        ("unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q", ("to_q", "attn1", "mid_block")),
-        ("transformer_single_transformer_blocks_7_attn_to_k", ("to_k", "attn", "single_transformer_blocks_7")),
-        ("base_model_model_model_layers_12_self_attn_q_proj", ("q_proj", "self_attn", "layers_12")),
-        ("unet_up_blocks_1_resnets_0_conv1", ("conv1", None, "up_blocks_1")),
-        ("something_else", (None, None, None)),
-    ],
-)
-def test_the_place_of_a_module(module, expected):
-    assert tuple(place(module).values()) == expected
 
 
 def test_places_in_the_top_k_are_shared_where_layers_tie():

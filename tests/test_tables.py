@@ -35,6 +35,35 @@ def test_the_ranking_holds_every_layer_with_its_numbers():
         ]
 
 
+def test_the_most_accurate_blocks_stand_first_with_their_sums():
+    results = made()
+    blocks, table = results["analysis"]["layers"]["groups"]["block"], tables.tables(results)["blocks"]
+    assert {row[0] for row in table.rows} == set(blocks) == {f"down {i}" for i in range(LAYERS // 2)}
+    means = [blocks[row[0]]["mean"] for row in table.rows]
+    assert means == sorted(means, reverse=True)
+    for name, layers, above, mean, interval in table.rows:
+        block = blocks[name]
+        assert [int(layers), int(above)] == [block["layers"], block["above_null"]]
+        assert (mean, interval) == (wording.percent(block["mean"]), wording.bounds(block["interval"]))
+    assert "block" not in {row[0] for row in tables.tables(results)["places"].rows}
+
+
+def test_the_ranking_shows_blocks_unless_no_layer_is_in_one():
+    results = made()
+    ranking = tables.tables(results)["ranking"]
+    assert [row[-2] for row in ranking.rows] == [record["block"] for record in results["layer_ranking"]]
+    assert ranking.columns[-2] == "block" and len(ranking.columns) - 2 in ranking.words
+    results["layer_ranking"][0]["block"] = None
+    assert tables.tables(results)["ranking"].rows[0][-2] == ""
+    for record in results["layer_ranking"]:
+        record["block"] = None
+    for blocks in ({}, {"MID": results["analysis"]["layers"]["groups"]["block"]["down 0"]}):
+        results["analysis"]["layers"]["groups"]["block"] = blocks
+        made_tables = tables.tables(results)
+        assert "blocks" not in made_tables and "block" not in made_tables["ranking"].columns
+        assert made_tables["ranking"].rows[0][-2] in ("down", "up")
+
+
 def test_concepts_that_lose_most_stand_first():
     results = made()
     concepts, drop = tables.tables(results)["concepts"], results["analysis"]["concepts"]["drop"]["stats"]

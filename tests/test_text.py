@@ -1,6 +1,7 @@
 """results.txt: order, widths, and all that it must say once."""
 
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -90,6 +91,26 @@ def test_without_an_analysis_one_line_says_which_flag_makes_it(absent):
         f"\n{text.LAYER_HEADER}\n" in rendered and f"\n{text.layer_row(1, results['layer_ranking'][0])}\n" in rendered
     )
     assert list(tables.tables(results)) == ["ranking", "metrics"]
+
+
+def test_blocks_stand_beside_their_layers_and_of_very_many_the_most_accurate_are_shown():
+    results = made()
+    ranking, blocks = results["layer_ranking"], results["analysis"]["layers"]["groups"]["block"]
+    rendered = text.render_text(results)
+    for record in ranking[: results["config"]["top_k"]]:
+        assert re.search(rf"  {record['block']}  {re.escape(record['layer'])}\n", rendered)
+        assert f"  {record['role']:4}  {record['block']:<12}  {record['layer']}" in text.layer_row(1, record)
+    assert text.layer_row(1, ranking[0] | {"block": None}).index(ranking[0]["layer"]) == text.LAYER_HEADER.index(
+        "layer"
+    )
+    some = blocks["down 0"]
+    results["analysis"]["layers"]["groups"]["block"] = {
+        f"a long name of a part of it, layer {i}": some | {"mean": i / 100} for i in range(80)
+    }
+    shown = text.render_text(results).split("most accurate blocks first\n")[1].split("\n\n")[0].splitlines()
+    assert len(shown) == 22 and shown[-1] == "(60 more in results.json)"
+    assert [line.split("  ")[0][-2:] for line in shown[1:-1]] == [str(i) for i in range(79, 59, -1)]
+    assert max(map(len, shown)) <= text.WIDTH
 
 
 def test_many_and_long_names_stay_within_the_page():
