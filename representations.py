@@ -305,14 +305,8 @@ def update_sketch(down: Tensor, up: Tensor, module_id: str | Sequence[str], scal
     alone: a module is seen from the same side in every adapter. Linear in ΔW; the expected square of its norm is ΔW's.
     Unchanged when (up, down) becomes (up·G⁻¹, G·down).
 
-    Args:
-        down: First factors, float[N, r, in].
-        up: Second factors, float[N, out, r].
-        module_id: Canonical name of the module that all N updates are of, or N names.
-        scale: s = alpha / rank of each update, float[N]; None: 1.
-
-    Returns:
-        The 8 x 8 sketch, row by row, float32[N, 64].
+    Shapes: arguments as of `coupling`, and the canonical name of the module that all N updates are of, or N names; the
+    8 x 8 sketch, row by row, float32[N, 64].
     """
     down, up, scale = (x.double() for x in _pair(down, up, scale))
     rows = defaultdict(list)
@@ -321,8 +315,8 @@ def update_sketch(down: Tensor, up: Tensor, module_id: str | Sequence[str], scal
     sketch = torch.empty(len(down), SKETCH, SKETCH, dtype=torch.float64, device=down.device)
     for module, module_rows in rows.items():  # one product for all updates of a module: no projection is copied
         index = torch.tensor(module_rows, device=down.device)
-        p = _gaussian(module, "P", up.shape[1]).to(up.device)  # (out, 8)
-        q = _gaussian(module, "Q", down.shape[2]).to(down.device)  # (in, 8)
+        p = projection(module, "P", up.shape[1]).to(up.device)  # (out, 8)
+        q = projection(module, "Q", down.shape[2]).to(down.device)  # (in, 8)
         sketch[index] = (up[index].mT @ p).mT @ (down[index] @ q)
     return _leave((scale[:, None, None] * sketch).flatten(1))
 
@@ -399,10 +393,7 @@ def pair_features(
     """Compute several pair-wise representations of updates of equal shape, whatever their modules.
 
     Args:
-        down: First factors, float[N, r, in].
-        up: Second factors, float[N, out, r].
-        module_id: Canonical name of the module that all N updates are of, or N names.
-        scale: s = alpha / rank of each update, float[N]; None: 1.
+        down, up, module_id, scale: As of `update_sketch`.
         names: Names of computed rows whose unit is "pair", of either table; another is a ValueError.
         block: Values to work on at a time on a CPU.
 
@@ -554,7 +545,7 @@ def _pearson(a: Tensor, b: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _gaussian(module_id: str, side: str, length: int) -> Tensor:
+def projection(module_id: str, side: str, length: int) -> Tensor:
     """Draw the fixed projection of one side of a module, normal with variance 1/8, float64[length, 8]."""
     seed = int.from_bytes(hashlib.sha256(f"{module_id}/{side}".encode()).digest(), "big")
     drawn = np.random.Generator(np.random.PCG64(seed)).standard_normal((length, SKETCH))
@@ -569,8 +560,8 @@ class Representation:
         name: As on the command line and in the results.
         unit: "layer" or "pair": what goes when a layer is removed, that layer or the whole module.
         made: "computed" (by a function of a matrix or of an update's two factors), "flat" (the weights themselves),
-            "pca" (components of them), "autoencoder" (learned from them, see autoencoders.py) or "kernel" (of updates,
-            see training/kernels.py).
+            "pca" (components of them), "autoencoder" (learned from them, see autoencoders.py), "kernel" (of updates,
+            see training/kernels.py) or "trained" (by a network of its own, see experiment/networks.py).
         feature_names: Names of the columns of a unit; their number is the width. Empty where the data decides it.
         source: The paper that the idea is from.
         joins: Other representations whose features these are; empty for all but a few.
@@ -603,6 +594,7 @@ _SPECTRUM += ("frobenius_norm", *(f"{x}_norms_{y}" for x in ("row", "column") fo
 _FREQUENCY = (*_numbered("magnitude", 10), "mean", "std", "max", "energy_share_of_10")
 _INFO = ("entropy", "normalised_entropy")
 _SKETCH = _numbered("sketch", SKETCH * SKETCH)
+_TOKEN = (*_numbered("component", 32), "log_norm")
 
 ENSEMBLE = {"spectral": _SPECTRAL, "matrix_norms": _NORMS, "distribution": _DISTRIBUTION}
 ENSEMBLE |= {"frequency": _FREQUENCY, "info_theoretic": _INFO}
@@ -638,6 +630,9 @@ REPRESENTATIONS: dict[str, Representation] = {
             "update_spectrum", "pair", "computed", _SPECTRUM, "Rudelson & Vershynin, 2007", _by_factors(update_spectrum)
         ),
         Representation("update_views", "pair", "kernel", (), "kernel alignment: Cortes et al., 2012"),
+        Representation("update_attention", "pair", "trained", _TOKEN, "gated attention: Ilse et al., 2018"),
+        Representation("update_frozen", "pair", "trained", _SKETCH, "Putterman et al., 2024"),
+        Representation("update_learned", "pair", "trained", _SKETCH, "Putterman et al., 2024"),
     )
 }
 UPDATES = "updates"  # effective rank, norm and scale of each update: for the analysis, no classifier reads them

@@ -19,7 +19,7 @@ from analysis.evidence import Evidence
 from analysis.questions import Controls
 from analysis.removal_plan import Conditions, Order, plan_controls
 from data import Collection, CollectionError, check_classes, keep_together
-from experiment.phases import Experiment, emptied, split_collection
+from experiment.phases import Experiment, emptied, on_permuted_labels, split_collection
 from experiment.plans import TrainingError
 from experiment.settings import Settings
 from loras.recipe import header_columns, recipe_columns
@@ -487,7 +487,7 @@ def shuffled(experiment: Experiment, shuffles: int) -> np.ndarray:
         TrainingError: A training diverged.
     """
     accuracies = []
-    for again in experiment.on_permuted_labels(shuffles, "shuffles"):
+    for again in on_permuted_labels(experiment, shuffles, "shuffles"):
         again.rank()
         predicted = again.predictions.layers["predicted"][:, 0, len(experiment.rows["validation"]) :]
         accuracies.append((predicted == again.collection.y[experiment.rows["test"]]).mean(1))

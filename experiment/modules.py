@@ -1,4 +1,4 @@
-"""What whole modules give to classifiers: kernels of their updates, tokens, and factors.
+"""Kernels of the updates of whole modules, tokens and factors, for classifiers that read modules.
 
 A module counts where both its layers are among those of the experiment. Everything fitted is fitted on train rows only.
 
@@ -8,6 +8,7 @@ Shape letters: N LoRAs, P modules, r rank, W numbers of all factors.
 from __future__ import annotations
 
 import threading
+from functools import cached_property
 
 import numpy as np
 import sklearn
@@ -21,10 +22,10 @@ from experiment.settings import Settings
 from experiment.units import Units
 from experiment.workers import Task
 from representations import FEATURES, UPDATES
-from training.attention import module_tokens
-from training.kernels import UpdateKernels, Updates
+from training.attention import EXACT, LANDMARKS, module_tokens
+from training.kernels import Limits, UpdateKernels, Updates
 
-TOKENS_OF = "update_views"  # the kernel whose components tokens are
+UNLABELLED = "update_views"  # the kernel whose components tokens are
 MODULES_IN_UNIT = 4  # whose tokens one unit of work holds
 
 
@@ -61,20 +62,33 @@ class Modules:
         return module_shapes(self.collection, self.pairs)
 
     def kernels(self, name: str) -> UpdateKernels:
-        """Return the kernels of a representation; nothing is read before the first is asked for."""
+        """Return the kernels that classifiers of a representation read; nothing is read before the first is asked for.
+
+        Where there are several views of a module, labels of train rows weight them.
+        """
         with self._lock:
             if name not in self._kernels:
-                read, pairs = self.extracted.factor_reader(self.collection), self.pairs  # no reference to this object
-                self._kernels[name] = UpdateKernels(
-                    lambda p, rows: read(pairs[p], rows),
-                    len(pairs),
-                    self.rows["train"],
-                    len(self.collection.files),
-                    kind=name,
-                    seed=self.seed,
-                    device=self.device,
-                )
+                self._kernels[name] = self._kernels_of(name, self.collection.y[self.rows["train"]], Limits())
             return self._kernels[name]
+
+    @cached_property
+    def unlabelled(self) -> UpdateKernels:
+        """Kernels that know no labels, for tokens and pictures; none is kept in memory."""
+        return self._kernels_of(UNLABELLED, None, Limits(kept=0, exact=EXACT, landmarks=LANDMARKS))
+
+    def _kernels_of(self, name: str, labels: np.ndarray | None, limits: Limits) -> UpdateKernels:
+        read, pairs = self.extracted.factor_reader(self.collection), self.pairs  # no reference to this object
+        return UpdateKernels(
+            lambda p, rows: read(pairs[p], rows),
+            len(pairs),
+            self.rows["train"],
+            len(self.collection.files),
+            kind=name,
+            labels=labels,
+            seed=self.seed,
+            device=self.device,
+            limits=limits,
+        )
 
     def release(self) -> None:
         """Give back the memory of all kernels."""
@@ -84,10 +98,9 @@ class Modules:
     # -- tokens -------------------------------------------------------------------------------------------------------
 
     def token_tasks(self) -> list[Task]:
-        """Return the work that computes tokens; kernels that are kept in memory are left there for others."""
+        """Return the work that computes tokens."""
         return [
-            self.units.task(key, self._compute_tokens, key["models"], "tokens of modules", in_main=True)
-            for key in self._token_keys()
+            self.units.task(key, self._compute_tokens, key["models"], "tokens of modules") for key in self._token_keys()
         ]
 
     def tokens(self) -> torch.Tensor:
@@ -98,16 +111,13 @@ class Modules:
     def _token_keys(self) -> list[dict]:
         positions = list(range(len(self.pairs)))
         parts = [positions[start : start + MODULES_IN_UNIT] for start in range(0, len(positions), MODULES_IN_UNIT)]
-        return [{"kind": "tokens", "of": TOKENS_OF, "sklearn": sklearn.__version__, "models": part} for part in parts]
+        return [{"kind": "tokens", "of": UNLABELLED, "sklearn": sklearn.__version__, "models": part} for part in parts]
 
     def _compute_tokens(self, modules: list[int]) -> dict[str, np.ndarray]:
         """Return the tokens float32[m, N, 33] of modules."""
-        kernels, train = self.kernels(TOKENS_OF), self.rows["train"]
+        kernels, train = self.unlabelled, self.rows["train"]
         norms = self.extracted.load(UPDATES)[..., FEATURES[UPDATES].feature_names.index("norm")]
-        tokens = [
-            module_tokens(kernels.module(p), train, kernels.columns, norms[:, self.pairs[p]], seed=self.seed)
-            for p in modules
-        ]
+        tokens = [module_tokens(kernels.module(p), train, kernels.columns, norms[:, self.pairs[p]]) for p in modules]
         return {"tokens": np.stack(tokens)}
 
     # -- factors ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from experiment.settings import Settings, memory_of
-from representations import projection
+from representations import SKETCH, projection
 from training import attention, projections
 from training.classifier import Models
 from training.stacks import Schedule, Split
@@ -35,7 +35,7 @@ class Module(NamedTuple):
 
     @property
     def numbers(self) -> int:
-        """How many numbers the two factors have."""
+        """Numbers of the two factors."""
         return self.rank * (self.inputs + self.outputs)
 
 
@@ -58,7 +58,7 @@ class Network:
 
 
 def _attention_parameters(modules: Sequence[Module], num_classes: int, schedule: Schedule) -> int:
-    return attention.count_parameters(len(modules), num_classes, schedule.hidden)
+    return attention.count_parameters(len(modules), num_classes, *(schedule.hidden or ()))
 
 
 def _train_attention(
@@ -75,7 +75,8 @@ def _train_attention(
 
 
 def _projection_parameters(modules: Sequence[Module], num_classes: int, schedule: Schedule) -> int:
-    return projections.count_parameters([module[1:] for module in modules], num_classes, schedule.hidden)
+    hidden = schedule.hidden or projections.HIDDEN
+    return projections.count_parameters([module[1:] for module in modules], num_classes, hidden, SKETCH)
 
 
 def _projections(frozen: bool) -> Network:
@@ -110,9 +111,7 @@ def _projections(frozen: bool) -> Network:
 
 
 NETWORKS = {
-    "update_attention": Network(
-        "tokens", lambda settings: settings.attention, _attention_parameters, _train_attention
-    ),
+    "update_attention": Network("tokens", lambda settings: settings.attention, _attention_parameters, _train_attention),
     "update_learned": _projections(frozen=False),
     "update_frozen": _projections(frozen=True),
 }

@@ -234,28 +234,30 @@ class Experiment:
         source = self.inputs.source(name, self.inputs.weights.without([]))
         return self.planner.plan_classifiers(source, live, [(0, run) for run in runs], label, at_most)
 
-    def on_permuted_labels(self, count: int, purpose: str) -> Iterator[Experiment]:
-        """Yield the experiment with one run on labels that are permuted before training, so many times.
-
-        Labels of groups are permuted as in the permutation test.
-
-        Args:
-            count: How often.
-            purpose: Decides the permutations, with the seed.
-        """
-        collection = self.collection
-        groups = np.arange(len(collection.y)) if collection.groups is None else collection.groups
-        for y in permuted(collection.y, groups, count, stream(self.settings.seed, purpose)):
-            pairs = zip(collection.files, y.tolist(), strict=True)
-            files = tuple(replace(file, label=collection.classes[c]) for file, c in pairs)
-            yield self.again(replace(collection, files=files), self.rows, 1)
-
     def again(self, collection: Collection, rows: dict[str, np.ndarray], num_runs: int) -> Experiment:
         """Return the same experiment on the same files with other labels, groups or split."""
         settings = replace(self.settings, num_runs=num_runs)
         again = Experiment(settings, collection, self.selected, rows, self.extracted, self.workers, self.progress)
         again.planner.smaller_stacks = self.planner.smaller_stacks  # one report of all that is trained
         return again
+
+
+def on_permuted_labels(experiment: Experiment, count: int, purpose: str) -> Iterator[Experiment]:
+    """Yield an experiment with one run on labels that are permuted before training, so many times.
+
+    Labels of groups are permuted as in the permutation test.
+
+    Args:
+        experiment: The one on the true labels.
+        count: How often.
+        purpose: Decides the permutations, with the seed.
+    """
+    collection = experiment.collection
+    groups = np.arange(len(collection.y)) if collection.groups is None else collection.groups
+    for y in permuted(collection.y, groups, count, stream(experiment.settings.seed, purpose)):
+        pairs = zip(collection.files, y.tolist(), strict=True)
+        files = tuple(replace(file, label=collection.classes[c]) for file, c in pairs)
+        yield experiment.again(replace(collection, files=files), experiment.rows, 1)
 
 
 def _common_key(

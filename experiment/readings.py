@@ -1,4 +1,4 @@
-"""What finished networks and kernels show beside their predictions: attention over modules, and LoRAs in the plane.
+"""Readings of finished networks and kernels beside their predictions: attention over modules, LoRAs in the plane.
 
 Shape letters: N LoRAs, R runs, T test LoRAs, P modules, K numbers of removed modules, O orders of removal.
 """
@@ -10,12 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from analysis.attention import Attended
-from analysis.chance import permuted
+from analysis.attention import ATTENTION, RANDOM, RANKING, Attended
 from analysis.draws import stream
 from experiment.networks import NETWORKS
-from experiment.phases import Experiment
-from representations import MAPPED
+from experiment.phases import Experiment, on_permuted_labels
 from training import attention
 
 TESTED = 1_000  # test LoRAs whose attention is read at most
@@ -38,44 +36,64 @@ def attended(experiment: Experiment, names: Sequence[str], with_permuted: bool) 
     name = next((name for name in names if name in NETWORKS and NETWORKS[name].reads == "tokens"), None)
     if name is None:
         return None
-    parameters, x = _trained(experiment, name), experiment.inputs.read(experiment.inputs.source(name, _all(experiment)))
-    y = torch.from_numpy(experiment.collection.y).to(x.device)
+    network = _Attending(experiment, name)
     tested = _sample(experiment)
-    rows = torch.from_numpy(experiment.rows["test"][tested]).to(x.device)
-    shares, contribution, gradients = (part.cpu().numpy() for part in attention.read_out(parameters, x, rows, y))
-    validation = torch.from_numpy(experiment.rows["validation"]).to(x.device)
-    by_attention = np.argsort(-attention.read_out(parameters, x, validation, y)[0].mean((0, 1)).cpu().numpy(), kind="stable")
-    orders = {"attention": by_attention, "ranking": by_ranking(experiment)} | {
-        f"random {number}": stream(experiment.settings.seed, "deletion", number).permutation(len(by_attention))
-        for number in range(1, RANDOM_ORDERS + 1)
+    rows = experiment.rows["test"][tested]
+    read = network.read_out(rows)
+    before = network.read_out(experiment.rows["validation"])["attention"]
+    orders = {
+        ATTENTION: np.argsort(-before.mean((0, 1)), kind="stable"),
+        RANKING: by_ranking(experiment),
+        **{f"{RANDOM} {number}": network.random_order(number) for number in range(1, RANDOM_ORDERS + 1)},
     }
-    counts = np.unique(np.linspace(0, len(by_attention) - 1, min(POINTS, len(by_attention))).round().astype(int))
-    predicted = attention.deletion(parameters, x, rows, np.stack(list(orders.values())), counts)  # (R, O, K, T)
-    correct = predicted == experiment.collection.y[experiment.rows["test"][tested]]
-    modules = experiment.inputs.modules.shapes
+    modules = len(experiment.inputs.pairs)
+    counts = np.unique(np.linspace(0, modules - 1, min(POINTS, modules)).round().astype(int))
+    predicted = network.deletion(rows, np.stack(list(orders.values())), counts)  # (R, O, K, T)
+    correct = predicted == experiment.collection.y[rows]
+    layers = [experiment.layers[first] for first, _ in experiment.inputs.members]
     return Attended(
-        modules=[module.name for module in modules],
+        modules=[layer.module for layer in layers],
+        blocks=[layer.block for layer in layers],
+        projections=[layer.projection for layer in layers],
         tested=tested,
-        attention=shares,
-        contribution=contribution,
-        gradients=gradients,
-        by_ranking=orders["ranking"],
-        counts=counts,
+        attention=read["attention"],
+        contribution=read["contribution"],
+        gradients=read["gradients"],
+        ranks_of_ranking=orders[RANKING],
         deletion={order: correct[:, place] for place, order in enumerate(orders)},
-        permuted=_permuted(experiment, name, tested) if with_permuted else None,
+        counts=counts,
+        permuted=_permuted(experiment, name, rows) if with_permuted else None,
+        observed_once=read["attention"][0].mean(0),
     )
 
 
-def _all(experiment: Experiment) -> np.ndarray:
-    return experiment.inputs.weights.without([])
+class _Attending:
+    """Trained networks of a representation that attends to modules, and what they read.
 
+    Args:
+        experiment: The experiment; where its networks are not trained yet, they are.
+        name: The representation.
+    """
 
-def _trained(experiment: Experiment, name: str) -> dict[str, torch.Tensor]:
-    """Return the parameters of a representation's networks on all layers, trained where they are not yet."""
-    scores = experiment.planner.carry_out(experiment.plan(name, [], "baseline"), experiment.progress)
-    prefix = attention.PARAMETERS
-    parameters = {key.removeprefix(prefix): array for key, array in scores.items() if key.startswith(prefix)}
-    return {key: torch.from_numpy(array).to(experiment.settings.device) for key, array in parameters.items()}
+    def __init__(self, experiment: Experiment, name: str):
+        inputs, self.seed = experiment.inputs, experiment.settings.seed
+        scores = experiment.planner.carry_out(experiment.plan(name, [], "baseline"), experiment.progress)
+        self.parameters = {key: array for key, array in scores.items() if key.startswith(attention.PARAMETERS)}
+        self.x = inputs.read(inputs.source(name, inputs.weights.without([])))
+        self.y = torch.from_numpy(experiment.collection.y).to(self.x.device)
+        self.modules = len(inputs.pairs)
+
+    def read_out(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Return what the networks look at in the LoRAs of these rows, see `attention.read_out`."""
+        return attention.read_out(self.parameters, self.x, torch.from_numpy(rows).to(self.x.device), self.y)
+
+    def deletion(self, rows: np.ndarray, orders: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Return what the networks predict with modules masked, see `attention.deletion`."""
+        return attention.deletion(self.parameters, self.x, torch.from_numpy(rows).to(self.x.device), orders, counts)
+
+    def random_order(self, number: int) -> np.ndarray:
+        """Draw an order of the modules, int64[P]."""
+        return stream(self.seed, "deletion", number).permutation(self.modules)
 
 
 def _sample(experiment: Experiment) -> np.ndarray:
@@ -93,13 +111,10 @@ def by_ranking(experiment: Experiment) -> np.ndarray:
     return np.argsort(place[experiment.inputs.members].min(1), kind="stable")
 
 
-def _permuted(experiment: Experiment, name: str, tested: np.ndarray) -> np.ndarray:
+def _permuted(experiment: Experiment, name: str, rows: np.ndarray) -> np.ndarray:
     """Return the mean attention of networks trained on permuted labels, one run each, float[19, P]."""
     found = []
-    for again in experiment.on_permuted_labels(PERMUTED, "permuted attention"):
+    for again in on_permuted_labels(experiment, PERMUTED, "permuted attention"):
         again.inputs = again.planner.inputs = experiment.inputs  # tokens know no labels
-        parameters, x = _trained(again, name), again.inputs.read(again.inputs.source(name, _all(experiment)))
-        rows = torch.from_numpy(experiment.rows["test"][tested]).to(x.device)
-        y = torch.from_numpy(again.collection.y).to(x.device)
-        found.append(attention.read_out(parameters, x, rows, y)[0].mean((0, 1)).cpu().numpy())
+        found.append(_Attending(again, name).read_out(rows)["attention"].mean((0, 1)))
     return np.stack(found)

@@ -32,6 +32,7 @@ class Networks:
     classifier: tuple[int, ...] = HIDDEN
     autoencoder: tuple[int, ...] | None = None
     attention: tuple[int, ...] | None = None
+    projection: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,10 @@ def resolve(args: argparse.Namespace, networks: Networks = Networks()) -> Settin
         attention=Schedule(
             max_epochs=30 if quick else 200,
             patience=5 if quick else 20,
-            weight_decay=WEIGHT_DECAY,
+            weight_decay=0.01,
             hidden=networks.attention,
         ),
-        projection=Schedule(
-            max_epochs=30 if quick else 200, patience=5 if quick else 20, hidden=networks.classifier
-        ),
+        projection=Schedule(max_epochs=30 if quick else 200, patience=5 if quick else 20, hidden=networks.projection),
     )
 
 

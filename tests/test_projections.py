@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from representations import _gaussian, update_sketch
+from representations import projection, update_sketch
 from training.classifier import Models
 from training.kernels import Updates
 from training.projections import Blocks, ProjectionStack, count_parameters, project, train_projections
@@ -44,7 +44,7 @@ def gaussians(shapes=SHAPES):
     """The projections that update_sketch draws for modules m0, m1 and so on."""
     lengths = [(high, wide) for _, wide, high in shapes]
     return tuple(
-        [_gaussian(f"m{module}", side, length[number]).clone() for module, length in enumerate(lengths)]
+        [projection(f"m{module}", side, length[number]).clone() for module, length in enumerate(lengths)]
         for number, side in enumerate("PQ")
     )
 
