@@ -24,6 +24,7 @@ from representations import (
     singular_values,
     update_measures,
     update_sketch,
+    update_spectrum,
 )
 
 MATRIX = [name for name, row in REPRESENTATIONS.items() if (row.unit, row.made) == ("layer", "computed")]
@@ -48,6 +49,7 @@ WIDTHS = {
     "info_theoretic": 2,
     "ensemble": 67,
     "update_sketch": 64,
+    "update_spectrum": 30,
 }
 REFERENCED = [name for name in MATRIX if name in WIDTHS]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -206,6 +208,44 @@ def test_measures_of_a_diagonal_update():
     assert update_measures(down, up * torch.tensor([1.0, 0.0]))[0].tolist() == pytest.approx([1, 6, 1])
 
 
+def spectrum(down, up, scale=None):
+    """`update_spectrum` of a single update, as a dict from feature name to number."""
+    row = REPRESENTATIONS["update_spectrum"]
+    return dict(zip(row.feature_names, update_spectrum(down[None], up[None], scale)[0].tolist(), strict=True))
+
+
+def test_update_spectrum_of_a_diagonal():
+    # diag(4, 2) after a core: singular values 12 and 6, times -0.5 (6 and 3); of three rows and two columns.
+    down = torch.diag(torch.tensor([4.0, 2.0]))
+    f = spectrum(down, torch.tensor([[3.0, 0.0], [0.0, 3.0], [0.0, 0.0]]), torch.tensor([-0.5]))
+    assert [f[f"sigma_{i}"] for i in range(1, 11)] == pytest.approx([6, 3] + [0] * 8)
+    assert [f[f"sigma_share_{i}"] for i in range(1, 4)] == pytest.approx([2 / 3, 1 / 3, 0])
+    assert f["effective_rank"] == pytest.approx(math.exp(math.log(3) - 2 / 3 * math.log(2)))
+    assert (f["stable_rank"], f["participation_ratio"]) == pytest.approx((45 / 36, 45**2 / (36**2 + 81)))
+    assert (f["condition_number"], f["nuclear_norm"], f["frobenius_norm"]) == pytest.approx((2, 9, math.sqrt(45)))
+    # Row norms 6, 3, 0: mean 3; differences of ordered pairs 2 (3 + 6 + 3), over 9, over twice the mean.
+    assert (f["row_norms_max_to_mean"], f["row_norms_gini"]) == pytest.approx((2, 24 / 9 / 6))
+    assert (f["column_norms_max_to_mean"], f["column_norms_gini"]) == pytest.approx((4 / 3, 2 * 3 / 4 / 9))
+
+
+def test_update_spectrum_has_the_shares_of_all_singular_values_and_equal_ones_count_each():
+    f = spectrum(torch.eye(20), torch.eye(20))
+    assert f["sigma_share_10"] == pytest.approx(1 / 20)
+    for feature in ("effective_rank", "stable_rank", "participation_ratio", "nuclear_norm"):
+        assert f[feature] == pytest.approx(20)
+    for feature in ("row_norms_max_to_mean", "column_norms_max_to_mean", "condition_number"):
+        assert f[feature] == pytest.approx(1)
+    assert f["row_norms_gini"] == f["column_norms_gini"] == 0
+
+
+def test_one_row_that_is_not_zero_is_all_the_concentration_there_is():
+    up = torch.zeros(5, 2)
+    up[3] = torch.tensor([1.0, -2.0])
+    f = spectrum(gaussian(2, 9), up)
+    assert (f["row_norms_max_to_mean"], f["row_norms_gini"]) == pytest.approx((5, 4 / 5))
+    assert f["stable_rank"] == f["participation_ratio"] == pytest.approx(1) and f["sigma_2"] == 0
+
+
 # 2. Reference
 
 
@@ -298,6 +338,30 @@ def test_measures_are_scipys_of_the_formed_update(shape, dtype):
         close(got, [rank, np.linalg.norm(values), s], rtol=1e-6)
 
 
+def spectrum_reference(w):
+    """Slow and literal, of the formed update, numpy and scipy in float64."""
+    s = scipy.linalg.svdvals(w)
+    top, square = np.pad(s, (0, 10))[:10], (s**2).sum()
+    kept = s[s > s[0] * max(w.shape) * np.finfo(np.float32).eps]
+    ranks = [np.exp(scipy.stats.entropy(s)), square / s[0] ** 2, square**2 / (s**4).sum()]
+    spread = []
+    for norms in (np.linalg.norm(w, axis=1), np.linalg.norm(w, axis=0)):
+        gini = np.abs(norms[:, None] - norms).mean() / 2 / norms.mean()
+        spread += [norms.max() / norms.mean(), gini]
+    return [*top, *(top / s.sum()), *ranks, s[0] / kept[-1], s.sum(), math.sqrt(square), *spread]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 20, 33), (4, 33, 20), (1, 9, 30), (6, 3, 4), (6, 3, 40), (2, 8, 8), (12, 12, 9)])
+def test_update_spectrum_is_scipys_of_the_formed_update(shape, dtype):
+    r, n_in, n_out = shape
+    down, up, scale = gaussian(3, r, n_in, dtype=dtype), gaussian(3, n_out, r, seed=1).to(dtype), torch.arange(3.0) - 2
+    f = update_spectrum(down, up, scale)
+    for got, d, u, s in zip(f[:2].tolist(), down, up, scale.tolist(), strict=False):
+        close(got, spectrum_reference((s * u.double() @ d.double()).numpy()), rtol=1e-6)
+    assert (f[2] == 0).all()
+
+
 # 3. Property
 
 
@@ -385,9 +449,40 @@ def test_gauge(r, n_in, n_out, seed):
     before, after = coupling(down, up)[0], coupling(other_down, other_up)[0]
     assert after[2] == pytest.approx(before[2].item(), rel=1e-5)
     close(update_measures(other_down, other_up), update_measures(down, up), rtol=1e-5)
+    close(update_spectrum(other_down, other_up), update_spectrum(down, up), rtol=1e-5)
     # What does not claim the invariance notices the gauge: the cosine, and statistics of the factor.
     assert abs(after[1] - before[1]) > 1e-6
     assert named("stats", other_down[0]) != pytest.approx(named("stats", down[0]), rel=1e-5)
+
+
+@quick
+@given(st.integers(1, 12), SIZES, SIZES, SEEDS, st.sampled_from([-(2.0**-40), 0.25, -8.0, 2.0**30]))
+def test_bounds_and_scaling_law_of_update_spectrum(r, n_in, n_out, seed, c):
+    down, up = gaussian(r, n_in, seed=seed), gaussian(n_out, r, seed=seed + 1)
+    before, after = spectrum(down, up), spectrum(down, up, torch.tensor([c]))
+    k, slack = min(r, n_in, n_out), 1 + 1e-6
+    stable, participation, effective = (before[f] for f in ("stable_rank", "participation_ratio", "effective_rank"))
+    assert 1 / slack <= stable <= participation * slack <= effective * slack**2 <= k * slack**3
+    for side, n in (("row", n_out), ("column", n_in)):
+        assert 1 / slack <= before[f"{side}_norms_max_to_mean"] <= n * slack
+        assert 0 <= before[f"{side}_norms_gini"] <= 1 - 1 / n + 1e-6
+    for feature, value in before.items():
+        scaled = feature.endswith("_norm") or feature in [f"sigma_{i}" for i in range(1, 11)]
+        assert after[feature] == pytest.approx(value * (abs(c) if scaled else 1), rel=1e-6, abs=0), feature
+
+
+@quick
+@given(st.integers(1, 4), st.integers(2, 9), st.integers(2, 9), SEEDS)
+def test_rotations_leave_the_spectrum_of_an_update_and_order_leaves_its_concentration(r, n_in, n_out, seed):
+    down, up = gaussian(r, n_in, seed=seed).double(), gaussian(n_out, r, seed=seed + 1).double()
+    before = spectrum(down, up)
+    rotated = spectrum(down @ orthogonal(n_in, seed + 2), orthogonal(n_out, seed + 3) @ up)
+    spread = [name for name in before if "_norms_" in name]
+    assert {n: v for n, v in rotated.items() if n not in spread} == pytest.approx(
+        {n: v for n, v in before.items() if n not in spread}, rel=1e-5, abs=1e-6
+    )
+    assert all(rotated[name] != pytest.approx(before[name], rel=1e-6) for name in spread)
+    assert spectrum(down.flip(1), up.roll(1, 0)) == pytest.approx(before, rel=1e-5, abs=1e-6)
 
 
 @quick
@@ -464,7 +559,7 @@ def compute(name, n=6, dtype=torch.float32, rows=slice(None)):
 def test_the_table():
     first = ["flat_vec", "stats", "pca", "spectral", "matrix_norms", "distribution", "coupling", "frequency"]
     last = ["info_theoretic", "ensemble", "vae", "contrastive", "denoising", "update_sketch", "update_kernel"]
-    assert list(REPRESENTATIONS)[:15] == first + last
+    assert list(REPRESENTATIONS)[:17] == first + last + ["update_spectrum", "update_views"]
     for name, row in REPRESENTATIONS.items():
         assert row.name == name and row.source
         assert row.unit in {"layer", "pair"} and row.made in {"computed", "flat", "pca", "autoencoder", "kernel"}
@@ -696,6 +791,7 @@ def test_a_fresh_lora_has_a_zero_update(r):
     assert (coupling(down, up) == 0).all()
     assert (update_sketch(down, up, "m") == 0).all()
     assert update_measures(down, up).tolist() == [[0, 0, 1]] * 2
+    assert (update_spectrum(down, up) == 0).all()
 
 
 def test_factors_that_cancel_give_a_zero_update_not_the_spectrum_of_rounding():
@@ -704,6 +800,26 @@ def test_factors_that_cancel_give_a_zero_update_not_the_spectrum_of_rounding():
     up = torch.tensor([[0.1, 0.2, -0.3]], dtype=torch.float64)[None]
     assert (up @ down).any()
     assert update_measures(down, up)[0].tolist() == [0, 0, 1]
+    assert (update_spectrum(down, up) == 0).all()
+
+
+@pytest.mark.parametrize(("n_in", "n_out"), [(1, 1), (1, 6), (6, 1), (7, 5)])
+def test_update_spectrum_of_rank_one(n_in, n_out):
+    f = spectrum(gaussian(1, n_in, seed=3), gaussian(n_out, 1, seed=4))
+    for feature in ("sigma_share_1", "effective_rank", "stable_rank", "participation_ratio", "condition_number"):
+        assert f[feature] == pytest.approx(1)
+    assert f["sigma_1"] == pytest.approx(f["nuclear_norm"]) == pytest.approx(f["frobenius_norm"])
+    assert all(f[f"sigma_{i}"] == 0 for i in range(2, 11))
+    for side, n in (("row", n_out), ("column", n_in)):
+        assert n > 1 or (f[f"{side}_norms_max_to_mean"], f[f"{side}_norms_gini"]) == (1, 0)
+
+
+@pytest.mark.parametrize("value", [0.1, -3.0, 1e-18, 1e18])
+def test_update_spectrum_of_equal_rows_and_columns_is_not_that_of_rounding(value):
+    f = spectrum(torch.full((3, 7), value), torch.full((11, 3), value))
+    assert [f[f"sigma_{i}"] for i in range(1, 4)] == pytest.approx([3 * value**2 * math.sqrt(77), 0, 0])
+    assert (f["row_norms_gini"], f["column_norms_gini"], f["stable_rank"]) == (0, 0, 1)
+    assert f["row_norms_max_to_mean"] == f["column_norms_max_to_mean"] == pytest.approx(1)
 
 
 def test_correlations_of_constants_and_of_single_values_are_0():
