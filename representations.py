@@ -393,7 +393,10 @@ def pair_features(
     """Compute several pair-wise representations of updates of equal shape, whatever their modules.
 
     Args:
-        down, up, module_id, scale: As of `update_sketch`.
+        down: First factors, float[N, r, in].
+        up: Second factors, float[N, out, r].
+        module_id: Canonical name of the module that all N updates are of, or N names.
+        scale: s = alpha / rank of each update, float[N]; None: 1.
         names: Names of computed rows whose unit is "pair", of either table; another is a ValueError.
         block: Values to work on at a time on a CPU.
 

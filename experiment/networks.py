@@ -21,7 +21,6 @@ from training import attention, projections
 from training.classifier import Models
 from training.stacks import Schedule, Split
 
-
 FACTORS_SHARE = 0.3  # of the memory that the factors of all updates may take
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-
 from analysis.attention import ATTENTION, RANDOM, RANKING, Attended
+
 from analysis.draws import stream
 from experiment.networks import NETWORKS
 from experiment.phases import Experiment, on_permuted_labels
@@ -78,7 +78,8 @@ class _Attending:
     def __init__(self, experiment: Experiment, name: str):
         inputs, self.seed = experiment.inputs, experiment.settings.seed
         scores = experiment.planner.carry_out(experiment.plan(name, [], "baseline"), experiment.progress)
-        self.parameters = {key: array for key, array in scores.items() if key.startswith(attention.PARAMETERS)}
+        prefix = attention.PARAMETERS
+        self.parameters = {key.removeprefix(prefix): a for key, a in scores.items() if key.startswith(prefix)}
         self.x = inputs.read(inputs.source(name, inputs.weights.without([])))
         self.y = torch.from_numpy(experiment.collection.y).to(self.x.device)
         self.modules = len(inputs.pairs)

@@ -21,7 +21,6 @@ from training.attention import (
     parameter_shapes,
     predict_logits,
     read_out,
-    token_columns,
     train_attention,
 )
 from training.classifier import Models
@@ -133,14 +132,6 @@ def test_test_rows_do_not_change_the_tokens_of_others():
     after = module_tokens(changed[:, train], train, train, other_norm)
     np.testing.assert_array_equal(before[:50], after[:50])
     assert np.abs(after[50:]).max() <= 10
-
-
-def test_landmarks_are_train_rows_in_order_and_all_of_them_where_few():
-    train = np.random.default_rng(0).permutation(90)[:60]
-    np.testing.assert_array_equal(token_columns(train, 90, seed=0), train)
-    drawn = token_columns(train, 90, seed=0, exact=80, landmarks=20)
-    assert len(drawn) == 20 and (np.diff(drawn) > 0).all() and set(drawn) <= set(train)
-    assert set(drawn) != set(token_columns(train, 90, seed=1, exact=80, landmarks=20))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ either. Where all modules are removed, all attention is 0 and the scores are b: 
 In run r all models start from the same weights and see the same minibatches and masks. What is trained differs by the
 modules removed alone, which are masked again at random in training (module dropout), never all of those left.
 
-Up to `EXACT` LoRAs kernel PCA is fitted on all train rows, beyond on `LANDMARKS` drawn from them.
+Kernel PCA is fitted on all train rows of at most `EXACT` LoRAs, beyond on `LANDMARKS` drawn from them.
 
 Shape letters: M models, R distinct runs, N LoRAs, n rows, P modules, B minibatch, D numbers of a token, H hidden,
 C classes, O orders, K counts.
@@ -42,7 +42,6 @@ from training.stacks import (
     Split,
     dropout_masks,
     gather,
-    numpy_stream,
     rows_at_once,
     standardise,
     stream,
@@ -59,6 +58,7 @@ NORM_HIDDEN = 16
 DROPOUT, MODULE_DROPOUT = 0.2, 0.2
 LABEL_SMOOTHING = 0.05
 MASKED = -1e9
+PARAMETERS = "parameters."  # before the names of parameters among the arrays of `train_attention`
 NORM_EPS = 1e-5  # torch's default
 SCHEDULE = Schedule(max_epochs=200, patience=20, batch_size=32, lr=1e-3, weight_decay=0.01)
 
@@ -66,15 +66,6 @@ SCHEDULE = Schedule(max_epochs=200, patience=20, batch_size=32, lr=1e-3, weight_
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokens
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def token_columns(
-    train: np.ndarray, num_samples: int, seed: int, exact: int = EXACT, landmarks: int = LANDMARKS
-) -> np.ndarray:
-    """Return the LoRAs that kernel PCA is fitted on: all train rows int64[n], or landmarks among them, in order."""
-    if num_samples <= exact:
-        return np.asarray(train)
-    return np.sort(numpy_stream(seed, "token landmarks").permutation(train)[:landmarks])
 
 
 def module_tokens(kernel: np.ndarray, train: np.ndarray, columns: np.ndarray, norm: np.ndarray) -> np.ndarray:
@@ -472,7 +463,7 @@ def train_attention(
     }
     arrays |= _predictions(trained.state, x, y, split, models.source.to(x.device), live)
     if keep_parameters:
-        arrays |= {f"parameters.{name}": value.float().cpu().numpy() for name, value in trained.state.items()}
+        arrays |= {f"{PARAMETERS}{name}": value.float().cpu().numpy() for name, value in trained.state.items()}
     return arrays
 
 
