@@ -8,7 +8,7 @@ start: all else, randomness too, is the same, so that the difference of the two 
 worth.
 
 Shape letters: M models, N LoRAs, P modules, G modules of one shape, W numbers of all factors of a LoRA, B minibatch,
-r rank, K = 64 numbers of a block, F = K·P, H hidden, C classes, V and T validation and test rows.
+r rank, k = 8 the sides of a block, F = k²·P, H hidden, C classes, V and T validation and test rows.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class Blocks:
         """Return blocks of each model's rows under each model's projections, int64[M, B] -> float[M, B, F]."""
         blocks = project(self.x, rows, self.groups, projections)
         standard = blocks.sub(self.mean.to(self.dtype)).mul(self.scale.to(self.dtype))
-        standard.detach().clamp_(-CLIP, CLIP)  # in place, and as if it were not there for gradients
+        standard.detach().clamp_(-CLIP, CLIP)  # in place and unseen by autograd: what is clipped passes its gradient
         return standard
 
     def all_rows(self, projections: dict[str, Tensor]) -> Tensor:
@@ -273,17 +273,23 @@ def train_projections(
         return train_classifiers(inputs, y, split, models, num_classes, schedule=schedule, seed=seed, dropout=dropout)
     network = {"hidden": schedule.hidden, "dropout": dropout, "batch_size": schedule.batch_size}
     trained = train(ProjectionStack(blocks, y, split, models, num_classes, seed=seed, **network), schedule)
-    results = []
-    for model in range(len(trained.epochs)):  # one by one: of each the blocks of all rows are as large as a sketch
-        params = {name: tensor[[model]] for name, tensor in trained.state.items()}
-        inputs = blocks.all_rows(_projections(params))
-        results.append(predictions(_classifiers(params), inputs, y, split, torch.zeros_like(models.source[:1])))
     return {
         "epochs": trained.epochs.numpy(),
         "best_epoch": trained.best_epoch.numpy(),
         "validation_loss": trained.best_loss.numpy(),
-        **{name: np.concatenate([result[name] for result in results]) for name in results[0]},
+        **_predictions(trained.state, blocks, y, split),
     }
+
+
+def _predictions(state: dict[str, Tensor], blocks: Blocks, y: Tensor, split: Split) -> dict[str, np.ndarray]:
+    """Predict all rows, see `predictions`; model by model, as each reads blocks of its own."""
+    source = torch.zeros(1, dtype=torch.int64, device=blocks.device)
+    results = []
+    for model in range(len(state["weight0"])):
+        params = {name: tensor[[model]] for name, tensor in state.items()}
+        inputs = blocks.all_rows(_projections(params))
+        results.append(predictions(_classifiers(params), inputs, y, split, source))
+    return {name: np.concatenate([result[name] for result in results]) for name in results[0]}
 
 
 def count_parameters(shapes: Sequence[Shape], num_classes: int, hidden: tuple[int, ...], size: int) -> int:
