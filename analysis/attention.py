@@ -253,7 +253,12 @@ def deletion_curves(draws: Draws, attended: Attended) -> dict:
     if against_random:
         more = against_random["significant"] and against_random["difference"] > 0
         enough = len(random) >= LEAST_TRAININGS and p_orders <= ALPHA + ROUNDING
-        against_random |= {"orders": len(random), "p_orders": p_orders, "hurts_more": bool(more and enough)}
+        against_random |= {
+            "orders": len(random),
+            "as_costly": below,
+            "p_orders": p_orders,
+            "hurts_more": bool(more and enough),
+        }
     against_ranking = compared.get("ranking")
     if against_ranking:
         more = against_ranking["significant"] and against_ranking["difference"] > 0
