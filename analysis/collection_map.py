@@ -67,7 +67,7 @@ def plane(kernel: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarr
     components = KernelPCA(2, kernel="precomputed", remove_zero_eig=False, random_state=0).fit(fitted / largest)
     held = components.eigenvalues_ * largest / total
     kept = held > LEAST_SHARE
-    points[:, kept] = components.transform(kernel / largest)[:, kept]
+    points[:, kept] = components.transform(kernel / largest)[:, kept] * np.sqrt(largest)
     shares[kept] = np.minimum(1, held[kept])
     return points, shares
 
