@@ -243,7 +243,8 @@ def means(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
     Student's t intervals. The variance of a mean among draws of groups and of runs, as in `Draws.accuracies`, is known
     without drawing: that between groups, times G / (G - 1) of equal groups, and what drawn runs add. Degrees of freedom
-    are Satterthwaite's of these two. NaN for the interval of a single group, which shows no variance.
+    are Satterthwaite's of groups and runs, of these before what LoRAs explain is subtracted: by what is left, few runs
+    would count as more. NaN for the interval of a single group, which shows no variance.
 
     Args:
         values: Real numbers, float[..., R, T].
@@ -263,15 +264,18 @@ def means(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarra
     equal = units**2 / np.square(weights).sum()
     deviation = by_group.mean(-2) - mean[..., None] * weights
     of_groups = np.square(deviation).sum(-1) / units**2 * equal / max(equal - 1, ROUNDING)
-    of_runs = np.zeros_like(mean)
+    of_runs, between = np.zeros_like(mean), np.zeros_like(mean)
     if runs > 1:
         effect = by_group.mean(-1) - mean[..., None]  # (..., R)
         residual = by_group - by_group.mean(-2, keepdims=True) - effect[..., None]
         within = np.square(residual).sum((-2, -1)) / ((runs - 1) * (units - 1)) / units
-        of_runs = np.maximum(0, np.square(effect).sum(-1) / (runs - 1) - within) / runs
-    part = of_groups**2 / (units - 1) + of_runs**2 / max(1, runs - 1)
+        between = np.square(effect).sum(-1) / (runs - 1)
+        of_runs = np.maximum(0, between - within) / runs
+        between = np.where(of_runs > 0, between / runs, 0)
+    part = of_groups**2 / (units - 1) + between**2 / max(1, runs - 1)
     total = of_groups + of_runs
     freedom = np.divide(total**2, part, out=np.full_like(mean, units - 1), where=part > 0)
+    freedom = np.maximum(1, freedom)
     half = stats.t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt(total)
     return mean, np.stack([mean - half, mean + half], axis=-1)
 
