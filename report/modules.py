@@ -25,8 +25,7 @@ def module_lines(results: dict) -> list[str]:
     analysis = results.get("analysis") or {}
     lines = []
     if section := analysis.get("attention"):
-        lines += [*_attention(section), *_deletion(section["deletion"]), *_permuted(section), *_agreement(section)]
-        lines.append(CAUTION)
+        lines += _of_attention(section)
     if section := analysis.get("collection_map"):
         lines += map(_panel, section["panels"])
     return lines
@@ -42,11 +41,20 @@ def most_attended(section: dict, count: int = NAMED) -> list[dict]:
     return sorted(section["modules"], key=lambda record: -record["attention"])[:count]
 
 
-def _attention(section: dict) -> Iterator[str]:
-    total, effective = len(section["modules"]), section["effective_number"]
-    if total == 1:
+def _of_attention(section: dict) -> Iterator[str]:
+    if len(section["modules"]) == 1:
         yield f"There is only one module to attend to, {section['modules'][0]['module']}."
         return
+    yield from _most(section)
+    yield from _deletion(section["deletion"])
+    yield from _permuted(section)
+    yield from _agreement(section)
+    yield CAUTION
+
+
+def _most(section: dict) -> Iterator[str]:
+    """Yield how many modules the attention is on, which these are, and which add to the own class."""
+    total, effective = len(section["modules"]), section["effective_number"]
     around = f" ({bounds(effective['interval'], number)})" if effective["interval"] else ""
     yield (
         f"The classifier with attention looks at {number(effective['number'])}{around} of {total} modules (effective "

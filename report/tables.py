@@ -441,12 +441,12 @@ def _attention_sums_table(section: dict | None) -> Table | None:
     if not section:
         return None
     rows = [
-        [noun, *_shares_cells(record), str(record["modules"]), record[noun]]
+        [*_shares_cells(record), str(record["modules"]), noun, record[noun]]
         for noun in ("block", "projection")
         for record in section[f"{noun}s"]
     ]
-    columns = ["summed by", *SHARES, "modules", "place"]
-    return Table("modules", "Attention by block and by projection", columns, rows, (0, 6), 12)
+    columns = [*SHARES, "modules", "summed by", "place"]
+    return Table("modules", "Attention by block and by projection", columns, rows, (5, 6), 12)
 
 
 def _shares_cells(record: dict) -> list[str]:
