@@ -1,6 +1,6 @@
 """Attention over modules: where a trained classifier looks, and what that is worth to its predictions.
 
-Attention alone explains nothing: other weights may give the same predictions (Jain & Wallace, "Attention is not
+Attention is no explanation by itself: other weights may give the same predictions (Jain & Wallace, "Attention is not
 explanation", NAACL 2019), and what it is worth is to be tested (Wiegreffe & Pinter, "Attention is not not
 explanation", EMNLP 2019). So beside it stand what each module adds to a LoRA's own class, accuracies with modules
 masked in its order, and the attention of trainings on permuted labels.

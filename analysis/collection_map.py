@@ -22,7 +22,7 @@ from analysis.evidence import Evidence, choose_rows
 
 KEPT = 1_000  # LoRAs whose places are kept in the results, at most
 DIGITS = 4  # of a coordinate, the largest of a panel being 1
-APART, MERGED = 0.9, 0.75  # separations of two classes: from the first on they are apart, below the second merged
+DISTINCT, MERGED = 0.9, 0.75  # separations of two classes: from the first on distinct, below the second merged
 LEAST_SHARE = 1e-9  # of a kernel's variance, below which a component is rounding
 
 
@@ -131,7 +131,7 @@ def separation(evidence: Evidence, points: np.ndarray, nearest: np.ndarray) -> d
     """Return how many test LoRAs lie nearest to the mean of their class, and which classes that tells apart.
 
     Two classes are separated by the share of their test LoRAs, both classes counting alike, that are nearer to the mean
-    of their own one: 1/2 where nothing tells them apart. A class stands apart where that is at least 0.9 with every
+    of their own one: 1/2 where nothing tells them apart. A class is distinct where that is at least 0.9 with every
     other. Classes are merged where it is below 0.75 for every two of a group (complete linkage). Both are counts of
     these test LoRAs, without an interval.
 
@@ -145,15 +145,16 @@ def separation(evidence: Evidence, points: np.ndarray, nearest: np.ndarray) -> d
     separated = separations(_distances(evidence, points), evidence.truth)
     present = np.flatnonzero(~np.isnan(separated).all(1))
     among = separated[np.ix_(present, present)]
-    apart, merged = [], []
+    distinct, merged = [], []
     if len(present) > 1:
         others = ~np.eye(len(present), dtype=bool)
-        apart = [evidence.classes[label] for i, label in enumerate(present) if (among[i][others[i]] >= APART).all()]
+        least = [among[i][others[i]].min() for i in range(len(present))]
+        distinct = [evidence.classes[label] for label, value in zip(present, least, strict=True) if value >= DISTINCT]
         tree = hierarchy.linkage(squareform(np.where(others, among, 0), checks=False), "complete")
         group_of = hierarchy.fcluster(tree, np.nextafter(MERGED, 0), "distance")
         groups = [present[group_of == group] for group in dict.fromkeys(group_of.tolist())]
         merged = [[evidence.classes[label] for label in group] for group in groups if len(group) > 1]
-    return {**estimate, "chance": evidence.chance, "apart": apart, "merged": merged}
+    return {**estimate, "chance": evidence.chance, "distinct": distinct, "merged": merged}
 
 
 def separations(distances: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -289,7 +289,15 @@ def write_numbers(ax: Axes, values: np.ndarray, largest: float, height: float, w
         return
     for (row, column), value in np.ndenumerate(values):
         color = ON_CELLS[1] if value > 0.68 * largest else ON_CELLS[0]  # where both contrast alike with YlGnBu
-        ax.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=SMALL, color=color)
+        ax.text(
+            column,
+            row,
+            f"{round(value, digits) + 0.0:.{digits}f}",
+            ha="center",
+            va="center",
+            fontsize=SMALL,
+            color=color,
+        )
 
 
 def map_legend(image: AxesImage, noun: str) -> list[Patch]:

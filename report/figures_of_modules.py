@@ -176,7 +176,7 @@ def collection_map(results: dict, figure: Figure) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=across, fontsize=SMALL, handletextpad=0.3)
     figure.get_layout_engine().execute(figure)
     for ax, panel in zip(axes, panels, strict=False):
-        _name_those_apart(ax, section, panel)
+        _name_distinct(ax, section, panel)
 
 
 def _shape(label: int) -> str:
@@ -209,12 +209,12 @@ def _plane(ax: Axes, section: dict, panel: dict) -> None:
     ax.margins(0.06)
 
 
-def _name_those_apart(ax: Axes, section: dict, panel: dict) -> None:
+def _name_distinct(ax: Axes, section: dict, panel: dict) -> None:
     """Write the names of concepts that stand apart from all others at the mean of their test LoRAs, where room is."""
     points, labels = np.array(panel["points"], float).reshape(-1, 2), np.array(section["labels"])
     tested = np.array(section["parts"]) == "test"
     means, names = [], []
-    for name in panel["separates"]["apart"][:NAMED_POINTS]:
+    for name in panel["separates"]["distinct"][:NAMED_POINTS]:
         members = tested & (labels == section["classes"].index(name))
         if members.any():
             means.append(points[members].mean(0))

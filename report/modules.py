@@ -12,8 +12,8 @@ from report.wording import bounds, capital, counted, listed, number, p_text, per
 
 NAMED = 3  # modules, blocks or classes in a sentence, at most
 CAUTION = (
-    "Attention alone explains nothing, as other weights may give the same predictions (Jain & Wallace, 2019; "
-    "Wiegreffe & Pinter, 2019): the contributions and the accuracies with modules masked say what it is worth."
+    "Attention is no explanation by itself: other weights may give the same predictions (Jain & Wallace, 2019; "
+    "Wiegreffe & Pinter, 2019). The contributions and the accuracies with modules masked say what it is worth."
 )
 
 
@@ -187,11 +187,11 @@ def _panel(panel: dict) -> str:
 
 def _kinds(section: dict) -> str:
     """Return which concepts stand apart from all others, and which are merged."""
-    apart, merged = section["apart"], section["merged"]
+    distinct, merged = section["distinct"], section["merged"]
     parts = ["no concept stands apart from all others"]
-    if apart:
-        verb = "stands" if len(apart) == 1 else "stand"
-        parts = [f"{_named(apart)} {verb} apart from all others"]
+    if distinct:
+        verb = "stands" if len(distinct) == 1 else "stand"
+        parts = [f"{_named(distinct)} {verb} apart from all others"]
     if merged:
         groups = [_named(group) for group in sorted(merged, key=len, reverse=True)[:NAMED]]
         more = f", and {counted(len(merged) - NAMED, 'more group')}" if len(merged) > NAMED else ""

@@ -94,7 +94,7 @@ def test_planted_classes_stand_apart_or_are_merged():
     train = evidence.rows["train"]
     (panel,) = collection_map(evidence, [Mapped("all", "", features @ features[train].T, train)])["panels"]
     separates = panel["separates"]
-    assert separates["apart"] == ["class 2", "class 3"] and separates["above_null"]
+    assert separates["distinct"] == ["class 2", "class 3"] and separates["above_null"]
     assert separates["merged"] == [["class 0", "class 1", "class 4"]]
     assert 0.4 < separates["accuracy"] < 0.85 and separates["chance"] == pytest.approx(0.2)
     low, high = separates["interval"]
@@ -110,7 +110,7 @@ def test_noise_separates_nothing():
         panels = collection_map(evidence, mapped)["panels"]
         above += [any(panel["separates"]["above_null"] for panel in panels)]
         merged += [bool(panel["separates"]["merged"]) for panel in panels]
-        assert not any(panel["separates"]["apart"] for panel in panels)
+        assert not any(panel["separates"]["distinct"] for panel in panels)
     assert np.mean(above) <= 0.2 and np.mean(merged) > 0.9
 
 
@@ -142,6 +142,6 @@ def test_classes_without_test_or_train_loras_are_neither_apart_nor_merged():
     evidence = replace(evidence, rows=rows)
     section = collection_map(evidence, mapped_of(evidence.y, rows["train"], {"all": 50.0}))
     separates = section["panels"][0]["separates"]
-    named = [*separates["apart"], *(name for group in separates["merged"] for name in group)]
+    named = [*separates["distinct"], *(name for group in separates["merged"] for name in group)]
     assert "class 1" not in named and "class 2" not in named
     assert not schema_faults(section, "collection_map")

@@ -117,10 +117,10 @@ def test_permuted_labels_decide_only_where_there_are_enough():
 def test_concepts_that_stand_apart_or_are_merged_are_named_where_they_are_few():
     results = made()
     (first, *_) = results["analysis"]["collection_map"]["panels"]
-    first["separates"] |= {"apart": ["cat"], "merged": [["dog", "a & b"]], "above_null": False}
+    first["separates"] |= {"distinct": ["cat"], "merged": [["dog", "a & b"]], "above_null": False}
     line = modules.module_lines(results)[-3]
     assert "cat stands apart" in line and "merged are dog and a & b." in line and "indistinguishable" in line
-    first["separates"] |= {"apart": [str(i) for i in range(9)], "merged": []}
+    first["separates"] |= {"distinct": [str(i) for i in range(9)], "merged": []}
     assert "9 concepts stand apart" in said(results) and "none are merged" in said(results)
     first["separates"] |= {"merged": [["x", str(i)] for i in range(5)]}
     assert "2 more groups" in said(results)
