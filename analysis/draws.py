@@ -54,12 +54,13 @@ class Draws:
         what they have in common does not count as a difference.
 
         Args:
-            correct: Of each classifier, the LoRAs that each run recognises, bool[R, T]; R may differ.
+            correct: Of each classifier, the LoRAs that each run recognises, bool[R, T]; R may differ. Or real numbers,
+                float[R, T], whose means are drawn.
             resample_runs: Whether runs are drawn too; else all of them count in every draw.
         """
         accuracies = np.empty((len(correct), self.count))
         run_counts = np.array([len(runs) for runs in correct])
-        hits = np.stack([runs.sum(0, dtype=np.float32) for runs in correct])  # (L, T)
+        hits = np.stack([runs.sum(0, dtype=np.float32 if runs.dtype == bool else float) for runs in correct])  # (L, T)
         drawn_too = [runs for runs in np.unique(run_counts).tolist() if resample_runs and runs > 1]
         effects = {i: _run_effects(self._by_group(correct[i])) for i in np.flatnonzero(np.isin(run_counts, drawn_too))}
         for start, rows in self._blocks():
@@ -235,6 +236,48 @@ def _run_effects(by_group: np.ndarray) -> np.ndarray:
     within = np.square(residual).sum() / max(1, (runs - 1) * (groups - 1))
     share = max(0.0, 1 - within / between) if between > ROUNDING else 0.0
     return effect * np.sqrt(share / (runs * (runs - 1)))
+
+
+def means(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return means of real numbers over runs and LoRAs, and their intervals: float[...] and float[..., 2].
+
+    Student's t intervals. The variance of a mean among draws of groups and of runs, as in `Draws.accuracies`, is known
+    without drawing: that between groups, times G / (G - 1) of equal groups, and what drawn runs add. Degrees of freedom
+    are Satterthwaite's of groups and runs, of these before what LoRAs explain is subtracted: by what is left, few runs
+    would count as more. NaN for the interval of a single group, which shows no variance.
+
+    Args:
+        values: Real numbers, float[..., R, T].
+        groups: Group of each LoRA, int[T].
+
+    Source:
+        Satterthwaite, "An approximate distribution of estimates of variance components", Biometrics Bulletin 1946.
+    """
+    group = np.unique(groups, return_inverse=True)[1]
+    weights = np.bincount(group) * (group.max() + 1) / len(group)  # (G,), of mean 1
+    units, runs = len(weights), values.shape[-2]
+    members = sparse.csr_array((np.full(len(group), units / len(group)), (np.arange(len(group)), group)))
+    by_group = (values.reshape(-1, len(group)) @ members).reshape(*values.shape[:-1], units)
+    mean = by_group.mean((-2, -1))
+    if units == 1:
+        return mean, np.full((*mean.shape, 2), np.nan)
+    equal = units**2 / np.square(weights).sum()
+    deviation = by_group.mean(-2) - mean[..., None] * weights
+    of_groups = np.square(deviation).sum(-1) / units**2 * equal / max(equal - 1, ROUNDING)
+    of_runs, between = np.zeros_like(mean), np.zeros_like(mean)
+    if runs > 1:
+        effect = by_group.mean(-1) - mean[..., None]  # (..., R)
+        residual = by_group - by_group.mean(-2, keepdims=True) - effect[..., None]
+        within = np.square(residual).sum((-2, -1)) / ((runs - 1) * (units - 1)) / units
+        between = np.square(effect).sum(-1) / (runs - 1)
+        of_runs = np.maximum(0, between - within) / runs
+        between = np.where(of_runs > 0, between / runs, 0)
+    part = of_groups**2 / (units - 1) + between**2 / max(1, runs - 1)
+    total = of_groups + of_runs
+    freedom = np.divide(total**2, part, out=np.full_like(mean, units - 1), where=part > 0)
+    freedom = np.maximum(1, freedom)
+    half = stats.t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt(total)
+    return mean, np.stack([mean - half, mean + half], axis=-1)
 
 
 def _of_few(

@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 from scipy import stats
 
-from analysis.draws import ALPHA, Draws
+from analysis.draws import ALPHA, Draws, stream
 
 Arrays = dict[str, np.ndarray]
 
@@ -184,6 +184,19 @@ class Evidence:
 def share_of_largest(y: np.ndarray) -> float:
     """Return the share of the largest class of y, which always guessing it is right on."""
     return float(np.bincount(y).max() / len(y))
+
+
+def choose_rows(y: np.ndarray, at_most: int, seed: int, purpose: str = "rows described") -> np.ndarray:
+    """Return rows of y, all or ``at_most`` drawn as evenly from its classes as possible, int64[M], ascending.
+
+    Each purpose has draws of its own.
+    """
+    if len(y) <= at_most:
+        return np.arange(len(y))
+    drawn = stream(seed, purpose).permutation(len(y))
+    by_class, sizes = drawn[np.argsort(y[drawn], kind="stable")], np.bincount(y)
+    place = np.arange(len(y)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # among those of its class
+    return np.sort(by_class[np.argsort(place, kind="stable")[: max(1, at_most)]])
 
 
 def none_for_nan(values: np.ndarray) -> np.ndarray:

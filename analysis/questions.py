@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from analysis.attention import Attended, attention
 from analysis.chance import ChanceTest
+from analysis.collection_map import Mapped, collection_map
 from analysis.comparison import (
     CHALLENGED,
     CHALLENGERS,
@@ -22,8 +24,8 @@ from analysis.comparison import (
     null_shuffles,
 )
 from analysis.cross_fitting import TrainedSets, cross_fitted
-from analysis.draws import ALPHA, LEVEL, stream
-from analysis.evidence import LEAST_CORRELATED, Evidence
+from analysis.draws import ALPHA, LEVEL
+from analysis.evidence import LEAST_CORRELATED, Evidence, choose_rows
 from analysis.layers import COARSE_CLASSES, attribution, concepts, layer_information, layer_ranking, recalls
 from analysis.rank_structure import coinciding, rank_structure
 from analysis.removal import LEAST_UNITS, conditional_importance, robustness, settle
@@ -49,6 +51,8 @@ class Controls:
             int[m] and predictions int[R, m] of its m test LoRAs.
         shuffled: Accuracy of each layer on shuffled labels, one run, float[shuffles, L].
         cross_fitted: Without the layers that folds of the test LoRAs chose.
+        attended: Attention of trained classifiers over modules.
+        mapped: Kernels of the LoRAs, by which they are laid out in the plane.
     """
 
     level: str
@@ -59,6 +63,8 @@ class Controls:
     grouped: tuple[str, str, np.ndarray, np.ndarray, np.ndarray] | None = None
     shuffled: np.ndarray | None = None
     cross_fitted: TrainedSets = field(default_factory=TrainedSets)
+    attended: Attended | None = None
+    mapped: Sequence[Mapped] = ()
 
 
 @dataclass(frozen=True)
@@ -182,17 +188,9 @@ def _other_sections(material: Material, sections: dict) -> dict:
         result["groups"] = grouped_split(evidence, controls.unused, controls.grouped)
     if controls.shuffled is not None:
         result["null_shuffles"] = null_shuffles(evidence, controls.shuffled)
+    result["attention"] = attention(evidence, controls.attended) if controls.attended else None
+    result["collection_map"] = collection_map(evidence, controls.mapped) if controls.mapped else None
     return result
-
-
-def choose_rows(y: np.ndarray, at_most: int, seed: int) -> np.ndarray:
-    """Return rows of y, all or ``at_most`` drawn as evenly from its classes as possible, int64[M], ascending."""
-    if len(y) <= at_most:
-        return np.arange(len(y))
-    drawn = stream(seed, "rows described").permutation(len(y))
-    by_class, sizes = drawn[np.argsort(y[drawn], kind="stable")], np.bincount(y)
-    place = np.arange(len(y)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # among those of its class
-    return np.sort(by_class[np.argsort(place, kind="stable")[: max(1, at_most)]])
 
 
 def standardised(features: np.ndarray) -> np.ndarray:

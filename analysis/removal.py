@@ -226,12 +226,12 @@ def removal_curve(curve: str, measured: Measured) -> dict:
         [float(bound) if known else None for bound, known in zip(side, weights.any(1), strict=True)]
         for side in bounds.T
     )
-    area, drawn_area = measured.mean(_area(np.array(removed) / measured.units) @ weights)
+    area, drawn_area = measured.mean(area_weights(np.array(removed) / measured.units) @ weights)
     record = {"removed": removed, "accuracy": accuracy.tolist(), "low": low, "high": high}
     return record | {"area": float(area), "area_interval": draws.intervals(area, drawn_area)}
 
 
-def _area(x: np.ndarray) -> np.ndarray:
+def area_weights(x: np.ndarray) -> np.ndarray:
     """Return the weights of points at ascending x from 0 to 1 in the area under them (trapezoids), float[points]."""
     steps = np.diff(x) / 2
     return np.append(steps, 0) + np.append(0, steps)
@@ -251,7 +251,7 @@ def _along_the_order(measured: Measured) -> dict:
     if until_half > 1:
         lowest = until_half - 1 - int(np.argmin(share[until_half - 1 : 0 : -1]))  # the last of equal ones
         half = measured.share(weights[lowest]) | {"removed": removed[lowest]}
-    area, drawn = measured.shares((_area(np.array(removed) / measured.units) @ weights)[None])
+    area, drawn = measured.shares((area_weights(np.array(removed) / measured.units) @ weights)[None])
     return {
         "survives_half": half,
         "half_gone": half_gone(removed, share, weights.any(1)),

@@ -306,13 +306,21 @@ def _overlap(box: Sequence[float], other: Sequence[float]) -> bool:
     return other[0] < box[2] and box[0] < other[2] and other[1] < box[3] and box[1] < other[3]
 
 
-def write_numbers(ax: Axes, values: np.ndarray, largest: float, height: float, width: float) -> None:
+def write_numbers(ax: Axes, values: np.ndarray, largest: float, height: float, width: float, digits: int = 0) -> None:
     """Write the numbers in the cells of a map, where cells of so many inches have room for them."""
     if height < 0.12 or width < 0.25:
         return
     for (row, column), value in np.ndenumerate(values):
         color = ON_CELLS[1] if value > 0.68 * largest else ON_CELLS[0]  # where both contrast alike with YlGnBu
-        ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=SMALL, color=color)
+        ax.text(
+            column,
+            row,
+            f"{round(value, digits) + 0.0:.{digits}f}",
+            ha="center",
+            va="center",
+            fontsize=SMALL,
+            color=color,
+        )
 
 
 def map_legend(image: AxesImage, noun: str) -> list[Patch]:

@@ -45,6 +45,7 @@ from report.drawing import (
     set_height,
     write_numbers,
 )
+from report.figures_of_modules import attention, attention_finding, collection_map, collection_map_finding
 from report.wording import (
     NO_OTHERS,
     bounds,
@@ -626,5 +627,9 @@ FIGURES = (
               _layer_clusters, "Layers by the similarity of their features"),
     FigureRow("rank_structure", "rank", ("rank_structure",), _rank_structure_finding, _rank_structure,
               "Effective rank, or norm, of the updates by concept"),
+    FigureRow("attention", "modules", ("layers", "attention"), attention_finding, attention,
+              "Attention to each module, and what it adds to each concept"),
+    FigureRow("collection_map", "modules", ("collection_map",), collection_map_finding, collection_map,
+              "The LoRAs in the plane, by all layers and by single modules"),
 )
 # fmt: on

@@ -16,16 +16,18 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from report.cautions import NO_CONTROLS
 from report.figures import FIGURES
+from report.modules import module_lines
 from report.sentences import QUESTIONS, VERDICTS, concept_lines
-from report.text import Content, content_of, not_run, run_facts
+from report.text import MODULES_HEADING, Content, content_of, not_run, run_facts
 from report.wording import kept_together
 
 SVG_LIMIT = 300_000  # bytes above which the smaller of SVG and PNG is taken, so that the page can be sent
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-SECTIONS = {  # anchor -> heading
+SECTIONS = {  # anchor -> heading; that of modules is left out where nothing was made of them
     "answers": "Short answers",
     **{question.anchor: question.text for question in QUESTIONS},
     "concepts": "Concepts",
+    "modules": MODULES_HEADING,
     "controls": "Controls",
     "settings": "Settings",
 }
@@ -72,7 +74,7 @@ def _sections(results: dict, content: Content, drawn: dict[str, bytes]) -> list[
     """Return the content of each of ``SECTIONS``: lines, an answer, bullets, figures and tables."""
     answer_of = {answer.anchor: answer for answer in content.answers}
     lines = {anchor: answer.sentences for anchor, answer in answer_of.items()}
-    lines["concepts"] = concept_lines(results)
+    lines["concepts"], lines["modules"] = concept_lines(results), module_lines(results)
     if not results.get("analysis"):
         lines = {anchor: [NO_CONTROLS] for anchor in (*(question.anchor for question in QUESTIONS), "concepts")}
     bullets = {"controls": content.checks or [NO_CONTROLS]}
@@ -88,6 +90,7 @@ def _sections(results: dict, content: Content, drawn: dict[str, bytes]) -> list[
             "tables": [table for table in content.tables.values() if table.anchor == anchor],
         }
         for anchor, heading in SECTIONS.items()
+        if anchor != "modules" or lines.get(anchor)
     ]
 
 

@@ -29,6 +29,8 @@ TOGETHER = (  # note below a table of differences
     "test LoRAs and runs."
 )
 
+SHARES = ("attention, %", "95 % interval", "contribution", "its interval")  # columns of attention and contribution
+
 
 @dataclass(frozen=True)
 class Table:
@@ -76,6 +78,8 @@ def tables(results: dict) -> dict[str, Table]:
             "clusters": _clusters_table(analysis["layer_information"]["clusters"]["members"]),
             "modules": _modules_table(analysis["rank_structure"]),
             "concepts": _concepts_table(analysis),
+            "attention": _attention_table(analysis.get("attention")),
+            "attention sums": _attention_sums_table(analysis.get("attention")),
         }
     return {name: table for name, table in made.items() if table is not None and table.rows}
 
@@ -420,3 +424,54 @@ def _split_layers_table(results: dict) -> Table:
     title, columns = f"Layers over {counted(splits['splits'], 'split')}", [f"in top {k}, % of splits", "mean accuracy"]
     shown = sum(record["in_top_k"] > 0 for record in ordered)
     return Table("layers", title, [*columns, "sd", "layer"], rows, (3,), shown)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention over modules
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _attention_table(section: dict | None) -> Table | None:
+    """Return attention and contribution of each module, those with most attention first."""
+    if not section:
+        return None
+    columns = [*SHARES, "gradient, %", "above permuted", "block", "projection", "module"]
+    rows = [
+        [
+            *_shares_cells(record),
+            percent(record["gradient"]),
+            {None: "not tested", True: "yes", False: "no"}[record["above_permuted"]],
+            record["block"] or "",
+            record["projection"] or "",
+            record["module"],
+        ]
+        for record in sorted(section["modules"], key=lambda record: -record["attention"])
+    ]
+    note = (
+        "Contribution: what a module adds to the logit of a LoRA's own class, less what it adds to all classes on "
+        "average. Each interval holds alone."
+    )
+    return Table("modules", "Attention by module", columns, rows, (5, 6, 7, 8), 10, note)
+
+
+def _attention_sums_table(section: dict | None) -> Table | None:
+    """Return the sums of attention and contribution over the modules of each block, and of each projection."""
+    if not section:
+        return None
+    rows = [
+        [*_shares_cells(record), str(record["modules"]), noun, record[noun]]
+        for noun in ("block", "projection")
+        for record in section[f"{noun}s"]
+    ]
+    columns = [*SHARES, "modules", "summed by", "place"]
+    return Table("modules", "Attention by block and by projection", columns, rows, (5, 6), 12)
+
+
+def _shares_cells(record: dict) -> list[str]:
+    around, added_around = record["interval"], record["contribution_interval"]
+    return [
+        percent(record["attention"]),
+        bounds(around) if around else "unknown",
+        number(record["contribution"]),
+        bounds(added_around, number) if added_around else "unknown",
+    ]

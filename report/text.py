@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from report.cautions import NO_CONTROLS, checks, warnings
 from report.figures import findings
+from report.modules import module_lines
 from report.sentences import VERDICTS, Answer, answers, over_splits
-from report.tables import Table, tables
+from report.tables import SHARES, Table, tables
 from report.wording import capital, counted, metric, signed, top_layers, wrapped
 
 # Validation rows below which the results say how little early stopping rests on. It stands here, not in analysis/, as
@@ -18,6 +19,7 @@ SMALL_VALIDATION = 50
 LAYER_HEADER = f"{'rank':>4}  {'test accuracy':>13}  {'validation':>10}  {'role':4}  {'block':<12}  layer"
 RESULT_HEADER = f"{'representation':<15} {'features':>8} {'test accuracy':>13}  {'test F1':>13}"
 WIDTH = 118  # of a line of results.txt
+MODULES_HEADING = "Modules, and the collection in the plane"
 WORD_WIDTH = 40  # of a name in a column of results.txt that is not the last
 
 
@@ -115,6 +117,7 @@ def render_text(results: dict, content: Content | None = None) -> str:
         _caution_lines(results, content.warnings),
         _layers(results, content.tables["ranking"]),
         _representations(results),
+        _modules(results, content.tables),
         _splits(results, content.tables),
         _evidence(results, content.tables, [check for check in content.checks if check not in content.warnings]),
         _not_run(results),
@@ -256,6 +259,17 @@ def _splits(results: dict, made: dict[str, Table]) -> list[str]:
     agreement = [] if results.get("analysis") else list(over_splits(results))
     lines = [line for sentence in agreement for line in wrapped(sentence, WIDTH)]
     return lines + [line for name in ("splits", "split layers") if name in made for line in _titled(made[name])][:-1]
+
+
+def _modules(results: dict, made: dict[str, Table]) -> list[str]:
+    """Return what attention over modules and the map of the collection show; none where neither was made."""
+    if not (lines := module_lines(results)):
+        return []
+    body = [MODULES_HEADING, *_bullets(lines)]
+    for name in ("attention", "attention sums"):
+        if table := made.get(name):
+            body += ["", table.title, *_table_lines(table, ("summed by", *SHARES[:3]))]
+    return body
 
 
 def _titled(table: Table) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis import cross_fitting, evidence, questions, removal_plan
+from analysis import attention, collection_map, cross_fitting, evidence, questions, removal_plan
 from experiment import store
 from loras.blocks import blocks_of
 from loras.lora_files import Layer
@@ -22,6 +22,8 @@ KINDS = {
         removal_plan.Conditions,
         removal_plan.Order,
         cross_fitting.TrainedSets,
+        attention.Attended,
+        collection_map.Mapped,
     )
 }
 FEW = 3  # LoRAs whose features are looked at for coinciding ones

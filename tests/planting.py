@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 
+from analysis.attention import Attended
+from analysis.collection_map import Mapped
 from analysis.evidence import Evidence, Predictions
 from analysis.questions import Controls, analyse
 from analysis.removal_plan import Order, plan_controls
@@ -106,6 +108,70 @@ def controls_of(evidence: Evidence, cheap: bool = False) -> Controls:
         grouped=("artist", "stats", evidence.truth, np.arange(n) // 2, evidence.predicted("baseline", "stats")),
         shuffled=generator.random((3, layers)),
     )
+
+
+def attended_of(
+    classes: int,
+    truth: np.ndarray,
+    modules: list[str],
+    *,
+    runs: int = 2,
+    planted: tuple[int, ...] = (),
+    trainings: int = 19,
+    seed: int = 5,
+    draw: int = 0,
+) -> Attended:
+    """Return attention whose planted modules have most of it and tell the class, in turn; the others are alike.
+
+    Another ``draw`` gives other LoRAs and runs of the same truth.
+    """
+    total, loras = len(modules), len(truth)
+    generator = np.random.default_rng((seed, draw))
+    strength = np.zeros(total)
+    strength[list(planted)] = 4
+    logits = strength + generator.normal(size=(runs, loras, total)) / 2 + generator.normal(size=(runs, 1, total)) / 5
+    attention = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    knows = np.zeros((classes, total))
+    for i, module in enumerate(planted):
+        knows[i % classes :: max(1, len(planted)), module] = 6
+    contribution = attention * (knows[truth] + generator.normal(size=attention.shape) / 4)
+    counts = np.unique(np.linspace(0, total - 1, min(total, 9)).astype(int))
+    ranking = np.argsort(-strength, kind="stable")
+    orders = {"attention": ranking, "ranking": ranking[::-1] if not planted else np.roll(ranking, 1)}
+    orders |= {f"random {i}": np.random.default_rng(i).permutation(total) for i in range(1, 21)}
+    value = (1 + 9 * (strength > 0)) / (1 + 9 * (strength > 0)).sum()
+    deletion = {}
+    for name, order in orders.items():
+        left = np.array([1 - value[order[:count]].sum() for count in counts])
+        right = 1 / classes + (0.95 - 1 / classes) * left  # accuracy with so many masked
+        deletion[name] = generator.random((runs, 1, loras)) < right[:, None]
+    uniform = generator.dirichlet(np.full(total, 20.0), trainings)
+    return Attended(
+        modules=modules,
+        blocks=[f"block {i // 4}" for i in range(total)],
+        projections=["to_q" if i % 2 else "to_v" for i in range(total)],
+        tested=np.arange(loras),
+        attention=attention,
+        contribution=contribution,
+        gradients=generator.dirichlet(1 + 5 * strength, runs),
+        ranks_of_ranking=np.roll(ranking, 1),
+        deletion=deletion,
+        counts=counts,
+        permuted=uniform if trainings else None,
+        observed_once=attention[0].mean(0),
+    )
+
+
+def mapped_of(y: np.ndarray, train: np.ndarray, layers: dict[str, float], seed: int = 6) -> list[Mapped]:
+    """Return linear kernels of LoRAs around class means, at this distance from each other in noise of variance 1."""
+    panels = []
+    for name, distance in layers.items():
+        generator = np.random.default_rng((seed, len(panels)))
+        means = generator.normal(size=(int(y.max()) + 1, 2)) * distance
+        features = np.concatenate([means[y], np.zeros((len(y), 6))], axis=1) + generator.normal(size=(len(y), 8))
+        kernel = (features @ features[train].T).astype(np.float32)
+        panels.append(Mapped(name, "" if name == "all" else "block 0", kernel, train))
+    return panels
 
 
 def analysed(evidence: Evidence, controls: Controls | None = None, **more) -> dict:

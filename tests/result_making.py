@@ -5,6 +5,7 @@ import re
 from functools import cache
 
 import numpy as np
+from planting import attended_of, mapped_of
 
 from analysis import questions
 from analysis.across_splits import SplitOutcome, across_splits
@@ -100,6 +101,8 @@ def _made(kind: str, names: tuple[str, ...], answerable: bool, top_k: int) -> di
         ("artist", names[0], e.truth, np.arange(TEST) // 4, guesses(e.truth, np.full(RUNS, 0.5), 9)),
         generator.random((19, LAYERS)) * 0.3,
         cross_fitted(e, kind, names),
+        attended_of(CLASSES, e.truth, [described(depth).module for depth in range(0, LAYERS, 2)], planted=(1, 4)),
+        mapped_of(e.y, e.rows["train"], {"all": 9.0, described(2).module: 1.5, described(8).module: 0.0}),
     )
     features = generator.random((SAMPLES, LAYERS, 7)) + e.y[:, None, None]
     sample = {"spectral": (spectral, ["sigma_1", "gap_1", "sigma_2", "sigma_3"])} if not answerable else {}

@@ -127,6 +127,8 @@ def test_numbers_in_the_cells_of_a_map_can_be_read_on_every_screen():
         for value, text in zip(values, ax.texts, strict=True):
             cell = matplotlib.colors.to_hex(matplotlib.colormaps["YlGnBu"](value / 80))
             assert contrast(text.get_color(), cell) >= 4.4, value
+        drawing.write_numbers(ax, np.array([[-0.04]]), 1, 1, 1, digits=1)
+        assert ax.texts[-1].get_text() == "0.0"
     assert not set(drawing.ON_CELLS) & set(drawing.ON_DARK)
 
 

@@ -5,9 +5,11 @@ import io
 import re
 import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
+import planting
 import pytest
 from matplotlib import colormaps, style
 from matplotlib.colors import to_hex
@@ -15,15 +17,18 @@ from matplotlib.text import Text
 from PIL import Image
 from scipy.cluster import hierarchy
 
+from analysis.attention import attention
+from analysis.collection_map import collection_map
 from analysis.evidence import Evidence, Predictions
-from analysis.questions import Controls, analyse
+from analysis.questions import Controls, analyse, plain
 from analysis.removal_plan import Order, plan_controls
 from loras.lora_files import Layer
 from report import drawing, figures, wording
 
 pytestmark = pytest.mark.filterwarnings("error")
 NAMES = [
-    "layer_importance", "ablation_curves", "representations", "concept_layer_map", "layer_clusters", "rank_structure"
+    "layer_importance", "ablation_curves", "representations", "concept_layer_map", "layer_clusters", "rank_structure",
+    "attention", "collection_map",
 ]  # fmt: skip
 LONG = [f"a photograph of a very small {i % 7}th $thing$ in the style of the old masters, {i}" for i in range(40)]
 ODD = ["w" * 200, "$x_1^2", "a_b & c_d", "<b>\\frac{", "two\nlines", "猫と犬", "\udcff\x00", ""]
@@ -168,6 +173,18 @@ def rank_section(modules, names, answerable, generator):
     }
 
 
+def modules_sections(modules, names, blocks):
+    """Sections of attention and of the map, of planted modules; there are up to four panels."""
+    evidence = planting.evidence_of(layers=2, classes=len(names), each=8, tested=4)
+    evidence = replace(evidence, classes=list(names), resamples=50, permutations=50)
+    attended = planting.attended_of(len(names), evidence.truth, modules, planted=tuple(range(0, len(modules), 7)))
+    places = [f"blocks_{i * blocks // len(modules)}" if blocks else "" for i in range(len(modules))]
+    distances = {"all": 6.0} | dict(zip(modules[:3], (3.0, 1.0, 0.0), strict=False))
+    mapped = planting.mapped_of(evidence.y, evidence.rows["train"], distances)
+    sections = attention(evidence, replace(attended, blocks=places)), collection_map(evidence, mapped)
+    return dict(zip(("attention", "collection_map"), map(plain, sections), strict=True))
+
+
 def results_of(
     layers=12, names=("cat", "dog", "house", "tree"), told=("stats", "ensemble"), robust=("stats",), *,
     top_k=3, roles=("down", "up"), blocks=4, answerable=True, quick=False, draws=20,
@@ -209,6 +226,7 @@ def results_of(
             "baseline": {name: [accuracy[name]] * classes for name in told},
             "drop": {name: [dropped[name]] * classes for name in told},
         },
+        **modules_sections(list(dict.fromkeys(record["module"] for record in records)), names, blocks),
     }
     runs = {name: {"test_accuracy": {"mean": value, "runs": [value] * 3}} for name, value in accuracy.items()}
     ablated = {name: {"test_accuracy": {"mean": accuracy[name] - dropped[name]}} for name in told}
@@ -242,7 +260,7 @@ def drawn_figures(results):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_there_are_six_figures_in_two_formats(drawn):
+def test_every_figure_is_there_in_two_formats(drawn):
     assert list(drawn) == [f"{name}.{kind}" for name in NAMES for kind in ("png", "svg")]
 
 
@@ -280,9 +298,8 @@ def test_all_colours_of_svgs_but_those_of_maps_have_one_for_the_dark(drawn, name
     colors = set(
         re.findall(r"(?:fill|stroke)(?:: |=\")(#[0-9a-f]{6})", drawn[f"{name}.svg"].decode().split("</style>")[1])
     )
-    steps = (
-        {to_hex(color) for color in colormaps["YlGnBu"](np.linspace(0, 1, 6))} if name == "concept_layer_map" else set()
-    )
+    count = {"concept_layer_map": 6, "attention": 4}.get(name, 0)  # colours of the legend
+    steps = {to_hex(color) for color in colormaps["YlGnBu"](np.linspace(0, 1, count))}
     assert drawing.INK in colors and colors - steps <= {*drawing.ON_DARK, *drawing.ON_CELLS}
 
 
@@ -329,6 +346,8 @@ def test_without_an_analysis_there_is_no_figure(results, absent):
         ("concepts", {"concept_layer_map"}),
         ("layer_information", {"layer_clusters"}),
         ("rank_structure", {"rank_structure"}),
+        ("attention", {"attention"}),
+        ("collection_map", {"collection_map"}),
     ],
 )
 def test_a_missing_section_leaves_out_its_figure_and_only_that(results, section, gone):
@@ -617,7 +636,12 @@ def test_the_analysis_itself_is_drawn():
         predictions.conditions[condition] = {name: {"predicted": guessed(3)} for name in names}
     e = Evidence(layers, list("abcd"), y, rows, None, np.arange(8), 2, predictions, 0, 50, 50)
     conditions = plan_controls(Order.of_layers(e), runs=3, draws=5, points=5, seed=0)
-    controls = Controls("basic", {"stats": (conditions, guessed(*conditions.kept.shape[:2])[..., 20:])})
+    controls = Controls(
+        "basic",
+        {"stats": (conditions, guessed(*conditions.kept.shape[:2])[..., 20:])},
+        attended=planting.attended_of(4, e.truth, [layer.module for layer in layers[::2]]),
+        mapped=planting.mapped_of(y, rows["train"], {"all": 3.0}),
+    )
     features, updates = generator.random((120, 8, 7)), generator.random((120, 4, 2))
     accuracies = {name: {"test_accuracy": {"mean": 0.7, "runs": [0.7] * 3}} for name in names}
     results = {
@@ -630,4 +654,6 @@ def test_the_analysis_itself_is_drawn():
     }
     assert list(drawn_figures(results)) == NAMES
     results["analysis"] = analyse(e, (), features, np.ones((120, 4, 2)), {}, Controls("none"))
-    assert set(drawn_figures(results)) == set(NAMES) - {"ablation_curves", "representations"}
+    assert results["analysis"]["attention"] is None and results["analysis"]["collection_map"] is None
+    rest = {"ablation_curves", "representations", "attention", "collection_map"}
+    assert set(drawn_figures(results)) == set(NAMES) - rest

@@ -624,7 +624,7 @@ def test_without_whole_pairs_the_fifth_answer_is_why():
     assert "modules" not in made_tables
     assert made_tables["concepts"].columns == ["concept", "recall", "drop", "best layer", "spread"]
     assert "mean of the updates" not in made_tables["concepts"].note
-    assert "rank_structure" not in figures.findings(results) and len(figures.findings(results)) == 5
+    assert "rank_structure" not in figures.findings(results) and len(figures.findings(results)) == 7
     assert not faults(text.render_text(results))
 
 
