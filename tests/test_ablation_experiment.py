@@ -221,7 +221,8 @@ def test_results_txt_tells_what_was_run_and_chance(everything):
                      "3 of 4 pairs", "18 validation LoRAs", "--rank-by=val"):  # fmt: skip
         assert expected in text
     assert all(f"\n{name} " in text for name in REPRESENTATIONS)
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(len(line) for line in text.splitlines() if ".lora." not in line) <= 120  # names of layers are never cut
+    assert max(map(len, text.splitlines())) <= 134
 
 
 def test_results_txt_is_rendered_from_results_json_alone(everything):
