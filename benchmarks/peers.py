@@ -1,0 +1,1 @@
+"""Published encoders beside ours."""
