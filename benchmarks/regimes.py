@@ -105,19 +105,26 @@ class Opened:
 
 
 @contextmanager
-def opened(folder: Path, flags: Sequence[str], networks: Networks = Networks()) -> Iterator[Opened]:  # noqa: B008
+def opened(
+    folder: Path,
+    flags: Sequence[str],
+    networks: Networks = Networks(),  # noqa: B008
+    threads: int = ablation_experiment.THREADS,
+) -> Iterator[Opened]:
     """Index a collection and extract its features as the program does; say nothing.
 
     Args:
         folder: The collection; finished work lies beside it.
         flags: Of the program's command line.
         networks: Widths of the networks.
+        threads: That train at the same time, on a CPU.
     """
     fixed = [f"--dataset={folder}", f"--output-dir={folder.with_name('results')}", "--controls=none", "--top-k=1"]
     args = ablation_experiment.parse_arguments([*fixed, *flags])
     settings = resolve(args, networks)
-    threads = ablation_experiment.THREADS if settings.device.type == "cpu" else 1
-    workers = start_workers(threads, partial(start_thread, settings.device), settings.device)
+    workers = start_workers(
+        threads if settings.device.type == "cpu" else 1, partial(start_thread, settings.device), settings.device
+    )
     quiet = Progress(shown=False)
     with threadpool_limits(1, "blas"):
         with redirect_stdout(io.StringIO()):

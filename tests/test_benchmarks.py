@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from making import NARROW
 from safetensors.numpy import load_file
 
@@ -262,3 +263,77 @@ def test_digits_of_another_width_are_loras_of_rank_one_on_queries_and_values(tmp
     assert len(layers) == 32 and {layer.shape for layer in layers.values()} == {(1, 16), (16, 1)}
     assert all(("to_q" in name or "to_v" in name) and np.isfinite(layer).all() for name, layer in layers.items())
     assert any(layer.any() for name, layer in layers.items() if ".up." in name)
+
+
+peers = module_of("peers")
+
+
+def a_task(ranks=2, modules=2, wide=6, high=5, count=4):
+    generator = torch.Generator().manual_seed(0)
+    down = torch.randn(modules, count, ranks, wide, generator=generator)
+    up = torch.randn(modules, count, ranks, high, generator=generator)
+    y = torch.arange(count) % 2
+    return peers.Task(down, up, y, dict.fromkeys(("train", "validation", "test"), torch.arange(count)))
+
+
+def test_published_encoders_are_what_their_papers_say_of_formed_updates():
+    task = a_task()
+    x = task.up.mT @ task.down  # (P, B, high, wide)
+    torch.manual_seed(0)
+    probex, mvprobe = task.made(peers.ProbeX), task.made(peers.MVProbe)
+    encoding = torch.zeros(4, peers.ENCODING)
+    for m in range(2):
+        for probe in range(peers.PROBES):  # M_l relu(Vᵀ X u_l)
+            response = (x[m] @ probex.probes[m, :, probe] @ probex.projection[m]).relu()
+            encoding += response @ probex.encoder[m, probe :: peers.PROBES]
+    expected = probex.head(encoding / 2**0.5)
+    torch.testing.assert_close(task.scores(probex, torch.arange(4)), expected, rtol=1e-4, atol=1e-5)
+    encoding = torch.zeros(4, peers.ENCODING)
+    for m in range(2):
+        operators = (x[m], x[m].mT, x[m] @ x[m].mT, x[m].mT @ x[m])
+        features = []
+        for operator, probes, projection in zip(operators, mvprobe.probes, mvprobe.projections, strict=True):
+            s = operator @ probes[m]
+            s = (s - s.mean((1, 2), keepdim=True)) / s.std((1, 2), correction=0, keepdim=True)
+            features.append((projection[m].T @ s).relu().flatten(1))
+        encoding += torch.cat(features, 1) @ mvprobe.encoder[m]
+    expected = mvprobe.head(encoding / 2**0.5)
+    torch.testing.assert_close(task.scores(mvprobe, torch.arange(4)), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("encoder", [peers.ProbeX, peers.MVProbe, peers.GLNet])
+def test_published_encoders_see_the_update_and_not_its_factorisation(encoder):
+    task = a_task()
+    torch.manual_seed(1)
+    network, change = task.made(encoder), torch.tensor([[2.0, 1.0], [0.5, -1.0]])
+    other = replace(task, down=change @ task.down, up=torch.linalg.inv(change).T @ task.up)
+    rows = torch.arange(4)
+    torch.testing.assert_close(task.scores(network, rows), other.scores(network, rows), rtol=1e-3, atol=1e-4)
+    swapped = replace(task, up=task.up.flip(0))
+    assert (task.scores(network, rows) - swapped.scores(network, rows)).abs().max() > 1e-2
+
+
+def test_both_sides_are_scored_on_one_split_and_the_bar_is_told():
+    scores = peers.scores_of("both-64-1", 60, 1, ["stats", "update_kernel"], epochs=1, networks=NARROW)
+    assert [score.name for score in scores[:5]] == ["stats", "update_kernel", "ProbeX", "MVProbe", "GL-net"]
+    assert all(0 <= score.accuracy <= 100 and score.seconds > 0 for score in scores)
+    assert all((score.parameters is None) != score.published for score in scores)
+    lines = peers.lines_of("both-64-1", scores)
+    assert len(lines) == len(scores) and f"{scores[2].parameters:,}" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("cell", "ours", "theirs", "holds"),
+    [
+        ("both-64-1", [(98, 1.0)], [(100, 10.0), (50, 0.1)], True),
+        ("both-64-1", [(97, 1.0)], [(100, 10.0)], False),
+        ("both-64-1", [(100, 2.0), (98, 1.0)], [(100, 10.0)], True),
+        ("both-64-1", [(100, 2.0)], [(100, 10.0)], False),
+        ("easy", [(0, 1.0)], [(90, 1.0), (100, 1.0)], True),
+        ("easy", [(100, 1.0)], [(89, 1.0), (100, 1.0)], False),
+    ],
+)
+def test_the_bar_is_two_points_at_a_tenth_of_the_time(cell, ours, theirs, holds):
+    scores = [peers.Score("a", False, *values) for values in ours] + [peers.Score("b", True, *v) for v in theirs]
+    said, kept = peers.kept_bar(cell, scores)
+    assert kept == holds and (("MISSED" in said or "below" in said) != holds)
