@@ -1,4 +1,4 @@
-"""Our representations beside the published learned encoders of weights: accuracy and seconds, on the same splits.
+"""Comparison of our representations with the published learned encoders of weights: accuracy and seconds, one split.
 
     python benchmarks/peers.py [--cells written-640-1] [--runs 3]
 
@@ -180,9 +180,9 @@ def gated(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """What encoders are trained on: factors of the updates, or tokens in their place; classes; rows of each part.
+    """Data that encoders are trained on: factors of the updates, or tokens in their place, and classes.
 
-    ``down`` float[P, N, r, wide], the transposed ``up`` float[P, N, r, high], ``y`` int64[N].
+    ``rows`` are those of each part of the split; ``down`` float[P, N, r, wide], the transposed ``up`` float[P, N, r, high], ``y`` int64[N].
     """
 
     down: Tensor
@@ -269,6 +269,7 @@ def updates_of(experiment: Experiment) -> Task:
 def tokens_of(experiment: Experiment, task: Task) -> Task:
     """Return the tokens as one matrix modules x 33 for each LoRA, times the identity, in place of the updates."""
     inputs = experiment.inputs
+    experiment.fit([TOKENS], [[]])
     tokens = inputs.read(inputs.source(TOKENS, inputs.weights.without([])))[0]  # (N, P * 33)
     matrix = tokens.unflatten(1, (-1, TOKEN_WIDTH)).mT[None]  # (1, N, 33, P)
     return replace(task, down=torch.eye(TOKEN_WIDTH).expand(1, len(tokens), -1, -1), up=matrix)
