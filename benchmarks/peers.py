@@ -182,8 +182,8 @@ def gated(a: Tensor, b: Tensor) -> Tensor:
 class Task:
     """Data that encoders are trained on: factors of the updates, or tokens in their place, and classes.
 
-    ``rows`` are those of each part of the split; ``down`` float[P, N, r, wide], ``up``, transposed, float[P, N, r, high],
-    ``y`` int64[N].
+    ``rows`` are those of each part of the split; ``down`` float[P, N, r, wide], ``up`` float[P, N, r, high], which is
+    transposed, and ``y`` int64[N].
     """
 
     down: Tensor
