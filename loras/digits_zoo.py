@@ -183,21 +183,21 @@ def denoise(weights: Weights, x: Tensor, t: Tensor, prompt: Tensor, factors: Fac
         Prediction of ``noise - image``, float[M, B, T, 4].
     """
     factors = factors or {}
-    stack, batch = t.shape
-    time = _linear(weights, "time.1", F.silu(_linear(weights, "time.0", _sinusoids(t), factors)), factors)
+    (stack, batch), width = t.shape, weights["position"].shape[1]
+    time = _linear(weights, "time.1", F.silu(_linear(weights, "time.0", _sinusoids(t, width), factors)), factors)
     h = _linear(weights, "patch_in", x, factors) + weights["position"] + time[:, :, None]
-    h = h.reshape(stack, batch * TOKENS, WIDTH)
+    h = h.reshape(stack, batch * TOKENS, width)
     # Not weights["words"][prompt]: the gradient of indexing is summed by threads in whatever order they come.
     words = F.embedding(prompt, weights["words"]) + weights["word_position"]  # M, P, D
     for block in range(BLOCKS):
         name = f"transformer_blocks.{block}"
-        norm = F.layer_norm(h, (WIDTH,))
+        norm = F.layer_norm(h, (width,))
         h = h + _attention(weights, f"{name}.attn1", norm, norm, stack * batch, factors)
         # Images of one LoRA share its prompt, so all their tokens can be the queries of one attention.
-        h = h + _attention(weights, f"{name}.attn2", F.layer_norm(h, (WIDTH,)), words, stack, factors)
-        hidden = F.gelu(_linear(weights, f"{name}.mlp.0", F.layer_norm(h, (WIDTH,)), factors))
+        h = h + _attention(weights, f"{name}.attn2", F.layer_norm(h, (width,)), words, stack, factors)
+        hidden = F.gelu(_linear(weights, f"{name}.mlp.0", F.layer_norm(h, (width,)), factors))
         h = h + _linear(weights, f"{name}.mlp.1", hidden, factors)
-    return _linear(weights, "patch_out", F.layer_norm(h, (WIDTH,)), factors).reshape(x.shape)
+    return _linear(weights, "patch_out", F.layer_norm(h, (width,)), factors).reshape(x.shape)
 
 
 def _attention(weights: Weights, name: str, x: Tensor, context: Tensor, sequences: int, factors: Factors) -> Tensor:
@@ -205,7 +205,7 @@ def _attention(weights: Weights, name: str, x: Tensor, context: Tensor, sequence
 
     def heads(projection: str, source: Tensor) -> Tensor:  # sequences, H, tokens, D / H
         y = _linear(weights, f"{name}.{projection}", source, factors)
-        return y.reshape(sequences, -1, HEADS, WIDTH // HEADS).transpose(1, 2)
+        return y.reshape(sequences, -1, HEADS, y.shape[-1] // HEADS).transpose(1, 2)
 
     mixed = F.scaled_dot_product_attention(heads("to_q", x), heads("to_k", context), heads("to_v", context))
     return _linear(weights, f"{name}.to_out.0", mixed.transpose(1, 2).reshape(x.shape), factors)
@@ -220,37 +220,38 @@ def _linear(weights: Weights, name: str, x: Tensor, factors: Factors) -> Tensor:
     return y.baddbmm_(x @ down.mT, up.mT)  # in place: copies of y were a large part of the time
 
 
-def _sinusoids(t: Tensor) -> Tensor:
+def _sinusoids(t: Tensor, width: int) -> Tensor:
     """Compute sines and cosines of t at D/2 frequencies from 1 to 1,000 (Vaswani et al., 2017), float[M, B, D]."""
-    angles = t[..., None] * torch.logspace(0, 3, WIDTH // 2, dtype=t.dtype)
+    angles = t[..., None] * torch.logspace(0, 3, width // 2, dtype=t.dtype)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def init_base(seed: int) -> Weights:
+def init_base(seed: int, width: int = WIDTH) -> Weights:
     """Draw a random base model: matrices N(0, 1 / inputs), embeddings N(0, 1), positions N(0, 0.02^2)."""
-    linears = {"patch_in": (WIDTH, PATCH), "time.0": (WIDTH, WIDTH), "time.1": (WIDTH, WIDTH)}
-    linears |= dict.fromkeys(LORA_MODULES, (WIDTH, WIDTH))
+    mlp_width = width * MLP_WIDTH // WIDTH
+    linears = {"patch_in": (width, PATCH), "time.0": (width, width), "time.1": (width, width)}
+    linears |= dict.fromkeys(LORA_MODULES, (width, width))
     for block in range(BLOCKS):
-        linears[f"transformer_blocks.{block}.mlp.0"] = (MLP_WIDTH, WIDTH)
-        linears[f"transformer_blocks.{block}.mlp.1"] = (WIDTH, MLP_WIDTH)
-    linears["patch_out"] = (PATCH, WIDTH)
+        linears[f"transformer_blocks.{block}.mlp.0"] = (mlp_width, width)
+        linears[f"transformer_blocks.{block}.mlp.1"] = (width, mlp_width)
+    linears["patch_out"] = (PATCH, width)
     generator = _generator(seed, "base init", 0)
-    weights = {"words": torch.randn(len(WORDS), WIDTH, generator=generator)}
-    weights["word_position"] = 0.02 * torch.randn(4, WIDTH, generator=generator)
-    weights["position"] = 0.02 * torch.randn(TOKENS, WIDTH, generator=generator)
+    weights = {"words": torch.randn(len(WORDS), width, generator=generator)}
+    weights["word_position"] = 0.02 * torch.randn(4, width, generator=generator)
+    weights["position"] = 0.02 * torch.randn(TOKENS, width, generator=generator)
     for name, (rows, columns) in linears.items():
         weights[f"{name}.weight"] = torch.randn(rows, columns, generator=generator) / math.sqrt(columns)
     return weights
 
 
-def train_base(images: Tensor, labels: np.ndarray, seed: int, report: Report) -> Weights:
+def train_base(images: Tensor, labels: np.ndarray, seed: int, report: Report, width: int = WIDTH) -> Weights:
     """Train the denoiser on all digits with prompts such as "a picture of seven".
 
     Flow matching: ``x_t = (1 - t) x + t noise``, t uniform, mean squared error to ``noise - x``. The word
     "concept" is never seen here: it is the new word that every LoRA is trained with. ``images`` are
-    float32[N, T, 4], ``labels`` int64[N]; ``report`` is called every ``PROGRESS_EVERY`` steps.
+    float32[N, T, 4], ``labels`` int64[N]; ``report`` is called every ``PROGRESS_EVERY`` steps; ``width`` is D.
     """
-    weights = {name: tensor.requires_grad_() for name, tensor in init_base(seed).items()}
+    weights = {name: tensor.requires_grad_() for name, tensor in init_base(seed, width).items()}
     optimizer = torch.optim.Adam(weights.values(), lr=BASE_LR)
     generator = _generator(seed, "base batches", 0)
     prompts = torch.tensor([_prompt(NUMERALS[digit]) for digit in labels])
@@ -310,10 +311,17 @@ class LoraPlan:
     picks: Tensor  # int64[S, B], which image
     t: Tensor  # float32[S, B]
     noise: Tensor  # float32[S, B, T, 4]
-    downs: Tensor  # float32[32 modules, r, D]
+    downs: Tensor  # float32[modules, r, D]
 
 
-def plan_lora(seed: int, index: int, groups: dict[tuple[int, int], Tensor]) -> LoraPlan:
+def plan_lora(
+    seed: int,
+    index: int,
+    groups: dict[tuple[int, int], Tensor],
+    modules: int = len(LORA_MODULES),
+    rank: int = RANK,
+    width: int = WIDTH,
+) -> LoraPlan:
     """Draw LoRA ``index``: its images, minibatches and noise, and down factors as PEFT draws them, U(±1 / sqrt(D)).
 
     Wider downs, N(0, 1 / r^2) as in diffusers, hide the concept: training then moves them too little to matter,
@@ -327,22 +335,23 @@ def plan_lora(seed: int, index: int, groups: dict[tuple[int, int], Tensor]) -> L
     picks = images[torch.randint(num_images, (LORA_STEPS, LORA_BATCH), generator=generator)]
     t = torch.rand(LORA_STEPS, LORA_BATCH, generator=generator)
     noise = torch.randn(LORA_STEPS, LORA_BATCH, TOKENS, PATCH, generator=generator)
-    downs = (2 * torch.rand(len(LORA_MODULES), RANK, WIDTH, generator=generator) - 1) / math.sqrt(WIDTH)
+    downs = (2 * torch.rand(modules, rank, width, generator=generator) - 1) / math.sqrt(width)
     return LoraPlan(digit, group, images, picks, t, noise, downs)
 
 
-def train_stack(base: Weights, images: Tensor, plans: list[LoraPlan]) -> Factors:
+def train_stack(base: Weights, images: Tensor, plans: list[LoraPlan], modules: list[str] = LORA_MODULES) -> Factors:
     """Fine-tune all planned LoRAs at once, as one tensor program over frozen, shared base weights.
 
     The loss is summed over the stack, so that each LoRA gets exactly its own gradient, and Adam works element
     by element: every LoRA is trained as if alone. Up factors start at zero, so training starts at the base model.
     ``images`` are float[N, T, 4]; the dtype of ``base`` is that of the training and of the factors returned.
+    ``modules`` are those that the down factors of the plans are of, in their order.
     """
     dtype = base["position"].dtype
     downs = torch.stack([plan.downs for plan in plans], dim=1).to(dtype)  # modules, M, r, D
     factors = {
         module: (down.clone().requires_grad_(), torch.zeros_like(down.mT).contiguous().requires_grad_())
-        for module, down in zip(LORA_MODULES, downs, strict=True)
+        for module, down in zip(modules, downs, strict=True)
     }
     optimizer = torch.optim.Adam([factor for pair in factors.values() for factor in pair], lr=LORA_LR)
     prompt = torch.tensor([_prompt("concept")] * len(plans))

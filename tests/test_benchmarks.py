@@ -4,10 +4,13 @@ import importlib.util
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from making import NARROW
 from safetensors.numpy import load_file
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -159,3 +162,178 @@ def test_the_table_of_truth_is_printed_and_its_exit_code_is_that_of_its_promises
     with pytest.raises(SystemExit) as left:
         truth.main(["--draws=10", "--processes=1"], [lambda: [never]])
     assert left.value.code == 1 and "BROKEN" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Planted collections, and what representations and published encoders see of them
+# ----------------------------------------------------------------------------------------------------------------------
+
+planted_zoo = module_of("planted_zoo")
+regimes = module_of("regimes")
+
+
+def planted_updates(name, numbers, **changed):
+    """Return down float[N, r, width] and up float[N, width, r] of the first module, without noise."""
+    planted = replace(planted_zoo.Planted.named(name), noise=0.0, **changed)
+    loras, layer = [planted_zoo.draw(i, planted) for i in numbers], f"{planted_zoo.MODULES[0]}.lora"
+    return tuple(np.stack([lora[f"{layer}.{role}.weight"] for lora in loras]) for role in ("down", "up"))
+
+
+def rank_of(rows):
+    s = np.linalg.svd(rows, compute_uv=False)
+    return int((s > 1e-4 * s[0]).sum())
+
+
+@pytest.mark.parametrize(("kind", "written", "own"), [("written", 32, False), ("both", 32, True), ("read", 16, True)])
+def test_planted_classes_write_and_read_what_their_name_says(kind, written, own):
+    numbers = [*range(0, 800, 10), *range(1, 801, 10)]
+    down, up = (x.reshape(2, 80, 64) for x in planted_updates(f"{kind}-64-1", numbers))
+    assert rank_of(np.concatenate(up)) == written and rank_of(up[0]) == 16
+    # One linear map leads from the downs of a class to its ups.
+    maps = [np.linalg.lstsq(d[:70], u[:70], rcond=None)[0] for d, u in zip(down, up, strict=True)]
+    left = [np.square(d[70:] @ maps[0] - u[70:]).sum() / np.square(u[70:]).sum() for d, u in zip(down, up, strict=True)]
+    basis = np.linalg.svd(maps[0])[0][:, :16]  # what the first class reads
+    shared = np.square(basis.T @ maps[1]).sum() / np.square(maps[1]).sum()
+    assert left[0] < 0.1 < 0.5 < left[1] and (shared < 0.6) == own and (shared > 0.8) != own
+
+
+def test_planted_pairs_are_permutations_of_their_class():
+    down, up = planted_updates("pairs-64-4", range(30))
+    largest = np.abs(down).argmax(2), np.abs(up).argmax(1)  # where a factor's largest entry lies, and where it goes
+    places: dict[tuple, set] = {}
+    for concept, read, written in zip(np.repeat(np.arange(30) % 10, 4), *map(np.ravel, largest), strict=True):
+        places.setdefault((concept, read), set()).add(written)
+    assert all(len(targets) == 1 for targets in places.values())
+    assert len({target for (_, read), targets in places.items() if read == largest[0][0, 0] for target in targets}) > 1
+
+
+@pytest.mark.parametrize(("carrying", "growth"), [(16, 9 * math.log(1.2)), (0, 0)])
+def test_planted_scales_grow_by_class_where_a_module_carries_it(carrying, growth):
+    _, up = planted_updates("scale-64-1", range(200), carrying=carrying)
+    sizes = np.log(np.linalg.norm(up[:, :, 0], axis=1)).reshape(20, 10).mean(0)
+    assert sizes[9] - sizes[0] == pytest.approx(growth, abs=0.3)
+
+
+def test_planted_collections_have_their_ranks_and_depend_on_name_seed_and_number_only(tmp_path):
+    mixed = planted_zoo.Planted.named("both-64-mixed")
+    for name, count, seed in (("few", 3, 0), ("more", 12, 0), ("other", 3, 1)):
+        planted_zoo.write_zoo(tmp_path / name, count, mixed, seed)
+    few, more, other = (files_of(tmp_path / name) for name in ("few", "more", "other"))
+    assert few.items() <= more.items() and few.keys() == other.keys() and not set(few.values()) & set(other.values())
+    layer = f"{planted_zoo.MODULES[0]}.lora.down.weight"
+    assert {len(planted_zoo.draw(i, mixed)[layer]) for i in range(40)} == set(planted_zoo.MIXED)
+    with pytest.raises(FileExistsError, match="not empty"):
+        planted_zoo.write_zoo(tmp_path / "few", 1, mixed)
+    with pytest.raises(ValueError, match="KIND-WIDTH-RANK"):
+        planted_zoo.Planted.named("written-640")
+
+
+def test_a_cell_is_measured_by_the_program_and_the_table_says_what_did_not_run(capsys, tmp_path):
+    folder = tmp_path / "zoo"
+    planted_zoo.write_zoo(folder, 60, replace(planted_zoo.Planted.named("both-64-mixed"), noise=0.1))
+    flags = ["--quick", "--num-runs=1", "--representations=flat_vec,stats,update_kernel"]
+    accuracies, seconds = regimes.accuracies_of(folder, flags, networks=NARROW)
+    assert math.isnan(accuracies["flat_vec"]) and 0 <= accuracies["stats"] <= 100 and accuracies["update_kernel"] > 40
+    assert set(seconds) == {"stats", "update_kernel"} and capsys.readouterr().out == ""
+    lines = regimes.table({"both-64-mixed": accuracies, "read-640-1": {"stats": 12.5}}).splitlines()
+    assert [line.split() for line in lines[:3]] == [
+        ["test", "accuracy,", "%", "both", "read"],
+        ["width", "64", "640"],
+        ["rank", "mixed", "1"],
+    ]
+    assert lines[3].split() == ["flat_vec", "-", "-"] and lines[4].split()[::2] == ["stats", "12.5"]
+    assert "update_kernel" in regimes.summary("both-64-mixed", accuracies, seconds)
+
+
+def test_the_cells_are_names_of_planted_collections_and_digits():
+    assert len(regimes.ALL) == 46 and set(regimes.DEFAULT) <= set(regimes.ALL)
+    assert regimes.parse_arguments(["--cells=all"]).cells == regimes.ALL
+    with pytest.raises(ValueError, match="KIND-WIDTH-RANK"):
+        regimes.parse_arguments(["--cells=digits"])
+    narrow, wide = (regimes.names_in(cell, ["vae", "stats"], False) for cell in ("both-64-1", "both-320-1"))
+    assert (narrow, wide) == (["vae", "stats"], ["stats"])
+
+
+@pytest.mark.slow
+def test_digits_of_another_width_are_loras_of_rank_one_on_queries_and_values(tmp_path):
+    regimes.write_digits(tmp_path, 10, width=16)
+    paths = sorted(tmp_path.rglob("*.safetensors"))
+    assert len(paths) == 10
+    layers = load_file(paths[0])
+    assert len(layers) == 32 and {layer.shape for layer in layers.values()} == {(1, 16), (16, 1)}
+    assert all(("to_q" in name or "to_v" in name) and np.isfinite(layer).all() for name, layer in layers.items())
+    assert any(layer.any() for name, layer in layers.items() if ".up." in name)
+
+
+peers = module_of("peers")
+
+
+def a_task(ranks=2, modules=2, wide=6, high=5, count=4):
+    generator = torch.Generator().manual_seed(0)
+    down = torch.randn(modules, count, ranks, wide, generator=generator)
+    up = torch.randn(modules, count, ranks, high, generator=generator)
+    y = torch.arange(count) % 2
+    return peers.Task(down, up, y, dict.fromkeys(("train", "validation", "test"), torch.arange(count)))
+
+
+def test_published_encoders_are_what_their_papers_say_of_formed_updates():
+    task = a_task()
+    x = task.up.mT @ task.down  # (P, B, high, wide)
+    torch.manual_seed(0)
+    probex, mvprobe = task.made(peers.ProbeX), task.made(peers.MVProbe)
+    encoding = torch.zeros(4, peers.ENCODING)
+    for m in range(2):
+        for probe in range(peers.PROBES):  # M_l relu(Vᵀ X u_l)
+            response = (x[m] @ probex.probes[m, :, probe] @ probex.projection[m]).relu()
+            encoding += response @ probex.encoder[m, probe :: peers.PROBES]
+    expected = probex.head(encoding / 2**0.5)
+    torch.testing.assert_close(task.scores(probex, torch.arange(4)), expected, rtol=1e-4, atol=1e-5)
+    encoding = torch.zeros(4, peers.ENCODING)
+    for m in range(2):
+        operators = (x[m], x[m].mT, x[m] @ x[m].mT, x[m].mT @ x[m])
+        features = []
+        for operator, probes, projection in zip(operators, mvprobe.probes, mvprobe.projections, strict=True):
+            s = operator @ probes[m]
+            s = (s - s.mean((1, 2), keepdim=True)) / s.std((1, 2), correction=0, keepdim=True)
+            features.append((projection[m].T @ s).relu().flatten(1))
+        encoding += torch.cat(features, 1) @ mvprobe.encoder[m]
+    expected = mvprobe.head(encoding / 2**0.5)
+    torch.testing.assert_close(task.scores(mvprobe, torch.arange(4)), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("encoder", [peers.ProbeX, peers.MVProbe, peers.GLNet])
+def test_published_encoders_see_the_update_and_not_its_factorisation(encoder):
+    task = a_task()
+    torch.manual_seed(1)
+    network, change = task.made(encoder), torch.tensor([[2.0, 1.0], [0.5, -1.0]])
+    other = replace(task, down=change @ task.down, up=torch.linalg.inv(change).T @ task.up)
+    rows = torch.arange(4)
+    torch.testing.assert_close(task.scores(network, rows), other.scores(network, rows), rtol=1e-3, atol=1e-4)
+    swapped = replace(task, up=task.up.flip(0))
+    assert (task.scores(network, rows) - swapped.scores(network, rows)).abs().max() > 1e-2
+
+
+def test_both_sides_are_scored_on_one_split_and_the_bar_is_told():
+    scores = peers.scores_of("both-64-1", 60, 1, ["stats", "update_kernel"], epochs=1, networks=NARROW)
+    assert [score.name for score in scores[:5]] == ["stats", "update_kernel", "ProbeX", "MVProbe", "GL-net"]
+    assert all(0 <= score.accuracy <= 100 and score.seconds > 0 for score in scores)
+    assert all((score.parameters is None) != score.published for score in scores)
+    lines = peers.lines_of("both-64-1", scores)
+    assert len(lines) == len(scores) and f"{scores[2].parameters:,}" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("cell", "ours", "theirs", "holds"),
+    [
+        ("both-64-1", [(98, 1.0)], [(100, 10.0), (50, 0.1)], True),
+        ("both-64-1", [(97, 1.0)], [(100, 10.0)], False),
+        ("both-64-1", [(100, 2.0), (98, 1.0)], [(100, 10.0)], True),
+        ("both-64-1", [(100, 2.0)], [(100, 10.0)], False),
+        ("easy", [(0, 1.0)], [(90, 1.0), (100, 1.0)], True),
+        ("easy", [(100, 1.0)], [(89, 1.0), (100, 1.0)], False),
+    ],
+)
+def test_the_bar_is_two_points_at_a_tenth_of_the_time(cell, ours, theirs, holds):
+    scores = [peers.Score("a", False, *values) for values in ours] + [peers.Score("b", True, *v) for v in theirs]
+    said, kept = peers.kept_bar(cell, scores)
+    assert kept == holds and (("MISSED" in said or "below" in said) != holds)
