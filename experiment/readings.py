@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from analysis.attention import ATTENTION, RANDOM, RANKING, Attended
 
+from analysis.attention import ATTENTION, RANDOM, RANKING, Attended
 from analysis.draws import stream
 from experiment.networks import NETWORKS
 from experiment.phases import Experiment, on_permuted_labels

@@ -14,8 +14,8 @@ has no parameters: e shifts, W scales.
 A removed module has the score -1e9 before the softmax and so attention 0: its token has no influence, on training
 either. Where all modules are removed, all attention is 0 and the scores are b: what is known without any module.
 
-In run r all models start from the same weights and see the same minibatches and masks. What is trained differs by the
-modules removed alone, which are masked again at random in training (module dropout), never all of those left.
+In run r all models start from the same weights and see the same minibatches and dropout masks, whatever modules are
+removed. In training further modules are masked at random for each row (module dropout), but never all.
 
 Kernel PCA is fitted on all train rows of at most `EXACT` LoRAs, beyond on `LANDMARKS` drawn from them.
 
@@ -68,7 +68,13 @@ SCHEDULE = Schedule(max_epochs=200, patience=20, batch_size=32, lr=1e-3, weight_
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def module_tokens(kernel: np.ndarray, train: np.ndarray, columns: np.ndarray, norm: np.ndarray) -> np.ndarray:
+def module_tokens(
+    kernel: np.ndarray,
+    train: np.ndarray,
+    columns: np.ndarray,
+    norm: np.ndarray,
+    numbers_at_once: int = NUMBERS_AT_ONCE,
+) -> np.ndarray:
     """Describe the update of one module in each LoRA by kernel PCA and its norm; only train rows decide how.
 
     Kernel PCA ("Nonlinear component analysis as a kernel eigenvalue problem", Schölkopf, Smola & Müller, 1998) on the
@@ -80,41 +86,41 @@ def module_tokens(kernel: np.ndarray, train: np.ndarray, columns: np.ndarray, no
         train: Train rows, int64.
         columns: The LoRAs of the columns, all train rows or some of them, int64[n].
         norm: Of each update, float[N].
+        numbers_at_once: Numbers of the kernel to work on at a time.
 
     Returns:
         Coordinates, then the logarithm of the norm, standardised and clipped; float32[N, 33].
     """
-    there = norm > 0
     tokens = np.zeros((len(kernel), TOKEN))
-    train = train[there[train]]
-    fitted = there[columns]
-    if len(train) and fitted.any():
-        rows = np.flatnonzero(there)
-        tokens[rows, :COORDINATES] = _kernel_pca(kernel[:, fitted], rows, columns[fitted])
-        tokens[rows, -1] = np.log(norm[rows].astype(np.float64))
-        scaled = standardise(torch.from_numpy(tokens), torch.from_numpy(train)).numpy()
-        tokens[rows] = scaled[rows]
+    updated = norm > 0
+    rows, train, fitted = np.flatnonzero(updated), train[updated[train]], np.flatnonzero(updated[columns])
+    if len(train) and len(fitted):
+        tokens[rows, :COORDINATES] = _kernel_pca(kernel, rows, columns, fitted, numbers_at_once)
+        tokens[rows, COORDINATES] = np.log(norm[rows].astype(np.float64))
+        tokens[rows] = standardise(torch.from_numpy(tokens), torch.from_numpy(train)).numpy()[rows]
     return tokens.astype(np.float32)
 
 
-def _kernel_pca(kernel: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Return the coordinates of rows int64[k] along the first components, float64[k, 32].
+def _kernel_pca(
+    kernel: np.ndarray, rows: np.ndarray, columns: np.ndarray, fitted: np.ndarray, numbers_at_once: int
+) -> np.ndarray:
+    """Return the coordinates of rows int64[k] along the first components of the columns ``fitted``, float64[k, 32].
 
-    As scikit-learn's `KernelPCA`, which refuses a kernel with eigenvalues below 0 by more than rounding of float64.
+    As scikit-learn's `KernelPCA`, which would refuse a kernel whose eigenvalues are below 0 by rounding of float32.
     """
-    coordinates = np.zeros((len(rows), COORDINATES))
-    own = kernel[columns].astype(np.float64)
+    own = kernel[np.ix_(columns[fitted], fitted)].astype(np.float64)
     centerer = KernelCenterer().fit(own)
-    # Rounding of n x n entries has eigenvalues of the order of sqrt(n).
-    rounding = ROUNDING * math.sqrt(len(own)) * np.diag(own).mean()
     largest = [max(0, len(own) - COORDINATES), len(own) - 1]
     values, vectors = eigh(centerer.transform(own), subset_by_index=largest)
-    values, vectors = values[::-1], vectors[:, ::-1]
-    sound = np.flatnonzero(values > rounding)
-    vectors = vectors[:, sound]
-    vectors *= np.sign(vectors[np.abs(vectors).argmax(0), np.arange(len(sound))])  # a sign that rounding cannot turn
-    scores = centerer.transform(kernel[rows].astype(np.float64), copy=False) @ vectors
-    coordinates[:, sound] = scores / np.sqrt(values[sound])
+    # Rounding of n x n entries has eigenvalues of the order of sqrt(n).
+    sound = np.flatnonzero(values > ROUNDING * math.sqrt(len(own)) * np.diag(own).mean())[::-1]
+    vectors = vectors[:, sound] / np.sqrt(values[sound])
+    vectors *= np.sign(vectors[np.abs(vectors).argmax(0), np.arange(len(sound))])  # eigenvectors have no sign
+    coordinates = np.zeros((len(rows), COORDINATES))
+    length = rows_at_once(len(own), numbers_at_once)
+    for start in range(0, len(rows), length):
+        block = kernel[np.ix_(rows[start : start + length], fitted)].astype(np.float64)
+        coordinates[start : start + length, : len(sound)] = centerer.transform(block, copy=False) @ vectors
     return coordinates
 
 
@@ -488,6 +494,12 @@ def _predictions(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def parameters_of(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the parameters among the arrays of `train_attention`, by the names of `parameter_shapes`."""
+    prefix = "parameters."
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
 def read_out(
     parameters: dict[str, np.ndarray],
     x: Tensor,
@@ -580,4 +592,4 @@ def deletion(
 def _as_tensors(parameters: dict[str, np.ndarray], x: Tensor) -> dict[str, Tensor]:
     """Return parameters as tensors of the inputs' kind, in the order of `parameter_shapes`."""
     names = parameter_shapes(1, 1)
-    return {name: torch.as_tensor(parameters[name]).to(x) for name in names}
+    return {name: torch.tensor(parameters[name], dtype=x.dtype, device=x.device) for name in names}
