@@ -21,6 +21,7 @@ from analysis.removal_plan import Conditions, Order, plan_controls
 from data import Collection, CollectionError, check_classes, keep_together
 from experiment.phases import Experiment, emptied, on_permuted_labels, split_collection
 from experiment.plans import TrainingError
+from experiment.readings import attended, mapped
 from experiment.settings import Settings
 from loras.recipe import header_columns, recipe_columns
 from representations import FEATURES, RANKING, REPRESENTATIONS, UPDATES
@@ -126,6 +127,8 @@ def _train(
         grouped=attempt("grouped split", lambda: grouped(experiment, evidence, names, columns)),
         shuffled=attempt("null shuffles", lambda: shuffled(experiment, shuffles)) if shuffles else None,
         cross_fitted=cross_fitted(experiment, evidence, names, level, conditions.get(RANKING)),
+        attended=attempt("attention", lambda: attended(experiment, names, level == "all")) if controlled else None,
+        mapped=mapped(experiment, names) if controlled else (),
     )
     for name, reason in controls.cross_fitted.not_run.items():
         say(f"controls: {name} without what each fold chose not run: {reason}")

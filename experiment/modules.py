@@ -127,10 +127,11 @@ class Modules:
 
         What is told of a module does not depend on how its update is factorised, nor on its size; zero updates are 0.
         """
-        read, shapes = self.extracted.factor_reader(self.collection), self.shapes
-        factors = torch.zeros(len(self.collection.files), sum(module.numbers for module in shapes), device=self.device)
+        read = self.extracted.factor_reader(self.collection)
+        width = sum(module.numbers for module in self.shapes)
+        factors = torch.zeros(len(self.collection.files), width, device=self.device)
         end = 0
-        for pair, module in zip(self.pairs, shapes, strict=True):
+        for pair in self.pairs:
             updates = Updates.from_factors(*(x.to(self.device) for x in read(pair, None)))
             for factor in (updates.down, updates.up):
                 start, end = end, end + factor[0].numel()

@@ -36,7 +36,7 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Plan:
-    """Models that read the same inputs: ``keys`` of the units that hold them, ``tasks`` the work that finishes these."""
+    """Models that read the same inputs: ``keys`` of the units that hold them, ``tasks`` the work that is to be done."""
 
     label: str
     keys: list[dict]

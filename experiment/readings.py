@@ -11,14 +11,17 @@ import numpy as np
 import torch
 
 from analysis.attention import ATTENTION, RANDOM, RANKING, Attended
+from analysis.collection_map import Mapped
 from analysis.draws import stream
 from experiment.networks import NETWORKS
 from experiment.phases import Experiment, on_permuted_labels
+from representations import MAPPED
 from training import attention
 
 TESTED = 1_000  # test LoRAs whose attention is read at most
 RANDOM_ORDERS = 20
 POINTS = 17  # of a deletion curve at most
+PANELS = 3  # modules that the LoRAs are drawn by, each alone
 PERMUTED = 19  # trainings on permuted labels, of which the largest of 20 has p = 0.05
 
 
@@ -78,8 +81,7 @@ class _Attending:
     def __init__(self, experiment: Experiment, name: str):
         inputs, self.seed = experiment.inputs, experiment.settings.seed
         scores = experiment.planner.carry_out(experiment.plan(name, [], "baseline"), experiment.progress)
-        prefix = attention.PARAMETERS
-        self.parameters = {key.removeprefix(prefix): a for key, a in scores.items() if key.startswith(prefix)}
+        self.parameters = attention.parameters_of(scores)
         self.x = inputs.read(inputs.source(name, inputs.weights.without([])))
         self.y = torch.from_numpy(experiment.collection.y).to(self.x.device)
         self.modules = len(inputs.pairs)
@@ -119,3 +121,23 @@ def _permuted(experiment: Experiment, name: str, rows: np.ndarray) -> np.ndarray
         again.inputs = again.planner.inputs = experiment.inputs  # tokens know no labels
         found.append(_Attending(again, name).read_out(rows)["attention"].mean((0, 1)))
     return np.stack(found)
+
+
+def mapped(experiment: Experiment, names: Sequence[str]) -> list[Mapped]:
+    """Return the kernels by which LoRAs are drawn in the plane: of all layers, and of the best modules, each alone.
+
+    They know no labels but those by which the layers were ranked.
+
+    Args:
+        experiment: All phases done.
+        names: The representations that were run.
+    """
+    if MAPPED not in names:
+        return []
+    kernels, modules = experiment.inputs.modules.unlabelled, len(experiment.inputs.pairs)
+    (whole,) = kernels.sums(np.ones((1, modules), bool))
+    found = [Mapped("all", "", whole, kernels.columns)]
+    for module in by_ranking(experiment)[:PANELS].tolist():
+        layer = experiment.layers[experiment.inputs.members[module, 0]]
+        found.append(Mapped(layer.module, layer.block, kernels.module(module), kernels.columns))
+    return found

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from loras import labels
 from representations import REPRESENTATIONS
+from training import attention, projections
 from training.classifier import DROPOUT, HIDDEN
 from training.stacks import Schedule
 
@@ -18,6 +19,7 @@ from training.stacks import Schedule
 STACK_PARAMETERS = {"cpu": 2_200_000, "cuda": 300_000_000}
 # Of 4 to 12 autoencoders for a CPU: enough stacks to keep its threads busy to the end.
 AUTOENCODER_PARAMETERS = {"cpu": 7_000_000, "cuda": 300_000_000}
+QUICK = {"max_epochs": 30, "patience": 5}  # of --quick, of networks that read modules
 RUNS_IN_STACK = {"cpu": 1, "cuda": 10}  # of one representation, so that more runs find the first ones finished
 
 
@@ -124,13 +126,8 @@ def resolve(args: argparse.Namespace, networks: Networks = Networks()) -> Settin
             max_epochs=30 if quick else 1000, patience=5 if quick else 20, lr_patience=10, hidden=networks.classifier
         ),
         autoencoder=Schedule(max_epochs=8 if quick else 100, patience=5 if quick else 15, hidden=networks.autoencoder),
-        attention=Schedule(
-            max_epochs=30 if quick else 200,
-            patience=5 if quick else 20,
-            weight_decay=0.01,
-            hidden=networks.attention,
-        ),
-        projection=Schedule(max_epochs=30 if quick else 200, patience=5 if quick else 20, hidden=networks.projection),
+        attention=replace(attention.SCHEDULE, hidden=networks.attention, **(QUICK if quick else {})),
+        projection=replace(projections.SCHEDULE, hidden=networks.projection, **(QUICK if quick else {})),
     )
 
 

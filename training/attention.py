@@ -496,8 +496,8 @@ def _predictions(
 
 def parameters_of(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return the parameters among the arrays of `train_attention`, by the names of `parameter_shapes`."""
-    prefix = "parameters."
-    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    named = {name: array for name, array in arrays.items() if name.startswith(PARAMETERS)}
+    return {name.removeprefix(PARAMETERS): array for name, array in named.items()}
 
 
 def read_out(

@@ -24,6 +24,7 @@ from torch import Tensor
 from training.classifier import DROPOUT, ClassifierStack, Models, log_losses, logits, predictions, train_classifiers
 from training.stacks import CLIP, NUMBERS_AT_ONCE, Schedule, Split, mean_and_scale, rows_at_once, train
 
+SCHEDULE = Schedule(max_epochs=200, patience=10, batch_size=64, lr=2e-3, lr_patience=10)
 HIDDEN = (128, 128, 128)  # as accurate as 512 wide, and trained in a fifth of the time
 Shape = tuple[int, int, int]  # r, in, out of a module's updates
 
