@@ -207,7 +207,7 @@ def fitted(
     torch.manual_seed(run)
     start = time.perf_counter()
     network, train, validation = task.made(encoder), task.rows["train"], task.rows["validation"]
-    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=WEIGHT_DECAY, fused=True)
     best, least, waited = None, math.inf, 0
     for _ in range(epochs):
         network.train()
