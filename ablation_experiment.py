@@ -62,7 +62,7 @@ PROGRAM = (  # of which results are; tests, benchmarks and what imports a publis
     *("loras/blocks", "loras/building", "loras/digits_zoo", "loras/keys", "loras/labels", "loras/lora_files"),
     *("loras/copies", "loras/notices", "loras/recipe", "loras/scales", "loras/weight_checks", "loras/weight_files"),
 )
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -111,8 +111,8 @@ def _projections(frozen: bool) -> Network:
 
 NETWORKS = {
     "update_attention": Network("tokens", lambda settings: settings.attention, _attention_parameters, _train_attention),
-    "update_learned": _projections(frozen=False),
     "update_frozen": _projections(frozen=True),
+    "update_learned": _projections(frozen=False),
 }
 FEW_LORAS, FEW_MODULES = 2_000, 64  # up to which a CPU trains networks that read factors, unless told to
 

@@ -41,6 +41,11 @@ VERDICTS = {
     "do, so its removals cannot be judged",
     "undecided": "none of the other verdicts is shown",
 }
+LEARNED_PROJECTIONS = "update_learned"
+FIXED_PROJECTIONS = {
+    "update_frozen": "the same network with fixed ones (update_frozen)",
+    "update_sketch": "update_sketch",
+}
 RANKED_BY = "stats"  # the representation by which layers are ranked
 MANY = 6  # names in a sentence, from which on they are counted
 NAMED_MODULES = 3  # names of modules in a sentence, at most
@@ -345,6 +350,7 @@ def _best_representation(results: dict) -> Iterator[str]:
     yield _best_reached(results)
     if len(drops) > 1:
         yield from _compared_with_best(results)
+    yield from _worth_of_learning(results)
     yield from _without_top(results)
     yield from _best_over_splits(results)
 
@@ -419,6 +425,20 @@ def _compared_with_best(results: dict) -> Iterator[str]:
             f"By test accuracy {best} is {ahead} {second} by {percent(abs(record['difference']))} points "
             f"({bounds(interval)}, {p_text(record['p'])}; intervals and p hold for all these comparisons together)."
         )
+
+
+def _worth_of_learning(results: dict) -> Iterator[str]:
+    """Yield by how much learned projections of updates are ahead of fixed ones."""
+    parts = []
+    for name, fixed in FIXED_PROJECTIONS.items():
+        for record in results["analysis"]["representations"]["conditions"]["baseline"]["comparisons"]:
+            if {record["a"], record["b"]} == {LEARNED_PROJECTIONS, name}:
+                sign = 1 if record["a"] == LEARNED_PROJECTIONS else -1
+                interval = sorted(sign * bound for bound in record["interval"])
+                points = f"by {signed(sign * record['difference'])} points"
+                parts.append(f"{points} ({bounds(interval)}, {p_text(record['p'])}) against {fixed}")
+    if parts:
+        yield f"With learned projections ({LEARNED_PROJECTIONS}) accuracy changes {listed(parts)}."
 
 
 def _all_of(names: list[str]) -> str:

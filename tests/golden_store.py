@@ -102,6 +102,7 @@ def load(path: Path) -> dict:
     named = [replace(layer, block=block) for layer, block in zip(layers, blocks, strict=True)]
     for record in content["results"]["layer_ranking"]:
         record["block"] = next(layer.block for layer in named if layer.name == record["layer"])
+    content["results"]["config"].setdefault("left_out", {})
     return content | {"evidence": replace(content["evidence"], layers=named)}
 
 

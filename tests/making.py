@@ -98,4 +98,4 @@ def planted_collection(
 
 
 # Hidden layers of another width: the same program, in a fraction of the time.
-NARROW = Networks(classifier=(32, 32, 32))
+NARROW = Networks(classifier=(32, 32, 32), attention=(16,), projection=(32, 32, 32))

@@ -1,161 +1,126 @@
-"""Attention over modules and the plane in sentences and tables: whole, with the numbers of results.json."""
-
-import copy
-import re
+"""Kernels, tokens and factors of whole modules, the networks that read them, and what is read of these afterwards."""
 
 import numpy as np
 import pytest
-from result_making import faults, made
-from test_sentences import numbers
+import torch
+from making import NARROW, planted_collection, write_collection
+from test_controls import experiment_on
 
-from report import figures, modules, page, tables, text, wording
+import ablation_experiment
+from data import index_collection
+from experiment import networks, readings
+from experiment.networks import NETWORKS, Module, left_by_default
+from experiment.phases import on_permuted_labels
+from experiment.settings import resolve
+from representations import REPRESENTATIONS
 
-SECTIONS = ("attention", "collection_map")
-
-
-def said(results: dict) -> str:
-    return " ".join(modules.module_lines(results))
-
-
-def without_permuted(section: dict) -> None:
-    section["permuted"] = None
-    for record in section["modules"]:
-        record |= {"above_permuted": None, "p_permuted": None}
+NAMES = ["stats", "update_views", "update_attention", "update_frozen", "update_learned"]
+CPU = torch.device("cpu")
 
 
-def none_above(section: dict) -> None:
-    section["permuted"] |= {"above": []}
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """60 LoRAs of 3 classes, 4 modules of which some carry the class."""
+    root = tmp_path_factory.mktemp("modules") / "planted"
+    planted_collection(root, per_class=20)
+    return experiment_on(root, root.parent / "cache", "--top-k=1", f"--representations={','.join(NAMES)}")
 
 
-def undecided(section: dict) -> None:
-    section["permuted"] |= {"decided": False, "above": [], "trainings": 1}
+def test_every_network_is_a_row_that_is_trained():
+    assert list(NETWORKS) == [name for name, row in REPRESENTATIONS.items() if row.made == "trained"]
 
 
-def without_other_orders(section: dict) -> None:
-    section["deletion"] |= {"random": None, "against_random": None, "against_ranking": None}
-    del section["deletion"]["curves"]["ranking"]
+def test_what_networks_are_evaluated_on_counts_numbers_of_whole_modules(planted):
+    results = planted.predictions.conditions
+    assert set(NAMES) == set(results["baseline"]) == set(results["ablation"])
+    kept, inputs = planted.inputs.weights.without([0]), planted.inputs
+    assert inputs.count_layers("update_attention", kept) == 2 * (len(inputs.pairs) - 1)
+    assert inputs.count_features("update_attention", kept) == 33 * (len(inputs.pairs) - 1)
+    assert inputs.count_features("update_learned", kept) == 64 * (len(inputs.pairs) - 1)
+    assert inputs.count_features("update_views", kept) == len(inputs.pairs) - 1
 
 
-def a_single_lora(section: dict) -> None:
-    for record in (*section["modules"], *section["blocks"], *section["projections"]):
-        record |= {"interval": None, "contribution_interval": None}
-    section["effective_number"]["interval"] = None
-    for tau in section["agreement"].values():
-        tau["interval"] = None
+def test_factors_multiply_to_updates_of_norm_one(planted):
+    modules, rows = planted.inputs.modules, np.arange(len(planted.collection.files))
+    factors, read = modules.factors()[0], planted.extracted.factor_reader(planted.collection)
+    assert factors.shape == (len(rows), sum(module.numbers for module in modules.shapes))
+    start = 0
+    for pair, module in zip(modules.pairs, modules.shapes, strict=True):
+        down, up, scale = read(pair, rows)
+        formed = scale[:, None, None] * (up @ down)
+        own = factors[:, start : start + module.numbers]
+        split = module.rank * module.inputs
+        product = own[:, split:].unflatten(1, (module.outputs, module.rank)) @ own[:, :split].unflatten(
+            1, (module.rank, module.inputs)
+        )
+        torch.testing.assert_close(product, formed / torch.linalg.vector_norm(formed, dim=(1, 2), keepdim=True))
+        start += module.numbers
 
 
-def a_single_module(section: dict) -> None:
-    section["modules"], section["blocks"], section["projections"] = section["modules"][:1], section["blocks"][:1], []
-    for record in section["classes"]:
-        for name in ("attention", "low", "high", "contribution", "contribution_low", "contribution_high"):
-            record[name] = record[name][:1]
-    section["agreement"] = {name: {"kendall_tau": None, "interval": None} for name in section["agreement"]}
-    section["deletion"]["masked"] = [0]
+def test_tokens_know_no_labels_and_are_standardised_on_train_rows(planted):
+    tokens = planted.inputs.modules.tokens()
+    assert tokens.shape == (1, len(planted.collection.files), 33 * len(planted.inputs.pairs))
+    train = tokens[0, planted.inputs.split.train]
+    moving = train.std(0) > 0
+    torch.testing.assert_close(train[:, moving].mean(0), torch.zeros(int(moving.sum())), atol=1e-5, rtol=0)
+    again = next(on_permuted_labels(planted, 1, "a test"))
+    assert (again.collection.y != planted.collection.y).any()
+    for module in range(len(planted.inputs.pairs)):
+        own, other = (e.inputs.modules.unlabelled.module(module) for e in (planted, again))
+        np.testing.assert_array_equal(own, other)
+    weighted = [e.inputs.modules.kernels("update_views").module(0) for e in (planted, again)]
+    assert (weighted[0] != weighted[1]).any()  # its views are weighted by labels
 
 
-def a_class_without_loras(section: dict) -> None:
-    section["classes"][1] |= dict.fromkeys(section["classes"][1]) | {"class": "dog", "loras": 0}
+def test_networks_are_read_after_the_phases(planted):
+    attended = readings.attended(planted, NAMES, with_permuted=False)
+    runs, tested, modules = 3, len(planted.rows["test"]), len(planted.inputs.pairs)
+    assert attended.attention.shape == attended.contribution.shape == (runs, tested, modules)
+    np.testing.assert_allclose(attended.attention.sum(-1), 1, rtol=1e-5)
+    whole = planted.predictions.conditions["baseline"]["update_attention"]["predicted"][:, -tested:]
+    right = whole == planted.collection.y[planted.rows["test"]]
+    assert attended.counts[0] == 0 and attended.permuted is None
+    for correct in attended.deletion.values():  # with nothing masked it is the classifier of the baseline
+        np.testing.assert_array_equal(correct[:, 0], right)
+    assert sorted(attended.ranks_of_ranking.tolist()) == list(range(modules))
+    best = planted.layers[planted.ranking[0]].module
+    assert attended.modules[attended.ranks_of_ranking[0]] == best
 
 
-CHANGES = (
-    *(without_permuted, none_above, undecided, without_other_orders, a_single_lora, a_single_module),
-    a_class_without_loras,
+def test_nothing_is_read_of_what_was_not_run(planted):
+    assert readings.attended(planted, ["stats", "update_views"], with_permuted=False) is None
+    assert readings.mapped(planted, ["stats", "update_attention"]) == []
+
+
+def test_loras_are_drawn_by_all_layers_and_by_the_best_modules(planted):
+    whole, *alone = readings.mapped(planted, NAMES)
+    assert whole.layers == "all" and len(alone) == min(3, len(planted.inputs.pairs))
+    assert alone[0].layers == planted.layers[planted.ranking[0]].module
+    modules = planted.inputs.modules
+    expected = sum(modules.unlabelled.module(m).astype(float) for m in range(len(planted.inputs.pairs)))
+    np.testing.assert_allclose(whole.kernel, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loras", "modules", "inputs", "device", "trained"),
+    [
+        (1999, 64, 320, "cpu", True),
+        (2000, 64, 320, "cpu", False),
+        (100, 65, 320, "cpu", False),
+        (100, 64, 10**9, "cpu", False),
+    ],
 )
+def test_networks_that_read_factors_are_left_out_where_they_would_take_long(loras, modules, inputs, device, trained):
+    left = left_by_default([Module("m", 1, inputs, 320)] * modules, loras, torch.device(device))
+    assert left.keys() == (set() if trained else {"update_learned", "update_frozen"})
 
 
-@pytest.mark.parametrize("change", [None, *CHANGES])
-def test_every_line_is_whole_and_every_number_is_one_of_the_results(change):
-    results = made()
-    if change:
-        change(results["analysis"]["attention"])
-    before = copy.deepcopy(results)
-    lines = modules.module_lines(results)
-    assert results == before and len(lines) >= (4 if change is a_single_module else 8)
-    values = [n for name in SECTIONS for n in numbers(results["analysis"][name])]
-    values += [sum(panel["explained"]) for panel in results["analysis"]["collection_map"]["panels"]]
-    values += [1 / len(results["analysis"]["attention"]["modules"])]
-    shown = {f"{scale * value + 0.0:.{digits}f}" for value in values for scale, digits in ((100, 1), (1, 2))}
-    shown |= {f"{value:.2g}" for value in values} | {"0.05", "0.0001"}
-    for line in lines:
-        assert line.endswith(".") and not line.endswith("..") and "  " not in line and not faults(line), line
-        for cell in re.findall(r"-?\d+\.\d+", line):
-            assert cell in shown or cell in ("0.0", "0.00"), (cell, line)
-    assert not faults(text.render_text(results))
-    for name in SECTIONS:
-        assert not faults(figures.findings(results)[name])
-    (figure,) = (f for name, _, f in figures.finished_figures(results) if name == "attention")
-    rows = [record for record in results["analysis"]["attention"]["classes"] if record["contribution"]]
-    added = np.sort(np.ravel([record["contribution"] for record in rows]))
-    np.testing.assert_allclose(np.sort(np.ravel(figure.axes[1].images[0].get_array())), added)
-
-
-def test_what_masking_costs_is_said_as_it_was_decided():
-    results = made()
-    compared = results["analysis"]["attention"]["deletion"]["against_random"]
-    compared |= {"hurts_more": True}
-    assert "costs more than random orders" in said(results)
-    assert "costs more than at random" in figures.findings(results)["attention"]
-    compared |= {"hurts_more": False, "as_costly": 0}
-    assert "costs not clearly more than random orders" in said(results) and "none of 20 orders cost as much" in said(
-        results
-    )
-    compared |= {"significant": True, "difference": -0.1}
-    assert "costs less than random orders" in said(results)
-
-
-def test_permuted_labels_decide_only_where_there_are_enough():
-    results = made()
-    section = results["analysis"]["attention"]
-    assert len(section["permuted"]["above"]) == 2 and "2 of 6 modules get more attention" in said(results)
-    undecided(section)
-    assert "too few to decide by" in said(results) and "get more attention" not in said(results)
-    none_above(section)
-    section["permuted"]["decided"] = True
-    assert "No module gets more attention" in said(results)
-
-
-def test_concepts_that_stand_apart_or_are_merged_are_named_where_they_are_few():
-    results = made()
-    (first, *_) = results["analysis"]["collection_map"]["panels"]
-    first["separates"] |= {"distinct": ["cat"], "merged": [["dog", "a & b"]], "above_null": False}
-    line = modules.module_lines(results)[-3]
-    assert "cat stands apart" in line and "merged are dog and a & b." in line and "indistinguishable" in line
-    first["separates"] |= {"distinct": [str(i) for i in range(9)], "merged": []}
-    assert "9 concepts stand apart" in said(results) and "none are merged" in said(results)
-    first["separates"] |= {"merged": [["x", str(i)] for i in range(5)]}
-    assert "2 more groups" in said(results)
-
-
-def test_the_attention_table_holds_every_module_most_attention_first():
-    results = made()
-    table = tables.tables(results)["attention"]
-    records = sorted(results["analysis"]["attention"]["modules"], key=lambda record: -record["attention"])
-    assert [row[-1] for row in table.rows] == [record["module"] for record in records]
-    for row, record in zip(table.rows, records, strict=True):
-        assert row[:2] == [wording.percent(record["attention"]), wording.bounds(record["interval"])]
-    sums = tables.tables(results)["attention sums"]
-    assert [row[-2:] for row in sums.rows] == [
-        ["block", "block 0"], ["block", "block 1"], ["projection", "to_v"], ["projection", "to_q"]
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SECTIONS)
-def test_each_section_may_be_missing(name):
-    results = made()
-    results["analysis"][name] = None
-    assert modules.module_lines(results) and text.MODULES_HEADING in text.render_text(results)
-    assert name not in figures.findings(results) and not faults(text.render_text(results))
-
-
-@pytest.mark.parametrize("absent", [True, False])
-def test_without_both_nothing_is_said_of_them(absent):
-    results = made()
-    for name in SECTIONS:
-        results["analysis"][name] = None
-        if absent:
-            del results["analysis"][name]
-    assert modules.module_lines(results) == [] and not {*SECTIONS} & {*figures.findings(results)}
-    assert text.MODULES_HEADING not in text.render_text(results)
-    shown = page.render_page(results, {}).decode()
-    assert 'id="modules"' not in shown and text.MODULES_HEADING not in shown
-    assert "attention" not in tables.tables(results)
+def test_a_representation_that_is_left_out_is_run_where_its_name_is_given(tmp_path, monkeypatch):
+    root = write_collection(tmp_path / "zoo", classes=2, per_class=6)
+    monkeypatch.setattr(networks, "FEW_LORAS", 5)
+    for flag, chosen in (("all", False), ("stats,update_learned", True)):
+        args = ablation_experiment.parse_arguments(["--dataset", str(root), "--top-k=1", f"--representations={flag}"])
+        settings = resolve(args, NARROW)
+        plan = ablation_experiment.make_plan(settings, index_collection(root))
+        assert ("update_learned" in plan.chosen) == chosen
+        assert ("update_learned" in plan.header["config"]["left_out"]) != chosen and not plan.not_run

@@ -556,14 +556,18 @@ def compute(name, n=6, dtype=torch.float32, rows=slice(None)):
     return pair_features(down, up, "m", scale, [name])[name]
 
 
+MADE = {"computed", "flat", "pca", "autoencoder", "kernel", "trained"}
+
+
 def test_the_table():
     first = ["flat_vec", "stats", "pca", "spectral", "matrix_norms", "distribution", "coupling", "frequency"]
     last = ["info_theoretic", "ensemble", "vae", "contrastive", "denoising", "update_sketch", "update_kernel"]
     assert list(REPRESENTATIONS)[:17] == first + last + ["update_spectrum", "update_views"]
     for name, row in REPRESENTATIONS.items():
         assert row.name == name and row.source
-        assert row.unit in {"layer", "pair"} and row.made in {"computed", "flat", "pca", "autoencoder", "kernel"}
-        assert (row.function is not None) == bool(row.feature_names) == (row.made == "computed")
+        assert row.unit in {"layer", "pair"} and row.made in MADE
+        assert (row.function is not None) == (row.made == "computed")
+        assert bool(row.feature_names) == (row.made in {"computed", "trained"})
         assert len(row.feature_names) == len(set(row.feature_names))
         assert len(row.feature_names) == WIDTHS.get(name, 0) or name not in first + last
         assert row.unit == "pair" or row.function is None or row.function.__name__ == name
