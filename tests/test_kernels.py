@@ -322,7 +322,7 @@ def test_sums_of_views_are_those_of_formed_updates_and_an_ablation_is_a_subtract
     for p, kept in enumerate(np.eye(5, dtype=bool)):
         views = formed_views(*modules[p])
         own = views[:, train][:, :, train]
-        weights = alignments(own, y[train]) if labelled else np.ones(3)
+        weights = alignments(own, y[train]) ** 2 if labelled else np.ones(3)
         size = own.trace(axis1=1, axis2=2).mean() / len(train) or 1
         views = np.tensordot(weights / 3 / size, views[:, :, train], 1)
         np.testing.assert_allclose(update_views.module(p), views, atol=1e-6)

@@ -3,9 +3,9 @@
 ``update_kernel``: of one module ``K[i, j] = <ΔW_i, ΔW_j> = s_i s_j · sum((up_iᵀ up_j) ∘ (down_i down_jᵀ))``, over the
 mean of ``K[i, i]`` of train LoRAs. ``update_views``: three views of a module, <ΔW_i, ΔW_j>, <ΔW_iΔW_iᵀ, ΔW_jΔW_jᵀ> =
 ||ΔW_iᵀΔW_j||² (what the module writes) and <ΔW_iᵀΔW_i, ΔW_jᵀΔW_j> = ||ΔW_iΔW_jᵀ||² (what it reads), each as a cosine.
-They are summed with weights, as one view may hold the class and another only what hides it: each view's alignment with
-the labels of train LoRAs (the algorithm "align" of Cortes, Mohri & Rostamizadeh, "Algorithms for learning kernels
-based on centered alignment", 2012).
+They are summed with weights, as one view may hold the class and another only what hides it: the square of each view's
+alignment with the labels of train LoRAs (Cortes, Mohri & Rostamizadeh, "Algorithms for learning kernels based on
+centered alignment", 2012, whose first algorithm weights by the alignment itself).
 
 The kernel of several modules is the sum of theirs, so removing modules is a subtraction, and a condition costs an SVM,
 nothing more.
@@ -38,6 +38,7 @@ from training.stacks import numpy_stream
 GRID = (0.01, 0.1, 1.0, 10.0, 100.0)  # values of C, of a kernel with mean diagonal 1
 ITERATIONS = 10**7  # of an SVM before it counts as not converged; thousands are usual
 ROUNDING = 1e-6  # a share of a kernel that is nothing but rounding of its float32 parts
+NOTHING = 1e-12  # size of a sum of kernels from which all modules have been subtracted again
 NUMBERS_AT_ONCE = 2**22  # worked on at a time in products of factors: 16 MiB in float32
 
 # Of a module and row indices int64[n]: down float[n, r, in], up float[n, out, r] and scale float[n].
@@ -393,7 +394,7 @@ class UpdateKernels:
         own = own_cosines(columns, self.numbers_at_once, views).cpu().numpy()
         weights = np.ones(views)
         if views > 1 and self.labels is not None:
-            weights = alignments(own, self.labels)
+            weights = alignments(own, self.labels) ** 2
         weights /= views
         kernel[self.columns] = np.tensordot(weights, own, 1)
         norm[self.columns] = columns.norm.cpu().numpy()
@@ -424,7 +425,7 @@ class UpdateKernels:
     def _features(self, kernel: np.ndarray) -> np.ndarray:
         """Return features ``kernel·UΛ^-½`` of landmarks' own kernel ``UΛUᵀ``: their inner products approximate all."""
         values, vectors = np.linalg.eigh(kernel[self.columns])
-        sound = values > ROUNDING * max(1.0, values[-1])
+        sound = values > max(NOTHING, ROUNDING * values[-1])
         features = kernel @ (vectors[:, sound] / np.sqrt(values[sound]))
         before = np.square(features[self.train]).sum(1).mean()
         features -= features[self.train].mean(0)
@@ -433,11 +434,8 @@ class UpdateKernels:
 
 
 def _divided(x: np.ndarray, divisor: float, size: float, size_before: float) -> np.ndarray:
-    """Divide centred inputs, or return 0 if centring has left nothing of their size but rounding.
-
-    A module's own size is 1.
-    """
-    if size <= ROUNDING * max(1.0, size_before):
+    """Divide centred inputs, or return 0 if centring, or the removal of modules, has left nothing but rounding."""
+    if size <= max(NOTHING, ROUNDING * size_before):
         return np.zeros_like(x)
     x /= divisor
     return x
