@@ -27,7 +27,7 @@ ROOT = Path(ablation_experiment.__file__).parent
 
 
 # Hidden layers a quarter as wide: the same program, in a fraction of the time.
-NETWORKS = Networks(classifier=(128, 128, 128), autoencoder=(64, 32))
+NETWORKS = Networks(classifier=(128, 128, 128), autoencoder=(64, 32), attention=(16,), projection=(32, 32, 32))
 
 
 def run(tmp_path, dataset, *flags, out="out", expected=0, networks=NETWORKS):
