@@ -1,15 +1,16 @@
-"""Attention over modules: where a trained classifier looks, and what that is worth to its predictions.
+"""Attention over modules: which ones a trained classifier gives it to, and how far that matters for predictions.
 
 Attention is no explanation by itself: other weights may give the same predictions (Jain & Wallace, "Attention is not
-explanation", NAACL 2019), and what it is worth is to be tested (Wiegreffe & Pinter, "Attention is not not
+explanation", NAACL 2019), and how far it matters is to be tested (Wiegreffe & Pinter, "Attention is not not
 explanation", EMNLP 2019). So beside it stand what each module adds to a LoRA's own class, accuracies with modules
 masked in its order, and the attention of trainings on permuted labels.
 
-Shape letters as in evidence.py; here T are the test LoRAs that were looked at, and K numbers of masked modules.
+Shape letters as in evidence.py; here T are the test LoRAs that attention was read of, and K numbers of masked modules.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,13 +20,13 @@ from scipy.special import expit, logit, xlogy
 
 from analysis.draws import ALPHA, ROUNDING, Draws, exceedance, means
 from analysis.evidence import Evidence
-from analysis.layers import LEAST_RANKED
+from analysis.layers import LEAST_RANKED, kendall_w
 from analysis.removal import area_weights
 
 LEAST_TRAININGS = 19  # on permuted labels, and random orders, below which none as extreme is no evidence: p = 1 / 20
 TAU_DRAWS = 200  # for the error of a rank correlation, which each draw takes long to compute
 DIGITS = 6  # of the many numbers by class and module
-ATTENTION, RANKING, RANDOM = "attention", "ranking", "random"  # orders of masking; random ones are numbered
+ATTENTION, LAYERS, RANDOM = "attention", "layers", "random"  # orders of masking; random ones are numbered
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,18 @@ class Attended:
         modules: Canonical ids, in the network's order.
         blocks: Block of each module, empty where unknown.
         projections: Projection of each module, empty where unknown.
-        tested: Positions among the test LoRAs of those that were looked at, int[T].
+        tested: Positions among the test LoRAs of those that attention was read of, int[T].
         attention: Of each model for each LoRA, float[R, T, P]; sums to 1 over modules.
         contribution: What a module adds to the logit of the LoRA's own class, less what it adds to all classes on
             average, float[R, T, P].
-        gradients: Share of each module in gradient times input, float[R, P].
+        gradients: Share of each module in gradient times input, float[R, P]; sums to 1, or all are 0.
         ranks_of_ranking: The modules by the ranking of the layers, each at the better of its layers, the best first,
             int[P].
-        deletion: By order of masking (``attention``, ``ranking``, ``random 1``, ...), the LoRAs that are recognised,
+        deletion: By order of masking (``attention``, ``layers``, ``random 1``, ...), the LoRAs that are recognised,
             bool[R, K, T].
         counts: Modules that are masked, ascending, int[K].
         permuted: Mean attention over LoRAs of trainings on permuted labels, one run each, float[trainings, P]; None
             without any.
-        observed_once: The same of the first run on the true labels, float[P].
     """
 
     modules: Sequence[str]
@@ -62,7 +62,6 @@ class Attended:
     deletion: dict[str, np.ndarray]
     counts: np.ndarray
     permuted: np.ndarray | None
-    observed_once: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class Shares:
 def _of_share(mean: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     """Return intervals of shares float[U], given those that are symmetric, float[U, 2]: symmetric on the logit's scale.
 
-    Attention is skewed, as a few LoRAs or runs look at a module and most do not: a symmetric interval would reach below
+    Attention is skewed, as a few LoRAs or runs give it to a module and most do not: a symmetric interval would reach below
     0 and not far enough above.
     """
     inside = (mean > ROUNDING) & (mean < 1 - ROUNDING)
@@ -114,7 +113,7 @@ def _of_share(mean: np.ndarray, bounds: np.ndarray) -> np.ndarray:
 
 
 def attention(evidence: Evidence, attended: Attended) -> dict:
-    """Return where the models look, what each module adds, and what masking in that order costs.
+    """Return which modules get attention, what each of them adds, and what masking in that order costs.
 
     Args:
         evidence: The evidence.
@@ -134,6 +133,7 @@ def attention(evidence: Evidence, attended: Attended) -> dict:
         "projections": list(_sums("projection", attended.projections, shares)),
         "classes": list(_classes(evidence, attended, shares)),
         "effective_number": effective_number(shares),
+        "stability": {"kendall_w": kendall_w(attended.attention.mean(1, dtype=float).T)},
         "agreement": {
             "ranking": _agreement(evidence, shares, order),
             "gradients": _agreement(evidence, shares, attended.gradients.mean(0)),
@@ -199,17 +199,14 @@ def _classes(evidence: Evidence, attended: Attended, shares: Shares) -> Iterator
 
 
 def effective_number(shares: Shares) -> dict:
-    """Return the exponentiated entropy of the mean attention, and its interval: 1 for one module, P for all alike.
+    """Return the exponentiated entropy of a run's attention, its mean and range over runs.
 
-    The entropy is the mean of ``-sum_m a_m log ā_m`` over runs and LoRAs, ā the mean attention. Its error is that of
-    this mean with ā fixed, as the entropy's derivative by ā has no other part (attention sums to 1).
+    Of the attention averaged over LoRAs: 1 for one module, P for all alike. Each run has one of its own, as the mean
+    attention of runs that choose other modules would be spread over the modules of all.
     """
-    mean = shares.attention.mean((1, 2))
-    logarithm = np.log(mean, out=np.zeros_like(mean), where=mean > 0)
-    _, bounds = means(-np.einsum("u,urt->rt", logarithm, shares.attention), shares.groups)
-    entropy = -xlogy(mean, mean).sum()
-    interval = None if np.isnan(bounds).any() else np.clip(np.exp(bounds), 1, len(mean))
-    return {"number": np.exp(entropy), "interval": interval}
+    of_run = shares.attention.mean(2)  # (U, R)
+    numbers = np.exp(-xlogy(of_run, of_run).sum(0))
+    return {"number": numbers.mean(), "min": numbers.min(), "max": numbers.max()}
 
 
 def _agreement(evidence: Evidence, shares: Shares, scores: np.ndarray) -> dict:
@@ -232,11 +229,11 @@ def _agreement(evidence: Evidence, shares: Shares, scores: np.ndarray) -> dict:
 
 
 def deletion_curves(draws: Draws, attended: Attended) -> dict:
-    """Compare accuracies of trained models with modules masked: in the order of attention, of the ranking, at random.
+    """Compare accuracies of trained models with modules masked: by attention, by their layers alone, at random.
 
     The area under a curve is its mean height; a smaller one says that removal hurts more. ``hurts_more`` than random
     needs both: the mean of the random orders differs by an interval over LoRAs and runs, and of these orders, at least
-    19, at most a twentieth costs as much.
+    19, at most a twentieth costs as much. Two or three modules have fewer orders, which decide nothing.
     """
     curves = {name: runs for name, runs in attended.deletion.items() if not name.startswith(RANDOM)}
     random = [runs for name, runs in attended.deletion.items() if name.startswith(RANDOM)]
@@ -244,32 +241,29 @@ def deletion_curves(draws: Draws, attended: Attended) -> dict:
     areas = {name: np.einsum("k,rkt->rt", weights, runs.astype(float)) for name, runs in curves.items()}
     of_random = [np.einsum("k,rkt->rt", weights, runs.astype(float)) for runs in random]
     own = areas[ATTENTION]
-    others = {"random": np.mean(of_random, axis=0)} if random else {}
-    others |= {"ranking": areas[RANKING]} if RANKING in areas else {}
+    others = {RANDOM: np.mean(of_random, axis=0)} if random else {}
+    others |= {LAYERS: areas[LAYERS]} if LAYERS in areas else {}
     compared = dict(zip(others, draws.differences([(other, own) for other in others.values()]), strict=True))
-    below = sum(area.mean() <= own.mean() + ROUNDING for area in of_random)
-    p_orders = (1 + below) / (1 + len(random)) if random else None
-    against_random = compared.get("random")
-    if against_random:
-        more = against_random["significant"] and against_random["difference"] > 0
-        enough = len(random) >= LEAST_TRAININGS and p_orders <= ALPHA + ROUNDING
-        against_random |= {
-            "orders": len(random),
-            "as_costly": below,
-            "p_orders": p_orders,
-            "hurts_more": bool(more and enough),
-        }
-    against_ranking = compared.get("ranking")
-    if against_ranking:
-        more = against_ranking["significant"] and against_ranking["difference"] > 0
-        against_ranking |= {"hurts_more": bool(more)}
+    for section in compared.values():
+        section["hurts_more"] = bool(section["significant"] and section["difference"] > 0)
+    if RANDOM in compared:
+        as_costly = sum(area.mean() <= own.mean() + ROUNDING for area in of_random)
+        _decide_by_orders(compared[RANDOM], len(random), as_costly, len(attended.modules))
     return {
         "masked": attended.counts,
         "curves": {name: _curve(draws, runs) | {"area": areas[name].mean()} for name, runs in curves.items()},
         "random": _random_curve(random, of_random) if random else None,
-        "against_random": against_random,
-        "against_ranking": against_ranking,
+        "against_random": compared.get(RANDOM),
+        "against_layers": compared.get(LAYERS),
     }
+
+
+def _decide_by_orders(section: dict, orders: int, as_costly: int, modules: int):
+    """Add to a comparison how many random orders of the modules cost as much, and let these decide as well."""
+    enough = min(orders, math.factorial(modules)) >= LEAST_TRAININGS
+    p = (1 + as_costly) / (1 + orders) if enough else None
+    more = section["hurts_more"] and p <= ALPHA + ROUNDING if enough else None
+    section |= {"orders": orders, "as_costly": as_costly, "p_orders": p, "hurts_more": more}
 
 
 def _height_weights(counts: np.ndarray) -> np.ndarray:
@@ -296,21 +290,22 @@ def _random_curve(random: Sequence[np.ndarray], areas: Sequence[np.ndarray]) -> 
 
 
 def above_permuted(attended: Attended) -> dict | None:
-    """Compare the attention of the first run with the largest of each training on permuted labels; None without any.
+    """Compare attention with the largest of each training on permuted labels, by its least run; None without any.
 
     Family-wise: each module is compared with the largest over all modules, so p at most 0.05 of any module is as rare
-    as that of the largest one. Of fewer than 19 trainings nothing is decided.
+    as that of the largest one. A module is above where it is in every run: runs differ in the modules that they choose.
+    Of fewer than 19 trainings nothing is decided.
     """
     if attended.permuted is None or len(attended.permuted) == 0:
         return None
-    largest, observed = attended.permuted.max(1), attended.observed_once
-    p = exceedance(observed, largest[:, None])
+    largest, least = attended.permuted.max(1), attended.attention.mean(1).min(0)
+    p = exceedance(least, largest[:, None])
     decided = len(largest) >= LEAST_TRAININGS
     above = p <= ALPHA + ROUNDING
     return {
         "trainings": len(largest),
         "largest": largest,
-        "observed": observed,
+        "least": least,
         "p": p,
         "decided": decided,
         "above": [module for module, is_above in zip(attended.modules, above, strict=True) if is_above and decided],

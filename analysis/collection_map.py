@@ -22,6 +22,7 @@ from analysis.evidence import Evidence, choose_rows
 
 KEPT = 1_000  # LoRAs whose places are kept in the results, at most
 DIGITS = 4  # of a coordinate, the largest of a panel being 1
+LEAST_LORAS = 5  # test LoRAs of a class, below which it is compared with none
 DISTINCT, MERGED = 0.9, 0.75  # separations of two classes: from the first on distinct, below the second merged
 LEAST_SHARE = 1e-9  # of a kernel's variance, below which a component is rounding
 
@@ -91,6 +92,8 @@ def collection_map(evidence: Evidence, mapped: Sequence[Mapped]) -> dict:
         scale = np.abs(points[kept]).max(initial=0.0) or 1.0
         separates = separation(evidence, points, nearest[i])
         separates |= {"p_family": test.p_family[i], "above_null": test.above_null[i]}
+        if not test.above_null[i]:  # what is told apart or not is then chance
+            separates |= {"distinct": [], "merged": []}
         panels.append(
             {
                 "layers": panel.layers,
@@ -133,7 +136,7 @@ def separation(evidence: Evidence, points: np.ndarray, nearest: np.ndarray) -> d
     Two classes are separated by the share of their test LoRAs, both classes counting alike, that are nearer to the mean
     of their own one: 1/2 where nothing tells them apart. A class is distinct where that is at least 0.9 with every
     other. Classes are merged where it is below 0.75 for every two of a group (complete linkage). Both are counts of
-    these test LoRAs, without an interval.
+    these test LoRAs, without an interval. Classes of fewer than five test LoRAs are compared with none.
 
     Args:
         evidence: The evidence.
@@ -143,7 +146,8 @@ def separation(evidence: Evidence, points: np.ndarray, nearest: np.ndarray) -> d
     correct = (nearest == evidence.truth)[None]
     estimate = evidence.draws.estimate(correct, evidence.draws.accuracies([correct])[0])
     separated = separations(_distances(evidence, points), evidence.truth)
-    present = np.flatnonzero(~np.isnan(separated).all(1))
+    enough = np.bincount(evidence.truth, minlength=len(separated)) >= LEAST_LORAS
+    present = np.flatnonzero(enough & ~np.isnan(separated).all(1))
     among = separated[np.ix_(present, present)]
     distinct, merged = [], []
     if len(present) > 1:
@@ -154,7 +158,13 @@ def separation(evidence: Evidence, points: np.ndarray, nearest: np.ndarray) -> d
         group_of = hierarchy.fcluster(tree, np.nextafter(MERGED, 0), "distance")
         groups = [present[group_of == group] for group in dict.fromkeys(group_of.tolist())]
         merged = [[evidence.classes[label] for label in group] for group in groups if len(group) > 1]
-    return {**estimate, "chance": evidence.chance, "distinct": distinct, "merged": merged}
+    return {
+        **estimate,
+        "chance": evidence.chance,
+        "compared": len(present),
+        "distinct": distinct,
+        "merged": merged,
+    }
 
 
 def separations(distances: np.ndarray, truth: np.ndarray) -> np.ndarray:

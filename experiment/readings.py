@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from analysis.attention import ATTENTION, RANDOM, RANKING, Attended
+from analysis.attention import ATTENTION, LAYERS, RANDOM, Attended
 from analysis.collection_map import Mapped
 from analysis.draws import stream
+from analysis.layers import order_of
 from experiment.networks import NETWORKS
 from experiment.phases import Experiment, on_permuted_labels
 from representations import MAPPED
@@ -26,7 +27,7 @@ PERMUTED = 19  # trainings on permuted labels, of which the largest of 20 has p 
 
 
 def attended(experiment: Experiment, names: Sequence[str], with_permuted: bool) -> Attended | None:
-    """Return what the networks that attend to modules, trained on all layers, have looked at; None without any.
+    """Return the attention to modules of the networks trained on all layers; None where none was trained.
 
     Args:
         experiment: All phases done.
@@ -46,7 +47,7 @@ def attended(experiment: Experiment, names: Sequence[str], with_permuted: bool) 
     before = network.read_out(experiment.rows["validation"])["attention"]
     orders = {
         ATTENTION: np.argsort(-before.mean((0, 1)), kind="stable"),
-        RANKING: by_ranking(experiment),
+        LAYERS: by_validation(experiment),
         **{f"{RANDOM} {number}": network.random_order(number) for number in range(1, RANDOM_ORDERS + 1)},
     }
     modules = len(experiment.inputs.pairs)
@@ -61,12 +62,11 @@ def attended(experiment: Experiment, names: Sequence[str], with_permuted: bool) 
         tested=tested,
         attention=read["attention"],
         contribution=read["contribution"],
-        gradients=read["gradients"],
-        ranks_of_ranking=orders[RANKING],
+        gradients=shares(read["gradients"]),
+        ranks_of_ranking=by_ranking(experiment),
         deletion={order: correct[:, place] for place, order in enumerate(orders)},
         counts=counts,
         permuted=_permuted(experiment, name, rows) if with_permuted else None,
-        observed_once=read["attention"][0].mean(0),
     )
 
 
@@ -87,7 +87,7 @@ class _Attending:
         self.modules = len(inputs.pairs)
 
     def read_out(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Return what the networks look at in the LoRAs of these rows, see `attention.read_out`."""
+        """Return attention, contributions and gradients for the LoRAs of these rows, see `attention.read_out`."""
         return attention.read_out(self.parameters, self.x, torch.from_numpy(rows).to(self.x.device), self.y)
 
     def deletion(self, rows: np.ndarray, orders: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -109,9 +109,28 @@ def _sample(experiment: Experiment) -> np.ndarray:
 
 def by_ranking(experiment: Experiment) -> np.ndarray:
     """Return the modules in the order in which the ranking comes to the first of their layers, int64[P]."""
-    place = np.empty(len(experiment.ranking), int)
-    place[experiment.ranking] = np.arange(len(place))
+    return _by_first_layer(experiment, experiment.ranking)
+
+
+def by_validation(experiment: Experiment) -> np.ndarray:
+    """Return the modules by the validation accuracy of the better of their layers alone, the best first, int64[P]."""
+    layers, validation = experiment.predictions.layers, experiment.rows["validation"]
+    right = layers["predicted"][..., : len(validation)] == experiment.collection.y[validation]
+    loss = layers["log_loss"][..., : len(validation)].mean((1, 2))
+    return _by_first_layer(experiment, order_of(right.mean((1, 2)), -loss))
+
+
+def _by_first_layer(experiment: Experiment, order: np.ndarray) -> np.ndarray:
+    """Return the modules in the order in which an order of the layers, int[L], comes to the first of theirs."""
+    place = np.empty(len(order), int)
+    place[order] = np.arange(len(place))
     return np.argsort(place[experiment.inputs.members].min(1), kind="stable")
+
+
+def shares(values: np.ndarray) -> np.ndarray:
+    """Return values float[R, P] as shares of their sum in each run; 0 where all are 0."""
+    total = values.sum(1, keepdims=True, dtype=float)
+    return np.divide(values, total, out=np.zeros(values.shape), where=total > 0)
 
 
 def _permuted(experiment: Experiment, name: str, rows: np.ndarray) -> np.ndarray:

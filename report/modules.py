@@ -8,17 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from report.wording import bounds, capital, counted, listed, number, p_text, percent
+from report.wording import bounds, capital, counted, listed, number, percent
 
-NAMED = 3  # modules, blocks or classes in a sentence, at most
+NAMED = 3  # modules, blocks or groups of classes in a sentence, at most
+LONGEST = 60  # characters of the names of classes in a sentence, of more their number is given
+OUTSIDE = 0.025  # share of 95 % intervals that lie above the truth by chance
 CAUTION = (
     "Attention is no explanation by itself: other weights may give the same predictions (Jain & Wallace, 2019; "
-    "Wiegreffe & Pinter, 2019). The contributions and the accuracies with modules masked say what it is worth."
+    "Wiegreffe & Pinter, 2019). How far it matters for the predictions is shown by the contributions and by the "
+    "accuracies with modules masked."
+)
+PROJECTED = "Components are fitted on train LoRAs; test LoRAs are projected and lie nearer to the centre."
+CHOSEN = (
+    "The modules shown are those of the first layers in the ranking, which these test LoRAs chose: their percentages "
+    "tend to be too high."
+)
+COUNTED = (
+    "Two concepts are told apart by the share of their test LoRAs that lie nearer to the mean of their own; concepts "
+    "of fewer than 5 test LoRAs are not compared. These are counts, without intervals."
 )
 
 
 def module_lines(results: dict) -> list[str]:
-    """Return where a classifier with attention looks and what that is worth, and what the map of the LoRAs separates.
+    """Return which modules a classifier gives attention to, how far that matters, and what the map separates.
 
     None without these sections of the analysis.
     """
@@ -27,6 +39,8 @@ def module_lines(results: dict) -> list[str]:
     if section := analysis.get("attention"):
         lines += _of_attention(section)
     if section := analysis.get("collection_map"):
+        chosen = results["config"]["rank_by"] == "test" and len(section["panels"]) > 1
+        lines += [PROJECTED, *([CHOSEN] if chosen else []), COUNTED]
         lines += map(_panel, section["panels"])
     return lines
 
@@ -41,33 +55,58 @@ def most_attended(section: dict, count: int = NAMED) -> list[dict]:
     return sorted(section["modules"], key=lambda record: -record["attention"])[:count]
 
 
+def is_settled(section: dict) -> bool:
+    """Return whether the interval of one of the first modules excludes the share that it would have evenly."""
+    even = 1 / len(section["modules"])
+    return any(record["interval"] and record["interval"][0] > even for record in most_attended(section))
+
+
 def _of_attention(section: dict) -> Iterator[str]:
     if len(section["modules"]) == 1:
-        yield f"There is only one module to attend to, {section['modules'][0]['module']}."
+        yield f"There is only one module to give attention to, {section['modules'][0]['module']}."
         return
-    yield from _most(section)
-    yield from _deletion(section["deletion"])
-    yield from _permuted(section)
-    yield from _agreement(section)
     yield CAUTION
+    yield from _most(section)
+    yield from _permuted(section)
+    yield from _adding(section)
+    yield from _deletion(section)
+    yield from _agreement(section)
 
 
 def _most(section: dict) -> Iterator[str]:
-    """Yield how many modules the attention is on, which these are, and which add to the own class."""
-    total, effective = len(section["modules"]), section["effective_number"]
-    around = f" ({bounds(effective['interval'], number)})" if effective["interval"] else ""
+    """Yield how many modules the attention is on, and which modules, blocks and projections these are."""
+    total, runs, effective = len(section["modules"]), section["runs"], section["effective_number"]
+    alike = f"{total} if at all modules alike"
+    if runs > 1:
+        subject, across = f"Each of {runs} trained classifiers spreads", " on average"
+        alike = f"{bounds((effective['min'], effective['max']), _tenths)} over runs; {alike}"
+    else:
+        subject, across = "The trained classifier spreads", ""
     yield (
-        f"The classifier with attention looks at {number(effective['number'])}{around} of {total} modules (effective "
-        f"number; {total} if at all alike), most at {_shares(most_attended(section), 'module')}; evenly each would "
-        f"have {percent(1 / total)} %."
+        f"{subject} its attention over an effective number of {_tenths(effective['number'])} modules{across} ({alike})."
+    )
+    names, even = _shares(most_attended(section), "module"), f"evenly each would have {percent(1 / total)} %"
+    yield (
+        f"Most attention is given to {names}; {even}."
+        if is_settled(section)
+        else f"Which module has most is not settled: {even}, which no interval of the first ones excludes: {names}."
     )
     sums = [_largest(section[f"{noun}s"], noun) for noun in ("block", "projection") if len(section[f"{noun}s"]) > 1]
     if sums:
         yield f"{capital('; '.join(sums))}."
-    adding = sorted(filter(_adds, section["modules"]), key=lambda record: -record["contribution"])[:NAMED]
-    parts = [f"{record['module']} ({_logits(record)})" for record in adding]
-    added = f"most is added by {listed(parts)}" if parts else "no module clearly adds anything"
-    yield f"To the logit of a LoRA's own class, less what is added to all classes on average, {added}."
+    if runs == 1:
+        yield (
+            "Intervals are over LoRAs only, of one trained classifier; another run may give attention to other modules."
+        )
+    elif (agreement := section["stability"]["kendall_w"]) is not None:
+        yield (
+            f"Kendall's W of the orders of modules by attention in the {runs} runs is {number(agreement)}: 1 if all "
+            f"were the same, about {number(1 / runs)} at random."
+        )
+
+
+def _tenths(value: float) -> str:
+    return f"{value:.1f}"
 
 
 def _shares(records: Sequence[dict], noun: str) -> str:
@@ -79,58 +118,90 @@ def _shares(records: Sequence[dict], noun: str) -> str:
     return listed(texts)
 
 
-def _adds(record: dict) -> bool:
-    """Return whether a module adds to the own class by its interval, which holds alone."""
-    return record["contribution_interval"] is not None and record["contribution_interval"][0] > 0
-
-
-def _logits(record: dict) -> str:
-    around = record["contribution_interval"]
-    return f"{number(record['contribution'])}, {bounds(around, number)}" if around else number(record["contribution"])
-
-
 def _largest(records: Sequence[dict], noun: str) -> str:
-    """Return the block or projection with the most attention, in how many modules."""
-    largest = max(records, key=lambda record: record["attention"])
-    among = counted(largest["modules"], "module")
+    """Return the block or projection with the most attention, in how many modules of all."""
+    largest, total = max(records, key=lambda record: record["attention"]), sum(record["modules"] for record in records)
+    even = percent(largest["modules"] / total)
+    among = f"{largest['modules']} of {total} modules (evenly {even} %)"
     return f"the {noun} with most attention is {_shares([largest], noun)}, in {among}"
 
 
+def _adding(section: dict) -> Iterator[str]:
+    """Yield which modules add most to the own class, and how many intervals are above 0.
+
+    The modules are chosen among all before their intervals are looked at.
+    """
+    modules = section["modules"]
+    most = sorted(modules, key=lambda record: -record["contribution"])[:NAMED]
+    around = [record["contribution_interval"] for record in modules]
+    count = ""
+    if all(around):
+        above, expected = sum(interval[0] > 0 for interval in around), round(OUTSIDE * len(modules))
+        by_chance = f"about {expected}" if expected else "fewer than 1"
+        verb = "is" if above == 1 else "are"
+        count = f"; {above} of {len(modules)} intervals {verb} above 0 (each holds alone: {by_chance} would by chance)"
+    yield (
+        "To the score (logit) of a LoRA's own class, less what is added to all classes on average, most is added by "
+        f"{listed([_added(record) for record in most])}{count}."
+    )
+
+
+def _added(record: dict) -> str:
+    """Return a module with its contribution and its interval."""
+    around = record["contribution_interval"]
+    return f"{record['module']} ({number(record['contribution'])}{f', {bounds(around, number)}' if around else ''})"
+
+
 def _deletion(section: dict) -> Iterator[str]:
-    """Yield what masking modules in the order of attention costs, against random orders and that of the ranking."""
-    curve, masked, parts = section["curves"]["attention"], section["masked"], []
+    """Yield what masking modules in the order of attention costs, against random orders and that of single layers."""
+    deletion = section["deletion"]
+    curves, masked = deletion["curves"], deletion["masked"]
     if len(masked) < 2:
         return
-    whole, point = curve["accuracy"][0], len(masked) // 2
-    ends = f"with {masked[point]} masked in the order of attention {percent(curve['accuracy'][point])} %"
-    if section["random"]:
-        ends += f", in random orders {percent(section['random']['accuracy'][point])} %"
-    if "ranking" in section["curves"]:
-        ends += f", in the order of the ranking {percent(section['curves']['ranking']['accuracy'][point])} %"
+    point = len(masked) // 2
+    ends = [f"in the order of attention {percent(curves['attention']['accuracy'][point])} %"]
+    if deletion["random"]:
+        ends.append(f"in random orders {percent(deletion['random']['accuracy'][point])} %")
+    if "layers" in curves:
+        ends.append(f"in the order of their layers alone {percent(curves['layers']['accuracy'][point])} %")
     start = "with all modules" if masked[0] == 0 else f"with {masked[0]} masked"
-    for name, words in (("against_random", "random orders"), ("against_ranking", "the order of the ranking")):
-        if compared := section[name]:
-            parts.append(f"{_hurts(compared)} {words} ({_difference(compared)})")
-    verdict = f" Masking by attention costs {listed(parts)}." if parts else ""
-    yield f"The trained classifier reaches {percent(whole)} % {start}, {ends}.{verdict}"
+    yield (
+        "A masked module is left out of a trained classifier without training it again. It reaches "
+        f"{percent(curves['attention']['accuracy'][0])} % {start}; with {masked[point]} masked {', '.join(ends)} (both "
+        "attention and layers by validation LoRAs)."
+    )
+    if compared := deletion["against_random"]:
+        yield _against_random(compared)
+    if compared := deletion["against_layers"]:
+        yield f"It {_costs(compared)} in the order of the layers' accuracies alone: {_difference(compared)}."
 
 
-def _hurts(compared: dict) -> str:
+def _against_random(compared: dict) -> str:
+    """Return what masking by attention costs beside random orders, and whether it is more."""
+    if compared["hurts_more"] is None:
+        return (
+            f"Masking modules in the order of attention costs {_difference(compared)} more than in random orders; of "
+            "so few orders nothing is decided."
+        )
+    as_costly = "1 costs" if compared["as_costly"] == 1 else f"{compared['as_costly'] or 'none'} cost"
+    return (
+        f"Masking modules in the order of attention {_costs(compared)} in random orders: {_difference(compared)}; "
+        f"of {compared['orders']} random orders {as_costly} at least as much."
+    )
+
+
+def _costs(compared: dict) -> str:
     if compared["hurts_more"]:
-        return "more than"
+        return "costs significantly more than"
     if compared["significant"] and compared["difference"] < 0:
-        return "less than"
-    return "not clearly more than"
+        return "costs significantly less than"
+    return "does not cost significantly more than"
 
 
 def _difference(compared: dict) -> str:
-    """Return the difference of mean accuracies along two curves, with interval and p."""
-    text = f"{percent(compared['difference'])} points of mean accuracy, {bounds(compared['interval'])}"
-    orders = ""
-    if "orders" in compared:
-        as_costly = f"{compared['as_costly'] or 'none'} of {counted(compared['orders'], 'order')}"
-        orders = f"; {as_costly} cost as much, {p_text(compared['p_orders'])}"
-    return f"{text}, {p_text(compared['p'])}{orders}"
+    """Return the difference of mean accuracies along two curves with its interval."""
+    points = percent(compared["difference"])
+    return f"{points} points of accuracy, averaged over the numbers masked ({bounds(compared['interval'])})"
 
 
 def _permuted(section: dict) -> Iterator[str]:
@@ -143,28 +214,43 @@ def _permuted(section: dict) -> Iterator[str]:
         yield f"Of {trainings}, the largest attention is known, but these are too few to decide by."
         return
     above = permuted["above"]
-    most = percent(max(permuted["largest"]))
+    every = "In every run" if section["runs"] > 1 else "In the only run"
+    most = f"than any gets in {trainings} (up to {percent(max(permuted['largest']))} %)"
     if not above:
-        yield f"No module gets more attention than the largest of {trainings} gives to any (up to {most} %)."
+        yield f"No module gets more attention, {every[0].lower()}{every[1:]}, {most}."
         return
     names = f": {listed(above)}" if len(above) <= NAMED else ""
     verb = "gets" if len(above) == 1 else "get"
     yield (
-        f"{len(above)} of {total} modules {verb} more attention, in the first run, than the largest of {trainings} "
-        f"gives to any (up to {most} %; p at most 0.05, corrected for the choice among all modules){names}."
+        f"{every} {len(above)} of {total} modules {verb} more attention {most}{names}. Those trainings stop early, so "
+        "this shows that something was learned, not that only these modules hold it."
     )
 
 
 def _agreement(section: dict) -> Iterator[str]:
-    words = {"ranking": "the ranking of the layers", "gradients": "gradient times input"}
+    """Yield how far other orders of the modules are that of attention."""
+    words = {
+        "ranking": "the ranking of the layers",
+        "gradients": "gradient times input (how far the score of the predicted class follows small changes in "
+        "proportion to a module's numbers)",
+    }
     parts = []
     for name, described in words.items():
         tau = section["agreement"][name]
         if tau["kendall_tau"] is not None:
-            around = f" ({bounds(tau['interval'], number)})" if tau["interval"] else ""
-            parts.append(f"{number(tau['kendall_tau'])}{around} with {described}")
+            around = f", {bounds(tau['interval'], number)}" if tau["interval"] else ", without an interval"
+            value = f"Kendall's tau {number(tau['kendall_tau'])}{around}"
+            parts.append(f"{_agrees(tau['interval'])} that by {described}: {value}")
     if parts:
-        yield f"Kendall's tau of attention by module is {listed(parts)}."
+        yield f"The order of modules by attention {'; it '.join(parts)}."
+
+
+def _agrees(interval: Sequence[float] | None) -> str:
+    if interval and interval[0] > 0:
+        return "agrees with"
+    if interval and interval[1] < 0:
+        return "is rather the reverse of"
+    return "does not clearly agree with"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,29 +264,33 @@ def _panel(panel: dict) -> str:
     held = percent(sum(panel["explained"]))
     section = panel["separates"]
     reached = f"{percent(section['accuracy'])} % ({bounds(section['interval'])})"
-    known = "" if section["above_null"] else ", indistinguishable from chance"
+    ends = _told_apart(section) if section["above_null"] else ", indistinguishable from chance"
     return (
         f"In the plane of {subject}, which holds {held} % of the variance, {reached} of the test LoRAs lie nearest to "
-        f"the mean of their own concept (guessing {percent(section['chance'])} %){known}; {_kinds(section)}."
+        f"the mean of their own concept (guessing {percent(section['chance'])} %){ends}."
     )
 
 
-def _kinds(section: dict) -> str:
-    """Return which concepts stand apart from all others, and which are merged."""
+def _told_apart(section: dict) -> str:
+    """Return which concepts are told apart from all others by these test LoRAs, and which are not from each other."""
     distinct, merged = section["distinct"], section["merged"]
-    parts = ["no concept stands apart from all others"]
+    if section["compared"] < 2:
+        return ""
+    apart = "none is told apart from every other concept (at least 90 %)"
     if distinct:
-        verb = "stands" if len(distinct) == 1 else "stand"
-        parts = [f"{_named(distinct)} {verb} apart from all others"]
+        verb = "is" if len(distinct) == 1 else "are"
+        those = "that" if len(distinct) == 1 else "those"
+        apart = f"{those} of {_named(distinct)} {verb} told apart from every other concept (at least 90 %)"
+        apart = apart if len(distinct) < section["compared"] else "all concepts are told apart (at least 90 %)"
+    parts = [f"; of these test LoRAs, {apart}" if distinct else f"; of the concepts, {apart}"]
     if merged:
         groups = [_named(group) for group in sorted(merged, key=len, reverse=True)[:NAMED]]
         more = f", and {counted(len(merged) - NAMED, 'more group')}" if len(merged) > NAMED else ""
-        parts.append(f"merged are {'; '.join(groups)}{more}")
-    else:
-        parts.append("none are merged")
+        parts.append(f"not told apart (below 75 %): {'; '.join(groups)}{more}")
     return "; ".join(parts)
 
 
 def _named(names: Sequence[str]) -> str:
-    """Return names, or how many there are where they are many."""
-    return listed(names) if len(names) <= NAMED + 1 else f"{len(names)} concepts"
+    """Return names, or how many there are where they are many or long."""
+    few = len(names) <= NAMED + 1 and len(listed(names)) <= LONGEST
+    return listed(names) if few else f"{len(names)} concepts"

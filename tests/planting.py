@@ -137,7 +137,7 @@ def attended_of(
     contribution = attention * (knows[truth] + generator.normal(size=attention.shape) / 4)
     counts = np.unique(np.linspace(0, total - 1, min(total, 9)).astype(int))
     ranking = np.argsort(-strength, kind="stable")
-    orders = {"attention": ranking, "ranking": ranking[::-1] if not planted else np.roll(ranking, 1)}
+    orders = {"attention": ranking, "layers": ranking[::-1] if not planted else np.roll(ranking, 1)}
     orders |= {f"random {i}": np.random.default_rng(i).permutation(total) for i in range(1, 21)}
     value = (1 + 9 * (strength > 0)) / (1 + 9 * (strength > 0)).sum()
     deletion = {}
@@ -149,7 +149,7 @@ def attended_of(
     return Attended(
         modules=modules,
         blocks=[f"block {i // 4}" for i in range(total)],
-        projections=["to_q" if i % 2 else "to_v" for i in range(total)],
+        projections=["q" if i % 2 else "v" for i in range(total)],
         tested=np.arange(loras),
         attention=attention,
         contribution=contribution,
@@ -158,7 +158,6 @@ def attended_of(
         deletion=deletion,
         counts=counts,
         permuted=uniform if trainings else None,
-        observed_once=attention[0].mean(0),
     )
 
 

@@ -77,6 +77,7 @@ def test_networks_are_read_after_the_phases(planted):
     runs, tested, modules = 3, len(planted.rows["test"]), len(planted.inputs.pairs)
     assert attended.attention.shape == attended.contribution.shape == (runs, tested, modules)
     np.testing.assert_allclose(attended.attention.sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(attended.gradients.sum(-1), np.ones(runs))
     whole = planted.predictions.conditions["baseline"]["update_attention"]["predicted"][:, -tested:]
     right = whole == planted.collection.y[planted.rows["test"]]
     assert attended.counts[0] == 0 and attended.permuted is None
@@ -85,6 +86,18 @@ def test_networks_are_read_after_the_phases(planted):
     assert sorted(attended.ranks_of_ranking.tolist()) == list(range(modules))
     best = planted.layers[planted.ranking[0]].module
     assert attended.modules[attended.ranks_of_ranking[0]] == best
+
+
+def test_modules_are_masked_by_the_validation_accuracy_of_their_better_layer(planted):
+    validation = planted.rows["validation"]
+    predicted = planted.predictions.layers["predicted"][..., : len(validation)]
+    of_layer = (predicted == planted.collection.y[validation]).mean((1, 2))
+    better = of_layer[planted.inputs.members].max(1)[readings.by_validation(planted)]
+    assert (np.diff(better) <= 1e-12).all()
+
+
+def test_gradients_that_are_all_zero_have_no_shares():
+    np.testing.assert_allclose(readings.shares(np.array([[1.0, 3.0], [0.0, 0.0]])), [[0.25, 0.75], [0, 0]])
 
 
 def test_nothing_is_read_of_what_was_not_run(planted):
