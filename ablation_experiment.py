@@ -157,9 +157,9 @@ def add_experiment_flags(add: Callable) -> None:
         help="what to compare with. basic: all that needs no training, and for stats in 3 runs 39 random removals, the "
         "bottom k, the top k alone, curves of at least 12 points; each representation without the layers that other "
         "test LoRAs choose, in 3 runs; and the best representation without fitting on a split by groups where a "
-        "column looks like one; update_kernel too, with 200 removals, where its kernels are "
-        "kept; all: also ensemble and update_sketch, update_kernel in any case, every run, 32 points, what each layer "
-        "adds to the top k (basic; none with --quick)",
+        "column looks like one; update_kernel and update_views too, with 200 removals, where their "
+        "kernels are kept; all: also ensemble and update_sketch, both kernels in any case, every run, 32 points, what "
+        "each layer adds to the top k, and attention in 19 trainings on permuted labels (basic; none with --quick)",
     )
     add(
         "--null-shuffles",
@@ -171,7 +171,7 @@ def add_experiment_flags(add: Callable) -> None:
     add(
         "--quick",
         action="store_true",
-        help="for trying things out: 3 runs, patience 5, at most 30 classifier and 8 autoencoder epochs",
+        help="for trying things out: 3 runs, patience 5, at most 30 epochs of classifiers and 8 of autoencoders",
     )
 
 
@@ -442,7 +442,7 @@ def run_phases(experiment: Experiment, chosen: list[str], not_run: dict[str, str
     for name, reason in without_units(experiment, chosen, removed).items():
         leave_out(not_run, name, reason)
     with watch.phase("autoencoders"):
-        for name, reason in experiment.fit(chosen, [removed, []]).items():
+        for name, reason in experiment.fit([name for name in chosen if name not in not_run], [removed, []]).items():
             leave_out(not_run, name, reason)
     entries = {}
     for condition, without, title in (

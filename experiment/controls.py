@@ -23,6 +23,7 @@ from experiment.phases import Experiment, emptied, on_permuted_labels, split_col
 from experiment.plans import TrainingError
 from experiment.readings import attended, mapped
 from experiment.settings import Settings
+from experiment.units import OutOfMemory, one_memory_error
 from loras.recipe import header_columns, recipe_columns
 from representations import FEATURES, RANKING, REPRESENTATIONS, UPDATES
 
@@ -102,10 +103,11 @@ def _train(
     def attempt(name: str, train: Callable) -> object:
         """Return what ``train()`` gives; None where it cannot be done, which is noted."""
         try:
-            return train()
-        except TrainingError as error:
-            not_run[name] = str(error)
-            say(f"controls: {name} not run: {error}")
+            with one_memory_error():
+                return train()
+        except (TrainingError, OutOfMemory) as error:
+            not_run[name] = str(error) if isinstance(error, TrainingError) else f"out of memory: {error}"
+            say(f"controls: {name} not run: {not_run[name]}")
             return None
 
     attributions: dict[str, np.ndarray] = {}
@@ -128,7 +130,7 @@ def _train(
         shuffled=attempt("null shuffles", lambda: shuffled(experiment, shuffles)) if shuffles else None,
         cross_fitted=cross_fitted(experiment, evidence, names, level, conditions.get(RANKING)),
         attended=attempt("attention", lambda: attended(experiment, names, level == "all")) if controlled else None,
-        mapped=mapped(experiment, names) if controlled else (),
+        mapped=attempt("map of the collection", lambda: mapped(experiment, names)) or () if controlled else (),
     )
     for name, reason in controls.cross_fitted.not_run.items():
         say(f"controls: {name} without what each fold chose not run: {reason}")

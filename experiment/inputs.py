@@ -219,8 +219,8 @@ class Inputs:
 
     def _read(self, source: Source) -> torch.Tensor | Stored:
         made = REPRESENTATIONS[source.name].made
-        if source.name in NETWORKS:  # standardised where they are made, or by each LoRA's own norm
-            return self.modules.tokens() if NETWORKS[source.name].reads == "tokens" else self.modules.factors()
+        if source.name in NETWORKS:
+            return self.modules.read(NETWORKS[source.name].reads)
         if source.each_layer:
             return standardise(self.features(source.name).transpose(0, 1).contiguous(), self.split.train)  # (L, N, F)
         if made == "flat":

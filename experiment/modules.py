@@ -22,7 +22,7 @@ from experiment.settings import Settings
 from experiment.units import Units
 from experiment.workers import Task
 from representations import FEATURES, UPDATES
-from training.attention import EXACT, LANDMARKS, module_tokens
+from training.attention import EXACT, LANDMARKS, TOKEN, module_tokens
 from training.kernels import Limits, UpdateKernels, Updates
 
 UNLABELLED = "update_views"  # the kernel whose components tokens are
@@ -54,6 +54,7 @@ class Modules:
         self.extracted, self.units = extracted, units
         self.seed, self.device = settings.seed, settings.device
         self._kernels: dict[str, UpdateKernels] = {}
+        self._read: dict[str, torch.Tensor] = {}
         self._lock = threading.Lock()
 
     @property
@@ -90,10 +91,19 @@ class Modules:
             limits=limits,
         )
 
+    def read(self, what: str) -> torch.Tensor:
+        """Return "tokens" or "factors", which are held for all networks that read them."""
+        with self._lock:
+            if what not in self._read:
+                self._read[what] = {"tokens": self.tokens, "factors": self.factors}[what]()
+            return self._read[what]
+
     def release(self) -> None:
-        """Give back the memory of all kernels."""
+        """Give back the memory of all kernels, tokens and factors; they are made again where they are asked for."""
         with self._lock:
             self._kernels.clear()
+            self._read.clear()
+            self.__dict__.pop("unlabelled", None)  # a cached property
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 
@@ -105,8 +115,11 @@ class Modules:
 
     def tokens(self) -> torch.Tensor:
         """Return finished tokens of all modules side by side, float32[1, N, P · 33]."""
-        parts = [torch.from_numpy(self.units.load(key, ["tokens"])["tokens"]) for key in self._token_keys()]
-        return torch.cat(parts).transpose(0, 1).flatten(1)[None].to(self.device)
+        tokens = torch.empty(1, len(self.collection.files), len(self.pairs), TOKEN, device=self.device)
+        for key in self._token_keys():
+            of_modules = torch.from_numpy(self.units.load(key, ["tokens"])["tokens"])  # (m, N, 33)
+            tokens[0, :, key["models"]] = of_modules.transpose(0, 1).to(self.device)
+        return tokens.flatten(2)
 
     def _token_keys(self) -> list[dict]:
         positions = list(range(len(self.pairs)))

@@ -15,13 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiment.settings import Settings, memory_of
+from experiment.settings import Settings
 from representations import SKETCH, projection
 from training import attention, projections
 from training.classifier import Models
 from training.stacks import Schedule, Split
-
-FACTORS_SHARE = 0.3  # of the memory that the factors of all updates may take
 
 
 class Module(NamedTuple):
@@ -115,16 +113,16 @@ NETWORKS = {
     "update_learned": _projections(frozen=False),
 }
 FEW_LORAS, FEW_MODULES = 2_000, 64  # up to which a CPU trains networks that read factors, unless told to
+FACTORS_GIB = 4  # of factors of all updates, up to which they are read, unless told to
 
 
 def left_by_default(modules: Sequence[Module], num_samples: int, device: torch.device) -> dict[str, str]:
     """Return the networks that are not trained unless their names are asked for, and why."""
-    few = num_samples < FEW_LORAS and len(modules) <= FEW_MODULES
-    numbers = num_samples * sum(module.numbers for module in modules)
-    fits = 4 * numbers < FACTORS_SHARE * memory_of(device)
-    if fits and (few or device.type == "cuda"):
+    size = 4 * num_samples * sum(module.numbers for module in modules) / 2**30
+    if size > FACTORS_GIB:
+        reason = f"the factors of all updates take {size:.1f} GiB; by default at most {FACTORS_GIB} are read"
+    elif device.type == "cuda" or (num_samples < FEW_LORAS and len(modules) <= FEW_MODULES):
         return {}
-    reason = f"by default only on a GPU, or for fewer than {FEW_LORAS:,} LoRAs of at most {FEW_MODULES} modules"
-    if not fits:
-        reason = f"the factors of all updates, {4 * numbers / 2**30:.1f} GiB, are too large for the memory"
+    else:
+        reason = f"by default only on a GPU, or for fewer than {FEW_LORAS:,} LoRAs of at most {FEW_MODULES} modules"
     return {name: reason for name, network in NETWORKS.items() if network.reads == "factors"}

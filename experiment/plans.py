@@ -107,13 +107,14 @@ class Planner:
         return schedule, sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise(widths))
 
     def _read_before_fork(self, source: Source, tasks: list[Task]) -> None:
-        """Read flat weights into this process, so that those forked from it share them."""
-        if REPRESENTATIONS[source.name].made != "flat" or not self.workers.forks:
-            return
-        if all(task.finished() for task in tasks):
+        """Read into this process what is large, so that those forked from it share it."""
+        if not self.workers.forks or all(task.finished() for task in tasks):
             return
         with suppress(OutOfMemory), one_memory_error():  # each task will meet it, and report it
-            self.workers.call_prepared(self.inputs.flat_weights.ready)
+            if REPRESENTATIONS[source.name].made == "flat":
+                self.workers.call_prepared(self.inputs.flat_weights.ready)
+            elif source.name in NETWORKS:
+                self.workers.call_prepared(lambda: self.inputs.read(source))
 
     def _train_classifiers(
         self, source: Source, live: np.ndarray, models: list[tuple[int, int]], stack: list[int]

@@ -5,7 +5,7 @@ Shape letters: N LoRAs, R runs, T test LoRAs, P modules, K numbers of removed mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from analysis.draws import stream
 from analysis.layers import order_of
 from experiment.networks import NETWORKS
 from experiment.phases import Experiment, on_permuted_labels
+from experiment.plans import Plan, TrainingError
 from representations import MAPPED
 from training import attention
 
@@ -40,17 +41,30 @@ def attended(experiment: Experiment, names: Sequence[str], with_permuted: bool) 
     name = next((name for name in names if name in NETWORKS and NETWORKS[name].reads == "tokens"), None)
     if name is None:
         return None
-    network = _Attending(experiment, name)
+    plan = experiment.plan(name, [], "baseline")
+    experiment.planner.carry_out(plan, experiment.progress)  # they are trained already, but where units were lost
+    permuted = _trained_on_permuted_labels(experiment, name) if with_permuted else None
+    if experiment.workers.rank > 0:
+        return None
+    return _prepared(experiment, lambda: _attended(experiment, name, plan, permuted))
+
+
+def _attended(
+    experiment: Experiment, name: str, plan: Plan, permuted: list[tuple[Experiment, Plan]] | None
+) -> Attended:
+    """Return what `attended` does, given what has been trained."""
+    network = _Attending(experiment, name, experiment.planner.load_scores(plan))
     tested = _sample(experiment)
     rows = experiment.rows["test"][tested]
     read = network.read_out(rows)
     before = network.read_out(experiment.rows["validation"])["attention"]
+    modules = len(experiment.inputs.pairs)
     orders = {
         ATTENTION: np.argsort(-before.mean((0, 1)), kind="stable"),
         LAYERS: by_validation(experiment),
-        **{f"{RANDOM} {number}": network.random_order(number) for number in range(1, RANDOM_ORDERS + 1)},
     }
-    modules = len(experiment.inputs.pairs)
+    for number in range(1, RANDOM_ORDERS + 1):
+        orders[f"{RANDOM} {number}"] = stream(experiment.settings.seed, "deletion", number).permutation(modules)
     counts = np.unique(np.linspace(0, modules - 1, min(POINTS, modules)).round().astype(int))
     predicted = network.deletion(rows, np.stack(list(orders.values())), counts)  # (R, O, K, T)
     correct = predicted == experiment.collection.y[rows]
@@ -66,25 +80,55 @@ def attended(experiment: Experiment, names: Sequence[str], with_permuted: bool) 
         ranks_of_ranking=by_ranking(experiment),
         deletion={order: correct[:, place] for place, order in enumerate(orders)},
         counts=counts,
-        permuted=_permuted(experiment, name, rows) if with_permuted else None,
+        permuted=None if permuted is None else _mean_attention(permuted, name, rows),
     )
 
 
+def _trained_on_permuted_labels(experiment: Experiment, name: str) -> list[tuple[Experiment, Plan]]:
+    """Train networks on permuted labels, one run each and all at once; return where they are.
+
+    Raises:
+        TrainingError: A training diverged, or memory ran out.
+    """
+    trained = []
+    for again in on_permuted_labels(experiment, PERMUTED, "permuted attention"):
+        again.inputs = again.planner.inputs = experiment.inputs  # tokens know no labels
+        trained.append((again, again.plan(name, [], "baseline")))
+    tasks = [task for _, plan in trained for task in plan.tasks]
+    for done, reason in enumerate(experiment.workers.do(tasks), 1):
+        experiment.progress("attention on permuted labels", done, len(tasks))
+        if reason:
+            raise TrainingError(reason)
+    return trained
+
+
+def _mean_attention(trained: list[tuple[Experiment, Plan]], name: str, rows: np.ndarray) -> np.ndarray:
+    """Return the mean attention to each module of networks over these rows, float[networks, P]."""
+    networks = [_Attending(again, name, again.planner.load_scores(plan)) for again, plan in trained]
+    return np.stack([network.read_out(rows)["attention"].mean((0, 1)) for network in networks])
+
+
+def _prepared(experiment: Experiment, function: Callable[[], object]) -> object:
+    """Return what a function gives in a thread like those that train: numbers do not depend on how many there are."""
+    results = []
+    experiment.workers.call_prepared(lambda: results.append(function()))
+    return results[0]
+
+
 class _Attending:
-    """Trained networks of a representation that attends to modules, and what they read.
+    """Trained networks of a representation that gives attention to modules, and what they read.
 
     Args:
-        experiment: The experiment; where its networks are not trained yet, they are.
+        experiment: The experiment that they are of.
         name: The representation.
+        arrays: Of the finished units.
     """
 
-    def __init__(self, experiment: Experiment, name: str):
-        inputs, self.seed = experiment.inputs, experiment.settings.seed
-        scores = experiment.planner.carry_out(experiment.plan(name, [], "baseline"), experiment.progress)
-        self.parameters = attention.parameters_of(scores)
+    def __init__(self, experiment: Experiment, name: str, arrays: dict[str, np.ndarray]):
+        inputs = experiment.inputs
+        self.parameters = attention.parameters_of(arrays)
         self.x = inputs.read(inputs.source(name, inputs.weights.without([])))
         self.y = torch.from_numpy(experiment.collection.y).to(self.x.device)
-        self.modules = len(inputs.pairs)
 
     def read_out(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Return attention, contributions and gradients for the LoRAs of these rows, see `attention.read_out`."""
@@ -93,10 +137,6 @@ class _Attending:
     def deletion(self, rows: np.ndarray, orders: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Return what the networks predict with modules masked, see `attention.deletion`."""
         return attention.deletion(self.parameters, self.x, torch.from_numpy(rows).to(self.x.device), orders, counts)
-
-    def random_order(self, number: int) -> np.ndarray:
-        """Draw an order of the modules, int64[P]."""
-        return stream(self.seed, "deletion", number).permutation(self.modules)
 
 
 def _sample(experiment: Experiment) -> np.ndarray:
@@ -133,15 +173,6 @@ def shares(values: np.ndarray) -> np.ndarray:
     return np.divide(values, total, out=np.zeros(values.shape), where=total > 0)
 
 
-def _permuted(experiment: Experiment, name: str, rows: np.ndarray) -> np.ndarray:
-    """Return the mean attention of networks trained on permuted labels, one run each, float[19, P]."""
-    found = []
-    for again in on_permuted_labels(experiment, PERMUTED, "permuted attention"):
-        again.inputs = again.planner.inputs = experiment.inputs  # tokens know no labels
-        found.append(_Attending(again, name).read_out(rows)["attention"].mean((0, 1)))
-    return np.stack(found)
-
-
 def mapped(experiment: Experiment, names: Sequence[str]) -> list[Mapped]:
     """Return the kernels by which LoRAs are drawn in the plane: of all layers, and of the best modules, each alone.
 
@@ -151,12 +182,16 @@ def mapped(experiment: Experiment, names: Sequence[str]) -> list[Mapped]:
         experiment: All phases done.
         names: The representations that were run.
     """
-    if MAPPED not in names:
+    if MAPPED not in names or experiment.workers.rank > 0:
         return []
+    return _prepared(experiment, lambda: _mapped(experiment))
+
+
+def _mapped(experiment: Experiment) -> list[Mapped]:
     kernels, modules = experiment.inputs.modules.unlabelled, len(experiment.inputs.pairs)
     (whole,) = kernels.sums(np.ones((1, modules), bool))
-    found = [Mapped("all", "", whole, kernels.columns)]
+    panels = [Mapped("all", "", whole, kernels.columns)]
     for module in by_ranking(experiment)[:PANELS].tolist():
         layer = experiment.layers[experiment.inputs.members[module, 0]]
-        found.append(Mapped(layer.module, layer.block, kernels.module(module), kernels.columns))
-    return found
+        panels.append(Mapped(layer.module, layer.block, kernels.module(module), kernels.columns))
+    return panels

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,7 +36,8 @@ from sklearn.preprocessing import KernelCenterer
 from torch import Tensor
 from torch.nn import functional
 
-from training.classifier import Models, log_losses, scored
+from training.classifier import Models, log_losses, predictions
+from training.kernels import ROUNDING
 from training.stacks import (
     NUMBERS_AT_ONCE,
     Schedule,
@@ -51,7 +53,6 @@ from training.stacks import (
 COORDINATES = 32
 TOKEN = COORDINATES + 1  # and the norm
 EXACT, LANDMARKS = 2_000, 1_000
-ROUNDING = 1e-6  # a share of a kernel that is nothing but rounding of its float32 parts
 
 HIDDEN = 64  # of the modules' vectors and of the gate
 NORM_HIDDEN = 16
@@ -467,26 +468,11 @@ def train_attention(
         "best_epoch": trained.best_epoch.numpy(),
         "validation_loss": trained.best_loss.numpy(),
     }
-    arrays |= _predictions(trained.state, x, y, split, models.source.to(x.device), live)
+    predict = partial(predict_logits, live=live)
+    arrays |= predictions(trained.state, x, y, split, models.source.to(x.device), predict)
     if keep_parameters:
         arrays |= {f"{PARAMETERS}{name}": value.float().cpu().numpy() for name, value in trained.state.items()}
     return arrays
-
-
-def _predictions(
-    params: dict[str, Tensor], x: Tensor, y: Tensor, split: Split, source: Tensor, live: Tensor | None
-) -> dict[str, np.ndarray]:
-    """Predict all rows: classes and log-losses of rows held out, metrics of train rows."""
-    held_out = torch.cat([split.validation, split.test])
-    scores = predict_logits(params, x, source, held_out, live)  # (M, V + T, C)
-    fitted = predict_logits(params, x, source, split.train, live).argmax(2)  # (M, n)
-    train_accuracy, train_f1 = scored(y[split.train].cpu().numpy(), fitted.cpu().numpy(), scores.shape[2])
-    return {
-        "predicted": scores.argmax(2).int().cpu().numpy(),
-        "log_loss": log_losses(scores, y[held_out]).float().cpu().numpy(),
-        "train_accuracy": train_accuracy,
-        "train_f1": train_f1,
-    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -576,17 +562,19 @@ def deletion(
     source = x.new_zeros(len(params["class_bias"]), dtype=torch.int64)
     places = torch.as_tensor(np.asarray(orders), device=x.device).argsort(1)  # (O, P): when a module is masked
     kept = places[:, None] >= torch.as_tensor(counts, device=x.device)[:, None]  # (O, K, P)
+    kept = kept.flatten(0, 1)[:, None]  # (O * K, 1, P)
+    models, modules, _, hidden = params["token_weight"].shape
+    widest = max(TOKEN, 2 * hidden, len(kept), params["class_bias"].shape[2])
     blocks = []
-    for part in rows.split(_block_length(params, numbers_at_once)):
-        hidden = hidden_vectors(params, gather(x, source, part[None]))  # (M, P, n, H)
-        scores, added = gate_scores(params, hidden), hidden @ params["class_weight"][:, None]  # (M, P, n, C)
-        predicted = []
-        for modules in kept.flatten(0, 1):
-            attention = attention_of(scores, modules[None, :, None])  # (M, P, n)
-            total = (attention[..., None] * added).sum(1) + params["class_bias"]  # (M, n, C)
-            predicted.append(total.argmax(2).int())
-        blocks.append(torch.stack(predicted, 1))  # (M, O * K, n)
-    return torch.cat(blocks, 2).unflatten(1, kept.shape[:2]).cpu().numpy()
+    for part in rows.split(rows_at_once(models * modules * widest, numbers_at_once)):
+        vectors = hidden_vectors(params, gather(x, source, part[None]))  # (M, P, n, H)
+        added = (vectors @ params["class_weight"][:, None]).transpose(1, 2)  # (M, n, P, C)
+        scores = gate_scores(params, vectors).transpose(1, 2)[:, None]  # (M, 1, n, P)
+        attention = torch.softmax(scores.masked_fill(~kept, MASKED), 3) * kept  # (M, O * K, n, P)
+        total = attention.transpose(1, 2) @ added + params["class_bias"][:, None]  # (M, n, O * K, C)
+        blocks.append(total.argmax(3).int())
+    predicted = torch.cat(blocks, 1).transpose(1, 2)  # (M, O * K, n)
+    return predicted.unflatten(1, (len(orders), len(counts))).cpu().numpy()
 
 
 def _as_tensors(parameters: dict[str, np.ndarray], x: Tensor) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ V and T validation and test rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -324,12 +324,20 @@ def train_classifiers(
 
 
 def predictions(
-    params: dict[str, Tensor], x: Tensor | Stored, y: Tensor, split: Split, source: Tensor
+    params: dict[str, Tensor],
+    x: Tensor | Stored,
+    y: Tensor,
+    split: Split,
+    source: Tensor,
+    predict: Callable[[dict[str, Tensor], Tensor | Stored, Tensor, Tensor], Tensor] = predict_logits,
 ) -> dict[str, np.ndarray]:
-    """Predict all rows: classes and log-losses of rows held out, metrics of train rows; see `train_classifiers`."""
+    """Predict all rows: classes and log-losses of rows held out, metrics of train rows; see `train_classifiers`.
+
+    ``predict`` is `predict_logits`, or what takes its place for another network.
+    """
     held_out = torch.cat([split.validation, split.test])
-    scores = predict_logits(params, x, source, held_out)  # (M, V + T, C)
-    fitted = predict_logits(params, x, source, split.train)  # (M, n, C)
+    scores = predict(params, x, source, held_out)  # (M, V + T, C)
+    fitted = predict(params, x, source, split.train)  # (M, n, C)
     truth = y[split.train].cpu().numpy()
     train_accuracy, train_f1 = scored(truth, fitted.argmax(2).cpu().numpy(), num_classes=fitted.shape[2])
     return {
