@@ -45,13 +45,13 @@ class Network:
         schedule: Returns the schedule that its models train by.
         parameters: Counts the parameters of a model, of the modules, C, and the schedule.
         train: Trains a stack, as `attention.train_attention` does, of inputs, classes, split, models, C, the modules,
-            schedule and seed.
+            schedule, seed, and whether to keep the parameters of one that can be read afterwards.
     """
 
     reads: str
     schedule: Callable[[Settings], Schedule]
     parameters: Callable[[Sequence[Module], int, Schedule], int]
-    train: Callable[[Tensor, Tensor, Split, Models, int, Sequence[Module], Schedule, int], dict[str, np.ndarray]]
+    train: Callable[[Tensor, Tensor, Split, Models, int, Sequence[Module], Schedule, int, bool], dict[str, np.ndarray]]
 
 
 def _attention_parameters(modules: Sequence[Module], num_classes: int, schedule: Schedule) -> int:
@@ -67,8 +67,10 @@ def _train_attention(
     _: Sequence[Module],
     schedule: Schedule,
     seed: int,
+    keep_parameters: bool,
 ) -> dict[str, np.ndarray]:
-    return attention.train_attention(x, y, split, models, num_classes, schedule=schedule, seed=seed)
+    how = {"schedule": schedule, "seed": seed, "keep_parameters": keep_parameters}
+    return attention.train_attention(x, y, split, models, num_classes, **how)
 
 
 def _projection_parameters(modules: Sequence[Module], num_classes: int, schedule: Schedule) -> int:
@@ -88,6 +90,7 @@ def _projections(frozen: bool) -> Network:
         modules: Sequence[Module],
         schedule: Schedule,
         seed: int,
+        _: bool,
     ) -> dict[str, np.ndarray]:
         left = [projection(module.name, "P", module.outputs) for module in modules]
         right = [projection(module.name, "Q", module.inputs) for module in modules]

@@ -181,7 +181,8 @@ class Experiment:
             return self.planner.plan_kernels(name, live[None], label)
         models = [(0, run) for run in range(self.settings.num_runs)]
         at_most = RUNS_IN_STACK[self.settings.device.type]
-        return self.planner.plan_classifiers(self.inputs.source(name, kept), live, models, label, at_most)
+        read_later = condition == "baseline"
+        return self.planner.plan_classifiers(self.inputs.source(name, kept), live, models, label, at_most, read_later)
 
     def _entry(self, name: str, plan: Plan, kept: np.ndarray, condition: str) -> dict:
         """Return what results.json holds of finished classifiers of layers ``kept`` bool[L]; keep their predictions."""

@@ -70,6 +70,7 @@ class Planner:
         models: list[tuple[int, int]],
         label: str,
         at_most: int | None = None,
+        keep_parameters: bool = False,
     ) -> Plan:
         """Plan classifiers in stacks: multilayer perceptrons, or the networks of a representation that is trained.
 
@@ -79,6 +80,7 @@ class Planner:
             models: (source, run) of each model, in the order that fills the stacks.
             label: For the progress bar, and to report smaller stacks.
             at_most: Models in a stack, even where it would take more; None: no bound.
+            keep_parameters: Whether those of networks are kept, to be read afterwards.
         """
         schedule, parameters = self._size(source, live.shape[-1])
         at_once = max(1, min(STACK_PARAMETERS[self.settings.device.type] // parameters, at_most or len(models)))
@@ -86,12 +88,14 @@ class Planner:
         key = {"kind": "classifier", "inputs": asdict(source), "schedule": asdict(schedule), "dropout": DROPOUT}
         if REPRESENTATIONS[source.name].made == "autoencoder":
             key |= self.inputs.learned.key()
+        keep_parameters &= source.name in NETWORKS
+        key |= {"parameters": True} if keep_parameters else {}
         stacks = _stacks(len(models), at_once)
         keys = [
             {**key, "live": store.array_digest(_common(live_of_model[stack])), "models": [models[i] for i in stack]}
             for stack in stacks
         ]
-        compute = partial(self._train_classifiers, source, live_of_model, models)
+        compute = partial(self._train_classifiers, source, live_of_model, models, keep_parameters)
         tasks = [self.units.task(key, compute, stack, label) for key, stack in zip(keys, stacks, strict=True)]
         self._read_before_fork(source, tasks)
         return Plan(label, keys, tasks)
@@ -117,7 +121,12 @@ class Planner:
                 self.workers.call_prepared(lambda: self.inputs.read(source))
 
     def _train_classifiers(
-        self, source: Source, live: np.ndarray, models: list[tuple[int, int]], stack: list[int]
+        self,
+        source: Source,
+        live: np.ndarray,
+        models: list[tuple[int, int]],
+        keep_parameters: bool,
+        stack: list[int],
     ) -> dict[str, np.ndarray]:
         source_of_model, run = (torch.tensor(column) for column in zip(*(models[i] for i in stack), strict=True))
         x, y = self.inputs.read(source), torch.from_numpy(self.y).to(self.settings.device)
@@ -126,7 +135,8 @@ class Planner:
         if source.name in NETWORKS:
             network = NETWORKS[source.name]
             modules, schedule = inputs.modules.shapes, network.schedule(settings)
-            return network.train(x, y, inputs.split, stacked, self.num_classes, modules, schedule, settings.seed)
+            how = modules, schedule, settings.seed, keep_parameters
+            return network.train(x, y, inputs.split, stacked, self.num_classes, *how)
         row = REPRESENTATIONS[source.name]
         attributed = (row.unit, row.made) == ("layer", "computed") and not source.each_layer
         return train_classifiers(

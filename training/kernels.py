@@ -324,7 +324,8 @@ class UpdateKernels:
     def module(self, module: int) -> np.ndarray:
         """Return a module's kernel over the mean of its diagonal on train rows, float32[N, n]; 0 if that is 0.
 
-        Of several views it is their mean; where labels weight them, the mean of views times weights.
+        Of several views it is their mean, or, where labels weight them, the mean of views times weights: then a module
+        of small weights is small, and 0 if no view is aligned with the labels.
         """
         if not self.keeps:
             return self._compute(module)
