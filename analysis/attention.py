@@ -102,8 +102,8 @@ class Shares:
 def _of_share(mean: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     """Return intervals of shares float[U], given those that are symmetric, float[U, 2]: symmetric on the logit's scale.
 
-    Attention is skewed, as a few LoRAs or runs give it to a module and most do not: a symmetric interval would reach below
-    0 and not far enough above.
+    Attention is skewed, as a few LoRAs or runs give it to a module and most do not: a symmetric interval would reach
+    below 0 and not far enough above.
     """
     inside = (mean > ROUNDING) & (mean < 1 - ROUNDING)
     middle = np.where(inside, mean, 0.5)
