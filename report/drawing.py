@@ -306,11 +306,13 @@ def _overlap(box: Sequence[float], other: Sequence[float]) -> bool:
     return other[0] < box[2] and box[0] < other[2] and other[1] < box[3] and box[1] < other[3]
 
 
-def write_numbers(ax: Axes, values: np.ndarray, largest: float, height: float, width: float, digits: int = 0) -> None:
-    """Write the numbers in the cells of a map, where cells of so many inches have room for them."""
+def write_numbers(ax: Axes, values: np.ndarray, largest: float, height: float, width: float, digits: int = 0) -> bool:
+    """Write the numbers in the cells of a map but NaN; return whether cells of so many inches have room for them."""
     if height < 0.12 or width < 0.25:
-        return
+        return False
     for (row, column), value in np.ndenumerate(values):
+        if np.isnan(value):
+            continue
         color = ON_CELLS[1] if value > 0.68 * largest else ON_CELLS[0]  # where both contrast alike with YlGnBu
         ax.text(
             column,
@@ -321,6 +323,7 @@ def write_numbers(ax: Axes, values: np.ndarray, largest: float, height: float, w
             fontsize=SMALL,
             color=color,
         )
+    return True
 
 
 def map_legend(image: AxesImage, noun: str) -> list[Patch]:

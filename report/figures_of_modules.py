@@ -17,9 +17,9 @@ from matplotlib.patches import Patch
 
 from report.drawing import (
     BLUE,
-    FAINT,
     GROUND,
     INK,
+    ON_CELLS,
     ORANGE,
     SIZE,
     SMALL,
@@ -29,14 +29,26 @@ from report.drawing import (
     mark_blocks,
     place,
     set_height,
+    width_of,
     write_numbers,
 )
-from report.wording import bounds, number, percent, signed
+from report.modules import is_settled, most_attended
+from report.wording import bounds, percent, signed
 
+NAMED_MODULES = 40  # under the bars, at most: of more the highest are numbered
+NUMBERED = 5
+FEW = 5  # test LoRAs of a concept, below which its contributions are marked
+LEAST_SHOWN = 0.1  # of the largest contribution, below which cells have no number
 NAMED_POINTS = 12  # concepts that are named in a plane at most
 # Concept i has shape i % 11 and filling i % 5, which no two of 55 share: each also differs without colour.
 SHAPES = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "*", "d")
-FILLINGS = (INK, GROUND, ORANGE, BLUE, FAINT)
+FILLINGS = (  # colour, filled half or all, and colour of the other half
+    (INK, "full", GROUND),
+    (GROUND, "full", GROUND),
+    (ORANGE, "full", GROUND),
+    (BLUE, "left", GROUND),
+    (INK, "bottom", GROUND),
+)
 MARKS = len(SHAPES) * len(FILLINGS)
 LEGEND_ROW = 0.14  # inches
 
@@ -46,23 +58,26 @@ LEGEND_ROW = 0.14  # inches
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def attention_finding(results: dict) -> str:
-    """Return how many modules the attention is on, which has most, and what masking in its order costs."""
+def attention_finding(results: dict) -> str | None:
+    """Return how many modules the attention is on, which has most, and what masking costs; None for one module."""
     section = results["analysis"]["attention"]
     modules, effective = section["modules"], section["effective_number"]
-    first = max(modules, key=lambda record: record["attention"])
     if len(modules) == 1:
-        return f"All attention is on the only module, {cut(first['module'], 3)}"
-    around = f" ({bounds(effective['interval'], number)})" if effective["interval"] else ""
+        return None
+    (first,) = most_attended(section, 1)
+    around = f" ({effective['min']:.1f} to {effective['max']:.1f} over runs)" if section["runs"] > 1 else ""
+    most = "which has most is not settled"
+    if is_settled(section):
+        most = f"most on {cut(first['module'], 2.5)} ({percent(first['attention'])} %)"
     finding = (
-        f"Attention is on {number(effective['number'])}{around} of {len(modules)} modules, most on "
-        f"{cut(first['module'], 2.5)} ({percent(first['attention'])} %)"
+        f"Attention is spread over an effective number of {effective['number']:.1f}{around} of {len(modules)} modules, "
+        f"{most}"
     )
     compared = section["deletion"]["against_random"]
-    if not compared:
+    if not compared or compared["hurts_more"] is None:
         return finding
-    cost = "costs more than" if compared["hurts_more"] else "does not clearly cost more than"
-    return f"{finding}; masking in its order {cost} at random ({signed(compared['difference'])} points)"
+    cost = "costs more than" if compared["hurts_more"] else "does not cost significantly more than"
+    return f"{finding}; masking in its order {cost} in random ones ({signed(compared['difference'])} points)"
 
 
 def attention(results: dict, figure: Figure) -> None:
@@ -71,63 +86,146 @@ def attention(results: dict, figure: Figure) -> None:
     section, modules = analysis["attention"], analysis["attention"]["modules"]
     classes = [record for record in section["classes"] if record["contribution"]]
     added = np.array([record["contribution"] for record in classes])  # (C, P)
-    order = np.lexsort((-added.max(1), added.argmax(1)))  # concepts of the same module stand together
-    height, width = min(0.24, 9 / len(classes)), WIDTH - 1.9  # of a row and of the axes, in inches
-    set_height(figure, 2.15 + height * len(classes))
+    classes = [classes[c] for c in np.lexsort((-added.max(1), added.argmax(1)))]  # of the same module together
+    names = _short_names(analysis, modules)
+    room = max((width_of(name, SMALL) for name in names), default=0.0)
+    height = min(max(0.24, 0.7 / len(classes)), 9 / len(classes))  # of a row, in inches
+    width = WIDTH - 1.9  # of the axes
+    entries = _attention_entries(section, names)
+    set_height(figure, 2.3 + 0.16 * math.ceil((len(entries) + 7) / 3) + room + height * len(classes))
     bars, cells = figure.subplots(2, 1, sharex=True, height_ratios=[1.1, height * len(classes)])
     _attention_bars(bars, modules)
-    mark_blocks(bars, [record["block"] for record in modules], width)
-    largest = max(float(added.max()), 1e-9)
-    image = cells.imshow(added[order], cmap="YlGnBu", vmin=0, vmax=largest, aspect="auto", interpolation="nearest")
-    write_numbers(cells, added[order], largest, height, width / len(modules), digits=1)
-    mark_blocks(cells, [record["block"] for record in modules], width, named=False)
+    blocks = [record["block"] for record in modules]
+    mark_blocks(bars, blocks, width)
+    image = _contributions(cells, classes, height, width)
+    mark_blocks(cells, blocks, width, named=False)
     top = set(results["top_layers"])
     of_top = {record["module"] for record in analysis["layers"]["records"] if record["layer"] in top}
     marked = [x for x, record in enumerate(modules) if record["module"] in of_top]
     if marked:
         cells.plot(marked, np.full(len(marked), len(classes) - 0.5), "^", color=INK, ms=4, clip_on=False)
-    step, size = math.ceil(0.1 / height), min(SIZE, 55 * height)
-    labels = cut_labels([classes[c]["class"] for c in order], 1.4, size)
-    cells.set_yticks(range(0, len(order), step), labels[::step], fontsize=size)
-    cells.tick_params(length=0)
-    cells.set_xticks([])
+    cells.set_xticks(range(len(names)), names, rotation=90, fontsize=SMALL)
+    cells.tick_params(axis="x", length=0, pad=5)
     cells.set_xlabel(f"modules by depth (▲ modules of the top {len(top)})")
-    figure.legend(handles=_attention_legend(modules, image), loc="outside lower center", ncols=4)
+    figure.legend(
+        handles=[*entries, *_contribution_entries(classes, image)], loc="outside lower center", ncols=3, fontsize=SMALL
+    )
+    if not names:
+        figure.get_layout_engine().execute(figure)
+        points = [(x, 100 * modules[x]["attention"]) for x in _highest(modules)]
+        place(bars, points, [str(i + 1) for i in range(len(points))], SMALL, beside=False)
+
+
+def _short_names(analysis: dict, modules: Sequence[dict]) -> list[str]:
+    """Return names of modules within their block, such as ``attn2 k``; none where there is no room for them."""
+    if len(modules) > NAMED_MODULES:
+        return []
+    kind_of = {record["module"]: record.get("attention") for record in analysis["layers"]["records"]}
+    names = [
+        f"{kind_of.get(record['module']) or ''} {record['projection']}".strip() if record["projection"] else ""
+        for record in modules
+    ]
+    return [cut(name or record["module"], 0.9, SMALL) for name, record in zip(names, modules, strict=True)]
+
+
+def _highest(modules: Sequence[dict]) -> list[int]:
+    """Return positions of the modules with the most attention."""
+    return sorted(range(len(modules)), key=lambda x: -modules[x]["attention"])[:NUMBERED]
+
+
+def _limit(modules: Sequence[dict]) -> float:
+    """Return the upper end of the axis of attention, in percent: intervals of few runs reach far, and are cut there."""
+    share = max(record["attention"] for record in modules)
+    high = max((record["interval"][1] for record in modules if record["interval"]), default=0.0)
+    return 108 * max(share, min(high, 2 * share), 1e-6)
 
 
 def _attention_bars(ax: Axes, modules: Sequence[dict]) -> None:
-    """Draw attention by module with its intervals, filled where it is above that of permuted labels."""
+    """Draw attention by module with its intervals, filled where it is above that of permuted labels in every run."""
     positions = np.arange(len(modules))
     share = 100 * np.array([record["attention"] for record in modules])
-    above = np.array([record["above_permuted"] is not False for record in modules])
+    above = np.array([record["above_permuted"] is True for record in modules])
     edge = {"ec": INK, "lw": min(0.5, 20 / len(modules))}
     ax.bar(positions[above], share[above], 0.8, fc=BLUE, **edge)
     ax.bar(positions[~above], share[~above], 0.8, fc=GROUND, **edge)
-    known = [x for x in positions if modules[x]["interval"]]
-    highest = share.max()
+    known, limit = [x for x in positions if modules[x]["interval"]], _limit(modules)
     if known:
         low, high = 100 * np.array([modules[x]["interval"] for x in known]).T
         ax.vlines(known, low, high, color=INK, lw=float(np.clip(60 / len(modules), 0.3, 1)))
-        highest = max(highest, min(high.max(), 2 * highest))  # those of few runs reach far: they are cut off
+        beyond = np.array(known)[high > limit]
+        if len(beyond):  # an empty line that is not clipped takes room at the figure's corner
+            ax.plot(beyond, np.full(len(beyond), limit), "^", color=INK, ms=3, clip_on=False)
     ax.axhline(100 / len(modules), color=INK, lw=0.8, ls=(0, (4, 2)))
-    ax.set_ylim(0, 1.08 * highest)
+    ax.set_ylim(0, limit)
     ax.set_ylabel("attention, %,\n95 % interval")
-    ax.tick_params(axis="x", length=0)
+    ax.tick_params(axis="x", length=0, labelbottom=False)
 
 
-def _attention_legend(modules: Sequence[dict], image: AxesImage) -> list:
-    """Return what bars and colours mean."""
+def _contributions(ax: Axes, classes: Sequence[dict], height: float, width: float) -> AxesImage:
+    """Draw what each module adds to each class, in rows and columns of so many inches, and mark what is not 0.
+
+    A dot is in the cells whose interval lies above 0, a stroke in those below it.
+    """
+    added = np.array([record["contribution"] for record in classes])  # (C, P)
+    largest = max(float(added.max()), 1e-9)
+    image = ax.imshow(added, cmap="YlGnBu", vmin=0, vmax=largest, aspect="auto", interpolation="nearest")
+    column = width / added.shape[1]
+    digits = int(np.clip(1 - math.floor(math.log10(largest)), 0, 3))
+    shown = np.where(added < LEAST_SHOWN * largest, np.nan, added)
+    written = write_numbers(ax, shown, largest, height, column, digits)
+    right, up = (0.5 - 0.04 / column, 0.5 - 0.04 / height) if written else (0, 0)  # the corner of a cell
+    size = float(np.clip(25 * min(height, column), 1, 2.5))
+    known = [(y, record) for y, record in enumerate(classes) if record["contribution_low"]]
+    for bound, sign, mark in (("contribution_low", 1, "o"), ("contribution_high", -1, "_")):
+        for y, record in known:
+            columns = np.flatnonzero(sign * np.array(record[bound]) > 0)
+            dark = added[y, columns] > 0.68 * largest
+            for place_of, color in ((columns[dark], ON_CELLS[1]), (columns[~dark], ON_CELLS[0])):
+                looks = {"ls": "none", "marker": mark, "color": color, "ms": size, "mew": 0.6 if mark == "_" else 0}
+                ax.plot(place_of + right, np.full(len(place_of), y - up), **looks)
+    step, size = math.ceil(0.1 / height), min(SIZE, 55 * height)
+    labels = cut_labels([record["class"] for record in classes], 1.4, size)
+    labels = [f"{'* ' if record['loras'] < FEW else ''}{label}" for label, record in zip(labels, classes, strict=True)]
+    ax.set_yticks(range(0, len(classes), step), labels[::step], fontsize=size)
+    ax.tick_params(length=0)
+    ax.set_ylabel("concept")
+    ax.set_title("Contribution: added to the score (logit) of the own class, less the mean over classes")
+    return image
+
+
+def _attention_entries(section: dict, names: Sequence[str]) -> list:
+    """Return what bars and their lines mean, and the names of the highest where these are numbered."""
+    modules = section["modules"]
     decided = any(record["above_permuted"] is not None for record in modules)
-    filled = "above the largest of permuted labels" if decided else "attention"
-    bars = [Patch(fc=BLUE, ec=INK, lw=0.5, label=filled)]
+    above = f"above permuted labels{' in every run' if section['runs'] > 1 else ''}"
+    entries = [Patch(fc=GROUND, ec=INK, lw=0.5, label="not above these" if decided else "attention")]
     if decided:
-        bars.append(Patch(fc=GROUND, ec=INK, lw=0.5, label="not above it"))
-    bars.append(Line2D([], [], color=INK, lw=0.8, ls=(0, (4, 2)), label="all modules alike"))
+        entries.insert(0, Patch(fc=BLUE, ec=INK, lw=0.5, label=above))
+    entries.append(Line2D([], [], color=INK, lw=0.8, ls=(0, (4, 2)), label="evenly"))
+    if any(record["interval"] and 100 * record["interval"][1] > _limit(modules) for record in modules):
+        entries.append(Line2D([], [], marker="^", ls="none", color=INK, ms=3, label="the interval reaches further"))
+    if not names:
+        entries += [
+            Line2D([], [], ls="none", label=f"{i + 1}: {cut(modules[x]['module'], 1.7, SMALL)}")
+            for i, x in enumerate(_highest(modules))
+        ]
+    return entries
+
+
+def _contribution_entries(classes: Sequence[dict], image: AxesImage) -> list:
+    """Return what colours and marks of the cells mean."""
     steps = np.linspace(0, image.norm.vmax, 4)
     cells = [Patch(fc=image.cmap(image.norm(step)), ec=INK, lw=0.5, label=f"{step:.2g}") for step in steps]
-    cells[0].set_label("0 or less")
-    cells[-1].set_label(f"{steps[-1]:.2g} added, logits")
-    return [*bars, *cells]
+    cells[0].set_label("adds 0 or less")
+    cells[-1].set_label(f"{steps[-1]:.2g} added")
+    marks = {"ls": "none", "color": INK, "ms": 2.5}
+    if any(np.max(record["contribution_low"]) > 0 for record in classes if record["contribution_low"]):
+        cells.append(Line2D([], [], marker="o", **marks, label="interval above 0"))
+    if any(np.min(record["contribution_high"]) < 0 for record in classes if record["contribution_high"]):
+        cells.append(Line2D([], [], marker="_", **marks, label="interval below 0"))
+    if any(record["loras"] < FEW for record in classes):
+        cells.append(Line2D([], [], ls="none", label=f"* fewer than {FEW} test LoRAs"))
+    return cells
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,17 +234,14 @@ def _attention_legend(modules: Sequence[dict], image: AxesImage) -> list:
 
 
 def collection_map_finding(results: dict) -> str:
-    """Return how many test LoRAs lie nearest to their own concept by all layers, and by the best module alone."""
-    whole, *alone = results["analysis"]["collection_map"]["panels"]
+    """Return how many test LoRAs lie nearest to their own concept in the first plane, that of all layers."""
+    whole = results["analysis"]["collection_map"]["panels"][0]
     section = whole["separates"]
     finding = (
         f"In the plane of {_subject(whole, 2.5)} {percent(section['accuracy'])} % of the test LoRAs lie nearest to the "
         f"mean of their concept (guessing {percent(section['chance'])} %)"
     )
-    if not alone:
-        return finding
-    best = max(alone, key=lambda panel: panel["separates"]["accuracy"])
-    return f"{finding}, in that of {_subject(best, 2.5)} {percent(best['separates']['accuracy'])} %"
+    return finding if section["above_null"] else f"{finding}, indistinguishable from chance"
 
 
 def _subject(panel: dict, inches: float) -> str:
@@ -167,8 +262,8 @@ def collection_map(results: dict, figure: Figure) -> None:
     for ax, panel in zip(axes, panels, strict=False):
         _plane(ax, section, panel)
     names = cut_labels(classes[:entries], WIDTH / across - 0.45, SMALL)
-    looks = {"ls": "none", "ms": 4.5, "mec": INK, "mew": 0.6}
-    handles = [Line2D([], [], marker=_shape(c), mfc=_filling(c), **looks, label=name) for c, name in enumerate(names)]
+    looks = {"ls": "none", "ms": 4.5, "mew": 0.6}
+    handles = [Line2D([], [], **_mark(c), **looks, label=name) for c, name in enumerate(names)]
     if len(classes) > MARKS:
         handles.append(Line2D([], [], ls="none", label=f"marks repeat for {len(classes) - MARKS} others"))
     faint = {"marker": "o", "ls": "none", "mfc": INK, "mec": INK, "ms": 3, "mew": 0.2, "alpha": 0.3}
@@ -179,12 +274,11 @@ def collection_map(results: dict, figure: Figure) -> None:
         _name_distinct(ax, section, panel)
 
 
-def _shape(label: int) -> str:
-    return SHAPES[label % len(SHAPES)]
-
-
-def _filling(label: int) -> str:
-    return FILLINGS[label % len(FILLINGS)]
+def _mark(label: int) -> dict:
+    """Return shape and filling of a concept's points."""
+    color, half, other = FILLINGS[label % len(FILLINGS)]
+    shape = SHAPES[label % len(SHAPES)]
+    return {"marker": shape, "mfc": color, "fillstyle": half, "markerfacecoloralt": other, "mec": INK}
 
 
 def _plane(ax: Axes, section: dict, panel: dict) -> None:
@@ -193,15 +287,16 @@ def _plane(ax: Axes, section: dict, panel: dict) -> None:
     tested = np.array(section["parts"]) == "test"
     size = float(np.clip(40 / math.sqrt(max(1, tested.sum())), 2.6, 5))
     for label in np.unique(labels).tolist():
-        mark = {"ls": "none", "marker": _shape(label), "mfc": _filling(label), "mec": INK}
+        mark = {"ls": "none", **_mark(label)}
         train, test = points[(labels == label) & ~tested], points[(labels == label) & tested]
         ax.plot(*train.T, **mark, ms=0.6 * size, mew=0.2, alpha=0.3, zorder=1)
         ax.plot(*test.T, **mark, ms=size, mew=0.5, zorder=2)
     separates = panel["separates"]
     x, y = (percent(share) for share in panel["explained"])
     reached = f"{percent(separates['accuracy'])} % ({bounds(separates['interval'])}) nearest to their own mean"
-    first = _subject(panel, 2.2)
-    ax.set_title(f"{first}\n{reached}", fontsize=SMALL + 0.5)
+    first = _subject(panel, 2.2 if separates["above_null"] else 1.6)
+    known = "" if separates["above_null"] else ": indistinguishable from chance"
+    ax.set_title(f"{first}{known}\n{reached}", fontsize=SMALL + 0.5)
     ax.set_xlabel(f"component 1, {x} % of the variance", fontsize=SMALL)
     ax.set_ylabel(f"component 2, {y} %", fontsize=SMALL)
     ax.set_xticks([])
