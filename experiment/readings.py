@@ -71,7 +71,7 @@ def attended(experiment: Experiment, names: Sequence[str], with_permuted: bool) 
 
 
 class _Attending:
-    """Trained networks of a representation that attends to modules, and what they read.
+    """Trained networks of a representation that gives attention to modules, and what they read.
 
     Args:
         experiment: The experiment; where its networks are not trained yet, they are.
