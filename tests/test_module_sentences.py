@@ -8,7 +8,16 @@ from result_making import faults, made
 from analysis.attention import attention
 from analysis.questions import plain
 from report import modules
-from report.figures_of_modules import FILLINGS, MARKS, SHAPES, _mark, attention_finding, collection_map_finding
+from report.figures_of_modules import (
+    FILLINGS,
+    MARKS,
+    SHAPES,
+    _full_names,
+    _mark,
+    _short_names,
+    attention_finding,
+    collection_map_finding,
+)
 
 
 @pytest.fixture
@@ -83,7 +92,7 @@ def test_masking_has_one_decision(results, change, words):
     compared = {"difference": 0.019, "interval": [-0.044, 0.078], "significant": False, "orders": 20, "as_costly": 4}
     attended(results)["deletion"]["against_random"] |= compared | change
     assert words in said(results)
-    assert ("of 20 random orders 4 cost at least as much" in said(results)) == (change["hurts_more"] is not None)
+    assert ("4 of 20 random orders cost at least as much" in said(results)) == (change["hurts_more"] is not None)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +115,15 @@ def test_of_one_module_there_is_a_sentence_and_no_figure():
     results = of_attention(1)
     assert modules.module_lines(results) == ["There is only one module to give attention to, m0."]
     assert attention_finding(results) is None
+
+
+def test_modules_have_short_names_that_differ_within_their_block():
+    places = [("IN01", "q", "m0"), ("IN01", "q", "m1"), ("IN01", "k", "m2"), ("IN02", "q", "m3"), (None, None, "m4")]
+    records = [{"block": block, "projection": kind, "module": module} for block, kind, module in places]
+    layers = [{"module": module, "attention": "attn1" if module < "m3" else None} for *_, module in places]
+    analysis = {"attention": {"modules": records}, "layers": {"records": layers}}
+    assert _short_names(analysis) == ["attn1 q (1)", "attn1 q (2)", "attn1 k", "q", "m4"]
+    assert _full_names(analysis) == ["IN01 attn1 q (1)", "IN01 attn1 q (2)", "IN01 attn1 k", "IN02 q", "m4"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
