@@ -55,10 +55,10 @@ def most_attended(section: dict, count: int = NAMED) -> list[dict]:
     return sorted(section["modules"], key=lambda record: -record["attention"])[:count]
 
 
-def is_settled(section: dict) -> bool:
+def is_settled(section: dict, count: int = NAMED) -> bool:
     """Return whether the interval of one of the first modules excludes the share that it would have evenly."""
     even = 1 / len(section["modules"])
-    return any(record["interval"] and record["interval"][0] > even for record in most_attended(section))
+    return any(record["interval"] and record["interval"][0] > even for record in most_attended(section, count))
 
 
 def _of_attention(section: dict) -> Iterator[str]:
