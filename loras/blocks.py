@@ -139,23 +139,27 @@ def _words_of(parts: list[str]) -> dict[str, str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 _PROJECTIONS = {  # name -> ends of modules; the first that matches counts
-    "qkv": r"to_qkv|qkv|qkv_proj|qkv_lora[12]?|in_proj|c_attn|query_key_value|[Ww]qkv",
+    "qkv": r"to_qkv|qkv|qkv_proj|qkv_lora[12]?|attn\d?_in_proj|c_attn|query_key_value|[Ww]qkv",
+    "qkv, ff in": r"to_qkv_mlp_proj",
     "q": r"to_q|q_proj|add_q_proj|[qQ]|query|q_lin|wq",
     "k": r"to_k|k_proj|add_k_proj|[kK]|key|k_lin|wk",
     "v": r"to_v|v_proj|add_v_proj|[vV]|value|v_lin|wv",
     "out": r"to_out(?:_0)?|to_add_out|out_proj|o_proj|[oO]|out_lin|attn\d?_(?:proj|c_proj|out)|proj_lora[12]?"
-    r"|attention_(?:output_)?dense|attention_wo",
+    r"|attention_(?:output_)?dense|attn_dense|attention_wo",
     "ff gate": r"gate_proj|w1|wi_0",
-    "ff in": r"ff(?:_context)?_net_0_proj|ffn?_0|mlp_(?:0|fc1)|fc1|up_proj|w3|wi(?:_1)?|c_fc|proj_mlp|lin1"
-    r"|intermediate_dense|dense_h_to_4h",
-    "ff out": r"ff(?:_context)?_net_2|ffn?_2|mlp_(?:2|fc2|c_proj)|fc2|down_proj|w2|wo|output_dense|dense_4h_to_h|lin2",
+    "ff gate, in": r"gate_(?:and_)?up_proj",
+    "ff in": r"ff(?:_context)?_(?:net_0_proj|linear_in)|ffn?_0|mlp_(?:0|net_0_proj|fc1)|fc1|up_proj|w3|wi(?:_1)?|c_fc"
+    r"|proj_mlp|lin1|intermediate_dense|dense_h_to_4h",
+    "ff out": r"ff(?:_context)?_(?:net_2|linear_out)|ffn?_2|mlp_(?:2|net_2|fc2|c_proj)|fc2|down_proj|w2|wo|output_dense"
+    r"|dense_4h_to_h|lin2",
+    "in": r"in_proj",
     "proj in": r"proj_in",
     "proj out": r"proj_out",
     "time": r"time_emb_proj|emb_layers_1",
     "linear1": r"linear1",
     "linear2": r"linear2",
     "conv": r"conv\d?(?:_in|_out|_shortcut)?(?:_\d+)?|in_layers_2|out_layers_3|op|skip_connection",
-    "mod": r"norm\d?(?:_context)?_linear|(?:img_|txt_)?mod_lin|modulation_lin|adaLN_modulation_1",
+    "mod": r"norm\d?(?:_context)?_linear|(?:img_|txt_)?mod_lin|(?:img|txt)_mod_1|modulation_lin|adaLN_modulation_1",
 }
 _ENDS = {name: re.compile(rf"(?:^|_)(?:{ends})$") for name, ends in _PROJECTIONS.items()}
 # Of the text beside the image, in blocks that read both.

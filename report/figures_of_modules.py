@@ -6,6 +6,7 @@ Shape letters: P modules in the network's order, C classes.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,11 +33,12 @@ from report.drawing import (
     width_of,
     write_numbers,
 )
-from report.modules import is_settled, most_attended
+from report.modules import is_settled
 from report.wording import bounds, percent, signed
 
 NAMED_MODULES = 40  # under the bars, at most: of more the highest are numbered
 NUMBERED = 5
+ARROW = {"ls": "none", "marker": "^", "mfc": GROUND, "mec": INK, "ms": 4, "mew": 0.6}  # of an interval that is cut
 FEW = 5  # test LoRAs of a concept, below which its contributions are marked
 LEAST_SHOWN = 0.1  # of the largest contribution, below which cells have no number
 NAMED_POINTS = 12  # concepts that are named in a plane at most
@@ -60,15 +62,15 @@ LEGEND_ROW = 0.14  # inches
 
 def attention_finding(results: dict) -> str | None:
     """Return how many modules the attention is on, which has most, and what masking costs; None for one module."""
-    section = results["analysis"]["attention"]
+    analysis, section = results["analysis"], results["analysis"]["attention"]
     modules, effective = section["modules"], section["effective_number"]
     if len(modules) == 1:
         return None
-    (first,) = most_attended(section, 1)
+    first = _highest(modules)[0]
     around = f" ({effective['min']:.1f} to {effective['max']:.1f} over runs)" if section["runs"] > 1 else ""
     most = "which has most is not settled"
-    if is_settled(section):
-        most = f"most on {cut(first['module'], 2.5)} ({percent(first['attention'])} %)"
+    if is_settled(section, 1):
+        most = f"most on {cut(_full_names(analysis)[first], 2.5)} ({percent(modules[first]['attention'])} %)"
     finding = (
         f"Attention is spread over an effective number of {effective['number']:.1f}{around} of {len(modules)} modules, "
         f"{most}"
@@ -87,11 +89,15 @@ def attention(results: dict, figure: Figure) -> None:
     classes = [record for record in section["classes"] if record["contribution"]]
     added = np.array([record["contribution"] for record in classes])  # (C, P)
     classes = [classes[c] for c in np.lexsort((-added.max(1), added.argmax(1)))]  # of the same module together
-    names = _short_names(analysis, modules)
+    names = []
+    if len(modules) <= NAMED_MODULES:
+        names = [cut(name, 0.9, SMALL) for name in _short_names(analysis)]
     room = max((width_of(name, SMALL) for name in names), default=0.0)
     height = min(max(0.24, 0.7 / len(classes)), 9 / len(classes))  # of a row, in inches
     width = WIDTH - 1.9  # of the axes
-    entries = _attention_entries(section, names)
+    entries = _attention_entries(section)
+    if not names:
+        entries += _numbered(analysis)
     set_height(figure, 2.3 + 0.16 * math.ceil((len(entries) + 7) / 3) + room + height * len(classes))
     bars, cells = figure.subplots(2, 1, sharex=True, height_ratios=[1.1, height * len(classes)])
     _attention_bars(bars, modules)
@@ -116,16 +122,35 @@ def attention(results: dict, figure: Figure) -> None:
         place(bars, points, [str(i + 1) for i in range(len(points))], SMALL, beside=False)
 
 
-def _short_names(analysis: dict, modules: Sequence[dict]) -> list[str]:
-    """Return names of modules within their block, such as ``attn2 k``; none where there is no room for them."""
-    if len(modules) > NAMED_MODULES:
-        return []
+def _short_names(analysis: dict) -> list[str]:
+    """Return names of modules within their blocks, such as ``attn2 k``: attention and projection.
+
+    Those of a block that would be the same are numbered by depth. A module of unknown projection has its whole name.
+    """
+    modules = analysis["attention"]["modules"]
     kind_of = {record["module"]: record.get("attention") for record in analysis["layers"]["records"]}
     names = [
-        f"{kind_of.get(record['module']) or ''} {record['projection']}".strip() if record["projection"] else ""
+        f"{kind_of.get(record['module']) or ''} {record['projection']}".strip()
+        if record["projection"]
+        else record["module"]
         for record in modules
     ]
-    return [cut(name or record["module"], 0.9, SMALL) for name, record in zip(names, modules, strict=True)]
+    keys = [(record["block"], name) for record, name in zip(modules, names, strict=True)]
+    times, seen = Counter(keys), Counter()
+    for i, key in enumerate(keys):
+        seen[key] += 1
+        if times[key] > 1:
+            names[i] = f"{names[i]} ({seen[key]})"
+    return names
+
+
+def _full_names(analysis: dict) -> list[str]:
+    """Return the short names of modules with their block in front, where both are known."""
+    modules = analysis["attention"]["modules"]
+    return [
+        f"{record['block'] or ''} {name}".strip() if record["projection"] else name
+        for record, name in zip(modules, _short_names(analysis), strict=True)
+    ]
 
 
 def _highest(modules: Sequence[dict]) -> list[int]:
@@ -154,7 +179,7 @@ def _attention_bars(ax: Axes, modules: Sequence[dict]) -> None:
         ax.vlines(known, low, high, color=INK, lw=float(np.clip(60 / len(modules), 0.3, 1)))
         beyond = np.array(known)[high > limit]
         if len(beyond):  # an empty line that is not clipped takes room at the figure's corner
-            ax.plot(beyond, np.full(len(beyond), limit), "^", color=INK, ms=3, clip_on=False)
+            ax.plot(beyond, np.full(len(beyond), limit), **ARROW, clip_on=False)
     ax.axhline(100 / len(modules), color=INK, lw=0.8, ls=(0, (4, 2)))
     ax.set_ylim(0, limit)
     ax.set_ylabel("attention, %,\n95 % interval")
@@ -193,8 +218,8 @@ def _contributions(ax: Axes, classes: Sequence[dict], height: float, width: floa
     return image
 
 
-def _attention_entries(section: dict, names: Sequence[str]) -> list:
-    """Return what bars and their lines mean, and the names of the highest where these are numbered."""
+def _attention_entries(section: dict) -> list:
+    """Return what bars and their lines mean."""
     modules = section["modules"]
     decided = any(record["above_permuted"] is not None for record in modules)
     above = f"above permuted labels{' in every run' if section['runs'] > 1 else ''}"
@@ -203,13 +228,15 @@ def _attention_entries(section: dict, names: Sequence[str]) -> list:
         entries.insert(0, Patch(fc=BLUE, ec=INK, lw=0.5, label=above))
     entries.append(Line2D([], [], color=INK, lw=0.8, ls=(0, (4, 2)), label="evenly"))
     if any(record["interval"] and 100 * record["interval"][1] > _limit(modules) for record in modules):
-        entries.append(Line2D([], [], marker="^", ls="none", color=INK, ms=3, label="the interval reaches further"))
-    if not names:
-        entries += [
-            Line2D([], [], ls="none", label=f"{i + 1}: {cut(modules[x]['module'], 1.7, SMALL)}")
-            for i, x in enumerate(_highest(modules))
-        ]
+        entries.append(Line2D([], [], **ARROW, label="the interval reaches further"))
     return entries
+
+
+def _numbered(analysis: dict) -> list[Line2D]:
+    """Return the names of the highest bars, which are numbered where there is no room for the names of all."""
+    names, highest = _full_names(analysis), _highest(analysis["attention"]["modules"])
+    labels = [f"{i}: {cut(names[x], 1.7, SMALL)}" for i, x in enumerate(highest, 1)]
+    return [Line2D([], [], ls="none", label=label) for label in labels]
 
 
 def _contribution_entries(classes: Sequence[dict], image: AxesImage) -> list:

@@ -55,10 +55,10 @@ def most_attended(section: dict, count: int = NAMED) -> list[dict]:
     return sorted(section["modules"], key=lambda record: -record["attention"])[:count]
 
 
-def is_settled(section: dict) -> bool:
+def is_settled(section: dict, count: int = NAMED) -> bool:
     """Return whether the interval of one of the first modules excludes the share that it would have evenly."""
     even = 1 / len(section["modules"])
-    return any(record["interval"] and record["interval"][0] > even for record in most_attended(section))
+    return any(record["interval"] and record["interval"][0] > even for record in most_attended(section, count))
 
 
 def _of_attention(section: dict) -> Iterator[str]:
@@ -180,13 +180,14 @@ def _against_random(compared: dict) -> str:
     """Return what masking by attention costs beside random orders, and whether it is more."""
     if compared["hurts_more"] is None:
         return (
-            f"Masking modules in the order of attention costs {_difference(compared)} more than in random orders; of "
-            "so few orders nothing is decided."
+            "Masking modules in the order of attention costs, beside random orders, "
+            f"{_difference(compared)}; of so few orders nothing is decided."
         )
-    as_costly = "1 costs" if compared["as_costly"] == 1 else f"{compared['as_costly'] or 'none'} cost"
+    verb = "costs" if compared["as_costly"] < 2 else "cost"
+    orders = f"{compared['as_costly'] or 'none'} of {compared['orders']} random orders {verb}"
     return (
         f"Masking modules in the order of attention {_costs(compared)} in random orders: {_difference(compared)}; "
-        f"of {compared['orders']} random orders {as_costly} at least as much."
+        f"{orders} at least as much."
     )
 
 
@@ -215,14 +216,14 @@ def _permuted(section: dict) -> Iterator[str]:
         return
     above = permuted["above"]
     every = "In every run" if section["runs"] > 1 else "In the only run"
-    most = f"than any gets in {trainings} (up to {percent(max(permuted['largest']))} %)"
+    most = f"more attention than any gets in {trainings} (up to {percent(max(permuted['largest']))} %)"
     if not above:
-        yield f"No module gets more attention, {every[0].lower()}{every[1:]}, {most}."
+        yield f"No module gets, {every[0].lower()}{every[1:]}, {most}."
         return
     names = f": {listed(above)}" if len(above) <= NAMED else ""
     verb = "gets" if len(above) == 1 else "get"
     yield (
-        f"{every} {len(above)} of {total} modules {verb} more attention {most}{names}. Those trainings stop early, so "
+        f"{every} {len(above)} of {total} modules {verb} {most}{names}. Those trainings stop early, so "
         "this shows that something was learned, not that only these modules hold it."
     )
 

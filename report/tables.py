@@ -448,8 +448,8 @@ def _attention_table(section: dict | None) -> Table | None:
         for record in sorted(section["modules"], key=lambda record: -record["attention"])
     ]
     note = (
-        "Contribution: what a module adds to the logit of a LoRA's own class, less what it adds to all classes on "
-        "average. Each interval holds alone."
+        "Contribution: what a module adds to the score (logit) of a LoRA's own class, less what it adds to all classes "
+        "on average. Each interval holds alone."
     )
     return Table("modules", "Attention by module", columns, rows, (5, 6, 7, 8), 10, note)
 

@@ -12,7 +12,7 @@ from result_making import CLASS_NAMES, KNOWN, LAYERS, TOP_K, faults, made, unwra
 from analysis import questions
 from analysis.evidence import Evidence, Predictions
 from loras.lora_files import Layer
-from report import cautions, figures, sentences, tables, text, wording
+from report import cautions, figures, modules, sentences, tables, text, wording
 from report.text import render_text as text_of
 
 
@@ -83,6 +83,7 @@ def test_every_sentence_is_whole_and_has_no_missing_number(shape, change):
     answers = sentences.answers(results)
     written = [line for given in answers for line in (*given.sentences, given.evidence, given.hypothesis + ".")]
     written += cautions.warnings(results) + cautions.checks(results) + sentences.concept_lines(results)
+    written += modules.module_lines(results)
     assert len(answers) == 5 and all(given.sentences for given in answers)
     for line in written:
         assert line.endswith(".") and not line.endswith("..") and "  " not in line and not faults(line), line

@@ -1,4 +1,4 @@
-"""The representation ``update_attention``: gated attention over modules, many networks at once, and what they look at.
+"""The representation ``update_attention``: gated attention over modules, many networks at once, and their read-outs.
 
 A token describes the update of one module by `COORDINATES` coordinates f of kernel PCA and the logarithm s of its norm,
 both standardised on train rows; 0 for a zero update. The network of one model:
@@ -494,7 +494,7 @@ def read_out(
     live: Tensor | None = None,
     numbers_at_once: int = NUMBERS_AT_ONCE,
 ) -> dict[str, np.ndarray]:
-    """Return which modules trained networks look at, in evaluation mode.
+    """Return which modules trained networks give attention to, in evaluation mode.
 
     Args:
         parameters: Of M models by the names of `parameter_shapes`, float[M, ...].

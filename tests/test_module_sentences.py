@@ -1,0 +1,169 @@
+"""Sentences on attention and on the map: what is decided, what is not settled, and no more than that."""
+
+import numpy as np
+import planting
+import pytest
+from result_making import faults, made
+
+from analysis.attention import attention
+from analysis.questions import plain
+from report import modules
+from report.figures_of_modules import (
+    FILLINGS,
+    MARKS,
+    SHAPES,
+    _full_names,
+    _mark,
+    _short_names,
+    attention_finding,
+    collection_map_finding,
+)
+
+
+@pytest.fixture
+def results() -> dict:
+    return made()
+
+
+def said(results: dict) -> str:
+    return " ".join(modules.module_lines(results))
+
+
+def attended(results: dict) -> dict:
+    return results["analysis"]["attention"]
+
+
+def of_attention(count: int, **shape) -> dict:
+    """Results with nothing but the attention of so many modules, of four classes."""
+    evidence = planting.all_tested(np.arange(40) % 4)
+    section = attention(evidence, planting.attended_of(4, evidence.truth, [f"m{i}" for i in range(count)], **shape))
+    return {"analysis": {"attention": plain(section)}}
+
+
+def test_every_line_is_whole(results):
+    for line in modules.module_lines(results):
+        assert line.endswith(".") and not line.endswith("..") and "  " not in line and not faults(line), line
+
+
+def test_the_caution_is_first_and_attention_has_the_range_of_runs(results):
+    section = attended(results)
+    number = section["effective_number"]
+    assert modules.module_lines(results)[0] == modules.CAUTION
+    assert f"({number['min']:.1f} to {number['max']:.1f} over runs; {len(section['modules'])} if" in said(results)
+    assert "Kendall's W" in said(results)
+
+
+def test_of_one_run_intervals_are_of_one_classifier():
+    text = said(of_attention(6, planted=(0,), runs=1))
+    assert "of one trained classifier; another run may" in text
+    assert "over runs" not in text and "Kendall's W" not in text and "In the only run 1 of 6" in text
+
+
+@pytest.mark.parametrize(("low", "settled"), [(0.01, False), (0.5, True)])
+def test_which_module_has_most_is_named_first_only_where_an_interval_excludes_the_even_share(results, low, settled):
+    for record in attended(results)["modules"]:
+        record["interval"] = [low, 0.9]
+    assert ("Which module has most is not settled" in said(results)) != settled
+    assert ("which has most is not settled" in attention_finding(results)) != settled
+
+
+def test_contributions_are_chosen_before_their_intervals_are_looked_at(results):
+    section = attended(results)
+    for i, record in enumerate(section["modules"]):
+        record |= {"contribution": float(i), "contribution_interval": [-1.0 if i % 2 else 0.5, 9.0]}
+    last = section["modules"][-1]["module"]
+    count = (len(section["modules"]) + 1) // 2
+    assert f"most is added by {last} (" in said(results)
+    assert f"{count} of {len(section['modules'])} intervals are above 0 (each holds alone: fewer than 1" in said(
+        results
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hurts_more": True}, "costs significantly more than in random orders: 1.9 points"),
+        ({"hurts_more": False}, "does not cost significantly more than in random orders: 1.9 points"),
+        ({"hurts_more": False, "significant": True, "difference": -0.02}, "costs significantly less than in random"),
+        ({"hurts_more": None, "p_orders": None}, "of so few orders nothing is decided"),
+    ],
+)
+def test_masking_has_one_decision(results, change, words):
+    compared = {"difference": 0.019, "interval": [-0.044, 0.078], "significant": False, "orders": 20, "as_costly": 4}
+    attended(results)["deletion"]["against_random"] |= compared | change
+    assert words in said(results)
+    assert ("4 of 20 random orders cost at least as much" in said(results)) == (change["hurts_more"] is not None)
+
+
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [
+        ([0.1, 0.5], "agrees with that"),
+        ([-0.5, -0.1], "is rather the reverse of that"),
+        ([-0.1, 0.5], "does not clearly"),
+    ],
+)
+def test_a_tau_is_in_words_by_its_interval(results, interval, words):
+    attended(results)["agreement"] = {
+        "ranking": {"kendall_tau": 0.3, "interval": interval},
+        "gradients": {"kendall_tau": None, "interval": None},
+    }
+    assert f"by attention {words}" in said(results) and "gradient" not in said(results)
+
+
+def test_of_one_module_there_is_a_sentence_and_no_figure():
+    results = of_attention(1)
+    assert modules.module_lines(results) == ["There is only one module to give attention to, m0."]
+    assert attention_finding(results) is None
+
+
+def test_modules_have_short_names_that_differ_within_their_block():
+    places = [("IN01", "q", "m0"), ("IN01", "q", "m1"), ("IN01", "k", "m2"), ("IN02", "q", "m3"), (None, None, "m4")]
+    records = [{"block": block, "projection": kind, "module": module} for block, kind, module in places]
+    layers = [{"module": module, "attention": "attn1" if module < "m3" else None} for *_, module in places]
+    analysis = {"attention": {"modules": records}, "layers": {"records": layers}}
+    assert _short_names(analysis) == ["attn1 q (1)", "attn1 q (2)", "attn1 k", "q", "m4"]
+    assert _full_names(analysis) == ["IN01 attn1 q (1)", "IN01 attn1 q (2)", "IN01 attn1 k", "IN02 q", "m4"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The map
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank_by", ["test", "val"])
+def test_modules_that_test_loras_chose_are_said_to_be_so(results, rank_by):
+    results["config"]["rank_by"] = rank_by
+    assert (modules.CHOSEN in said(results)) == (rank_by == "test")
+
+
+def test_a_plane_that_may_be_chance_tells_nothing_apart(results):
+    for panel in results["analysis"]["collection_map"]["panels"]:
+        panel["separates"] |= {"above_null": False, "distinct": [], "merged": []}
+    assert "told apart from" not in said(results) and said(results).count("indistinguishable from chance") == 3
+    assert collection_map_finding(results).endswith("indistinguishable from chance")
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"distinct": ["a", "b"], "merged": [["c", "d"]]}, "those of a and b are told apart from every other concept"),
+        ({"distinct": ["a", "b"], "merged": [["c", "d"]]}, "not told apart (below 75 %): c and d."),
+        ({"distinct": [], "merged": []}, "none is told apart from every other concept"),
+        ({"distinct": list("abcdef"), "merged": []}, "all concepts are told apart"),
+        ({"distinct": ["a" * 40, "b" * 40], "merged": []}, "those of 2 concepts are"),
+    ],
+)
+def test_what_a_plane_tells_apart(results, section, words):
+    section_of_map = results["analysis"]["collection_map"]
+    panel = section_of_map["panels"][0]
+    section_of_map["panels"] = [panel]
+    panel["separates"] |= {"above_null": True, "compared": 6} | section
+    assert words in said(results)
+    panel["separates"]["compared"] = 0
+    assert words not in said(results)
+
+
+def test_no_two_concepts_have_the_same_mark():
+    marks = {(mark["marker"], mark["mfc"], mark["fillstyle"]) for mark in map(_mark, range(MARKS))}
+    assert len(marks) == MARKS == len(SHAPES) * len(FILLINGS)
