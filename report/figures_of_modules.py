@@ -272,7 +272,10 @@ def collection_map_finding(results: dict) -> str:
 
 
 def _subject(panel: dict, inches: float) -> str:
-    return "all layers" if panel["layers"] == "all" else f"{cut(panel['layers'], inches)} alone"
+    """Return the module of a panel, its block in front as the middle of a long name is left out."""
+    if panel["layers"] == "all":
+        return "all layers"
+    return f"{cut(' '.join(filter(None, (panel['block'], panel['layers']))), inches)} alone"
 
 
 def collection_map(results: dict, figure: Figure) -> None:
