@@ -26,7 +26,7 @@ def test_results_txt_has_the_answers_first_and_short_lines(kind):
     rendered = text.render_text(results)
     assert results == before
     lines = rendered.splitlines()
-    assert max(map(len, lines)) <= 120 and len(lines) < 240 and rendered.endswith("\n")
+    assert max(map(len, lines)) <= 120 and len(lines) < 260 and rendered.endswith("\n")
     heads = ["chance  ", "Short answers", "Cautions", "1. Which layers predict? Each of 12", "2 and 3. Every",
              "\n95 % intervals", "What removing the top 2 layers costs",
              "Removing the top, and", "Not run", "Accuracies and macro-F1"]  # fmt: skip
