@@ -121,11 +121,7 @@ def singular_values(a: Tensor) -> Tensor:
 
     Values of at most 1e-12 of the largest become 0: they are noise, which standardising would blow up.
 
-    Args:
-        a: Matrices, float[N, rows, cols].
-
-    Returns:
-        The k = min(rows, cols) singular values, descending, float64[N, k].
+    Shapes: a float[N, rows, cols]; the k = min(rows, cols) singular values, descending, float64[N, k].
     """
     rows, cols = a.shape[1:]
     if min(rows, cols) == 1:  # a vector's only singular value is its norm; rank-one LoRAs are all vectors
@@ -630,7 +626,7 @@ REPRESENTATIONS: dict[str, Representation] = {
         Representation("update_sketch", "pair", "computed", _SKETCH, "Putterman et al., 2024", update_sketch),
         Representation("update_kernel", "pair", "kernel", (), "SVM: Cortes & Vapnik, 1995"),
         Representation(
-            "update_spectrum", "pair", "computed", _SPECTRUM, "Rudelson & Vershynin, 2007", _by_factors(update_spectrum)
+            "update_spectrum", "pair", "computed", _SPECTRUM, "Rudelson, 2007", _by_factors(update_spectrum)
         ),
         Representation("update_views", "pair", "kernel", (), "kernel alignment: Cortes et al., 2012"),
         Representation("update_attention", "pair", "trained", _TOKEN, "gated attention: Ilse et al., 2018"),

@@ -295,9 +295,9 @@ def _top(count: int, unit: str) -> str:
 def _modules_above(name: str, section: dict) -> Iterator[str]:
     """Yield which modules are the most predictive, where some alone are above chance; layers are in the ranking."""
     if section["unit"] == "module" and (count := section["units_above"]):
-        first = section["order"][:count]
-        names = f"; the first by validation {_are(count)} {listed(first)}" if count <= NAMED_MODULES else ""
-        yield f"By {name}, {count} of {section['units']} modules {_are(count)} above chance alone{names}."
+        first = section["order"][: min(count, NAMED_MODULES)]
+        names = f"the first by validation {_are(len(first))} {listed(first)}"
+        yield f"By {name}, {count} of {section['units']} modules {_are(count)} above chance alone; {names}."
 
 
 def _concentration(name: str, section: dict) -> Iterator[str]:
