@@ -20,7 +20,6 @@ from report.drawing import (
     BLUE,
     GROUND,
     INK,
-    ON_CELLS,
     ORANGE,
     SIZE,
     SMALL,
@@ -34,7 +33,7 @@ from report.drawing import (
     write_numbers,
 )
 from report.modules import is_settled
-from report.wording import bounds, percent, signed
+from report.wording import bounds, counted, percent, signed
 
 NAMED_MODULES = 40  # under the bars, at most: of more the highest are numbered
 NUMBERED = 5
@@ -103,7 +102,7 @@ def attention(results: dict, figure: Figure) -> None:
     _attention_bars(bars, modules)
     blocks = [record["block"] for record in modules]
     mark_blocks(bars, blocks, width)
-    image = _contributions(cells, classes, height, width)
+    image = _contributions(cells, classes, section["runs"], height, width)
     mark_blocks(cells, blocks, width, named=False)
     top = set(results["top_layers"])
     of_top = {record["module"] for record in analysis["layers"]["records"] if record["layer"] in top}
@@ -186,35 +185,23 @@ def _attention_bars(ax: Axes, modules: Sequence[dict]) -> None:
     ax.tick_params(axis="x", length=0, labelbottom=False)
 
 
-def _contributions(ax: Axes, classes: Sequence[dict], height: float, width: float) -> AxesImage:
-    """Draw what each module adds to each class, in rows and columns of so many inches, and mark what is not 0.
-
-    A dot is in the cells whose interval lies above 0, a stroke in those below it.
-    """
+def _contributions(ax: Axes, classes: Sequence[dict], runs: int, height: float, width: float) -> AxesImage:
+    """Draw what each module adds to each class, mean of so many runs, in rows and columns of so many inches."""
     added = np.array([record["contribution"] for record in classes])  # (C, P)
     largest = max(float(added.max()), 1e-9)
     image = ax.imshow(added, cmap="YlGnBu", vmin=0, vmax=largest, aspect="auto", interpolation="nearest")
     column = width / added.shape[1]
     digits = int(np.clip(1 - math.floor(math.log10(largest)), 0, 3))
     shown = np.where(added < LEAST_SHOWN * largest, np.nan, added)
-    written = write_numbers(ax, shown, largest, height, column, digits)
-    right, up = (0.5 - 0.04 / column, 0.5 - 0.04 / height) if written else (0, 0)  # the corner of a cell
-    size = float(np.clip(25 * min(height, column), 1, 2.5))
-    known = [(y, record) for y, record in enumerate(classes) if record["contribution_low"]]
-    for bound, sign, mark in (("contribution_low", 1, "o"), ("contribution_high", -1, "_")):
-        for y, record in known:
-            columns = np.flatnonzero(sign * np.array(record[bound]) > 0)
-            dark = added[y, columns] > 0.68 * largest
-            for place_of, color in ((columns[dark], ON_CELLS[1]), (columns[~dark], ON_CELLS[0])):
-                looks = {"ls": "none", "marker": mark, "color": color, "ms": size, "mew": 0.6 if mark == "_" else 0}
-                ax.plot(place_of + right, np.full(len(place_of), y - up), **looks)
+    write_numbers(ax, shown, largest, height, column, digits)
     step, size = math.ceil(0.1 / height), min(SIZE, 55 * height)
     labels = cut_labels([record["class"] for record in classes], 1.4, size)
     labels = [f"{'* ' if record['loras'] < FEW else ''}{label}" for label, record in zip(labels, classes, strict=True)]
     ax.set_yticks(range(0, len(classes), step), labels[::step], fontsize=size)
     ax.tick_params(length=0)
-    ax.set_ylabel("concept")
-    ax.set_title("Contribution: added to the score (logit) of the own class, less the mean over classes")
+    ax.set_ylabel("concept\n(rows by their\nstrongest module)", fontsize=SMALL)
+    means = f"means of {counted(runs, 'run')}; intervals are in results.json"
+    ax.set_title(f"Contribution: added to the score (logit) of the own class, less the mean over classes\n({means})")
     return image
 
 
@@ -240,16 +227,11 @@ def _numbered(analysis: dict) -> list[Line2D]:
 
 
 def _contribution_entries(classes: Sequence[dict], image: AxesImage) -> list:
-    """Return what colours and marks of the cells mean."""
+    """Return what colours of the cells mean."""
     steps = np.linspace(0, image.norm.vmax, 4)
     cells = [Patch(fc=image.cmap(image.norm(step)), ec=INK, lw=0.5, label=f"{step:.2g}") for step in steps]
     cells[0].set_label("adds 0 or less")
     cells[-1].set_label(f"{steps[-1]:.2g} added")
-    marks = {"ls": "none", "color": INK, "ms": 2.5}
-    if any(np.max(record["contribution_low"]) > 0 for record in classes if record["contribution_low"]):
-        cells.append(Line2D([], [], marker="o", **marks, label="interval above 0"))
-    if any(np.min(record["contribution_high"]) < 0 for record in classes if record["contribution_high"]):
-        cells.append(Line2D([], [], marker="_", **marks, label="interval below 0"))
     if any(record["loras"] < FEW for record in classes):
         cells.append(Line2D([], [], ls="none", label=f"* fewer than {FEW} test LoRAs"))
     return cells
