@@ -67,7 +67,7 @@ def attention_finding(results: dict) -> str | None:
         return None
     first = _highest(modules)[0]
     around = f" ({effective['min']:.1f} to {effective['max']:.1f} over runs)" if section["runs"] > 1 else ""
-    most = "which has most is not settled"
+    most = "but which has most is not settled"
     if is_settled(section, 1):
         most = f"most on {cut(_full_names(analysis)[first], 2.5)} ({percent(modules[first]['attention'])} %)"
     finding = (

@@ -6,9 +6,10 @@ are no answers to the five questions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
-from report.wording import bounds, capital, counted, listed, number, percent
+from report.wording import bounds, counted, listed, number, percent
 
 NAMED = 3  # modules, blocks or groups of classes in a sentence, at most
 LONGEST = 60  # characters of the names of classes in a sentence, of more their number is given
@@ -37,7 +38,7 @@ def module_lines(results: dict) -> list[str]:
     analysis = results.get("analysis") or {}
     lines = []
     if section := analysis.get("attention"):
-        lines += _of_attention(section)
+        lines += _of_attention(analysis)
     if section := analysis.get("collection_map"):
         chosen = results["config"]["rank_by"] == "test" and len(section["panels"]) > 1
         lines += [PROJECTED, *([CHOSEN] if chosen else []), COUNTED]
@@ -61,7 +62,8 @@ def is_settled(section: dict, count: int = NAMED) -> bool:
     return any(record["interval"] and record["interval"][0] > even for record in most_attended(section, count))
 
 
-def _of_attention(section: dict) -> Iterator[str]:
+def _of_attention(analysis: dict) -> Iterator[str]:
+    section = analysis["attention"]
     if len(section["modules"]) == 1:
         yield f"There is only one module to give attention to, {section['modules'][0]['module']}."
         return
@@ -70,7 +72,7 @@ def _of_attention(section: dict) -> Iterator[str]:
     yield from _permuted(section)
     yield from _adding(section)
     yield from _deletion(section)
-    yield from _agreement(section)
+    yield from _agreement(analysis)
 
 
 def _most(section: dict) -> Iterator[str]:
@@ -92,8 +94,7 @@ def _most(section: dict) -> Iterator[str]:
         else f"Which module has most is not settled: {even}, which no interval of the first ones excludes: {names}."
     )
     sums = [_largest(section[f"{noun}s"], noun) for noun in ("block", "projection") if len(section[f"{noun}s"]) > 1]
-    if sums:
-        yield f"{capital('; '.join(sums))}."
+    yield from sums
     if runs == 1:
         yield (
             "Intervals are over LoRAs only, of one trained classifier; another run may give attention to other modules."
@@ -119,11 +120,17 @@ def _shares(records: Sequence[dict], noun: str) -> str:
 
 
 def _largest(records: Sequence[dict], noun: str) -> str:
-    """Return the block or projection with the most attention, in how many modules of all."""
+    """Return the block or projection with the most attention, unless its interval includes its even share."""
     largest, total = max(records, key=lambda record: record["attention"]), sum(record["modules"] for record in records)
-    even = percent(largest["modules"] / total)
+    share, interval = largest["modules"] / total, largest["interval"]
+    even = percent(share)
+    if interval and interval[0] <= share <= interval[1]:
+        return (
+            f"Which {noun} has most is not settled: evenly {largest[noun]} would have {even} %, which its interval "
+            f"does not exclude ({percent(largest['attention'])} %, {bounds(interval)})."
+        )
     among = f"{largest['modules']} of {total} modules (evenly {even} %)"
-    return f"the {noun} with most attention is {_shares([largest], noun)}, in {among}"
+    return f"The {noun} with most attention is {_shares([largest], noun)}, in {among}."
 
 
 def _adding(section: dict) -> Iterator[str]:
@@ -163,7 +170,8 @@ def _deletion(section: dict) -> Iterator[str]:
     if deletion["random"]:
         ends.append(f"in random orders {percent(deletion['random']['accuracy'][point])} %")
     if "layers" in curves:
-        ends.append(f"in the order of their layers alone {percent(curves['layers']['accuracy'][point])} %")
+        reached = percent(curves["layers"]["accuracy"][point])
+        ends.append(f"in the order of the better of their two layers' accuracy alone {reached} %")
     start = "with all modules" if masked[0] == 0 else f"with {masked[0]} masked"
     yield (
         "A masked module is left out of a trained classifier without training it again. It reaches "
@@ -173,7 +181,7 @@ def _deletion(section: dict) -> Iterator[str]:
     if compared := deletion["against_random"]:
         yield _against_random(compared)
     if compared := deletion["against_layers"]:
-        yield f"It {_costs(compared)} in the order of the layers' accuracies alone: {_difference(compared)}."
+        yield f"It {_costs(compared)} in the order of the better layers' accuracy alone: {_difference(compared)}."
 
 
 def _against_random(compared: dict) -> str:
@@ -228,29 +236,47 @@ def _permuted(section: dict) -> Iterator[str]:
     )
 
 
-def _agreement(section: dict) -> Iterator[str]:
-    """Yield how far other orders of the modules are that of attention."""
+def _agreement(analysis: dict) -> Iterator[str]:
+    """Yield how far other orders of the modules are that of attention; a ranking that may be chance is none."""
+    section, layers = analysis["attention"], analysis.get("layers")
     words = {
         "ranking": "the ranking of the layers",
         "gradients": "gradient times input (how far the score of the predicted class follows small changes in "
         "proportion to a module's numbers)",
     }
-    parts = []
+    if layers and layers["num_above_null"] == 0:
+        del words["ranking"]
+        yield (
+            "The order is not compared with the ranking of the layers: no single layer is distinguishable from chance."
+        )
+    by_chance, parts = _tau_by_chance(len(section["modules"])), []
     for name, described in words.items():
         tau = section["agreement"][name]
         if tau["kendall_tau"] is not None:
             around = f", {bounds(tau['interval'], number)}" if tau["interval"] else ", without an interval"
             value = f"Kendall's tau {number(tau['kendall_tau'])}{around}"
-            parts.append(f"{_agrees(tau['interval'])} that by {described}: {value}")
+            parts.append(f"{_agrees(tau, by_chance)} that by {described}: {value}")
     if parts:
-        yield f"The order of modules by attention {'; it '.join(parts)}."
+        chance = f"(about ±{number(by_chance)} would occur by chance)"
+        yield f"The order of modules by attention {'; it '.join(parts)} {chance}."
 
 
-def _agrees(interval: Sequence[float] | None) -> str:
-    if interval and interval[0] > 0:
-        return "agrees with"
-    if interval and interval[1] < 0:
-        return "is rather the reverse of"
+def _tau_by_chance(modules: int) -> float:
+    """Return the size of Kendall's tau that 95 % of random orders of so many modules stay below.
+
+    The interval of tau is of these modules alone, over LoRAs and runs: that the order of P modules is itself a draw is
+    not in it. Of unrelated orders the variance is 2 (2P + 5) / (9P (P - 1)).
+    """
+    return 1.96 * math.sqrt(2 * (2 * modules + 5) / (9 * modules * (modules - 1)))
+
+
+def _agrees(tau: dict, by_chance: float) -> str:
+    interval = tau["interval"]
+    if interval and abs(tau["kendall_tau"]) > by_chance:
+        if interval[0] > 0:
+            return "agrees with"
+        if interval[1] < 0:
+            return "is rather the reverse of"
     return "does not clearly agree with"
 
 

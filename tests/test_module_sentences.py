@@ -4,6 +4,7 @@ import numpy as np
 import planting
 import pytest
 from result_making import faults, made
+from scipy import stats
 
 from analysis.attention import attention
 from analysis.questions import plain
@@ -18,6 +19,7 @@ from report.figures_of_modules import (
     attention_finding,
     collection_map_finding,
 )
+from report.modules import _tau_by_chance
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def test_which_module_has_most_is_named_first_only_where_an_interval_excludes_th
     for record in attended(results)["modules"]:
         record["interval"] = [low, 0.9]
     assert ("Which module has most is not settled" in said(results)) != settled
-    assert ("which has most is not settled" in attention_finding(results)) != settled
+    assert ("but which has most is not settled" in attention_finding(results)) != settled
 
 
 def test_contributions_are_chosen_before_their_intervals_are_looked_at(results):
@@ -96,19 +98,48 @@ def test_masking_has_one_decision(results, change, words):
 
 
 @pytest.mark.parametrize(
-    ("interval", "words"),
+    ("tau", "interval", "words"),
     [
-        ([0.1, 0.5], "agrees with that"),
-        ([-0.5, -0.1], "is rather the reverse of that"),
-        ([-0.1, 0.5], "does not clearly"),
+        (0.9, [0.8, 1.0], "agrees with that"),
+        (0.2, [0.1, 0.3], "does not clearly"),  # of eight modules chance alone gives ±0.55
+        (-0.9, [-1.0, -0.8], "is rather the reverse of that"),
+        (0.9, [-0.1, 1.0], "does not clearly"),
     ],
 )
-def test_a_tau_is_in_words_by_its_interval(results, interval, words):
+def test_a_tau_is_in_words_by_its_interval_and_by_what_chance_gives(results, tau, interval, words):
+    results["analysis"]["layers"]["num_above_null"] = 1
     attended(results)["agreement"] = {
-        "ranking": {"kendall_tau": 0.3, "interval": interval},
+        "ranking": {"kendall_tau": tau, "interval": interval},
         "gradients": {"kendall_tau": None, "interval": None},
     }
     assert f"by attention {words}" in said(results) and "gradient" not in said(results)
+    assert f"(about ±{_tau_by_chance(len(attended(results)['modules'])):.2f} would occur by chance)" in said(results)
+
+
+def test_a_tau_of_random_orders_is_as_large_as_said_in_a_twentieth():
+    generator, order = np.random.default_rng(0), np.arange(24)
+    taus = [stats.kendalltau(order, generator.permutation(24)).statistic for _ in range(2000)]
+    assert np.mean(np.abs(taus) > _tau_by_chance(24)) == pytest.approx(0.05, abs=0.015)
+
+
+def test_a_ranking_of_layers_that_may_be_chance_is_not_compared(results):
+    results["analysis"]["layers"]["num_above_null"] = 0
+    assert "not compared with the ranking of the layers: no single layer is" in said(results)
+    assert "that by the ranking" not in said(results)
+
+
+@pytest.mark.parametrize(("interval", "settled"), [([0.127, 0.63], False), ([0.3, 0.63], True), (None, True)])
+@pytest.mark.parametrize("noun", ["block", "projection"])
+def test_a_block_or_projection_has_most_only_where_its_interval_excludes_the_even_share(
+    results, noun, interval, settled
+):
+    rest = {"modules": 8, "attention": 0.2, "interval": None}
+    first = {noun: "first", "modules": 8, "attention": 0.332, "interval": interval}
+    attended(results)[f"{noun}s"] = [first, *({noun: f"other {i}"} | rest for i in range(3))]
+    unsettled = f"Which {noun} has most is not settled: evenly first would have 25.0 %, which its interval does not"
+    assert (unsettled in said(results)) != settled
+    assert ("exclude (33.2 %, 12.7 to 63.0)." in said(results)) != settled
+    assert (f"The {noun} with most attention is first (33.2 %" in said(results)) == settled
 
 
 def test_of_one_module_there_is_a_sentence_and_no_figure():
