@@ -7,6 +7,7 @@ are no answers to the five questions.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from report.wording import bounds, counted, listed, number, percent
@@ -42,8 +43,57 @@ def module_lines(results: dict) -> list[str]:
     if section := analysis.get("collection_map"):
         chosen = results["config"]["rank_by"] == "test" and len(section["panels"]) > 1
         lines += [PROJECTED, *([CHOSEN] if chosen else []), COUNTED]
-        lines += map(_panel, section["panels"])
+        names = full_names(analysis)
+        lines += [_panel(panel, names) for panel in section["panels"]]
     return lines
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names of modules
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _places(analysis: dict) -> dict[str, dict]:
+    """Return block, attention and projection of each module by its canonical id, in the network's order."""
+    layers, attended = analysis.get("layers") or {"records": []}, analysis.get("attention") or {"modules": []}
+    places: dict[str, dict] = {}
+    for record in (*layers["records"], *attended["modules"]):
+        place = places.setdefault(record["module"], {"block": None, "projection": None, "kind": None})
+        place["block"] = record.get("block") or place["block"]
+        place["projection"] = record.get("projection") or place["projection"]
+        if "layer" in record:  # in records of modules "attention" is a share
+            place["kind"] = record.get("attention")
+    return places
+
+
+def short_names(analysis: dict) -> dict[str, str]:
+    """Return names of modules within their blocks, such as ``attn2 k``: attention and projection, by canonical id.
+
+    Those of a block that would be the same are numbered by depth. A module of unknown projection has its id.
+    """
+    places = _places(analysis)
+    names = {
+        module: f"{place['kind'] or ''} {place['projection']}".strip() if place["projection"] else module
+        for module, place in places.items()
+    }
+    times, seen = Counter((places[module]["block"], name) for module, name in names.items()), Counter()
+    for module, name in names.items():
+        key = (places[module]["block"], name)
+        seen[key] += 1
+        if times[key] > 1:
+            names[module] = f"{name} ({seen[key]})"
+    return names
+
+
+def full_names(analysis: dict) -> dict[str, str]:
+    """Return the short names with their block in front, where both are known, by canonical id; no two are the same."""
+    places = _places(analysis)
+    names = {
+        module: f"{places[module]['block'] or ''} {name}".strip() if places[module]["projection"] else name
+        for module, name in short_names(analysis).items()
+    }
+    times = Counter(names.values())
+    return {module: name if times[name] == 1 else module for module, name in names.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -56,6 +106,16 @@ def most_attended(section: dict, count: int = NAMED) -> list[dict]:
     return sorted(section["modules"], key=lambda record: -record["attention"])[:count]
 
 
+def _with_names(analysis: dict) -> dict:
+    """Return the section of attention with the names of modules in place of their ids."""
+    names, section = full_names(analysis), analysis["attention"]
+    permuted = section["permuted"]
+    if permuted:
+        permuted = permuted | {"above": [names[module] for module in permuted["above"]]}
+    modules = [record | {"module": names[record["module"]]} for record in section["modules"]]
+    return section | {"modules": modules, "permuted": permuted}
+
+
 def is_settled(section: dict, count: int = NAMED) -> bool:
     """Return whether the interval of one of the first modules excludes the share that it would have evenly."""
     even = 1 / len(section["modules"])
@@ -63,7 +123,7 @@ def is_settled(section: dict, count: int = NAMED) -> bool:
 
 
 def _of_attention(analysis: dict) -> Iterator[str]:
-    section = analysis["attention"]
+    section = _with_names(analysis)
     if len(section["modules"]) == 1:
         yield f"There is only one module to give attention to, {section['modules'][0]['module']}."
         return
@@ -285,9 +345,10 @@ def _agrees(tau: dict, by_chance: float) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _panel(panel: dict) -> str:
+def _panel(panel: dict, names: dict[str, str]) -> str:
     """Return what the plane of all layers, or of a module alone, separates."""
-    subject = "all layers" if panel["layers"] == "all" else f"{panel['layers']} alone"
+    module = panel["layers"]
+    subject = "all layers" if module == "all" else f"{names.get(module, module)} alone"
     held = percent(sum(panel["explained"]))
     section = panel["separates"]
     reached = f"{percent(section['accuracy'])} % ({bounds(section['interval'])})"

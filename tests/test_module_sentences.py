@@ -13,13 +13,11 @@ from report.figures_of_modules import (
     FILLINGS,
     MARKS,
     SHAPES,
-    _full_names,
     _mark,
-    _short_names,
     attention_finding,
     collection_map_finding,
 )
-from report.modules import _tau_by_chance
+from report.modules import _tau_by_chance, full_names, short_names
 
 
 @pytest.fixture
@@ -73,7 +71,7 @@ def test_contributions_are_chosen_before_their_intervals_are_looked_at(results):
     section = attended(results)
     for i, record in enumerate(section["modules"]):
         record |= {"contribution": float(i), "contribution_interval": [-1.0 if i % 2 else 0.5, 9.0]}
-    last = section["modules"][-1]["module"]
+    last = full_names(results["analysis"])[section["modules"][-1]["module"]]
     count = (len(section["modules"]) + 1) // 2
     assert f"most is added by {last} (" in said(results)
     assert f"{count} of {len(section['modules'])} intervals are above 0 (each holds alone: fewer than 1" in said(
@@ -144,17 +142,38 @@ def test_a_block_or_projection_has_most_only_where_its_interval_excludes_the_eve
 
 def test_of_one_module_there_is_a_sentence_and_no_figure():
     results = of_attention(1)
-    assert modules.module_lines(results) == ["There is only one module to give attention to, m0."]
+    assert modules.module_lines(results) == ["There is only one module to give attention to, block 0 v."]
     assert attention_finding(results) is None
 
 
 def test_modules_have_short_names_that_differ_within_their_block():
     places = [("IN01", "q", "m0"), ("IN01", "q", "m1"), ("IN01", "k", "m2"), ("IN02", "q", "m3"), (None, None, "m4")]
     records = [{"block": block, "projection": kind, "module": module} for block, kind, module in places]
-    layers = [{"module": module, "attention": "attn1" if module < "m3" else None} for *_, module in places]
+    layers = [
+        {"module": module, "layer": module, "attention": "attn1" if module < "m3" else None} for *_, module in places
+    ]
     analysis = {"attention": {"modules": records}, "layers": {"records": layers}}
-    assert _short_names(analysis) == ["attn1 q (1)", "attn1 q (2)", "attn1 k", "q", "m4"]
-    assert _full_names(analysis) == ["IN01 attn1 q (1)", "IN01 attn1 q (2)", "IN01 attn1 k", "IN02 q", "m4"]
+    assert list(short_names(analysis).values()) == ["attn1 q (1)", "attn1 q (2)", "attn1 k", "q", "m4"]
+    assert list(full_names(analysis).values()) == [
+        "IN01 attn1 q (1)",
+        "IN01 attn1 q (2)",
+        "IN01 attn1 k",
+        "IN02 q",
+        "m4",
+    ]
+
+
+def test_modules_whose_names_would_be_the_same_have_their_ids():
+    places = [("a", "b c", "m0"), ("a b", "c", "m1"), ("a", "c", "m2")]
+    records = [{"block": block, "projection": kind, "module": module} for block, kind, module in places]
+    assert full_names({"attention": {"modules": records}}) == {"m0": "m0", "m1": "m1", "m2": "a c"}
+
+
+def test_sentences_have_names_of_modules_and_no_ids(results):
+    names = full_names(results["analysis"])
+    assert len({*names.values()}) == len(names) and not {*names} & {*names.values()}
+    assert not [module for module in names if module in said(results)]
+    assert any(name in said(results) for name in names.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
