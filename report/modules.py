@@ -14,6 +14,8 @@ from report.wording import bounds, counted, listed, number, percent
 
 NAMED = 3  # modules, blocks or groups of classes in a sentence, at most
 LONGEST = 60  # characters of the names of classes in a sentence, of more their number is given
+BEYOND_RANDOM = 0.15  # of Kendall's W above that of random orders, below which runs do not agree
+AGREED = 0.7  # Kendall's W up to which runs agree in part
 OUTSIDE = 0.025  # share of 95 % intervals that lie above the truth by chance
 CAUTION = (
     "Attention is no explanation by itself: other weights may give the same predictions (Jain & Wallace, 2019; "
@@ -42,7 +44,7 @@ def module_lines(results: dict) -> list[str]:
         lines += _of_attention(analysis)
     if section := analysis.get("collection_map"):
         chosen = results["config"]["rank_by"] == "test" and len(section["panels"]) > 1
-        lines += [PROJECTED, *([CHOSEN] if chosen else []), COUNTED]
+        lines += [PROJECTED, *([CHOSEN] if chosen else []), _compared(section["panels"])]
         names = full_names(analysis)
         lines += [_panel(panel, names) for panel in section["panels"]]
     return lines
@@ -128,6 +130,7 @@ def _of_attention(analysis: dict) -> Iterator[str]:
         yield f"There is only one module to give attention to, {section['modules'][0]['module']}."
         return
     yield CAUTION
+    yield from _over_runs(section)
     yield from _most(section)
     yield from _permuted(section)
     yield from _adding(section)
@@ -135,17 +138,39 @@ def _of_attention(analysis: dict) -> Iterator[str]:
     yield from _agreement(analysis)
 
 
+def _over_runs(section: dict) -> Iterator[str]:
+    """Yield how far the runs agree on the modules: what single modules say depends on it."""
+    runs, agreement = section["runs"], section["stability"]["kendall_w"]
+    if runs == 1:
+        yield (
+            "Intervals are over LoRAs only, of one trained classifier; another run may give attention to other modules."
+        )
+    if runs == 1 or agreement is None:
+        return
+    at_random = 1 / runs
+    verb, advice = "agree", ""
+    if agreement < at_random + BEYOND_RANDOM:
+        verb, advice = "do not agree", ": read nothing into single modules"
+    elif agreement <= AGREED:
+        verb = "partly agree"
+    yield (
+        f"The {runs} runs {verb} on which modules get attention (Kendall's W {number(agreement)}, about "
+        f"{number(at_random)} at random){advice}."
+    )
+
+
 def _most(section: dict) -> Iterator[str]:
     """Yield how many modules the attention is on, and which modules, blocks and projections these are."""
     total, runs, effective = len(section["modules"]), section["runs"], section["effective_number"]
-    alike = f"{total} if at all modules alike"
+    alike = f"{total} if all had the same"
     if runs > 1:
         subject, across = f"Each of {runs} trained classifiers spreads", " on average"
         alike = f"{bounds((effective['min'], effective['max']), _tenths)} over runs; {alike}"
     else:
         subject, across = "The trained classifier spreads", ""
     yield (
-        f"{subject} its attention over an effective number of {_tenths(effective['number'])} modules{across} ({alike})."
+        f"{subject} its attention over an effective number (the number of equally attended modules that would be as "
+        f"spread) of {_tenths(effective['number'])} modules{across} ({alike})."
     )
     names, even = _shares(most_attended(section), "module"), f"evenly each would have {percent(1 / total)} %"
     yield (
@@ -155,15 +180,6 @@ def _most(section: dict) -> Iterator[str]:
     )
     sums = [_largest(section[f"{noun}s"], noun) for noun in ("block", "projection") if len(section[f"{noun}s"]) > 1]
     yield from sums
-    if runs == 1:
-        yield (
-            "Intervals are over LoRAs only, of one trained classifier; another run may give attention to other modules."
-        )
-    elif (agreement := section["stability"]["kendall_w"]) is not None:
-        yield (
-            f"Kendall's W of the orders of modules by attention in the {runs} runs is {number(agreement)}: 1 if all "
-            f"were the same, about {number(1 / runs)} at random."
-        )
 
 
 def _tenths(value: float) -> str:
@@ -194,23 +210,35 @@ def _largest(records: Sequence[dict], noun: str) -> str:
 
 
 def _adding(section: dict) -> Iterator[str]:
-    """Yield which modules add most to the own class, and how many intervals are above 0.
+    """Yield which modules add most to the own class, and which intervals are above 0.
 
     The modules are chosen among all before their intervals are looked at.
     """
-    modules = section["modules"]
-    most = sorted(modules, key=lambda record: -record["contribution"])[:NAMED]
-    around = [record["contribution_interval"] for record in modules]
+    ordered = sorted(section["modules"], key=lambda record: -record["contribution"])
     count = ""
-    if all(around):
-        above, expected = sum(interval[0] > 0 for interval in around), round(OUTSIDE * len(modules))
+    if all(record["contribution_interval"] for record in ordered):
+        above = [record for record in ordered if record["contribution_interval"][0] > 0]
+        expected = round(OUTSIDE * len(ordered))
         by_chance = f"about {expected}" if expected else "fewer than 1"
-        verb = "is" if above == 1 else "are"
-        count = f"; {above} of {len(modules)} intervals {verb} above 0 (each holds alone: {by_chance} would by chance)"
+        verb = "is" if len(above) == 1 else "are"
+        count = (
+            f"; {len(above)} of {len(ordered)} intervals {verb} above 0 (each holds alone: {by_chance} would by chance)"
+            f"{_others_above(ordered, above)}"
+        )
     yield (
         "To the score (logit) of a LoRA's own class, less what is added to all classes on average, most is added by "
-        f"{listed([_added(record) for record in most])}{count}."
+        f"{listed([_added(record) for record in ordered[:NAMED]])}{count}."
     )
+
+
+def _others_above(ordered: Sequence[dict], above: Sequence[dict]) -> str:
+    """Return which intervals are above 0 where none of the modules named before is among them."""
+    if not above or any(record in above for record in ordered[:NAMED]):
+        return ""
+    names = [_added(record) for record in above[:NAMED]]
+    if len(above) > NAMED:
+        names.append(f"{len(above) - NAMED} more")
+    return f", none of these, but {'that' if len(above) == 1 else 'those'} of {listed(names)}"
 
 
 def _added(record: dict) -> str:
@@ -355,8 +383,17 @@ def _panel(panel: dict, names: dict[str, str]) -> str:
     ends = _told_apart(section) if section["above_null"] else ", indistinguishable from chance"
     return (
         f"In the plane of {subject}, which holds {held} % of the variance, {reached} of the test LoRAs lie nearest to "
-        f"the mean of their own concept (guessing {percent(section['chance'])} %){ends}."
+        f"the mean of the train LoRAs of their own concept (guessing {percent(section['chance'])} %){ends}."
     )
+
+
+def _compared(panels: Sequence[dict]) -> str:
+    """Return how concepts are compared with each other, or that they are not."""
+    compared = max(panel["separates"]["compared"] for panel in panels)
+    if compared > 1:
+        return COUNTED
+    enough = "only one has" if compared else "none has"
+    return f"No concepts are compared with each other: {enough} 5 test LoRAs."
 
 
 def _told_apart(section: dict) -> str:
@@ -364,13 +401,15 @@ def _told_apart(section: dict) -> str:
     distinct, merged = section["distinct"], section["merged"]
     if section["compared"] < 2:
         return ""
-    apart = "none is told apart from every other concept (at least 90 %)"
-    if distinct:
-        verb = "is" if len(distinct) == 1 else "are"
-        those = "that" if len(distinct) == 1 else "those"
+    apart = "of the concepts, none is told apart from every other concept (at least 90 %)"
+    if len(distinct) == section["compared"]:
+        share = "at least 90 % of the test LoRAs of both lie nearer to their own mean"
+        apart = f"every two concepts are told apart ({share})"
+    elif distinct:
+        those, verb = ("that", "is") if len(distinct) == 1 else ("those", "are")
         apart = f"{those} of {_named(distinct)} {verb} told apart from every other concept (at least 90 %)"
-        apart = apart if len(distinct) < section["compared"] else "all concepts are told apart (at least 90 %)"
-    parts = [f"; of these test LoRAs, {apart}" if distinct else f"; of the concepts, {apart}"]
+        apart = f"of these test LoRAs, {apart}"
+    parts = [f"; {apart}"]
     if merged:
         groups = [_named(group) for group in sorted(merged, key=len, reverse=True)[:NAMED]]
         more = f", and {counted(len(merged) - NAMED, 'more group')}" if len(merged) > NAMED else ""

@@ -1,5 +1,7 @@
 """Sentences on attention and on the map: what is decided, what is not settled, and no more than that."""
 
+import re
+
 import numpy as np
 import planting
 import pytest
@@ -18,6 +20,7 @@ from report.figures_of_modules import (
     collection_map_finding,
 )
 from report.modules import _tau_by_chance, full_names, short_names
+from report.text import render_text
 
 
 @pytest.fixture
@@ -49,8 +52,23 @@ def test_the_caution_is_first_and_attention_has_the_range_of_runs(results):
     section = attended(results)
     number = section["effective_number"]
     assert modules.module_lines(results)[0] == modules.CAUTION
+    assert said(results).count("(the number of equally attended modules that would be as spread)") == 1
     assert f"({number['min']:.1f} to {number['max']:.1f} over runs; {len(section['modules'])} if" in said(results)
     assert "Kendall's W" in said(results)
+
+
+@pytest.mark.parametrize(
+    ("agreement", "words"),
+    [
+        (0.32, "The 3 runs do not agree on which modules get attention (Kendall's W 0.32, about 0.33 at random): read"),
+        (0.49, "The 3 runs partly agree on which modules get attention (Kendall's W 0.49, about 0.33 at random)."),
+        (0.7, "The 3 runs partly agree on"),
+        (0.71, "The 3 runs agree on"),
+    ],
+)
+def test_how_far_runs_agree_is_said_before_any_module_is_named(results, agreement, words):
+    attended(results).update(runs=3, stability={"kendall_w": agreement})
+    assert modules.module_lines(results)[1].startswith(words)
 
 
 def test_of_one_run_intervals_are_of_one_classifier():
@@ -77,6 +95,32 @@ def test_contributions_are_chosen_before_their_intervals_are_looked_at(results):
     assert f"{count} of {len(section['modules'])} intervals are above 0 (each holds alone: fewer than 1" in said(
         results
     )
+
+
+def contributions(results: dict, above: set[int]) -> str:
+    """Return the sentence where the modules add 0, 1, 2, ... and these positions have an interval above 0."""
+    for i, record in enumerate(attended(results)["modules"]):
+        record |= {"contribution": -float(i), "contribution_interval": [0.25 if i in above else -9.0, 9.0]}
+    return next(line for line in modules.module_lines(results) if line.startswith("To the score"))
+
+
+def test_contributions_above_0_are_named_where_none_of_the_first_is():
+    results = of_attention(10, planted=(0,))
+    names = [full_names(results["analysis"])[record["module"]] for record in attended(results)["modules"]]
+    fourth, fifth = (f"{names[i]} (-{i}.00, 0.25 to 9.00)" for i in (4, 5))
+    assert contributions(results, {4}).endswith(f"would by chance), none of these, but that of {fourth}.")
+    assert f"none of these, but those of {fourth} and {fifth}." in contributions(results, {4, 5})
+    assert contributions(results, {4, 5, 6, 7, 8}).endswith(" and 2 more.")
+    for above in (set(), {1, 5}):
+        assert contributions(results, above).endswith("would by chance).")
+
+
+def test_contributions_have_their_intervals_in_both_tables_of_results_txt(results):
+    text = render_text(results)
+    record = max(attended(results)["modules"], key=lambda record: record["attention"])
+    low, high = record["contribution_interval"]
+    assert f"{record['contribution']:.2f}" in text and f"  {low:.2f} to {high:.2f}  " in text
+    assert len(re.findall(r"95 % interval +contribution +95 % interval", text)) == 2
 
 
 @pytest.mark.parametrize(
@@ -200,7 +244,7 @@ def test_a_plane_that_may_be_chance_tells_nothing_apart(results):
         ({"distinct": ["a", "b"], "merged": [["c", "d"]]}, "those of a and b are told apart from every other concept"),
         ({"distinct": ["a", "b"], "merged": [["c", "d"]]}, "not told apart (below 75 %): c and d."),
         ({"distinct": [], "merged": []}, "none is told apart from every other concept"),
-        ({"distinct": list("abcdef"), "merged": []}, "all concepts are told apart"),
+        ({"distinct": list("abcdef"), "merged": []}, "; every two concepts are told apart (at least 90 % of the"),
         ({"distinct": ["a" * 40, "b" * 40], "merged": []}, "those of 2 concepts are"),
     ],
 )
@@ -212,6 +256,17 @@ def test_what_a_plane_tells_apart(results, section, words):
     assert words in said(results)
     panel["separates"]["compared"] = 0
     assert words not in said(results)
+
+
+@pytest.mark.parametrize(
+    ("compared", "words"), [(0, "none has 5"), (1, "only one has 5"), (2, "Two concepts are told")]
+)
+def test_concepts_that_are_not_compared_are_said_to_be_so(results, compared, words):
+    for panel in results["analysis"]["collection_map"]["panels"]:
+        panel["separates"] |= {"compared": compared, "distinct": [], "merged": []}
+    assert words in said(results)
+    assert ("No concepts are compared with each other: " in said(results)) == (compared < 2)
+    assert (modules.COUNTED in said(results)) == (compared > 1)
 
 
 def test_no_two_concepts_have_the_same_mark():
