@@ -6,8 +6,8 @@ Shape letters: P modules in the network's order, C classes.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,10 +20,10 @@ from report.drawing import (
     BLUE,
     GROUND,
     INK,
-    ON_CELLS,
     ORANGE,
     SIZE,
     SMALL,
+    SOFT,
     WIDTH,
     cut,
     cut_labels,
@@ -33,8 +33,8 @@ from report.drawing import (
     width_of,
     write_numbers,
 )
-from report.modules import is_settled
-from report.wording import bounds, percent, signed
+from report.modules import full_names, is_settled, short_names
+from report.wording import bounds, counted, percent, signed
 
 NAMED_MODULES = 40  # under the bars, at most: of more the highest are numbered
 NUMBERED = 5
@@ -66,11 +66,12 @@ def attention_finding(results: dict) -> str | None:
     modules, effective = section["modules"], section["effective_number"]
     if len(modules) == 1:
         return None
-    first = _highest(modules)[0]
+    first = modules[_highest(modules)[0]]
     around = f" ({effective['min']:.1f} to {effective['max']:.1f} over runs)" if section["runs"] > 1 else ""
-    most = "which has most is not settled"
+    most = "but which has most is not settled"
     if is_settled(section, 1):
-        most = f"most on {cut(_full_names(analysis)[first], 2.5)} ({percent(modules[first]['attention'])} %)"
+        name = full_names(analysis)[first["module"]]
+        most = f"most on {cut(name, 2.5)} ({percent(first['attention'])} %)"
     finding = (
         f"Attention is spread over an effective number of {effective['number']:.1f}{around} of {len(modules)} modules, "
         f"{most}"
@@ -91,7 +92,8 @@ def attention(results: dict, figure: Figure) -> None:
     classes = [classes[c] for c in np.lexsort((-added.max(1), added.argmax(1)))]  # of the same module together
     names = []
     if len(modules) <= NAMED_MODULES:
-        names = [cut(name, 0.9, SMALL) for name in _short_names(analysis)]
+        short = short_names(analysis)
+        names = [cut(short[record["module"]], 0.9, SMALL) for record in modules]
     room = max((width_of(name, SMALL) for name in names), default=0.0)
     height = min(max(0.24, 0.7 / len(classes)), 9 / len(classes))  # of a row, in inches
     width = WIDTH - 1.9  # of the axes
@@ -102,8 +104,8 @@ def attention(results: dict, figure: Figure) -> None:
     bars, cells = figure.subplots(2, 1, sharex=True, height_ratios=[1.1, height * len(classes)])
     _attention_bars(bars, modules)
     blocks = [record["block"] for record in modules]
-    mark_blocks(bars, blocks, width)
-    image = _contributions(cells, classes, height, width)
+    _head_blocks(bars, blocks, width)
+    image = _contributions(cells, classes, section["runs"], height, width)
     mark_blocks(cells, blocks, width, named=False)
     top = set(results["top_layers"])
     of_top = {record["module"] for record in analysis["layers"]["records"] if record["layer"] in top}
@@ -122,35 +124,20 @@ def attention(results: dict, figure: Figure) -> None:
         place(bars, points, [str(i + 1) for i in range(len(points))], SMALL, beside=False)
 
 
-def _short_names(analysis: dict) -> list[str]:
-    """Return names of modules within their blocks, such as ``attn2 k``: attention and projection.
-
-    Those of a block that would be the same are numbered by depth. A module of unknown projection has its whole name.
-    """
-    modules = analysis["attention"]["modules"]
-    kind_of = {record["module"]: record.get("attention") for record in analysis["layers"]["records"]}
-    names = [
-        f"{kind_of.get(record['module']) or ''} {record['projection']}".strip()
-        if record["projection"]
-        else record["module"]
-        for record in modules
-    ]
-    keys = [(record["block"], name) for record, name in zip(modules, names, strict=True)]
-    times, seen = Counter(keys), Counter()
-    for i, key in enumerate(keys):
-        seen[key] += 1
-        if times[key] > 1:
-            names[i] = f"{names[i]} ({seen[key]})"
-    return names
-
-
-def _full_names(analysis: dict) -> list[str]:
-    """Return the short names of modules with their block in front, where both are known."""
-    modules = analysis["attention"]["modules"]
-    return [
-        f"{record['block'] or ''} {name}".strip() if record["projection"] else name
-        for record, name in zip(modules, _short_names(analysis), strict=True)
-    ]
+def _head_blocks(ax: Axes, blocks: Sequence[str | None], inches: float) -> None:
+    """Mark blocks with their whole names above axes of so many inches, if all fit, else with numbers in short."""
+    runs = [(block, len(list(members))) for block, members in groupby(blocks)]
+    column = inches / len(blocks)
+    fit = all(not block or width_of(block, SMALL) + 0.06 <= column * count for block, count in runs)
+    mark_blocks(ax, blocks, inches, named=not fit)
+    if not fit:
+        return
+    ends = np.cumsum([count for _, count in runs])
+    heads = [(end - (count + 1) / 2, block) for end, (block, count) in zip(ends, runs, strict=True) if block]
+    top = ax.secondary_xaxis("top")
+    top.set_xticks([x for x, _ in heads], [block for _, block in heads], fontsize=SMALL, color=SOFT)
+    top.tick_params(length=0, pad=1)
+    top.spines["top"].set_visible(False)
 
 
 def _highest(modules: Sequence[dict]) -> list[int]:
@@ -186,35 +173,23 @@ def _attention_bars(ax: Axes, modules: Sequence[dict]) -> None:
     ax.tick_params(axis="x", length=0, labelbottom=False)
 
 
-def _contributions(ax: Axes, classes: Sequence[dict], height: float, width: float) -> AxesImage:
-    """Draw what each module adds to each class, in rows and columns of so many inches, and mark what is not 0.
-
-    A dot is in the cells whose interval lies above 0, a stroke in those below it.
-    """
+def _contributions(ax: Axes, classes: Sequence[dict], runs: int, height: float, width: float) -> AxesImage:
+    """Draw what each module adds to each class, mean of so many runs, in rows and columns of so many inches."""
     added = np.array([record["contribution"] for record in classes])  # (C, P)
     largest = max(float(added.max()), 1e-9)
     image = ax.imshow(added, cmap="YlGnBu", vmin=0, vmax=largest, aspect="auto", interpolation="nearest")
     column = width / added.shape[1]
     digits = int(np.clip(1 - math.floor(math.log10(largest)), 0, 3))
     shown = np.where(added < LEAST_SHOWN * largest, np.nan, added)
-    written = write_numbers(ax, shown, largest, height, column, digits)
-    right, up = (0.5 - 0.04 / column, 0.5 - 0.04 / height) if written else (0, 0)  # the corner of a cell
-    size = float(np.clip(25 * min(height, column), 1, 2.5))
-    known = [(y, record) for y, record in enumerate(classes) if record["contribution_low"]]
-    for bound, sign, mark in (("contribution_low", 1, "o"), ("contribution_high", -1, "_")):
-        for y, record in known:
-            columns = np.flatnonzero(sign * np.array(record[bound]) > 0)
-            dark = added[y, columns] > 0.68 * largest
-            for place_of, color in ((columns[dark], ON_CELLS[1]), (columns[~dark], ON_CELLS[0])):
-                looks = {"ls": "none", "marker": mark, "color": color, "ms": size, "mew": 0.6 if mark == "_" else 0}
-                ax.plot(place_of + right, np.full(len(place_of), y - up), **looks)
+    write_numbers(ax, shown, largest, height, column, digits)
     step, size = math.ceil(0.1 / height), min(SIZE, 55 * height)
     labels = cut_labels([record["class"] for record in classes], 1.4, size)
     labels = [f"{'* ' if record['loras'] < FEW else ''}{label}" for label, record in zip(labels, classes, strict=True)]
     ax.set_yticks(range(0, len(classes), step), labels[::step], fontsize=size)
     ax.tick_params(length=0)
-    ax.set_ylabel("concept")
-    ax.set_title("Contribution: added to the score (logit) of the own class, less the mean over classes")
+    ax.set_ylabel("concept\n(rows by their\nstrongest module)", fontsize=SMALL)
+    means = f"means of {counted(runs, 'run')}; intervals are in results.json"
+    ax.set_title(f"Contribution: added to the score (logit) of the own class, less the mean over classes\n({means})")
     return image
 
 
@@ -234,22 +209,18 @@ def _attention_entries(section: dict) -> list:
 
 def _numbered(analysis: dict) -> list[Line2D]:
     """Return the names of the highest bars, which are numbered where there is no room for the names of all."""
-    names, highest = _full_names(analysis), _highest(analysis["attention"]["modules"])
-    labels = [f"{i}: {cut(names[x], 1.7, SMALL)}" for i, x in enumerate(highest, 1)]
+    names, modules = full_names(analysis), analysis["attention"]["modules"]
+    highest = [names[modules[x]["module"]] for x in _highest(modules)]
+    labels = [f"{i}: {cut(name, 1.7, SMALL)}" for i, name in enumerate(highest, 1)]
     return [Line2D([], [], ls="none", label=label) for label in labels]
 
 
 def _contribution_entries(classes: Sequence[dict], image: AxesImage) -> list:
-    """Return what colours and marks of the cells mean."""
+    """Return what colours of the cells mean."""
     steps = np.linspace(0, image.norm.vmax, 4)
     cells = [Patch(fc=image.cmap(image.norm(step)), ec=INK, lw=0.5, label=f"{step:.2g}") for step in steps]
     cells[0].set_label("adds 0 or less")
     cells[-1].set_label(f"{steps[-1]:.2g} added")
-    marks = {"ls": "none", "color": INK, "ms": 2.5}
-    if any(np.max(record["contribution_low"]) > 0 for record in classes if record["contribution_low"]):
-        cells.append(Line2D([], [], marker="o", **marks, label="interval above 0"))
-    if any(np.min(record["contribution_high"]) < 0 for record in classes if record["contribution_high"]):
-        cells.append(Line2D([], [], marker="_", **marks, label="interval below 0"))
     if any(record["loras"] < FEW for record in classes):
         cells.append(Line2D([], [], ls="none", label=f"* fewer than {FEW} test LoRAs"))
     return cells
@@ -264,18 +235,19 @@ def collection_map_finding(results: dict) -> str:
     """Return how many test LoRAs lie nearest to their own concept in the first plane, that of all layers."""
     whole = results["analysis"]["collection_map"]["panels"][0]
     section = whole["separates"]
+    subject, reached = _subject(whole, full_names(results["analysis"]), 2.5), percent(section["accuracy"])
     finding = (
-        f"In the plane of {_subject(whole, 2.5)} {percent(section['accuracy'])} % of the test LoRAs lie nearest to the "
-        f"mean of their concept (guessing {percent(section['chance'])} %)"
+        f"In the plane of {subject} {reached} % of the test LoRAs lie nearest to the mean of the train LoRAs of their "
+        f"own concept (guessing {percent(section['chance'])} %)"
     )
     return finding if section["above_null"] else f"{finding}, indistinguishable from chance"
 
 
-def _subject(panel: dict, inches: float) -> str:
-    """Return the module of a panel, its block in front as the middle of a long name is left out."""
+def _subject(panel: dict, names: dict[str, str], inches: float) -> str:
+    """Return what a panel is of: all layers, or the name of a module."""
     if panel["layers"] == "all":
         return "all layers"
-    return f"{cut(' '.join(filter(None, (panel['block'], panel['layers']))), inches)} alone"
+    return f"{cut(names.get(panel['layers'], panel['layers']), inches)} alone"
 
 
 def collection_map(results: dict, figure: Figure) -> None:
@@ -289,8 +261,9 @@ def collection_map(results: dict, figure: Figure) -> None:
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
+    names_of_modules = full_names(results["analysis"])
     for ax, panel in zip(axes, panels, strict=False):
-        _plane(ax, section, panel)
+        _plane(ax, section, panel, names_of_modules)
     names = cut_labels(classes[:entries], WIDTH / across - 0.45, SMALL)
     looks = {"ls": "none", "ms": 4.5, "mew": 0.6}
     handles = [Line2D([], [], **_mark(c), **looks, label=name) for c, name in enumerate(names)]
@@ -311,8 +284,8 @@ def _mark(label: int) -> dict:
     return {"marker": shape, "mfc": color, "fillstyle": half, "markerfacecoloralt": other, "mec": INK}
 
 
-def _plane(ax: Axes, section: dict, panel: dict) -> None:
-    """Draw the LoRAs of a panel, those of each class in its mark."""
+def _plane(ax: Axes, section: dict, panel: dict, names: dict[str, str]) -> None:
+    """Draw the LoRAs of a panel, those of each class in its mark, under the name of its module."""
     points, labels = np.array(panel["points"], float).reshape(-1, 2), np.array(section["labels"])
     tested = np.array(section["parts"]) == "test"
     size = float(np.clip(40 / math.sqrt(max(1, tested.sum())), 2.6, 5))
@@ -324,7 +297,7 @@ def _plane(ax: Axes, section: dict, panel: dict) -> None:
     separates = panel["separates"]
     x, y = (percent(share) for share in panel["explained"])
     reached = f"{percent(separates['accuracy'])} % ({bounds(separates['interval'])}) nearest to their own mean"
-    first = _subject(panel, 2.2 if separates["above_null"] else 1.6)
+    first = _subject(panel, names, 2.2 if separates["above_null"] else 1.6)
     known = "" if separates["above_null"] else ": indistinguishable from chance"
     ax.set_title(f"{first}{known}\n{reached}", fontsize=SMALL + 0.5)
     ax.set_xlabel(f"component 1, {x} % of the variance", fontsize=SMALL)

@@ -6,12 +6,16 @@ are no answers to the five questions.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from report.wording import bounds, capital, counted, listed, number, percent
+from report.wording import bounds, counted, listed, number, percent
 
 NAMED = 3  # modules, blocks or groups of classes in a sentence, at most
 LONGEST = 60  # characters of the names of classes in a sentence, of more their number is given
+BEYOND_RANDOM = 0.15  # of Kendall's W above that of random orders, below which runs do not agree
+AGREED = 0.7  # Kendall's W up to which runs agree in part
 OUTSIDE = 0.025  # share of 95 % intervals that lie above the truth by chance
 CAUTION = (
     "Attention is no explanation by itself: other weights may give the same predictions (Jain & Wallace, 2019; "
@@ -37,12 +41,61 @@ def module_lines(results: dict) -> list[str]:
     analysis = results.get("analysis") or {}
     lines = []
     if section := analysis.get("attention"):
-        lines += _of_attention(section)
+        lines += _of_attention(analysis)
     if section := analysis.get("collection_map"):
         chosen = results["config"]["rank_by"] == "test" and len(section["panels"]) > 1
-        lines += [PROJECTED, *([CHOSEN] if chosen else []), COUNTED]
-        lines += map(_panel, section["panels"])
+        lines += [PROJECTED, *([CHOSEN] if chosen else []), _compared(section["panels"])]
+        names = full_names(analysis)
+        lines += [_panel(panel, names) for panel in section["panels"]]
     return lines
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names of modules
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _places(analysis: dict) -> dict[str, dict]:
+    """Return block, attention and projection of each module by its canonical id, in the network's order."""
+    layers, attended = analysis.get("layers") or {"records": []}, analysis.get("attention") or {"modules": []}
+    places: dict[str, dict] = {}
+    for record in (*layers["records"], *attended["modules"]):
+        place = places.setdefault(record["module"], {"block": None, "projection": None, "kind": None})
+        place["block"] = record.get("block") or place["block"]
+        place["projection"] = record.get("projection") or place["projection"]
+        if "layer" in record:  # in records of modules "attention" is a share
+            place["kind"] = record.get("attention")
+    return places
+
+
+def short_names(analysis: dict) -> dict[str, str]:
+    """Return names of modules within their blocks, such as ``attn2 k``: attention and projection, by canonical id.
+
+    Those of a block that would be the same are numbered by depth. A module of unknown projection has its id.
+    """
+    places = _places(analysis)
+    names = {
+        module: f"{place['kind'] or ''} {place['projection']}".strip() if place["projection"] else module
+        for module, place in places.items()
+    }
+    times, seen = Counter((places[module]["block"], name) for module, name in names.items()), Counter()
+    for module, name in names.items():
+        key = (places[module]["block"], name)
+        seen[key] += 1
+        if times[key] > 1:
+            names[module] = f"{name} ({seen[key]})"
+    return names
+
+
+def full_names(analysis: dict) -> dict[str, str]:
+    """Return the short names with their block in front, where both are known, by canonical id; no two are the same."""
+    places = _places(analysis)
+    names = {
+        module: f"{places[module]['block'] or ''} {name}".strip() if places[module]["projection"] else name
+        for module, name in short_names(analysis).items()
+    }
+    times = Counter(names.values())
+    return {module: name if times[name] == 1 else module for module, name in names.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -55,35 +108,69 @@ def most_attended(section: dict, count: int = NAMED) -> list[dict]:
     return sorted(section["modules"], key=lambda record: -record["attention"])[:count]
 
 
+def _with_names(analysis: dict) -> dict:
+    """Return the section of attention with the names of modules in place of their ids."""
+    names, section = full_names(analysis), analysis["attention"]
+    permuted = section["permuted"]
+    if permuted:
+        permuted = permuted | {"above": [names[module] for module in permuted["above"]]}
+    modules = [record | {"module": names[record["module"]]} for record in section["modules"]]
+    return section | {"modules": modules, "permuted": permuted}
+
+
 def is_settled(section: dict, count: int = NAMED) -> bool:
     """Return whether the interval of one of the first modules excludes the share that it would have evenly."""
     even = 1 / len(section["modules"])
     return any(record["interval"] and record["interval"][0] > even for record in most_attended(section, count))
 
 
-def _of_attention(section: dict) -> Iterator[str]:
+def _of_attention(analysis: dict) -> Iterator[str]:
+    section = _with_names(analysis)
     if len(section["modules"]) == 1:
         yield f"There is only one module to give attention to, {section['modules'][0]['module']}."
         return
     yield CAUTION
+    yield from _over_runs(section)
     yield from _most(section)
     yield from _permuted(section)
     yield from _adding(section)
     yield from _deletion(section)
-    yield from _agreement(section)
+    yield from _agreement(analysis)
+
+
+def _over_runs(section: dict) -> Iterator[str]:
+    """Yield how far the runs agree on the modules: what single modules say depends on it."""
+    runs, agreement = section["runs"], section["stability"]["kendall_w"]
+    if runs == 1:
+        yield (
+            "Intervals are over LoRAs only, of one trained classifier; another run may give attention to other modules."
+        )
+    if runs == 1 or agreement is None:
+        return
+    at_random = 1 / runs
+    verb, advice = "agree", ""
+    if agreement < at_random + BEYOND_RANDOM:
+        verb, advice = "do not agree", ": read nothing into single modules"
+    elif agreement <= AGREED:
+        verb = "partly agree"
+    yield (
+        f"The {runs} runs {verb} on which modules get attention (Kendall's W {number(agreement)}, about "
+        f"{number(at_random)} at random){advice}."
+    )
 
 
 def _most(section: dict) -> Iterator[str]:
     """Yield how many modules the attention is on, and which modules, blocks and projections these are."""
     total, runs, effective = len(section["modules"]), section["runs"], section["effective_number"]
-    alike = f"{total} if at all modules alike"
+    alike = f"{total} if all had the same"
     if runs > 1:
         subject, across = f"Each of {runs} trained classifiers spreads", " on average"
         alike = f"{bounds((effective['min'], effective['max']), _tenths)} over runs; {alike}"
     else:
         subject, across = "The trained classifier spreads", ""
     yield (
-        f"{subject} its attention over an effective number of {_tenths(effective['number'])} modules{across} ({alike})."
+        f"{subject} its attention over an effective number (the number of equally attended modules that would be as "
+        f"spread) of {_tenths(effective['number'])} modules{across} ({alike})."
     )
     names, even = _shares(most_attended(section), "module"), f"evenly each would have {percent(1 / total)} %"
     yield (
@@ -92,17 +179,7 @@ def _most(section: dict) -> Iterator[str]:
         else f"Which module has most is not settled: {even}, which no interval of the first ones excludes: {names}."
     )
     sums = [_largest(section[f"{noun}s"], noun) for noun in ("block", "projection") if len(section[f"{noun}s"]) > 1]
-    if sums:
-        yield f"{capital('; '.join(sums))}."
-    if runs == 1:
-        yield (
-            "Intervals are over LoRAs only, of one trained classifier; another run may give attention to other modules."
-        )
-    elif (agreement := section["stability"]["kendall_w"]) is not None:
-        yield (
-            f"Kendall's W of the orders of modules by attention in the {runs} runs is {number(agreement)}: 1 if all "
-            f"were the same, about {number(1 / runs)} at random."
-        )
+    yield from sums
 
 
 def _tenths(value: float) -> str:
@@ -119,31 +196,49 @@ def _shares(records: Sequence[dict], noun: str) -> str:
 
 
 def _largest(records: Sequence[dict], noun: str) -> str:
-    """Return the block or projection with the most attention, in how many modules of all."""
+    """Return the block or projection with the most attention, unless its interval includes its even share."""
     largest, total = max(records, key=lambda record: record["attention"]), sum(record["modules"] for record in records)
-    even = percent(largest["modules"] / total)
+    share, interval = largest["modules"] / total, largest["interval"]
+    even = percent(share)
+    if interval and interval[0] <= share <= interval[1]:
+        return (
+            f"Which {noun} has most is not settled: evenly {largest[noun]} would have {even} %, which its interval "
+            f"does not exclude ({percent(largest['attention'])} %, {bounds(interval)})."
+        )
     among = f"{largest['modules']} of {total} modules (evenly {even} %)"
-    return f"the {noun} with most attention is {_shares([largest], noun)}, in {among}"
+    return f"The {noun} with most attention is {_shares([largest], noun)}, in {among}."
 
 
 def _adding(section: dict) -> Iterator[str]:
-    """Yield which modules add most to the own class, and how many intervals are above 0.
+    """Yield which modules add most to the own class, and which intervals are above 0.
 
     The modules are chosen among all before their intervals are looked at.
     """
-    modules = section["modules"]
-    most = sorted(modules, key=lambda record: -record["contribution"])[:NAMED]
-    around = [record["contribution_interval"] for record in modules]
+    ordered = sorted(section["modules"], key=lambda record: -record["contribution"])
     count = ""
-    if all(around):
-        above, expected = sum(interval[0] > 0 for interval in around), round(OUTSIDE * len(modules))
+    if all(record["contribution_interval"] for record in ordered):
+        above = [record for record in ordered if record["contribution_interval"][0] > 0]
+        expected = round(OUTSIDE * len(ordered))
         by_chance = f"about {expected}" if expected else "fewer than 1"
-        verb = "is" if above == 1 else "are"
-        count = f"; {above} of {len(modules)} intervals {verb} above 0 (each holds alone: {by_chance} would by chance)"
+        verb = "is" if len(above) == 1 else "are"
+        count = (
+            f"; {len(above)} of {len(ordered)} intervals {verb} above 0 (each holds alone: {by_chance} would by chance)"
+            f"{_others_above(ordered, above)}"
+        )
     yield (
         "To the score (logit) of a LoRA's own class, less what is added to all classes on average, most is added by "
-        f"{listed([_added(record) for record in most])}{count}."
+        f"{listed([_added(record) for record in ordered[:NAMED]])}{count}."
     )
+
+
+def _others_above(ordered: Sequence[dict], above: Sequence[dict]) -> str:
+    """Return which intervals are above 0 where none of the modules named before is among them."""
+    if not above or any(record in above for record in ordered[:NAMED]):
+        return ""
+    names = [_added(record) for record in above[:NAMED]]
+    if len(above) > NAMED:
+        names.append(f"{len(above) - NAMED} more")
+    return f", none of these, but {'that' if len(above) == 1 else 'those'} of {listed(names)}"
 
 
 def _added(record: dict) -> str:
@@ -163,7 +258,8 @@ def _deletion(section: dict) -> Iterator[str]:
     if deletion["random"]:
         ends.append(f"in random orders {percent(deletion['random']['accuracy'][point])} %")
     if "layers" in curves:
-        ends.append(f"in the order of their layers alone {percent(curves['layers']['accuracy'][point])} %")
+        reached = percent(curves["layers"]["accuracy"][point])
+        ends.append(f"in the order of the better of their two layers' accuracy alone {reached} %")
     start = "with all modules" if masked[0] == 0 else f"with {masked[0]} masked"
     yield (
         "A masked module is left out of a trained classifier without training it again. It reaches "
@@ -173,7 +269,7 @@ def _deletion(section: dict) -> Iterator[str]:
     if compared := deletion["against_random"]:
         yield _against_random(compared)
     if compared := deletion["against_layers"]:
-        yield f"It {_costs(compared)} in the order of the layers' accuracies alone: {_difference(compared)}."
+        yield f"It {_costs(compared)} in the order of the better layers' accuracy alone: {_difference(compared)}."
 
 
 def _against_random(compared: dict) -> str:
@@ -228,29 +324,47 @@ def _permuted(section: dict) -> Iterator[str]:
     )
 
 
-def _agreement(section: dict) -> Iterator[str]:
-    """Yield how far other orders of the modules are that of attention."""
+def _agreement(analysis: dict) -> Iterator[str]:
+    """Yield how far other orders of the modules are that of attention; a ranking that may be chance is none."""
+    section, layers = analysis["attention"], analysis.get("layers")
     words = {
         "ranking": "the ranking of the layers",
         "gradients": "gradient times input (how far the score of the predicted class follows small changes in "
         "proportion to a module's numbers)",
     }
-    parts = []
+    if layers and layers["num_above_null"] == 0:
+        del words["ranking"]
+        yield (
+            "The order is not compared with the ranking of the layers: no single layer is distinguishable from chance."
+        )
+    by_chance, parts = _tau_by_chance(len(section["modules"])), []
     for name, described in words.items():
         tau = section["agreement"][name]
         if tau["kendall_tau"] is not None:
             around = f", {bounds(tau['interval'], number)}" if tau["interval"] else ", without an interval"
             value = f"Kendall's tau {number(tau['kendall_tau'])}{around}"
-            parts.append(f"{_agrees(tau['interval'])} that by {described}: {value}")
+            parts.append(f"{_agrees(tau, by_chance)} that by {described}: {value}")
     if parts:
-        yield f"The order of modules by attention {'; it '.join(parts)}."
+        chance = f"(about ±{number(by_chance)} would occur by chance)"
+        yield f"The order of modules by attention {'; it '.join(parts)} {chance}."
 
 
-def _agrees(interval: Sequence[float] | None) -> str:
-    if interval and interval[0] > 0:
-        return "agrees with"
-    if interval and interval[1] < 0:
-        return "is rather the reverse of"
+def _tau_by_chance(modules: int) -> float:
+    """Return the size of Kendall's tau that 95 % of random orders of so many modules stay below.
+
+    The interval of tau is of these modules alone, over LoRAs and runs: that the order of P modules is itself a draw is
+    not in it. Of unrelated orders the variance is 2 (2P + 5) / (9P (P - 1)).
+    """
+    return 1.96 * math.sqrt(2 * (2 * modules + 5) / (9 * modules * (modules - 1)))
+
+
+def _agrees(tau: dict, by_chance: float) -> str:
+    interval = tau["interval"]
+    if interval and abs(tau["kendall_tau"]) > by_chance:
+        if interval[0] > 0:
+            return "agrees with"
+        if interval[1] < 0:
+            return "is rather the reverse of"
     return "does not clearly agree with"
 
 
@@ -259,17 +373,27 @@ def _agrees(interval: Sequence[float] | None) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _panel(panel: dict) -> str:
+def _panel(panel: dict, names: dict[str, str]) -> str:
     """Return what the plane of all layers, or of a module alone, separates."""
-    subject = "all layers" if panel["layers"] == "all" else f"{panel['layers']} alone"
+    module = panel["layers"]
+    subject = "all layers" if module == "all" else f"{names.get(module, module)} alone"
     held = percent(sum(panel["explained"]))
     section = panel["separates"]
     reached = f"{percent(section['accuracy'])} % ({bounds(section['interval'])})"
     ends = _told_apart(section) if section["above_null"] else ", indistinguishable from chance"
     return (
         f"In the plane of {subject}, which holds {held} % of the variance, {reached} of the test LoRAs lie nearest to "
-        f"the mean of their own concept (guessing {percent(section['chance'])} %){ends}."
+        f"the mean of the train LoRAs of their own concept (guessing {percent(section['chance'])} %){ends}."
     )
+
+
+def _compared(panels: Sequence[dict]) -> str:
+    """Return how concepts are compared with each other, or that they are not."""
+    compared = max(panel["separates"]["compared"] for panel in panels)
+    if compared > 1:
+        return COUNTED
+    enough = "only one has" if compared else "none has"
+    return f"No concepts are compared with each other: {enough} 5 test LoRAs."
 
 
 def _told_apart(section: dict) -> str:
@@ -277,13 +401,15 @@ def _told_apart(section: dict) -> str:
     distinct, merged = section["distinct"], section["merged"]
     if section["compared"] < 2:
         return ""
-    apart = "none is told apart from every other concept (at least 90 %)"
-    if distinct:
-        verb = "is" if len(distinct) == 1 else "are"
-        those = "that" if len(distinct) == 1 else "those"
+    apart = "of the concepts, none is told apart from every other concept (at least 90 %)"
+    if len(distinct) == section["compared"]:
+        share = "at least 90 % of the test LoRAs of both lie nearer to their own mean"
+        apart = f"every two concepts are told apart ({share})"
+    elif distinct:
+        those, verb = ("that", "is") if len(distinct) == 1 else ("those", "are")
         apart = f"{those} of {_named(distinct)} {verb} told apart from every other concept (at least 90 %)"
-        apart = apart if len(distinct) < section["compared"] else "all concepts are told apart (at least 90 %)"
-    parts = [f"; of these test LoRAs, {apart}" if distinct else f"; of the concepts, {apart}"]
+        apart = f"of these test LoRAs, {apart}"
+    parts = [f"; {apart}"]
     if merged:
         groups = [_named(group) for group in sorted(merged, key=len, reverse=True)[:NAMED]]
         more = f", and {counted(len(merged) - NAMED, 'more group')}" if len(merged) > NAMED else ""

@@ -29,7 +29,8 @@ TOGETHER = (  # note below a table of differences
     "test LoRAs and runs."
 )
 
-SHARES = ("attention, %", "95 % interval", "contribution", "its interval")  # columns of attention and contribution
+# Columns of attention and contribution, each with its interval to the right of it.
+SHARES = ("attention, %", "95 % interval", "contribution", "95 % interval")
 
 
 @dataclass(frozen=True)
