@@ -25,7 +25,7 @@ from experiment.readings import attended, mapped
 from experiment.settings import Settings
 from experiment.units import OutOfMemory, one_memory_error
 from loras.recipe import header_columns, recipe_columns
-from representations import FEATURES, RANKING, REPRESENTATIONS, UPDATES
+from representations import FEATURES, MAPPED, RANKING, REPRESENTATIONS, UPDATES
 
 LEVELS = ("none", "basic", "all")
 RECIPE_WIDTH = 300  # values of recipe fields that a cheap explanation reads at most
@@ -121,6 +121,7 @@ def _train(
             if "attribution" in arrays:
                 attributions[name] = arrays["attribution"][plan.where("all")[0]]
     shuffles = experiment.settings.null_shuffles
+    order = conditions[MAPPED][0].order.names if MAPPED in conditions else None
     controls = Controls(
         level=level,
         conditions=conditions,
@@ -130,7 +131,7 @@ def _train(
         shuffled=attempt("null shuffles", lambda: shuffled(experiment, shuffles)) if shuffles else None,
         cross_fitted=cross_fitted(experiment, evidence, names, level, conditions.get(RANKING)),
         attended=attempt("attention", lambda: attended(experiment, names, level == "all")) if controlled else None,
-        mapped=attempt("map of the collection", lambda: mapped(experiment, names)) or () if controlled else (),
+        mapped=attempt("map of the collection", lambda: mapped(experiment, names, order)) or () if controlled else (),
     )
     for name, reason in controls.cross_fitted.not_run.items():
         say(f"controls: {name} without what each fold chose not run: {reason}")

@@ -173,25 +173,28 @@ def shares(values: np.ndarray) -> np.ndarray:
     return np.divide(values, total, out=np.zeros(values.shape), where=total > 0)
 
 
-def mapped(experiment: Experiment, names: Sequence[str]) -> list[Mapped]:
+def mapped(experiment: Experiment, names: Sequence[str], order: Sequence[str] | None) -> list[Mapped]:
     """Return the kernels by which LoRAs are drawn in the plane: of all layers, and of the best modules, each alone.
 
-    They know no labels but those by which the layers were ranked.
+    They know no labels but those by which the modules were put in order.
 
     Args:
         experiment: All phases done.
         names: The representations that were run.
+        order: The modules by their kernels alone, on validation LoRAs; None: as the ranking comes to their layers.
     """
     if MAPPED not in names or experiment.workers.rank > 0:
         return []
-    return _prepared(experiment, lambda: _mapped(experiment))
+    return _prepared(experiment, lambda: _mapped(experiment, order))
 
 
-def _mapped(experiment: Experiment) -> list[Mapped]:
+def _mapped(experiment: Experiment, order: Sequence[str] | None) -> list[Mapped]:
     kernels, modules = experiment.inputs.modules.unlabelled, len(experiment.inputs.pairs)
     (whole,) = kernels.sums(np.ones((1, modules), bool))
     panels = [Mapped("all", "", whole, kernels.columns)]
-    for module in by_ranking(experiment)[:PANELS].tolist():
+    place = {module.name: position for position, module in enumerate(experiment.inputs.modules.shapes)}
+    best = by_ranking(experiment).tolist() if order is None else [place[name] for name in order]
+    for module in best[:PANELS]:
         layer = experiment.layers[experiment.inputs.members[module, 0]]
         panels.append(Mapped(layer.module, layer.block, kernels.module(module), kernels.columns))
     return panels

@@ -22,6 +22,7 @@ CAUTION = (
     "Wiegreffe & Pinter, 2019). How far it matters for the predictions is shown by the contributions and by the "
     "accuracies with modules masked."
 )
+MAPPED = "update_views"  # the representation whose kernels LoRAs are drawn by
 PROJECTED = "Components are fitted on train LoRAs; test LoRAs are projected and lie nearer to the centre."
 CHOSEN = (
     "The modules shown are those of the first layers in the ranking, which these test LoRAs chose: their percentages "
@@ -43,7 +44,8 @@ def module_lines(results: dict) -> list[str]:
     if section := analysis.get("attention"):
         lines += _of_attention(analysis)
     if section := analysis.get("collection_map"):
-        chosen = results["config"]["rank_by"] == "test" and len(section["panels"]) > 1
+        by_ranking = MAPPED not in analysis["robustness"]  # else its own modules alone were, on validation LoRAs
+        chosen = by_ranking and results["config"]["rank_by"] == "test" and len(section["panels"]) > 1
         lines += [PROJECTED, *([CHOSEN] if chosen else []), _compared(section["panels"])]
         names = full_names(analysis)
         lines += [_panel(panel, names) for panel in section["panels"]]

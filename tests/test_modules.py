@@ -102,16 +102,18 @@ def test_gradients_that_are_all_zero_have_no_shares():
 
 def test_nothing_is_read_of_what_was_not_run(planted):
     assert readings.attended(planted, ["stats", "update_views"], with_permuted=False) is None
-    assert readings.mapped(planted, ["stats", "update_attention"]) == []
+    assert readings.mapped(planted, ["stats", "update_attention"], None) == []
 
 
 def test_loras_are_drawn_by_all_layers_and_by_the_best_modules(planted):
-    whole, *alone = readings.mapped(planted, NAMES)
+    whole, *alone = readings.mapped(planted, NAMES, None)
     assert whole.layers == "all" and len(alone) == min(3, len(planted.inputs.pairs))
     assert alone[0].layers == planted.layers[planted.ranking[0]].module
     modules = planted.inputs.modules
     expected = sum(modules.unlabelled.module(m).astype(float) for m in range(len(planted.inputs.pairs)))
     np.testing.assert_allclose(whole.kernel, expected, rtol=1e-6, atol=1e-6)
+    backwards = [module.name for module in modules.shapes[::-1]]
+    assert [panel.layers for panel in readings.mapped(planted, NAMES, backwards)][1:] == backwards[:3]
 
 
 @pytest.mark.parametrize(
