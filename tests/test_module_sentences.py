@@ -108,8 +108,8 @@ def test_contributions_above_0_are_named_where_none_of_the_first_is():
     results = of_attention(10, planted=(0,))
     names = [full_names(results["analysis"])[record["module"]] for record in attended(results)["modules"]]
     fourth, fifth = (f"{names[i]} (-{i}.00, 0.25 to 9.00)" for i in (4, 5))
-    assert contributions(results, {4}).endswith(f"would by chance), none of these, but that of {fourth}.")
-    assert f"none of these, but those of {fourth} and {fifth}." in contributions(results, {4, 5})
+    assert contributions(results, {4}).endswith(f"would by chance): not those just named, but that of {fourth}.")
+    assert f"not those just named, but those of {fourth} and {fifth}." in contributions(results, {4, 5})
     assert contributions(results, {4, 5, 6, 7, 8}).endswith(" and 2 more.")
     for above in (set(), {1, 5}):
         assert contributions(results, above).endswith("would by chance).")
