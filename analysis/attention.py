@@ -201,8 +201,9 @@ def _classes(evidence: Evidence, attended: Attended, shares: Shares) -> Iterator
 def effective_number(shares: Shares) -> dict:
     """Return the exponentiated entropy of a run's attention, its mean and range over runs.
 
-    Of the attention averaged over LoRAs: 1 for one module, P for all alike. Each run has one of its own, as the mean
-    attention of runs that choose other modules would be spread over the modules of all.
+    The number of equally attended modules that would be as spread. Of the attention averaged over LoRAs: 1 for one
+    module, P for all alike. Each run has one of its own, as the mean attention of runs that choose other modules would
+    be spread over the modules of all.
     """
     of_run = shares.attention.mean(2)  # (U, R)
     numbers = np.exp(-xlogy(of_run, of_run).sum(0))
@@ -229,7 +230,9 @@ def _agreement(evidence: Evidence, shares: Shares, scores: np.ndarray) -> dict:
 
 
 def deletion_curves(draws: Draws, attended: Attended) -> dict:
-    """Compare accuracies of trained models with modules masked: by attention, by their layers alone, at random.
+    """Compare accuracies of trained models with modules masked: by attention, by layers, at random.
+
+    By layers is by the better of a module's two layers' accuracy alone.
 
     The area under a curve is its mean height; a smaller one says that removal hurts more. ``hurts_more`` than random
     needs both: the mean of the random orders differs by an interval over LoRAs and runs, and of these orders, at least

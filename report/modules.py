@@ -240,7 +240,7 @@ def _others_above(ordered: Sequence[dict], above: Sequence[dict]) -> str:
     names = [_added(record) for record in above[:NAMED]]
     if len(above) > NAMED:
         names.append(f"{len(above) - NAMED} more")
-    return f", none of these, but {'that' if len(above) == 1 else 'those'} of {listed(names)}"
+    return f": not those just named, but {'that' if len(above) == 1 else 'those'} of {listed(names)}"
 
 
 def _added(record: dict) -> str:

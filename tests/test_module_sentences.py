@@ -5,6 +5,7 @@ import re
 import numpy as np
 import planting
 import pytest
+from matplotlib.figure import Figure
 from result_making import faults, made
 from scipy import stats
 
@@ -15,9 +16,13 @@ from report.figures_of_modules import (
     FILLINGS,
     MARKS,
     SHAPES,
+    _head_blocks,
     _mark,
     attention_finding,
     collection_map_finding,
+)
+from report.figures_of_modules import (
+    attention as attention_figure,
 )
 from report.modules import _tau_by_chance, full_names, short_names
 from report.text import render_text
@@ -108,8 +113,8 @@ def test_contributions_above_0_are_named_where_none_of_the_first_is():
     results = of_attention(10, planted=(0,))
     names = [full_names(results["analysis"])[record["module"]] for record in attended(results)["modules"]]
     fourth, fifth = (f"{names[i]} (-{i}.00, 0.25 to 9.00)" for i in (4, 5))
-    assert contributions(results, {4}).endswith(f"would by chance), none of these, but that of {fourth}.")
-    assert f"none of these, but those of {fourth} and {fifth}." in contributions(results, {4, 5})
+    assert contributions(results, {4}).endswith(f"would by chance): not those just named, but that of {fourth}.")
+    assert f"not those just named, but those of {fourth} and {fifth}." in contributions(results, {4, 5})
     assert contributions(results, {4, 5, 6, 7, 8}).endswith(" and 2 more.")
     for above in (set(), {1, 5}):
         assert contributions(results, above).endswith("would by chance).")
@@ -272,3 +277,30 @@ def test_concepts_that_are_not_compared_are_said_to_be_so(results, compared, wor
 def test_no_two_concepts_have_the_same_mark():
     marks = {(mark["marker"], mark["mfc"], mark["fillstyle"]) for mark in map(_mark, range(MARKS))}
     assert len(marks) == MARKS == len(SHAPES) * len(FILLINGS)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The figure of attention
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("blocks", "heads"), [(["IN01"] * 3 + ["IN04"] * 3, ["IN01", "IN04"]), (["IN01", "IN04"] * 30, None)]
+)
+def test_blocks_have_their_whole_names_where_all_fit(blocks, heads):
+    ax = Figure().subplots()
+    _head_blocks(ax, blocks, 5)
+    (top,) = ax.child_axes
+    written = [label.get_text() for label in top.get_xticklabels()]
+    assert (written == heads) == (heads is not None)
+    assert heads is not None or written[0] == "IN01"
+
+
+def test_the_heading_of_contributions_says_what_they_are_means_of(results):
+    figure = Figure(layout="constrained")
+    attention_figure(results, figure)
+    cells = figure.axes[1]
+    runs = attended(results)["runs"]
+    assert f"(means of {runs} runs; intervals are in results.json)" in cells.get_title()
+    assert "rows by their" in cells.get_ylabel()
+    assert len(cells.lines) <= 1  # of the top modules: none in the cells
