@@ -578,7 +578,16 @@ EXTREMES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", EXTREMES.values(), ids=EXTREMES)
+DEFAULT = ("smallest", "largest")  # the others take as long, and find less
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(shape, id=name, marks=() if name in DEFAULT else pytest.mark.slow)
+        for name, shape in EXTREMES.items()
+    ],
+)
 def test_no_text_lies_on_another_or_leaves_the_figure_which_stays_small(monkeypatch, shape):
     original, texts = Text.draw, []
 
