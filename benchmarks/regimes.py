@@ -9,7 +9,8 @@ trainings (a support vector machine has one) and ``--seeds`` collections. With 6
 most 6.5 points, and 1.3 at 99 %; chance is 10. By default eleven cells, one factor changed at a time; ``--cells=all``
 takes each of 46. The digits of ``digits-256-1`` take 21 minutes to train on one core.
 
-(figures of a whole run: to come)
+2026-11-26, one core of an AMD EPYC, --runs=2, 670 s: update_views reaches 93 to 100 % in all cells but scale, where
+update_spectrum is best with 58, and update_kernel 10 to 92. The table stands in docs/representations.md.
 """
 
 from __future__ import annotations
