@@ -236,6 +236,7 @@ def test_results_txt_is_rendered_from_results_json_alone(everything):
     assert not any(words in rendered for words in ("--rank-by=val", "--quick", "Early stopping"))
 
 
+@pytest.mark.slow
 def test_two_runs_with_separate_caches_give_the_same_bytes(everything, planted, tmp_path):
     folder, _ = everything
     run(tmp_path, planted[0], "--top-k=3", "--quick")

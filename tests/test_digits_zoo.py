@@ -247,6 +247,7 @@ def test_layout_keys_shapes_and_metadata(small, tmp_path):
     assert all(tensor.dtype == torch.float32 and tensor.abs().max() > 0 for tensor in tensors.values())
 
 
+@pytest.mark.slow
 def test_the_base_model_is_the_same_with_several_threads(monkeypatch):
     monkeypatch.setattr(zoo, "BASE_STEPS", 25)
     images, labels = zoo.load_images()

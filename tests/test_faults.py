@@ -155,7 +155,7 @@ def kills_at_random_moments(processes, collection, expected, tmp_path, number):
 
 
 def test_kills_at_random_moments_lose_nothing(processes, collection, expected, tmp_path):
-    kills_at_random_moments(processes, collection, expected, tmp_path, 2)
+    kills_at_random_moments(processes, collection, expected, tmp_path, 1)
 
 
 @pytest.mark.slow
@@ -278,7 +278,7 @@ def torchrun(collection, out, *flags, threads=1, script=SCRIPT):
     )
 
 
-@pytest.mark.parametrize(("threads", "through_a_link"), [(1, False), (2, True)])
+@pytest.mark.parametrize(("threads", "through_a_link"), [pytest.param(1, False, marks=pytest.mark.slow), (2, True)])
 def test_two_processes_of_one_job_give_the_same_bytes_as_one(collection, expected, tmp_path, threads, through_a_link):
     script = SCRIPT
     if through_a_link:
@@ -311,7 +311,7 @@ def test_a_job_that_lost_a_process_ends_and_the_next_one_continues(processes, co
     assert_whole(out, results_in(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("flag", ["--top-k=4", "--dataset=nowhere"])
+@pytest.mark.parametrize("flag", ["--top-k=4", pytest.param("--dataset=nowhere", marks=pytest.mark.slow)])
 def test_a_job_says_what_is_wrong_and_ends(collection, tmp_path, flag):
     """Faults that all processes meet, or the first alone, for which the others wait."""
     job = torchrun(collection, tmp_path / "out", flag)

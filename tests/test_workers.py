@@ -140,7 +140,7 @@ def many_jobs(folder, rounds):
 
 
 @linux
-@pytest.mark.parametrize("rounds", [10, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [4, pytest.param(200, marks=pytest.mark.slow)])
 def test_processes_forked_right_after_threads_never_hang(tmp_path, rounds):
     script = f"import test_workers; test_workers.many_jobs({str(tmp_path)!r}, {rounds})"
     folders = os.pathsep.join([str(Path(workers.__file__).parent.parent), str(Path(__file__).parent)])
