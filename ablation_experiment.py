@@ -38,6 +38,7 @@ from data import Collection, CollectionError
 from experiment import checks, controls, store
 from experiment.extraction import CHECKED, WEIGHTS, Extracted, extract, identity
 from experiment.modules import left_by_default
+from experiment.networks import FEW_LORAS, FEW_MODULES, NETWORKS
 from experiment.phases import Experiment, emptied, split_collection
 from experiment.plans import TrainingError
 from experiment.repeated import repeat
@@ -63,6 +64,10 @@ PROGRAM = (  # of which results are; tests, benchmarks and what imports a publis
     *("loras/copies", "loras/notices", "loras/recipe", "loras/scales", "loras/weight_checks", "loras/weight_files"),
 )
 SCHEMA_VERSION = 4
+COSTLY = (
+    f"{' and '.join(name for name, network in NETWORKS.items() if network.reads == 'factors')} only on a GPU, or for "
+)
+COSTLY += f"fewer than {FEW_LORAS:,} LoRAs of at most {FEW_MODULES} modules"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,7 +146,11 @@ def add_experiment_flags(add: Callable) -> None:
         help="accuracy that ranks the layers. test: as the experiment is defined; val: keeps the choice off the test "
         "rows (test)",
     )
-    add("--representations", default="all", help=f"all, or a comma list of {', '.join(REPRESENTATIONS)} (all)")
+    add(
+        "--representations",
+        default="all",
+        help=f"all, or a comma list of {', '.join(REPRESENTATIONS)} (all, but {COSTLY})",
+    )
     add("--seed", type=int, default=42, help="of the split and of all training (42)")
     add(
         "--splits",

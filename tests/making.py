@@ -99,3 +99,18 @@ def planted_collection(
 
 # Hidden layers of another width: the same program, in a fraction of the time.
 NARROW = Networks(classifier=(32, 32, 32), attention=(16,), projection=(32, 32, 32))
+
+
+def recorded(stack: type) -> type:
+    """Return a class of stacks that remember the validation losses of each epoch in ``seen``."""
+
+    class Recorded(stack):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.seen = []
+
+        def validation_losses(self):
+            self.seen.append(super().validation_losses())
+            return self.seen[-1]
+
+    return Recorded

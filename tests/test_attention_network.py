@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from making import recorded
 from sklearn.decomposition import KernelPCA
 from torch import nn
 from torch.nn import functional
@@ -200,16 +201,7 @@ def alone(x, y, split, params, run, live, *, seed, epochs):
     return losses
 
 
-class Recorded(AttentionStack):
-    """A stack that remembers the validation losses of each epoch."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.seen = []
-
-    def validation_losses(self):
-        self.seen.append(super().validation_losses())
-        return self.seen[-1]
+Recorded = recorded(AttentionStack)
 
 
 def test_every_model_of_a_stack_trains_as_plain_torch_does():

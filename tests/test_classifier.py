@@ -4,6 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from making import recorded
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 from torch.nn import functional
@@ -72,16 +73,7 @@ def alone(x, y, split, params, run, *, seed, epochs, dropout, batch_size=32):
     return losses
 
 
-class Recorded(ClassifierStack):
-    """A stack that remembers the validation losses of each epoch."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.seen = []
-
-    def validation_losses(self):
-        self.seen.append(super().validation_losses())
-        return self.seen[-1]
+Recorded = recorded(ClassifierStack)
 
 
 @pytest.mark.parametrize(("dtype", "rtol", "epochs"), [(torch.float64, 1e-9, 8), (torch.float32, 1e-5, 2)])

@@ -3,6 +3,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from making import recorded
 from torch import nn
 from torch.nn import functional
 
@@ -32,7 +33,7 @@ def factors_of(samples=80, shapes=SHAPES, seed=0, strength=3.0):
 
 
 def joined(pairs, dtype=torch.float64):
-    """What `train_projections` reads of factors, float[1, N, W]."""
+    """Return the factors as `train_projections` reads them, float[1, N, W]."""
     parts = []
     for down, up in pairs:
         updates = Updates.from_factors(down, up, torch.ones(len(down)))
@@ -122,16 +123,7 @@ def plain_losses(network, y, split, run, seed, epochs, dropout):
     return losses
 
 
-class Recorded(ProjectionStack):
-    """A stack that remembers the validation losses of each epoch."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.seen = []
-
-    def validation_losses(self):
-        self.seen.append(super().validation_losses())
-        return self.seen[-1]
+Recorded = recorded(ProjectionStack)
 
 
 def unpacked(x, shapes=SHAPES):

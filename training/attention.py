@@ -43,6 +43,7 @@ from training.stacks import (
     Schedule,
     Split,
     dropout_masks,
+    epoch_order,
     gather,
     rows_at_once,
     standardise,
@@ -381,8 +382,7 @@ class AttentionStack:
 
     def take(self, index: Tensor) -> None:
         """Keep the models at these positions, in this order."""
-        live = self.models.live
-        self.models = Models(self.models.source[index], self.models.run[index], None if live is None else live[index])
+        self.models = self.models.take(index)
         self.params = {name: parameter[index] for name, parameter in self.params.items()}
         self._place()
 
@@ -394,9 +394,7 @@ class AttentionStack:
     def minibatches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
         """Yield rows int64[M, B], modules kept bool[M or 1, P, B or 1] and dropout masks float[M or 1, P, B, H]."""
         train_rows, runs, device = self.split.train, self.runs.tolist(), self.x.device
-        order = torch.stack(
-            [torch.randperm(len(train_rows), generator=stream(self.seed, run, "order", epoch)) for run in runs]
-        ).to(train_rows.device)  # (R, n)
+        order = epoch_order(train_rows, self.seed, runs, epoch)  # (R, n)
         dropout, module_dropout = (
             [stream(self.seed, run, purpose, epoch, device=device) for run in runs]
             for purpose in ("dropout", "module dropout")

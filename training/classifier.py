@@ -22,6 +22,7 @@ from training.stacks import (
     Split,
     Stored,
     dropout_masks,
+    epoch_order,
     gather,
     rows_at_once,
     stream,
@@ -43,6 +44,10 @@ class Models:
     source: Tensor
     run: Tensor
     live: Tensor | None = None
+
+    def take(self, index: Tensor) -> Models:
+        """Return the models at these positions, in this order."""
+        return Models(self.source[index], self.run[index], None if self.live is None else self.live[index])
 
 
 def initial_weights(models: Models, features: int, widths: tuple[int, ...], seed: int, like: Tensor) -> dict:
@@ -141,8 +146,7 @@ class ClassifierStack:
 
     def take(self, index: Tensor) -> None:
         """Keep the models at these positions, in this order."""
-        live = self.models.live
-        self.models = Models(self.models.source[index], self.models.run[index], None if live is None else live[index])
+        self.models = self.models.take(index)
         self.params = {name: parameter[index] for name, parameter in self.params.items()}
         self._place()
 
@@ -154,9 +158,7 @@ class ClassifierStack:
     def minibatches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Yield inputs float[M, B, F], classes int64[M, B] and dropout masks float[layers, M or 1, B, H]."""
         train_rows, runs = self.split.train, self.runs.tolist()
-        order = torch.stack(
-            [torch.randperm(len(train_rows), generator=stream(self.seed, run, "order", epoch)) for run in runs]
-        ).to(train_rows.device)  # (R, n)
+        order = epoch_order(train_rows, self.seed, runs, epoch)  # (R, n)
         dropout = [stream(self.seed, run, "dropout", epoch, device=self.x.device) for run in runs]
         for start in range(0, len(train_rows), self.batch_size):
             rows = train_rows[order[:, start : start + self.batch_size]]  # (R, B)

@@ -60,6 +60,12 @@ def numpy_stream(*key: object) -> np.random.Generator:
     return np.random.default_rng(seed_of(*key))
 
 
+def epoch_order(train_rows: Tensor, seed: int, runs: Iterable[int], epoch: int) -> Tensor:
+    """Draw the order in which each run sees the train rows in an epoch, positions int64[R, n] on their device."""
+    drawn = [torch.randperm(len(train_rows), generator=stream(seed, run, "order", epoch)) for run in runs]
+    return torch.stack(drawn).to(train_rows.device)
+
+
 def dropout_masks(
     rate: float, shape: tuple[int, ...], generators: Sequence[torch.Generator], dtype: torch.dtype
 ) -> Tensor:
