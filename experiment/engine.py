@@ -95,7 +95,7 @@ class Engine:
         if not units:
             return
         if self._notes is None:
-            self._notes = units[0].path.parent.with_name("begun") / self.run
+            self._notes = units[0].path.parent.with_name(f"begun-{self.run}")
             shutil.rmtree(self._notes, ignore_errors=True)  # of a run that was killed
             self._notes.mkdir(parents=True)
         away = [unit for unit in units if self.in_processes and not unit.in_main]
@@ -153,7 +153,7 @@ class Engine:
             return Parallel(return_as="generator_unordered", batch_size=1, **how)(task(unit) for unit in units)
 
     def _collect(self, working: Iterator, units: list[Unit]) -> Iterator[tuple[Path, Outcome]]:
-        """Yield the outcomes of units that were handed to worker processes, and hand them out again where it lost them."""
+        """Yield the outcomes of units that worker processes were handed; what was lost with a worker is done again."""
         missing = {unit.path: unit for unit in units}
         while missing:
             try:

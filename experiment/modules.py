@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import threading
 from functools import cached_property
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import numpy as np
-import sklearn
 import torch
 
 from data import Collection
@@ -116,7 +116,9 @@ class Modules:
     def _token_keys(self) -> list[dict]:
         positions = list(range(len(self.pairs)))
         parts = [positions[start : start + MODULES_IN_UNIT] for start in range(0, len(positions), MODULES_IN_UNIT)]
-        return [{"kind": "tokens", "of": UNLABELLED, "sklearn": sklearn.__version__, "models": part} for part in parts]
+        return [
+            {"kind": "tokens", "of": UNLABELLED, "sklearn": version("scikit-learn"), "models": part} for part in parts
+        ]
 
     def compute_tokens(self, modules: list[int]) -> dict[str, np.ndarray]:
         """Return the ``tokens`` float32[m, N, 33] of modules."""

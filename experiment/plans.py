@@ -12,10 +12,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
 from itertools import pairwise
 
 import numpy as np
-import sklearn
 import torch
 
 from experiment import store
@@ -129,7 +129,7 @@ class Planner:
     def plan_kernels(self, name: str, kept: np.ndarray, label: str) -> Plan:
         """Plan a support vector machine for each choice of pairs, bool[K, P]; one run each, as nothing is drawn."""
         stacks = _stacks(len(kept), self.inputs.modules.kernels(name).at_once)
-        key = {"kind": "kernel", "name": name, "sklearn": sklearn.__version__}
+        key = {"kind": "kernel", "name": name, "sklearn": version("scikit-learn")}
         keys = [{**key, "pairs": store.array_digest(kept[stack]), "models": len(stack) * [0]} for stack in stacks]
 
         units = []
