@@ -42,7 +42,7 @@ import data
 from data import Collection, CollectionError
 from experiment import checks, controls, store
 from experiment.cluster import connect
-from experiment.engine import Engine, count_cores
+from experiment.engine import Engine
 from experiment.extraction import CHECKED, WEIGHTS, Extracted, extract
 from experiment.flags import BUILT_IN_SIZES, NAMED_DATASETS, parse_arguments
 from experiment.inputs import shared_folder
@@ -50,7 +50,7 @@ from experiment.modules import left_by_default
 from experiment.phases import Experiment, emptied, split_collection
 from experiment.plans import TrainingError
 from experiment.repeated import repeat
-from experiment.settings import Networks, Settings, UsageError, resolve
+from experiment.settings import Networks, Settings, UsageError, count_cores, resolve
 from experiment.units import OutOfMemory, one_memory_error
 from loras import building, digits_zoo
 from loras.building import Progress

@@ -59,3 +59,10 @@ def _is_loopback(host: str | None) -> bool:
         return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
     except ValueError:
         return False
+
+
+def lost_worker_error() -> type[Exception]:
+    """Return the error of a unit at which Dask has lost several workers."""
+    from distributed.scheduler import KilledWorker  # takes a second to import
+
+    return KilledWorker

@@ -15,29 +15,23 @@ import queue
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 
-import joblib
 import torch
 from joblib import Parallel, delayed, parallel_config
 
 from experiment import store
+from experiment.cluster import lost_worker_error
 from experiment.signals import end_with
 from experiment.units import Outcome, Unit, finish, finish_elsewhere, program_digest
 from training.stacks import start_thread
 
 LOSSES = 3  # of workers at a unit, after which it is given up
 SYSTEM_COUNTS = Path("/proc/vmstat")  # of Linux, among them how many processes it has killed for want of memory
-
-
-def count_cores() -> int:
-    """Return how many CPU cores this process may use: as its affinity, cgroup, Slurm job and OMP_NUM_THREADS allow."""
-    limits = [os.environ.get(name, "") for name in ("SLURM_CPUS_PER_TASK", "OMP_NUM_THREADS")]
-    return min([joblib.cpu_count(), *(int(limit) for limit in limits if limit.isdecimal() and int(limit) > 0)])
 
 
 class Engine:
@@ -55,13 +49,11 @@ class Engine:
     ):
         self.device, self.cores, self.cluster, self.run = devices[0], cores, cluster, run
         on_cpu = self.device.type == "cpu"
+        self.devices, self.threads = devices, cores if on_cpu else len(devices)
         self.in_processes = cluster is not None or (on_cpu and cores > 1)
-        self.threads = cores if on_cpu else len(devices)
-        self._free: queue.SimpleQueue[torch.device] = queue.SimpleQueue()
-        for device in self.threads * list(devices) if on_cpu else devices:
-            self._free.put(device)
         self._notes: Path | None = None
         self._killed = _killed_for_memory()
+        self._loss_error = BrokenProcessPool if cluster is None else lost_worker_error()
 
     def close(self) -> None:
         """Remove the notes, and leave the cluster."""
@@ -101,31 +93,33 @@ class Engine:
         away = [unit for unit in units if self.in_processes and not unit.in_main]
         here = [unit for unit in units if not self.in_processes or unit.in_main]
         working = self._start(away)
-        yield from self.map(partial(finish, notes=self._notes), here)
+        yield from self.map(partial(finish, notes=self._notes), here, self.threads)
         yield from self._collect(working, away)
 
     # -- threads of this process --------------------------------------------------------------------------------------
 
-    def map(self, function: Callable, items: Iterable, threads: int | None = None) -> Iterator:
+    def map(self, function: Callable, items: Iterable, threads: int) -> Iterator:
         """Yield what ``function(item, device=...)`` gives in threads of this process, in any order."""
+        free: queue.SimpleQueue[torch.device] = queue.SimpleQueue()
+        for device in islice(cycle(self.devices), threads):
+            free.put(device)
 
         def call(item: object) -> object:
-            device = self._free.get()
+            device = free.get()
             try:
                 start_thread(device)
                 return function(item, device=device)
             finally:
-                self._free.put(device)
+                free.put(device)
 
-        at_once = min(threads or self.threads, self.threads)
-        # joblib would use the main thread for a single one.
-        run = Parallel(max(2, at_once), backend="threading", return_as="generator_unordered", pre_dispatch=at_once)
-        return run(delayed(call)(item) for item in items)
+        # Two threads at least: joblib would use the main thread for a single one.
+        pool = Parallel(max(2, threads), backend="threading", return_as="generator_unordered", pre_dispatch=threads)
+        return pool(delayed(call)(item) for item in items)
 
     def call(self, function: Callable[[], object]) -> object:
         """Return what a function gives in a thread like those that train."""
-        with ThreadPoolExecutor(1, initializer=start_thread, initargs=(self.device,)) as pool:
-            return pool.submit(function).result()
+        (result,) = self.map(lambda _, device: function(), [None], threads=1)
+        return result
 
     # -- processes ----------------------------------------------------------------------------------------------------
 
@@ -154,18 +148,19 @@ class Engine:
 
     def _collect(self, working: Iterator, units: list[Unit]) -> Iterator[tuple[Path, Outcome]]:
         """Yield the outcomes of units that worker processes were handed; what was lost with a worker is done again."""
-        missing = {unit.path: unit for unit in units}
+        missing, idle = {unit.path: unit for unit in units}, 0
         while missing:
             try:
                 for path, outcome in working:
                     del missing[path]
                     yield path, outcome
-            except _loss_errors(self.cluster) as error:
+            except self._loss_error as error:
                 loss = self._describe_loss(error)
-                lost = sorted({unit.label for path, unit in missing.items() if self._count_losses(path)})
-                print(
-                    f"  a worker {loss}; it was at: {' or '.join(lost) or 'no unit'}, which is done again", flush=True
-                )
+                lost = [f"{unit.label} ({path.stem})" for path, unit in missing.items() if self._count_losses(path)]
+                idle += not lost
+                if idle == LOSSES:
+                    raise OSError(f"{LOSSES} times a worker {loss} before it had begun a unit") from error
+                print(f"  a worker {loss}; it was at: {' or '.join(lost) or 'no unit'}; that is done again", flush=True)
                 for path in [path for path in missing if self._count_losses(path) >= LOSSES]:
                     unit = missing.pop(path)
                     yield path, Outcome(failure=f"{unit.label}: each of {self._count_losses(path)} workers {loss}")
@@ -188,15 +183,6 @@ class Engine:
         if "SIGKILL" in codes:
             return "was ended by SIGKILL, as where memory runs out: fewer workers (OMP_NUM_THREADS) take less"
         return f"was ended by {codes[0]}" if codes else "was lost"
-
-
-def _loss_errors(cluster: object | None) -> type[Exception]:
-    """Return the class of the error that is raised where worker processes are lost."""
-    if cluster is None:
-        return BrokenProcessPool
-    from distributed.scheduler import KilledWorker  # takes a second to import
-
-    return KilledWorker
 
 
 def _killed_for_memory() -> int:

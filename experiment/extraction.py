@@ -143,7 +143,9 @@ def _read(weight_pass: _Pass, names: list[str], engine: Engine, progress: Callab
         missing = weight_pass.begin(names)
         shards = weight_pass.shards if missing else []
         unread = [rows for rows in shards if not weight_pass.finished(rows, missing)]
-        for done, _ in enumerate(engine.map(partial(weight_pass.run, names=missing), unread, PASS_THREADS), 1):
+        # A GPU waits for them.
+        threads = min(engine.threads, PASS_THREADS) if weight_pass.device.type == "cpu" else PASS_THREADS
+        for done, _ in enumerate(engine.map(partial(weight_pass.run, names=missing), unread, threads), 1):
             progress("features", len(shards) - len(unread) + done, len(shards))
         return weight_pass.end(names, missing)
 

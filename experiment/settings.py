@@ -7,6 +7,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import joblib
 import torch
 
 from loras import labels
@@ -198,6 +199,12 @@ def resolve_devices(name: str) -> tuple[torch.device, ...]:
     if name == "cuda":
         return tuple(torch.device("cuda", index) for index in range(gpus))
     return (device,)
+
+
+def count_cores() -> int:
+    """Return how many CPU cores this process may use: as its affinity, cgroup, Slurm job and OMP_NUM_THREADS allow."""
+    limits = [os.environ.get(name, "") for name in ("SLURM_CPUS_PER_TASK", "OMP_NUM_THREADS")]
+    return min([joblib.cpu_count(), *(int(limit) for limit in limits if limit.isdecimal() and int(limit) > 0)])
 
 
 def memory_of(device: torch.device) -> int:

@@ -33,6 +33,9 @@ def end_at_signals() -> None:
         stop(number)
 
     threading.Thread(target=wait, daemon=True).start()
+    # A helper process of joblib outlives this one by a moment and removes temporary folders, with a warning.
+    ignored = "ignore:resource_tracker"
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), ignored]))
 
 
 def stop(number: int) -> None:
