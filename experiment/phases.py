@@ -268,7 +268,7 @@ def _common_key(
     return {
         "code": store.code_digest(
             *("training", "experiment/inputs", "experiment/modules", "experiment/networks"),
-            *("experiment/units", "experiment/plans", "experiment/store"),
+            *("experiment/units", "experiment/plans", "experiment/samples", "experiment/store"),
         ),
         "features": extracted.suffix,
         "torch": torch.__version__,
