@@ -162,7 +162,8 @@ def run(args: argparse.Namespace, networks: Networks) -> int:
 
 def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> int:
     """Do what `run` does, with workers."""
-    progress, cache = Progress(), args.cache_dir or args.output_dir / ".cache"
+    progress = Progress()
+    cache = (args.cache_dir or args.output_dir / ".cache").absolute()  # workers may have begun in another folder
     say(text.settings_lines(settings.config(), environment(settings, engine), args.output_dir))
     name, folder = locate(args, progress)
     watch = Stopwatch()
