@@ -127,8 +127,7 @@ class Engine:
         """Hand units to worker processes; return an iterator over those that are finished."""
         if not units:
             return iter(())
-        # A worker of a cluster sees one GPU.
-        device = self.device if self.device.type == "cpu" else torch.device("cuda", 0)
+        device = self.device if self.device.type == "cpu" else torch.device("cuda", 0)  # a worker sees one
         task = delayed(partial(finish_elsewhere, notes=self._notes, device=device, program=program_digest()))
         if self.cluster is not None:
             if not self.cluster.ncores():
@@ -137,12 +136,8 @@ class Engine:
             backend = {"backend": "dask", "client": self.cluster}
             how = {"n_jobs": -1, "pre_dispatch": "all"}
         else:
-            backend = {
-                "backend": "loky",
-                "inner_max_num_threads": 1,
-                "initializer": end_with,
-                "initargs": (os.getpid(),),
-            }
+            begin = {"initializer": end_with, "initargs": (os.getpid(),)}
+            backend = {"backend": "loky", "inner_max_num_threads": 1, **begin}
             how = {"n_jobs": self.cores, "pre_dispatch": at_once or self.cores, "max_nbytes": None}
         with parallel_config(**backend):
             return Parallel(return_as="generator_unordered", batch_size=1, **how)(task(unit) for unit in units)
