@@ -145,26 +145,28 @@ class Engine:
     def _collect(self, working: Iterator, units: list[Unit]) -> Iterator[tuple[Path, Outcome]]:
         """Yield the outcomes of units that worker processes were handed; what was lost with a worker is done again."""
         missing, idle = {unit.path: unit for unit in units}, 0
+        losses = dict.fromkeys(missing, 0)
         while missing:
             try:
                 for path, outcome in working:
                     del missing[path]
+                    idle = 0
                     yield path, outcome
             except self._loss_error as error:
                 loss = self._describe_loss(error)
-                lost = [f"{unit.label} ({path.stem})" for path, unit in missing.items() if self._count_losses(path)]
+                before, losses = losses, {path: self._count_losses(path) for path in missing}
+                lost = [f"{missing[path].label} ({path.stem})" for path in missing if losses[path] > before[path]]
                 idle += not lost
                 if idle == LOSSES:
                     raise OSError(f"{LOSSES} times a worker {loss} before it had begun a unit") from error
                 print(f"  a worker {loss}; it was at: {' or '.join(lost) or 'no unit'}; that is done again", flush=True)
-                for path in [path for path in missing if self._count_losses(path) >= LOSSES]:
+                for path in [path for path in missing if losses[path] >= LOSSES]:
                     unit = missing.pop(path)
-                    yield path, Outcome(failure=f"{unit.label}: each of {self._count_losses(path)} workers {loss}")
+                    yield path, Outcome(failure=f"{unit.label}: each of {losses[path]} workers {loss}")
             except CancelledError as error:
                 raise OSError("the connection to the Dask scheduler is lost") from error
             if missing:
-                losses = {path: self._count_losses(path) for path in missing}
-                fewest = min(losses.values())
+                fewest = min(losses[path] for path in missing)
                 again = [unit for path, unit in missing.items() if losses[path] == fewest]
                 working = self._start(again, {0: self.cores, 1: max(1, self.cores // 2)}.get(fewest, 1))
 
