@@ -157,14 +157,15 @@ def test_each_gpu_is_used_by_one_thread_at_a_time(tmp_path, monkeypatch):
 @linux
 def test_a_unit_that_ends_its_workers_is_given_up_and_no_other_one(processes, tmp_path, capsys, monkeypatch):
     """The one that another worker was at when the guilty one's ended is done again, and well."""
-    counts, notes = tmp_path / "vmstat", tmp_path / "deaths"
+    counts, deaths = tmp_path / "vmstat", tmp_path / "deaths"
     counts.write_text("pgfault 5\noom_kill 7\noom_kill_victim 1\n")
     monkeypatch.setattr(signals, "SYSTEM_COUNTS", counts)
     processes._killed = signals.killed_for_memory()
     counts.write_text("pgfault 5\noom_kill 8\n")  # at the first loss
-    notes.mkdir()
-    guilty = unit(tmp_path, "guilty", partial(working.killed, notes=notes, times=9))
-    others = [unit(tmp_path, str(i), partial(working.worked, seconds=1.0 if i == 0 else 0.0)) for i in range(5)]
+    deaths.mkdir()
+    guilty = unit(tmp_path, "guilty", partial(working.killed, deaths=deaths, times=9, beside="0"))
+    others = [unit(tmp_path, "0", partial(working.accompany, deaths=deaths))]
+    others += [unit(tmp_path, str(i)) for i in range(1, 5)]
     failure, *reasons = processes.do([guilty, *others])
     how = "was ended by SIGKILL, as where memory runs out: fewer workers (OMP_NUM_THREADS) take less"
     assert failure == f"unit guilty: each of 3 workers {how}" and reasons == [""] * 5
@@ -172,7 +173,7 @@ def test_a_unit_that_ends_its_workers_is_given_up_and_no_other_one(processes, tm
     first_how, both = "was ended by the system, as memory had run out", "unit guilty (guilty) or unit 0 (0)"
     assert first == f"  a worker {first_how}; it was at: {both}; that is done again"  # one of the two
     assert more == [f"  a worker {how}; it was at: unit guilty (guilty); that is done again"] * 2, more
-    assert len(list(notes.iterdir())) == 3 and not guilty.path.exists()
+    assert len(list(deaths.iterdir())) == 3 and not guilty.path.exists()
     assert all(arrays(other)["device"] == ["cpu"] for other in others)
 
 

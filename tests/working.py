@@ -42,13 +42,20 @@ def large(device, stack):
     return {"numbers": np.zeros(LARGE // 8)}
 
 
-def killed(device, stack, notes: Path, times: int):
-    """End this worker by SIGKILL, so many times, after another one may have begun its own unit."""
-    if len(list(notes.iterdir())) < times:
-        (notes / f"{time.time_ns()}").touch()
-        time.sleep(0.2)
+def killed(device, stack, deaths: Path, times: int, beside: str = "*"):
+    """End this worker by SIGKILL, so many times; the first time while another one is at the unit ``beside``."""
+    died = len(list(deaths.iterdir()))
+    if died < times:
+        (deaths / str(died)).touch()
+        until(lambda: died or list(deaths.parent.glob(f"begun-*/{beside}.npz.*")))
         os.kill(os.getpid(), signal.SIGKILL)
     return worked(device, stack)
+
+
+def accompany(device, stack, deaths: Path):
+    """Be at work when another worker is ended."""
+    until(lambda: list(deaths.iterdir()))
+    return worked(device, stack, seconds=0.5)
 
 
 def kill_at_start(*_):
