@@ -156,7 +156,7 @@ class Engine:
                 loss = self._describe_loss(error)
                 before, losses = losses, {path: self._count_losses(path) for path in missing}
                 lost = [f"{missing[path].label} ({path.stem})" for path in missing if losses[path] > before[path]]
-                idle += not lost
+                idle = 0 if lost else idle + 1
                 if idle == LOSSES:
                     raise OSError(f"{LOSSES} times a worker {loss} before it had begun a unit") from error
                 print(f"  a worker {loss}; it was at: {' or '.join(lost) or 'no unit'}; that is done again", flush=True)
