@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from experiment import extraction, signals, store
 from experiment.engine import Engine
 from experiment.phases import Experiment, split_collection
 from experiment.settings import UsageError, count_cores, resolve
-from experiment.units import finish_elsewhere, program_digest
+from experiment.units import Outcome, finish_elsewhere, program_digest
 
 ROOT, TESTS = Path(ablation_experiment.__file__).parent, Path(__file__).parent
 CPU = torch.device("cpu")
@@ -177,7 +178,30 @@ def test_a_unit_that_ends_its_workers_is_given_up_and_no_other_one(processes, tm
     assert all(arrays(other)["device"] == ["cpu"] for other in others)
 
 
+def test_three_losses_in_a_row_before_a_unit_is_begun_end_the_job(processes, tmp_path, monkeypatch, capsys):
+    """Not those of workers that had begun one, and not two before and two after some work."""
+    units = {name: unit(tmp_path, name) for name in "ab"}
+    events = iter(["", "", "a", "", "", "done b", "", ""])
+
+    def start(units, at_once=None):
+        event = next(events)
+        if event.startswith("done"):
+            yield tmp_path / "units" / f"{event[-1]}.npz", Outcome(working.worked(CPU, [0]))
+        elif event:
+            (tmp_path / "begun-run" / f"{event}.npz.host.1.2").touch()
+        raise BrokenProcessPool("The exit codes of the workers are {SIGSEGV(-11)}")
+
+    monkeypatch.setattr(processes, "_start", start)
+    with pytest.raises(OSError, match=r"^3 times a worker was ended by SIGSEGV before it had begun a unit$"):
+        list(processes.do(list(units.values())))
+    at = [f"unit {event} ({event})" if event == "a" else "no unit" for event in ("", "", "a", "", "", "", "")]
+    lines = [f"  a worker was ended by SIGSEGV; it was at: {name}; that is done again" for name in at]
+    assert capsys.readouterr().out.splitlines() == lines and not list(events)
+    assert [unit.path.exists() for unit in units.values()] == [False, True]
+
+
 @linux
+@pytest.mark.slow
 def test_workers_that_always_end_before_they_begin_end_the_job(processes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(engines, "end_with", working.kill_at_start)
     with pytest.raises(OSError, match=r"^3 times a worker was ended by SIGKILL.* before it had begun a unit$"):
