@@ -14,6 +14,7 @@ import os
 import queue
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
@@ -31,6 +32,7 @@ from experiment.signals import end_with, killed_for_memory
 from experiment.units import Outcome, Unit, finish, finish_elsewhere, program_digest
 from training.stacks import start_thread
 
+warnings.filterwarnings("ignore", r"\d+ tasks (have been|which were) ", UserWarning)  # of joblib, beside an error
 LOSSES = 3  # of workers at a unit, after which it is given up
 
 
