@@ -1,5 +1,6 @@
 """Killed, stopped, crowded out: whatever happens to a run, the next one ends with the same bytes."""
 
+import contextlib
 import glob
 import json
 import multiprocessing
@@ -51,13 +52,20 @@ def expected(processes, collection, tmp_path_factory):
 
 
 class Run:
-    """A process at work, whose output goes to a pipe."""
+    """A run in threads of a process that begins with everything imported; its output goes to a pipe."""
 
-    def __init__(self, context, arguments, cores, file_size):
+    def __init__(self, context, arguments, file_size):
         self.output, output = context.Pipe(duplex=False)
-        self.process = context.Process(target=_child, args=(arguments, output, cores, file_size))
+        self.process = context.Process(target=_child, args=(arguments, output, file_size))
         self.process.start()
         output.close()
+        self.pid = self.process.pid
+
+    def running(self):
+        return self.process.is_alive()
+
+    def join(self, seconds):
+        self.process.join(seconds)
 
     def wait(self, seconds=120):
         self.process.join(seconds)
@@ -69,29 +77,53 @@ class Run:
             return output.read().splitlines()
 
     def kill(self, number=signal.SIGKILL):
-        if self.process.is_alive():
-            os.kill(self.process.pid, number)
+        if self.running():
+            os.kill(self.pid, number)
         return self.wait()
 
 
-def _child(arguments, output, cores, file_size):
+def _child(arguments, output, file_size):
     """The program as a process of its own runs it."""
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
-    os.environ["OMP_NUM_THREADS"] = str(cores)
+    os.environ["OMP_NUM_THREADS"] = "1"
     end_at_signals()
     if file_size:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    sys.argv = ["ablation_experiment.py", *arguments]
-    sys.exit(ablation_experiment.main())
+    sys.exit(ablation_experiment.main(arguments))
+
+
+class Program(Run):
+    """The program as a user starts it, with two worker processes; it takes seconds to import what it needs."""
+
+    def __init__(self, arguments, log):
+        command, environment = [sys.executable, str(SCRIPT), *arguments], os.environ | {"OMP_NUM_THREADS": "2"}
+        self.log = log
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=output, env=environment, start_new_session=True
+            )
+        self.pid = self.process.pid
+
+    def running(self):
+        return self.process.poll() is None
+
+    def join(self, seconds):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+
+    def wait(self, seconds=120):
+        return self.process.wait(seconds)
+
+    def lines(self):
+        return self.log.read_text().splitlines()
 
 
 def started(context, collection, out, *flags, cores=1, file_size=0):
-    """Start a run: with one core threads work, with more worker processes, which take seconds to import."""
     out.mkdir(parents=True, exist_ok=True)
     arguments = ["--dataset", str(collection), "--output-dir", str(out), *FLAGS, *flags]
-    return Run(context, arguments, cores, file_size)
+    return Run(context, arguments, file_size) if cores == 1 else Program(arguments, out.with_suffix(".log"))
 
 
 def results_in(out):
@@ -129,7 +161,7 @@ def test_a_kill_right_after_each_kind_of_unit_loses_nothing(processes, collectio
     for trial in range(10):  # a pass takes its documents away again, maybe before anyone has seen them
         out = tmp_path / f"out{trial}"
         run = started(processes, collection, out)
-        while run.process.is_alive() and not units_of(out, kind):
+        while run.running() and not units_of(out, kind):
             pass
         killed = run.kill() == -signal.SIGKILL
         before = finished_work(out)
@@ -149,13 +181,13 @@ def kills_at_random_moments(processes, collection, expected, tmp_path, number, c
         before: dict = {}
         while True:
             run = started(processes, collection, out, cores=cores)
-            run.process.join(draw.uniform(0, seconds))
-            at_work = workers(run.process.pid) if run.process.is_alive() else []
+            run.join(draw.uniform(0, seconds))
+            at_work = workers(run.pid) if run.running() else []
             if at_work and kills % 2:
                 os.kill(draw.choice(at_work), signal.SIGKILL)  # the same run goes on
                 kills += 1
-                run.process.join(draw.uniform(0, seconds))
-            started_by_it = children(run.process.pid) if run.process.is_alive() else []
+                run.join(draw.uniform(0, seconds))
+            started_by_it = children(run.pid) if run.running() else []
             code = run.kill()
             kills += code == -signal.SIGKILL
             until(lambda processes=started_by_it: not any(map(alive, processes)), seconds=5)
@@ -179,20 +211,28 @@ def test_forty_kills_of_runs_and_of_workers_lose_nothing(processes, collection, 
     kills_at_random_moments(processes, collection, expected, tmp_path / "workers", 30, cores=2)
 
 
-def test_a_run_goes_on_where_a_worker_is_killed_and_leaves_none_behind(processes, collection, expected, tmp_path):
-    out = tmp_path / "out"
-    run = started(processes, collection, out, cores=2)
-    until(lambda: units_of(out, "*/units/classifier-*"))
-    began = workers(run.process.pid)
-    os.kill(began[0], signal.SIGKILL)
-    until(lambda: len(set(workers(run.process.pid)) - set(began)) == 2)
-    until(lambda: units_of(out, "*/units/autoencoder-*"))
-    helpers = children(run.process.pid)
+@pytest.mark.parametrize("number", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_run_goes_on_where_workers_are_killed_and_gives_the_same_as_one_core(processes, tmp_path, number):
+    """With inputs so large that torch itself would share them among threads."""
+    root = write_collection(tmp_path / "small", classes=2, per_class=20, modules=4, width=128)
+    assert started(processes, root, tmp_path / "one").wait() == 0
+    out, began = tmp_path / "two", set()
+    run = started(processes, root, out, cores=2)
+    for _ in range(number):
+        done = len(finished_work(out))
+        until(lambda done=done: len(finished_work(out)) > done)
+        until(lambda began=frozenset(began): len(set(workers(run.pid)) - began) == 2)
+        at_work = set(workers(run.pid)) - began
+        began |= {*at_work, *children(run.pid)}
+        os.kill(min(at_work), signal.SIGKILL)
+    until(lambda: set(workers(run.pid)) - began)
+    began |= set(children(run.pid))
     assert run.wait() == 0
-    (line,) = [line for line in run.lines() if line.startswith("  a worker was ended by SIGKILL, as where memory runs")]
-    assert "; it was at: " in line and line.endswith("; that is done again")
-    assert_whole(out, expected[0])  # the same as with one core, too
-    until(lambda: not any(map(alive, [*began, *helpers])), seconds=5)
+    lines = [line for line in run.lines() if line.startswith("  a worker was ended by SIGKILL, as where memory runs")]
+    assert len(lines) == number and all("; it was at: " in line for line in lines)
+    assert all(line.endswith("; that is done again") for line in lines)
+    assert_whole(out, results_in(tmp_path / "one"))
+    until(lambda: not any(map(alive, began)), seconds=5)
 
 
 # -- signals ----------------------------------------------------------------------------------------------
@@ -218,7 +258,7 @@ def test_signals_end_the_run_and_the_same_command_continues(processes, collectio
     for trial in range(10):  # a phase may be over before anyone has seen it
         out = tmp_path / f"out{trial}"
         run = started(processes, collection, out)
-        while run.process.is_alive() and not units_of(out, PHASES[phase]):
+        while run.running() and not units_of(out, PHASES[phase]):
             pass
         start = time.monotonic()
         code, seconds = run.kill(number), time.monotonic() - start
@@ -234,19 +274,16 @@ def test_signals_end_the_run_and_the_same_command_continues(processes, collectio
     assert ended
 
 
-def test_signals_end_a_run_with_workers_and_its_processes(collection, tmp_path):
-    """The program as a user starts it; all of its processes get the signal, as from a terminal or Slurm."""
-    command = [*map(str, [sys.executable, SCRIPT, "--dataset", collection, "--output-dir", tmp_path / "out"]), *FLAGS]
-    run = subprocess.Popen(
-        command, env=os.environ | {"OMP_NUM_THREADS": "2"}, start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
+def test_signals_end_a_run_with_workers_and_its_processes(processes, collection, tmp_path):
+    """All of its processes get the signal, as from a terminal or Slurm."""
+    run = started(processes, collection, tmp_path / "out", cores=2)
     until(lambda: len(workers(run.pid)) == 2)
     time.sleep(1.0)
-    started_by_it = children(run.pid)
+    started_by_it, start = children(run.pid), time.monotonic()
     os.killpg(run.pid, signal.SIGUSR1)
-    _, said = run.communicate(timeout=2)
-    assert run.returncode == 143
-    assert said == "\nStopped by SIGUSR1. The same command continues where this one stopped.\n"
+    assert run.wait() == 143 and time.monotonic() - start < 2
+    *_, before, last = run.lines()
+    assert last == "Stopped by SIGUSR1. The same command continues where this one stopped." and not before
     until(lambda: not any(map(alive, started_by_it)), seconds=5)
 
 
@@ -286,7 +323,7 @@ def test_a_full_disk_is_told_in_a_line_and_corrupts_nothing(
     out = tmp_path / "out"
     if where == "/units/":
         begun = started(processes, collection, out)
-        while begun.process.is_alive() and not units_of(out, "*/features/weights-*"):
+        while begun.running() and not units_of(out, "*/features/weights-*"):
             pass
         begun.kill()
     run = started(processes, collection, out, file_size=file_size)
@@ -350,14 +387,3 @@ def test_two_processes_with_one_cache_do_the_same_in_two_folders(processes, coll
     assert [run.wait() for run in runs] == [0, 0], [run.lines()[-1] for run in runs]
     for out in ("one", "two"):
         assert results_in(tmp_path / out) == expected[0]
-
-
-def test_units_do_not_depend_on_the_number_of_cores(tmp_path):
-    """With inputs so large that torch itself would share them among threads."""
-    root = write_collection(tmp_path / "small", classes=2, per_class=20, modules=4, width=128)
-    for cores in ("1", "2"):
-        environment = os.environ | {"OMP_NUM_THREADS": cores}
-        command = [*map(str, [sys.executable, SCRIPT, "--dataset", root, "--output-dir", tmp_path / cores]), *FLAGS]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    assert results_in(tmp_path / "1") == results_in(tmp_path / "2")
