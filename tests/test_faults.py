@@ -229,7 +229,7 @@ def test_a_run_goes_on_where_workers_are_killed_and_gives_the_same_as_one_core(p
     began |= set(children(run.pid))
     assert run.wait() == 0
     lines = [line for line in run.lines() if line.startswith("  a worker was ended by SIGKILL, as where memory runs")]
-    assert len(lines) == number and all("; it was at: " in line for line in lines)
+    assert len(lines) == number and all("; at work: " in line for line in lines)
     assert all(line.endswith("; that is done again") for line in lines)
     assert_whole(out, results_in(tmp_path / "one"))
     until(lambda: not any(map(alive, began)), seconds=5)
