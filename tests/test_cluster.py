@@ -3,7 +3,9 @@
 The cluster of this file listens on loopback alone, encrypted by a certificate of its own.
 """
 
+import gc
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -209,6 +211,21 @@ def test_a_run_ends_in_a_line_where_the_scheduler_is_killed_and_the_next_continu
     assert finished.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/.cache/*/units/*")}.items()
 
 
+def refusal(scheduler: str, insecure: bool = False) -> str:
+    """Return why a scheduler is refused.
+
+    A client that could not be made is removed at once. Where Python did that while it makes the next one, Dask would
+    wait for itself for ever; the program makes but one.
+    """
+    try:
+        connect(scheduler, insecure).close()
+    except UsageError as error:
+        reason = str(error)
+        error.__traceback__ = error.__cause__ = error.__context__ = None
+    gc.collect()
+    return reason
+
+
 # -- who is refused -------------------------------------------------------------------------------------------------
 
 
@@ -216,9 +233,9 @@ def test_who_has_not_the_key_is_refused(cluster, keys, tmp_path, monkeypatch):
     monkeypatch.setattr(clusters, "ANSWER_SECONDS", 2)
     words = rf"^--scheduler {cluster.file}: no Dask scheduler answers at tls://127\.0\.0\.1:\d+ \(.+\)\.$"
     for settings in (dict.fromkeys(keys), certificate(tmp_path, "theirs")):
-        with here(settings), pytest.raises(UsageError, match=words) as refused:
-            connect(str(cluster.file), insecure=False)
-        assert "\n" not in str(refused.value)
+        with here(settings):
+            reason = refusal(str(cluster.file))
+        assert re.match(words, reason)
 
 
 @pytest.mark.parametrize("scheduler", ["tcp://192.0.2.1:8786", "tcp://node7:8786", "ucx://10.0.0.1:8786"])
@@ -226,12 +243,9 @@ def test_a_scheduler_that_anybody_reaches_is_refused(scheduler, tmp_path):
     file = tmp_path / "scheduler.json"
     file.write_text(f'{{"address": "{scheduler}"}}')
     for named in (scheduler, str(file)):
-        with pytest.raises(UsageError) as refused:
-            connect(named, insecure=False)
-        assert str(refused.value).startswith(
-            f"--scheduler {named}: {scheduler} is not encrypted, and runs the code of "
-        )
-        assert str(refused.value).endswith("or give --insecure-cluster.")
+        reason = refusal(named)
+        assert reason.startswith(f"--scheduler {named}: {scheduler} is not encrypted, and runs the code of whoever")
+        assert reason.endswith("or give --insecure-cluster.")
 
 
 def test_a_scheduler_that_is_not_there_is_told_in_a_line(tmp_path, monkeypatch, capsys):
@@ -247,6 +261,7 @@ def test_a_scheduler_that_is_not_there_is_told_in_a_line(tmp_path, monkeypatch, 
     }.items():
         assert run(root, tmp_path / "out", f"--scheduler={scheduler}") == 2
         error = capsys.readouterr().err
+        gc.collect()
         assert error.startswith(f"error: --scheduler {scheduler}: {words}") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -262,5 +277,4 @@ def test_dask_is_optional(monkeypatch):
 def test_a_cluster_that_anybody_reaches_may_be_asked_for(tmp_path, monkeypatch):
     """It is refused for another reason: nobody answers."""
     monkeypatch.setattr(clusters, "ANSWER_SECONDS", 1)
-    with pytest.raises(UsageError, match="no Dask scheduler answers at tcp://192"):
-        connect("tcp://192.0.2.1:8786", insecure=True)
+    assert "no Dask scheduler answers at tcp://192" in refusal("tcp://192.0.2.1:8786", insecure=True)
