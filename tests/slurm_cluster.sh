@@ -2,7 +2,7 @@
 # A real Slurm of two nodes on one machine, for tests: as root, without systemd; all traffic stays on loopback.
 #   slurm_cluster.sh start FOLDER        sets it up in FOLDER and waits until both nodes are idle (about 0.3 s)
 #   slurm_cluster.sh stop FOLDER         ends what start began, by process id
-#   slurm_cluster.sh lose FOLDER NODE    kills the node's slurmd and all that it runs; 15 to 30 s later it is DOWN
+#   slurm_cluster.sh lose FOLDER NODE    kills the node's slurmd and all that it runs; at most 15 s later it is DOWN
 #   slurm_cluster.sh begin FOLDER NODE   begins the node's slurmd, again after `lose`
 #   SLURM_CONF=FOLDER/slurm.conf sbatch|srun|squeue|scontrol ...
 # Needs (3.5 MB to load): apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge
@@ -13,8 +13,12 @@ nodes=(node1 node2) port=${PORT:-26817}
 export SLURM_CONF=$folder/slurm.conf
 
 stop() {
-  [ ! -s "$folder/slurmctld.pid" ] || timeout 10 scancel --user=root || true
-  pids=$(cat "$folder"/{slurmctld,node1.slurmd,node2.slurmd,munged}.pid 2>/dev/null || true)
+  if [ -s "$folder/slurmctld.pid" ]; then
+    timeout 10 scancel --user=root || true
+    for _ in $(seq 150); do [ -n "$(squeue --noheader)" ] || break; sleep 0.1; done
+  fi
+  for node in "${nodes[@]}"; do lose "$node"; done
+  pids=$(cat "$folder"/{slurmctld,munged}.pid 2>/dev/null || true)
   [ -n "$pids" ] || return 0
   kill $pids 2>/dev/null || true
   for _ in $(seq 150); do kill -0 $pids 2>/dev/null || break; sleep 0.1; done # slurmctld takes up to 5 s
@@ -28,7 +32,7 @@ begin() { # NODE
 
 lose() { # NODE
   local name
-  name=$(readlink "/proc/$(cat "$folder/$1.slurmd.pid")/ns/uts")
+  name=$(readlink "/proc/$(cat "$folder/$1.slurmd.pid" 2>/dev/null)/ns/uts") || return 0 # it is lost already
   for process in /proc/[0-9]*; do
     [ "$(readlink "$process/ns/uts" 2>/dev/null)" != "$name" ] || kill -KILL "${process#/proc/}" 2>/dev/null || true
   done
@@ -68,7 +72,7 @@ GresTypes=gpu
 JobRequeue=1
 ReturnToService=2
 KillWait=10
-SlurmdTimeout=15
+SlurmdTimeout=6
 MinJobAge=3600
 SchedulerParameters=sched_interval=2,bf_interval=2
 PreemptType=preempt/partition_prio
