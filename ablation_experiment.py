@@ -13,17 +13,22 @@ Shape letters: N LoRAs, L layers.
 
 from __future__ import annotations
 
+from experiment.signals import end_at_signals
+
+if __name__ == "__main__":
+    end_at_signals()  # before the imports, which take seconds
+
 import argparse
 import csv
 import io
 import json
 import os
 import platform
-import signal
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -36,15 +41,17 @@ from threadpoolctl import threadpool_limits
 import data
 from data import Collection, CollectionError
 from experiment import checks, controls, store
-from experiment.extraction import CHECKED, WEIGHTS, Extracted, extract, identity
+from experiment.cluster import connect
+from experiment.engine import Engine
+from experiment.extraction import CHECKED, WEIGHTS, Extracted, extract
+from experiment.flags import BUILT_IN_SIZES, NAMED_DATASETS, parse_arguments
+from experiment.inputs import shared_folder
 from experiment.modules import left_by_default
-from experiment.networks import FEW_LORAS, FEW_MODULES, NETWORKS
 from experiment.phases import Experiment, emptied, split_collection
 from experiment.plans import TrainingError
 from experiment.repeated import repeat
-from experiment.settings import Networks, Settings, UsageError, resolve
+from experiment.settings import Networks, Settings, UsageError, count_cores, resolve
 from experiment.units import OutOfMemory, one_memory_error
-from experiment.workers import FaultElsewhereError, Workers, start_workers
 from loras import building, digits_zoo
 from loras.building import Progress
 from report import figures, page, text
@@ -52,22 +59,14 @@ from report.text import Content
 from report.wording import top_layers as top_layers_text
 from representations import REPRESENTATIONS
 from training.classifier import scored
-from training.stacks import start_thread
 
-BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000}
-NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small")
-THREADS = torch.get_num_threads()  # tasks at once on a CPU, one thread each
 PROGRAM = (  # of which results are; tests, benchmarks and what imports a published collection are no part of it
     *("ablation_experiment", "autoencoders", "data", "representations"),
     *("analysis", "experiment", "report", "training"),
     *("loras/blocks", "loras/building", "loras/digits_zoo", "loras/keys", "loras/labels", "loras/lora_files"),
     *("loras/copies", "loras/notices", "loras/recipe", "loras/scales", "loras/weight_checks", "loras/weight_files"),
 )
-SCHEMA_VERSION = 4
-COSTLY = (
-    f"{' and '.join(name for name, network in NETWORKS.items() if network.reads == 'factors')} only on a GPU, or for "
-)
-COSTLY += f"fewer than {FEW_LORAS:,} LoRAs of at most {FEW_MODULES} modules"
+SCHEMA_VERSION = 5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -103,85 +102,8 @@ class Stopwatch:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Arguments
+# From arguments to files
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Parse the flags of the command line; `resolve` checks them."""
-    parser = argparse.ArgumentParser(
-        description="Rank LoRA layers by how well they predict the concept, remove the best, compare representations."
-    )
-    add = parser.add_argument_group("collection").add_argument
-    add("--dataset", default="1k", help="1k, 10k, 50k, 100k or small, in --data-dir; or any folder of LoRAs (1k)")
-    add(
-        "--data-dir",
-        type=Path,
-        help="where the named collections lie (data). Only without this flag a missing small, 1k or 10k is trained "
-        "instead: the built-in digits",
-    )
-    data.add_label_flags(add)
-    add(
-        "--keep-twins",
-        action="store_true",
-        help="leave copies of a LoRA, and epochs of one training, where the split puts them, also on both sides of it; "
-        "without this flag they are kept together",
-    )
-    add_experiment_flags(parser.add_argument_group("experiment").add_argument)
-    add = parser.add_argument_group("files and machine").add_argument
-    add("--output-dir", type=Path, default=Path("ablation-results"), help="folder of results (ablation-results)")
-    add("--cache-dir", type=Path, help="folder of finished work, reused by later runs (<output-dir>/.cache)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one (auto)")
-    return parser.parse_args(arguments)
-
-
-def add_experiment_flags(add: Callable) -> None:
-    """Add the flags that decide the numbers; ``add`` is a parser's ``add_argument``."""
-    add("--top-k", type=int, default=5, help="number of most predictive layers to remove (5)")
-    add("--num-runs", type=int, help="trainings of each classifier (10; 3 with --quick)")
-    add(
-        "--rank-by",
-        choices=("test", "val"),
-        default="test",
-        help="accuracy that ranks the layers. test: as the experiment is defined; val: keeps the choice off the test "
-        "rows (test)",
-    )
-    add(
-        "--representations",
-        default="all",
-        help=f"all, or a comma list of {', '.join(REPRESENTATIONS)} (all, but {COSTLY})",
-    )
-    add("--seed", type=int, default=42, help="of the split and of all training (42)")
-    add(
-        "--splits",
-        type=int,
-        default=1,
-        metavar="N",
-        help="splits into train, validation and test LoRAs. Each ranks the layers and removes its own top ones; the "
-        "results are those of the first, beside their variation over all (1)",
-    )
-    add(
-        "--controls",
-        choices=controls.LEVELS,
-        help="what to compare with. basic: all that needs no training, and for stats in 3 runs 39 random removals, the "
-        "bottom k, the top k alone, curves of at least 12 points; each representation without the layers that other "
-        "test LoRAs choose, in 3 runs; and the best representation without fitting on a split by groups where a "
-        "column looks like one; update_kernel and update_views too, with 200 removals, where their "
-        "kernels are kept; all: also ensemble and update_sketch, both kernels in any case, every run, 32 points, what "
-        "each layer adds to the top k, and attention in 19 trainings on permuted labels (basic; none with --quick)",
-    )
-    add(
-        "--null-shuffles",
-        type=int,
-        default=0,
-        metavar="N",
-        help="also train the ranking N times on shuffled labels, one run each, as a check of the whole (0)",
-    )
-    add(
-        "--quick",
-        action="store_true",
-        help="for trying things out: 3 runs, patience 5, at most 30 epochs of classifiers and 8 of autoencoders",
-    )
 
 
 def locate(args: argparse.Namespace, progress: Progress) -> tuple[str, Path]:
@@ -221,62 +143,59 @@ def locate(args: argparse.Namespace, progress: Progress) -> tuple[str, Path]:
     return name, built_in
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From arguments to files
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def run(args: argparse.Namespace, networks: Networks) -> int:
-    """Run the whole experiment; return 0, or 3 where a representation could not be run by a single process.
+    """Run the whole experiment; return 0, or 3 where a representation could not be run.
 
     Raises:
         UsageError: A flag cannot be used.
         CollectionError: The collection cannot be used. The output folder is left as it was.
     """
     settings = resolve(args, networks)
-    threads = THREADS if settings.device.type == "cpu" else 1
-    workers = start_workers(threads, partial(start_thread, settings.device), settings.device)
+    cluster = connect(args.scheduler, args.insecure_cluster) if args.scheduler else None
+    name = store.digest(str(args.output_dir.absolute()))
     # One thread for each product: sums of several are rounded otherwise, and the workers use all cores already.
-    with redirect_stdout(None) if workers.rank > 0 else nullcontext(), threadpool_limits(1, "blas"):
-        code = carry_out(args, settings, workers)
-    workers.leave()
-    return 0 if code == 3 and workers.size > 1 else code  # torchrun takes any other code for a failure
+    engine = Engine(settings.devices, count_cores(), cluster, name)
+    with closing(engine), threadpool_limits(1, "blas"):
+        code = carry_out(args, settings, engine)
+    return 0 if code == 3 and args.partial_ok else code
 
 
-def carry_out(args: argparse.Namespace, settings: Settings, workers: Workers) -> int:
-    """Do in each process of the job what it has to do; see `run`."""
-    progress, cache = Progress(workers.rank == 0), args.cache_dir or args.output_dir / ".cache"
-    say(text.settings_lines(settings.config(), environment(settings.device), args.output_dir))
-    name, folder = workers.broadcast(lambda: [str(part) for part in locate(args, progress)])
+def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> int:
+    """Do what `run` does, with workers."""
+    progress, cache = Progress(), args.cache_dir or args.output_dir / ".cache"
+    say(text.settings_lines(settings.config(), environment(settings, engine), args.output_dir))
+    name, folder = locate(args, progress)
     watch = Stopwatch()
     with watch.phase("index"):
-        collection = data.index_as_asked(args, Path(folder), name, progress)
-    plan = make_plan(settings, collection)
+        collection = data.index_as_asked(args, folder, name, progress)
+    plan = make_plan(settings, collection, engine)
     target = args.output_dir / f"ablation_{name}"
-    with only_process(target) if workers.rank == 0 else nullcontext():
-        with building.made(cache) if workers.size > 1 else nullcontext():
-            workers.check_shared(cache)
+    with only_process(target):
         with watch.phase("features"):
-            indexed = collection, plan
-            collection, plan, extracted = read_weights(args, settings, indexed, cache, workers, progress)
+            collection, plan, extracted = read_weights(args, settings, (collection, plan), cache, engine, progress)
         plan.header["dataset"]["fingerprint"] = extracted.fingerprint
         plan.header["dataset"]["findings"] = [notice.record() for notice in collection.notices]
         for line in text.notice_lines(plan.header):
             say(line)
-        if finished := workers.broadcast(lambda: finished_results(target, plan.header)):
+        if finished := finished_results(target, plan.header):
             say(f"\nNothing to do: {target} holds the results of these settings on these files.")
             return 3 if finished["not run"] else 0
         building.remove_temporaries(extracted.folder)
-        experiment = Experiment(settings, collection, plan.selected, plan.rows, extracted, workers, progress)
-        results = plan.header | run_phases(experiment, plan.chosen, plan.not_run, watch)
-        results |= {"analysis": analyse(experiment, results, watch), "splits": more_splits(experiment, results, watch)}
+        experiment = Experiment(settings, collection, plan.selected, plan.rows, extracted, engine, progress)
+        try:
+            results = plan.header | run_phases(experiment, plan.chosen, plan.not_run, watch)
+            results |= {
+                "analysis": analyse(experiment, results, watch),
+                "splits": more_splits(experiment, results, watch),
+            }
+        finally:
+            shutil.rmtree(shared_folder(extracted), ignore_errors=True)
         results["timing"] = watch.timing()
         results["config"]["stack"]["smaller"] = experiment.planner.smaller_stacks
-        if workers.rank == 0:
-            content = text.content_of(results)
-            if content.answers:
-                say("\n".join(text.answer_lines(results, content.answers)))
-            write_results(target, experiment, results, content)
+        content = text.content_of(results)
+        if content.answers:
+            say("\n".join(text.answer_lines(results, content.answers)))
+        write_results(target, experiment, results, content)
     left_out = f"; not run, and results.txt says why: {', '.join(plan.not_run)}" if plan.not_run else ""
     files = ", ".join(files_of(results))
     say(f"\nWritten to {target}: {files} ({results['timing']['total']:.0f} s){left_out}")
@@ -288,7 +207,7 @@ def read_weights(
     settings: Settings,
     indexed: tuple[Collection, CollectionPlan],
     cache: Path,
-    workers: Workers,
+    engine: Engine,
     progress: Progress,
 ) -> tuple[Collection, CollectionPlan, Extracted]:
     """Extract features and check the weights; return them with the collection and plan that are left.
@@ -302,33 +221,17 @@ def read_weights(
     flags = {"strict": args.strict, "skip_bad": args.skip_bad, "keep_twins": settings.keep_twins}
     check = partial(checks.check_collection, seed=settings.seed, layers=settings.layers, **flags)
     while True:
-        check_alike(workers, collection, plan)
         try:
-            extracted = extract(
-                collection, plan.needed, cache, settings.device, workers, progress, args.skip_bad, check
-            )
+            extracted = extract(collection, plan.needed, cache, settings.device, engine, progress, args.skip_bad, check)
         except CollectionError as error:
             if not (args.skip_bad and error.files):
                 raise
             say(f"skipped   {len(error.files)}, found on reading their weights")
             collection = data.without(collection, error.files)
-            plan = make_plan(settings, collection)
+            plan = make_plan(settings, collection, engine)
         else:
             collection = checks.apply(collection, extracted.checked)
-            return collection, make_plan(settings, collection) if collection.together else plan, extracted
-
-
-def check_alike(workers: Workers, collection: Collection, plan: CollectionPlan) -> None:
-    """Refuse to share work with processes that were started otherwise, or see other files.
-
-    Raises:
-        UsageError: This process is not about to do the same as rank 0.
-    """
-    versions = [plan.header["environment"][key] for key in ("torch", "code")]
-    mine = store.digest([identity(collection), plan.header["dataset"], plan.header["config"], versions])
-    if workers.broadcast(lambda: mine) != mine:
-        fault = "other files, flags or another program than the first process has"
-        raise UsageError(f"process {workers.rank}: {fault}. Start all processes of a job alike.")
+            return collection, make_plan(settings, collection, engine) if collection.together else plan, extracted
 
 
 @dataclass(frozen=True)
@@ -348,7 +251,7 @@ class CollectionPlan:
     header: dict
 
 
-def make_plan(settings: Settings, collection: Collection) -> CollectionPlan:
+def make_plan(settings: Settings, collection: Collection, engine: Engine) -> CollectionPlan:
     """Check what is asked for against the collection, and print it.
 
     Raises:
@@ -367,7 +270,7 @@ def make_plan(settings: Settings, collection: Collection) -> CollectionPlan:
     chosen = [name for name in settings.representations if name not in not_run | left_out]
     computed = {name for name in chosen if REPRESENTATIONS[name].made == "computed"}
     needed = {*CHECKED} | computed | ({WEIGHTS} if len(computed) < len(chosen) else set())
-    header = describe(settings, collection, rows, selected)
+    header = describe(settings, collection, rows, selected) | {"environment": environment(settings, engine)}
     header["config"]["left_out"] = left_out
     say(text.collection_lines(header, len(chosen)))
     for name, reason in (not_run | left_out).items():
@@ -390,15 +293,18 @@ def only_process(target: Path) -> Iterator[None]:
         yield
 
 
-def environment(device: torch.device) -> dict:
+def environment(settings: Settings, engine: Engine) -> dict:
     """Return the machine and the program, as results.json holds them."""
+    on_gpu = settings.device.type == "cuda"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
-        "threads": THREADS,
+        "host": platform.node(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "device": torch.cuda.get_device_name(settings.device) if on_gpu else f"CPU, {platform.machine()}",
+        "workers": engine.count_workers(),
         "code": store.code_digest(*PROGRAM),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -433,7 +339,6 @@ def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndar
             "skipped": collection.skipped_records,
         },
         "config": settings.config(),
-        "environment": environment(settings.device),
         "chance": {"accuracy": float(accuracy[0]), "f1": float(f1[0])},
     }
 
@@ -602,7 +507,7 @@ def main(arguments: list[str] | None = None, networks: Networks = Networks()) ->
     """Run the program; return its exit code.
 
     0 done, 2 bad flags or input, 3 done but for representations that cannot run, 130 interrupted. As a program it ends
-    by `stop` at a signal.
+    by `experiment.signals` at a signal.
 
     Args:
         arguments: Of the command line.
@@ -612,38 +517,19 @@ def main(arguments: list[str] | None = None, networks: Networks = Networks()) ->
         with one_memory_error():
             return run(parse_arguments(arguments), networks)
     except (UsageError, CollectionError) as error:
-        lines = error.shown() if isinstance(error, CollectionError) else f"error: {error}"
-        rank = os.environ.get("RANK", "0")  # of several processes most meet the same: the others are brief
-        print(lines if rank == "0" else f"process {rank}: {lines.splitlines()[0]}", file=sys.stderr)
-    except FaultElsewhereError:
-        pass  # rank 0 reports it
+        print(error.shown() if isinstance(error, CollectionError) else f"error: {error}", file=sys.stderr)
     except TrainingError as error:
         print(f"error: {error}. Try another --seed or --device.", file=sys.stderr)
     except OSError as error:
         print(f"error: {building.fault_of(error)}. The same command continues where this one stopped.", file=sys.stderr)
     except OutOfMemory as error:
-        mend = "Try another --device, or fewer threads or processes."
+        mend = "Try another --device, or fewer workers (OMP_NUM_THREADS)."
         print(f"error: out of memory: {error}. {mend}", file=sys.stderr)
-    except KeyboardInterrupt:  # where Python's own handler is at work, see `stop`
+    except KeyboardInterrupt:  # where it was called by another program
         print("\nInterrupted. The same command continues where this one stopped.", file=sys.stderr)
         return 130
     return 2
 
 
-def stop(number: int, _: object) -> None:
-    """End the process at a signal: at once, as it might at any moment; what was finished is on disk and whole."""
-    name = signal.Signals(number).name
-    with suppress(OSError):  # nobody may be listening any more
-        os.write(2, f"\nStopped by {name}. The same command continues where this one stopped.\n".encode())
-    os._exit(130 if number == signal.SIGINT else 143)
-
-
-def command_line() -> int:
-    """Run `main`, where signals end the process."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, stop)
-    return main()
-
-
 if __name__ == "__main__":
-    sys.exit(command_line())
+    sys.exit(main())

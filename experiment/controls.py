@@ -65,7 +65,7 @@ def is_asked_for(settings: Settings) -> bool:
 def analyse(experiment: Experiment, names: Sequence[str], say: Callable[[str], None]) -> dict | None:
     """Return `analysis` of results.json, whatever is trained for it trained.
 
-    None where none is asked for, and on all processes of a job but the first, which only train.
+    None where none is asked for.
 
     Args:
         experiment: All phases done.
@@ -78,8 +78,6 @@ def analyse(experiment: Experiment, names: Sequence[str], say: Callable[[str], N
     level, evidence = experiment.settings.controls, evidence_of(experiment)
     columns = group_columns(experiment) if level != "none" else {}
     trained, not_run = _train(experiment, evidence, names, columns, say)
-    if experiment.workers.rank > 0:
-        return None
     statistics, updates = (_loaded(experiment, name) for name in (RANKING, UPDATES))
     cheap = {
         "norms": comparison.norms(statistics, updates),

@@ -1,7 +1,7 @@
 """The one pass over the weights: features and packed weights of a collection, in a cache named by its contents.
 
 Each file is read once. The pass hashes the contents, refuses NaN and infinity, computes all hand-crafted features and
-packs the flattened weights, in shards of consecutive files that the workers share. What is finished is found again: a
+packs the flattened weights, in shards of consecutive files that threads share. What is finished is found again: a
 killed pass goes on where it was, and nothing is computed twice for the same contents.
 
 Shape letters: N LoRAs, L layers, P modules (pairs of a down and an up), F features, W weights of a LoRA.
@@ -13,7 +13,6 @@ import hashlib
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 
 from data import Collection, CollectionError, LoraFile, check_classes, without
 from experiment import store
-from experiment.workers import Task, Workers
+from experiment.engine import Engine
 from loras import building, lora_files
 from loras.labels import Finding
 from loras.lora_files import Layout, LoraFileError, NotFiniteError, by_layout, file_stat
@@ -94,68 +93,61 @@ def extract(
     names: Iterable[str],
     cache: Path,
     device: torch.device,
-    workers: Workers | None = None,
+    engine: Engine | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     skip_bad: bool = False,
     check: Check | None = None,
 ) -> Extracted:
     """Compute, or find in the cache, the named arrays of a collection.
 
-    The pass goes by shards of consecutive files, shared among the workers; a shard that is finished is not read again
-    by a pass that continues a killed one.
+    The pass goes by shards of consecutive files, shared among threads; a shard that is finished is not read again by a
+    pass that continues a killed one.
 
     Args:
         collection: What to read.
         names: Computed representations and measures, and ``WEIGHTS`` for the packed weights.
         cache: Folder that holds a folder for each fingerprint.
         device: Where features are computed.
-        workers: Who computes; None: one thread.
+        engine: Has the threads that compute; None: one.
         progress: Called with the stage, how many shards are finished, and of how many.
         skip_bad: Whether the caller goes on without files whose weights are not finite: then they are remembered, and
             the arrays of the others kept, so that these are not read again. Else nothing is left of a collection
             that is refused.
-        check: Done by the first process when the weights have been read, before anything is left of the pass; names
+        check: Done when the weights have been read, before anything is left of the pass; names
             are then to have all that are ``CHECKED``.
 
     Raises:
         CollectionError: Weights are NaN or infinite, files have changed since they were indexed, or the check refuses.
     """
-    workers, names = workers or Workers(), list(names)
+    engine, names = engine or Engine([device]), list(names)
     weight_pass = _Pass(collection, cache, device, skip_bad, check)
-    if bad := workers.broadcast(lambda: weight_pass.read_known().get("findings", [])):
+    if bad := weight_pass.read_known().get("findings", []):
         raise _bad_weights(collection, bad)
-    outcome = workers.broadcast(partial(weight_pass.known_outcome, names))
-    if outcome is None:
-        outcome = _read(weight_pass, names, workers, progress)
+    outcome = weight_pass.known_outcome(names) or _read(weight_pass, names, engine, progress)
     if "findings" in outcome:
         raise _bad_weights(collection, outcome["findings"])
     if "faults" in outcome:
         raise CollectionError(outcome["faults"])
     # The contents may be others than when the rest was computed, though no file's state said so.
     if outcome["missing"] or (check and outcome["checked"] is None):
-        return extract(collection, names, cache, device, workers, progress, skip_bad, check)
+        return extract(collection, names, cache, device, engine, progress, skip_bad, check)
     return replace(weight_pass.extracted(outcome["fingerprint"]), checked=outcome["checked"])
 
 
-def _read(weight_pass: _Pass, names: list[str], workers: Workers, progress: Callable[[str, int, int], None]) -> dict:
-    """Read the weights, shards shared among the workers; return what `_Pass.end` does."""
-    with ExitStack() as held:
-        if workers.rank == 0:
-            held.enter_context(building.made(weight_pass.cache))
-            held.enter_context(building.locked(weight_pass.folder.with_suffix(".lock"), _say_waiting))
-        missing = workers.broadcast(partial(weight_pass.begin, names))
+def _read(weight_pass: _Pass, names: list[str], engine: Engine, progress: Callable[[str, int, int], None]) -> dict:
+    """Read the weights, shards shared among threads; return what `_Pass.end` does."""
+    with (
+        building.made(weight_pass.cache),
+        building.locked(weight_pass.folder.with_suffix(".lock"), _say_waiting),
+    ):
+        missing = weight_pass.begin(names)
         shards = weight_pass.shards if missing else []
-        tasks = [
-            Task(partial(weight_pass.finished, rows, missing), partial(weight_pass.run, rows, missing), in_main=True)
-            for rows in shards
-        ]
-        threads = (
-            min(workers.threads, PASS_THREADS) if weight_pass.device.type == "cpu" else PASS_THREADS
-        )  # a GPU waits for them
-        for done, _ in enumerate(workers.do(tasks, threads), 1):
-            progress("features", done, len(tasks))
-        workers.barrier()  # until nobody looks for shards where rank 0 will now take them away
-        return workers.broadcast(partial(weight_pass.end, names, missing))
+        unread = [rows for rows in shards if not weight_pass.finished(rows, missing)]
+        # A GPU waits for them.
+        threads = min(engine.threads, PASS_THREADS) if weight_pass.device.type == "cpu" else PASS_THREADS
+        for done, _ in enumerate(engine.map(partial(weight_pass.run, names=missing), unread, threads), 1):
+            progress("features", len(shards) - len(unread) + done, len(shards))
+        return weight_pass.end(names, missing)
 
 
 def _bad_weights(collection: Collection, findings: list) -> CollectionError:
@@ -229,7 +221,7 @@ class _Pass:
         """Return the fingerprint, if these very files have been read before."""
         return self.read_known().get("fingerprint")
 
-    # -- rank 0, before and after -------------------------------------------------------------------------------------
+    # -- before and after the shards are read -------------------------------------------------------------------------
 
     def missing(self, names: list[str]) -> list[str]:
         """Return the names whose arrays are still to be computed."""
@@ -327,7 +319,7 @@ class _Pass:
         if self.folder.exists():
             shutil.rmtree(self.folder)
 
-    # -- whoever computes ---------------------------------------------------------------------------------------------
+    # -- a shard ------------------------------------------------------------------------------------------------------
 
     def _arrays(self, name: str) -> Path:
         return self.folder / name
@@ -344,7 +336,7 @@ class _Pass:
             return True
         return all(store.shard_path(self._arrays(name), rows.start).exists() for name in names)
 
-    def run(self, rows: range, names: list[str]) -> None:
+    def run(self, rows: range, names: list[str], device: torch.device) -> None:
         """Read each file of a shard once; write its arrays, without rows of bad files, and then its document."""
         arrays = _allocate(self.collection, names, len(rows))
         contents: list[str] = []
@@ -367,7 +359,7 @@ class _Pass:
                     arrays[DIGESTS][len(contents) - 1] = np.frombuffer(bytes.fromhex(digest), np.uint8)
             if files and (self.skip_bad or not findings):  # else go on reading, to report every fault at once
                 part = {name: array[first : len(contents)] for name, array in arrays.items()}
-                _fill(part, self.collection, files, weights, scales, self.device)
+                _fill(part, self.collection, files, weights, scales, device)
         if contents and (self.skip_bad or not findings):
             for name, array in arrays.items():
                 store.save_array(store.shard_path(self._arrays(name), rows.start), array[: len(contents)])

@@ -9,25 +9,26 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from pathlib import Path
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 
 import autoencoders
-from data import Collection
 from experiment import store
 from experiment.extraction import Extracted
 from experiment.modules import Modules, whole_pairs
 from experiment.networks import NETWORKS
+from experiment.samples import Samples
 from experiment.settings import AUTOENCODER_PARAMETERS, Settings, memory_of
-from experiment.units import Units
-from experiment.workers import Task
+from experiment.units import Unit, Units
 from representations import FEATURES, RANKING, REPRESENTATIONS
 from training.pca import PCA, num_components
-from training.stacks import Split, Stored, standardise
+from training.stacks import Split, Stored, filled, standardise
 
 MEMORY_SHARE = 0.6  # of the device's memory that resident weights may take
 PCA_COMPONENTS = 100
@@ -72,7 +73,7 @@ class Weights:
     """The layers that an experiment is about, and the weights of these among the packed ones.
 
     Args:
-        collection: The LoRAs.
+        samples: The LoRAs.
         selected: The layers, bool[L of the files].
         extracted: Features and packed weights.
 
@@ -82,11 +83,12 @@ class Weights:
         widths: Number of weights of each, int64[L].
     """
 
-    def __init__(self, collection: Collection, selected: np.ndarray, extracted: Extracted):
+    def __init__(self, samples: Samples, selected: np.ndarray, extracted: Extracted):
         self.extracted = extracted
-        self.num_samples, self.weights_per_layer = len(collection.files), np.array(collection.weights_per_layer)
+        self.num_samples = samples.count
+        self.weights_per_layer = np.array([math.prod(layer.shape) for layer in samples.packed_layout.layers])
         self.depths = np.flatnonzero(selected)
-        self.layers = [collection.layers[depth] for depth in self.depths]
+        self.layers = [samples.layers[depth] for depth in self.depths]
         self.widths = self.weights_per_layer[self.depths]
 
     def without(self, removed: list[int]) -> np.ndarray:
@@ -107,43 +109,82 @@ class Weights:
         return slice(end - int(self.widths[layer]), end)
 
 
-class Inputs:
-    """The inputs of all classifiers of an experiment, from features and weights in the cache.
+@dataclass(frozen=True, eq=False)
+class Description:
+    """All that inputs are opened from, small and picklable; the rest lies in the cache folder.
 
-    Args:
-        settings: Device, schedule of autoencoders, seed.
-        collection: The LoRAs.
+    Attributes:
+        settings: Schedule of autoencoders, seed, kind of device.
+        samples: The LoRAs.
         selected: The layers that the experiment is about, bool[L of the files].
         rows: Row indices of ``train``, ``validation`` and ``test``.
         extracted: Features and packed weights.
         units: Where what is learned lies.
+    """
+
+    settings: Settings
+    samples: Samples
+    selected: np.ndarray
+    rows: dict[str, np.ndarray]
+    extracted: Extracted
+    units: Units
+
+    @cached_property
+    def digest(self) -> str:
+        """Digits that equal descriptions share."""
+        how = [self.settings.autoencoder, self.settings.attention, self.settings.projection]
+        return store.digest([str(self.extracted.folder), self.units.common, [asdict(schedule) for schedule in how]])
+
+    def open(self, device: torch.device) -> Inputs:
+        """Return the inputs on a device: those of an experiment of this process, or the latest opened here."""
+        key = self.digest, device
+        with _opening:
+            inputs = _in_use.get(key)
+            if inputs is None:
+                _latest.pop(device, None)  # memory, for the new ones
+                inputs = _latest[device] = _in_use[key] = Inputs(self, device, kept_sources=1)
+            return inputs
+
+    def shared(self, name: str) -> Path:
+        """Return the file of an array that the workers of a machine share; removed when the run ends."""
+        return shared_folder(self.extracted) / f"{name}-{self.digest}.npy"
+
+
+_opening = threading.Lock()
+_in_use: WeakValueDictionary[tuple[str, torch.device], Inputs] = WeakValueDictionary()
+_latest: dict[torch.device, Inputs] = {}
+
+
+def shared_folder(extracted: Extracted) -> Path:
+    """Return the folder of the arrays that workers share."""
+    return extracted.folder / "shared"
+
+
+class Inputs:
+    """The inputs of all classifiers of an experiment, from features and weights in the cache.
+
+    Args:
+        description: Of these inputs.
+        device: Where they are read to.
         kept_sources: How many sources are kept in memory: as many as threads may be at.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        collection: Collection,
-        selected: np.ndarray,
-        rows: dict[str, np.ndarray],
-        extracted: Extracted,
-        units: Units,
-        kept_sources: int = 2,
-    ):
-        self.collection, self.rows, self.extracted = collection, rows, extracted
-        self.seed, self.device = settings.seed, settings.device
-        self.weights = Weights(collection, selected, extracted)
+    def __init__(self, description: Description, device: torch.device, kept_sources: int = 2):
+        self.description, self.device = description, device
+        self.samples, self.rows, self.extracted = description.samples, description.rows, description.extracted
+        self.weights = Weights(self.samples, description.selected, self.extracted)
         self.depths, self.layers, self.widths = self.weights.depths, self.weights.layers, self.weights.widths
-        self.pair_of_layer = collection.pair_of_layer[self.depths]
+        self.pair_of_layer = self.samples.pair_of_layer[self.depths]
         self.pairs = whole_pairs(self.pair_of_layer)
         members = [np.flatnonzero(self.pair_of_layer == pair) for pair in self.pairs]
         self.members = np.array(members, int).reshape(-1, 2)  # positions of the two layers of each pair
-        self.split = Split(*(torch.from_numpy(rows[part]) for part in ("train", "validation", "test"))).to(self.device)
-        self.learned = Learned(self.weights, rows, self.split, settings, units)
-        self.modules = Modules(settings, collection, self.pairs, rows, extracted, units)
+        self.split = Split(*(torch.from_numpy(self.rows[part]) for part in ("train", "validation", "test"))).to(device)
+        self.learned = Learned(description, self.weights, self.split)
+        self.modules = Modules(description, self.pairs, device)
         self._kept_sources = kept_sources
         self._read_sources: dict[Source, torch.Tensor | Stored] = {}  # the latest ones
         self._reading = threading.Lock()
+        _in_use.setdefault((description.digest, device), self)
 
     # -- which columns are of which layers ----------------------------------------------------------------------------
 
@@ -190,7 +231,7 @@ class Inputs:
         fitted = REPRESENTATIONS[name].made == "pca"  # components of what is left, not what is left of the components
         return Source(name, fitted_to=tuple(np.flatnonzero(kept).tolist()) if fitted else None)
 
-    def fitting_tasks(self, name: str, conditions: list[list[int]]) -> list[Task]:
+    def fitting_units(self, name: str, conditions: list[list[int]]) -> list[Unit]:
         """Return the work that must be done before classifiers of a representation are trained; often none.
 
         Args:
@@ -198,8 +239,8 @@ class Inputs:
             conditions: Lists of removed layers, under each of which components are fitted.
         """
         if name in NETWORKS:
-            return self.modules.token_tasks() if NETWORKS[name].reads == "tokens" else []
-        return self.learned.fitting_tasks(name, conditions)
+            return self.modules.token_units() if NETWORKS[name].reads == "tokens" else []
+        return self.learned.fitting_units(name, conditions)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -242,34 +283,51 @@ class Inputs:
 
     @cached_property
     def flat_weights(self) -> Stored:
-        """The weights; held on the device where they fit it, and read only if a stack is to be trained."""
+        """The weights, read only if a stack is to be trained; where they fit the memory, held as a whole.
+
+        On a CPU they are then held in a file that is mapped, once for all workers of a machine.
+        """
         packed, columns = self.extracted.weights(), self.weights.columns(self.weights.without([]))
         shape = packed.shape[0], len(columns)
         read = packed.read if shape == packed.shape else partial(packed.read, columns=columns)
+        hold = partial(filled, device=self.device)
+        if self.device.type == "cpu":
+            hold = partial(_mapped, self.description.shared("flat"))
         fits = 4 * math.prod(shape) < MEMORY_SHARE * memory_of(self.device)
-        return Stored(read, shape, self.split.train, hold=fits)
+        return Stored(read, shape, self.split.train, hold=hold if fits else None)
+
+    def prepare(self, source: Source) -> None:
+        """Write what the workers of a machine share of a source, if it is large and not there."""
+        if REPRESENTATIONS[source.name].made == "flat":
+            self.flat_weights.ready()
+        elif source.name in NETWORKS:
+            self.read(source)
 
     def ranking_source(self) -> Source:
         """Return what the classifiers of the ranking read: each layer alone."""
         return Source(RANKING, each_layer=True)
 
 
+def _mapped(path: Path, shape: tuple[int, int], blocks: Callable[[], Iterator[torch.Tensor]]) -> torch.Tensor:
+    """Return the blocks of a matrix in a mapped file, which is written where it is not there."""
+    return torch.from_numpy(store.mapped_rows(path, shape, lambda: (block.numpy() for block in blocks())))
+
+
 class Learned:
     """Features that are learned from the weights, each fit a unit of work.
 
     Args:
+        description: Of the inputs that they belong to.
         weights: Of the layers that the experiment is about.
-        rows: Row indices of ``train``, ``validation`` and ``test``.
-        split: The same on the device.
-        settings: Schedule, seed, device.
-        units: Where the fits lie.
+        split: Rows of each part, on the device.
     """
 
-    def __init__(self, weights: Weights, rows: dict[str, np.ndarray], split: Split, settings: Settings, units: Units):
-        self.weights, self.rows, self.split, self.units = weights, rows, split, units
-        self.schedule, self.seed, self.device = settings.autoencoder, settings.seed, settings.device
+    def __init__(self, description: Description, weights: Weights, split: Split):
+        self.description, self.weights, self.split = description, weights, split
+        self.rows, self.units, self.device = description.rows, description.units, split.train.device
+        self.schedule, self.seed = description.settings.autoencoder, description.settings.seed
 
-    def fitting_tasks(self, name: str, conditions: list[list[int]]) -> list[Task]:
+    def fitting_units(self, name: str, conditions: list[list[int]]) -> list[Unit]:
         """Return the work that fits a representation; none for one that is not learned.
 
         Args:
@@ -277,10 +335,13 @@ class Learned:
             conditions: Lists of removed layers, under each of which components are fitted.
         """
         if REPRESENTATIONS[name].made == "pca":
-            return [self._pca_task(self.weights.without(removed)) for removed in conditions]
+            return [self._pca_unit(self.weights.without(removed)) for removed in conditions]
         if REPRESENTATIONS[name].made == "autoencoder":
-            fit = partial(self._fit_autoencoders, name)
-            return [self.units.task(key, fit, stack, label) for key, stack, label in self.autoencoder_stacks(name)]
+            fit = partial(_fit_autoencoders, name=name)
+            return [
+                self.units.unit(key, self.description, fit, stack, label)
+                for key, stack, label in self.autoencoder_stacks(name)
+            ]
         return []
 
     def scores(self, fitted_to: tuple[int, ...]) -> np.ndarray:
@@ -290,16 +351,17 @@ class Learned:
     def _pca_key(self, fitted_to: tuple[int, ...]) -> dict:
         return {"kind": "pca", "fitted to": fitted_to, "components": PCA_COMPONENTS}
 
-    def _pca_task(self, kept: np.ndarray) -> Task:
+    def _pca_unit(self, kept: np.ndarray) -> Unit:
         """Return the work of the scores float32[N, k] of layers ``kept`` bool[L]."""
+        key = self._pca_key(tuple(np.flatnonzero(kept).tolist()))
+        return self.units.unit(key, self.description, partial(_fit_pca, kept=kept), [0], "pca")
 
-        def compute(_: list) -> dict[str, np.ndarray]:
-            packed, columns = self.weights.extracted.weights(), self.weights.columns(kept)
-            train = StoredRows(packed, self.rows["train"], columns, self.device)
-            rows = StoredRows(packed, np.arange(packed.shape[0]), columns, self.device)
-            return {"scores": PCA(PCA_COMPONENTS).fit(train).transform(rows).cpu().numpy()}
-
-        return self.units.task(self._pca_key(tuple(np.flatnonzero(kept).tolist())), compute, [0], "pca")
+    def fit_pca(self, kept: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the ``scores`` float32[N, k] of components fitted to layers ``kept`` bool[L]."""
+        packed, columns = self.weights.extracted.weights(), self.weights.columns(kept)
+        train = StoredRows(packed, self.rows["train"], columns, self.device)
+        rows = StoredRows(packed, np.arange(packed.shape[0]), columns, self.device)
+        return {"scores": PCA(PCA_COMPONENTS).fit(train).transform(rows).cpu().numpy()}
 
     def autoencoder_stacks(self, name: str) -> list[tuple[dict, list[int], str]]:
         """Return the stacks of a representation: key, layers, and label; one autoencoder for each layer."""
@@ -324,7 +386,8 @@ class Learned:
             "fitted by": asdict(self.schedule),
         }
 
-    def _fit_autoencoders(self, name: str, layers: list[int]) -> dict[str, np.ndarray]:
+    def fit_autoencoders(self, name: str, layers: list[int]) -> dict[str, np.ndarray]:
+        """Return the features of layers of one width, as `autoencoders.fit_transform` does."""
         packed = self.weights.extracted.weights()
         x = torch.empty(len(layers), packed.shape[0], self.weights.widths[layers[0]], device=self.device)
         for m, layer in enumerate(layers):
@@ -338,3 +401,11 @@ class Learned:
         for key, layers, _ in self.autoencoder_stacks(name):
             by_layer |= zip(layers, self.units.load(key, ["features"])["features"], strict=True)
         return [by_layer[layer] for layer in range(len(by_layer))]
+
+
+def _fit_autoencoders(inputs: Inputs, layers: list[int], name: str) -> dict[str, np.ndarray]:
+    return inputs.learned.fit_autoencoders(name, layers)
+
+
+def _fit_pca(inputs: Inputs, _: list[int], kept: np.ndarray) -> dict[str, np.ndarray]:
+    return inputs.learned.fit_pca(kept)

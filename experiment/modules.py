@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import threading
 from functools import cached_property
+from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import numpy as np
-import sklearn
 import torch
 
 from data import Collection
-from experiment import networks
-from experiment.extraction import Extracted
+from experiment import networks, store
 from experiment.networks import Module
-from experiment.settings import Settings
-from experiment.units import Units
-from experiment.workers import Task
+from experiment.samples import Samples
+from experiment.units import Unit
 from representations import FEATURES, UPDATES
 from training.attention import EXACT, LANDMARKS, TOKEN, module_tokens
 from training.kernels import Limits, UpdateKernels, Updates
+
+if TYPE_CHECKING:
+    from experiment.inputs import Description, Inputs
 
 UNLABELLED = "update_views"  # the kernel whose components tokens are
 MODULES_IN_UNIT = 4  # whose tokens one unit of work holds
@@ -33,26 +35,15 @@ class Modules:
     """The whole modules of an experiment.
 
     Args:
-        settings: Seed, device.
-        collection: The LoRAs.
+        description: Of the inputs that they belong to.
         pairs: Positions of the P modules among those of the files, int64[P].
-        rows: Row indices of ``train``, ``validation`` and ``test``.
-        extracted: Features and packed weights.
-        units: Where tokens lie.
+        device: Where they are computed.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        collection: Collection,
-        pairs: np.ndarray,
-        rows: dict[str, np.ndarray],
-        extracted: Extracted,
-        units: Units,
-    ):
-        self.collection, self.pairs, self.rows = collection, pairs.tolist(), rows
-        self.extracted, self.units = extracted, units
-        self.seed, self.device = settings.seed, settings.device
+    def __init__(self, description: Description, pairs: np.ndarray, device: torch.device):
+        self.description, self.pairs, self.device = description, pairs.tolist(), device
+        self.samples, self.rows = description.samples, description.rows
+        self.extracted, self.units, self.seed = description.extracted, description.units, description.settings.seed
         self._kernels: dict[str, UpdateKernels] = {}
         self._read: dict[str, torch.Tensor] = {}
         self._lock = threading.Lock()
@@ -60,7 +51,7 @@ class Modules:
     @property
     def shapes(self) -> list[Module]:
         """Name and sides of each module, in the network's order."""
-        return module_shapes(self.collection, self.pairs)
+        return module_shapes(self.samples, self.pairs)
 
     def kernels(self, name: str) -> UpdateKernels:
         """Return the kernels that classifiers of a representation read; nothing is read before the first is asked for.
@@ -69,7 +60,7 @@ class Modules:
         """
         with self._lock:
             if name not in self._kernels:
-                self._kernels[name] = self._kernels_of(name, self.collection.y[self.rows["train"]], Limits())
+                self._kernels[name] = self._kernels_of(name, self.samples.y[self.rows["train"]], Limits())
             return self._kernels[name]
 
     @cached_property
@@ -78,12 +69,12 @@ class Modules:
         return self._kernels_of(UNLABELLED, None, Limits(kept=0, exact=EXACT, landmarks=LANDMARKS))
 
     def _kernels_of(self, name: str, labels: np.ndarray | None, limits: Limits) -> UpdateKernels:
-        read, pairs = self.extracted.factor_reader(self.collection), self.pairs  # no reference to this object
+        read, pairs = self.extracted.factor_reader(self.samples), self.pairs  # no reference to this object
         return UpdateKernels(
             lambda p, rows: read(pairs[p], rows),
             len(pairs),
             self.rows["train"],
-            len(self.collection.files),
+            self.samples.count,
             kind=name,
             labels=labels,
             seed=self.seed,
@@ -107,15 +98,16 @@ class Modules:
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 
-    def token_tasks(self) -> list[Task]:
+    def token_units(self) -> list[Unit]:
         """Return the work that computes tokens."""
         return [
-            self.units.task(key, self._compute_tokens, key["models"], "tokens of modules") for key in self._token_keys()
+            self.units.unit(key, self.description, _compute_tokens, key["models"], "tokens of modules")
+            for key in self._token_keys()
         ]
 
     def tokens(self) -> torch.Tensor:
         """Return finished tokens of all modules side by side, float32[1, N, P · 33]."""
-        tokens = torch.empty(1, len(self.collection.files), len(self.pairs), TOKEN, device=self.device)
+        tokens = torch.empty(1, self.samples.count, len(self.pairs), TOKEN, device=self.device)
         for key in self._token_keys():
             of_modules = torch.from_numpy(self.units.load(key, ["tokens"])["tokens"])  # (m, N, 33)
             tokens[0, :, key["models"]] = of_modules.transpose(0, 1).to(self.device)
@@ -124,10 +116,12 @@ class Modules:
     def _token_keys(self) -> list[dict]:
         positions = list(range(len(self.pairs)))
         parts = [positions[start : start + MODULES_IN_UNIT] for start in range(0, len(positions), MODULES_IN_UNIT)]
-        return [{"kind": "tokens", "of": UNLABELLED, "sklearn": sklearn.__version__, "models": part} for part in parts]
+        return [
+            {"kind": "tokens", "of": UNLABELLED, "sklearn": version("scikit-learn"), "models": part} for part in parts
+        ]
 
-    def _compute_tokens(self, modules: list[int]) -> dict[str, np.ndarray]:
-        """Return the tokens float32[m, N, 33] of modules."""
+    def compute_tokens(self, modules: list[int]) -> dict[str, np.ndarray]:
+        """Return the ``tokens`` float32[m, N, 33] of modules."""
         kernels, train = self.unlabelled, self.rows["train"]
         norms = self.extracted.load(UPDATES)[..., FEATURES[UPDATES].feature_names.index("norm")]
         tokens = [module_tokens(kernels.module(p), train, kernels.columns, norms[:, self.pairs[p]]) for p in modules]
@@ -139,17 +133,29 @@ class Modules:
         """Return the factors of all updates, each of norm 1: float32[1, N, W], of each module down, then up.
 
         What is told of a module does not depend on how its update is factorised, nor on its size; zero updates are 0.
+        On a CPU they lie in a file that is mapped, once for all workers of a machine.
         """
-        read = self.extracted.factor_reader(self.collection)
+        if self.device.type != "cpu":
+            return self._compute_factors()[None]
+        shape = self.samples.count, sum(module.numbers for module in self.shapes)
+        path = self.description.shared("factors")
+        return torch.from_numpy(store.mapped_rows(path, shape, lambda: [self._compute_factors().numpy()]))[None]
+
+    def _compute_factors(self) -> torch.Tensor:
+        read = self.extracted.factor_reader(self.samples)
         width = sum(module.numbers for module in self.shapes)
-        factors = torch.zeros(len(self.collection.files), width, device=self.device)
+        factors = torch.zeros(self.samples.count, width, device=self.device)
         end = 0
         for pair in self.pairs:
             updates = Updates.from_factors(*(x.to(self.device) for x in read(pair, None)))
             for factor in (updates.down, updates.up):
                 start, end = end, end + factor[0].numel()
                 factors[:, start:end] = factor.flatten(1)
-        return factors[None]
+        return factors
+
+
+def _compute_tokens(inputs: Inputs, modules: list[int]) -> dict[str, np.ndarray]:
+    return inputs.modules.compute_tokens(modules)
 
 
 def left_by_default(collection: Collection, selected: np.ndarray, device: torch.device) -> dict[str, str]:
@@ -169,7 +175,7 @@ def whole_pairs(pair_of_layer: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.bincount(pair_of_layer) == 2)
 
 
-def module_shapes(collection: Collection, pairs: list[int]) -> list[Module]:
+def module_shapes(collection: Collection | Samples, pairs: list[int]) -> list[Module]:
     """Return name and sides of modules, given their positions among those of the files.
 
     Orthonormal rows of a down are at most as many as it is wide, so that the rank is the lesser of the two.

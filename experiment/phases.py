@@ -19,12 +19,13 @@ from analysis.draws import stream
 from analysis.evidence import Predictions
 from data import Collection, CollectionError
 from experiment import store
+from experiment.engine import Engine
 from experiment.extraction import Extracted
-from experiment.inputs import Inputs
+from experiment.inputs import Description, Inputs
 from experiment.plans import Plan, Planner, TrainingError
+from experiment.samples import Samples
 from experiment.settings import RUNS_IN_STACK, Settings
-from experiment.units import Units
-from experiment.workers import Task, Workers
+from experiment.units import Unit, Units
 from representations import RANKING, REPRESENTATIONS
 from training.splits import split_rows
 
@@ -51,7 +52,7 @@ class Experiment:
         selected: The layers that the experiment is about, bool[L of the files].
         rows: Row indices of ``train``, ``validation`` and ``test``.
         extracted: Features and packed weights of the collection.
-        workers: Who trains.
+        engine: Does the units.
         progress: Called with stage, steps done, and steps in all.
 
     Attributes:
@@ -67,16 +68,16 @@ class Experiment:
         selected: np.ndarray,
         rows: dict[str, np.ndarray],
         extracted: Extracted,
-        workers: Workers,
+        engine: Engine,
         progress: Callable[[str, int, int], None],
     ):
         self.settings, self.collection, self.selected = settings, collection, selected
         self.rows, self.extracted = rows, extracted
-        self.workers, self.progress = workers, progress
+        self.engine, self.progress = engine, progress
         units = Units(extracted.folder / "units", _common_key(settings, collection, selected, rows, extracted))
-        # A forked process is at one source at a time, threads of one process at the latest two.
-        self.inputs = Inputs(settings, collection, selected, rows, extracted, units, 1 if workers.forks else 2)
-        self.planner = Planner(settings, self.inputs, units, workers)
+        description = Description(settings, Samples.of(collection), selected, rows, extracted, units)
+        self.inputs = Inputs(description, settings.device)
+        self.planner = Planner(settings, self.inputs, units, engine)
         held_out = self.planner.held_out
         self.predictions = Predictions(rows=held_out, y=collection.y[held_out])
         self.ranking: np.ndarray | None = None
@@ -137,11 +138,11 @@ class Experiment:
             names: The representations.
             conditions: Lists of removed layers, under each of which components are fitted.
         """
-        work: list[tuple[str, Task]] = []
+        work: list[tuple[str, Unit]] = []
         for name in names:
-            work += [(name, task) for task in self.inputs.fitting_tasks(name, conditions)]
+            work += [(name, unit) for unit in self.inputs.fitting_units(name, conditions)]
         failed: dict[str, str] = {}
-        outcomes = self.workers.do([task for _, task in work])
+        outcomes = self.engine.do([unit for _, unit in work])
         for done, ((name, _), reason) in enumerate(zip(work, outcomes, strict=True), 1):
             self.progress("fitting what is learned", done, len(work))
             if reason:
@@ -163,15 +164,14 @@ class Experiment:
             condition: "baseline", "ablation" or "grouped", for the progress bar and predictions.npz.
         """
         plans = {name: self.plan(name, removed, condition) for name in names}
-        outcomes = self.workers.do([task for plan in plans.values() for task in plan.tasks])
+        outcomes = self.engine.do([unit for plan in plans.values() for unit in plan.todo])
         for name, plan in plans.items():
             reasons = set()
-            for done in range(1, len(plan.tasks) + 1):
+            for done in range(1, len(plan.todo) + 1):
                 reasons.add(next(outcomes))
-                self.progress(plan.label, done, len(plan.tasks))
+                self.progress(plan.label, done, len(plan.todo))
             reason = max(reasons)
             yield name, reason or self._entry(name, plan, self.inputs.weights.without(removed), condition)
-        next(outcomes, None)  # until the threads have ended
 
     def plan(self, name: str, removed: list[int], condition: str) -> Plan:
         """Plan the classifiers of one representation without some layers."""
@@ -238,7 +238,7 @@ class Experiment:
     def again(self, collection: Collection, rows: dict[str, np.ndarray], num_runs: int) -> Experiment:
         """Return the same experiment on the same files with other labels, groups or split."""
         settings = replace(self.settings, num_runs=num_runs)
-        again = Experiment(settings, collection, self.selected, rows, self.extracted, self.workers, self.progress)
+        again = Experiment(settings, collection, self.selected, rows, self.extracted, self.engine, self.progress)
         again.planner.smaller_stacks = self.planner.smaller_stacks  # one report of all that is trained
         return again
 

@@ -12,18 +12,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
 from itertools import pairwise
 
 import numpy as np
-import sklearn
 import torch
 
 from experiment import store
+from experiment.engine import Engine
 from experiment.inputs import Inputs, Source
 from experiment.networks import NETWORKS
 from experiment.settings import STACK_PARAMETERS, Settings
-from experiment.units import OutOfMemory, Units, one_memory_error
-from experiment.workers import Task, Workers
+from experiment.units import OutOfMemory, Unit, Units, one_memory_error
 from representations import REPRESENTATIONS
 from training import kernels
 from training.classifier import DROPOUT, Models, scored, train_classifiers
@@ -36,11 +36,11 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Plan:
-    """Models that read the same inputs: ``keys`` of the units that hold them, ``tasks`` the work that is to be done."""
+    """Models that read the same inputs: ``keys`` of the units that hold them, ``todo`` the units themselves."""
 
     label: str
     keys: list[dict]
-    tasks: list[Task]
+    todo: list[Unit]
 
 
 class Planner:
@@ -50,17 +50,17 @@ class Planner:
         settings: Schedule, seed, device.
         inputs: What they read.
         units: Where finished ones lie.
-        workers: Who will train.
+        engine: Will train.
 
     Attributes:
         smaller_stacks: By label, the size of the smallest stack that had to be smaller than planned.
     """
 
-    def __init__(self, settings: Settings, inputs: Inputs, units: Units, workers: Workers):
+    def __init__(self, settings: Settings, inputs: Inputs, units: Units, engine: Engine):
         self.settings, self.inputs = settings, inputs
-        self.units, self.workers = units, workers
+        self.units, self.engine = units, engine
         self.smaller_stacks: dict[str, int] = {}
-        self.y, self.num_classes = inputs.collection.y, len(inputs.collection.classes)
+        self.y, self.num_classes = inputs.samples.y, inputs.samples.num_classes
         self.held_out = np.concatenate([inputs.rows["validation"], inputs.rows["test"]])
 
     def plan_classifiers(
@@ -91,14 +91,23 @@ class Planner:
         keep_parameters &= source.name in NETWORKS
         key |= {"parameters": True} if keep_parameters else {}
         stacks = _stacks(len(models), at_once)
-        keys = [
-            {**key, "live": store.array_digest(_common(live_of_model[stack])), "models": [models[i] for i in stack]}
-            for stack in stacks
-        ]
-        compute = partial(self._train_classifiers, source, live_of_model, models, keep_parameters)
-        tasks = [self.units.task(key, compute, stack, label) for key, stack in zip(keys, stacks, strict=True)]
-        self._read_before_fork(source, tasks)
-        return Plan(label, keys, tasks)
+        keys, units = [], []
+        for stack in stacks:
+            seen = _common(live_of_model[stack])
+            keys.append({**key, "live": store.array_digest(seen), "models": [models[i] for i in stack]})
+            training = Training(
+                source,
+                [models[i] for i in stack],
+                Packed.of(seen),
+                self.y,
+                self.num_classes,
+                self.settings,
+                keep_parameters,
+            )
+            compute, positions = partial(_train, training=training), list(range(len(stack)))
+            units.append(self.units.unit(keys[-1], self.inputs.description, compute, positions, label))
+        self._prepare(source, units)
+        return Plan(label, keys, units)
 
     def _size(self, source: Source, columns: int) -> tuple[Schedule, int]:
         """Return the schedule of the classifiers that read a source, and the parameters of each."""
@@ -110,59 +119,26 @@ class Planner:
         widths = (columns, *schedule.hidden, self.num_classes)
         return schedule, sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise(widths))
 
-    def _read_before_fork(self, source: Source, tasks: list[Task]) -> None:
-        """Read into this process what is large, so that those forked from it share it."""
-        if not self.workers.forks or all(task.finished() for task in tasks):
+    def _prepare(self, source: Source, units: list[Unit]) -> None:
+        """Write what worker processes share before they begin, that it is not done twice."""
+        if not self.engine.in_processes or all(unit.path.exists() for unit in units):
             return
-        with suppress(OutOfMemory), one_memory_error():  # each task will meet it, and report it
-            if REPRESENTATIONS[source.name].made == "flat":
-                self.workers.call_prepared(self.inputs.flat_weights.ready)
-            elif source.name in NETWORKS:
-                self.workers.call_prepared(lambda: self.inputs.read(source))
-
-    def _train_classifiers(
-        self,
-        source: Source,
-        live: np.ndarray,
-        models: list[tuple[int, int]],
-        keep_parameters: bool,
-        stack: list[int],
-    ) -> dict[str, np.ndarray]:
-        source_of_model, run = (torch.tensor(column) for column in zip(*(models[i] for i in stack), strict=True))
-        x, y = self.inputs.read(source), torch.from_numpy(self.y).to(self.settings.device)
-        stacked = Models(source_of_model, run, None if live[stack].all() else torch.from_numpy(live[stack]))
-        inputs, settings = self.inputs, self.settings
-        if source.name in NETWORKS:
-            network = NETWORKS[source.name]
-            modules, schedule = inputs.modules.shapes, network.schedule(settings)
-            how = modules, schedule, settings.seed, keep_parameters
-            return network.train(x, y, inputs.split, stacked, self.num_classes, *how)
-        row = REPRESENTATIONS[source.name]
-        attributed = (row.unit, row.made) == ("layer", "computed") and not source.each_layer
-        return train_classifiers(
-            x,
-            y,
-            inputs.split,
-            stacked,
-            self.num_classes,
-            schedule=settings.classifier,
-            seed=settings.seed,
-            block=len(row.feature_names) if attributed else None,
-        )
+        with suppress(OutOfMemory), one_memory_error():  # each unit will meet it, and report it
+            self.engine.call(partial(self.inputs.prepare, source))
 
     def plan_kernels(self, name: str, kept: np.ndarray, label: str) -> Plan:
         """Plan a support vector machine for each choice of pairs, bool[K, P]; one run each, as nothing is drawn."""
         stacks = _stacks(len(kept), self.inputs.modules.kernels(name).at_once)
-        key = {"kind": "kernel", "name": name, "sklearn": sklearn.__version__}
+        key = {"kind": "kernel", "name": name, "sklearn": version("scikit-learn")}
         keys = [{**key, "pairs": store.array_digest(kept[stack]), "models": len(stack) * [0]} for stack in stacks]
 
-        def compute(stack: list[int]) -> dict[str, np.ndarray]:
-            of_modules, rows = self.inputs.modules.kernels(name), self.inputs.rows
-            return kernels.classify_each(of_modules, kept[stack], self.y, rows, self.num_classes)
-
-        # The kernels stay in memory, for all tasks.
-        tasks = [self.units.task(key, compute, stack, label, True) for key, stack in zip(keys, stacks, strict=True)]
-        return Plan(label, keys, tasks)
+        units = []
+        for key, stack in zip(keys, stacks, strict=True):
+            fit = partial(_fit_kernels, name=name, kept=kept[stack], y=self.y, num_classes=self.num_classes)
+            # The kernels stay in memory, for all units.
+            description, positions = self.inputs.description, list(range(len(stack)))
+            units.append(self.units.unit(key, description, fit, positions, label, in_main=True))
+        return Plan(label, keys, units)
 
     def carry_out(self, plan: Plan, progress: Callable[[str, int, int], None]) -> dict[str, np.ndarray]:
         """Do the work of a plan; return its scores.
@@ -170,8 +146,8 @@ class Planner:
         Raises:
             TrainingError: A training diverged, or memory ran out.
         """
-        for done, reason in enumerate(self.workers.do(plan.tasks), 1):
-            progress(plan.label, done, len(plan.tasks))
+        for done, reason in enumerate(self.engine.do(plan.todo), 1):
+            progress(plan.label, done, len(plan.todo))
             if reason:
                 raise TrainingError(reason)
         return self.load_scores(plan)
@@ -191,6 +167,79 @@ class Planner:
         """Note where finished stacks were smaller than planned."""
         if (size := self.units.smaller_stack(keys)) is not None:
             self.smaller_stacks[label] = min(size, self.smaller_stacks.get(label, size))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A mask bool[..., F], eight columns in a byte."""
+
+    bits: np.ndarray
+    columns: int
+
+    @classmethod
+    def of(cls, mask: np.ndarray) -> Packed:
+        """Return a mask packed."""
+        return cls(np.packbits(mask, axis=-1), mask.shape[-1])
+
+    def unpacked(self) -> np.ndarray:
+        """Return the mask."""
+        return np.unpackbits(self.bits, axis=-1, count=self.columns).astype(bool)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A stack of classifiers that is to be trained, as `Planner.plan_classifiers` plans it.
+
+    Attributes:
+        source: What they read.
+        models: (source, run) of each of M.
+        live: The columns that they see, bool[F] or bool[M, F].
+        y: Class of each LoRA, int64[N].
+        num_classes: Number of classes.
+        settings: Schedule and seed.
+        keep_parameters: Whether those of networks are kept.
+    """
+
+    source: Source
+    models: list[tuple[int, int]]
+    live: Packed
+    y: np.ndarray
+    num_classes: int
+    settings: Settings
+    keep_parameters: bool
+
+
+def _train(inputs: Inputs, stack: list[int], training: Training) -> dict[str, np.ndarray]:
+    """Train the models at these positions of a stack."""
+    source, settings = training.source, training.settings
+    source_of_model, run = (torch.tensor(column) for column in zip(*(training.models[i] for i in stack), strict=True))
+    x, y = inputs.read(source), torch.from_numpy(training.y).to(inputs.device)
+    live = training.live.unpacked()
+    live = np.broadcast_to(live, (len(training.models), live.shape[-1]))[stack]
+    stacked = Models(source_of_model, run, None if live.all() else torch.from_numpy(live))
+    if source.name in NETWORKS:
+        network = NETWORKS[source.name]
+        how = inputs.modules.shapes, network.schedule(settings), settings.seed, training.keep_parameters
+        return network.train(x, y, inputs.split, stacked, training.num_classes, *how)
+    row = REPRESENTATIONS[source.name]
+    attributed = (row.unit, row.made) == ("layer", "computed") and not source.each_layer
+    return train_classifiers(
+        x,
+        y,
+        inputs.split,
+        stacked,
+        training.num_classes,
+        schedule=settings.classifier,
+        seed=settings.seed,
+        block=len(row.feature_names) if attributed else None,
+    )
+
+
+def _fit_kernels(
+    inputs: Inputs, stack: list[int], name: str, kept: np.ndarray, y: np.ndarray, num_classes: int
+) -> dict[str, np.ndarray]:
+    """Fit a support vector machine to each choice of pairs at these positions of ``kept`` bool[K, P]."""
+    return kernels.classify_each(inputs.modules.kernels(name), kept[stack], y, inputs.rows, num_classes)
 
 
 def _stacks(count: int, at_once: int) -> list[list[int]]:

@@ -5,7 +5,7 @@ Shape letters: N LoRAs, R runs, T test LoRAs, P modules, K numbers of removed mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -44,9 +44,7 @@ def attended(experiment: Experiment, names: Sequence[str], with_permuted: bool) 
     plan = experiment.plan(name, [], "baseline")
     experiment.planner.carry_out(plan, experiment.progress)  # they are trained already, but where units were lost
     permuted = _trained_on_permuted_labels(experiment, name) if with_permuted else None
-    if experiment.workers.rank > 0:
-        return None
-    return _prepared(experiment, lambda: _attended(experiment, name, plan, permuted))
+    return experiment.engine.call(lambda: _attended(experiment, name, plan, permuted))
 
 
 def _attended(
@@ -94,9 +92,9 @@ def _trained_on_permuted_labels(experiment: Experiment, name: str) -> list[tuple
     for again in on_permuted_labels(experiment, PERMUTED, "permuted attention"):
         again.inputs = again.planner.inputs = experiment.inputs  # tokens know no labels
         trained.append((again, again.plan(name, [], "baseline")))
-    tasks = [task for _, plan in trained for task in plan.tasks]
-    for done, reason in enumerate(experiment.workers.do(tasks), 1):
-        experiment.progress("attention on permuted labels", done, len(tasks))
+    units = [unit for _, plan in trained for unit in plan.todo]
+    for done, reason in enumerate(experiment.engine.do(units), 1):
+        experiment.progress("attention on permuted labels", done, len(units))
         if reason:
             raise TrainingError(reason)
     return trained
@@ -106,13 +104,6 @@ def _mean_attention(trained: list[tuple[Experiment, Plan]], name: str, rows: np.
     """Return the mean attention to each module of networks over these rows, float[networks, P]."""
     networks = [_Attending(again, name, again.planner.load_scores(plan)) for again, plan in trained]
     return np.stack([network.read_out(rows)["attention"].mean((0, 1)) for network in networks])
-
-
-def _prepared(experiment: Experiment, function: Callable[[], object]) -> object:
-    """Return what a function gives in a thread like those that train: numbers do not depend on how many there are."""
-    results = []
-    experiment.workers.call_prepared(lambda: results.append(function()))
-    return results[0]
 
 
 class _Attending:
@@ -183,9 +174,9 @@ def mapped(experiment: Experiment, names: Sequence[str], order: Sequence[str] | 
         names: The representations that were run.
         order: The modules by their kernels alone, on validation LoRAs; None: as the ranking comes to their layers.
     """
-    if MAPPED not in names or experiment.workers.rank > 0:
+    if MAPPED not in names:
         return []
-    return _prepared(experiment, lambda: _mapped(experiment, order))
+    return experiment.engine.call(lambda: _mapped(experiment, order))
 
 
 def _mapped(experiment: Experiment, order: Sequence[str] | None) -> list[Mapped]:

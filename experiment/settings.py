@@ -7,6 +7,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import joblib
 import torch
 
 from loras import labels
@@ -47,7 +48,7 @@ class Settings:
     seed: int
     splits: int
     quick: bool
-    device: torch.device
+    devices: tuple[torch.device, ...]  # a CPU, or GPUs
     representations: tuple[str, ...]
     all_representations: bool  # asked for by no name: the costly ones are left out where they would take long
     layers: str | None  # pattern; see `data.select_layers`
@@ -58,6 +59,11 @@ class Settings:
     autoencoder: Schedule
     attention: Schedule
     projection: Schedule
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the main process."""
+        return self.devices[0]
 
     def config(self) -> dict:
         """Return what results.json keeps of the settings: all that decides the numbers, no path and no machine."""
@@ -115,7 +121,7 @@ def resolve(args: argparse.Namespace, networks: Networks = Networks()) -> Settin
         seed=args.seed,
         splits=args.splits,
         quick=quick,
-        device=resolve_device(args.device),
+        devices=resolve_devices(args.device),
         representations=resolve_representations(args.representations),
         all_representations=args.representations == "all",
         layers=args.layers,
@@ -173,8 +179,8 @@ def check_writable(flag: str, folder: Path) -> None:
         raise UsageError(f"{flag} {folder}: {nearest} is not a folder that can be written to. Give another.")
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the torch device of a --device flag.
+def resolve_devices(name: str) -> tuple[torch.device, ...]:
+    """Return the torch devices of a --device flag: a CPU, one GPU, or all that are visible.
 
     Raises:
         UsageError: It is no device of a supported kind, or it is not there.
@@ -182,8 +188,6 @@ def resolve_device(name: str) -> torch.device:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if gpus else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # of several processes each has a GPU of its own
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -191,20 +195,47 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in STACK_PARAMETERS:
         raise UsageError(f"--device {name}: not supported. Give auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= gpus:
-        fewer = ", or start fewer processes" if "LOCAL_RANK" in os.environ else ""
-        raise UsageError(f"--device {name}: there are {gpus} GPUs here. Give cpu, or one that is there{fewer}.")
-    return device
+        raise UsageError(f"--device {name}: there are {gpus} GPUs here. Give cpu, or one that is there.")
+    if name == "cuda":
+        return tuple(torch.device("cuda", index) for index in range(gpus))
+    return (device,)
+
+
+def count_cores() -> int:
+    """Return how many CPU cores this process may use: as its affinity, cgroup, Slurm job and OMP_NUM_THREADS allow."""
+    limits = [os.environ.get(name, "") for name in ("SLURM_CPUS_PER_TASK", "OMP_NUM_THREADS")]
+    return min([joblib.cpu_count(), *(int(limit) for limit in limits if limit.isdecimal() and int(limit) > 0)])
 
 
 def memory_of(device: torch.device) -> int:
     """Return the bytes of memory that a device has for this process, used or not."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    group = Path("/proc/self/cgroup")  # Linux, version 2: what a job or a container may take
-    if group.exists():
-        inside = Path("/sys/fs/cgroup", group.read_text().splitlines()[-1].split(":", 2)[2].lstrip("/"))
-        for folder in (inside, *inside.parents):
-            bound = folder / "memory.max"
-            limits += [int(bound.read_text())] if bound.exists() and bound.read_text().strip().isdigit() else []
-    return min(limits) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_group_limits(), *_slurm_limits()])
+
+
+def _group_limits() -> list[int]:
+    """Return the bytes that the control groups of this process may take (Linux, versions 1 and 2)."""
+    table, root, limits = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"), []
+    for line in table.read_text().splitlines() if table.exists() else []:
+        _, kinds, inside = line.split(":", 2)
+        if kinds in ("", "memory"):
+            root_of_kind, name = (root, "memory.max") if not kinds else (root / "memory", "memory.limit_in_bytes")
+            group = root_of_kind / inside.lstrip("/")
+            bounds = [folder / name for folder in (group, *group.parents)]
+            texts = [bound.read_text().strip() for bound in bounds if bound.exists()]
+            limits += [int(text) for text in texts if text.isdecimal()]
+    return limits
+
+
+def _slurm_limits() -> list[int]:
+    """Return the bytes that a job of Slurm was given, which not every cluster enforces by control groups."""
+    megabytes = {
+        name: int(value)
+        for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE")
+        if (value := os.environ.get(name, "")).isdecimal() and int(value) > 0  # 0: all that the node has
+    }
+    limits = [megabytes[name] for name in ("SLURM_MEM_PER_NODE",) if name in megabytes]
+    if "SLURM_MEM_PER_CPU" in megabytes:
+        limits.append(megabytes["SLURM_MEM_PER_CPU"] * megabytes.get("SLURM_CPUS_ON_NODE", 1))
+    return [2**20 * limit for limit in limits]

@@ -8,7 +8,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -31,6 +31,25 @@ def save_array(path: Path, array: np.ndarray) -> None:
     with written_atomically(path) as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(array.data)  # not numpy's own way of writing, which does not say why it failed
+
+
+def mapped_rows(path: Path, shape: tuple[int, ...], blocks: Callable[[], Iterable[np.ndarray]]) -> np.ndarray:
+    """Return an array float32 in a file, mapped, so that processes share its pages; write it where it is not there.
+
+    Args:
+        path: The .npy file, which another process may remove at any moment.
+        shape: Of the array.
+        blocks: Yields consecutive rows.
+    """
+    while True:
+        try:
+            return np.load(path, mmap_mode="c", allow_pickle=False)  # as torch asks for memory that it may write to
+        except FileNotFoundError:
+            with written_atomically(path) as file:
+                header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for block in blocks():
+                    file.write(np.ascontiguousarray(block, "<f4").data)
 
 
 def digest(value: object) -> str:

@@ -6,15 +6,26 @@ not fit the memory is trained in smaller ones and stays one unit.
 
 from __future__ import annotations
 
+import os
+import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from experiment import store
-from experiment.workers import Task, TaskFailedError
+from experiment.settings import UsageError
+from training.stacks import start_thread
+
+PROGRAM = ("autoencoders", "data", "representations", "experiment", "loras", "training")  # of which workers run
+LARGE = 2**24  # bytes of a unit's arrays, from which on whoever computes them writes the file
 
 
 class OutOfMemory(MemoryError):
@@ -38,6 +49,98 @@ def one_memory_error() -> Iterator[None]:
         raise OutOfMemory(str(error).rstrip(". ")) from error
 
 
+class Openable(Protocol):
+    """A small description of inputs, which any worker opens from the cache folder."""
+
+    def open(self, device: torch.device) -> object:
+        """Return what `Unit.compute` reads, on a device."""
+
+
+# From opened inputs and models of the stack to arrays whose first axis is the models.
+Compute = Callable[[object, list], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit of work, small and picklable: ``compute`` is a function, or a partial of one, importable by name.
+
+    Attributes:
+        path: The file that is there when it is finished.
+        description: Of the inputs.
+        compute: Computes the arrays.
+        stack: The models.
+        label: Names it in messages.
+        in_main: Whether the main process computes it: it shares with others what it keeps in memory (kernels).
+    """
+
+    path: Path
+    description: Openable
+    compute: Compute
+    stack: list
+    label: str
+    in_main: bool = False
+
+    def attempt(self, device: torch.device) -> Outcome:
+        """Compute the arrays on a device; it fails where training diverges, or memory runs out."""
+        try:
+            arrays = _within_memory(lambda part: self.compute(self.description.open(device), part), self)
+        except FloatingPointError as error:
+            return Outcome(failure=str(error))
+        except OutOfMemory as error:
+            return Outcome(failure=f"out of memory with one model at a time: {error}")
+        if sum(array.nbytes for array in arrays.values()) < LARGE:
+            return Outcome(arrays)
+        store.save_arrays(self.path, arrays)
+        return Outcome()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The arrays of a unit, None where they are written or there are none; and why there are none, if so."""
+
+    arrays: dict[str, np.ndarray] | None = None
+    failure: str = ""
+
+
+def finish(unit: Unit, notes: Path, device: torch.device) -> tuple[Path, Outcome]:
+    """Do a unit on a device, and note that it is being done meanwhile; return its path and outcome."""
+    note = notes / f"{unit.path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+    note.write_text(unit.label)
+    try:
+        return unit.path, unit.attempt(device)
+    finally:
+        note.unlink(missing_ok=True)
+
+
+def finish_elsewhere(unit: Unit, notes: Path, device: torch.device, program: str) -> tuple[Path, Outcome]:
+    """Do a unit in a worker process, as `finish` does.
+
+    Raises:
+        UsageError: This worker is of another program, or does not see the files of the run.
+    """
+    here = socket.gethostname()
+    if program != program_digest():
+        raise UsageError(f"the worker on {here} runs another version of this program, or of torch. Start it anew.")
+    if not notes.is_dir():
+        raise UsageError(
+            f"the worker on {here} does not see {notes.parent}. Give a --cache-dir that all machines share."
+        )
+    _use_one_thread()
+    start_thread(device)
+    return finish(unit, notes, device)
+
+
+@cache  # for as long as this process lives
+def _use_one_thread() -> threadpool_limits:
+    return threadpool_limits(1)
+
+
+@cache
+def program_digest() -> str:
+    """Return a digest of the program that units are computed by."""
+    return store.digest([store.code_digest(*PROGRAM), torch.__version__])
+
+
 class Units:
     """Finished units of work in a folder.
 
@@ -53,34 +156,15 @@ class Units:
         """Return where the unit of this key lies, finished or not."""
         return self.folder / f"{key['kind']}-{store.digest(self.common | key)}.npz"
 
-    def save(self, key: dict, arrays: dict[str, np.ndarray]) -> None:
-        """Keep the arrays of a unit that is finished."""
-        store.save_arrays(self.path(key), arrays)
-
     def load(self, key: dict, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
         """Return the arrays of a finished unit, or those of the given names only."""
         return store.load_arrays(self.path(key), names)
 
-    def task(self, key: dict, compute: Callable[[list], dict], stack: list, label: str, in_main: bool = False) -> Task:
-        """Return the work of ``compute(stack)``; it fails where training diverges or memory runs out.
-
-        Args:
-            key: Of the unit.
-            compute: From models of the stack to arrays whose first axis is the models.
-            stack: The models.
-            label: To report smaller stacks.
-            in_main: See `Task`.
-        """
-
-        def attempt() -> dict[str, np.ndarray]:
-            try:
-                return _within_memory(compute, stack, label)
-            except FloatingPointError as error:
-                raise TaskFailedError(str(error)) from error
-            except OutOfMemory as error:
-                raise TaskFailedError(f"out of memory with one model at a time: {error}") from error
-
-        return Task(self.path(key).exists, lambda: self.save(key, attempt()), in_main)
+    def unit(
+        self, key: dict, description: Openable, compute: Compute, stack: list, label: str, in_main: bool = False
+    ) -> Unit:
+        """Return the unit of this key; the other arguments are its attributes."""
+        return Unit(self.path(key), description, compute, stack, label, in_main)
 
     def smaller_stack(self, keys: list[dict]) -> int | None:
         """Return the size of the smallest stack that had to be smaller than planned; None where none had.
@@ -92,12 +176,13 @@ class Units:
         return min((size for size, planned in sizes if size < planned), default=None)
 
 
-def _within_memory(compute: Callable[[list], dict], stack: list, label: str) -> dict[str, np.ndarray]:
-    """Return the arrays of a stack, trained in smaller ones if need be.
+def _within_memory(compute: Callable[[list], dict], unit: Unit) -> dict[str, np.ndarray]:
+    """Return the arrays of a unit, its stack trained in smaller ones if need be.
 
     ``stack`` int64[M] among the arrays is the size of the stack that each model was trained in. Each stack begins
     whole, whatever happened to others: so it does not matter who trains which.
     """
+    stack = unit.stack
     at_once, start = len(stack), 0
     parts: list[dict[str, np.ndarray]] = []
     while start < len(stack):
@@ -112,5 +197,5 @@ def _within_memory(compute: Callable[[list], dict], stack: list, label: str) -> 
                 raise
         torch.cuda.empty_cache()  # here, and not while the exception still holds what was allocated
         at_once = len(part) // 2
-        print(f"  {label}: {len(part)} models do not fit the memory: trying {at_once} at once", flush=True)
+        print(f"  {unit.label}: {len(part)} models do not fit the memory: trying {at_once} at once", flush=True)
     return {name: np.concatenate([arrays[name] for arrays in parts]) for name in parts[0]}

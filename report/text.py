@@ -56,13 +56,13 @@ def settings_lines(config: dict, environment: dict, output_dir: object) -> str:
     """Return the resolved settings and the device."""
     shown = ", ".join(f"{key} {config[key]}" for key in ("top_k", "num_runs", "rank_by", "splits", "seed", "quick"))
     classifier, autoencoder = config["classifier"], config["autoencoder"]
-    threads = f", {environment['threads']} threads" if config["device"] == "cpu" else ""
+    workers = f", {environment['workers']} workers" if environment["workers"] > 1 else ""
     return "\n".join(
         [
             f"settings  {shown}, output_dir {output_dir}",
             f"          at most {classifier['max_epochs']} epochs, patience {classifier['patience']}; autoencoders "
             f"{autoencoder['max_epochs']} and {autoencoder['patience']}",
-            f"device    {environment['device']}{threads}",
+            f"device    {environment['device']}{workers} on {environment['host']}",
         ]
     )
 

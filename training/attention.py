@@ -32,7 +32,6 @@ from functools import partial
 import numpy as np
 import torch
 from scipy.linalg import eigh
-from sklearn.preprocessing import KernelCenterer
 from torch import Tensor
 from torch.nn import functional
 
@@ -110,6 +109,8 @@ def _kernel_pca(
 
     As scikit-learn's `KernelPCA`, which would refuse a kernel whose eigenvalues are below 0 by rounding of float32.
     """
+    from sklearn.preprocessing import KernelCenterer  # a second, which workers that only train networks do not need
+
     own = kernel[np.ix_(columns[fitted], fitted)].astype(np.float64)
     centerer = KernelCenterer().fit(own)
     largest = [max(0, len(own) - COORDINATES), len(own) - 1]

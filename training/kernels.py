@@ -25,15 +25,17 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from sklearn.preprocessing import KernelCenterer
-from sklearn.svm import SVC, LinearSVC
 from torch import Tensor
 
 from training.classifier import scored
 from training.stacks import numpy_stream
+
+if TYPE_CHECKING:  # scikit-learn is imported where it is called: workers that only train networks start a second sooner
+    from sklearn.svm import SVC, LinearSVC
 
 GRID = (0.01, 0.1, 1.0, 10.0, 100.0)  # values of C, of a kernel with mean diagonal 1
 ITERATIONS = 10**7  # of an SVM before it counts as not converged; thousands are usual
@@ -243,6 +245,7 @@ def alignments(kernels: np.ndarray, labels: np.ndarray) -> np.ndarray:
     Returns:
         Alignments in [0, 1], float64[W]; 1 for all where all labels are equal, as they tell nothing.
     """
+    from sklearn.preprocessing import KernelCenterer
 
     def centred(kernel: np.ndarray) -> np.ndarray:
         kernel = KernelCenterer().fit_transform(kernel)
@@ -418,6 +421,8 @@ class UpdateKernels:
         return kernel
 
     def _centred_kernel(self, kernel: np.ndarray) -> np.ndarray:
+        from sklearn.preprocessing import KernelCenterer
+
         own = kernel[self.train]
         centred = KernelCenterer().fit(own).transform(kernel, copy=False)
         size = np.trace(centred[self.train]) / len(own)
@@ -499,6 +504,8 @@ def _best_svm(
     On a kernel scikit-learn's `SVC`, an SVM for each pair of classes; on features its `LinearSVC`, an SVM for each
     class against the rest.
     """
+    from sklearn.svm import SVC, LinearSVC
+
     inputs, truth = x[rows["train"]], y[rows["train"]]
     validation = x[rows["validation"]]
     best, best_accuracy = None, -1.0
@@ -517,7 +524,7 @@ def _best_svm(
 def _fit(model: SVC | LinearSVC, x: np.ndarray, y: np.ndarray) -> None:
     """Fit an SVM, and refuse one that stopped before it had converged."""
     model.fit(x, y)
-    stopped = model.fit_status_ if isinstance(model, SVC) else model.n_iter_ >= model.max_iter
+    stopped = model.fit_status_ if hasattr(model, "fit_status_") else model.n_iter_ >= model.max_iter
     if stopped:
         iterations = f"after {np.max(model.n_iter_)} iterations at C = {model.C:g}"
         raise FloatingPointError(f"a support vector machine has not converged {iterations}")

@@ -156,6 +156,20 @@ def scaled(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     return x.sub(mean.to(x.dtype)).mul_(scale.to(x.dtype)).clamp_(-CLIP, CLIP)
 
 
+# From the shape (N, F) and a function that yields blocks of rows to the whole matrix.
+Hold = Callable[[tuple[int, int], Callable[[], Iterator[Tensor]]], Tensor]
+
+
+def filled(shape: tuple[int, int], blocks: Callable[[], Iterator[Tensor]], device: torch.device) -> Tensor:
+    """Return a matrix on a device, filled with blocks of rows."""
+    x = torch.empty(shape, device=device)
+    start = 0
+    for block in blocks():
+        x[start : start + len(block)] = block
+        start += len(block)
+    return x
+
+
 class Stored:
     """Standardised rows of a matrix in storage, of which nothing is read before the first row is asked for.
 
@@ -166,7 +180,8 @@ class Stored:
         read: Reads the rows of these indices, int64[n] -> float32[n, F].
         shape: (N, F).
         train_rows: Row indices to learn mean and scale from, int64[n], on the device.
-        hold: Whether to hold the matrix, if the device's memory allows it then.
+        hold: Returns the matrix as a whole, given its shape and a function that yields its standardised blocks of
+            rows; see `filled`. None: it is not held.
         numbers_at_once: Numbers to read at a time.
     """
 
@@ -177,7 +192,7 @@ class Stored:
         read: Callable[[np.ndarray], np.ndarray],
         shape: tuple[int, int],
         train_rows: Tensor,
-        hold: bool,
+        hold: Hold | None,
         numbers_at_once: int = NUMBERS_AT_ONCE,
     ):
         self.read, self.hold = read, hold
@@ -192,22 +207,24 @@ class Stored:
         return self._read(rows) if held is None else functional.embedding(rows, held)
 
     def ready(self) -> Tensor | None:
-        """Read ahead what every row needs: mean and scale, and the matrix as a whole if it is to be held."""
+        """Read ahead what every row needs: the matrix as a whole if it is to be held, else mean and scale."""
         with self._lock:
-            self._mean_and_scale  # noqa: B018
+            if self._held is None:
+                self._mean_and_scale  # noqa: B018
             return self._held
 
     @cached_property
     def _held(self) -> Tensor | None:
-        if not self.hold:
+        if self.hold is None:
             return None
         try:
-            x = torch.empty(self.shape[1:], device=self.device)  # (N, F)
+            return self.hold(self.shape[1:], self._blocks)
         except torch.OutOfMemoryError:  # others may use the device too
             return None
-        for rows in torch.arange(len(x)).split(self._length):
-            x[rows] = self._read(rows)
-        return x
+
+    def _blocks(self) -> Iterator[Tensor]:
+        for rows in torch.arange(self.shape[1]).split(self._length):
+            yield self._read(rows)
 
     @cached_property
     def _mean_and_scale(self) -> tuple[Tensor, Tensor]:
