@@ -125,11 +125,15 @@ class Job:
         """Wait until its log has a text."""
         until(lambda: text in self.log, lambda: self.log)
 
+    def wait_for_node(self, node: str, state: str) -> None:
+        """Wait until Slurm knows a node's state."""
+        command = ("sinfo", "--noheader", f"--nodes={node}", "--format=%T")
+        until(lambda: state in self.cluster.call(*command), lambda: self.log)
+
     def end(self) -> dict[str, str]:
         """Wait for its end; return its state. Nothing of it is left, neither processes nor keys."""
         until(lambda: self.state()["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), lambda: self.log)
-        left = [process["command"] for process in processes_with(f"SLURM_JOB_ID={self.number}")]
-        assert left == [], self.log
+        until(lambda: not processes_with(f"SLURM_JOB_ID={self.number}"), lambda: self.log, seconds=5)
         assert list(self.out.glob(".job-*")) == []
         return self.state()
 
@@ -214,62 +218,18 @@ def test_files_for_one_node_end_with_the_bytes_of_a_run_without_slurm(cluster, c
 
 
 @pytest.mark.slurm
-def test_several_nodes_work_at_one_run_and_nobody_without_the_key_reaches_it(
+def test_a_job_of_several_nodes_lets_nobody_in_and_continues_when_its_signal_queued_it_again(
     cluster, collections, undisturbed, tmp_path
 ):
     nodes = ["--ntasks-per-node=2", "--gpus-per-node=2", "--export=NONE"]
     job = cluster.submit("several_nodes", tmp_path / "out", f"--dataset={collections / 'small'}", sbatch=nodes)
-    job.wait_for("Phase 1")
+    until(lambda: list((tmp_path / "out").glob(".job-*/scheduler.json")), lambda: job.log)
     (folder,) = (tmp_path / "out").glob(".job-*")
-    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / "key.pem")}
-    assert list(modes.values()) == [0o700, 0o600]
+    check_access(folder, tmp_path)
     tasks = [process for process in processes_with(f"SLURM_JOB_ID={job.number}") if "SLURM_STEP_ID" in process]
     workers = [task for task in tasks if " dask worker " in task["command"]]
     seen = sorted((worker["SLURMD_NODENAME"], worker["CUDA_VISIBLE_DEVICES"]) for worker in workers)
     assert seen == [(node, gpu) for node in ("node1", "node2") for gpu in ("0", "1")]
-    check_access(folder, tmp_path)
-    job.completed(restarts=0)
-    assert contents(tmp_path / "out") == undisturbed
-
-
-def check_access(folder: Path, elsewhere: Path) -> None:
-    """Check that the scheduler of a job takes who has its key, and nobody else."""
-    from distributed import Client
-    from distributed.security import Security
-
-    own = (folder / "certificate.pem", folder / "key.pem")
-    other = (elsewhere / "certificate.pem", elsewhere / "key.pem")
-    openssl = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=lora-ablation"]
-    subprocess.run([*openssl, "-out", other[0], "-keyout", other[1]], check=True, capture_output=True)
-    address = json.loads((folder / "scheduler.json").read_text())["address"]
-    keys = {"tls_ca_file": str(own[0]), "tls_client_cert": str(own[0]), "tls_client_key": str(own[1])}
-    security = Security(require_encryption=True, **keys)
-    with Client(address, security=security, timeout=10, set_as_default=False) as client:
-        assert client.scheduler_info()["workers"]
-    for certificate in ((), other):
-        assert answer_of(address, certificate) == b""
-    with pytest.raises(OSError):
-        Client(address.replace("tls://", "tcp://"), security=Security(), timeout=2, set_as_default=False)
-
-
-def answer_of(address: str, certificate: tuple[Path, ...]) -> bytes:
-    """Return the first byte that a scheduler sends to who connects by TLS, with a certificate or without."""
-    host, port = address.removeprefix("tls://").rsplit(":", 1)
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    if certificate:
-        context.load_cert_chain(*certificate)
-    try:
-        with socket.create_connection((host, int(port)), timeout=10) as plain, context.wrap_socket(plain) as encrypted:
-            return encrypted.recv(1)
-    except (ssl.SSLError, ConnectionError):
-        return b""
-
-
-@pytest.mark.slurm
-def test_a_job_that_its_signal_queues_again_continues(cluster, collections, undisturbed, tmp_path):
-    few = ["--ntasks-per-node=1"]
-    job = cluster.submit("several_nodes", tmp_path / "out", f"--dataset={collections / 'small'}", sbatch=few)
     job.wait_for("Phase 1")
     cluster.call("scancel", "--batch", "--signal=USR1", job.number)  # as Slurm does before the time is up
     job.completed(restarts=1)
@@ -277,17 +237,53 @@ def test_a_job_that_its_signal_queues_again_continues(cluster, collections, undi
     assert contents(tmp_path / "out") == undisturbed
 
 
+def check_access(folder: Path, elsewhere: Path) -> None:
+    """Check that the scheduler of a job of four workers takes who has its key, and nobody else."""
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / "key.pem")}
+    assert list(modes.values()) == [0o700, 0o600]
+    own, other = ((place / "certificate.pem", place / "key.pem") for place in (folder, elsewhere))
+    openssl = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=lora-ablation"]
+    subprocess.run([*openssl, "-out", other[0], "-keyout", other[1]], check=True, capture_output=True)
+    address = json.loads((folder / "scheduler.json").read_text())["address"]
+    for certificate in (None, other):
+        assert answer_of(address, certificate) == b""
+    assert b"compression" in answer_of(address, own)  # the first message of Dask, to whoever it talks with
+    connect = (
+        "import sys; from distributed import Client; Client(sys.argv[1], timeout=60).wait_for_workers(4, timeout=60)"
+    )
+    roles = {"CA_FILE": own[0], "CLIENT__CERT": own[0], "CLIENT__KEY": own[1]}
+    keys = {f"DASK_DISTRIBUTED__COMM__TLS__{role}": str(path) for role, path in roles.items()}
+    subprocess.run([sys.executable, "-c", connect, address], env=os.environ | keys, check=True)
+    assert b"compression" not in answer_of(address.replace("tls://", "tcp://"), None)
+
+
+def answer_of(address: str, certificate: tuple[Path, Path] | None) -> bytes:
+    """Return the first bytes that a scheduler sends to who connects, with a certificate and its key or without."""
+    protocol, host, port = re.fullmatch(r"(\w+)://(.*):(\d+)", address).groups()
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if certificate:
+        context.load_cert_chain(*certificate)
+    try:
+        with socket.create_connection((host, int(port)), timeout=10) as plain:
+            if protocol == "tcp":
+                plain.sendall(bytes(64))
+                return plain.recv(1000)
+            with context.wrap_socket(plain) as encrypted:
+                return encrypted.recv(1000)
+    except (ssl.SSLError, ConnectionError):
+        return b""
+
+
 @pytest.mark.slurm
-def test_a_job_that_cannot_be_queued_again_stops_says_so_and_is_continued(cluster, collections, undisturbed, tmp_path):
-    small, flags = f"--dataset={collections / 'small'}", {"sbatch": ["--no-requeue"]}
-    job = cluster.submit("one_node", tmp_path / "out", small, **flags)
+def test_a_job_that_cannot_be_queued_again_stops_and_says_so(cluster, collections, tmp_path):
+    small = f"--dataset={collections / 'small'}"
+    job = cluster.submit("one_node", tmp_path / "out", small, sbatch=["--no-requeue"])
     job.wait_for("Phase 1")
     cluster.call("scancel", "--batch", "--signal=USR1", job.number)
     state = job.end()
     assert (state["JobState"], state["ExitCode"]) == ("FAILED", "143:0"), job.log
     assert f"Job {job.number} could not be queued again: submit the same file again, and it continues." in job.log
-    cluster.submit("one_node", tmp_path / "out", small, **flags).completed(restarts=0)
-    assert contents(tmp_path / "out") == undisturbed
 
 
 @pytest.mark.slurm
@@ -308,7 +304,8 @@ def test_a_job_that_loses_a_node_ends_with_the_same_bytes(cluster, collections, 
     cluster.do("lose", node)
     if node == "node2":
         job.wait_for("Written to")
-    until(lambda: "down" in cluster.call("sinfo", "--noheader", f"--nodes={node}", "--format=%T"), lambda: job.log)
+    else:
+        job.wait_for_node(node, "down")
     cluster.do("begin", node)
     state = job.end()
     assert state["JobState"] == "COMPLETED" and int(state["Restarts"]) >= (node == "node1"), job.log
