@@ -47,7 +47,7 @@ from experiment.extraction import CHECKED, WEIGHTS, Extracted, extract
 from experiment.flags import BUILT_IN_SIZES, NAMED_DATASETS, parse_arguments
 from experiment.inputs import shared_folder
 from experiment.modules import left_by_default
-from experiment.phases import Experiment, emptied, split_collection
+from experiment.phases import UNITS, Experiment, emptied, split_collection
 from experiment.plans import TrainingError
 from experiment.repeated import repeat
 from experiment.settings import Networks, Settings, UsageError, count_cores, resolve
@@ -138,7 +138,7 @@ def locate(args: argparse.Namespace, progress: Progress) -> tuple[str, Path]:
         )
     try:
         digits_zoo.build(built_in, count, progress=progress)  # returns at once where it is whole
-    except (FileExistsError, building.LockedError) as error:
+    except FileExistsError as error:
         raise UsageError(str(error)) from error
     return name, built_in
 
@@ -164,6 +164,8 @@ def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> i
     """Do what `run` does, with workers."""
     progress, cache = Progress(), args.cache_dir or args.output_dir / ".cache"
     say(text.settings_lines(settings.config(), environment(settings, engine), args.output_dir))
+    if engine.cluster is not None:
+        say(f"cluster   {engine.count_workers()} workers at {args.scheduler} now; others may come, and leave")
     name, folder = locate(args, progress)
     watch = Stopwatch()
     with watch.phase("index"):
@@ -181,6 +183,8 @@ def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> i
             say(f"\nNothing to do: {target} holds the results of these settings on these files.")
             return 3 if finished["not run"] else 0
         building.remove_temporaries(extracted.folder)
+        if finished_units := len(list((extracted.folder / UNITS).glob("*.npz"))):
+            say(f"cache     {finished_units} finished units of work in {extracted.folder / UNITS}")
         experiment = Experiment(settings, collection, plan.selected, plan.rows, extracted, engine, progress)
         try:
             results = plan.header | run_phases(experiment, plan.chosen, plan.not_run, watch)
@@ -282,14 +286,22 @@ def make_plan(settings: Settings, collection: Collection, engine: Engine) -> Col
 def only_process(target: Path) -> Iterator[None]:
     """Hold the folder of results for this process.
 
+    A job that Slurm has started again waits for its earlier start, which may still be at work on a node that has lost
+    touch with Slurm.
+
     Raises:
         UsageError: Another process holds it.
     """
+    restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    wait = (lambda holder: say(f"waiting for {holder}, which is at work in {target}")) if restarted else None
     with ExitStack() as held:
         try:
-            held.enter_context(building.locked(target.with_name(f".{target.name}.lock")))
+            held.enter_context(building.locked(target.with_name(f".{target.name}.lock"), wait))
         except building.LockedError as error:
-            raise UsageError(f"{target}: {error} is at work in it. Wait, or give another --output-dir.") from None
+            mend = "Wait, or give another --output-dir."
+            if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+                mend = "srun starts a copy for each task: give it --ntasks=1, and workers by --scheduler."
+            raise UsageError(f"{target}: {error} is at work in it. {mend}") from None
         yield
 
 

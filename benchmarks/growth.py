@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +32,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from sd15_zoo import write_zoo
 
 import data
-from ablation_experiment import THREADS
 from experiment import extraction
-from experiment.workers import Workers
+from experiment.engine import Engine
+from experiment.settings import count_cores
 from loras.building import WEIGHTS_NAME
 from representations import REPRESENTATIONS
-from training.stacks import start_thread
 
 PHASES = ("index", "features", "packing")
 FEATURES = [name for name, row in REPRESENTATIONS.items() if row.made == "computed"]
@@ -69,7 +67,7 @@ def measure(phase: str, root: Path) -> dict[str, float]:
         start = time.perf_counter()
         names = FEATURES if phase == "features" else [extraction.WEIGHTS]
         with tempfile.TemporaryDirectory(dir=root.parent) as cache:
-            extraction.extract(collection, names, Path(cache), CPU, Workers(THREADS, partial(start_thread, CPU)))
+            extraction.extract(collection, names, Path(cache), CPU, Engine([CPU], count_cores()))
             seconds = time.perf_counter() - start  # without the removal
     else:
         seconds = time.perf_counter() - start
@@ -95,8 +93,8 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measure(args.measure[0], Path(args.measure[1]))))
         return
-    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
-    print(f"{cores} cores ({platform.machine()}), {threads} threads, torch {torch.__version__}", flush=True)
+    cores = len(os.sched_getaffinity(0))
+    print(f"{cores} cores ({platform.machine()}), {count_cores()} threads, torch {torch.__version__}", flush=True)
     sizes = sorted(args.sizes)
     with tempfile.TemporaryDirectory() as folder:
         roots = {size: Path(folder) / str(size) for size in sizes}

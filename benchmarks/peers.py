@@ -334,7 +334,7 @@ def scores_of(
         else:
             write_cell(Path(folder, "zoo"), cell, count, 0)
         flags = [f"--representations={','.join(names)}", f"--num-runs={runs}", "--device=cpu"]
-        with opened(Path(folder, "zoo"), flags, threads=1, **networks) as collection:
+        with opened(Path(folder, "zoo"), flags, cores=1, **networks) as collection:
             ours = our_scores(collection.experiment, collection.chosen)
             return ours + published_scores(collection.experiment, runs, epochs)
 

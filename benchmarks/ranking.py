@@ -18,22 +18,19 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from joblib import Parallel, delayed, parallel_config
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ablation_experiment import THREADS
-from experiment.settings import STACK_PARAMETERS
-from experiment.workers import Task, start_workers
+from experiment.settings import STACK_PARAMETERS, count_cores
 from training.classifier import DROPOUT, HIDDEN, ClassifierStack, Models
 from training.stacks import Schedule, Split, fast_products, start_thread, train
 
@@ -77,16 +74,22 @@ def stacked(x: torch.Tensor, y: torch.Tensor, split: Split, models: list[tuple[i
     size = STACK_PARAMETERS[x.device.type] // PARAMETERS
     schedule = Schedule(epochs, epochs + 1, BATCH, lr_patience=10)
 
-    def train_from(start: int, done: Path) -> None:
-        source, run = (torch.tensor(column) for column in zip(*models[start : start + size], strict=True))
-        train(ClassifierStack(x, y, split, Models(source, run), CLASSES, seed=0), schedule)
-        done.touch()
+    stacks = [(x, y, split, models[start : start + size], schedule) for start in range(0, len(models), size)]
+    if x.device.type == "cuda":
+        for stack in stacks:
+            train_stack(*stack)
+    else:
+        with parallel_config("loky", inner_max_num_threads=1):
+            Parallel(count_cores())(delayed(train_stack)(*stack) for stack in stacks)
 
-    workers = start_workers(THREADS if x.device.type == "cpu" else 1, partial(start_thread, x.device), x.device)
-    with tempfile.TemporaryDirectory() as folder:
-        done = {start: Path(folder, str(start)) for start in range(0, len(models), size)}
-        for _ in workers.do([Task(path.exists, partial(train_from, start, path)) for start, path in done.items()]):
-            pass
+
+def train_stack(
+    x: torch.Tensor, y: torch.Tensor, split: Split, models: list[tuple[int, int]], schedule: Schedule
+) -> None:
+    """Train classifiers, (layer, run) each, in one stack."""
+    start_thread(x.device)
+    source, run = (torch.tensor(column) for column in zip(*models, strict=True))
+    train(ClassifierStack(x, y, split, Models(source, run), CLASSES, seed=0), schedule)
 
 
 def seconds(function: Callable[[], None], device: torch.device) -> float:
@@ -126,7 +129,7 @@ def main() -> None:
     split = Split(torch.arange(0, 700), torch.arange(700, 800), torch.arange(800, SAMPLES)).to(device)
     models = [(layer, run) for run in range(args.runs) for layer in range(args.layers)]
     textbook_layers = [layer for layer, _ in models[: args.textbook]]
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {count_cores()} workers"
     steps = args.epochs * -(-700 // BATCH)
     print(f"torch {torch.__version__}, {machine}; {len(models)} classifiers, {args.epochs} epochs, {steps} steps each")
 

@@ -24,9 +24,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -41,13 +40,12 @@ from planted_zoo import KINDS, RANKS, WIDTHS, Planted, write_zoo
 
 import ablation_experiment
 import data
+from experiment.engine import Engine
 from experiment.phases import Experiment
-from experiment.settings import Networks, resolve
-from experiment.workers import start_workers
+from experiment.settings import Networks, count_cores, resolve
 from loras import digits_zoo
 from loras.building import Progress, write_lora
 from representations import REPRESENTATIONS
-from training.stacks import start_thread
 
 DIGITS, DIGITS_WIDTH = "digits-256-1", 256
 DIGITS_MODULES = [name for name in digits_zoo.LORA_MODULES if name.endswith(("to_q", "to_v"))]
@@ -110,7 +108,7 @@ def opened(
     folder: Path,
     flags: Sequence[str],
     networks: Networks = Networks(),  # noqa: B008
-    threads: int = ablation_experiment.THREADS,
+    cores: int | None = None,
 ) -> Iterator[Opened]:
     """Index a collection and extract its features as the program does; say nothing.
 
@@ -118,26 +116,23 @@ def opened(
         folder: The collection; finished work lies beside it.
         flags: Of the program's command line.
         networks: Widths of the networks.
-        threads: That train at the same time, on a CPU.
+        cores: Workers on a CPU; None: as many as the program takes.
     """
     fixed = [f"--dataset={folder}", f"--output-dir={folder.with_name('results')}", "--controls=none", "--top-k=1"]
     args = ablation_experiment.parse_arguments([*fixed, *flags])
     settings = resolve(args, networks)
-    workers = start_workers(
-        threads if settings.device.type == "cpu" else 1, partial(start_thread, settings.device), settings.device
-    )
+    engine = Engine(settings.devices, cores or count_cores())
     quiet = Progress(shown=False)
-    with threadpool_limits(1, "blas"):
+    with closing(engine), threadpool_limits(1, "blas"):
         with redirect_stdout(io.StringIO()):
             collection = data.index_as_asked(args, folder, folder.name, quiet)
-            indexed = collection, ablation_experiment.make_plan(settings, collection)
+            indexed = collection, ablation_experiment.make_plan(settings, collection, engine)
             cache = args.output_dir / ".cache"
             collection, plan, extracted = ablation_experiment.read_weights(
-                args, settings, indexed, cache, workers, quiet
+                args, settings, indexed, cache, engine, quiet
             )
-        experiment = Experiment(settings, collection, plan.selected, plan.rows, extracted, workers, quiet)
+        experiment = Experiment(settings, collection, plan.selected, plan.rows, extracted, engine, quiet)
         yield Opened(experiment, plan.chosen, dict(plan.not_run))
-    workers.leave()
 
 
 def evaluated(experiment: Experiment, name: str) -> tuple[list[float] | None, float]:
@@ -230,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all cells and print each as it is finished, then the table."""
     args = parse_arguments(arguments)
     count = QUICK_LORAS if args.quick else LORAS
-    print(f"{os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, torch "
+    print(f"{os.cpu_count()} cores ({platform.machine()}), {count_cores()} workers, torch "
           f"{torch.__version__}; {count} LoRAs, {args.runs} runs, {args.seeds} collections of each cell")  # fmt: skip
     flags = [f"--num-runs={args.runs}", *(["--quick"] if args.quick else [])]
     results, start = {}, time.perf_counter()

@@ -30,15 +30,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from sd15_zoo import write_zoo
 
 import ablation_experiment
+from experiment.settings import count_cores
 from loras import digits_zoo
 
 SAMPLE_SECONDS = 5.0
 
 
 def resident() -> int:
-    """Return bytes of memory of this process and of those it has forked; shared pages count once (PSS)."""
+    """Return bytes of memory of this process and of those it has started; shared pages count once (PSS)."""
     total = 0
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()  # of the main thread, which forks
+    children = [pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
     for process in ("self", *children):
         with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
@@ -123,7 +124,7 @@ def main() -> None:
     if (args.count is None) == (args.dataset is None):
         parser.error("give either a number of LoRAs to write or a --dataset")
     ablation_experiment.Stopwatch = Metered
-    cpu = f"CPU only, {torch.get_num_threads()} threads"
+    cpu = f"CPU only, {count_cores()} workers"
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     print(f"python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores, {machine}")
     with tempfile.TemporaryDirectory() as folder:

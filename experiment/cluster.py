@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import logging
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from experiment.settings import UsageError
 
-ANSWER_SECONDS = 60  # until a scheduler has answered
+ANSWER_SECONDS = 30  # until a scheduler has answered
 
 
 def connect(scheduler: str, insecure: bool) -> object:
@@ -29,6 +30,8 @@ def connect(scheduler: str, insecure: bool) -> object:
         from distributed import Client
     except ImportError as error:
         raise UsageError(f"--scheduler needs Dask ({error}). `pip install -r requirements-cluster.txt`.") from error
+    for name in ("distributed", "distributed.client"):  # they print the stack where a connection is lost; we a line
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     address = _address_of(scheduler)
     protocol, host = address.split("://")[0], urlsplit(address).hostname
     if protocol != "tls" and not (insecure or _is_loopback(host)):

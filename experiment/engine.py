@@ -15,6 +15,7 @@ import queue
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from functools import partial
@@ -26,12 +27,11 @@ from joblib import Parallel, delayed, parallel_config
 
 from experiment import store
 from experiment.cluster import lost_worker_error
-from experiment.signals import end_with
+from experiment.signals import end_with, killed_for_memory
 from experiment.units import Outcome, Unit, finish, finish_elsewhere, program_digest
 from training.stacks import start_thread
 
 LOSSES = 3  # of workers at a unit, after which it is given up
-SYSTEM_COUNTS = Path("/proc/vmstat")  # of Linux, among them how many processes it has killed for want of memory
 
 
 class Engine:
@@ -52,7 +52,7 @@ class Engine:
         self.devices, self.threads = devices, cores if on_cpu else len(devices)
         self.in_processes = cluster is not None or (on_cpu and cores > 1)
         self._notes: Path | None = None
-        self._killed = _killed_for_memory()
+        self._killed = killed_for_memory()
         self._loss_error = BrokenProcessPool if cluster is None else lost_worker_error()
 
     def close(self) -> None:
@@ -127,7 +127,7 @@ class Engine:
         """Hand units to worker processes; return an iterator over those that are finished."""
         if not units:
             return iter(())
-        device = torch.device("cpu") if self.device.type == "cpu" else torch.device("cuda", 0)
+        device = self.device if self.device.type == "cpu" else torch.device("cuda", 0)  # a worker sees one
         task = delayed(partial(finish_elsewhere, notes=self._notes, device=device, program=program_digest()))
         if self.cluster is not None:
             if not self.cluster.ncores():
@@ -136,12 +136,8 @@ class Engine:
             backend = {"backend": "dask", "client": self.cluster}
             how = {"n_jobs": -1, "pre_dispatch": "all"}
         else:
-            backend = {
-                "backend": "loky",
-                "inner_max_num_threads": 1,
-                "initializer": end_with,
-                "initargs": (os.getpid(),),
-            }
+            begin = {"initializer": end_with, "initargs": (os.getpid(),)}
+            backend = {"backend": "loky", "inner_max_num_threads": 1, **begin}
             how = {"n_jobs": self.cores, "pre_dispatch": at_once or self.cores, "max_nbytes": None}
         with parallel_config(**backend):
             return Parallel(return_as="generator_unordered", batch_size=1, **how)(task(unit) for unit in units)
@@ -164,6 +160,8 @@ class Engine:
                 for path in [path for path in missing if self._count_losses(path) >= LOSSES]:
                     unit = missing.pop(path)
                     yield path, Outcome(failure=f"{unit.label}: each of {self._count_losses(path)} workers {loss}")
+            except CancelledError as error:
+                raise OSError("the connection to the Dask scheduler is lost") from error
             if missing:
                 losses = {path: self._count_losses(path) for path in missing}
                 fewest = min(losses.values())
@@ -177,15 +175,9 @@ class Engine:
     def _describe_loss(self, error: Exception) -> str:
         """Return how a worker ended, after "a worker"."""
         codes = re.findall(r"\b(\w+)\(-?\d+\)", str(error))  # loky has them in its message only
-        killed, self._killed = self._killed, _killed_for_memory()
+        killed, self._killed = self._killed, killed_for_memory()
         if self._killed > killed:
             return "was ended by the system, as memory had run out"
         if "SIGKILL" in codes:
             return "was ended by SIGKILL, as where memory runs out: fewer workers (OMP_NUM_THREADS) take less"
         return f"was ended by {codes[0]}" if codes else "was lost"
-
-
-def _killed_for_memory() -> int:
-    """Return how many processes the system has ended for want of memory, 0 where it does not count them."""
-    counts = SYSTEM_COUNTS.read_text() if SYSTEM_COUNTS.exists() else ""
-    return int((re.findall(r"^oom_kill (\d+)$", counts, re.M) or [0])[0])

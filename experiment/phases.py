@@ -29,6 +29,8 @@ from experiment.units import Unit, Units
 from representations import RANKING, REPRESENTATIONS
 from training.splits import split_rows
 
+UNITS = "units"  # the folder of finished ones, beside the features
+
 
 def split_collection(collection: Collection, seed: int) -> dict[str, np.ndarray]:
     """Return the rows of each part of a collection's split, by `split_rows` of its labels and groups.
@@ -74,7 +76,7 @@ class Experiment:
         self.settings, self.collection, self.selected = settings, collection, selected
         self.rows, self.extracted = rows, extracted
         self.engine, self.progress = engine, progress
-        units = Units(extracted.folder / "units", _common_key(settings, collection, selected, rows, extracted))
+        units = Units(extracted.folder / UNITS, _common_key(settings, collection, selected, rows, extracted))
         description = Description(settings, Samples.of(collection), selected, rows, extracted, units)
         self.inputs = Inputs(description, settings.device)
         self.planner = Planner(settings, self.inputs, units, engine)

@@ -120,8 +120,9 @@ class Planner:
         return schedule, sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise(widths))
 
     def _prepare(self, source: Source, units: list[Unit]) -> None:
-        """Write what worker processes share before they begin, that it is not done twice."""
-        if not self.engine.in_processes or all(unit.path.exists() for unit in units):
+        """Write what worker processes on CPUs share before they begin, that it is not done twice."""
+        shared = self.engine.in_processes and self.inputs.device.type == "cpu"
+        if not shared or all(unit.path.exists() for unit in units):
             return
         with suppress(OutOfMemory), one_memory_error():  # each unit will meet it, and report it
             self.engine.call(partial(self.inputs.prepare, source))

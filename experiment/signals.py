@@ -6,12 +6,15 @@ Imports only what takes no time: it is at work before the libraries are imported
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SYSTEM_COUNTS = Path("/proc/vmstat")  # of Linux, among them how many processes it has ended for want of memory
 POLL_SECONDS = 1.0  # between looks for the process that started this one
 
 
@@ -61,3 +64,9 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def killed_for_memory() -> int:
+    """Return how many processes the system has ended for want of memory, 0 where it does not count them."""
+    counts = SYSTEM_COUNTS.read_text() if SYSTEM_COUNTS.exists() else ""
+    return int((re.findall(r"^oom_kill (\d+)$", counts, re.M) or [0])[0])

@@ -208,7 +208,9 @@ def _holder(file: BinaryIO) -> str:
 
 
 @contextmanager
-def partial_folder(out: Path, check: Callable[[Path], object]) -> Iterator[Path | None]:
+def partial_folder(
+    out: Path, check: Callable[[Path], object], wait: Callable[[str], None] | None = None
+) -> Iterator[Path | None]:
     """Yield ``<out>.partial``, held by this process alone, and rename it to ``out`` when the body ends.
 
     Where `holds_something` is true of ``out`` once the lock is held, None is yielded and nothing is made or renamed:
@@ -220,13 +222,14 @@ def partial_folder(out: Path, check: Callable[[Path], object]) -> Iterator[Path 
     Args:
         out: The collection.
         check: Called with the partial folder where it holds something; raises where that is no part of this build.
+        wait: Called with another process that is building there, before waiting for it; None: do not wait.
 
     Raises:
         LockedError: Another process is building there.
     """
     partial = out.with_name(out.name + ".partial")
     try:
-        with locked(out.with_name(f".{out.name}.lock")):
+        with locked(out.with_name(f".{out.name}.lock"), wait):
             if holds_something(out):
                 yield None
                 return

@@ -77,6 +77,8 @@ def estimate(count: int) -> tuple[float, int]:
 def build(out: Path, count: int, *, seed: int = 0, progress: Report | None = None) -> None:
     """Train a collection of ``count`` LoRAs and put it at ``out``; do nothing if it exists already.
 
+    Another process that is training it is waited for.
+
     The work is done in ``<out>.partial`` beside ``out``, which is renamed when whole: a folder named ``out`` is
     never half-built. Calling this again continues a build that was interrupted; LoRAs that are whole are kept, and the
     bytes are those of an uninterrupted build. The base model stays beside ``out`` as
@@ -93,7 +95,6 @@ def build(out: Path, count: int, *, seed: int = 0, progress: Report | None = Non
         ValueError: ``count`` is below 1.
         FileExistsError: ``out`` or ``<out>.partial`` is something else than this collection.
         OSError: The record of what is at ``out`` or ``<out>.partial`` cannot be read.
-        LockedError: Another process is building it.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, not {count}")
@@ -106,13 +107,17 @@ def build(out: Path, count: int, *, seed: int = 0, progress: Report | None = Non
     def check(partial: Path) -> None:
         _check_same_collection(partial, recipe, "Remove it, or finish it with its own settings")
 
-    with partial_folder(out, check) as partial:
+    with partial_folder(out, check, _say_waiting) as partial:
         if partial is None:  # another process has put something at ``out`` meanwhile
             _check_whole_collection(out, recipe)
             return
         write_atomically(partial / RECIPE_NAME, json.dumps(recipe).encode())
         base_path = out.parent / f"base-model-seed{seed}.safetensors"
         _build_loras(partial, base_path, count, seed, progress or (lambda stage, done, total: None))
+
+
+def _say_waiting(holder: str) -> None:
+    print(f"waiting for {holder}, which trains the same collection", flush=True)
 
 
 def _build_loras(folder: Path, base_path: Path, count: int, seed: int, report: Report) -> None:

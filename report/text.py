@@ -57,12 +57,13 @@ def settings_lines(config: dict, environment: dict, output_dir: object) -> str:
     shown = ", ".join(f"{key} {config[key]}" for key in ("top_k", "num_runs", "rank_by", "splits", "seed", "quick"))
     classifier, autoencoder = config["classifier"], config["autoencoder"]
     workers = f", {environment['workers']} workers" if environment["workers"] > 1 else ""
+    job = f", job {environment['job']}" if environment["job"] else ""
     return "\n".join(
         [
             f"settings  {shown}, output_dir {output_dir}",
             f"          at most {classifier['max_epochs']} epochs, patience {classifier['patience']}; autoencoders "
             f"{autoencoder['max_epochs']} and {autoencoder['patience']}",
-            f"device    {environment['device']}{workers} on {environment['host']}",
+            f"device    {environment['device']}{workers}, on {environment['host']}{job}",
         ]
     )
 
