@@ -296,6 +296,7 @@ def test_a_job_that_cannot_be_queued_again_stops_and_says_so(cluster, collection
 
 
 @pytest.mark.slurm
+@pytest.mark.slow
 def test_the_exit_code_of_a_job_is_that_of_the_run(cluster, tmp_path):
     job = cluster.submit("several_nodes", tmp_path / "out", "--dataset=nowhere", sbatch=["--ntasks-per-node=1"])
     state = job.end()
