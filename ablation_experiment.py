@@ -24,7 +24,6 @@ import io
 import json
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -45,7 +44,6 @@ from experiment.cluster import connect
 from experiment.engine import Engine
 from experiment.extraction import CHECKED, WEIGHTS, Extracted, extract
 from experiment.flags import BUILT_IN_SIZES, NAMED_DATASETS, parse_arguments
-from experiment.inputs import shared_folder
 from experiment.modules import left_by_default
 from experiment.phases import UNITS, Experiment, emptied, split_collection
 from experiment.plans import TrainingError
@@ -152,9 +150,8 @@ def run(args: argparse.Namespace, networks: Networks) -> int:
     """
     settings = resolve(args, networks)
     cluster = connect(args.scheduler, args.insecure_cluster) if args.scheduler else None
-    name = store.digest(str(args.output_dir.absolute()))
     # One thread for each product: sums of several are rounded otherwise, and the workers use all cores already.
-    engine = Engine(settings.devices, count_cores(), cluster, name)
+    engine = Engine(settings.devices, count_cores(), cluster)
     with closing(engine), threadpool_limits(1, "blas"):
         code = carry_out(args, settings, engine)
     return 0 if code == 3 and args.partial_ok else code
@@ -162,7 +159,8 @@ def run(args: argparse.Namespace, networks: Networks) -> int:
 
 def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> int:
     """Do what `run` does, with workers."""
-    progress, cache = Progress(), args.cache_dir or args.output_dir / ".cache"
+    progress = Progress()
+    cache = (args.cache_dir or args.output_dir / ".cache").absolute()  # workers may have begun in another folder
     say(text.settings_lines(settings.config(), environment(settings, engine), args.output_dir))
     if engine.cluster is not None:
         say(f"cluster   {engine.count_workers()} workers at {args.scheduler} now; others may come, and leave")
@@ -185,15 +183,11 @@ def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> i
         building.remove_temporaries(extracted.folder)
         if finished_units := len(list((extracted.folder / UNITS).glob("*.npz"))):
             say(f"cache     {finished_units} finished units of work in {extracted.folder / UNITS}")
+        # Nobody else is at work in this folder, under this name of this machine.
+        engine.begin(extracted.folder, store.digest([platform.node(), str(target.absolute())]))
         experiment = Experiment(settings, collection, plan.selected, plan.rows, extracted, engine, progress)
-        try:
-            results = plan.header | run_phases(experiment, plan.chosen, plan.not_run, watch)
-            results |= {
-                "analysis": analyse(experiment, results, watch),
-                "splits": more_splits(experiment, results, watch),
-            }
-        finally:
-            shutil.rmtree(shared_folder(extracted), ignore_errors=True)
+        results = plan.header | run_phases(experiment, plan.chosen, plan.not_run, watch)
+        results |= {"analysis": analyse(experiment, results, watch), "splits": more_splits(experiment, results, watch)}
         results["timing"] = watch.timing()
         results["config"]["stack"]["smaller"] = experiment.planner.smaller_stacks
         content = text.content_of(results)
@@ -417,7 +411,7 @@ def without_units(experiment: Experiment, names: list[str], removed: list[int]) 
 
 
 def analyse(experiment: Experiment, results: dict, watch: Stopwatch) -> dict | None:
-    """Analyse what the numbers of the phases mean, beside controls; None where not asked for, or not on rank 0."""
+    """Analyse what the numbers of the phases mean, beside controls; None where not asked for."""
     with watch.phase("analysis"):
         return controls.analyse(experiment, run_both_ways(results), say)
 

@@ -1,6 +1,10 @@
-"""Dask clusters: a client of one that is running. A scheduler runs whatever reaches it, so that others must not.
+"""Dask clusters: a client of one that is running, and units of work on it.
 
-Encryption and keys come from Dask's own configuration (``DASK_DISTRIBUTED__COMM__TLS__...``); see docs/cluster.md.
+A scheduler runs the code of whoever reaches it, so that others must not: encryption and keys come from Dask's own
+configuration (``DASK_DISTRIBUTED__COMM__TLS__...``), see docs/cluster.md.
+
+Units go through Dask's own client and not through joblib's backend for it: that one waits for ever where Dask gives a
+task up, and has this process do the work where there is a single worker (joblib 1.6).
 """
 
 from __future__ import annotations
@@ -8,12 +12,21 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from experiment.settings import UsageError
+from experiment.store import ROOT
+from experiment.units import LOSSES, Outcome, Unit, notes_of
 
 ANSWER_SECONDS = 30  # until a scheduler has answered
+POLL_SECONDS = 0.02  # between looks for finished units
+SILENT_SECONDS = 60  # without workers, until that is said
 
 
 def connect(scheduler: str, insecure: bool) -> object:
@@ -33,39 +46,113 @@ def connect(scheduler: str, insecure: bool) -> object:
     for name in ("distributed", "distributed.client"):  # they print the stack where a connection is lost; we a line
         logging.getLogger(name).setLevel(logging.CRITICAL)
     address = _address_of(scheduler)
-    protocol, host = address.split("://")[0], urlsplit(address).hostname
-    if protocol != "tls" and not (insecure or _is_loopback(host)):
-        raise UsageError(
-            f"--scheduler {scheduler}: {address} is not encrypted, and runs the code of whoever reaches it. "
-            "Start the cluster with TLS (see docs/cluster.md), or give --insecure-cluster."
-        )
+    _check_secure(scheduler, address, insecure)
     try:
-        return Client(address, timeout=ANSWER_SECONDS, set_as_default=False)
+        client = Client(address, timeout=ANSWER_SECONDS, set_as_default=False)
     except (OSError, TypeError, ValueError, RuntimeError) as error:  # of files of keys, and of the connection
         raise UsageError(f"--scheduler {scheduler}: no Dask scheduler answers at {address} ({error}).") from error
+    try:  # it may listen to more than this machine, though it is reached from here
+        _check_secure(scheduler, client.scheduler_info()["address"], insecure)
+    except UsageError:
+        client.close()
+        raise
+    return client
 
 
 def _address_of(scheduler: str) -> str:
+    """Return an address, or read that of a file, which may not be written yet."""
     if "://" in scheduler:
         return scheduler
-    path = Path(scheduler)
+    path, since = Path(scheduler), time.monotonic()
+    while not path.exists() and path.parent.is_dir() and time.monotonic() - since < ANSWER_SECONDS:
+        time.sleep(POLL_SECONDS)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["address"]
+        return str(json.loads(path.read_text(encoding="utf-8"))["address"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UsageError(
             f"--scheduler {scheduler}: neither an address, such as tls://host:8786, nor the file of a Dask scheduler."
         ) from error
 
 
-def _is_loopback(host: str | None) -> bool:
+def _check_secure(scheduler: str, address: str, insecure: bool) -> None:
+    """Refuse an address that others can reach unencrypted.
+
+    Raises:
+        UsageError: It is one, or none at all.
+    """
     try:
-        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False
+        host = urlsplit(address).hostname or ""
+    except ValueError as error:
+        raise UsageError(f"--scheduler {scheduler}: {address} is no address ({error}).") from error
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        loopback = host == "localhost"
+    if not (insecure or loopback or address.startswith("tls://")):
+        raise UsageError(
+            f"--scheduler {scheduler}: {address} is not encrypted, and runs the code of whoever reaches it. "
+            "Start the cluster with TLS (see docs/cluster.md), or give --insecure-cluster."
+        )
 
 
-def lost_worker_error() -> type[Exception]:
-    """Return the error of a unit at which Dask has lost several workers."""
-    from distributed.scheduler import KilledWorker  # takes a second to import
+def finish_on(client: object, units: list[Unit], task: Callable) -> Iterator[tuple[Path, Outcome] | None]:
+    """Yield None when units are handed to a cluster, then their outcomes, in any order.
 
-    return KilledWorker
+    Units of workers that are lost go to others, by Dask itself; one that it gives up is handed to it again until as
+    many workers as `LOSSES` have been lost at it.
+
+    Raises:
+        OSError: The scheduler is lost.
+        Exception: Whatever a unit raised.
+    """
+    from distributed import as_completed
+
+    def submit(unit: Unit) -> object:
+        return client.submit(task, unit, key=f"{unit.path.stem}-{secrets.token_hex(4)}", pure=False)
+
+    pending, attempts = {submit(unit): unit for unit in units}, Counter()
+    finished, heard = as_completed(list(pending), client.loop, with_results=True, raise_errors=False), time.monotonic()
+    yield None
+    try:
+        while pending:
+            for future, result in finished.next_batch(block=False):
+                unit, heard = pending.pop(future), time.monotonic()
+                if future.status == "finished":
+                    yield result
+                    continue
+                _raise_unless_lost(result)
+                attempts[unit.path] += 1
+                lost = max(attempts[unit.path], notes_of(unit.path, task.keywords["notes"]))
+                if lost >= LOSSES:
+                    yield unit.path, Outcome(failure=f"{unit.label}: each of {lost} workers at it was lost")
+                else:
+                    pending[again := submit(unit)] = unit
+                    finished.add(again)
+            if time.monotonic() - heard > SILENT_SECONDS:
+                heard = time.monotonic()
+                if not client.ncores():
+                    print("the Dask cluster has no worker: waiting for one", flush=True)
+            time.sleep(POLL_SECONDS)
+    finally:
+        client.cancel(list(pending))
+
+
+def _raise_unless_lost(result: object) -> None:
+    """Raise what ended a unit, but not where workers were lost at it.
+
+    Raises:
+        UsageError: A worker cannot import this program.
+        OSError: The scheduler is lost.
+        Exception: Whatever the unit raised.
+    """
+    from distributed.scheduler import KilledWorker
+
+    error = result[1] if isinstance(result, tuple) else result
+    if isinstance(error, KilledWorker):
+        return
+    if isinstance(error, CancelledError):
+        raise OSError("the connection to the Dask scheduler is lost") from error
+    if "deserialization" in str(error):
+        mend = f"Start workers with PYTHONPATH={ROOT}, where they see that folder"
+        raise UsageError(f"a worker of the cluster cannot import this program ({error.__cause__ or error}). {mend}.")
+    raise error

@@ -1,8 +1,8 @@
-"""The engine: hands units of work to joblib, and writes what comes back.
+"""The engine: hands units of work to whoever does them, and writes what comes back.
 
-On a CPU worker processes do them (loky), one thread each; on GPUs threads of this process, one for each GPU; with
-``--scheduler`` the workers of a Dask cluster. The numbers are the same whoever works. The main process alone writes
-unit files (but for large ones), prints and counts.
+On a CPU worker processes of joblib do them (loky), one thread each; on GPUs threads of this process, one for each GPU;
+with ``--scheduler`` the workers of a Dask cluster. The numbers are the same whoever works. The main process alone
+writes unit files (but for large ones), prints and counts.
 
 A worker notes the unit that it begins in a file, which it removes when that is done. The notes of lost workers stay:
 their units are done again, with fewer beside them, at last alone, and a unit with three notes is given up.
@@ -14,10 +14,10 @@ import os
 import queue
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -26,12 +26,12 @@ import torch
 from joblib import Parallel, delayed, parallel_config
 
 from experiment import store
-from experiment.cluster import lost_worker_error
+from experiment.cluster import finish_on
 from experiment.signals import end_with, killed_for_memory
-from experiment.units import Outcome, Unit, finish, finish_elsewhere, program_digest
+from experiment.units import LOSSES, Outcome, Unit, finish, finish_elsewhere, notes_of, program_digest
 from training.stacks import start_thread
 
-LOSSES = 3  # of workers at a unit, after which it is given up
+warnings.filterwarnings("ignore", r"\d+ tasks (have been|which were) ", UserWarning)  # of joblib, beside an error
 
 
 class Engine:
@@ -41,30 +41,36 @@ class Engine:
         devices: A CPU, or GPUs.
         cores: Units at once on a CPU.
         cluster: A client of a Dask cluster whose workers do them instead; see `cluster.connect`.
-        run: Name of this run among those that share a cache.
+
+    Attributes:
+        folder: Of this run, beside the units: notes, and arrays that workers share; None before `begin`.
     """
 
-    def __init__(
-        self, devices: Sequence[torch.device], cores: int = 1, cluster: object | None = None, run: str = "run"
-    ):
-        self.device, self.cores, self.cluster, self.run = devices[0], cores, cluster, run
-        on_cpu = self.device.type == "cpu"
-        self.devices, self.threads = devices, cores if on_cpu else len(devices)
+    def __init__(self, devices: Sequence[torch.device], cores: int = 1, cluster: object | None = None):
+        self.devices, self.cores, self.cluster = devices, cores, cluster
+        on_cpu = devices[0].type == "cpu"
+        self.threads = cores if on_cpu else len(devices)
         self.in_processes = cluster is not None or (on_cpu and cores > 1)
-        self._notes: Path | None = None
+        self.folder: Path | None = None
+        self._processes = 0  # as many as there have been units at once
         self._killed = killed_for_memory()
-        self._loss_error = BrokenProcessPool if cluster is None else lost_worker_error()
+
+    def begin(self, cache: Path, owner: str = "alone") -> None:
+        """Make the folder of this run; see `store.make_run_folder`."""
+        self.folder = self.folder or store.make_run_folder(cache, owner)
 
     def close(self) -> None:
-        """Remove the notes, and leave the cluster."""
-        if self._notes is not None:
-            shutil.rmtree(self._notes, ignore_errors=True)
+        """Remove the folder of this run, and leave the cluster."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):  # another run is at work there
+                self.folder.parent.rmdir()
         if self.cluster is not None:
             self.cluster.close()
 
     def count_workers(self) -> int:
         """Return how many units are done at once; of a cluster, by the workers that it has now."""
-        return self.threads if self.cluster is None else len(self.cluster.ncores())
+        return self.threads if self.cluster is None else sum(self.cluster.ncores().values())
 
     def do(self, units: Sequence[Unit]) -> Iterator[str]:
         """Do what is not finished; yield for each unit in order, as soon as it is, "" or why it failed.
@@ -78,30 +84,40 @@ class Engine:
             for unit in units:
                 while unit.path not in failures:
                     path, outcome = next(outcomes)
+                    if outcome.at_once is not None and outcome.at_once < (count := len(missing[path].stack)):
+                        label = missing[path].label
+                        print(f"  {label}: {count} models do not fit the memory: {outcome.at_once} at once", flush=True)
                     if outcome.arrays is not None:
                         store.save_arrays(path, outcome.arrays)
+                    elif not outcome.failure:
+                        store.wait_for(path)
                     failures[path] = outcome.failure
                 yield failures[unit.path]
 
     def _outcomes(self, units: list[Unit]) -> Iterator[tuple[Path, Outcome]]:
         if not units:
             return
-        if self._notes is None:
-            self._notes = units[0].path.parent.with_name(f"begun-{self.run}")
-            shutil.rmtree(self._notes, ignore_errors=True)  # of a run that was killed
-            self._notes.mkdir(parents=True)
-        away = [unit for unit in units if self.in_processes and not unit.in_main]
-        here = [unit for unit in units if not self.in_processes or unit.in_main]
-        working = self._start(away)
-        yield from self.map(partial(finish, notes=self._notes), here, self.threads)
-        yield from self._collect(working, away)
+        self.begin(units[0].path.parent.parent)
+        finish_here = partial(finish, notes=self.folder)
+        in_main = [unit for unit in units if unit.in_main]
+        others = [unit for unit in units if not unit.in_main]
+        if not self.in_processes:
+            yield from self.map(finish_here, in_main, self.threads, self.devices[:1])
+            yield from self.map(finish_here, others, self.threads)
+            return
+        task = partial(finish_elsewhere, notes=self.folder, kind=self.devices[0].type, program=program_digest())
+        work = self._finish_in_processes if self.cluster is None else partial(finish_on, self.cluster)
+        with closing(work(others, task)) as outcomes:
+            next(outcomes)  # the workers have begun
+            yield from self.map(finish_here, in_main, 1)
+            yield from outcomes
 
-    # -- threads of this process --------------------------------------------------------------------------------------
-
-    def map(self, function: Callable, items: Iterable, threads: int) -> Iterator:
+    def map(self, function: Callable, items: Sequence, threads: int, devices: Iterable[torch.device] = ()) -> Iterator:
         """Yield what ``function(item, device=...)`` gives in threads of this process, in any order."""
+        if not items:
+            return iter(())
         free: queue.SimpleQueue[torch.device] = queue.SimpleQueue()
-        for device in islice(cycle(self.devices), threads):
+        for device in islice(cycle(devices or self.devices), threads):
             free.put(device)
 
         def call(item: object) -> object:
@@ -121,63 +137,49 @@ class Engine:
         (result,) = self.map(lambda _, device: function(), [None], threads=1)
         return result
 
-    # -- processes ----------------------------------------------------------------------------------------------------
-
-    def _start(self, units: list[Unit], at_once: int | None = None) -> Iterator[tuple[Path, Outcome]]:
-        """Hand units to worker processes; return an iterator over those that are finished."""
-        if not units:
-            return iter(())
-        device = self.device if self.device.type == "cpu" else torch.device("cuda", 0)  # a worker sees one
-        task = delayed(partial(finish_elsewhere, notes=self._notes, device=device, program=program_digest()))
-        if self.cluster is not None:
-            if not self.cluster.ncores():
-                print("waiting for the first worker of the Dask cluster", flush=True)
-                self.cluster.wait_for_workers(1)
-            backend = {"backend": "dask", "client": self.cluster}
-            how = {"n_jobs": -1, "pre_dispatch": "all"}
-        else:
-            begin = {"initializer": end_with, "initargs": (os.getpid(),)}
-            backend = {"backend": "loky", "inner_max_num_threads": 1, **begin}
-            how = {"n_jobs": self.cores, "pre_dispatch": at_once or self.cores, "max_nbytes": None}
-        with parallel_config(**backend):
-            return Parallel(return_as="generator_unordered", batch_size=1, **how)(task(unit) for unit in units)
-
-    def _collect(self, working: Iterator, units: list[Unit]) -> Iterator[tuple[Path, Outcome]]:
-        """Yield the outcomes of units that worker processes were handed; what was lost with a worker is done again."""
-        missing, idle = {unit.path: unit for unit in units}, 0
+    def _finish_in_processes(self, units: list[Unit], task: Callable) -> Iterator[tuple[Path, Outcome] | None]:
+        """Yield None when worker processes have begun, then outcomes; what is lost with a worker is done again."""
+        missing, noted = {unit.path: unit for unit in units}, {unit.path: 0 for unit in units}
+        outcomes, in_vain = self._start(units, task, self.cores), 0
+        yield None
         while missing:
             try:
-                for path, outcome in working:
+                for path, outcome in outcomes:
                     del missing[path]
+                    in_vain = 0
                     yield path, outcome
-            except self._loss_error as error:
-                loss = self._describe_loss(error)
-                lost = [f"{unit.label} ({path.stem})" for path, unit in missing.items() if self._count_losses(path)]
-                idle += not lost
-                if idle == LOSSES:
-                    raise OSError(f"{LOSSES} times a worker {loss} before it had begun a unit") from error
-                print(f"  a worker {loss}; it was at: {' or '.join(lost) or 'no unit'}; that is done again", flush=True)
-                for path in [path for path in missing if self._count_losses(path) >= LOSSES]:
-                    unit = missing.pop(path)
-                    yield path, Outcome(failure=f"{unit.label}: each of {self._count_losses(path)} workers {loss}")
-            except CancelledError as error:
-                raise OSError("the connection to the Dask scheduler is lost") from error
+            except BrokenProcessPool as error:
+                before, noted = noted, {path: notes_of(path, self.folder) for path in missing}
+                lost = [f"{unit.label} ({path.stem})" for path, unit in missing.items() if noted[path] > before[path]]
+                loss, in_vain = self._describe_loss(error), 0 if lost else in_vain + 1
+                if in_vain == LOSSES:
+                    cause = str(error.__cause__ or error).strip().splitlines()[-1]
+                    raise OSError(f"{LOSSES} times a worker {loss} before it had begun a unit: {cause}") from error
+                print(f"  a worker {loss}; at work: {' or '.join(lost) or 'no unit'}; that is done again", flush=True)
+                for path in [path for path in missing if noted[path] >= LOSSES]:
+                    yield path, Outcome(failure=f"{missing.pop(path).label}: each of {noted[path]} workers {loss}")
             if missing:
-                losses = {path: self._count_losses(path) for path in missing}
-                fewest = min(losses.values())
-                again = [unit for path, unit in missing.items() if losses[path] == fewest]
-                working = self._start(again, {0: self.cores, 1: max(1, self.cores // 2)}.get(fewest, 1))
+                fewest = min(noted[path] for path in missing)
+                at_once = max(1, self.cores >> fewest) if fewest < LOSSES - 1 else 1
+                outcomes = self._start([u for path, u in missing.items() if noted[path] == fewest], task, at_once)
 
-    def _count_losses(self, path: Path) -> int:
-        """Return how many workers have begun a unit and not done it."""
-        return len(list(self._notes.glob(f"{path.name}.*")))
+    def _start(self, units: list[Unit], task: Callable, at_once: int) -> Iterator[tuple[Path, Outcome]]:
+        """Hand units to worker processes, as many as there are units, at most one for each core."""
+        if not units:
+            return iter(())
+        self._processes = max(self._processes, 2, min(self.cores, len(units)))
+        begin = {"initializer": end_with, "initargs": (os.getpid(),)}
+        with parallel_config("loky", inner_max_num_threads=1, **begin):
+            how = {"batch_size": 1, "pre_dispatch": at_once, "max_nbytes": None}
+            pool = Parallel(self._processes, return_as="generator_unordered", **how)
+        return pool(delayed(task)(unit) for unit in units)
 
     def _describe_loss(self, error: Exception) -> str:
         """Return how a worker ended, after "a worker"."""
         codes = re.findall(r"\b(\w+)\(-?\d+\)", str(error))  # loky has them in its message only
         killed, self._killed = self._killed, killed_for_memory()
+        if "SIGKILL" not in codes:
+            return f"was ended by {codes[0]}" if codes else "was lost"
         if self._killed > killed:
-            return "was ended by the system, as memory had run out"
-        if "SIGKILL" in codes:
-            return "was ended by SIGKILL, as where memory runs out: fewer workers (OMP_NUM_THREADS) take less"
-        return f"was ended by {codes[0]}" if codes else "was lost"
+            return "was ended by SIGKILL, while the system ended processes for want of memory"
+        return "was ended by SIGKILL, as where memory runs out: fewer workers (OMP_NUM_THREADS) take less"

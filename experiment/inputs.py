@@ -8,6 +8,7 @@ Shape letters: N LoRAs, L layers, P pairs (modules of which both layers are ther
 from __future__ import annotations
 
 import math
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ from training.pca import PCA, num_components
 from training.stacks import Split, Stored, filled, standardise
 
 MEMORY_SHARE = 0.6  # of the device's memory that resident weights may take
+DISK_SHARE = 0.5  # of the free space that they may take in a file
 PCA_COMPONENTS = 100
 
 
@@ -120,6 +122,7 @@ class Description:
         rows: Row indices of ``train``, ``validation`` and ``test``.
         extracted: Features and packed weights.
         units: Where what is learned lies.
+        folder: Of the run, in which workers on CPUs share large arrays, mapped; None: each process holds its own.
     """
 
     settings: Settings
@@ -128,6 +131,7 @@ class Description:
     rows: dict[str, np.ndarray]
     extracted: Extracted
     units: Units
+    folder: Path | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -145,19 +149,14 @@ class Description:
                 inputs = _latest[device] = _in_use[key] = Inputs(self, device, kept_sources=1)
             return inputs
 
-    def shared(self, name: str) -> Path:
-        """Return the file of an array that the workers of a machine share; removed when the run ends."""
-        return shared_folder(self.extracted) / f"{name}-{self.digest}.npy"
+    def shared(self, name: str) -> Path | None:
+        """Return the file of an array that the workers of a machine share."""
+        return self.folder and self.folder / f"{name}-{self.digest}.npy"
 
 
 _opening = threading.Lock()
 _in_use: WeakValueDictionary[tuple[str, torch.device], Inputs] = WeakValueDictionary()
 _latest: dict[torch.device, Inputs] = {}
-
-
-def shared_folder(extracted: Extracted) -> Path:
-    """Return the folder of the arrays that workers share."""
-    return extracted.folder / "shared"
 
 
 class Inputs:
@@ -280,20 +279,23 @@ class Inputs:
             self._read_sources.clear()
             self.__dict__.pop("flat_weights", None)  # a cached property
         self.modules.release()
+        _latest.clear()  # those of further GPUs
 
     @cached_property
     def flat_weights(self) -> Stored:
         """The weights, read only if a stack is to be trained; where they fit the memory, held as a whole.
 
-        On a CPU they are then held in a file that is mapped, once for all workers of a machine.
+        Where workers share a folder they are then held in a file, mapped, once for all of a machine.
         """
         packed, columns = self.extracted.weights(), self.weights.columns(self.weights.without([]))
         shape = packed.shape[0], len(columns)
         read = packed.read if shape == packed.shape else partial(packed.read, columns=columns)
+        size, path = 4 * math.prod(shape), self.description.shared("flat")
+        fits = size < MEMORY_SHARE * memory_of(self.device)
         hold = partial(filled, device=self.device)
-        if self.device.type == "cpu":
-            hold = partial(_mapped, self.description.shared("flat"))
-        fits = 4 * math.prod(shape) < MEMORY_SHARE * memory_of(self.device)
+        if path is not None:
+            hold = partial(_mapped, path)
+            fits &= path.exists() or size < DISK_SHARE * shutil.disk_usage(path.parent).free
         return Stored(read, shape, self.split.train, hold=hold if fits else None)
 
     def prepare(self, source: Source) -> None:

@@ -86,7 +86,13 @@ class Modules:
         """Return "tokens" or "factors", which are held for all networks that read them."""
         with self._lock:
             if what not in self._read:
-                self._read[what] = {"tokens": self.tokens, "factors": self.factors}[what]()
+                compute, path = {"tokens": self.tokens, "factors": self.factors}[what], self.description.shared(what)
+                if path is None:
+                    self._read[what] = compute()
+                else:  # mapped, once for all workers of a machine
+                    numbers = {"tokens": TOKEN * len(self.pairs), "factors": sum(m.numbers for m in self.shapes)}
+                    shape = 1, self.samples.count, numbers[what]
+                    self._read[what] = torch.from_numpy(store.mapped_rows(path, shape, lambda: [compute().numpy()]))
             return self._read[what]
 
     def release(self) -> None:
@@ -133,15 +139,7 @@ class Modules:
         """Return the factors of all updates, each of norm 1: float32[1, N, W], of each module down, then up.
 
         What is told of a module does not depend on how its update is factorised, nor on its size; zero updates are 0.
-        On a CPU they lie in a file that is mapped, once for all workers of a machine.
         """
-        if self.device.type != "cpu":
-            return self._compute_factors()[None]
-        shape = self.samples.count, sum(module.numbers for module in self.shapes)
-        path = self.description.shared("factors")
-        return torch.from_numpy(store.mapped_rows(path, shape, lambda: [self._compute_factors().numpy()]))[None]
-
-    def _compute_factors(self) -> torch.Tensor:
         read = self.extracted.factor_reader(self.samples)
         width = sum(module.numbers for module in self.shapes)
         factors = torch.zeros(self.samples.count, width, device=self.device)
@@ -151,7 +149,7 @@ class Modules:
             for factor in (updates.down, updates.up):
                 start, end = end, end + factor[0].numel()
                 factors[:, start:end] = factor.flatten(1)
-        return factors
+        return factors[None]
 
 
 def _compute_tokens(inputs: Inputs, modules: list[int]) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """The phases: layers are ranked, representations are learned, and evaluated with and without the top layers.
 
 An experiment is a collection under one split and one set of settings. Every training is a stack of models, and a
-finished stack is a unit of work: each is trained once, by whichever thread is free.
+finished stack is a unit of work: each is trained once, by whichever worker is free.
 
 Shape letters: N LoRAs, L layers, F features, R runs, K conditions, V and T validation and test LoRAs.
 """
@@ -77,7 +77,9 @@ class Experiment:
         self.rows, self.extracted = rows, extracted
         self.engine, self.progress = engine, progress
         units = Units(extracted.folder / UNITS, _common_key(settings, collection, selected, rows, extracted))
-        description = Description(settings, Samples.of(collection), selected, rows, extracted, units)
+        engine.begin(extracted.folder)
+        shared = engine.folder if engine.in_processes and settings.device.type == "cpu" else None
+        description = Description(settings, Samples.of(collection), selected, rows, extracted, units, shared)
         self.inputs = Inputs(description, settings.device)
         self.planner = Planner(settings, self.inputs, units, engine)
         held_out = self.planner.held_out
@@ -270,7 +272,7 @@ def _common_key(
     return {
         "code": store.code_digest(
             *("training", "experiment/inputs", "experiment/modules", "experiment/networks"),
-            *("experiment/units", "experiment/plans", "experiment/store"),
+            *("experiment/units", "experiment/plans", "experiment/samples", "experiment/store"),
         ),
         "features": extracted.suffix,
         "torch": torch.__version__,

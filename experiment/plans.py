@@ -121,8 +121,7 @@ class Planner:
 
     def _prepare(self, source: Source, units: list[Unit]) -> None:
         """Write what worker processes on CPUs share before they begin, that it is not done twice."""
-        shared = self.engine.in_processes and self.inputs.device.type == "cpu"
-        if not shared or all(unit.path.exists() for unit in units):
+        if self.inputs.description.folder is None or all(unit.path.exists() for unit in units):
             return
         with suppress(OutOfMemory), one_memory_error():  # each unit will meet it, and report it
             self.engine.call(partial(self.inputs.prepare, source))

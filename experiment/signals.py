@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -55,6 +56,10 @@ def end_with(parent: int) -> None:
     Args:
         parent: Process id of the one that started it; it may have ended already.
     """
+    from joblib.externals.loky import process_executor
+
+    # Inputs that a worker keeps are no leak of memory, for which loky would start it anew (where psutil is installed).
+    process_executor._MAX_MEMORY_LEAK_SIZE = sys.maxsize
     for number in (signal.SIGINT, signal.SIGUSR1):  # a terminal, or a cluster, sends them to all processes of a job
         signal.signal(number, signal.SIG_IGN)
 

@@ -6,9 +6,13 @@ import hashlib
 import io
 import json
 import os
+import secrets
+import shutil
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +22,8 @@ import numpy as np
 from loras.building import TEMPORARY, write_atomically, written_atomically
 
 ROOT = Path(__file__).parent.parent  # of this program
+STALE_SECONDS = 7 * 24 * 3600  # a run's folder of this age is nobody's any more
+FILE_SECONDS = 120  # until every machine sees a new file
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -149,6 +155,35 @@ def load_arrays(path: Path, names: Iterable[str] | None = None) -> dict[str, np.
             return {name: archive[name] for name in names or archive.files}
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, LookupError) as error:
         raise OSError(f"{path} is damaged ({error}). Remove it") from error
+
+
+def make_run_folder(cache: Path, owner: str) -> Path:
+    """Make a folder for what a run writes for its own workers, and remove those that killed runs have left.
+
+    Args:
+        cache: Folder that runs share.
+        owner: Name that no two runs at work share.
+    """
+    for path in (cache / "runs").glob("*"):
+        with suppress(FileNotFoundError):  # another process removes it too
+            if path.name.startswith(f"{owner}-") or time.time() - path.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+    folder = cache / "runs" / f"{owner}-{secrets.token_hex(4)}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def wait_for(path: Path) -> None:
+    """Wait until this machine sees a file that another one may have written.
+
+    Raises:
+        OSError: It does not come.
+    """
+    since = time.monotonic()
+    while not path.exists():
+        if time.monotonic() - since > FILE_SECONDS:
+            raise OSError(f"{path} is not there, though a worker has written it")
+        time.sleep(0.1)
 
 
 def shard_path(folder: Path, first_row: int) -> Path:

@@ -25,6 +25,7 @@ from experiment.settings import UsageError
 from training.stacks import start_thread
 
 PROGRAM = ("autoencoders", "data", "representations", "experiment", "loras", "training")  # of which workers run
+LOSSES = 3  # of workers at a unit, after which it is given up
 LARGE = 2**24  # bytes of a unit's arrays, from which on whoever computes them writes the file
 
 
@@ -83,23 +84,36 @@ class Unit:
     def attempt(self, device: torch.device) -> Outcome:
         """Compute the arrays on a device; it fails where training diverges, or memory runs out."""
         try:
-            arrays = _within_memory(lambda part: self.compute(self.description.open(device), part), self)
+            arrays = _within_memory(lambda part: self.compute(self.description.open(device), part), self.stack)
         except FloatingPointError as error:
             return Outcome(failure=str(error))
         except OutOfMemory as error:
             return Outcome(failure=f"out of memory with one model at a time: {error}")
+        at_once = int(arrays["stack"].min())
         if sum(array.nbytes for array in arrays.values()) < LARGE:
-            return Outcome(arrays)
+            return Outcome(arrays, at_once=at_once)
         store.save_arrays(self.path, arrays)
-        return Outcome()
+        return Outcome(at_once=at_once)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The arrays of a unit, None where they are written or there are none; and why there are none, if so."""
+    """The outcome of a unit.
+
+    Attributes:
+        arrays: None where they are written already, or there are none.
+        failure: The reason why there are none; else empty.
+        at_once: Models in the smallest stack that were trained at once; None where it failed.
+    """
 
     arrays: dict[str, np.ndarray] | None = None
     failure: str = ""
+    at_once: int | None = None
+
+
+def notes_of(path: Path, notes: Path) -> int:
+    """Return how many workers have begun the unit of a file and not done it, given the folder of their notes."""
+    return len(list(notes.glob(f"{path.name}.*")))
 
 
 def finish(unit: Unit, notes: Path, device: torch.device) -> tuple[Path, Outcome]:
@@ -112,20 +126,29 @@ def finish(unit: Unit, notes: Path, device: torch.device) -> tuple[Path, Outcome
         note.unlink(missing_ok=True)
 
 
-def finish_elsewhere(unit: Unit, notes: Path, device: torch.device, program: str) -> tuple[Path, Outcome]:
-    """Do a unit in a worker process, as `finish` does.
+def finish_elsewhere(unit: Unit, notes: Path, kind: str, program: str) -> tuple[Path, Outcome]:
+    """Do a unit in a worker process, on its CPU or, as it sees but one, its GPU.
+
+    Args:
+        unit: The unit.
+        notes: Folder of notes.
+        kind: Of the device, "cpu" or "cuda".
+        program: Of the main process, as `program_digest` gives it.
 
     Raises:
         UsageError: This worker is of another program, or does not see the files of the run.
     """
     here = socket.gethostname()
     if program != program_digest():
-        raise UsageError(f"the worker on {here} runs another version of this program, or of torch. Start it anew.")
+        raise UsageError(f"the worker on {here} has another version of this program, or of torch. Start all again.")
     if not notes.is_dir():
         raise UsageError(
             f"the worker on {here} does not see {notes.parent}. Give a --cache-dir that all machines share."
         )
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"the worker on {here} sees no GPU. Start workers that do, or give --device=cpu.")
     _use_one_thread()
+    device = torch.device("cuda", 0) if kind == "cuda" else torch.device(kind)
     start_thread(device)
     return finish(unit, notes, device)
 
@@ -176,13 +199,12 @@ class Units:
         return min((size for size, planned in sizes if size < planned), default=None)
 
 
-def _within_memory(compute: Callable[[list], dict], unit: Unit) -> dict[str, np.ndarray]:
-    """Return the arrays of a unit, its stack trained in smaller ones if need be.
+def _within_memory(compute: Callable[[list], dict], stack: list) -> dict[str, np.ndarray]:
+    """Return the arrays of a stack, trained in smaller ones if need be.
 
     ``stack`` int64[M] among the arrays is the size of the stack that each model was trained in. Each stack begins
     whole, whatever happened to others: so it does not matter who trains which.
     """
-    stack = unit.stack
     at_once, start = len(stack), 0
     parts: list[dict[str, np.ndarray]] = []
     while start < len(stack):
@@ -197,5 +219,4 @@ def _within_memory(compute: Callable[[list], dict], unit: Unit) -> dict[str, np.
                 raise
         torch.cuda.empty_cache()  # here, and not while the exception still holds what was allocated
         at_once = len(part) // 2
-        print(f"  {unit.label}: {len(part)} models do not fit the memory: trying {at_once} at once", flush=True)
     return {name: np.concatenate([arrays[name] for arrays in parts]) for name in parts[0]}

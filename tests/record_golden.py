@@ -163,7 +163,7 @@ def record(name: str, folder: Path) -> None:
     # Explanations without weights are trained, for a second or two: what they gave is kept.
     kept |= {name: content["analysis"][name] for name in ("controls_not_run", "cheap")}
     content["dataset"]["path"] = f"data/{name}"
-    content["environment"] |= {"device": "CPU", "threads": 2, "date": "2026-11-26T12:00:00+00:00"}
+    content["environment"] |= {"device": "CPU", "workers": 2, "host": "node", "date": "2026-11-26T12:00:00+00:00"}
     kept["results"] = {key: value for key, value in content.items() if key not in ("analysis", "timing")}
     golden_store.save(golden_store.FOLDER / f"{name}.npz", kept)
 

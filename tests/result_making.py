@@ -144,7 +144,7 @@ def _results(e: Evidence, names: tuple[str, ...], analysis: dict) -> dict:
                                   "count": 1, "files": ["cat/0001.safetensors"], "groups": []}]},
         "config": {"top_k": e.top_k, "num_runs": RUNS, "rank_by": "test", "seed": 0, "quick": False, "device": "cpu",
                    "splits": 1, "layers": None, "left_out": {}, "classifier": training, "autoencoder": training},
-        "environment": {"torch": "2", "device": "CPU", "threads": 2, "date": "2026-11-25T02:10:03+00:00"},
+        "environment": {"torch": "2", "device": "CPU", "workers": 2, "host": "n", "date": "2026-11-25T02:10:03+00:00"},
         "timing": {"total": 1.5},
         "chance": {"accuracy": e.chance, "f1": 0.07},
         "layer_ranking": ranking,

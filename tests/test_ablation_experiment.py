@@ -1,9 +1,11 @@
 import csv
 import glob
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import ablation_experiment
 import autoencoders
 from ablation_experiment import files_of, main
 from experiment import extraction, inputs, plans, settings, store
+from experiment.engine import Engine
 from experiment.settings import Networks
 from loras import digits_zoo
 from report import text
@@ -339,7 +342,7 @@ def test_a_lost_page_is_made_again_and_nothing_is_trained(analysed, planted, tmp
     shutil.copytree(folder.parent, tmp_path / "out")
     page = tmp_path / "out" / "ablation_planted" / "report.html"
     page.unlink()
-    monkeypatch.setattr(plans, "train_classifiers", not_again)
+    monkeypatch.setattr(Engine, "_outcomes", lambda _, units: (not_again() for _ in units))
     run(tmp_path, planted[0], *ANALYSED, networks=NARROW)
     assert page.read_bytes() == (folder / "report.html").read_bytes()
 
@@ -376,7 +379,7 @@ def not_again(*_, **__):
     raise AssertionError("trained again")
 
 
-def test_a_rerun_does_nothing_and_other_settings_keep_the_old_results(tmp_path, monkeypatch, capsys):
+def test_a_rerun_does_nothing_and_other_settings_keep_the_old_results(one_core, tmp_path, monkeypatch, capsys):
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
     first = run(tmp_path, root, "--top-k=1", *QUICK)
     folder = tmp_path / "out" / "ablation_small"
@@ -420,7 +423,9 @@ def test_results_that_cannot_be_read_are_kept_and_written_anew(tmp_path):
 
 
 @pytest.mark.parametrize(("key", "value"), [("schema_version", 1), ("code", "0123456789abcdef")])
-def test_results_of_an_older_schema_or_of_other_code_are_kept_and_written_anew(tmp_path, monkeypatch, key, value):
+def test_results_of_an_older_schema_or_of_other_code_are_kept_and_written_anew(
+    one_core, tmp_path, monkeypatch, key, value
+):
     root = write_collection(tmp_path / "small", classes=2, per_class=5)
     flags = ("--top-k=1", "--quick", "--num-runs=1", "--representations=stats")
     first = run(tmp_path, root, *flags)
@@ -444,7 +449,7 @@ def test_results_of_an_older_schema_or_of_other_code_are_kept_and_written_anew(t
     assert [path.name for path in kept.parent.iterdir()] == ["1"]  # the new ones are found whole
 
 
-def test_finished_units_are_trusted_only_for_the_very_inputs_and_network(tmp_path, monkeypatch):
+def test_finished_units_are_trusted_only_for_the_very_inputs_and_network(one_core, tmp_path, monkeypatch):
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
     flags = ("--top-k=1", "--quick", "--representations=pca")
 
@@ -464,7 +469,7 @@ def test_finished_units_are_trusted_only_for_the_very_inputs_and_network(tmp_pat
     assert len(units() - before) >= 3  # another split, other streams: nothing is shared
 
 
-def test_a_cache_folder_of_ones_own_serves_another_output_folder(tmp_path, monkeypatch):
+def test_a_cache_folder_of_ones_own_serves_another_output_folder(one_core, tmp_path, monkeypatch):
     root = write_collection(tmp_path / "small", classes=2, per_class=5)
     cache = f"--cache-dir={tmp_path / 'cache'}"
     first = run(tmp_path, root, "--top-k=1", cache, *QUICK, out="one")
@@ -491,19 +496,15 @@ def test_a_killed_run_loses_nothing_that_was_finished(tmp_path):
     assert len(list((tmp_path / "out").rglob("classifier-*.npz"))) > len(finished)
 
 
-@pytest.fixture
-def one_process(monkeypatch):
-    """Let threads do everything, so that a test sees what is called."""
-    monkeypatch.setattr(ablation_experiment, "THREADS", 1)
-
-
-def test_an_interrupted_run_continues_where_it_stopped(one_process, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_continues_where_it_stopped(one_core, tmp_path, monkeypatch, capsys):
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
     whole = run(tmp_path, root, "--top-k=1", *QUICK, out="whole")
     trained, real = [], plans.train_classifiers
 
     def stop_at_third(*args, **kwargs):
         if len(trained) == 2:
+            while len(list((tmp_path / "out" / ".cache").rglob("classifier-*.npz"))) < 2:  # the main thread writes them
+                time.sleep(0.01)
             raise KeyboardInterrupt
         trained.append(1)
         return real(*args, **kwargs)
@@ -523,7 +524,7 @@ def test_an_interrupted_run_continues_where_it_stopped(one_process, tmp_path, mo
     assert results["layer_ranking"] == whole["layer_ranking"]
 
 
-def test_a_higher_top_k_and_more_runs_train_only_what_is_new(one_process, tmp_path, monkeypatch):
+def test_a_higher_top_k_and_more_runs_train_only_what_is_new(one_core, tmp_path, monkeypatch):
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
     seen, real = [], plans.train_classifiers
 
@@ -548,7 +549,7 @@ def test_a_higher_top_k_and_more_runs_train_only_what_is_new(one_process, tmp_pa
     assert fresh["layer_ranking"] == more["layer_ranking"] and fresh["baseline_results"] == more["baseline_results"]
 
 
-def test_a_stack_that_does_not_fit_memory_is_made_smaller_and_told(tmp_path, monkeypatch, capfd):
+def test_a_stack_that_does_not_fit_memory_is_made_smaller_and_told(one_core, tmp_path, monkeypatch, capfd):
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
     flags = ("--top-k=1", "--quick", "--representations=stats,vae")
     whole, real, learn = run(tmp_path, root, *flags), plans.train_classifiers, autoencoders.fit_transform
@@ -585,10 +586,8 @@ def test_a_stack_that_does_not_fit_memory_is_made_smaller_and_told(tmp_path, mon
     assert capfd.readouterr().err.startswith(told)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_weights_that_memory_does_not_hold_leave_one_representation_out(tmp_path, monkeypatch, threads):
+def test_weights_that_memory_does_not_hold_leave_one_representation_out(one_core, tmp_path, monkeypatch):
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
-    monkeypatch.setattr(ablation_experiment, "THREADS", threads)
     monkeypatch.setattr(Stored, "_raw", out_of_memory)
     left = run(tmp_path, root, "--top-k=1", "--quick", "--representations=stats,flat_vec", expected=3)
     assert list(left["baseline_results"]) == ["stats"]
@@ -599,7 +598,7 @@ def out_of_memory(*_, **__):
     raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
 
 
-def test_weights_that_do_not_fit_the_device_are_streamed_and_give_the_same(tmp_path, monkeypatch):
+def test_weights_that_do_not_fit_the_device_are_streamed_and_give_the_same(one_core, tmp_path, monkeypatch):
     root = write_collection(tmp_path / "small", classes=2, per_class=10)
     flags = ("--top-k=1", "--quick", "--representations=flat_vec")
     resident = run(tmp_path, root, *flags)
@@ -607,7 +606,7 @@ def test_weights_that_do_not_fit_the_device_are_streamed_and_give_the_same(tmp_p
     held = []
     monkeypatch.setattr(inputs, "Stored", lambda *args, hold: held.append(hold) or Stored(*args, hold))
     streamed = run(tmp_path, root, *flags, out="streamed")
-    assert held == [False]
+    assert held == [None]
     for key in ("layer_ranking", "baseline_results", "ablation_results"):
         assert resident[key] == streamed[key]
 
@@ -643,7 +642,7 @@ def test_pairs_need_a_pair_that_is_left_whole(tmp_path):
     assert run(tmp_path, root, *flags, expected=3) == results
 
 
-def test_a_diverging_representation_is_named_and_the_others_go_on(tmp_path, monkeypatch):
+def test_a_diverging_representation_is_named_and_the_others_go_on(one_core, tmp_path, monkeypatch):
     def diverge(*_, **__):
         raise FloatingPointError("training diverged")
 
@@ -654,7 +653,7 @@ def test_a_diverging_representation_is_named_and_the_others_go_on(tmp_path, monk
     assert list(results["baseline_results"]) == list(results["ablation_results"]) == ["stats"]
 
 
-def test_ties_by_validation_never_look_at_the_test_rows(tmp_path, monkeypatch):
+def test_ties_by_validation_never_look_at_the_test_rows(one_core, tmp_path, monkeypatch):
     root = write_collection(tmp_path / "small", classes=2, per_class=5)
 
     def trained(x, y, split, models, num_classes, **_):
@@ -698,23 +697,24 @@ def test_flags_are_refused_in_one_line(tmp_path, capsys, flags, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_gpu_has_a_number_and_each_process_its_own(monkeypatch):
+def test_all_gpus_that_are_visible_work_or_the_one_of_a_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name in ("auto", "cuda", "cuda:0"):
-        assert settings.resolve_device(name) == torch.device("cuda:0")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for variable in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # as torchrun sets them
+        monkeypatch.setenv(variable, "3")
+    both = torch.device("cuda", 0), torch.device("cuda", 1)
     for name in ("auto", "cuda"):
-        assert settings.resolve_device(name) == torch.device("cuda:1")
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ablation_experiment.UsageError, match=r"there are 2 GPUs here.* or start fewer processes"):
-        settings.resolve_device("auto")
+        assert settings.resolve_devices(name) == both
+    assert settings.resolve_devices("cuda:1") == both[1:]
+    assert settings.resolve_devices("cpu") == (torch.device("cpu"),)
+    with pytest.raises(ablation_experiment.UsageError, match="--device cuda:2: there are 2 GPUs here"):
+        settings.resolve_devices("cuda:2")
 
 
 @pytest.mark.parametrize(
     "error", [MemoryError("512 MiB for an array"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
-def test_a_cpu_that_is_out_of_memory_tries_smaller_stacks_and_tells(tmp_path, monkeypatch, capfd, error):
+def test_a_cpu_that_is_out_of_memory_tries_smaller_stacks_and_tells(one_core, tmp_path, monkeypatch, capfd, error):
     def too_much(*_, **__):
         raise error
 
@@ -729,10 +729,36 @@ def test_a_cpu_that_is_out_of_memory_tries_smaller_stacks_and_tells(tmp_path, mo
     assert capfd.readouterr().err.startswith(f"error: out of memory: {error}. Try another --device")
 
 
-def test_processes_of_one_machine_share_its_memory(monkeypatch):
-    whole = settings.memory_of(torch.device("cpu"))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert settings.memory_of(torch.device("cpu")) == whole // 4 > 0
+def test_memory_is_what_the_groups_of_the_process_and_its_slurm_job_allow(tmp_path, monkeypatch):
+    cpu, megabyte = torch.device("cpu"), 2**20
+    for variable in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # means nothing
+    whole = settings.memory_of(cpu)
+    assert 512 * megabyte < whole <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "100")
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "3")
+    assert settings.memory_of(cpu) == 300 * megabyte
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "200")
+    assert settings.memory_of(cpu) == 200 * megabyte
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "0")  # all that the node has
+    monkeypatch.delenv("SLURM_MEM_PER_CPU")
+    assert settings.memory_of(cpu) == whole
+
+    root, table, group = tmp_path / "sys/fs/cgroup", tmp_path / "proc/self/cgroup", "slurm/job_1/step_0"
+    table.parent.mkdir(parents=True)
+    monkeypatch.setattr(settings, "Path", lambda path: tmp_path / path.lstrip("/"))
+    for line, folder, name in (
+        (f"0::/{group}", root, "memory.max"),
+        (f"4:memory:/{group}", root / "memory", "memory.limit_in_bytes"),
+    ):
+        table.write_text(f"12:cpuset:/elsewhere\n{line}\n")
+        (folder / group).mkdir(parents=True)
+        (folder / group / name).write_text("max\n")
+        (folder / group).parent.joinpath(name).write_text(f"{50 * megabyte}\n")  # of the job, not of its step
+        assert settings.memory_of(cpu) == 50 * megabyte
+    table.unlink()  # another system than Linux
+    assert settings.memory_of(cpu) == whole or whole < settings.memory_of(cpu)
 
 
 def test_flags_are_checked_before_the_collection_is_touched(tmp_path, capsys):

@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -19,7 +20,7 @@ from training.classifier import (
     scored,
     train_classifiers,
 )
-from training.stacks import Schedule, Split, Stored, dropout_masks, standardise, stream, train
+from training.stacks import Schedule, Split, Stored, dropout_masks, filled, standardise, stream, train
 
 CLASSES, HIDDEN = 4, (16, 16, 16)
 
@@ -116,6 +117,7 @@ def test_inputs_read_from_storage_train_as_those_in_memory_do():
     in_memory = standardise(torch.from_numpy(stored)[None], split.train, at_once)
     schedule = Schedule(max_epochs=4, patience=9, hidden=HIDDEN)
     models = Models(torch.zeros(2, dtype=torch.long), torch.arange(2), torch.tensor([True] * 5 + [False]).repeat(2, 1))
+    whole = partial(filled, device=torch.device("cpu"))
     reads = {True: 0, False: 0}
     trained = {}
     for hold in (True, False):
@@ -124,7 +126,7 @@ def test_inputs_read_from_storage_train_as_those_in_memory_do():
             reads[hold] += 1
             return stored[rows]
 
-        inputs = Stored(read, stored.shape, split.train, hold, at_once)
+        inputs = Stored(read, stored.shape, split.train, whole if hold else None, at_once)
         assert reads[hold] == 0
         trained[hold] = train_classifiers(inputs, y, split, models, CLASSES, schedule=schedule, seed=3)
     first = train_classifiers(in_memory, y, split, models, CLASSES, schedule=schedule, seed=3)

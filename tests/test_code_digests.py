@@ -19,9 +19,9 @@ from test_house import FOLDERS, ROOT, name_of, parsed, product_files
 import ablation_experiment
 from data import index_collection
 from experiment import extraction, store
+from experiment.engine import Engine
 from experiment.phases import Experiment, split_collection
 from experiment.settings import resolve
-from experiment.workers import Workers
 
 CPU = torch.device("cpu")
 # Without the folders themselves, which hold a docstring and nothing else: see the first test.
@@ -42,7 +42,7 @@ LEFT_OUT_OF_ALL = {
     "loras/labels",  # the same; and the words for what is wrong with a file
     "loras/blocks",  # what layers are called in tables and figures
     "loras/building",  # how files are written, whole or not at all
-    "experiment/workers",  # who computes
+    "experiment/engine",  # who computes
 }
 SETTINGS = "experiment/settings"  # what flags mean: the key has seed, device, schedule, and the models of a stack
 LEFT_OUT = {
@@ -88,7 +88,7 @@ def keys_of(collection) -> dict[str, str]:
     weight_pass = extraction._Pass(collection, ROOT / "nothing is written here", CPU)
     kept, rows = np.ones(len(collection.layers), bool), split_collection(collection, settings.seed)
     extracted = weight_pass.extracted("0123456789abcdef")
-    experiment = Experiment(settings, collection, kept, rows, extracted, Workers(), lambda *_: None)
+    experiment = Experiment(settings, collection, kept, rows, extracted, Engine([CPU]), lambda *_: None)
     inputs, planner = experiment.inputs, experiment.planner
 
     def classifier(name: str) -> str:
@@ -101,7 +101,7 @@ def keys_of(collection) -> dict[str, str]:
         "classifier of stats": classifier("stats"),
         "classifier of vae": classifier("vae"),
         "autoencoder": planner.units.path(inputs.learned.autoencoder_stacks("vae")[0][0]).name,
-        "results": ablation_experiment.environment(CPU)["code"],
+        "results": ablation_experiment.environment(settings, Engine([CPU]))["code"],
     }
 
 
@@ -151,6 +151,6 @@ def test_an_edit_in_the_analysis_or_the_report_trains_nothing_again(covered):
 def test_imports_are_followed_into_functions_and_not_beyond_what_is_left_out():
     assert "loras/published" in imported("data")  # inside a function
     assert {"training/kernels", "training/classifier"} <= imported("experiment/plans")  # a module, and names of one
-    reached = closure({"experiment/extraction"}, {"data", "experiment/workers"})
+    reached = closure({"experiment/extraction"}, {"data", "experiment/engine"})
     assert "data" in reached and not {"loras/published", "experiment/settings"} & reached
     assert "loras/keys" in reached  # by way of loras/lora_files

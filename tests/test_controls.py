@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from making import NARROW, planted_collection, write_collection
 from safetensors.torch import load_file, save_file
 
@@ -19,10 +18,10 @@ from analysis.cross_fitting import cross_fitted
 from analysis.removal_plan import Order
 from data import index_as_asked, index_collection
 from experiment import controls, plans
+from experiment.engine import Engine
 from experiment.extraction import extract
 from experiment.phases import Experiment
 from experiment.settings import resolve
-from experiment.workers import Workers
 
 
 def experiment_on(root: Path, cache: Path, *flags: str) -> Experiment:
@@ -30,9 +29,10 @@ def experiment_on(root: Path, cache: Path, *flags: str) -> Experiment:
     args = ablation_experiment.parse_arguments(["--dataset", str(root), "--device=cpu", "--quick", *flags])
     settings, progress = resolve(args, NARROW), ablation_experiment.Progress(False)
     collection = index_as_asked(args, root, root.name, progress)
-    plan = ablation_experiment.make_plan(settings, collection)
-    extracted = extract(collection, plan.needed, cache, torch.device("cpu"))
-    experiment = Experiment(settings, collection, plan.selected, plan.rows, extracted, Workers(), progress)
+    engine = Engine(settings.devices)
+    plan = ablation_experiment.make_plan(settings, collection, engine)
+    extracted = extract(collection, plan.needed, cache, settings.device)
+    experiment = Experiment(settings, collection, plan.selected, plan.rows, extracted, engine, progress)
     ablation_experiment.run_phases(experiment, plan.chosen, {}, ablation_experiment.Stopwatch())
     return experiment
 
@@ -293,9 +293,3 @@ def test_an_experiment_that_nobody_needs_is_gone_at_once(planted):
         assert [reference() for reference in seen] == [None, None, None]
     finally:
         gc.enable()
-
-
-def test_other_processes_train_and_do_not_analyse(planted, monkeypatch):
-    monkeypatch.setattr(planted.workers, "rank", 1)
-    monkeypatch.setattr(controls.questions, "analyse", None)
-    assert asked(planted, "basic") is None

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from data import CollectionError, index_collection, without
 from experiment import extraction, store
+from experiment.engine import Engine
 from experiment.extraction import WEIGHTS, Extracted, extract
-from experiment.workers import Workers
 from representations import MEASURES, REPRESENTATIONS, matrix_features, pair_features
 
 CPU = torch.device("cpu")
@@ -177,9 +177,9 @@ def passes(monkeypatch) -> list:
     """Counts the passes over weights, of as many shards as the collection has: one, where none is made smaller."""
     counted, original = [], extraction._Pass.run
 
-    def counting(*args):
+    def counting(*args, **more):
         counted.append(1)
-        return original(*args)
+        return original(*args, **more)
 
     monkeypatch.setattr(extraction._Pass, "run", counting)
     return counted
@@ -466,8 +466,8 @@ def test_contents_that_changed_unnoticed_are_computed_anew(tmp_path, passes):
 def test_threads_give_the_same_as_one(tmp_path, small_shards):
     root = write_collection(tmp_path / "zoo", classes=2, per_class=9)
     collection, names = index_collection(root), ["stats", "spectral", "coupling", WEIGHTS]
-    one = extract(collection, names, tmp_path / "one", CPU, Workers(1))
-    four = extract(collection, names, tmp_path / "four", CPU, Workers(4))
+    one = extract(collection, names, tmp_path / "one", CPU, Engine([CPU]))
+    four = extract(collection, names, tmp_path / "four", CPU, Engine([CPU], cores=4))
     assert one.fingerprint == four.fingerprint
     for name in names:
         np.testing.assert_array_equal(loaded(one, name), loaded(four, name))

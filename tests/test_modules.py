@@ -9,6 +9,7 @@ from test_controls import experiment_on
 import ablation_experiment
 from data import index_collection
 from experiment import networks, readings
+from experiment.engine import Engine
 from experiment.networks import NETWORKS, Module, left_by_default
 from experiment.phases import on_permuted_labels
 from experiment.settings import resolve
@@ -136,6 +137,6 @@ def test_a_representation_that_is_left_out_is_run_where_its_name_is_given(tmp_pa
     for flag, chosen in (("all", False), ("stats,update_learned", True)):
         args = ablation_experiment.parse_arguments(["--dataset", str(root), "--top-k=1", f"--representations={flag}"])
         settings = resolve(args, NARROW)
-        plan = ablation_experiment.make_plan(settings, index_collection(root))
+        plan = ablation_experiment.make_plan(settings, index_collection(root), Engine(settings.devices))
         assert ("update_learned" in plan.chosen) == chosen
         assert ("update_learned" in plan.header["config"]["left_out"]) != chosen and not plan.not_run

@@ -1,4 +1,5 @@
 import hashlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from training.stacks import (
     Stored,
     dropout_masks,
     fast_products,
+    filled,
     numpy_stream,
     seed_of,
     standardise,
@@ -37,7 +39,8 @@ def test_dropout_keeps_as_many_as_it_should_and_their_mean():
 
 def test_what_cannot_be_held_is_read_as_it_comes(monkeypatch):
     stored = np.random.default_rng(0).standard_normal((20, 3)).astype(np.float32)
-    x = Stored(lambda rows: stored[rows], stored.shape, torch.arange(10), hold=True)
+    hold = partial(filled, device=torch.device("cpu"))
+    x = Stored(lambda rows: stored[rows], stored.shape, torch.arange(10), hold)
     expected = standardise(torch.from_numpy(stored), torch.arange(10))
 
     def full(*_, **__):

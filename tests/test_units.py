@@ -4,16 +4,25 @@ import numpy as np
 import pytest
 import torch
 
-from experiment.units import OutOfMemory, Units, one_memory_error
-from experiment.workers import TaskFailedError
+from experiment import store
+from experiment.plans import TrainingError
+from experiment.units import LARGE, OutOfMemory, Unit, Units, one_memory_error
 
 ARRAYS = {"a": np.arange(6.0).reshape(2, 3), "b": np.array([True, False])}
 KEY = {"kind": "classifier", "seed": 1, "models": [1, 2]}
+CPU = torch.device("cpu")
+
+
+class Opened:
+    """A description of inputs that opens to the device that they are asked for on."""
+
+    def open(self, device):
+        return device
 
 
 def test_a_unit_is_found_by_its_key_whatever_the_order(tmp_path):
     units = Units(tmp_path)
-    units.save(KEY, ARRAYS)
+    store.save_arrays(units.path(KEY), ARRAYS)
     again = Units(tmp_path).load(dict(reversed(KEY.items())))
     assert again.keys() == ARRAYS.keys()
     np.testing.assert_array_equal(again["a"], ARRAYS["a"])
@@ -43,26 +52,27 @@ def test_other_errors_stay_what_they_are():
 
 
 def test_an_error_of_ours_that_quotes_the_allocator_stays_itself():
-    with pytest.raises(TaskFailedError), one_memory_error():
-        raise TaskFailedError("out of memory with one model at a time: DefaultCPUAllocator: can't allocate memory")
+    with pytest.raises(TrainingError), one_memory_error():
+        raise TrainingError("out of memory with one model at a time: DefaultCPUAllocator: can't allocate memory")
 
 
 def test_a_stack_that_does_not_fit_is_trained_in_halves_and_stays_one_unit(tmp_path, capsys):
     units, sizes = Units(tmp_path), []
 
-    def compute(stack):
+    def compute(device, stack):
         sizes.append(len(stack))
         if len(stack) > 2:
             raise torch.OutOfMemoryError("Tried to allocate a lot.")
-        return {"predicted": np.array(stack)}
+        return {"predicted": np.array(stack), "on": np.array(len(stack) * [device.type])}
 
     key = {"kind": "classifier", "models": list(range(5))}
-    task = units.task(key, compute, list(range(5)), "ranking")
-    assert not task.finished()
-    task.run()
-    assert task.finished() and sizes == [5, 2, 2, 1]
-    arrays = units.load(key)
+    unit = units.unit(key, Opened(), compute, list(range(5)), "ranking")
+    outcome = unit.attempt(CPU)
+    assert outcome.failure == "" and sizes == [5, 2, 2, 1] and not unit.path.exists()  # who asked for it writes it
+    arrays = outcome.arrays
     assert arrays["predicted"].tolist() == list(range(5)) and arrays["stack"].tolist() == [2] * 5
+    assert arrays["on"].tolist() == ["cpu"] * 5
+    store.save_arrays(unit.path, arrays)
     assert units.smaller_stack([key]) == 2
     assert "ranking: 5 models do not fit the memory: trying 2 at once" in capsys.readouterr().out
 
@@ -74,11 +84,19 @@ def test_a_stack_that_does_not_fit_is_trained_in_halves_and_stays_one_unit(tmp_p
         (FloatingPointError("training diverged"), "training diverged"),
     ],
 )
-def test_a_task_that_cannot_be_done_says_why_and_leaves_nothing(tmp_path, error, reason):
-    def compute(_):
+def test_a_unit_that_cannot_be_done_says_why_and_leaves_nothing(tmp_path, error, reason):
+    def compute(*_):
         raise error
 
-    task = Units(tmp_path).task(KEY, compute, [1], "ranking")
-    with pytest.raises(TaskFailedError, match=f"^{reason}$"):
-        task.run()
-    assert not task.finished() and list(tmp_path.iterdir()) == []
+    unit = Units(tmp_path).unit(KEY, Opened(), compute, [1], "ranking")
+    assert unit.attempt(CPU).failure == reason and unit.attempt(CPU).arrays is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("numbers", "written"), [(LARGE // 8 - 2, False), (LARGE // 8, True)])
+def test_large_arrays_are_written_by_whoever_computes_them(tmp_path, numbers, written):
+    unit = Unit(tmp_path / "a.npz", Opened(), lambda *_: {"a": np.zeros(numbers)}, [1], "large")
+    outcome = unit.attempt(CPU)
+    assert (outcome.arrays is None) == written == unit.path.exists() and outcome.failure == ""
+    if written:
+        assert store.load_arrays(unit.path)["a"].shape == (numbers,)
