@@ -147,15 +147,10 @@ def finish_elsewhere(unit: Unit, notes: Path, kind: str, program: str) -> tuple[
         )
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"the worker on {here} sees no GPU. Start workers that do, or give --device=cpu.")
-    _use_one_thread()
     device = torch.device("cuda", 0) if kind == "cuda" else torch.device(kind)
     start_thread(device)
-    return finish(unit, notes, device)
-
-
-@cache  # for as long as this process lives
-def _use_one_thread() -> threadpool_limits:
-    return threadpool_limits(1)
+    with threadpool_limits(1):
+        return finish(unit, notes, device)
 
 
 @cache
