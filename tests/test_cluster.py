@@ -136,7 +136,7 @@ def test_a_cluster_gives_the_same_bytes_as_one_core_and_its_first_worker_may_com
     assert units[0] == units[1] and not list(tmp_path.glob("many/.cache/*/runs"))
 
 
-def test_workers_come_and_go(cluster, engine, tmp_path, capsys):
+def test_workers_come_and_go(cluster, engine, tmp_path):
     """A second one comes while the first is at work, then one is killed at a unit, which the other does."""
     if not cluster.processes[1:]:
         cluster.worker()
@@ -157,7 +157,7 @@ def test_workers_come_and_go(cluster, engine, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_unit_that_ends_its_workers_is_given_up(keys, tmp_path, capsys):
+def test_a_unit_that_ends_its_workers_is_given_up(keys, tmp_path):
     """Workers that a nanny starts again."""
     environment = keys | {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1"}
     cluster = Cluster(tmp_path, environment, "--protocol=tls")
@@ -170,9 +170,9 @@ def test_a_unit_that_ends_its_workers_is_given_up(keys, tmp_path, capsys):
         engine = cluster.engine()
         failure, *reasons = engine.do([guilty, *others])
         engine.close()
-        assert failure.startswith("unit guilty: each of ") and failure.endswith(" workers was lost")
-        assert reasons == [""] * 9 and 3 <= len(list((tmp_path / "deaths").iterdir())) <= 5
-        assert "  a worker was lost; it was at: unit guilty (guilty); that is done again" in capsys.readouterr().out
+        lost = len(list((tmp_path / "deaths").iterdir()))
+        assert failure == f"unit guilty: each of {lost} workers at it was lost" and 3 <= lost <= 5
+        assert reasons == [""] * 9
     finally:
         cluster.close()
 
