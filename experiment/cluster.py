@@ -111,16 +111,20 @@ def finish_on(client: object, units: list[Unit], task: Callable) -> Iterator[tup
         return client.submit(task, unit, key=f"{unit.path.stem}-{secrets.token_hex(4)}", pure=False)
 
     pending, attempts = {submit(unit): unit for unit in units}, Counter()
-    finished, heard = as_completed(list(pending), client.loop, with_results=True, raise_errors=False), time.monotonic()
+    # Without results: it forgets units whose result is lost with a worker, and who are then given up.
+    finished, heard = as_completed(list(pending), client.loop), time.monotonic()
     yield None
     try:
         while pending:
-            for future, result in finished.next_batch(block=False):
+            for future in finished.next_batch(block=False):
                 unit, heard = pending.pop(future), time.monotonic()
-                if future.status == "finished":
-                    yield result
+                try:
+                    outcome = future.result()  # waits until it is computed again, where it is lost with a worker
+                except Exception as error:
+                    _raise_unless_lost(error)
+                else:
+                    yield outcome
                     continue
-                _raise_unless_lost(result)
                 attempts[unit.path] += 1
                 lost = max(attempts[unit.path], notes_of(unit.path, task.keywords["notes"]))
                 if lost >= LOSSES:
@@ -137,7 +141,7 @@ def finish_on(client: object, units: list[Unit], task: Callable) -> Iterator[tup
         client.cancel(list(pending))
 
 
-def _raise_unless_lost(result: object) -> None:
+def _raise_unless_lost(error: Exception) -> None:
     """Raise what ended a unit, but not where workers were lost at it.
 
     Raises:
@@ -147,7 +151,6 @@ def _raise_unless_lost(result: object) -> None:
     """
     from distributed.scheduler import KilledWorker
 
-    error = result[1] if isinstance(result, tuple) else result
     if isinstance(error, KilledWorker):
         return
     if isinstance(error, CancelledError):

@@ -69,8 +69,8 @@ def test_each_unit_is_done_once_and_told_in_order(engine, cores, tmp_path):
     written = {unit.path: unit.path.stat().st_mtime_ns for unit in units}
     assert list(engine.do(units)) == [""] * 12 and list(engine.do([])) == []
     assert {path: path.stat().st_mtime_ns for path in written} == written  # finished ones are not done again
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun-run", "units"]
-    assert not list((tmp_path / "begun-run").iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "units"]
+    assert engine.folder.is_relative_to(tmp_path / "runs") and not list(engine.folder.iterdir())
     engine.close()
     assert [path.name for path in tmp_path.iterdir()] == ["units"]
 
@@ -96,6 +96,7 @@ def test_any_other_fault_is_raised_and_ends_the_job(engine, tmp_path):
 
 
 @each_way
+@pytest.mark.filterwarnings("ignore:.* tasks")  # pytest has its own filters
 def test_who_no_longer_listens_stops_the_work(engine, tmp_path):
     units = [unit(tmp_path, str(i), partial(working.worked, seconds=0.01)) for i in range(100)]
     outcomes = engine.do(units)
@@ -171,9 +172,9 @@ def test_a_unit_that_ends_its_workers_is_given_up_and_no_other_one(processes, tm
     how = "was ended by SIGKILL, as where memory runs out: fewer workers (OMP_NUM_THREADS) take less"
     assert failure == f"unit guilty: each of 3 workers {how}" and reasons == [""] * 5
     first, *more = capsys.readouterr().out.splitlines()
-    first_how, both = "was ended by the system, as memory had run out", "unit guilty (guilty) or unit 0 (0)"
-    assert first == f"  a worker {first_how}; it was at: {both}; that is done again"  # one of the two
-    assert more == [f"  a worker {how}; it was at: unit guilty (guilty); that is done again"] * 2, more
+    first_how = "was ended by SIGKILL, while the system ended processes for want of memory"
+    assert first == f"  a worker {first_how}; at work: unit guilty (guilty) or unit 0 (0); that is done again"
+    assert more == [f"  a worker {how}; at work: unit guilty (guilty); that is done again"] * 2, more
     assert len(list(deaths.iterdir())) == 3 and not guilty.path.exists()
     assert all(arrays(other)["device"] == ["cpu"] for other in others)
 
@@ -183,19 +184,19 @@ def test_three_losses_in_a_row_before_a_unit_is_begun_end_the_job(processes, tmp
     units = {name: unit(tmp_path, name) for name in "ab"}
     events = iter(["", "", "a", "", "", "done b", "", ""])
 
-    def start(units, at_once=None):
+    def start(units, task, at_once):
         event = next(events)
         if event.startswith("done"):
             yield tmp_path / "units" / f"{event[-1]}.npz", Outcome(working.worked(CPU, [0]))
         elif event:
-            (tmp_path / "begun-run" / f"{event}.npz.host.1.2").touch()
+            (processes.folder / f"{event}.npz.host.1.2").touch()
         raise BrokenProcessPool("The exit codes of the workers are {SIGSEGV(-11)}")
 
     monkeypatch.setattr(processes, "_start", start)
-    with pytest.raises(OSError, match=r"^3 times a worker was ended by SIGSEGV before it had begun a unit$"):
+    with pytest.raises(OSError, match=r"^3 times a worker was ended by SIGSEGV before it had begun a unit: The exit"):
         list(processes.do(list(units.values())))
     at = [f"unit {event} ({event})" if event == "a" else "no unit" for event in ("", "", "a", "", "", "", "")]
-    lines = [f"  a worker was ended by SIGSEGV; it was at: {name}; that is done again" for name in at]
+    lines = [f"  a worker was ended by SIGSEGV; at work: {name}; that is done again" for name in at]
     assert capsys.readouterr().out.splitlines() == lines and not list(events)
     assert [unit.path.exists() for unit in units.values()] == [False, True]
 
@@ -204,9 +205,9 @@ def test_three_losses_in_a_row_before_a_unit_is_begun_end_the_job(processes, tmp
 @pytest.mark.slow
 def test_workers_that_always_end_before_they_begin_end_the_job(processes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(engines, "end_with", working.kill_at_start)
-    with pytest.raises(OSError, match=r"^3 times a worker was ended by SIGKILL.* before it had begun a unit$"):
+    with pytest.raises(OSError, match=r"^3 times a worker was ended by SIGKILL.* before it had begun a unit: "):
         list(processes.do([unit(tmp_path, str(i)) for i in range(4)]))
-    assert capsys.readouterr().out.count("it was at: no unit; that is done again") == 2
+    assert capsys.readouterr().out.count("at work: no unit; that is done again") == 2
 
 
 JOB = f"""
@@ -266,11 +267,13 @@ def test_no_worker_outlives_a_process_that_is_killed_while_workers_import(tmp_pa
 
 def test_a_worker_of_another_program_or_of_other_files_is_refused(tmp_path, processes, monkeypatch):
     (tmp_path / "notes").mkdir()
-    task = partial(finish_elsewhere, unit(tmp_path, "a"), device=CPU)
-    with pytest.raises(UsageError, match=r"^the worker on .* runs another version of this program, or of torch\."):
+    task = partial(finish_elsewhere, unit(tmp_path, "a"), kind="cpu")
+    with pytest.raises(UsageError, match=r"^the worker on .* has another version of this program, or of torch\."):
         task(notes=tmp_path / "notes", program="0123456789abcdef")
     with pytest.raises(UsageError, match=rf"does not see {tmp_path}/elsewhere\. Give a --cache-dir that all machines"):
         task(notes=tmp_path / "elsewhere" / "notes", program=program_digest())
+    with pytest.raises(UsageError, match=r"sees no GPU\. Start workers that do, or give --device=cpu\."):
+        partial(task, kind="cuda")(notes=tmp_path / "notes", program=program_digest())
     monkeypatch.setattr(engines, "program_digest", lambda: "0123456789abcdef")
     with pytest.raises(UsageError, match="another version of this program"):
         list(processes.do([unit(tmp_path, "a")]))

@@ -1,5 +1,6 @@
 """Killed, stopped, crowded out: whatever happens to a run, the next one ends with the same bytes."""
 
+import contextlib
 import glob
 import json
 import multiprocessing
@@ -14,14 +15,18 @@ from pathlib import Path
 
 import pytest
 from making import write_collection
+from working import alive, children, until, workers
 
 import ablation_experiment
 from ablation_experiment import files_of
 from experiment import store
+from experiment.signals import ENDING, end_at_signals
 
 ROOT = Path(ablation_experiment.__file__).parent
 FLAGS = ("--top-k=1", "--quick", "--num-runs=2", "--device=cpu", "--representations=stats,pca,coupling,vae,flat_vec")
 KINDS = ("passes/*/*.json", "*/units/classifier-*", "*/units/autoencoder-*", "*/units/pca-*")
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
+SCRIPT = ROOT / "ablation_experiment.py"
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +52,20 @@ def expected(processes, collection, tmp_path_factory):
 
 
 class Run:
-    """A process at work, whose output goes to a pipe."""
+    """A run in threads of a process that begins with everything imported; its output goes to a pipe."""
 
     def __init__(self, context, arguments, file_size):
         self.output, output = context.Pipe(duplex=False)
         self.process = context.Process(target=_child, args=(arguments, output, file_size))
         self.process.start()
         output.close()
+        self.pid = self.process.pid
+
+    def running(self):
+        return self.process.is_alive()
+
+    def join(self, seconds):
+        self.process.join(seconds)
 
     def wait(self, seconds=120):
         self.process.join(seconds)
@@ -65,8 +77,8 @@ class Run:
             return output.read().splitlines()
 
     def kill(self, number=signal.SIGKILL):
-        if self.process.is_alive():
-            os.kill(self.process.pid, number)
+        if self.running():
+            os.kill(self.pid, number)
         return self.wait()
 
 
@@ -74,17 +86,44 @@ def _child(arguments, output, file_size):
     """The program as a process of its own runs it."""
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    end_at_signals()
     if file_size:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    sys.argv = ["ablation_experiment.py", *arguments]
-    sys.exit(ablation_experiment.command_line())
+    sys.exit(ablation_experiment.main(arguments))
 
 
-def started(context, collection, out, *flags, file_size=0):
+class Program(Run):
+    """The program as a user starts it, with two worker processes; it takes seconds to import what it needs."""
+
+    def __init__(self, arguments, log):
+        command, environment = [sys.executable, str(SCRIPT), *arguments], os.environ | {"OMP_NUM_THREADS": "2"}
+        self.log = log
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=output, env=environment, start_new_session=True
+            )
+        self.pid = self.process.pid
+
+    def running(self):
+        return self.process.poll() is None
+
+    def join(self, seconds):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+
+    def wait(self, seconds=120):
+        return self.process.wait(seconds)
+
+    def lines(self):
+        return self.log.read_text().splitlines()
+
+
+def started(context, collection, out, *flags, cores=1, file_size=0):
     out.mkdir(parents=True, exist_ok=True)
     arguments = ["--dataset", str(collection), "--output-dir", str(out), *FLAGS, *flags]
-    return Run(context, arguments, file_size)
+    return Run(context, arguments, file_size) if cores == 1 else Program(arguments, out.with_suffix(".log"))
 
 
 def results_in(out):
@@ -122,7 +161,7 @@ def test_a_kill_right_after_each_kind_of_unit_loses_nothing(processes, collectio
     for trial in range(10):  # a pass takes its documents away again, maybe before anyone has seen them
         out = tmp_path / f"out{trial}"
         run = started(processes, collection, out)
-        while run.process.is_alive() and not units_of(out, kind):
+        while run.running() and not units_of(out, kind):
             pass
         killed = run.kill() == -signal.SIGKILL
         before = finished_work(out)
@@ -134,16 +173,24 @@ def test_a_kill_right_after_each_kind_of_unit_loses_nothing(processes, collectio
     assert killed or kind.endswith("results.txt")
 
 
-def kills_at_random_moments(processes, collection, expected, tmp_path, number):
-    draw, kills, trial = random.Random(0), 0, 0
+def kills_at_random_moments(processes, collection, expected, tmp_path, number, cores):
+    """Kill runs until they get to their end; every other time, where there are several, a worker and not the run."""
+    draw, kills, trial, seconds = random.Random(0), 0, 0, expected[1] + (4 if cores > 1 else 0)
     while kills < number:
         out, trial = tmp_path / f"out{trial}", trial + 1
         before: dict = {}
         while True:
-            run = started(processes, collection, out)
-            run.process.join(draw.uniform(0, expected[1]))
+            run = started(processes, collection, out, cores=cores)
+            run.join(draw.uniform(0, seconds))
+            at_work = workers(run.pid) if run.running() else []
+            if at_work and kills % 2:
+                os.kill(draw.choice(at_work), signal.SIGKILL)  # the same run goes on
+                kills += 1
+                run.join(draw.uniform(0, seconds))
+            started_by_it = children(run.pid) if run.running() else []
             code = run.kill()
             kills += code == -signal.SIGKILL
+            until(lambda processes=started_by_it: not any(map(alive, processes)), seconds=5)
             after = finished_work(out)
             assert before.items() <= after.items()  # of what an earlier run finished nothing is done again
             before = after
@@ -155,30 +202,114 @@ def kills_at_random_moments(processes, collection, expected, tmp_path, number):
 
 
 def test_kills_at_random_moments_lose_nothing(processes, collection, expected, tmp_path):
-    kills_at_random_moments(processes, collection, expected, tmp_path, 1)
+    kills_at_random_moments(processes, collection, expected, tmp_path, 1, cores=1)
 
 
 @pytest.mark.slow
-def test_thirty_kills_at_random_moments_lose_nothing(processes, collection, expected, tmp_path):
-    kills_at_random_moments(processes, collection, expected, tmp_path, 30)
+def test_forty_kills_of_runs_and_of_workers_lose_nothing(processes, collection, expected, tmp_path):
+    kills_at_random_moments(processes, collection, expected, tmp_path, 10, cores=1)
+    kills_at_random_moments(processes, collection, expected, tmp_path / "workers", 30, cores=2)
+
+
+@pytest.mark.parametrize("number", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_run_goes_on_where_workers_are_killed_and_gives_the_same_as_one_core(processes, tmp_path, number):
+    """With inputs so large that torch itself would share them among threads."""
+    root = write_collection(tmp_path / "small", classes=2, per_class=20, modules=4, width=128)
+    assert started(processes, root, tmp_path / "one").wait() == 0
+    out, began = tmp_path / "two", set()
+    run = started(processes, root, out, cores=2)
+    for _ in range(number):
+        done = len(finished_work(out))
+        until(lambda done=done: len(finished_work(out)) > done)
+        until(lambda began=frozenset(began): len(set(workers(run.pid)) - began) == 2)
+        at_work = set(workers(run.pid)) - began
+        began |= {*at_work, *children(run.pid)}
+        os.kill(min(at_work), signal.SIGKILL)
+    until(lambda: set(workers(run.pid)) - began)
+    began |= set(children(run.pid))
+    assert run.wait() == 0
+    lines = [line for line in run.lines() if line.startswith("  a worker was ended by SIGKILL, as where memory runs")]
+    assert len(lines) == number and all("; at work: " in line for line in lines)
+    assert all(line.endswith("; that is done again") for line in lines)
+    assert_whole(out, results_in(tmp_path / "one"))
+    until(lambda: not any(map(alive, began)), seconds=5)
 
 
 # -- signals ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 143)])
-def test_signals_end_the_run_and_the_same_command_continues(processes, collection, expected, tmp_path, name, code):
-    out = tmp_path / "out"
-    run = started(processes, collection, out)
-    while run.process.is_alive() and not units_of(out, "*/units/classifier-*"):
-        pass
-    assert run.kill(getattr(signal, name)) == code
-    said = f"Stopped by {name}. The same command continues where this one stopped."
-    assert run.lines()[-1] == said
-    before = finished_work(out)
-    assert before and started(processes, collection, out).wait() == 0
-    assert before.items() <= finished_work(out).items()
-    assert_whole(out, expected[0])
+PHASES = {  # what is there when a phase has begun
+    "reading": "passes/*/*.json",
+    "ranking": "*/units/classifier-*",
+    "fitting": "*/units/autoencoder-*",
+    "results": "../ablation_small/.*",
+}
+ALL = [(phase, number) for phase in PHASES for number in ENDING]
+BY_DEFAULT = [("reading", signal.SIGUSR1), ("ranking", signal.SIGTERM), ("fitting", signal.SIGINT)]
+
+
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [pytest.param(*case, marks=[] if case in BY_DEFAULT else pytest.mark.slow) for case in ALL],
+    ids=lambda part: part if isinstance(part, str) else part.name,
+)
+def test_signals_end_the_run_and_the_same_command_continues(processes, collection, expected, tmp_path, phase, number):
+    ended = False
+    for trial in range(10):  # a phase may be over before anyone has seen it
+        out = tmp_path / f"out{trial}"
+        run = started(processes, collection, out)
+        while run.running() and not units_of(out, PHASES[phase]):
+            pass
+        start = time.monotonic()
+        code, seconds = run.kill(number), time.monotonic() - start
+        before = finished_work(out)
+        lines = run.lines()
+        assert started(processes, collection, out).wait() == 0
+        assert before.items() <= finished_work(out).items()
+        assert_whole(out, expected[0])
+        if ended := code != 0:
+            assert code == CODES[number] and seconds < 2
+            assert lines[-1] == f"Stopped by {number.name}. The same command continues where this one stopped."
+            break
+    assert ended
+
+
+def test_signals_end_a_run_with_workers_and_its_processes(processes, collection, tmp_path):
+    """All of its processes get the signal, as from a terminal or Slurm."""
+    run = started(processes, collection, tmp_path / "out", cores=2)
+    until(lambda: len(workers(run.pid)) == 2)
+    time.sleep(1.0)
+    started_by_it, start = children(run.pid), time.monotonic()
+    os.killpg(run.pid, signal.SIGUSR1)
+    assert run.wait() == 143 and time.monotonic() - start < 2
+    *_, before, last = run.lines()
+    assert last == "Stopped by SIGUSR1. The same command continues where this one stopped." and not before
+    until(lambda: not any(map(alive, started_by_it)), seconds=5)
+
+
+def catches(process: int, number: int) -> bool:
+    """Return whether a process handles a signal already."""
+    status = Path(f"/proc/{process}/status").read_text()
+    (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for handlers in /proc")
+@pytest.mark.parametrize("each", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_signals_end_a_run_that_has_just_begun(collection, tmp_path, each):
+    """Also while it imports, as soon as Python itself has started: of an earlier moment no program knows."""
+    cases = [(0.0, signal.SIGTERM), (0.5, signal.SIGINT), (1.0, signal.SIGUSR1), (2.0, signal.SIGTERM)]
+    if each:
+        cases = [(delay, number) for delay in (0.0, 0.1, 0.5, 1.0, 2.0) for number in ENDING]
+    for delay, number in cases:
+        command = [sys.executable, SCRIPT, "--dataset", collection, "--output-dir", tmp_path / f"{delay}-{number}"]
+        run = subprocess.Popen([*map(str, command), *FLAGS], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        until(lambda run=run, number=number: catches(run.pid, number))
+        time.sleep(delay)
+        os.kill(run.pid, number)
+        _, said = run.communicate(timeout=2)
+        assert run.returncode == CODES[number], said
+        assert said.decode().strip() == f"Stopped by {number.name}. The same command continues where this one stopped."
 
 
 # -- disks and caches ---------------------------------------------------------------------------------------
@@ -192,7 +323,7 @@ def test_a_full_disk_is_told_in_a_line_and_corrupts_nothing(
     out = tmp_path / "out"
     if where == "/units/":
         begun = started(processes, collection, out)
-        while begun.process.is_alive() and not units_of(out, "*/features/weights-*"):
+        while begun.running() and not units_of(out, "*/features/weights-*"):
             pass
         begun.kill()
     run = started(processes, collection, out, file_size=file_size)
@@ -246,8 +377,8 @@ def test_two_processes_on_one_output_folder_never_corrupt_it(processes, collecti
 
 
 @pytest.mark.slow
-def test_two_processes_never_corrupt_an_output_folder_in_twenty_rounds(processes, collection, expected, tmp_path):
-    assert two_writers(processes, collection, expected, tmp_path, 20) > 0
+def test_two_processes_never_corrupt_an_output_folder_in_ten_rounds(processes, collection, expected, tmp_path):
+    assert two_writers(processes, collection, expected, tmp_path, 10) > 0
 
 
 def test_two_processes_with_one_cache_do_the_same_in_two_folders(processes, collection, expected, tmp_path):
@@ -256,79 +387,3 @@ def test_two_processes_with_one_cache_do_the_same_in_two_folders(processes, coll
     assert [run.wait() for run in runs] == [0, 0], [run.lines()[-1] for run in runs]
     for out in ("one", "two"):
         assert results_in(tmp_path / out) == expected[0]
-
-
-# -- several processes of one job ---------------------------------------------------------------------------
-
-
-SCRIPT = ROOT / "ablation_experiment.py"
-
-
-def torchrun(collection, out, *flags, threads=1, script=SCRIPT):
-    """Start two processes of one job in the folder that holds the output's; with several threads each has children."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", script]
-    command += ["--dataset", collection, "--output-dir", out, *FLAGS, *flags]
-    return subprocess.Popen(
-        [*map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        cwd=out.parent,
-    )
-
-
-@pytest.mark.parametrize(("threads", "through_a_link"), [pytest.param(1, False, marks=pytest.mark.slow), (2, True)])
-def test_two_processes_of_one_job_give_the_same_bytes_as_one(collection, expected, tmp_path, threads, through_a_link):
-    script = SCRIPT
-    if through_a_link:
-        script = tmp_path / "linked.py"
-        script.symlink_to(SCRIPT)
-    job = torchrun(collection, tmp_path / "out", threads=threads, script=script)
-    output, _ = job.communicate(timeout=240)
-    assert job.returncode == 0, output
-    assert output.count("Phase 1") == 1  # only one of them speaks
-    assert_whole(tmp_path / "out", expected[0])
-    assert {path.name for path in tmp_path.iterdir()} <= {"out", "linked.py"}  # nothing lies in the folder of the start
-
-
-def test_a_job_that_lost_a_process_ends_and_the_next_one_continues(processes, collection, expected, tmp_path):
-    assert started(processes, collection, tmp_path / "whole", "--num-runs=8").wait() == 0
-    out = tmp_path / "out"
-    job = torchrun(collection, out, "--num-runs=8")
-    workers = Path(f"/proc/{job.pid}/task/{job.pid}/children")
-    while job.poll() is None and len(units_of(out, "*/units/classifier-*")) < 3:
-        time.sleep(0.01)
-    os.kill(int(workers.read_text().split()[-1]), signal.SIGKILL)
-    output, _ = job.communicate(timeout=240)
-    assert job.returncode not in (0, None), output
-    assert "in carry_out" not in output  # no traceback of ours
-    before = finished_work(out)
-    again = torchrun(collection, out, "--num-runs=8")
-    output, _ = again.communicate(timeout=240)
-    assert before and again.returncode == 0, output
-    assert before.items() <= finished_work(out).items()
-    assert_whole(out, results_in(tmp_path / "whole"))
-
-
-@pytest.mark.parametrize("flag", ["--top-k=4", pytest.param("--dataset=nowhere", marks=pytest.mark.slow)])
-def test_a_job_says_what_is_wrong_and_ends(collection, tmp_path, flag):
-    """Faults that all processes meet, or the first alone, for which the others wait."""
-    job = torchrun(collection, tmp_path / "out", flag)
-    output, _ = job.communicate(timeout=240)
-    said = [line for line in output.splitlines() if line.startswith(f"error: {flag.split('=')[0]}")]
-    assert job.returncode != 0 and len(said) == 1 and "another program" not in output
-    assert "in carry_out" not in output  # no traceback of ours
-    assert not (tmp_path / "out").exists()
-
-
-def test_units_do_not_depend_on_the_number_of_threads(tmp_path):
-    """With inputs so large that torch itself would share them among threads."""
-    root = write_collection(tmp_path / "small", classes=2, per_class=20, modules=4, width=128)
-    for threads in ("1", "2"):
-        environment = os.environ | {"OMP_NUM_THREADS": threads}
-        command = [sys.executable, ROOT / "ablation_experiment.py", "--dataset", root, "--output-dir"]
-        command = [*map(str, command), str(tmp_path / threads), *FLAGS]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    assert results_in(tmp_path / "1") == results_in(tmp_path / "2")

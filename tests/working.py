@@ -47,8 +47,15 @@ def killed(device, stack, deaths: Path, times: int, beside: str = "*"):
     died = len(list(deaths.iterdir()))
     if died < times:
         (deaths / str(died)).touch()
-        until(lambda: died or list(deaths.parent.glob(f"begun-*/{beside}.npz.*")))
+        until(lambda: died or list(deaths.parent.glob(f"runs/*/{beside}.npz.*")))
         os.kill(os.getpid(), signal.SIGKILL)
+    return worked(device, stack)
+
+
+def meet(device, stack, folder: Path, number: int):
+    """Wait until so many workers are at work."""
+    (folder / str(os.getpid())).touch()
+    until(lambda: len(list(folder.iterdir())) >= number)
     return worked(device, stack)
 
 
