@@ -70,7 +70,7 @@ class Settings:
 
     @property
     def is_analysed(self) -> bool:
-        """Whether the results are analysed, beside controls."""
+        """The need of an analysis: controls or shuffled labels are asked for."""
         return self.controls != "none" or self.null_shuffles > 0
 
     def config(self) -> dict:
