@@ -39,7 +39,7 @@ from threadpoolctl import threadpool_limits
 
 import data
 from data import Collection, CollectionError
-from experiment import checks, controls, store
+from experiment import checks, store
 from experiment.cluster import connect
 from experiment.engine import Engine
 from experiment.extraction import CHECKED, WEIGHTS, Extracted, extract
@@ -47,12 +47,11 @@ from experiment.flags import BUILT_IN_SIZES, NAMED_DATASETS, parse_arguments
 from experiment.modules import left_by_default
 from experiment.phases import UNITS, Experiment, emptied, split_collection
 from experiment.plans import TrainingError
-from experiment.repeated import repeat
 from experiment.settings import Networks, Settings, UsageError, count_cores, resolve
 from experiment.units import OutOfMemory, one_memory_error
 from loras import building, digits_zoo
 from loras.building import Progress
-from report import figures, page, text
+from report import text
 from report.text import Content
 from report.wording import top_layers as top_layers_text
 from representations import REPRESENTATIONS
@@ -340,7 +339,7 @@ def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndar
             "group_column": collection.group_column,
             "num_groups": None if collection.groups is None else int(collection.groups.max()) + 1,
             "samples": store.digest(samples),  # the fingerprint is of contents, and knows no groups
-            "metadata": store.digest(collection.columns) if controls.is_asked_for(settings) else None,
+            "metadata": store.digest(collection.columns) if settings.is_analysed else None,
             "ignored": dict(collection.ignored),
             "skipped": collection.skipped_records,
         },
@@ -412,12 +411,20 @@ def without_units(experiment: Experiment, names: list[str], removed: list[int]) 
 
 def analyse(experiment: Experiment, results: dict, watch: Stopwatch) -> dict | None:
     """Analyse what the numbers of the phases mean, beside controls; None where not asked for."""
+    if not experiment.settings.is_analysed:
+        return None
+    from experiment import controls  # takes half a second, with what it analyses by, as do figures below
+
     with watch.phase("analysis"):
         return controls.analyse(experiment, run_both_ways(results), say)
 
 
 def more_splits(experiment: Experiment, results: dict, watch: Stopwatch) -> dict | None:
     """Repeat the phases on other splits; None where none are asked for."""
+    if experiment.settings.splits == 1:
+        return None
+    from experiment.repeated import repeat
+
     with watch.phase("splits"):
         return repeat(experiment, run_both_ways(results), say)
 
@@ -466,6 +473,13 @@ def samples(experiment: Experiment, *_: object) -> bytes:
     return table.getvalue().encode()
 
 
+def report_page(_: Experiment, results: dict, content: Content, drawn: dict[str, bytes]) -> bytes:
+    """Return the content of report.html."""
+    from report import page
+
+    return page.render_page(results, drawn, content)
+
+
 @dataclass(frozen=True)
 class ResultFile:
     """A file of the results.
@@ -482,9 +496,7 @@ class ResultFile:
 RESULT_FILES = {
     "top_layers.json": ResultFile(top_layers),
     "results.txt": ResultFile(lambda _, results, content, __: text.render_text(results, content).encode()),
-    "report.html": ResultFile(
-        lambda _, results, content, drawn: page.render_page(results, drawn, content), always=False
-    ),
+    "report.html": ResultFile(report_page, always=False),
     "samples.csv": ResultFile(samples),
     "predictions.npz": ResultFile(lambda experiment, *_: store.packed_arrays(experiment.predictions.arrays())),
     # The last, so that the others are there when it is.
@@ -500,7 +512,11 @@ def files_of(results: dict) -> list[str]:
 
 def write_results(target: Path, experiment: Experiment, results: dict, content: Content) -> None:
     """Write all result files, results.json last; move what is there of other settings to previous/<n>/ first."""
-    drawn = figures.draw(results, content.findings)
+    drawn = {}
+    if results.get("analysis"):
+        from report import figures
+
+        drawn = figures.draw(results, content.findings)
     contents = {f"{FIGURE_FOLDER}/{name}": picture for name, picture in drawn.items()}
     for name in files_of(results):
         contents[name] = RESULT_FILES[name].written(experiment, results, content, drawn)

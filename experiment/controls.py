@@ -22,12 +22,10 @@ from data import Collection, CollectionError, check_classes, keep_together
 from experiment.phases import Experiment, emptied, on_permuted_labels, split_collection
 from experiment.plans import TrainingError
 from experiment.readings import attended, mapped
-from experiment.settings import Settings
 from experiment.units import OutOfMemory, one_memory_error
 from loras.recipe import header_columns, recipe_columns
 from representations import FEATURES, MAPPED, RANKING, REPRESENTATIONS, UPDATES
 
-LEVELS = ("none", "basic", "all")
 RECIPE_WIDTH = 300  # values of recipe fields that a cheap explanation reads at most
 SAMPLES = 200  # LoRAs in which features that are the same number are looked for
 
@@ -57,11 +55,6 @@ EXTENTS = {
 DRAWS, ORDERS = {"kept kernels": 200, "else": 39}, {"kept kernels": 5, "else": 1}
 
 
-def is_asked_for(settings: Settings) -> bool:
-    """Return whether there is to be an analysis."""
-    return settings.controls != "none" or settings.null_shuffles > 0
-
-
 def analyse(experiment: Experiment, names: Sequence[str], say: Callable[[str], None]) -> dict | None:
     """Return `analysis` of results.json, whatever is trained for it trained.
 
@@ -72,7 +65,7 @@ def analyse(experiment: Experiment, names: Sequence[str], say: Callable[[str], N
         names: Representations that were run with and without the top layers.
         say: Prints a line.
     """
-    if not is_asked_for(experiment.settings):
+    if not experiment.settings.is_analysed:
         return None
     say("\nControls, and what the numbers mean")
     level, evidence = experiment.settings.controls, evidence_of(experiment)

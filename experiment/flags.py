@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import data
-from experiment import controls
 from experiment.networks import FEW_LORAS, FEW_MODULES, NETWORKS
+from experiment.settings import LEVELS
 from representations import REPRESENTATIONS
 
 BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000}
@@ -94,7 +94,7 @@ def add_experiment_flags(add: Callable) -> None:
     )
     add(
         "--controls",
-        choices=controls.LEVELS,
+        choices=LEVELS,
         help="what to compare with. basic: all that needs no training, and for stats in 3 runs 39 random removals, the "
         "bottom k, the top k alone, curves of at least 12 points; each representation without the layers that other "
         "test LoRAs choose, in 3 runs; and the best representation without fitting on a split by groups where a "

@@ -24,6 +24,9 @@ QUICK = {"max_epochs": 30, "patience": 5}  # of --quick, of networks that read m
 RUNS_IN_STACK = {"cpu": 1, "cuda": 10}  # of one representation, so that more runs find the first ones finished
 
 
+LEVELS = ("none", "basic", "all")  # of controls
+
+
 class UsageError(ValueError):
     """A flag that cannot be used; the message says what to do."""
 
@@ -52,7 +55,7 @@ class Settings:
     representations: tuple[str, ...]
     all_representations: bool  # asked for by no name: the costly ones are left out where they would take long
     layers: str | None  # pattern; see `data.select_layers`
-    controls: str  # one of `controls.LEVELS`
+    controls: str  # one of `LEVELS`
     null_shuffles: int  # rankings to train on shuffled labels
     keep_twins: bool  # copies and epochs of one training stay where the split puts them
     classifier: Schedule
@@ -64,6 +67,11 @@ class Settings:
     def device(self) -> torch.device:
         """The device of the main process."""
         return self.devices[0]
+
+    @property
+    def is_analysed(self) -> bool:
+        """The need of an analysis: controls or shuffled labels are asked for."""
+        return self.controls != "none" or self.null_shuffles > 0
 
     def config(self) -> dict:
         """Return what results.json keeps of the settings: all that decides the numbers, no path and no machine."""

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from report.cautions import NO_CONTROLS, checks, warnings
-from report.figures import findings
 from report.modules import module_lines
 from report.sentences import VERDICTS, Answer, answers, over_splits
 from report.tables import SHARES, Table, tables
@@ -44,7 +43,12 @@ class Content:
 
 def content_of(results: dict) -> Content:
     """Return the sentences and tables that the content of results.json gives."""
-    return Content(answers(results), warnings(results), checks(results), tables(results), findings(results))
+    findings = {}
+    if results.get("analysis"):
+        from report import figures  # and matplotlib, for half a second
+
+        findings = figures.findings(results)
+    return Content(answers(results), warnings(results), checks(results), tables(results), findings)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

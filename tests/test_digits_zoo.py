@@ -373,10 +373,10 @@ def test_a_whole_collection_is_left_alone_and_another_is_refused(small, tmp_path
 def test_a_collection_that_another_process_finishes_first_is_not_built_again(small, tmp_path, monkeypatch):
     out, plain = tmp_path / "zoo", zoo.partial_folder
 
-    def after_another_build(folder, *how):
+    def after_another_build(*build):
         monkeypatch.setattr(zoo, "partial_folder", plain)
         zoo.build(out, 3)
-        return plain(folder, *how)
+        return plain(*build)
 
     monkeypatch.setattr(zoo, "partial_folder", after_another_build)
     zoo.build(out, 3, progress=kill_at("LoRAs", 3))  # the progress is never called

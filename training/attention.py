@@ -31,7 +31,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from scipy.linalg import eigh
 from torch import Tensor
 from torch.nn import functional
 
@@ -109,7 +108,8 @@ def _kernel_pca(
 
     As scikit-learn's `KernelPCA`, which would refuse a kernel whose eigenvalues are below 0 by rounding of float32.
     """
-    from sklearn.preprocessing import KernelCenterer  # a second, which workers that only train networks do not need
+    from scipy.linalg import eigh  # these take a second, which workers that only train networks do not need
+    from sklearn.preprocessing import KernelCenterer
 
     own = kernel[np.ix_(columns[fitted], fitted)].astype(np.float64)
     centerer = KernelCenterer().fit(own)
