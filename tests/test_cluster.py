@@ -63,7 +63,8 @@ class Cluster:
 
     def __init__(self, folder: Path, environment: dict[str, str], *flags: str):
         self.folder, self.file = folder, folder / "scheduler.json"
-        self.environment = os.environ | environment | {"PYTHONPATH": os.pathsep.join(map(str, [ROOT, TESTS]))}
+        paths = {"PYTHONPATH": os.pathsep.join(map(str, [ROOT, TESTS])), "DASK_TEMPORARY_DIRECTORY": str(folder)}
+        self.environment = os.environ | environment | paths
         self.processes: list[subprocess.Popen] = []
         self.scheduler = self._start("scheduler", "--host=127.0.0.1", "--port=0", *flags)
         until(self.file.exists)

@@ -207,26 +207,25 @@ def test_forty_kills_of_runs_and_of_workers_lose_nothing(processes, collection, 
     kills_at_random_moments(processes, collection, expected, tmp_path / "workers", 30, cores=2)
 
 
-@pytest.mark.parametrize("number", [1, pytest.param(5, marks=pytest.mark.slow)])
-def test_a_run_goes_on_where_workers_are_killed_and_gives_the_same_as_one_core(processes, tmp_path, number):
+def at_work(out: Path) -> set[int]:
+    """Return the processes that have noted a unit which they do."""
+    return {int(path.name.split(".")[-2]) for path in units_of(out, "*/runs/*/*.npz.*")}
+
+
+def test_a_run_goes_on_where_a_worker_is_killed_and_gives_the_same_as_one_core(processes, tmp_path):
     """With inputs so large that torch itself would share them among threads."""
     root = write_collection(tmp_path / "small", classes=2, per_class=20, modules=4, width=128)
     assert started(processes, root, tmp_path / "one").wait() == 0
-    out, began = tmp_path / "two", set()
+    out = tmp_path / "two"
     run = started(processes, root, out, cores=2)
-    for _ in range(number):
-        done = len(finished_work(out))
-        until(lambda done=done: len(finished_work(out)) > done)
-        until(lambda began=frozenset(began): len(set(workers(run.pid)) - began) == 2)
-        at_work = set(workers(run.pid)) - began
-        began |= {*at_work, *children(run.pid)}
-        os.kill(min(at_work), signal.SIGKILL)
+    until(lambda: finished_work(out) and at_work(out) & set(workers(run.pid)))
+    began = {*workers(run.pid), *children(run.pid)}
+    os.kill(min(at_work(out) & set(workers(run.pid))), signal.SIGKILL)
     until(lambda: set(workers(run.pid)) - began)
     began |= set(children(run.pid))
     assert run.wait() == 0
-    lines = [line for line in run.lines() if line.startswith("  a worker was ended by SIGKILL, as where memory runs")]
-    assert len(lines) == number and all("; at work: " in line for line in lines)
-    assert all(line.endswith("; that is done again") for line in lines)
+    (line,) = [line for line in run.lines() if line.startswith("  a worker was ended by SIGKILL, as where memory runs")]
+    assert "; at work: " in line and line.endswith("; that is done again")
     assert_whole(out, results_in(tmp_path / "one"))
     until(lambda: not any(map(alive, began)), seconds=5)
 
@@ -301,7 +300,7 @@ def test_signals_end_a_run_that_has_just_begun(collection, tmp_path, each):
     for delay, number in cases:
         command = [sys.executable, SCRIPT, "--dataset", collection, "--output-dir", tmp_path / f"{delay}-{number}"]
         run = subprocess.Popen([*map(str, command), *FLAGS], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        until(lambda run=run, number=number: catches(run.pid, number))
+        until(lambda run=run: catches(run.pid, ENDING[-1]))  # the last of which the program sets its handler
         time.sleep(delay)
         os.kill(run.pid, number)
         _, said = run.communicate(timeout=2)
