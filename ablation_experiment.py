@@ -162,7 +162,7 @@ def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> i
     cache = (args.cache_dir or args.output_dir / ".cache").absolute()  # workers may have begun in another folder
     say(text.settings_lines(settings.config(), environment(settings, engine), args.output_dir))
     if engine.cluster is not None:
-        say(f"cluster   {engine.count_workers()} workers at {args.scheduler} now; others may come, and leave")
+        say(f"cluster   workers at {args.scheduler}: {engine.count_workers()} now; others may come, and leave")
     name, folder = locate(args, progress)
     watch = Stopwatch()
     with watch.phase("index"):

@@ -69,6 +69,9 @@ def _address_of(scheduler: str) -> str:
     try:
         return str(json.loads(path.read_text(encoding="utf-8"))["address"])
     except (OSError, ValueError, LookupError, TypeError) as error:
+        if not path.exists():
+            fault = "neither a file that is there nor an address, such as tls://host:8786"
+            raise UsageError(f"--scheduler {scheduler}: {fault}.") from error
         raise UsageError(
             f"--scheduler {scheduler}: neither an address, such as tls://host:8786, nor the file of a Dask scheduler."
         ) from error
@@ -135,7 +138,8 @@ def finish_on(client: object, units: list[Unit], task: Callable) -> Iterator[tup
             if time.monotonic() - heard > SILENT_SECONDS:
                 heard = time.monotonic()
                 if not client.ncores():
-                    print("the Dask cluster has no worker: waiting for one", flush=True)
+                    hint = f"workers that cannot import the program end at once: PYTHONPATH={ROOT}"
+                    print(f"the Dask cluster has no worker: waiting for one ({hint})", flush=True)
             time.sleep(POLL_SECONDS)
     finally:
         client.cancel(list(pending))
@@ -145,7 +149,7 @@ def _raise_unless_lost(error: Exception) -> None:
     """Raise what ended a unit, but not where workers were lost at it.
 
     Raises:
-        UsageError: A worker cannot import this program.
+        UsageError: The scheduler cannot import this program.
         OSError: The scheduler is lost.
         Exception: Whatever the unit raised.
     """
@@ -156,6 +160,6 @@ def _raise_unless_lost(error: Exception) -> None:
     if isinstance(error, CancelledError):
         raise OSError("the connection to the Dask scheduler is lost") from error
     if "deserialization" in str(error):
-        mend = f"Start workers with PYTHONPATH={ROOT}, where they see that folder"
-        raise UsageError(f"a worker of the cluster cannot import this program ({error.__cause__ or error}). {mend}.")
+        mend = f"Start scheduler and workers with PYTHONPATH={ROOT}"
+        raise UsageError(f"the Dask scheduler cannot import this program ({error.__cause__ or error}). {mend}.")
     raise error

@@ -76,8 +76,8 @@ def code_digest(*parts: str) -> str:
 @cache  # the source that is running, also when a file is edited under a long run
 def _source(part: str) -> list[list[str]]:
     """Return names and contents of a module, or of all modules and templates of a folder."""
-    folder = ROOT / part
-    paths = sorted([*folder.glob("*.py"), *folder.glob("*.html")]) if folder.is_dir() else [folder.with_suffix(".py")]
+    folder, module = ROOT / part, ROOT / f"{part}.py"  # data/ of the user may lie beside data.py
+    paths = [module] if module.exists() else sorted([*folder.glob("*.py"), *folder.glob("*.html")])
     return [[path.name, path.read_text(encoding="utf-8")] for path in paths]
 
 

@@ -130,8 +130,8 @@ def test_a_cluster_gives_the_same_bytes_as_one_core_and_its_first_worker_may_com
     threading.Timer(1.0, cluster.worker).start()
     assert run(root, Path("many"), f"--scheduler={cluster.file}") == 0  # a relative path, of another folder than theirs
     said = capsys.readouterr().out
-    assert f"cluster   0 workers at {cluster.file} now; " in said
-    assert "the Dask cluster has no worker: waiting for one\n" in said
+    assert f"cluster   workers at {cluster.file}: 0 now; " in said
+    assert "the Dask cluster has no worker: waiting for one (" in said
     assert results_in(tmp_path / "many") == results_in(tmp_path / "alone")
     units = [sorted(path.name for path in tmp_path.glob(f"{out}/.cache/*/units/*")) for out in ("alone", "many")]
     assert units[0] == units[1] and not list(tmp_path.glob("many/.cache/*/runs"))
@@ -257,7 +257,7 @@ def test_a_scheduler_that_is_not_there_is_told_in_a_line(tmp_path, monkeypatch, 
     neither = "neither an address, such as tls://host:8786, nor the file of a Dask scheduler."
     for scheduler, words in {
         "tcp://127.0.0.1:9": "no Dask scheduler answers at tcp://127.0.0.1:9 (",
-        str(tmp_path / "nowhere.json"): neither,
+        str(tmp_path / "nowhere.json"): "neither a file that is there nor an address, such as tls://host:8786.",
         str(tmp_path / "scheduler.json"): neither,
     }.items():
         assert run(root, tmp_path / "out", f"--scheduler={scheduler}") == 2

@@ -17,6 +17,17 @@ ARRAYS = {
 }
 
 
+def test_a_folder_of_the_user_beside_a_module_is_no_part_of_the_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "ROOT", tmp_path)
+    monkeypatch.setattr(store, "_source", store._source.__wrapped__)
+    (tmp_path / "data.py").write_text("1")
+    before = store.code_digest("data")
+    (tmp_path / "data").mkdir()  # as the built-in collection makes it, while workers are at work
+    assert store.code_digest("data") == before
+    (tmp_path / "data.py").write_text("2")
+    assert store.code_digest("data") != before
+
+
 def test_equal_arrays_give_the_same_bytes_at_any_time(tmp_path, monkeypatch):
     store.save_arrays(tmp_path / "1.npz", ARRAYS)
     monkeypatch.setattr(time, "time", lambda: 2e9)
