@@ -77,7 +77,8 @@ def code_digest(*parts: str) -> str:
 def _source(part: str) -> list[list[str]]:
     """Return names and contents of a module, or of all modules and templates of a folder."""
     folder, module = ROOT / part, ROOT / f"{part}.py"  # data/ of the user may lie beside data.py
-    paths = [module] if module.exists() else sorted([*folder.glob("*.py"), *folder.glob("*.html")])
+    whole = folder.is_dir() and not module.exists()
+    paths = sorted([*folder.glob("*.py"), *folder.glob("*.html")]) if whole else [module]
     return [[path.name, path.read_text(encoding="utf-8")] for path in paths]
 
 
