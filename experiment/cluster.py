@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -105,10 +106,12 @@ def finish_on(client: object, units: list[Unit], task: Callable) -> Iterator[tup
     many workers as `LOSSES` have been lost at it.
 
     Raises:
+        UsageError: The scheduler cannot import this program.
         OSError: The scheduler is lost.
         Exception: Whatever a unit raised.
     """
     from distributed import as_completed
+    from distributed.scheduler import KilledWorker
 
     def submit(unit: Unit) -> object:
         return client.submit(task, unit, key=f"{unit.path.stem}-{secrets.token_hex(4)}", pure=False)
@@ -122,9 +125,10 @@ def finish_on(client: object, units: list[Unit], task: Callable) -> Iterator[tup
             for future in finished.next_batch(block=False):
                 unit, heard = pending.pop(future), time.monotonic()
                 try:
-                    outcome = future.result()  # waits until it is computed again, where it is lost with a worker
-                except Exception as error:
-                    _raise_unless_lost(error)
+                    with _named_faults():
+                        outcome = future.result()  # waits until it is computed again, where it is lost with a worker
+                except KilledWorker:
+                    pass
                 else:
                     yield outcome
                     continue
@@ -145,21 +149,20 @@ def finish_on(client: object, units: list[Unit], task: Callable) -> Iterator[tup
         client.cancel(list(pending))
 
 
-def _raise_unless_lost(error: Exception) -> None:
-    """Raise what ended a unit, but not where workers were lost at it.
+@contextmanager
+def _named_faults() -> Iterator[None]:
+    """Raise what Dask raises for faults of the cluster as errors that say what to do.
 
     Raises:
         UsageError: The scheduler cannot import this program.
         OSError: The scheduler is lost.
-        Exception: Whatever the unit raised.
     """
-    from distributed.scheduler import KilledWorker
-
-    if isinstance(error, KilledWorker):
-        return
-    if isinstance(error, CancelledError):
+    try:
+        yield
+    except CancelledError as error:
         raise OSError("the connection to the Dask scheduler is lost") from error
-    if "deserialization" in str(error):
-        mend = f"Start scheduler and workers with PYTHONPATH={ROOT}"
-        raise UsageError(f"the Dask scheduler cannot import this program ({error.__cause__ or error}). {mend}.")
-    raise error
+    except RuntimeError as error:
+        if "deserialization" not in str(error):
+            raise
+        fault = f"the Dask scheduler cannot import this program ({error.__cause__ or error})"
+        raise UsageError(f"{fault}. Start scheduler and workers with PYTHONPATH={ROOT}.") from error

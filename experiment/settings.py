@@ -243,7 +243,7 @@ def _slurm_limits() -> list[int]:
         for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE")
         if (value := os.environ.get(name, "")).isdecimal() and int(value) > 0  # 0: all that the node has
     }
-    limits = [megabytes[name] for name in ("SLURM_MEM_PER_NODE",) if name in megabytes]
+    limits = [megabytes["SLURM_MEM_PER_NODE"]] if "SLURM_MEM_PER_NODE" in megabytes else []
     if "SLURM_MEM_PER_CPU" in megabytes:
         limits.append(megabytes["SLURM_MEM_PER_CPU"] * megabytes.get("SLURM_CPUS_ON_NODE", 1))
     return [2**20 * limit for limit in limits]

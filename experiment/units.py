@@ -136,7 +136,7 @@ def finish_elsewhere(unit: Unit, notes: Path, kind: str, program: str) -> tuple[
         program: Of the main process, as `program_digest` gives it.
 
     Raises:
-        UsageError: This worker is of another program, or does not see the files of the run.
+        UsageError: This worker is of another program, sees no GPU, or not the files of the run.
     """
     here = socket.gethostname()
     if program != program_digest():
