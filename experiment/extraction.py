@@ -195,6 +195,7 @@ class _Pass:
             "representations",
             "loras/keys",
             "loras/lora_files",
+            "loras/order",
             "loras/scales",
             "experiment/extraction",
             "experiment/store",

@@ -1,4 +1,4 @@
-"""Keys of LoRA files -> modules, roles, and their order in the network, whatever wrote the file.
+"""Keys of LoRA files -> modules and roles, whatever wrote the file; what else lies in one.
 
 Every trainer names the factors of an update in its own style. A style is one row of `KEY_FAMILIES`: a pattern that
 gives the module, its role, and the adapter where a file can hold several. In every style a module has the same id.
@@ -7,6 +7,8 @@ gives the module, its role, and the adapter where a file can hold several. In ev
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -27,20 +29,65 @@ KEY_FAMILIES = {
     "cloneofsimo": r"^(?P<m>(?:unet|text_encoder):\d+):(?P<r>down|up)$",
 }
 SCALE = r"^(?P<m>.+?)(\.lora(_linear_layer|_down|_up|_A|_B)?)?\.alpha$"  # of a module, also beside its factors
+# Adapters of modules that cannot be read: one such key refuses the file, as its modules would be missing in silence.
 REFUSED_FAMILIES = {
     "a LoHa": r"\.hada_(w[12]_[ab]|t[12])$",
     "a LoKr": r"\.lokr_(w[12](_[ab])?|t[12])$",
-    "an OFT": r"\.oft_blocks$",
-    "a full-difference": r"\.(diff|diff_b)$",
+    "an OFT": r"\.oft_(R|diag)(\.|$)",
+    "an OFT or BOFT": r"\.oft_blocks$",
+    "a BOFT": r"\.boft_[Rs](\.|$)",
+    "a GLoRA": r"\.glora_[A-E]\.",
+    "an AdaLoRA": r"\.lora_E(\.|$)",
+    "an IA3": r"\.(ia3_l|on_input)(\.|$)",
+    "a PVeRA": r"(^|\.)pvera_(lambda_[bd]|[AB])(\.|$)",
+    "a VeRA": r"(^|\.)vera_(lambda_[bd]|[AB])(\.|$)",
+    "a VB-LoRA": r"(^|\.)vblora_(logits_[AB]|vector_bank)(\.|$)",
+    "a RandLoRA": r"(^|\.)randlora_(lambda|gamma|[AB])(\.|$)",
+    "a FourierFT": r"\.fourierft_spectrum(\.|$)",
+    "a WaveFT": r"\.waveft_spectrum(\.|$)",
+    "a T-LoRA": r"\.lambda_layer$",
+    "a Householder (HRA)": r"\.hra_u(\.|$)",
+    "a circulant (C3A)": r"\.c3a_kernel(\.|$)",
+    "a GraLoRA": r"\.gralora_[AB](\.|$)",
+    "a HiRA": r"\.hira_(embedding_)?[AB](\.|$)",
+    "a DeLoRA": r"\.delora_(lambda|w_norm|[AB])(\.|$)",
+    "a DEFT": r"\.deft_[PR](\.|$)",
+    "a Lily": r"\.lily_(router|[AB])(\.|$)",
+    "a PEANuT": r"\.peanut_(encoders|decoders|[AB])(\.|$)",
+    "a Poly": r"\.poly_(lora_[AB]|router)(\.|$)",
+    "a PSOFT": r"\.psoft_R(\.|$)",
+    "a TinyLoRA": r"(^|\.)tinylora_[ABPv](\.|$)",
+    "a Uni-LoRA": r"(^|\.)unilora_theta_d(\.|$)",
+    "a FRoD": r"(^|\.)frod_(V|s_\w+|lambda_\w+)(\.|$)",
+    "a SHiRA": r"\.shira_(weight|indices)(\.|$)",
+    "a SuperTuning": r"\.supertuning_(indices|values)(\.|$)",
+    "a RoAd": r"\.road_(theta|alpha)(\.|$)",
+    "a MiSS": r"\.(miss|bone)_block(\.|$)",
+    "an AdaMSS": r"\.adamss_[AB](\.|$)",
+    "an OSF": r"\.osf_svd_params\.",
+    "a ShadowPEFT": r"\.shadow_(down|up|update_gate|update_transform)\.",
+    "an X-LoRA": r"(^|\.)xlora_classifier\.",
     "a mangled kohya": r"^lora_(unet|te\d?)_.+_lora_(down|up)\.weight$",
 }
+# The same where only several tensors of a module together name the family.
+REFUSED_TOGETHER = {"a GLoRA": ("a1.weight", "a2.weight", "b1.weight", "b2.weight")}
+# What may lie beside the pairs; the first row that fits counts.
 IGNORED = {
     "*.dora_scale": r"\.dora_scale$",
     "*.lora_magnitude_vector": r"\.lora_magnitude_vector(\.[^.]+)?(\.weight)?$",
-    "*.lora_A.bias, *.lora_B.bias": r"\.lora_[AB]\.bias$",
+    "*.lora_A.bias, *.lora_B.bias": r"\.lora_[AB](\.[^.]+)?\.bias$",
     "embeddings <...>": r"^<.+>$",
+    "embeddings bundle_emb.*": r"^bundle_emb\.",
+    "embeddings of tokens": r"^(emb_params|clip_[lg]|t5xxl)$|^string_to_param\.|\.trainable_tokens_",
+    "prompts": r"^(prompt_embeddings|prefix_task_(cols|rows))$",
     "*.modules_to_save.*": r"\.modules_to_save\.",
+    "*.base_layer.*": r"\.base_layer\.",
+    "differences of biases and norms": r"\.(diff|diff_b|w_norm|b_norm|beft_bias)$|\.ln_tuning_layers\.",
 }
+FULL_DIFFERENCES = "full differences (*.diff)"  # of matrices and convolutions
+OTHERS = "tensors that are no LoRA"
+# Parts of a key that name a factor, whatever else they may be called; a module may have "lora" in its name.
+_FACTOR = re.compile(r"lora(_([a-zA-Z0-9]|down|up|mid|left|right|embedding_[a-zA-Z]|linear_layer))?")
 
 
 class LoraFileError(ValueError):
@@ -57,57 +104,133 @@ class LoraFileError(ValueError):
         super().__init__(line)
 
 
-def canonical_module(raw: str) -> str:
-    """Return the one id that a module has in every style of naming.
+# ----------------------------------------------------------------------------------------------------------------------
+# Modules
+# ----------------------------------------------------------------------------------------------------------------------
 
-    Wrappers (``base_model.model.``, ``diffusion_model.``) are stripped, kohya's component prefixes spelled out,
-    ``.processor`` dropped and dots (and cloneofsimo's colon) become underscores. The inverse is ambiguous.
-
-    Example:
-        >>> canonical_module("unet.mid_block.attentions.0.proj_in")
-        'unet_mid_block_attentions_0_proj_in'
-        >>> canonical_module("lora_unet_mid_block_attentions_0_proj_in")
-        'unet_mid_block_attentions_0_proj_in'
-    """
-    while (stripped := raw.removeprefix("base_model.model.").removeprefix("diffusion_model.")) != raw:
-        raw = stripped
-    for kohya, component in (
-        ("lora_unet_", "unet_"),
-        ("lora_transformer_", "transformer_"),
-        ("lora_te_", "text_encoder_"),
-        ("lora_te1_", "text_encoder_"),
-        ("lora_te2_", "text_encoder_2_"),
-        ("lora_te3_", "text_encoder_3_"),
-    ):
-        if raw.startswith(kohya):
-            raw = component + raw.removeprefix(kohya)
-    return re.sub(r"\.processor(?=\.|$)", "", raw).replace(".", "_").replace(":", "_")
-
-
-_WORD = re.compile(r"conv_in|conv_out|single_transformer_blocks|transformer_blocks|[^\W\d_]+|\d{1,18}")
-# Words of one row stand in the row's order, wherever the alphabet would put them.
-_ORDERED_WORDS = (
-    ("conv_in", "down", "mid", "up", "conv_out"),
-    ("transformer_blocks", "single_transformer_blocks"),
-    ("q", "k", "v", "out"),
+# What programs put into paths (torch.compile, FSDP, checkpointing; early diffusers), with the joint before or behind.
+_INSERTED = re.compile(
+    r"[._](?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=[._]|$)"
+    r"|^(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)[._]|\.processor(?=\.|$)"
 )
-_RANK_OF_WORD = {word: (row[0], i) for row in _ORDERED_WORDS for i, word in enumerate(row)}
+# What stands in front of a network's own names, nested in any order. Group te: a text encoder, which remains.
+_CLIP_L = r"(?:text_encoders[._])?(?:clip_l|clip_g|t5xxl)"
+_TEXT_ENCODER = rf"(?P<te>(?:lora|lycoris)_te[1-4]?|text_encoder(?:_[2-9])?|{_CLIP_L})[._](?=[^\d.])"
+_FRONT = (  # of paths, and of names whose joints are underscores
+    re.compile(
+        r"(?:base_model\.model|diffusion_model|module|model|language_model|unet|transformer"
+        r"|bert|roberta|distilbert|deberta|electra|gpt_neox)\.(?=[^\d.])"
+        rf"|(?:lora_unet|lora_transformer|lycoris)[._]|{_TEXT_ENCODER}"
+    ),
+    re.compile(
+        r"(?:lora_unet|lycoris|lora_transformer(?!_blocks_)|lora(?=_(?:transformer|text_encoder)_))_"
+        r"|(?:base_model_model|diffusion_model|module|model|language_model|unet|transformer(?=_h_\d"
+        r"|_(?:single_)?transformer_blocks_))_(?=[^\d_])"
+        rf"|{_TEXT_ENCODER}"
+    ),
+)
+_TEXT_ENCODERS = {  # every name -> the one of diffusers
+    "te": "text_encoder",
+    "te1": "text_encoder",
+    "te2": "text_encoder_2",
+    "te3": "text_encoder_3",
+    "te4": "text_encoder_4",
+    "clip_l": "text_encoder",
+    "clip_g": "text_encoder_2",
+    "t5xxl": "text_encoder_3",
+}
+# Names with which a network begins, and what stands in front of them in every style: (names, front).
+_HOMES = (
+    (
+        r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_out|add_embedding|encoder_hid_proj"
+        r"|input_blocks|middle_block|output_blocks)(?=_|$)",
+        "unet_",
+    ),
+    (r"text_model_(?:encoder_layers|embeddings|final_layer_norm)_", "text_encoder_"),
+)
+_CLIP = re.compile(r"(?:encoder_layers|embeddings|final_layer_norm)_")  # of a text encoder; without text_model lately
+# Stable Diffusion's original code -> diffusers: modules before and after the blocks, and those of a ResNet block.
+_ORIGINAL = {
+    "input_blocks_0_0": "conv_in",
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+    "out_2": "conv_out",
+}
+_RESNET = {
+    "in_layers_2": "conv1",
+    "emb_layers_1": "time_emb_proj",
+    "out_layers_3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_ORIGINAL_BLOCK = re.compile(
+    r"(?:(?P<way>input|output)_blocks_(?P<number>\d|1[01])_(?P<place>[012])|middle_block_(?P<middle>[012]))"
+    r"_(?P<within>.+)"
+)
 
 
 @lru_cache(maxsize=2**16)
-def depth_key(module: str, role: str) -> tuple:
-    """Return a sort key for the network's order; a file's own order is alphabetical and means nothing.
+def canonical_module(raw: str) -> str:
+    """Return the one id that a module has in every style of naming.
 
-    Natural sort of the canonical id, text encoders before unet or transformer; conv_in, down, mid, up, out;
-    transformer_blocks before single_transformer_blocks; q, k, v, out; down before up.
+    Wrappers (``base_model.model.``, ``_orig_mod.``), the network's component (``unet.``, ``lora_unet_``) and
+    ``.processor`` are dropped, dots (and cloneofsimo's colon) become underscores, and Stable Diffusion's original names
+    those of diffusers. A UNet's names then have ``unet_`` in front, and a text encoder keeps its component. The inverse
+    is ambiguous.
+
+    Example:
+        >>> canonical_module("mid_block.attentions.0.proj_in"), canonical_module("lora_unet_middle_block_1_proj_in")
+        ('unet_mid_block_attentions_0_proj_in', 'unet_mid_block_attentions_0_proj_in')
+        >>> canonical_module("diffusion_model.double_blocks.0.img_attn.qkv")
+        'double_blocks_0_img_attn_qkv'
     """
-    parts = []
-    for word in _WORD.findall(module):
-        if word.isdecimal():
-            parts.append((1, int(word), "", 0))  # numbers after words: text_encoder before text_encoder_2
-        else:
-            parts.append((0, 0, *_RANK_OF_WORD.get(word, (word, 0))))
-    return (not module.startswith("text_encoder"), parts, module, role == "up")
+    component = ""
+    rest = _INSERTED.sub("", raw)
+    while match := _FRONT["." not in rest].match(rest):
+        if (encoder := match["te"]) and not component:
+            name = re.sub(r"^(lora_|lycoris_|text_encoders[._])", "", encoder)
+            component = _TEXT_ENCODERS.get(name, name)
+        rest = rest[match.end() :]
+    rest = rest.replace(".", "_").replace(":", "_").replace("vision_tower_vision_model_", "vision_tower_")
+    if component:
+        return f"{component}_text_model_{rest}" if _CLIP.match(rest) else f"{component}_{rest}"
+    rest = _name_of_diffusers(rest)
+    return next((front for names, front in _HOMES if re.match(names, rest)), "") + rest
+
+
+def _name_of_diffusers(name: str) -> str:
+    """Return what diffusers calls a module of Stable Diffusion's original UNet; other names as they are.
+
+    A level has two blocks and a downsampler on the way down, after the first convolution, and three blocks on the way
+    up, the last of which holds the upsampler.
+    """
+    match = _ORIGINAL_BLOCK.fullmatch(name)
+    if name in _ORIGINAL or not match:
+        return _ORIGINAL.get(name, name)
+    within = match["within"]
+    if match["middle"]:
+        side, position, place = "mid_block", int(match["middle"]) // 2, "1" if match["middle"] == "1" else "0"
+    elif match["way"] == "input":
+        level, position = divmod(int(match["number"]) - 1, 3)
+        side, place = f"down_blocks_{level}", match["place"]
+        if position == 2:
+            return f"{side}_downsamplers_0_conv" if (place, within) == ("0", "op") else name
+    else:
+        level, position = divmod(int(match["number"]), 3)
+        side, place = f"up_blocks_{level}", match["place"]
+        if within == "conv":
+            return f"{side}_upsamplers_0_conv"
+    if place == "0" and within in _RESNET:
+        return f"{side}_resnets_{position}_{_RESNET[within]}"
+    if place == "1" and within.startswith(("transformer_blocks_", "proj_in", "proj_out")):
+        return f"{side}_attentions_{position}_{within}"
+    return name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Keys
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class _Key(NamedTuple):
@@ -128,7 +251,7 @@ def parse_key(key: str) -> _Key | None:
     """
     for name, pattern in REFUSED_FAMILIES.items():
         if re.search(pattern, key):
-            raise LoraFileError(f"{name} adapter ({key}), which cannot be read. Convert it or leave it out.")
+            raise _refused(name, key)
     for style, pattern in KEY_FAMILIES.items():
         if match := re.match(pattern, key):
             parts = match.groupdict()
@@ -140,15 +263,47 @@ def parse_key(key: str) -> _Key | None:
     return None
 
 
-def ignored_as(key: str) -> str:
-    """Return the row of `IGNORED` under which a tensor that is no LoRA weight is counted.
+def count_ignored(shapes: Mapping[str, Sequence[int]], modules: Collection[str]) -> Counter:
+    """Count the tensors of a file that are no LoRA weights, by rows of `IGNORED`.
+
+    What lies beside the pairs is no reason to refuse them, unless it is a module's adapter, which would be missing.
+
+    Args:
+        shapes: The shape of each such tensor.
+        modules: Canonical modules that have a factor of a pair.
 
     Raises:
-        LoraFileError: The key names a LoRA in an unknown way.
+        LoraFileError: The tensors are of a family that is refused, or a factor in an unknown form.
     """
+    for name, leaves in REFUSED_TOGETHER.items():
+        for key in shapes:
+            module = key.removesuffix(leaves[0])
+            if module != key and all(module + leaf in shapes for leaf in leaves):
+                raise _refused(name, key)
+    return Counter(_ignored_as(key, shape, modules) for key, shape in shapes.items())
+
+
+def _ignored_as(key: str, shape: Sequence[int], modules: Collection[str]) -> str:
+    if key.endswith(".diff") and len(shape) > 1:
+        return FULL_DIFFERENCES
     for name, pattern in IGNORED.items():
         if re.search(pattern, key):
             return name
-    if "lora" in key.lower():
-        raise LoraFileError(f"{key} names a LoRA in an unknown way. Rename its keys or leave the file out.")
-    return "tensors that are no LoRA"
+    parts = key.split(".")
+    factor = next((i for i, part in enumerate(parts) if _FACTOR.fullmatch(part)), None)
+    if factor is not None and canonical_module(".".join(parts[:factor])) not in modules:
+        raise LoraFileError(f"{key} names a factor of a LoRA in an unknown way. Convert it or leave the file out.")
+    return OTHERS
+
+
+def without_pairs(keys: Sequence[str], ignored: Collection[str]) -> LoraFileError:
+    """Return the error of a file that holds no pair, by the name of what it holds instead."""
+    if FULL_DIFFERENCES in ignored:
+        return _refused("a full-difference", next(key for key in keys if key.endswith(".diff")))
+    held = [name for name in ignored if name != OTHERS]
+    holds = f"; it holds {', '.join(held)}" if held else ""
+    return LoraFileError(f"no LoRA pair{holds}; the first keys are {', '.join(keys[:3]) or 'none'}. Is it a LoRA?")
+
+
+def _refused(family: str, key: str) -> LoraFileError:
+    return LoraFileError(f"{family} adapter ({key}), which cannot be read. Convert it or leave it out.")

@@ -26,7 +26,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from loras.blocks import attention_of, blocks_of, projection_of
-from loras.keys import SCALE, LoraFileError, canonical_module, depth_key, ignored_as, parse_key
+from loras.keys import SCALE, LoraFileError, canonical_module, count_ignored, parse_key, without_pairs
+from loras.order import in_network_order
 
 MAX_HEADER_BYTES = 25_000_000  # the library allows 100 MB; a hostile header of that size took it 9 seconds and 1.4 GB
 MAX_TENSORS_BYTES = 5_000_000  # of a header less its metadata: some 30,000 tensors
@@ -365,7 +366,7 @@ def _parse(header: str) -> Places:
     entries.pop(METADATA, None)
     factors, alphas, ignored = _sort_keys(entries)
     if not factors:
-        raise LoraFileError(f"no LoRA pair; the first keys are {', '.join(list(entries)[:3]) or 'none'}. Is it a LoRA?")
+        raise without_pairs(list(entries), ignored)
     mids = {module: key for (module, role), key in factors.items() if role == "mid"}
     modules = tuple(sorted({module for module, _ in factors}))
     block_of = dict(zip(modules, blocks_of(modules), strict=True))
@@ -377,7 +378,8 @@ def _parse(header: str) -> Places:
     for module, mid in mids.items():
         layers[module, "down"] = _with_mid(layers.get((module, "down")), module, mid, entries)
     _check_pairs(layers)
-    ordered = sorted(layers.values(), key=lambda layer: depth_key(layer.module, layer.role))
+    sides = {module: (layers[module, "down"].free_side, layers[module, "up"].free_side) for module in modules}
+    ordered = [layers[module, role] for module in in_network_order(sides) for role in ("down", "up")]
     layout = _layout(tuple(ordered), tuple(sorted(alphas.items())), tuple(sorted(ignored.items())))
     return _places(layout, entries, mids)
 
@@ -386,7 +388,7 @@ def _sort_keys(entries: dict) -> tuple[dict[tuple[str, str], str], dict[str, str
     """Return the keys of factors by module and role, those of alphas by module, and how many are neither."""
     factors: dict[tuple[str, str], str] = {}
     alphas: dict[str, str] = {}
-    ignored: Counter = Counter()
+    others: dict[str, list[int]] = {}
     adapters: dict[str, str] = {}
     for key, entry in entries.items():
         if len(key) > MAX_KEY_LENGTH:
@@ -409,7 +411,8 @@ def _sort_keys(entries: dict) -> tuple[dict[tuple[str, str], str], dict[str, str
             if first != key:
                 raise LoraFileError(f"two tensors are the alpha of module {module}: {first} and {key}. Keep one.")
         else:
-            ignored[ignored_as(key)] += 1
+            others[key] = entry["shape"]
+    ignored = count_ignored(others, {module for module, _ in factors})
     for module in alphas.keys() - {module for module, _ in factors}:
         ignored["*.alpha without its module"] += 1
         del alphas[module]

@@ -19,7 +19,7 @@ from loras.lora_files import ADAPTER_METADATA, ALPHA_FIELDS, FLOAT32_MAX, RANK_F
 
 TENSORS, CONFIG, FIELDS, NONE = "alpha tensors", "adapter_config.json", "header metadata", "none"
 _MISSING = ("", "None", "null")  # a value that is none, as trainers write it
-_COMPONENT = re.compile(r"(text_encoder(?:_[2-9])?|unet|transformer(?:_[2-9])?)_")
+_COMPONENT = re.compile(r"(text_encoder(?:_[2-9])?|unet|transformer(?:_[2-9])?)\.")
 # Patterns of single modules are mostly paths; the others are regular expressions, of which some would take years.
 _PATH = re.compile(r"[\w.\-]*")
 _REPEATS = re.compile(r"(?<!\\)(?:[*+{]|(?<!\()\?)")
@@ -128,7 +128,7 @@ def _of_component(by_component: dict[str, Callable[[Layer], float]], layer: Laye
 
     A file whose keys name no component is of the one that is no text encoder, if there is one such.
     """
-    match = _COMPONENT.match(layer.module)
+    match = _COMPONENT.match(_path(layer.name))
     component = match[1] if match else ""
     others = [name for name in by_component if not name.startswith("text_encoder")]
     for name in (component, "", *(others if len(others) == 1 and not match else ())):

@@ -11,7 +11,7 @@ from making import STYLES
 from safetensors.torch import save
 
 from loras import keys
-from loras.keys import LoraFileError, canonical_module, depth_key, parse_key
+from loras.keys import LoraFileError, canonical_module, parse_key
 from loras.lora_files import parse_header
 
 # ----------------------------------------------------------------------------------------------------------------------
