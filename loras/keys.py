@@ -86,8 +86,10 @@ IGNORED = {
 }
 FULL_DIFFERENCES = "full differences (*.diff)"  # of matrices and convolutions
 OTHERS = "tensors that are no LoRA"
-# Parts of a key that name a factor, whatever else they may be called; a module may have "lora" in its name.
-_FACTOR = re.compile(r"lora(_([a-zA-Z0-9]|down|up|mid|left|right|embedding_[a-zA-Z]|linear_layer))?")
+# Whole parts of a key that name a factor, whatever its writer calls it; "lora" inside a name says nothing.
+_FACTOR = re.compile(
+    r"(?:^|\.)lora(?:_linear_layer)?[._](?:[a-zA-Z0-9]|down|up|mid|left|right|embedding_[a-zA-Z])(?=\.|$)"
+)
 
 
 class LoraFileError(ValueError):
@@ -116,17 +118,15 @@ _INSERTED = re.compile(
 # What stands in front of a network's own names, nested in any order. Group te: a text encoder, which remains.
 _CLIP_L = r"(?:text_encoders[._])?(?:clip_l|clip_g|t5xxl)"
 _TEXT_ENCODER = rf"(?P<te>(?:lora|lycoris)_te[1-4]?|text_encoder(?:_[2-9])?|{_CLIP_L})[._](?=[^\d.])"
+_NETWORK = "diffusion_model|module|model|language_model|unet|bert|roberta|distilbert|deberta|electra|gpt_neox"
 _FRONT = (  # of paths, and of names whose joints are underscores
     re.compile(
-        r"(?:base_model\.model|diffusion_model|module|model|language_model|unet|transformer"
-        r"|bert|roberta|distilbert|deberta|electra|gpt_neox)\.(?=[^\d.])"
+        rf"(?:base_model\.model|transformer|{_NETWORK})\.(?=[^\d.])"
         rf"|(?:lora_unet|lora_transformer|lycoris)[._]|{_TEXT_ENCODER}"
     ),
     re.compile(
-        r"(?:lora_unet|lycoris|lora_transformer(?!_blocks_)|lora(?=_(?:transformer|text_encoder)_))_"
-        r"|(?:base_model_model|diffusion_model|module|model|language_model|unet|transformer(?=_h_\d"
-        r"|_(?:single_)?transformer_blocks_))_(?=[^\d_])"
-        rf"|{_TEXT_ENCODER}"
+        rf"(?:base_model_model|transformer(?!_blocks_)|{_NETWORK})_(?=[^\d_])"
+        rf"|(?:lora_unet|lora(?=_(?:transformer|text_encoder)_)|lycoris)_|{_TEXT_ENCODER}"
     ),
 )
 _TEXT_ENCODERS = {  # every name -> the one of diffusers
@@ -219,7 +219,7 @@ def _name_of_diffusers(name: str) -> str:
     else:
         level, position = divmod(int(match["number"]), 3)
         side, place = f"up_blocks_{level}", match["place"]
-        if within == "conv":
+        if position == 2 and place != "0" and within == "conv":
             return f"{side}_upsamplers_0_conv"
     if place == "0" and within in _RESNET:
         return f"{side}_resnets_{position}_{_RESNET[within]}"
@@ -289,9 +289,8 @@ def _ignored_as(key: str, shape: Sequence[int], modules: Collection[str]) -> str
     for name, pattern in IGNORED.items():
         if re.search(pattern, key):
             return name
-    parts = key.split(".")
-    factor = next((i for i, part in enumerate(parts) if _FACTOR.fullmatch(part)), None)
-    if factor is not None and canonical_module(".".join(parts[:factor])) not in modules:
+    factor = _FACTOR.search(key)
+    if factor and canonical_module(key[: factor.start()]) not in modules:
         raise LoraFileError(f"{key} names a factor of a LoRA in an unknown way. Convert it or leave the file out.")
     return OTHERS
 

@@ -109,7 +109,7 @@ ROWS = (
 _ROW_OF = {word: i for i, row in enumerate(ROWS) for word in row.split()}
 _INDEX_TOGETHER = {word: i for i, word in enumerate(_NUMBERED_TOGETHER.split())}
 _NAMED = "|".join(sorted(map(re.escape, _ROW_OF), key=len, reverse=True))  # the longest that fits counts
-_PART = re.compile(rf"(?<![^_])(?:{_NAMED})(?![^_])|[^\W\d_]+|\d{{1,18}}")
+_PART = re.compile(rf"^text_encoder(?=_\d+$)|(?<![^_])(?:{_NAMED})(?![^_])|[^\W\d_]+|\d{{1,18}}")
 
 
 @lru_cache(maxsize=2**16)  # headers differ more than modules do

@@ -161,7 +161,7 @@ TRANSFORMERS = {
                  [*(f"visual {block}" for block in BLOCKS), *LAYERS]),
     "LLaVA": (of_numbers("base_model.model.vision_tower.vision_model.encoder.layers.#.self_attn.q_proj",
                          "base_model.model.language_model.model.layers.#.self_attn.q_proj"),
-              [f"{part} {layer}" for part in ("vision", "language") for layer in LAYERS]),
+              [*(f"vision {layer}" for layer in LAYERS), *LAYERS]),
     "built-in digits": (LORA_MODULES, [f"block {i}" for i in range(4) for _ in range(8)]),
 }  # fmt: skip
 

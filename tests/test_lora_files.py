@@ -46,13 +46,13 @@ def peft(*modules: str, rank: int = 4) -> dict:
 )
 def test_kohya_alpha_over_rank(alpha, scale):
     tensors = pair("lora_unet_a", 4, "lora_down", "lora_up")
-    assert scales_of(tensors if alpha is None else tensors | {"lora_unet_a.alpha": alpha}) == {"unet_a": scale}
+    assert scales_of(tensors if alpha is None else tensors | {"lora_unet_a.alpha": alpha}) == {"a": scale}
 
 
 def test_alpha_of_each_module_is_its_own_and_half_precision_is_read():
     tensors = pair("lora_unet_a", 4, "lora_down", "lora_up") | pair("lora_unet_b", 2, "lora_down", "lora_up")
     tensors |= {"lora_unet_a.alpha": torch.tensor(1.0).bfloat16(), "lora_unet_b.alpha": torch.tensor(1.0).half()}
-    assert scales_of(tensors) == {"unet_a": 0.25, "unet_b": 0.5}
+    assert scales_of(tensors) == {"a": 0.25, "b": 0.5}
 
 
 def test_an_alpha_that_is_no_number_is_refused_from_the_header():
@@ -68,7 +68,7 @@ def test_an_alpha_of_a_type_that_is_no_number_is_refused():
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 1e300])
 def test_an_alpha_that_is_not_finite_is_refused(alpha):
     tensors = pair("lora_unet_a", 4, "lora_down", "lora_up")
-    with pytest.raises(LoraFileError, match="unet_a"):
+    with pytest.raises(LoraFileError, match="module a is"):
         scales_of(tensors | {"lora_unet_a.alpha": torch.tensor(alpha, dtype=torch.float64)})
 
 
@@ -94,21 +94,21 @@ def test_an_alpha_that_is_not_finite_is_refused(alpha):
     ],
 )
 def test_peft_scale(config, scale):
-    assert scales_of(peft("unet.a.to_q"), config) == {"unet_a_to_q": scale}
+    assert scales_of(peft("unet.a.to_q"), config) == {"a_to_q": scale}
 
 
 def test_patterns_are_of_single_modules():
     tensors = peft("unet.a.to_q", rank=4) | peft("unet.b.to_q", rank=2)
     config = {"lora_alpha": 8, "r": 4, "rank_pattern": {"b.to_q": 2}, "alpha_pattern": {"b.to_q": 1}}
-    assert scales_of(tensors, config) == {"unet_a_to_q": 2.0, "unet_b_to_q": 0.5}
+    assert scales_of(tensors, config) == {"a_to_q": 2.0, "b_to_q": 0.5}
     root = scales_of(tensors, config | {"use_rslora": True})
-    assert root == {"unet_a_to_q": 4.0, "unet_b_to_q": pytest.approx(1 / math.sqrt(2))}
+    assert root == {"a_to_q": 4.0, "b_to_q": pytest.approx(1 / math.sqrt(2))}
 
 
 def test_an_alpha_in_the_file_comes_before_the_configuration():
     tensors = pair("lora_unet_a", 4, "lora_down", "lora_up") | pair("lora_unet_b", 4, "lora_down", "lora_up")
     tensors |= {"lora_unet_a.alpha": torch.tensor(1.0)}
-    assert scales_of(tensors, {"lora_alpha": 64, "r": 4, "use_rslora": True}) == {"unet_a": 0.25, "unet_b": 32.0}
+    assert scales_of(tensors, {"lora_alpha": 64, "r": 4, "use_rslora": True}) == {"a": 0.25, "b": 32.0}
 
 
 @pytest.mark.parametrize("config", [{"r": 8}, {"r": 4, "rank_pattern": {"a.to_q": 2}}, {"r": float("nan")}])
@@ -119,10 +119,10 @@ def test_a_configuration_of_another_rank_is_of_another_file(config):
 
 def test_alpha_pattern_is_of_single_modules_in_every_style():
     config = {"lora_alpha": 8, "alpha_pattern": {"b.to_q": 2}}
-    assert scales_of(peft("unet.a.to_q", "unet.b.to_q"), config) == {"unet_a_to_q": 2.0, "unet_b_to_q": 0.5}
+    assert scales_of(peft("unet.a.to_q", "unet.b.to_q"), config) == {"a_to_q": 2.0, "b_to_q": 0.5}
     assert scales_of(pair("unet.a.to_q", 4) | pair("unet.b.to_q", 4), config) == {
-        "unet_a_to_q": 2.0,
-        "unet_b_to_q": 0.5,
+        "a_to_q": 2.0,
+        "b_to_q": 0.5,
     }
 
 
@@ -182,14 +182,14 @@ def test_a_mid_is_multiplied_into_the_down(dtype, down):
     layout = header.layout
     weights, alphas = load_weights(data, header)
     assert [(layer.module, layer.role, layer.shape) for layer in layout.layers[2:]] == [
-        ("unet_c", "down", (2, 4 * 3 * 5)),
-        ("unet_c", "up", (6, 2)),
+        ("c", "down", (2, 4 * 3 * 5)),
+        ("c", "up", (6, 2)),
     ]
-    assert update_scales(header, alphas, None) == {"unet_a": 1.0, "unet_c": 0.5}
+    assert update_scales(header, alphas, None) == {"a": 1.0, "c": 0.5}
     _, _, wide, up = (
         weights[columns].reshape(layer.shape) for layer, columns in zip(layout.layers, layout.columns, strict=True)
     )
-    factors = {key.split(".")[1][5:]: tensor.double() for key, tensor in tensors.items() if "unet_c.lora" in key}
+    factors = {key.split(".")[1][5:]: tensor.double() for key, tensor in tensors.items() if "c.lora" in key}
     update = torch.einsum("oi,ijhw,jc->ochw", factors["up"].flatten(1), factors["mid"], factors["down"].flatten(1))
     np.testing.assert_allclose(up @ wide, update.flatten(1), rtol=1e-4, atol=1e-5)
     inputs = torch.randn(1, 4, 7, 9, dtype=torch.float64)
@@ -203,11 +203,11 @@ def test_a_mid_is_multiplied_into_the_down(dtype, down):
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
-        (locon(mid=(3, 3, 3, 3)), r"ranks differ in module unet_c: down \[2, 4, 1, 1\], mid \[3, 3, 3, 3\]"),
-        (locon(mid=(2, 3, 3, 3)), "ranks differ in module unet_c"),
-        (locon(mid=(2, 2)), "ranks differ in module unet_c"),
-        (locon(mid=(2, 2, 0, 3)), "ranks differ in module unet_c"),
-        (locon(down=(2, 4, 3, 3)), "ranks differ in module unet_c"),
+        (locon(mid=(3, 3, 3, 3)), r"ranks differ in module c: down \[2, 4, 1, 1\], mid \[3, 3, 3, 3\]"),
+        (locon(mid=(2, 3, 3, 3)), "ranks differ in module c"),
+        (locon(mid=(2, 2)), "ranks differ in module c"),
+        (locon(mid=(2, 2, 0, 3)), "ranks differ in module c"),
+        (locon(down=(2, 4, 3, 3)), "ranks differ in module c"),
         ({k: t for k, t in locon().items() if "down" not in k}, r"has a mid \[2, 2, 3, 5\] but no down"),
         ({k: t for k, t in locon().items() if "up" not in k}, "has a down .* but no up"),
         ({k: t.int() if "mid" in k else t for k, t in locon().items()}, "mid.weight is of type I32"),
@@ -301,7 +301,7 @@ def test_packed_weights_have_the_largest_rank_of_each_module():
     packed = lora_files.packed_layout([first, wide, long])
     assert [layer.shape for layer in packed.layers] == [(4, 6), (8, 4), (5, 6), (8, 5)]
     assert [layer.name for layer in packed.layers] == [layer.name for layer in first.layers]
-    assert packed.width == 14 * 9 and packed.modules == ["unet_a", "unet_b"]
+    assert packed.width == 14 * 9 and packed.modules == ["a", "b"]
     assert lora_files.packed_layout([first, first]) is first
 
 
