@@ -34,7 +34,6 @@ REFUSED_FAMILIES = {
     "a LoHa": r"\.hada_(w[12]_[ab]|t[12])$",
     "a LoKr": r"\.lokr_(w[12](_[ab])?|t[12])$",
     "an OFT": r"\.oft_(R|diag)(\.|$)",
-    "an OFT or BOFT": r"\.oft_blocks$",
     "a BOFT": r"\.boft_[Rs](\.|$)",
     "a GLoRA": r"\.glora_[A-E]\.",
     "an AdaLoRA": r"\.lora_E(\.|$)",
@@ -280,6 +279,9 @@ def count_ignored(shapes: Mapping[str, Sequence[int]], modules: Collection[str])
             module = key.removesuffix(leaves[0])
             if module != key and all(module + leaf in shapes for leaf in leaves):
                 raise _refused(name, key)
+    for key, shape in shapes.items():
+        if key.endswith(".oft_blocks"):  # LyCORIS has one name for both
+            raise _refused("a BOFT" if len(shape) == 4 else "an OFT", key)
     return Counter(_ignored_as(key, shape, modules) for key, shape in shapes.items())
 
 

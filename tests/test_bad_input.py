@@ -136,8 +136,10 @@ FILES = {
         added("lora_unet_a.oft_blocks"),
         "an OFT adapter (lora_unet_a.oft_blocks), which cannot be read. Convert it",
     ),
-    "diff": (added("unet.a.diff"), "a full-difference adapter (unet.a.diff), which cannot be read. Convert it"),
-    "diff_b": (added("unet.a.diff_b"), "a full-difference adapter (unet.a.diff_b), which cannot be read. Convert it"),
+    "full differences": (
+        tensors(lambda whole: {"unet.a.diff": torch.ones(2, 2), "unet.a.diff_b": torch.ones(2)}),
+        "a full-difference adapter (unet.a.diff), which cannot be read. Convert it",
+    ),
     "mangled": (
         added("lora_unet_a_lora_down.weight"),
         "a mangled kohya adapter (lora_unet_a_lora_down.weight), which cannot be read. Convert it",

@@ -13,7 +13,7 @@ P = "base_model.model.model.layers.0.self_attn.q_proj"
 L = "lycoris_proj"
 FAMILIES = {
     "an OFT": [f"{P}.oft_R.weight"],
-    "an OFT or BOFT": [f"{L}.oft_blocks", f"{L}.rescale", f"{L}.alpha"],
+    "an OFT (LyCORIS)": [f"{L}.oft_blocks", f"{L}.rescale", f"{L}.alpha"],
     "a BOFT": [f"{P}.boft_R", f"{P}.boft_s"],
     "a GLoRA": [f"{L}.a1.weight", f"{L}.a2.weight", f"{L}.b1.weight", f"{L}.b2.weight", f"{L}.alpha"],
     "a GLoRA (PEFT)": [f"{P}.glora_A.Xd", f"{P}.glora_A.Xu", f"{P}.glora_C.zeros", f"{P}.glora_E.zeros"],
@@ -70,6 +70,11 @@ def test_a_family_is_refused_by_name_also_beside_pairs(family):
         assert message.startswith(f"{name} adapter (")
         assert message.endswith("which cannot be read. Convert it or leave it out.")
         assert "ename" not in message
+
+
+def test_one_name_of_lycoris_is_two_families():
+    assert refusal(pair() | {f"{L}.oft_blocks": torch.ones(3, 4, 4, 4)}).startswith("a BOFT adapter (")
+    assert refusal(pair() | {f"{L}.oft_blocks": torch.ones(4, 4, 4)}).startswith("an OFT adapter (")
 
 
 def test_one_module_of_a_family_in_a_file_of_pairs_is_enough():
