@@ -29,47 +29,52 @@ KEY_FAMILIES = {
     "cloneofsimo": r"^(?P<m>(?:unet|text_encoder):\d+):(?P<r>down|up)$",
 }
 SCALE = r"^(?P<m>.+?)(\.lora(_linear_layer|_down|_up|_A|_B)?)?\.alpha$"  # of a module, also beside its factors
-# Adapters of modules that cannot be read: one such key refuses the file, as its modules would be missing in silence.
+# Adapters of modules that cannot be read -> parts of their keys. One such key refuses the file: its modules would be
+# missing from what is read, in silence.
 REFUSED_FAMILIES = {
-    "a LoHa": r"\.hada_(w[12]_[ab]|t[12])$",
-    "a LoKr": r"\.lokr_(w[12](_[ab])?|t[12])$",
-    "an OFT": r"\.oft_(R|diag)(\.|$)",
-    "a BOFT": r"\.boft_[Rs](\.|$)",
-    "a GLoRA": r"\.glora_[A-E]\.",
-    "an AdaLoRA": r"\.lora_E(\.|$)",
-    "an IA3": r"\.(ia3_l|on_input)(\.|$)",
-    "a PVeRA": r"(^|\.)pvera_(lambda_[bd]|[AB])(\.|$)",
-    "a VeRA": r"(^|\.)vera_(lambda_[bd]|[AB])(\.|$)",
-    "a VB-LoRA": r"(^|\.)vblora_(logits_[AB]|vector_bank)(\.|$)",
-    "a RandLoRA": r"(^|\.)randlora_(lambda|gamma|[AB])(\.|$)",
-    "a FourierFT": r"\.fourierft_spectrum(\.|$)",
-    "a WaveFT": r"\.waveft_spectrum(\.|$)",
-    "a T-LoRA": r"\.lambda_layer$",
-    "a Householder (HRA)": r"\.hra_u(\.|$)",
-    "a circulant (C3A)": r"\.c3a_kernel(\.|$)",
-    "a GraLoRA": r"\.gralora_[AB](\.|$)",
-    "a HiRA": r"\.hira_(embedding_)?[AB](\.|$)",
-    "a DeLoRA": r"\.delora_(lambda|w_norm|[AB])(\.|$)",
-    "a DEFT": r"\.deft_[PR](\.|$)",
-    "a Lily": r"\.lily_(router|[AB])(\.|$)",
-    "a PEANuT": r"\.peanut_(encoders|decoders|[AB])(\.|$)",
-    "a Poly": r"\.poly_(lora_[AB]|router)(\.|$)",
-    "a PSOFT": r"\.psoft_R(\.|$)",
-    "a TinyLoRA": r"(^|\.)tinylora_[ABPv](\.|$)",
-    "a Uni-LoRA": r"(^|\.)unilora_theta_d(\.|$)",
-    "a FRoD": r"(^|\.)frod_(V|s_\w+|lambda_\w+)(\.|$)",
-    "a SHiRA": r"\.shira_(weight|indices)(\.|$)",
-    "a SuperTuning": r"\.supertuning_(indices|values)(\.|$)",
-    "a RoAd": r"\.road_(theta|alpha)(\.|$)",
-    "a MiSS": r"\.(miss|bone)_block(\.|$)",
-    "an AdaMSS": r"\.adamss_[AB](\.|$)",
-    "an OSF": r"\.osf_svd_params\.",
-    "a ShadowPEFT": r"\.shadow_(down|up|update_gate|update_transform)\.",
-    "an X-LoRA": r"(^|\.)xlora_classifier\.",
-    "a mangled kohya": r"^lora_(unet|te\d?)_.+_lora_(down|up)\.weight$",
+    "a LoHa": "hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2",
+    "a LoKr": "lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t1 lokr_t2",
+    "an OFT": "oft_R oft_diag",
+    "a BOFT": "boft_R boft_s",
+    "a GLoRA": "glora_A glora_B glora_C glora_D glora_E",
+    "an AdaLoRA": "lora_E",
+    "an IA3": "ia3_l",
+    "a VeRA": "vera_lambda_b vera_lambda_d vera_A vera_B",
+    "a PVeRA": "pvera_lambda_b pvera_lambda_d pvera_A pvera_B",
+    "a VB-LoRA": "vblora_logits_A vblora_logits_B vblora_vector_bank",
+    "a RandLoRA": "randlora_lambda randlora_gamma randlora_A randlora_B",
+    "a FourierFT": "fourierft_spectrum",
+    "a WaveFT": "waveft_spectrum",
+    "a Householder (HRA)": "hra_u",
+    "a circulant (C3A)": "c3a_kernel",
+    "a GraLoRA": "gralora_A gralora_B",
+    "a HiRA": "hira_A hira_B hira_embedding_A hira_embedding_B",
+    "a DeLoRA": "delora_A delora_B delora_lambda delora_w_norm",
+    "a DEFT": "deft_P deft_R",
+    "a Lily": "lily_A lily_B lily_router",
+    "a PEANuT": "peanut_A peanut_B peanut_encoders peanut_decoders",
+    "a Poly": "poly_lora_A poly_lora_B poly_router",
+    "a PSOFT": "psoft_R",
+    "a TinyLoRA": "tinylora_A tinylora_B tinylora_P tinylora_v",
+    "a Uni-LoRA": "unilora_theta_d",
+    "a FRoD": "frod_V frod_s_indices frod_s_size frod_lambda_l frod_lambda_s_values",
+    "a SHiRA": "shira_weight shira_indices",
+    "a SuperTuning": "supertuning_indices supertuning_values",
+    "a RoAd": "road_theta road_alpha",
+    "a MiSS": "miss_block bone_block",
+    "an AdaMSS": "adamss_A adamss_B",
+    "an OSF": "osf_svd_params",
+    "a ShadowPEFT": "shadow_down shadow_up shadow_update_gate shadow_update_transform",
+    "an X-LoRA": "xlora_classifier",
 }
-# The same where only several tensors of a module together name the family.
-REFUSED_TOGETHER = {"a GLoRA": ("a1.weight", "a2.weight", "b1.weight", "b2.weight")}
+_FAMILY_OF = {part: family for family, parts in REFUSED_FAMILIES.items() for part in parts.split()}
+_MANGLED = re.compile(r"lora_(unet|te\d?)_.+_lora_(down|up)\.weight")
+# The same where only all these names of one module together say so.
+REFUSED_TOGETHER = {
+    "a GLoRA": ("a1.weight", "a2.weight", "b1.weight", "b2.weight"),
+    "a T-LoRA": ("q_layer.weight", "p_layer.weight", "lambda_layer"),
+    "an IA3": ("on_input", "weight"),
+}
 # What may lie beside the pairs; the first row that fits counts.
 IGNORED = {
     "*.dora_scale": r"\.dora_scale$",
@@ -163,6 +168,15 @@ _RESNET = {
     "out_layers_3": "conv2",
     "skip_connection": "conv_shortcut",
 }
+# Attention of Flux in XLabs' names -> original; qkv_lora of a single block is of a part of its linear1.
+_XLABS = re.compile(r"(?:double|single)_blocks_\d+_(?P<end>(?:qkv|proj)_lora[12]?)")
+_XLABS_ENDS = {
+    "qkv_lora1": "img_attn_qkv",
+    "qkv_lora2": "txt_attn_qkv",
+    "proj_lora1": "img_attn_proj",
+    "proj_lora2": "txt_attn_proj",
+    "proj_lora": "linear2",
+}
 _ORIGINAL_BLOCK = re.compile(
     r"(?:(?P<way>input|output)_blocks_(?P<number>\d|1[01])_(?P<place>[012])|middle_block_(?P<middle>[012]))"
     r"_(?P<within>.+)"
@@ -194,6 +208,8 @@ def canonical_module(raw: str) -> str:
     rest = rest.replace(".", "_").replace(":", "_").replace("vision_tower_vision_model_", "vision_tower_")
     if component:
         return f"{component}_text_model_{rest}" if _CLIP.match(rest) else f"{component}_{rest}"
+    if match := _XLABS.fullmatch(rest):
+        return rest[: match.start("end")] + _XLABS_ENDS.get(match["end"], match["end"])
     rest = _name_of_diffusers(rest)
     return next((front for names, front in _HOMES if re.match(names, rest)), "") + rest
 
@@ -248,9 +264,10 @@ def parse_key(key: str) -> _Key | None:
     Raises:
         LoraFileError: The key belongs to a family that is refused.
     """
-    for name, pattern in REFUSED_FAMILIES.items():
-        if re.search(pattern, key):
-            raise _refused(name, key)
+    if family := next((_FAMILY_OF[part] for part in key.split(".") if part in _FAMILY_OF), None):
+        raise _refused(family, key)
+    if _MANGLED.fullmatch(key):
+        raise _refused("a mangled kohya", key)
     for style, pattern in KEY_FAMILIES.items():
         if match := re.match(pattern, key):
             parts = match.groupdict()

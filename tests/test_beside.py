@@ -58,7 +58,7 @@ def some(keys: list[str]) -> dict:
 
 def test_every_family_has_examples():
     named = {family.split(" (PEFT")[0].split(" (LyC")[0] for family in FAMILIES}
-    assert named == {*REFUSED_FAMILIES, *REFUSED_TOGETHER} - {"a LoHa", "a LoKr"}
+    assert named == {*REFUSED_FAMILIES, *REFUSED_TOGETHER, "a mangled kohya"} - {"a LoHa", "a LoKr"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,7 +99,8 @@ BESIDE = {
     "tensors that are no LoRA": ["base_model.model.classifier.weight", "base_model.model.lora_head.weight",
                                  "explorations.0.weight", "colora_net.weight", "lora.weight_decay", "flora.weight",
                                  "optimizer.state.0.exp_avg", f"{Q}.lora_scale", "lora_unet_conv.scale_weight",
-                                 "net.b1.weight", "net.a1.weight", "lora_net.weight", "model.lora_encoder.0.weight",
+                                 "net.b1.weight", "net.a1.weight", "net.lambda_layer", "net.on_input",
+                                 "net.on_input.weight", "lora_net.weight", "model.lora_encoder.0.weight",
                                  f"{Q}.lora.rank", f"{Q}.lora_A.scale", "diffusion_model.img_in.reshape_weight"],
 }  # fmt: skip
 

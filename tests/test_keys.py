@@ -62,8 +62,8 @@ KEYS = {
         ("lora_unet_down_blocks_0_conv1.lora_mid.weight", "unet_down_blocks_0_conv1", "mid"),
     ],
     "XLabs": [
-        ("double_blocks.4.processor.qkv_lora1.down.weight", "double_blocks_4_qkv_lora1", "down"),
-        ("double_blocks.4.processor.proj_lora2.up.weight", "double_blocks_4_proj_lora2", "up"),
+        ("double_blocks.4.processor.qkv_lora1.down.weight", "double_blocks_4_img_attn_qkv", "down"),
+        ("double_blocks.4.processor.proj_lora2.up.weight", "double_blocks_4_txt_attn_proj", "up"),
         ("single_blocks.4.processor.qkv_lora.up.weight", "single_blocks_4_qkv_lora", "up"),
     ],
     "cloneofsimo": [
@@ -262,7 +262,9 @@ SAME = {
     "double_blocks_0_img_attn_qkv": """
         # diffusion_model.# model.diffusion_model.# lora_unet_@ lycoris_@ lora_transformer_@ transformer.# module.#
         base_model.model.# base_model.model.diffusion_model.# transformer._orig_mod.#
-        double_blocks.0._orig_mod.img_attn.qkv unet.# lora_unet__orig_mod_@ diffusion_model.module.#""",
+        double_blocks.0._orig_mod.img_attn.qkv unet.# lora_unet__orig_mod_@ diffusion_model.module.#
+        double_blocks.0.processor.qkv_lora1""",
+    "single_blocks_7_linear2": "lora_unet_single_blocks_7_linear2 single_blocks.7.processor.proj_lora",
     "transformer_blocks_0_attn_to_q": """
         # transformer.# base_model.model.# base_model.model.transformer.# transformer.base_model.model.# lora_unet_@
         lora_transformer_transformer_blocks_0_attn_to_q lycoris_@ lora_@ transformer._orig_mod.# transformer.module.#
@@ -330,6 +332,7 @@ DIFFERENT = [
     "lora_transformer_blocks_0_to_q lora_unet_blocks_0_to_q lora_unet_single_transformer_blocks_0_to_q",
     "input_blocks.3.0.op input_blocks.3.1.op input_blocks.3.0.conv output_blocks.2.1.conv output_blocks.2.0.conv2",
     "vae.decoder.up_blocks.0.resnets.0.conv1 unet.up_blocks.0.resnets.0.conv1 controlnet.up_blocks.0.resnets.0.conv1",
+    "single_blocks.0.processor.qkv_lora single_blocks.0.linear1 double_blocks.0.processor.proj_lora2",
     "unet:2 text_encoder:2 2",
     "model.0 model.1 module.0 unet.0",
 ]  # fmt: skip
