@@ -21,10 +21,8 @@ from typing import NamedTuple
 # ----------------------------------------------------------------------------------------------------------------------
 
 _TEXT_ENCODERS = {  # the first that matches counts
-    "TE2": re.compile(r"(?:^|_)(?:text_encoder_2|clip_g)_"),
-    "TE3": re.compile(r"(?:^|_)(?:text_encoder_3|t5xxl)_"),
-    "TE4": re.compile(r"(?:^|_)text_encoder_4_"),
-    "TE": re.compile(r"(?:^|_)(?:text_encoder|clip_l)_|^text_model_"),
+    **{f"TE{number}": re.compile(rf"(?:^|_)text_encoder_{number}_") for number in (2, 3, 4)},
+    "TE": re.compile(r"(?:^|_)text_encoder_"),
 }
 _UNET = re.compile(
     r"(?:^|_)(?:(?P<middle>mid_block|middle_block)|(?P<first>conv_in$)"
@@ -120,7 +118,8 @@ def _numbered_place(module: str, double: bool) -> _Place:
         kind = match["kind"]
     elif double and not encoder and kind == "block" and (match["kind"] or match["transformer"]):
         kind = "double"
-    return _Place(f"{kind} {int(match['number'])}", encoder, module[start : match.start()])
+    part = module[start : match.start()]
+    return _Place(f"{kind} {int(match['number'])}", encoder, "" if part == "transformer" else part)
 
 
 def _words_of(parts: list[str]) -> dict[str, str]:

@@ -150,6 +150,7 @@ _HOMES = (
         r"|input_blocks|middle_block|output_blocks)(?=_|$)",
         "unet_",
     ),
+    (r"(?:single_|joint_)?transformer_blocks_\d|norm_out_linear|time_text_embed_", "transformer_"),
     (r"text_model_(?:encoder_layers|embeddings|final_layer_norm)_", "text_encoder_"),
 )
 _CLIP = re.compile(r"(?:encoder_layers|embeddings|final_layer_norm)_")  # of a text encoder; without text_model lately
@@ -189,8 +190,8 @@ def canonical_module(raw: str) -> str:
 
     Wrappers (``base_model.model.``, ``_orig_mod.``), the network's component (``unet.``, ``lora_unet_``) and
     ``.processor`` are dropped, dots (and cloneofsimo's colon) become underscores, and Stable Diffusion's original names
-    those of diffusers. A UNet's names then have ``unet_`` in front, and a text encoder keeps its component. The inverse
-    is ambiguous.
+    those of diffusers. The names of diffusers' UNets then have ``unet_`` in front and the blocks of its transformers
+    ``transformer_``, whatever was there, and a text encoder keeps its component. The inverse is ambiguous.
 
     Example:
         >>> canonical_module("mid_block.attentions.0.proj_in"), canonical_module("lora_unet_middle_block_1_proj_in")

@@ -107,11 +107,14 @@ ROWS = (
     "proj_out conv_out head",
     "pre_classifier cls",
     "lm_head embed_out score classifier qa_outputs",
+    "transformer_2",
 )
 _ROW_OF = {word: i for i, row in enumerate(ROWS) for word in row.split()}
 _INDEX_TOGETHER = {word: i for i, word in enumerate(_NUMBERED_TOGETHER.split())}
 _NAMED = "|".join(sorted(map(re.escape, _ROW_OF), key=len, reverse=True))  # the longest that fits counts
 _PART = re.compile(rf"^text_encoder(?=_\d+$)|(?<![^_])(?:{_NAMED})(?![^_])|[^\W\d_]+|\d{{1,18}}")
+
+_FRONT = re.compile(r"^(?:unet|transformer)_(?=\D)")  # of some modules of a network and not of others
 
 
 @lru_cache(maxsize=2**16)  # headers differ more than modules do
@@ -124,7 +127,7 @@ def depth_key(module: str) -> tuple:
     """
     places = []
     together = None  # a word whose number comes first
-    for part in _PART.findall(module.removeprefix("unet_")):
+    for part in _PART.findall(_FRONT.sub("", module)):
         if not part.isdecimal():
             place = _ROW_OF.get(part, _ROW_OF[_MIDDLE])
             together = part if part in _INDEX_TOGETHER else None

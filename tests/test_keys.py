@@ -42,7 +42,7 @@ KEYS = {
     ],
     "PEFT": [
         ("base_model.model.unet.up_blocks.0.to_k.lora_A.weight", "unet_up_blocks_0_to_k", "down"),
-        ("transformer.norm_out.linear.lora_B.weight", "norm_out_linear", "up"),
+        ("transformer.norm_out.linear.lora_B.weight", "transformer_norm_out_linear", "up"),
         ("diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight", "double_blocks_0_img_attn_qkv", "down"),
     ],
     "PEFT with adapter name": [
@@ -265,7 +265,7 @@ SAME = {
         double_blocks.0._orig_mod.img_attn.qkv unet.# lora_unet__orig_mod_@ diffusion_model.module.#
         double_blocks.0.processor.qkv_lora1""",
     "single_blocks_7_linear2": "lora_unet_single_blocks_7_linear2 single_blocks.7.processor.proj_lora",
-    "transformer_blocks_0_attn_to_q": """
+    "transformer_transformer_blocks_0_attn_to_q": """
         # transformer.# base_model.model.# base_model.model.transformer.# transformer.base_model.model.# lora_unet_@
         lora_transformer_transformer_blocks_0_attn_to_q lycoris_@ lora_@ transformer._orig_mod.# transformer.module.#
         diffusion_model.# lycoris_transformer_@ _orig_mod.#""",
@@ -301,7 +301,7 @@ SAME = {
 PLAIN = {
     f"{BLOCK}_to_q": "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q",
     "double_blocks_0_img_attn_qkv": "double_blocks.0.img_attn.qkv",
-    "transformer_blocks_0_attn_to_q": "transformer_blocks.0.attn.to_q",
+    "transformer_transformer_blocks_0_attn_to_q": "transformer_blocks.0.attn.to_q",
     "joint_blocks_0_x_block_attn_qkv": "joint_blocks.0.x_block.attn.qkv",
     "blocks_0_self_attn_q": "blocks.0.self_attn.q",
     "x_embedder": "x_embedder",

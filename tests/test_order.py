@@ -109,6 +109,9 @@ SAME_ORDER = {
         transformer.transformer_blocks.0.attn.to_q transformer.norm_out.linear""",
     "T5 with its one embedding": """
         shared encoder.block.0.layer.0.SelfAttention.q decoder.block.0.layer.0.SelfAttention.q lm_head""",
+    "Two transformers in one file": """
+        transformer.x_embedder transformer.blocks.0.attn1.to_q transformer.proj_out
+        transformer_2.x_embedder transformer_2.blocks.0.attn1.to_q transformer_2.proj_out""",
     "A network that no row names": "blobs.2.xx.aa blobs.2.xx.bb blobs.10.xx.aa zz.1 zz.2 proj_out",
 }  # fmt: skip
 

@@ -66,6 +66,8 @@ def test_rank_stabilised_scales_are_of_their_component():
         ("mid_block.to_q", {"r": 4, "lora_alpha": 8}, 2.0),
         ("mid_block.to_q", {"unet__r": 4, "unet__lora_alpha": 8, "text_encoder__lora_alpha": 4}, 2.0),
         ("diffusion_model.blocks.0.to_q", {"transformer__r": 4, "transformer__lora_alpha": 8}, 2.0),
+        ("transformer.a.to_q", {"transformer__lora_alpha": 8, "transformer_2__lora_alpha": 4}, 2.0),
+        ("transformer_2.a.to_q", {"transformer__lora_alpha": 8, "transformer_2__lora_alpha": 4}, 1.0),
         ("text_encoder_2.a.q_proj", {"text_encoder__lora_alpha": 8, "text_encoder_2__lora_alpha": 4}, 1.0),
         ("text_encoder_2.a.q_proj", {"text_encoder__lora_alpha": 8}, None),
         (UNET, {"unet__r": 4}, None),
