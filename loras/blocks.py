@@ -119,7 +119,7 @@ def _numbered_place(module: str, double: bool) -> _Place:
     elif double and not encoder and kind == "block" and (match["kind"] or match["transformer"]):
         kind = "double"
     part = module[start : match.start()]
-    return _Place(f"{kind} {int(match['number'])}", encoder, "" if part == "transformer" else part)
+    return _Place(f"{kind} {int(match['number'])}", encoder, "" if part in ("transformer", "model") else part)
 
 
 def _words_of(parts: list[str]) -> dict[str, str]:

@@ -143,14 +143,15 @@ _TEXT_ENCODERS = {  # every name -> the one of diffusers
     "clip_g": "text_encoder_2",
     "t5xxl": "text_encoder_3",
 }
-# Names with which a network begins, and what stands in front of them in every style: (names, front).
+# Names with which a network begins, and what then stands in front, whatever a file has there: what most files have.
 _HOMES = (
     (
         r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_out|add_embedding|encoder_hid_proj"
         r"|input_blocks|middle_block|output_blocks)(?=_|$)",
         "unet_",
     ),
-    (r"(?:single_|joint_)?transformer_blocks_\d|norm_out_linear|time_text_embed_", "transformer_"),
+    (r"(?:single_|joint_)?transformer_blocks_\d|norm_out_linear|time_text_embed_|h_\d", "transformer_"),
+    (r"layers_\d+_(?:self_attn|mlp|block_sparse_moe)_|embed_tokens$|(?:en|de)coder_layers_\d", "model_"),
     (r"text_model_(?:encoder_layers|embeddings|final_layer_norm)_", "text_encoder_"),
 )
 _CLIP = re.compile(r"(?:encoder_layers|embeddings|final_layer_norm)_")  # of a text encoder; without text_model lately
@@ -190,8 +191,8 @@ def canonical_module(raw: str) -> str:
 
     Wrappers (``base_model.model.``, ``_orig_mod.``), the network's component (``unet.``, ``lora_unet_``) and
     ``.processor`` are dropped, dots (and cloneofsimo's colon) become underscores, and Stable Diffusion's original names
-    those of diffusers. The names of diffusers' UNets then have ``unet_`` in front and the blocks of its transformers
-    ``transformer_``, whatever was there, and a text encoder keeps its component. The inverse is ambiguous.
+    those of diffusers. Some names then have in front what most files have there: ``unet_`` those of a UNet; and a text
+    encoder keeps its component. The inverse is ambiguous.
 
     Example:
         >>> canonical_module("mid_block.attentions.0.proj_in"), canonical_module("lora_unet_middle_block_1_proj_in")

@@ -114,7 +114,7 @@ _INDEX_TOGETHER = {word: i for i, word in enumerate(_NUMBERED_TOGETHER.split())}
 _NAMED = "|".join(sorted(map(re.escape, _ROW_OF), key=len, reverse=True))  # the longest that fits counts
 _PART = re.compile(rf"^text_encoder(?=_\d+$)|(?<![^_])(?:{_NAMED})(?![^_])|[^\W\d_]+|\d{{1,18}}")
 
-_FRONT = re.compile(r"^(?:unet|transformer)_(?=\D)")  # of some modules of a network and not of others
+_FRONT = re.compile(r"^(?:unet|transformer|model)_(?=\D)")  # of some modules of a network and not of others
 
 
 @lru_cache(maxsize=2**16)  # headers differ more than modules do

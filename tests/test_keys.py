@@ -272,12 +272,12 @@ SAME = {
     "joint_blocks_0_x_block_attn_qkv": "# lora_unet_@ diffusion_model.# model.diffusion_model.#",
     "blocks_0_self_attn_q": "# lora_unet_@ diffusion_model.# transformer.# base_model.model.#",
     "x_embedder": "# lora_unet_@ transformer.# diffusion_model.# lora_transformer_x_embedder lycoris_@",
-    "layers_0_self_attn_q_proj": """
+    "model_layers_0_self_attn_q_proj": """
         # model.# base_model.model.# base_model.model.model.# language_model.model.# model.language_model.#
         base_model.model.model.language_model.# base_model.model.language_model.model.# _orig_mod.model.#
         base_model.model._orig_mod.model.# module.model.# base_model.model.module.model.# lycoris_model_@
         model.layers.0._orig_mod.self_attn.q_proj model.model.# language_model.#""",
-    "h_0_attn_c_attn": "# transformer.# base_model.model.transformer.# lycoris_transformer_h_0_attn_c_attn",
+    "transformer_h_0_attn_c_attn": "# transformer.# base_model.model.transformer.# lycoris_transformer_h_0_attn_c_attn",
     "encoder_layer_0_attention_self_query": "# bert.# base_model.model.bert.# roberta.# lycoris_bert_@",
     "text_encoder_text_model_encoder_layers_3_mlp_fc1": """
         lora_te_text_model_encoder_layers_3_mlp_fc1 lora_te1_text_model_encoder_layers_3_mlp_fc1
@@ -305,8 +305,8 @@ PLAIN = {
     "joint_blocks_0_x_block_attn_qkv": "joint_blocks.0.x_block.attn.qkv",
     "blocks_0_self_attn_q": "blocks.0.self_attn.q",
     "x_embedder": "x_embedder",
-    "layers_0_self_attn_q_proj": "layers.0.self_attn.q_proj",
-    "h_0_attn_c_attn": "h.0.attn.c_attn",
+    "model_layers_0_self_attn_q_proj": "layers.0.self_attn.q_proj",
+    "transformer_h_0_attn_c_attn": "h.0.attn.c_attn",
     "encoder_layer_0_attention_self_query": "encoder.layer.0.attention.self.query",
 }
 
