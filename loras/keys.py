@@ -71,9 +71,9 @@ _FAMILY_OF = {part: family for family, parts in REFUSED_FAMILIES.items() for par
 _MANGLED = re.compile(r"lora_(unet|te\d?)_.+_lora_(down|up)\.weight")
 # The same where only all these names of one module together say so.
 REFUSED_TOGETHER = {
-    "a GLoRA": ("a1.weight", "a2.weight", "b1.weight", "b2.weight"),
-    "a T-LoRA": ("q_layer.weight", "p_layer.weight", "lambda_layer"),
-    "an IA3": ("on_input", "weight"),
+    "a GLoRA": (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),
+    "a T-LoRA": (".q_layer.weight", ".p_layer.weight", ".lambda_layer"),
+    "an IA3": (".on_input", ".weight"),
 }
 # What may lie beside the pairs; the first row that fits counts.
 IGNORED = {
@@ -120,18 +120,16 @@ _INSERTED = re.compile(
     r"|^(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)[._]|\.processor(?=\.|$)"
 )
 # What stands in front of a network's own names, nested in any order. Group te: a text encoder, which remains.
-_CLIP_L = r"(?:text_encoders[._])?(?:clip_l|clip_g|t5xxl)"
-_TEXT_ENCODER = rf"(?P<te>(?:lora|lycoris)_te[1-4]?|text_encoder(?:_[2-9])?|{_CLIP_L})[._](?=[^\d.])"
+_OF_COMFYUI = r"(?:text_encoders[._])?(?:clip_l|clip_g|t5xxl)"
+_TEXT_ENCODER = rf"(?P<te>(?:lora|lycoris)_te[1-4]?|text_encoder(?:_[2-9])?|{_OF_COMFYUI})[._](?=[^\d.])"
 _NETWORK = "diffusion_model|module|model|language_model|unet|bert|roberta|distilbert|deberta|electra|gpt_neox"
-_FRONT = (  # of paths, and of names whose joints are underscores
-    re.compile(
-        rf"(?:base_model\.model|transformer|{_NETWORK})\.(?=[^\d.])"
-        rf"|(?:lora_unet|lora_transformer|lycoris)[._]|{_TEXT_ENCODER}"
-    ),
-    re.compile(
-        rf"(?:base_model_model|transformer(?!_blocks_)|{_NETWORK})_(?=[^\d_])"
-        rf"|(?:lora_unet|lora(?=_(?:transformer|text_encoder)_)|lycoris)_|{_TEXT_ENCODER}"
-    ),
+_FRONT_OF_PATH = re.compile(
+    rf"(?:base_model\.model|transformer|{_NETWORK})\.(?=[^\d.])"
+    rf"|(?:lora_unet|lora_transformer|lycoris)[._]|{_TEXT_ENCODER}"
+)
+_FRONT_OF_NAME = re.compile(  # whose joints are underscores
+    rf"(?:base_model_model|transformer(?!_blocks_)|{_NETWORK})_(?=[^\d_])"
+    rf"|(?:lora_unet|lora(?=_(?:transformer|text_encoder)_)|lycoris)_|{_TEXT_ENCODER}"
 )
 _TEXT_ENCODERS = {  # every name -> the one of diffusers
     "te": "text_encoder",
@@ -180,8 +178,8 @@ _XLABS_ENDS = {
     "proj_lora": "linear2",
 }
 _ORIGINAL_BLOCK = re.compile(
-    r"(?:(?P<way>input|output)_blocks_(?P<number>\d|1[01])_(?P<place>[012])|middle_block_(?P<middle>[012]))"
-    r"_(?P<within>.+)"
+    r"(?:input_blocks_(?P<down>[1-9]|1[01])_(?P<place>[01])|middle_block_(?P<middle>[012])"
+    r"|output_blocks_(?P<up>[0-9]|1[01])_(?P<place_up>[012]))_(?P<within>.+)"
 )
 
 
@@ -202,7 +200,7 @@ def canonical_module(raw: str) -> str:
     """
     component = ""
     rest = _INSERTED.sub("", raw)
-    while match := _FRONT["." not in rest].match(rest):
+    while match := (_FRONT_OF_PATH if "." in rest else _FRONT_OF_NAME).match(rest):
         if (encoder := match["te"]) and not component:
             name = re.sub(r"^(lora_|lycoris_|text_encoders[._])", "", encoder)
             component = _TEXT_ENCODERS.get(name, name)
@@ -227,22 +225,23 @@ def _name_of_diffusers(name: str) -> str:
         return _ORIGINAL.get(name, name)
     within = match["within"]
     if match["middle"]:
-        side, position, place = "mid_block", int(match["middle"]) // 2, "1" if match["middle"] == "1" else "0"
-    elif match["way"] == "input":
-        level, position = divmod(int(match["number"]) - 1, 3)
-        side, place = f"down_blocks_{level}", match["place"]
+        side, position, attention = "mid_block", int(match["middle"]) // 2, match["middle"] == "1"
+    elif match["down"]:
+        level, position = divmod(int(match["down"]) - 1, 3)
+        side, attention = f"down_blocks_{level}", match["place"] == "1"
         if position == 2:
-            return f"{side}_downsamplers_0_conv" if (place, within) == ("0", "op") else name
+            return f"{side}_downsamplers_0_conv" if within == "op" and not attention else name
     else:
-        level, position = divmod(int(match["number"]), 3)
-        side, place = f"up_blocks_{level}", match["place"]
-        if position == 2 and place != "0" and within == "conv":
+        level, position = divmod(int(match["up"]), 3)
+        side, attention = f"up_blocks_{level}", match["place_up"] == "1"
+        if position == 2 and match["place_up"] != "0" and within == "conv":
             return f"{side}_upsamplers_0_conv"
-    if place == "0" and within in _RESNET:
-        return f"{side}_resnets_{position}_{_RESNET[within]}"
-    if place == "1" and within.startswith(("transformer_blocks_", "proj_in", "proj_out")):
-        return f"{side}_attentions_{position}_{within}"
-    return name
+        if match["place_up"] == "2":
+            return name
+    if attention:
+        known = within.startswith(("transformer_blocks_", "proj_in", "proj_out"))
+        return f"{side}_attentions_{position}_{within}" if known else name
+    return f"{side}_resnets_{position}_{_RESNET[within]}" if within in _RESNET else name
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -405,7 +405,6 @@ def _sort_keys(entries: dict) -> tuple[dict[tuple[str, str], str], dict[str, str
                 fault = f"two tensors are the {parsed.role} of module {parsed.module}: {first} and {key}"
                 raise LoraFileError(f"{fault}. Keep one.")
         elif match := re.match(SCALE, key):
-            _check_alpha(key, entry)
             module = canonical_module(match["m"])
             first = alphas.setdefault(sys.intern(module), sys.intern(key))
             if first != key:
@@ -416,6 +415,8 @@ def _sort_keys(entries: dict) -> tuple[dict[tuple[str, str], str], dict[str, str
     for module in alphas.keys() - {module for module, _ in factors}:
         ignored["*.alpha without its module"] += 1
         del alphas[module]
+    for key in alphas.values():
+        _check_alpha(key, entries[key])
     return factors, alphas, ignored
 
 

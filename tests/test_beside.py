@@ -99,7 +99,8 @@ BESIDE = {
     "tensors that are no LoRA": ["base_model.model.classifier.weight", "base_model.model.lora_head.weight",
                                  "explorations.0.weight", "colora_net.weight", "lora.weight_decay", "flora.weight",
                                  "optimizer.state.0.exp_avg", f"{Q}.lora_scale", "lora_unet_conv.scale_weight",
-                                 "net.b1.weight", "net.a1.weight", "net.lambda_layer", "net.on_input",
+                                 "net.b1.weight", "net.a1.weight", "xa1.weight", "xa2.weight", "xb1.weight", "xb2.weight",
+                                 "net.lambda_layer", "net.on_input",
                                  "net.on_input.weight", "lora_net.weight", "model.lora_encoder.0.weight",
                                  f"{Q}.lora.rank", f"{Q}.lora_A.scale", "diffusion_model.img_in.reshape_weight"],
 }  # fmt: skip
@@ -114,6 +115,11 @@ def test_what_lies_beside_the_pairs_is_counted_and_no_reason_to_refuse_them(row)
     layout = layout_of(pair() | {key: torch.ones(2) for key in BESIDE[row]})
     assert [layer.name for layer in layout.layers] == list(pair())
     assert layout.ignored == {row: len(BESIDE[row])}
+
+
+def test_an_alpha_that_is_of_no_pair_may_be_anything():
+    tensors = {"vocoder.activation.alpha": torch.ones(1, 6, 1), "vocoder.other.alpha": torch.tensor(True)}
+    assert layout_of(pair() | tensors).ignored == {"*.alpha without its module": 2}
 
 
 def test_full_differences_beside_pairs_have_a_name_of_their_own():
