@@ -99,9 +99,8 @@ BESIDE = {
     "tensors that are no LoRA": ["base_model.model.classifier.weight", "base_model.model.lora_head.weight",
                                  "explorations.0.weight", "colora_net.weight", "lora.weight_decay", "flora.weight",
                                  "optimizer.state.0.exp_avg", f"{Q}.lora_scale", "lora_unet_conv.scale_weight",
-                                 "net.b1.weight", "net.a1.weight", "xa1.weight", "xa2.weight", "xb1.weight", "xb2.weight",
-                                 "net.lambda_layer", "net.on_input",
-                                 "net.on_input.weight", "lora_net.weight", "model.lora_encoder.0.weight",
+                                 "net.b1.weight", "net.a1.weight", "xa1.weight", "xa2.weight", "xb1.weight",
+                                 "xb2.weight", "net.lambda_layer", "net.on_input", "net.on_input.weight", "lora_net.weight", "model.lora_encoder.0.weight",
                                  f"{Q}.lora.rank", f"{Q}.lora_A.scale", "diffusion_model.img_in.reshape_weight"],
 }  # fmt: skip
 
