@@ -96,12 +96,12 @@ BESIDE = {
     "differences of biases and norms": ["diffusion_model.blocks.0.self_attn.q.diff_b", "lora_unet_norm.w_norm",
                                         "lora_unet_norm.b_norm", "lycoris_gn.w_norm", f"{P}.beft_bias",
                                         f"{P}.ln_tuning_layers.weight"],
-    "tensors that are no LoRA": ["base_model.model.classifier.weight", "base_model.model.lora_head.weight",
-                                 "explorations.0.weight", "colora_net.weight", "lora.weight_decay", "flora.weight",
-                                 "optimizer.state.0.exp_avg", f"{Q}.lora_scale", "lora_unet_conv.scale_weight",
-                                 "net.b1.weight", "net.a1.weight", "xa1.weight", "xa2.weight", "xb1.weight",
-                                 "xb2.weight", "net.lambda_layer", "net.on_input", "net.on_input.weight", "lora_net.weight", "model.lora_encoder.0.weight",
-                                 f"{Q}.lora.rank", f"{Q}.lora_A.scale", "diffusion_model.img_in.reshape_weight"],
+    "tensors that are no LoRA": f"""
+        base_model.model.classifier.weight base_model.model.lora_head.weight explorations.0.weight colora_net.weight
+        lora.weight_decay flora.weight lora_net.weight model.lora_encoder.0.weight optimizer.state.0.exp_avg
+        {Q}.lora_scale {Q}.lora.rank {Q}.lora_A.scale lora_unet_conv.scale_weight net.b1.weight net.a1.weight
+        xa1.weight xa2.weight xb1.weight xb2.weight net.lambda_layer net.on_input net.on_input.weight
+        diffusion_model.img_in.reshape_weight""".split(),
 }  # fmt: skip
 
 

@@ -136,7 +136,7 @@ def test_a_unet_by_its_original_names_is_the_same_network(network):
 
 
 def original_name(module: str, modules: list[str]) -> str:
-    """Return the name in Stable Diffusion's original code, by diffusers' script that converts its checkpoints."""
+    """Return the name in Stable Diffusion's original code; diffusers' convert_ldm_unet_checkpoint leads back."""
     beside = {
         "conv_in": "input_blocks.0.0",
         "conv_out": "out.2",
