@@ -67,7 +67,7 @@ class LoraFile:
     path: str
     label: str
     header: Header
-    stat: tuple[int, int, int]  # size, mtime in ns, inode
+    stat: tuple[int, int, int, int]  # size, mtime in ns, ctime in ns, inode
     adapter_config: dict | None
     group: str | None = None
     scales: tuple[ScaleCount, ...] = ()

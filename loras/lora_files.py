@@ -13,6 +13,7 @@ import os
 import re
 import stat
 import sys
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,8 @@ from loras.keys import SCALE, LoraFileError, canonical_module, depth_key, ignore
 MAX_HEADER_BYTES = 25_000_000  # the library allows 100 MB; a hostile header of that size took it 9 seconds and 1.4 GB
 MAX_TENSORS_BYTES = 5_000_000  # of a header less its metadata: some 30,000 tensors
 MAX_KEY_LENGTH = 1000
-FLOAT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+BYTES_OF_TYPE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+FLOAT_TYPES = tuple(BYTES_OF_TYPE)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 INTEGER_TYPES = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")  # of an alpha
 
@@ -262,6 +264,10 @@ class Header:
         """The short fields of the header's metadata."""
         return dict(zip(self.field_names, self.field_values, strict=True))
 
+    def keeping(self, modules: frozenset[str]) -> Header:
+        """Return the header with the layers of only these canonical modules, the others are not read."""
+        return replace(self, places=_kept_places(self.places, modules))
+
 
 def parse_header(header: bytes) -> Header:
     """Parse a safetensors header: layers, alphas, ignored tensors, where each lies, and the metadata of the writer.
@@ -439,21 +445,51 @@ def _places(layout: Layout, entries: dict, mids: dict[str, str]) -> Places:
     """Find the numbers of a layout; neighbours in both data and layout are one run: keys are mostly sorted."""
     runs: list[_Run] = []
     cores = []
-    end = None  # of the last run in the data
     for layer, columns in zip(layout.layers, layout.columns, strict=True):
         entry = entries[layer.name]
         if layer.role == "down" and layer.module in mids:
-            end = None
             cores.append((_factor(entry), _factor(entries[mids[layer.module]]), columns.start, columns.stop))
             continue
-        byte, stop = entry["data_offsets"]
-        if byte == end and layer.dtype == runs[-1].dtype:
-            runs[-1] = runs[-1]._replace(stop=columns.stop)
-        else:
-            runs.append(_Run(layer.dtype, byte, columns.start, columns.stop))
-        end = stop
+        _append_run(runs, _Run(layer.dtype, entry["data_offsets"][0], columns.start, columns.stop))
     alphas = [(module, entries[key]["dtype"], entries[key]["data_offsets"][0]) for module, key in layout.alphas.items()]
     return _shared_places(layout, tuple(runs), tuple(alphas), tuple(cores))
+
+
+@lru_cache(maxsize=2**10)
+def _kept_places(places: Places, modules: frozenset[str]) -> Places:
+    """Return the places of only some modules; those of equal tensors stay one object."""
+    layout = places.layout
+    alphas = tuple((module, key) for module, key in sorted(layout.alphas.items()) if module in modules)
+    layers = tuple(layer for layer in layout.layers if layer.module in modules)
+    kept = _layout(layers, alphas, tuple(sorted(layout.ignored.items())))
+    moved = {layer.name: columns for layer, columns in zip(kept.layers, kept.columns, strict=True)}
+    runs: list[_Run] = []
+    cores = []
+    by_start = {start: (down, mid) for down, mid, start, _ in places.cores}
+    starts = [run.start for run in places.runs]
+    for layer, columns in zip(layout.layers, layout.columns, strict=True):
+        if layer.name not in moved:
+            continue
+        target = moved[layer.name]
+        if columns.start in by_start:
+            cores.append((*by_start[columns.start], target.start, target.stop))
+            continue
+        run = places.runs[bisect_right(starts, columns.start) - 1]
+        byte = run.byte + (columns.start - run.start) * BYTES_OF_TYPE[run.dtype]
+        _append_run(runs, _Run(run.dtype, byte, target.start, target.stop))
+    alpha_places = tuple(place for place in places.alphas if place[0] in modules)
+    return _shared_places(kept, tuple(runs), alpha_places, tuple(cores))
+
+
+def _append_run(runs: list[_Run], run: _Run) -> None:
+    """Append a run; one that follows the last both in the data and in the layout becomes part of it."""
+    if runs:
+        last = runs[-1]
+        end = last.byte + (last.stop - last.start) * BYTES_OF_TYPE[last.dtype]
+        if (run.dtype, run.byte, run.start) == (last.dtype, end, last.stop):
+            runs[-1] = last._replace(stop=run.stop)
+            return
+    runs.append(run)
 
 
 def _factor(entry: dict) -> _Factor:
@@ -504,10 +540,13 @@ def _check_pairs(layers: dict[tuple[str, str], Layer]) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def file_stat(path: Path | str) -> tuple[int, int, int]:
-    """Return size, mtime in ns and inode, by which an unchanged file is known."""
+def file_stat(path: Path | str) -> tuple[int, int, int, int]:
+    """Return size, mtime and ctime in ns, and inode, by which an unchanged file is known.
+
+    Archives unpack files with the mtimes that these had; the ctime is the file system's own.
+    """
     status = os.stat(path)
-    return status.st_size, status.st_mtime_ns, status.st_ino
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def load_weights(data: bytes | np.ndarray, header: Header) -> tuple[np.ndarray, dict[str, float]]:
