@@ -61,7 +61,8 @@ PROGRAM = (  # of which results are; tests, benchmarks and what imports a publis
     *("ablation_experiment", "autoencoders", "data", "representations"),
     *("analysis", "experiment", "report", "training"),
     *("loras/blocks", "loras/building", "loras/digits_zoo", "loras/keys", "loras/labels", "loras/lora_files"),
-    *("loras/copies", "loras/notices", "loras/recipe", "loras/scales", "loras/weight_checks", "loras/weight_files"),
+    *("loras/copies", "loras/headers", "loras/layouts", "loras/notices", "loras/pairs", "loras/patterns"),
+    *("loras/products", "loras/recipe", "loras/scales", "loras/weight_checks", "loras/weight_files"),
 )
 SCHEMA_VERSION = 5
 

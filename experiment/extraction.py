@@ -193,8 +193,13 @@ class _Pass:
         self.folder = cache / "passes" / store.digest(str(collection.root.resolve()))
         code = store.code_digest(
             "representations",
+            "loras/headers",
             "loras/keys",
+            "loras/layouts",
             "loras/lora_files",
+            "loras/pairs",
+            "loras/patterns",
+            "loras/products",
             "loras/scales",
             "experiment/extraction",
             "experiment/store",
@@ -414,13 +419,11 @@ def _read_file(root: Path, file: LoraFile) -> tuple[np.ndarray, dict[str, float]
         LoraFileError: The file has changed since it was indexed, or its weights are not finite.
     """
     path = root / file.path
-    content = np.fromfile(path, np.uint8)
+    weights, alphas, digest = lora_files.read_weights(path, file.header)
     if file_stat(path) != file.stat:
         raise LoraFileError("changed since it was indexed. Start again.")
-    weights, alphas = lora_files.load_weights(content, file.header)
     lora_files.check_finite(weights, file.layout)
-    scales = update_scales(file.header, alphas, file.adapter_config)
-    return weights, scales, hashlib.sha256(content).hexdigest()
+    return weights, update_scales(file.header, alphas, file.adapter_config), digest
 
 
 def _fill(
