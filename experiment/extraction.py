@@ -23,7 +23,7 @@ import torch
 from data import Collection, CollectionError, LoraFile, check_classes, without
 from experiment import store
 from experiment.engine import Engine
-from loras import building, lora_files
+from loras import building, lora_files, pairs
 from loras.labels import Finding
 from loras.lora_files import Layout, LoraFileError, NotFiniteError, by_layout, file_stat
 from loras.scales import update_scales
@@ -145,6 +145,7 @@ def _read(weight_pass: _Pass, names: list[str], engine: Engine, progress: Callab
         unread = [rows for rows in shards if not weight_pass.finished(rows, missing)]
         # A GPU waits for them.
         threads = min(engine.threads, PASS_THREADS) if weight_pass.device.type == "cpu" else PASS_THREADS
+        threads = min(threads, max(1, pairs.readers(weight_pass.collection.packed_layout.width)))
         for done, _ in enumerate(engine.map(partial(weight_pass.run, names=missing), unread, threads), 1):
             progress("features", len(shards) - len(unread) + done, len(shards))
         return weight_pass.end(names, missing)

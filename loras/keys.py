@@ -32,8 +32,8 @@ KEY_FAMILIES = {
 }
 # An alpha is of a module, and named by it or beside its factors.
 SCALE = (
-    r"^(?P<m>.+?)(?:(?:\.processor)?\.to_(?P<p>q|k|v|out)_lora)?"
-    r"(?:\.lora(?:_linear_layer|_embedding)?(?:[._](?:down|up|mid|A|B))?)?(?:\.weight|\.default)?\.alpha$"
+    r"^(?P<m>.+?)(?:(?:\.processor)?\.to_(?P<p>q|k|v|out)_lora(?:\.(?:down|up))?)?"
+    r"(?:\.lora(?:_linear_layer)?(?:[._](?:down|up|mid|A|B))?)?(?:\.weight|\.default)?\.alpha$"
 )
 ROLES = {"A": "down", "B": "up", "a": "down", "b": "up"}
 REFUSED_FAMILIES = {

@@ -472,9 +472,14 @@ def _check_size(places: Places) -> None:
     numbers, memory = places.numbers, memory_bytes()
     if numbers > MAX_NUMBERS:
         raise LoraFileError(f"its pairs are {numbers} numbers, more than any LoRA has. Is it one?")
-    if 4 * COPIES * numbers > memory:
+    if readers(numbers) < 1:
         fault = f"its pairs are {numbers} numbers: {4 * COPIES * numbers / 2**30:.1f} GiB of memory are needed to read"
         raise LoraFileError(f"{fault} them, there are {memory / 2**30:.1f}. Leave it out, or take a larger machine.")
+
+
+def readers(numbers: int) -> int:
+    """Return how many files of so many numbers may be read at once, by the memory that there is."""
+    return memory_bytes() // (4 * COPIES * max(numbers, 1))
 
 
 @lru_cache(maxsize=1)

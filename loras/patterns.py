@@ -128,8 +128,7 @@ def number(value: object) -> float:
 
 def _ends(path: str) -> list[str]:
     """Return the ends of a path that begin at one of its parts, the whole of it first."""
-    parts = path.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
+    return [path, *(path[dot.end() :] for dot in re.finditer(r"\.", path))]
 
 
 @lru_cache(maxsize=2**10)

@@ -40,12 +40,13 @@ LYCORIS = [
     ("LoKr, 1-d", "w1=2x2 w2_a=6x1 w2_b=1x12", 2.0, 1.29031452),
     ("LoKr, Tucker, 3-d", "w1=2x2 w2_a=1x3 w2_b=1x2 t2=1x1x3x3x3", 2.0, 0.19827643),
 ]  # fmt: skip
+PATTERNS = {"r": 8, "alpha": 2, "rank_pattern": {"x": 3}, "alpha_pattern": {"x": 12}}
 # Name, shapes of the tensors, the scale in PEFT's adapter_config.json, norm of the update.
 PEFT = [
     ("LoHa", "w1_a=18x4 w1_b=4x12 w2_a=18x4 w2_b=4x12", {"r": 4, "alpha": 2}, 1.99182128),
-    ("LoHa, patterns", "w1_a=18x3 w1_b=3x12 w2_a=18x3 w2_b=3x12", {"r": 8, "alpha": 2, "rank_pattern": {"x": 3}, "alpha_pattern": {"x": 12}}, 11.46235679),
+    ("LoHa, patterns", "w1_a=18x3 w1_b=3x12 w2_a=18x3 w2_b=3x12", PATTERNS, 11.46235679),
     ("LoHa, Tucker", "w1_a=3x12 w1_b=3x8 w2_a=3x12 w2_b=3x8 t1=3x3x3x3 t2=3x3x3x3", {"r": 3, "alpha": 1}, 2.00941640),
-    ("LoHa, Tucker, 1-d", "w1_a=3x12 w1_b=3x8 w2_a=3x12 w2_b=3x8 t1=3x3x3x1 t2=3x3x3x1", {"r": 3, "alpha": 1}, 0.60926280),
+    ("LoHa, 1-d", "w1_a=3x12 w1_b=3x8 w2_a=3x12 w2_b=3x8 t1=3x3x3x1 t2=3x3x3x1", {"r": 3, "alpha": 1}, 0.60926280),
     ("LoHa of a convolution", "w1_a=12x3 w1_b=3x72 w2_a=12x3 w2_b=3x72", {"r": 3, "alpha": 1}, 1.54799730),
     ("LoKr", "w1=3x3 w2_a=6x2 w2_b=2x4", {"r": 2, "alpha": 1}, 0.60199843),
     ("LoKr, both decomposed", "w1_a=3x1 w1_b=1x3 w2_a=6x1 w2_b=1x4", {"r": 1, "alpha": 3}, 0.50620787),
