@@ -57,12 +57,9 @@ from report.wording import top_layers as top_layers_text
 from representations import REPRESENTATIONS
 from training.classifier import scored
 
-PROGRAM = (  # of which results are; tests, benchmarks and what imports a published collection are no part of it
+PROGRAM = (  # of which results are; tests and benchmarks are no part of it
     *("ablation_experiment", "autoencoders", "data", "representations"),
-    *("analysis", "experiment", "report", "training"),
-    *("loras/blocks", "loras/building", "loras/digits_zoo", "loras/keys", "loras/labels", "loras/lora_files"),
-    *("loras/copies", "loras/notices", "loras/order", "loras/recipe", "loras/scales"),
-    *("loras/weight_checks", "loras/weight_files"),
+    *("analysis", "experiment", "loras", "report", "training"),
 )
 SCHEMA_VERSION = 5
 

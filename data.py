@@ -67,7 +67,7 @@ class LoraFile:
     path: str
     label: str
     header: Header
-    stat: tuple[int, int, int]  # size, mtime in ns, inode
+    stat: tuple[int, int, int, int]  # size, mtime in ns, ctime in ns, inode
     adapter_config: dict | None
     group: str | None = None
     scales: tuple[ScaleCount, ...] = ()
@@ -277,8 +277,9 @@ def _index_file(root: Path, path: str, labelled: labelling.Labels) -> LoraFile:
     """
     full = os.path.join(root, path)
     stat = file_stat(full)
-    header = lora_files.parse_header(lora_files.read_header(full))
+    text = lora_files.read_header(full)
     adapter_config = labelling.read_json(os.path.join(os.path.dirname(full), "adapter_config.json"))
+    header = lora_files.parse_header(text, adapter_config)
     scales = count_scales(header, adapter_config)
     label, group = labelled.label.get(path, ""), labelled.group.get(path)
     if labelling.NOT_TEXT.search(path + label + (group or "")):

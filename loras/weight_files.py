@@ -12,7 +12,7 @@ from loras.labels import Finding
 from loras.lora_files import by_layout
 from loras.recipe import IndexedFile
 
-PREFERRED_FILES = (WEIGHTS_NAME, "adapter_model.safetensors")
+PREFERRED_FILES = (WEIGHTS_NAME, "adapter_model.safetensors", "adapters.safetensors")  # of diffusers, PEFT, MLX
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 

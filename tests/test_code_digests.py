@@ -50,8 +50,7 @@ LEFT_OUT = {
     "classifier of stats": {*LEFT_OUT_OF_ALL, SETTINGS, "autoencoders"},  # it reads nothing that they have learned
     "classifier of vae": {*LEFT_OUT_OF_ALL, SETTINGS},
     "autoencoder": {*LEFT_OUT_OF_ALL, SETTINGS},
-    # Imported for `data.py import` and `data.py inspect` alone, which are no part of a run.
-    "results": {"loras/published", "loras/inspection"},
+    "results": set(),
 }
 
 

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import random
 import re
+import time
 import tracemalloc
 
 import numpy as np
@@ -13,9 +15,9 @@ from headers import WHOLE, WHOLE_OF_TWO, Q, file_of, header_of, layout_of, pair,
 from making import lora, module_names, write_lora
 from safetensors.torch import save
 
-from loras import lora_files
+from loras import headers, lora_files
 from loras.keys import LoraFileError
-from loras.lora_files import load_weights, parse_header, read_header
+from loras.lora_files import file_stat, load_weights, parse_header, read_header
 from loras.scales import update_scales
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -359,9 +361,9 @@ def test_a_header_that_changed_is_not_read_with_what_the_first_one_said():
 
 
 def test_an_equal_header_is_checked_once_for_each_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(lora_files, "_accepted", set())
-    opened, original = [], lora_files.safe_open
-    monkeypatch.setattr(lora_files, "safe_open", lambda *args: opened.append(1) or original(*args))
+    monkeypatch.setattr(headers, "_accepted", set())
+    opened, original = [], headers.safe_open
+    monkeypatch.setattr(headers, "safe_open", lambda *args: opened.append(1) or original(*args))
     paths = [write_lora(tmp_path / f"{i}.safetensors", lora(seed=i)) for i in range(3)]
     for path in paths * 2:
         read_header(path)
@@ -377,3 +379,34 @@ def test_other_types_are_refused(dtype):
     message = refusal({key: tensor.to(dtype) for key, tensor in pair().items()})
     assert Q in message
     assert "type" in message
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_a_header_may_keep_some_modules_alone(seed):
+    """What is read of them is what is read of a file that holds nothing else."""
+    tensors = {k: t for number in range(4) for k, t in pair(f"unet.blocks.{number}", 2 + number).items()}
+    tensors |= locon() | {"unet.blocks.1.alpha": torch.tensor(3.0), "unet.blocks.2.alpha": torch.tensor(5.0)}
+    few = {k: t for k, t in tensors.items() if re.search(r"blocks\.[023]|c", k)}
+    modules = frozenset({"unet_blocks_0", "unet_blocks_2", "unet_blocks_3", "c", "not there"})
+    data = save(tensors) if seed is None else reordered(save(tensors), seed)
+    header = parse_header(header_of(data))
+    kept, alone = header.keeping(modules), parse_header(header_of(save(few)))
+    assert kept.layout.layers == alone.layout.layers and kept.layout.alphas == alone.layout.alphas
+    weights, alphas = load_weights(data, kept)
+    wanted, wanted_alphas = load_weights(save(few), alone)
+    assert weights.tolist() == wanted.tolist() and alphas == wanted_alphas == {"unet_blocks_2": 5.0}
+    assert kept.keeping(modules).layout is kept.layout  # equal layouts stay one object
+    assert header.keeping(modules).places is kept.places
+    assert header.keeping(frozenset(header.layout.modules)).places is header.places
+
+
+def test_a_file_that_is_written_again_is_another_whatever_its_mtime(tmp_path):
+    """As archives are unpacked, with the mtimes that are written in them."""
+    path = write_lora(tmp_path / "x.safetensors", lora(1))
+    before, times = file_stat(path), path.stat().st_mtime_ns
+    time.sleep(0.02)  # a tick of the file system's clock
+    with open(path, "r+b") as file:
+        file.write(path.read_bytes())
+    os.utime(path, ns=(times, times))
+    after = file_stat(path)
+    assert (before[0], before[1], before[3]) == (after[0], after[1], after[3]) and before != after
