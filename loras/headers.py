@@ -67,6 +67,8 @@ def read_header(path: Path | str) -> bytes:
             raise _incomplete(size, 8 + length)
         header = start[8 : 8 + length]
         header += file.read(length - len(header))
+    if len(header) != length:  # it was truncated meanwhile
+        raise _incomplete(8 + len(header), 8 + length)
     known = (hashlib.sha256(header).digest(), size)
     if known not in _accepted:
         _check_header(header, size)
@@ -296,6 +298,6 @@ def _with_experts(places: Places, config: dict) -> Places:
                 if len(stated) > 1:
                     raise ValueError(f"several ranks for the parameters of {paths[0].rpartition('.')[0]}")
                 rank = stated.pop()
-                if 0 < rank < layer.rank and layer.rank % rank == 0:
+                if 0 < rank < layer.rank and rank.is_integer() and layer.rank % rank == 0:
                     ranks.append((layer.module, int(rank)))
     return split_experts(places, tuple(ranks)) if ranks else places

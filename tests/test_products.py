@@ -148,6 +148,7 @@ def test_a_lokr_of_two_large_factors_is_refused_with_its_rank():
 WHOLE = {"w1": (3, 3), "w2": (6, 4)}
 PARTS = {"w1": (3, 3), "w2_a": (6, 2), "w2_b": (2, 4)}
 CORED = {"w1": (2, 2), "w2_a": (1, 6), "w2_b": (1, 4), "t2": (1, 1, 3, 3)}
+CP = {"w1_a": (4, 18), "w1_b": (4, 12), "w2_a": (4, 18), "w2_b": (4, 12), "t1": (4, 4, 3, 5), "t2": (4, 4, 3, 5)}
 LOHA = {"w1_a": (18, 4), "w1_b": (4, 12), "w2_a": (18, 4), "w2_b": (4, 12)}
 
 
@@ -173,6 +174,9 @@ LOHA = {"w1_a": (18, 4), "w1_b": (4, 12), "w2_a": (18, 4), "w2_b": (4, 12)}
         ("hada", LOHA | {"w2_a": (18, 3), "w2_b": (3, 12)}, "shapes do not match"),
         ("hada", LOHA | {"w2_b": (4, 11)}, "shapes do not match"),
         ("hada", LOHA | {"w1_a": (18, 0)}, "shapes do not match"),
+        ("hada", CP | {"t2": (4, 4, 5, 3)}, "shapes do not match"),
+        ("hada", LOHA | {"w1_b": (4, 12, 1)}, "shapes do not match"),
+        ("lokr", PARTS | {"w1": (3, 3, 1)}, "shapes do not match"),
     ],
 )
 def test_what_does_not_make_a_product_is_refused(prefix, shapes, words):
