@@ -354,12 +354,17 @@ def test_only_experts_are_split():
             "several ranks for the parameters",
         ),
         (EXPERTS | {"target_parameters": TARGETS, "alpha_pattern": {"down_proj": 4}}, "several for the parameters"),
+        (EXPERTS | {"target_parameters": TARGETS, "r": 4}, "gives the parameters of mlp.experts unequal numbers"),
         (EXPERTS | {"target_parameters": ["a"] * 2000}, "target_parameters has 2000 names"),
     ],
 )
 def test_experts_of_which_the_number_is_not_known_are_refused(config, words):
+    shapes = {
+        key: tuple(12 if side == 8 and "base_layer" in key else side for side in shape)
+        for key, shape in STACKED.items()
+    }
     with pytest.raises(LoraFileError, match=words):
-        read(values(STACKED), config)
+        read(values(shapes if config.get("r") == 4 else STACKED), config)
 
 
 def test_a_rank_above_both_other_sides_is_refused():
