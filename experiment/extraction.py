@@ -33,7 +33,7 @@ CHUNK_NUMBERS = 2**22  # weights worked on at once, 16 MiB
 SHARD_NUMBERS = 2**24  # features and packed weights of files, held and then written together: 64 MiB
 PASS_THREADS = 8  # threads at most, each with a shard in memory
 WEIGHTS = "weights"  # the name under which the packed weights are kept, beside the features
-DIGESTS = "digests"  # and sha256 of each file, uint8[N, 32]
+DIGESTS = "digests"  # and a digest of what is read of each file, uint8[N, 32]
 CHECKED = (RANKING, UPDATES, DIGESTS)  # the arrays that a check of the collection looks at
 
 # A check of a collection, given the folder of each of these arrays: what it returns is a JSON object, in which

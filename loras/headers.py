@@ -67,6 +67,8 @@ def read_header(path: Path | str) -> bytes:
             raise _incomplete(size, 8 + length)
         header = start[8 : 8 + length]
         header += file.read(length - len(header))
+    if len(header) != length:  # it was truncated meanwhile
+        raise _incomplete(8 + len(header), 8 + length)
     known = (hashlib.sha256(header).digest(), size)
     if known not in _accepted:
         _check_header(header, size)
@@ -286,16 +288,19 @@ def _with_experts(places: Places, config: dict) -> Places:
     Raises:
         LoraFileError: The configuration cannot be used.
     """
-    ranks = []
+    ranks, experts_of = [], {}
     with in_words(CONFIG):
         rule = rule_of(config, "rank_pattern", "r")
         for layer in places.layout.layers[::2]:  # a module's down stands before its up
-            if layer.style.startswith("PEFT") and (paths := parameter_paths(path_of(layer.name), config)):
-                rule.check(paths)
-                stated = {rule.value(path) for path in paths}
-                if len(stated) > 1:
-                    raise ValueError(f"several ranks for the parameters of {paths[0].rpartition('.')[0]}")
-                rank = stated.pop()
-                if 0 < rank < layer.rank and layer.rank % rank == 0:
-                    ranks.append((layer.module, int(rank)))
+            if not layer.style.startswith("PEFT") or not (paths := parameter_paths(path_of(layer.name), config)):
+                continue
+            rule.check(paths)
+            stated, module = {rule.value(path) for path in paths}, paths[0].rpartition(".")[0]
+            if len(stated) > 1:
+                raise ValueError(f"several ranks for the parameters of {module}")
+            rank = stated.pop()
+            if 0 < rank < layer.rank and rank.is_integer() and layer.rank % rank == 0:
+                ranks.append((layer.module, int(rank)))
+                if experts_of.setdefault(module, layer.rank // rank) != layer.rank // rank:
+                    raise ValueError(f"rank {rank:g} gives the parameters of {module} unequal numbers of experts")
     return split_experts(places, tuple(ranks)) if ranks else places

@@ -249,7 +249,8 @@ def _tucker_shape(module: _Module) -> tuple[int, int]:
     """Return the shape of the down of a LoCon in Tucker form, multiplied by its mid: the kernel is the mid's."""
     thin, mid = module.shape("down"), module.shape("mid")
     rank = thin[0]
-    if not 3 <= len(mid) <= 5 or prod(mid) == 0 or mid[:2] != (rank, rank) or prod(thin[2:]) != 1:
+    dimensions = len(thin) if len(thin) > 2 else 4
+    if len(mid) != dimensions or prod(mid) == 0 or mid[:2] != (rank, rank) or prod(thin[2:]) != 1:
         shapes = f"down {list(thin)}, mid {list(mid)}"
         raise LoraFileError(f"ranks differ in module {module.name}: {shapes}. Save all factors of one LoRA.")
     return rank, prod(thin[1:]) * prod(mid[2:])
@@ -297,7 +298,7 @@ def _loha_pair(module: _Module) -> _Pair:
     wanted = {f"hada_w{n}_{side}" for n in (1, 2) for side in "ab"} | ({"hada_t1", "hada_t2"} if cores else set())
     _check_roles(module, "LoHa", wanted)
     parts = [_decomposed(module, f"hada_w{n}", f"hada_t{n}") for n in (1, 2)]
-    if parts[0][:3] != parts[1][:3]:
+    if parts[0][:3] != parts[1][:3] or len({module.shape(core)[2:] for core in cores}) > 1:
         raise _unmatched(module)
     outputs, rank, columns, _ = parts[0]
     _check_product_rank(module, "LoHa", rank * rank)
@@ -345,7 +346,7 @@ def _lokr_pair(module: _Module) -> _Pair:
 
 def _whole(module: _Module, role: str) -> tuple[list[Factor], list[Factor], tuple[int, int]]:
     """Return a whole factor as an up and a down, of which one is an identity of the narrow side; and its shape."""
-    if not 2 <= len(module.shape(role)) <= 5:
+    if not _has_sides(module, role):
         raise _unmatched(module)
     outputs, columns = module.flat(role)
     narrow = min(outputs, columns)
@@ -356,7 +357,7 @@ def _whole(module: _Module, role: str) -> tuple[list[Factor], list[Factor], tupl
 def _decomposed(module: _Module, name: str, core: str | None) -> tuple[int, int, int, list[Factor]]:
     """Return rows, rank and columns of a·b, and what its down is made of: with a core, a is [r, rows]."""
     first, second = module.shape(f"{name}_a"), module.shape(f"{name}_b")
-    if len(first) != 2 or not 2 <= len(second) <= 5 or prod(first) * prod(second) == 0:
+    if len(first) != 2 or not _has_sides(module, f"{name}_b") or prod(first) * prod(second) == 0:
         raise _unmatched(module)
     factors, (rank, columns) = [module.factor(f"{name}_b")], module.flat(f"{name}_b")
     if core in module:
@@ -374,6 +375,11 @@ def _decomposed(module: _Module, name: str, core: str | None) -> tuple[int, int,
 def _named(module: _Module, family: str) -> str:
     """Return the words for a module of another family."""
     return f"a {family} adapter ({module.keys[min(module.keys)]}) whose module {module.name}"
+
+
+def _has_sides(module: _Module, role: str) -> bool:
+    """Return whether a tensor is a matrix; that of a LoKr which holds the kernel may have its sides behind."""
+    return 2 <= len(module.shape(role)) <= (5 if role.startswith("lokr_w2") else 2)
 
 
 def _check_roles(module: _Module, family: str, wanted: set[str]) -> None:
@@ -544,13 +550,17 @@ def split_experts(places: Places, ranks: tuple[tuple[str, int], ...]) -> Places:
     """
     rank_of, pieces = dict(ranks), []
     layout = places.layout
-    for layer, source in zip(layout.layers, _sources(places), strict=True):
-        rank = rank_of.get(layer.module, layer.rank)
-        experts = layer.rank // rank if isinstance(source, Run) and layer.rank % rank == 0 else 1
+    sources = _sources(places)
+    for layer, source in zip(layout.layers, sources, strict=True):
+        if isinstance(source, Product):  # a convolution in groups, which is no parameter
+            rank_of.pop(layer.module, None)
+    for layer, source in zip(layout.layers, sources, strict=True):
+        experts = layer.rank // rank_of.get(layer.module, layer.rank)
         if experts == 1:
             pieces.append(Piece(layer, source))
             continue
         _check_count(layer.module, experts)
+        rank = rank_of[layer.module]
         shape = (rank, layer.free_side) if layer.role == "down" else (layer.free_side, rank)
         stacked = Factor(source.dtype, source.byte, layer.shape)
         for number in range(experts):

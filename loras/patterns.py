@@ -96,12 +96,13 @@ def rule_of(config: dict, patterns: str, default: str) -> Rule:
     if not config.get(patterns):
         return Rule(config, patterns, default)
     key = id(config), patterns, default
-    if key not in _known:
-        rule = Rule(config, patterns, default)
-        if len(_known) >= _MAX_KNOWN:
-            _known.clear()
-        _known[key] = config, rule
-    return _known[key][1]
+    if known := _known.get(key):
+        return known[1]
+    rule = Rule(config, patterns, default)
+    if len(_known) >= _MAX_KNOWN:
+        _known.clear()
+    _known[key] = config, rule
+    return rule
 
 
 @contextmanager

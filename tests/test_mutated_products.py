@@ -72,7 +72,8 @@ def update_of(roles: dict[str, torch.Tensor]) -> torch.Tensor:
         return first * second
     if "lokr_w1" in roles or "lokr_w1_a" in roles:
         first, second = part(roles, "lokr_w1", ""), part(roles, "lokr_w2", "lokr_t2")
-        return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second.contiguous())
+        wide = first.reshape(*first.shape, *[1] * (second.ndim - 2))
+        return torch.from_numpy(np.kron(wide.numpy(), second.numpy()))
     up, down = roles["up"], roles["down"]
     blocks = [up[i].flatten() for i in range(len(up))]
     groups = down.shape[0] // up.shape[1]

@@ -291,7 +291,7 @@ def check_against_the_library(path: Path, layout, weights, scales: dict[str, flo
             mid = layer.name.replace(".lora_down.", ".lora_mid.")
             if mid in mids and layer.role == "down":
                 tensor = torch.tensordot(file.get_tensor(mid).double(), tensor.double().flatten(1), dims=([1], [0]))
-                tensor = tensor.permute(0, 3, 1, 2)  # (r, in, kh, kw)
+                tensor = tensor.movedim(-1, 1)  # (r, in, kernel ...)
                 torch.testing.assert_close(
                     torch.from_numpy(weights[columns]), tensor.float().flatten(), rtol=1e-6, atol=0
                 )

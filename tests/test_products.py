@@ -148,6 +148,7 @@ def test_a_lokr_of_two_large_factors_is_refused_with_its_rank():
 WHOLE = {"w1": (3, 3), "w2": (6, 4)}
 PARTS = {"w1": (3, 3), "w2_a": (6, 2), "w2_b": (2, 4)}
 CORED = {"w1": (2, 2), "w2_a": (1, 6), "w2_b": (1, 4), "t2": (1, 1, 3, 3)}
+CP = {"w1_a": (4, 18), "w1_b": (4, 12), "w2_a": (4, 18), "w2_b": (4, 12), "t1": (4, 4, 3, 5), "t2": (4, 4, 3, 5)}
 LOHA = {"w1_a": (18, 4), "w1_b": (4, 12), "w2_a": (18, 4), "w2_b": (4, 12)}
 
 
@@ -173,6 +174,9 @@ LOHA = {"w1_a": (18, 4), "w1_b": (4, 12), "w2_a": (18, 4), "w2_b": (4, 12)}
         ("hada", LOHA | {"w2_a": (18, 3), "w2_b": (3, 12)}, "shapes do not match"),
         ("hada", LOHA | {"w2_b": (4, 11)}, "shapes do not match"),
         ("hada", LOHA | {"w1_a": (18, 0)}, "shapes do not match"),
+        ("hada", CP | {"t2": (4, 4, 5, 3)}, "shapes do not match"),
+        ("hada", LOHA | {"w1_b": (4, 12, 1)}, "shapes do not match"),
+        ("lokr", PARTS | {"w1": (3, 3, 1)}, "shapes do not match"),
     ],
 )
 def test_what_does_not_make_a_product_is_refused(prefix, shapes, words):
@@ -350,12 +354,17 @@ def test_only_experts_are_split():
             "several ranks for the parameters",
         ),
         (EXPERTS | {"target_parameters": TARGETS, "alpha_pattern": {"down_proj": 4}}, "several for the parameters"),
+        (EXPERTS | {"target_parameters": TARGETS, "r": 4}, "gives the parameters of mlp.experts unequal numbers"),
         (EXPERTS | {"target_parameters": ["a"] * 2000}, "target_parameters has 2000 names"),
     ],
 )
 def test_experts_of_which_the_number_is_not_known_are_refused(config, words):
+    shapes = {
+        key: tuple(12 if side == 8 and "base_layer" in key else side for side in shape)
+        for key, shape in STACKED.items()
+    }
     with pytest.raises(LoraFileError, match=words):
-        read(values(STACKED), config)
+        read(values(shapes if config.get("r") == 4 else STACKED), config)
 
 
 def test_a_rank_above_both_other_sides_is_refused():
