@@ -30,8 +30,8 @@ from loras import inspection as inspecting
 from loras import labels as labelling
 from loras.building import Progress
 from loras.checkpoints import Choice
-from loras.collection_flags import OF_INDEX, add_collection_flags
 from loras.copies import common_names
+from loras.flags import OF_INDEX, parse_arguments
 from loras.layer_sets import and_more, layer_differences
 from loras.lora_files import Header, Layer, Layout, LoraFileError, by_layout, file_stat
 from loras.names import plain
@@ -237,11 +237,11 @@ def index_collection(
 
     Args:
         root: The folder.
-        name: Of the collection; the folder's, if none is given.
+        name: Of the collection; None: the folder's.
         progress: Wraps the iteration over files.
         labels: A table of labels, see `labels.read_labels`.
-        label_column: Its column, or field of the metadata.json files, that is the label.
-        group_column: The one that is the group.
+        label_column: Its column, or field of the metadata.json files, that is the label; likewise
+        group_column: the group.
         step: What is read of folders with checkpoints, see `labels.read_labels`.
         common_layers: Keep the layers that all files have, instead of refusing files that differ.
         skip_bad: Leave out files that cannot be used, instead of refusing the collection.
@@ -256,30 +256,31 @@ def index_collection(
     files, faulty = _index_files(root, progress(labelled.choice.paths, "index"), labelled)
     bad += labelled.findings + faulty
     files = _less(files, bad) if skip_bad else files  # what is left out has no say in which layers are the commonest
-    left_out_layers: dict[str, int] = {}
-    if common_layers:
-        bad += layer_sets.strangers(root, files)
-        files, left_out_layers = layer_sets.keep_common(_less(files, bad))
-    bad += layer_differences(root, files)
+    files, left_out_layers, unlike = _alike(root, files, bad, common_layers)
+    bad += unlike
     faults = labelled.faults + ([] if skip_bad and files else [finding.line(root) for finding in bad])
     if faults or not files:
         raise CollectionError(list(dict.fromkeys(faults)) or [_no_file(root, ignored["linked folders"])])
-    files = _less(files, bad)
-    collection = Collection(
-        name=name or root.resolve().name,
+    collection = _collection(name or root.resolve().name, root, _less(files, bad), labelled, left_out_layers)
+    collection = replace(collection, ignored=collection.ignored + ignored, group_column=group_column)
+    collection = without(collection, [(path, finding.reason) for finding in bad for path in finding.files])
+    return _with_choices(noted(collection, header_notices(collection.files), strict, skip_bad))
+
+
+def _collection(
+    name: str, root: Path, files: list[LoraFile], labelled: labelling.Labels, left_out_layers: dict[str, int]
+) -> Collection:
+    return Collection(
+        name=name,
         root=root,
         files=tuple(files),
         label_source=labelled.source,
-        ignored=sum((file.layout.ignored for file in files), +ignored),
+        ignored=sum((file.layout.ignored for file in files), Counter()),
         label_column=labelled.column,
-        group_column=group_column,
         table=labelled.table,
         choice=labelled.choice,
         left_out_layers=left_out_layers,
     )
-    collection = without(collection, [(path, finding.reason) for finding in bad for path in finding.files])
-    collection = noted(collection, header_notices(collection.files), strict, skip_bad)
-    return _with_choices(collection)
 
 
 def _check_root(root: Path) -> None:
@@ -288,6 +289,17 @@ def _check_root(root: Path) -> None:
         raise CollectionError([f"{root}: no such folder. Give a folder of LoRAs."])
     if not (os.fspath(root) + root.resolve().name).isprintable():
         raise CollectionError([f"{root}: a name that is not printable text. Rename the folder."])
+
+
+def _alike(
+    root: Path, files: list[LoraFile], bad: list[Finding], common_layers: bool
+) -> tuple[list[LoraFile], dict[str, int], list[Finding]]:
+    """Return files, with ``common_layers`` less what not all have, which is counted; and those that differ still."""
+    if not common_layers:
+        return files, {}, layer_differences(root, files)
+    strangers = layer_sets.strangers(root, _less(files, bad))
+    files, left_out = layer_sets.keep_common(_less(files, [*bad, *strangers]))
+    return files, left_out, [*strangers, *layer_differences(root, files)]
 
 
 def _with_choices(collection: Collection) -> Collection:
@@ -333,7 +345,7 @@ def _index_file(root: Path, path: str, labelled: labelling.Labels) -> LoraFile:
     label, group = labelled.label.get(path, ""), labelled.group.get(path)
     for kind, name in (("name", path), ("label", label), ("group", group or "")):
         if fault := names.fault(name):
-            raise LoraFileError(f"its {kind}, {fault}. Rename it, or leave it out.")
+            raise LoraFileError(f"its {kind} {fault}. Rename it, or leave it out.")
     return LoraFile(path, label, header, stat, adapter_config, group, scales)
 
 
@@ -606,40 +618,6 @@ def inspect(args: argparse.Namespace) -> None:
 
 def _records(collection: Collection) -> list[dict]:
     return [notice.record() for notice in collection.notices]
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the flags of ``inspect`` and ``import``."""
-    parser = argparse.ArgumentParser(description="Look at a folder of LoRAs before an experiment, or make one.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    look = commands.add_parser("inspect", help="show what a folder of LoRAs holds, and check their weights")
-    look.add_argument("path", type=Path, help="folder of LoRAs")
-    look.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    look.add_argument(
-        "--headers-only",
-        action="store_true",
-        help="do not read the weights: no NaN, copies, epochs, untrained LoRAs or outliers are looked for",
-    )
-    add_collection_flags(look.add_argument)
-    publish = commands.add_parser("import", help="turn a published parquet collection into a folder of LoRAs")
-    publish.add_argument("source", help="a parquet file, a folder of them, or owner/name of a data set of the hub")
-    publish.add_argument("out", type=Path, help="folder to make; it may exist if the same import made it")
-    publish.add_argument(
-        "--rank", type=int, help="rank of the LoRAs, where cells are flat lists (the column rank, or 1)"
-    )
-    publish.add_argument(
-        "--skip-bad", action="store_true", help="leave out rows with NaN or a missing cell, and say how many"
-    )
-    publish.add_argument(
-        "--leave-out",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="leave out columns, by name or with * (none)",
-    )
-    publish.add_argument("--subset", help="of a data set of the hub that has several (none)")
-    publish.add_argument("--split", help="of a data set of the hub that has several (the only one)")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from experiment.networks import FEW_LORAS, FEW_MODULES, NETWORKS
 from experiment.settings import LEVELS
-from loras.collection_flags import add_collection_flags
+from loras.flags import add_collection_flags
 from representations import REPRESENTATIONS
 
 BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000}

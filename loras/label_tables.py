@@ -57,7 +57,7 @@ def columns_of(table: Path) -> list[str]:
     if not columns:
         raise LabelError(f"{table}: no label: holds no row. Name each weight file in file_name, and its label.")
     if faults := [fault for fault in map(names.fault, columns) if fault]:
-        raise LabelError(f"{table}: the name of a column, {faults[0]}. Rename it.")
+        raise LabelError(f"{table}: a column's name {faults[0]}. Rename it.")
     if FILE_NAME not in columns:
         listed = ", ".join(columns[:12]) + (", ..." if len(columns) > 12 else "")
         raise LabelError(f"{table}: no column {FILE_NAME}, but {listed}. Name each weight file in one.")

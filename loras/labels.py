@@ -267,7 +267,7 @@ def _documents(root: Path, paths: Sequence[str]) -> Iterator[tuple[str, list[str
             try:
                 document = read_json(place)
                 if fault := next(filter(None, map(names.fault, document or ())), ""):
-                    document = LoraFileError(f"{METADATA_NAME} has a field of which the name, {fault}. Rename it.")
+                    document = LoraFileError(f"{METADATA_NAME} has a field whose name {fault}. Rename it.")
             except LoraFileError as error:
                 document = error
             if document is not None:

@@ -7,7 +7,6 @@ are escaped. Numbers are what JSON says, also NaN and 1e300: each reader has its
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
@@ -36,11 +35,8 @@ def read_bytes(path: Path | str, most: int) -> bytes:
         OSError: It cannot be read, or is a folder; the error names it.
         ValueError: It is a pipe, a device or a socket, or larger.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    with open(descriptor, "rb", buffering=0) as file:
-        status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
+        status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a plain file")
         if status.st_size > most:
@@ -51,6 +47,10 @@ def read_bytes(path: Path | str, most: int) -> bytes:
             if len(data) > most:
                 raise ValueError(f"more than {most} bytes")
     return bytes(data)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def open_text(data: bytes) -> TextIO:

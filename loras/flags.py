@@ -1,4 +1,4 @@
-"""Flags that say how a collection is read: those of ``data.py inspect``, and of the experiment too."""
+"""Flags of ``data.py``, of which those that say how a collection is read are the experiment's too."""
 
 from __future__ import annotations
 
@@ -63,3 +63,37 @@ def _step(text: str) -> str:
         return checkpoints.step_of(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the flags of ``inspect`` and ``import``."""
+    parser = argparse.ArgumentParser(description="Look at a folder of LoRAs before an experiment, or make one.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    look = commands.add_parser("inspect", help="show what a folder of LoRAs holds, and check their weights")
+    look.add_argument("path", type=Path, help="folder of LoRAs")
+    look.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    look.add_argument(
+        "--headers-only",
+        action="store_true",
+        help="do not read the weights: no NaN, copies, epochs, untrained LoRAs or outliers are looked for",
+    )
+    add_collection_flags(look.add_argument)
+    publish = commands.add_parser("import", help="turn a published parquet collection into a folder of LoRAs")
+    publish.add_argument("source", help="a parquet file, a folder of them, or owner/name of a data set of the hub")
+    publish.add_argument("out", type=Path, help="folder to make; it may exist if the same import made it")
+    publish.add_argument(
+        "--rank", type=int, help="rank of the LoRAs, where cells are flat lists (the column rank, or 1)"
+    )
+    publish.add_argument(
+        "--skip-bad", action="store_true", help="leave out rows with NaN or a missing cell, and say how many"
+    )
+    publish.add_argument(
+        "--leave-out",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out columns, by name or with * (none)",
+    )
+    publish.add_argument("--subset", help="of a data set of the hub that has several (none)")
+    publish.add_argument("--split", help="of a data set of the hub that has several (the only one)")
+    return parser.parse_args(arguments)
