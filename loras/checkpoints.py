@@ -16,6 +16,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,11 +82,16 @@ class Choice:
 
     def without(self, paths: Iterable[str]) -> Choice:
         """Return the choice less some files, which are left out as checkpoints are."""
-        lora_of = {path: lora for lora, chosen in self.groups.items() for path in chosen}
+        lora_of = self.lora_of
         gone = {path: lora_of[path] for path in paths}
         groups = {lora: tuple(path for path in chosen if path not in gone) for lora, chosen in self.groups.items()}
         kept = tuple(path for path in self.paths if path not in gone)
         return Choice(self.step, kept, groups, self.left_out | gone, self.at, self.findings)
+
+    @cached_property
+    def lora_of(self) -> dict[str, str]:
+        """The LoRA's folder of each chosen file that lies in one with checkpoints or adapters with names."""
+        return {path: lora for lora, chosen in self.groups.items() for path in chosen}
 
     @property
     def notice(self) -> Notice | None:
@@ -115,12 +121,13 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def folders_of(path: str) -> list[str]:
-    """Return the folders whose metadata.json is of a file: its own, and those out of which only checkpoints lead.
+    """Return the folders whose metadata.json is of a file: its own, and those of its LoRA, the nearest first.
 
     Out of the folder of PEFT's adapter with a name, too, if two folders or more are left.
     """
     parts = path.split(os.sep)[:-1]
-    folders = [os.sep.join(parts)]
+    without_moments = [part for i, part in enumerate(parts) if not i or _moment(part, parts[i - 1]) is None]
+    folders = [os.sep.join(parts), os.sep.join(without_moments)]
     inside = False
     while len(parts) > 1:
         if _moment(parts[-1], parts[-2]) is None:
@@ -129,7 +136,7 @@ def folders_of(path: str) -> list[str]:
             inside = True
         parts.pop()
         folders.append(os.sep.join(parts))
-    return folders
+    return list(dict.fromkeys(folders))
 
 
 def choose(root: Path, paths: Sequence[str], by_folder: bool, step: str) -> Choice:

@@ -123,12 +123,11 @@ def _label_by_table(
         groups = (group for group in result.choice.groups.values() if result.label.keys() & set(group))
         result.choice = result.choice.without([path for group in groups for path in group if path not in result.label])
     tried = f"no row with {result.column} for it in {table.name}; the columns there are: {_listed(columns)}"
-    lora_of = {path: lora for lora, chosen in result.choice.groups.items() for path in chosen}
     for path in result.choice.paths:
         if path not in result.label:
             mend = "Label it or leave it out."
-            if path in lora_of:
-                mend = f"Label it, or its folder {lora_of[path]}, or choose another --step."
+            if lora := result.choice.lora_of.get(path):
+                mend = f"Label it, or its folder {lora}, or choose another --step."
             result.findings.append(Finding((path,), f"no label: {tried}. {mend}"))
         elif group_column in columns and path not in result.group:
             result.findings.append(_no_group(path, group_column, f"its row in {table.name}"))
@@ -287,9 +286,8 @@ def _label_by_metadata_or_folder(result: Labels, root: Path, beside: _Beside, co
         tried = f"no {name} (a text or a number) in {METADATA_NAME} beside it, as other files here have"
     else:
         result.source = "the folder names"
-        of_trainers = {path for chosen in result.choice.groups.values() for path in chosen}
         for path in beside.fields:
-            if path in of_trainers or path.count(os.sep) in (1, 2):
+            if path in result.choice.lora_of or path.count(os.sep) in (1, 2):
                 _put(result.label, path, path.split(os.sep)[0])
         tried = f"no {METADATA_NAME} with {name} beside it, and it does not lie in <class>/ or <class>/<lora>/"
     missing = [path for path in beside.fields if path not in result.label]
