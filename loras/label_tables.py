@@ -75,6 +75,8 @@ def rows(table: Path) -> Iterator[tuple[int, dict]]:
         raise LabelError(f"{table}: {fault}")
     try:
         file = small_files.open_text(small_files.read_bytes(table, MAX_TABLE_BYTES))
+    except small_files.EncodingError as error:
+        raise LabelError(f"{table}: {error}. Save it as UTF-8 (in a spreadsheet: CSV UTF-8).") from error
     except (OSError, ValueError) as error:
         raise LabelError(f"{table}: not readable ({error}). Mend the table.") from error
     try:

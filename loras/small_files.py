@@ -24,6 +24,10 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _WRITTEN_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
+class EncodingError(ValueError):
+    """Bytes that are no text in an encoding that is read."""
+
+
 class NoObjectError(ValueError):
     """A JSON text that is something else than an object."""
 
@@ -57,16 +61,16 @@ def open_text(data: bytes) -> TextIO:
     """Return a text file of bytes: UTF-8, or UTF-16 with a byte order mark; line ends stay as they are.
 
     Raises:
-        ValueError: They are another encoding, or no text; the message says what helps.
+        EncodingError: They are text in another encoding, or no text.
     """
     encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     file = io.TextIOWrapper(io.BytesIO(data), encoding=encoding, newline="")
     try:
         while part := file.read(2**20):
             if "\0" in part:
-                raise ValueError("holds NUL bytes: UTF-16 without a byte order mark, or no text; save it as UTF-8")
+                raise EncodingError("holds NUL bytes: UTF-16 without a byte order mark, or no text")
     except UnicodeDecodeError as error:
-        raise ValueError(_other_encoding(data, encoding, error)) from error
+        raise EncodingError(_other_encoding(data, encoding, error)) from error
     file.seek(0)
     return file
 
@@ -74,7 +78,7 @@ def open_text(data: bytes) -> TextIO:
 def _other_encoding(data: bytes, encoding: str, error: UnicodeDecodeError) -> str:
     """Describe the first byte that is not text of an encoding."""
     if encoding == "utf-16":
-        return f"not readable as UTF-16, as which it begins ({error.reason}); save it as UTF-8"
+        return f"not readable as UTF-16, as which it begins ({error.reason})"
     for number, line in enumerate(data.splitlines(), 1):
         try:
             line.decode("utf-8")
@@ -84,8 +88,8 @@ def _other_encoding(data: bytes, encoding: str, error: UnicodeDecodeError) -> st
                 meant = f", in Windows-1252 '{plain(line.decode('cp1252')[:40])}'"
             except UnicodeDecodeError:
                 meant = ""
-            return f"not UTF-8: {byte}{meant}; save it as UTF-8, in Excel as 'CSV UTF-8'"
-    return "not UTF-8; save it as UTF-8"
+            return f"not UTF-8: {byte}{meant}"
+    return "not UTF-8"
 
 
 def read_object(path: Path | str, most: int = MAX_JSON_BYTES) -> dict:

@@ -31,7 +31,7 @@ def find_weight_files(root: Path) -> tuple[list[str], list[Finding], Counter]:
         subfolders[:] = sorted(sub for sub in subfolders if not sub.startswith("."))
         ignored["linked folders"] += sum(os.path.islink(os.path.join(folder, sub)) for sub in subfolders)
         if inside.count(os.sep) + 1 >= MAX_DEPTH and inside:
-            ignored[f"folders in {MAX_DEPTH} others"] += len(subfolders)
+            ignored[f"folders deeper than {MAX_DEPTH} levels"] += len(subfolders)
             subfolders.clear()
         weights = [name for name in names if name.lower().endswith(".safetensors") and not name.startswith(".")]
         chosen = _preferred(weights)
