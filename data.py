@@ -35,7 +35,7 @@ from loras.flags import OF_INDEX, parse_arguments
 from loras.layer_sets import and_more, layer_differences
 from loras.lora_files import Header, Layer, Layout, LoraFileError, by_layout, file_stat
 from loras.names import plain
-from loras.notices import Finding, Notice
+from loras.notices import Finding, Notice, unreadable
 from loras.recipe import header_notices, scale_records
 from loras.scales import ScaleCount, count_scales
 from loras.weight_files import find_weight_files
@@ -324,8 +324,10 @@ def _index_files(root: Path, paths: Iterable[str], labelled: labelling.Labels) -
     for path in paths:
         try:
             files.append(_index_file(root, path, labelled))
-        except (LoraFileError, OSError) as error:
+        except LoraFileError as error:
             findings.append(Finding((path,), str(error)))
+        except OSError as error:
+            findings.append(Finding((path,), unreadable(error)))
     return files, findings
 
 
@@ -608,7 +610,8 @@ def inspect(args: argparse.Namespace) -> None:
     if args.json:
         contents = contents if collection.files == by_header.files else inspection(collection, args.layers)
         contents |= {"notices": _records(collection), "weights_checked": not args.headers_only}
-        print(json.dumps(contents, indent=2, ensure_ascii=False))
+        all_letters = "utf" in (sys.stdout.encoding or "").lower()
+        print(json.dumps(contents, indent=2, ensure_ascii=not all_letters))
         return
     skipped = collection.skipped_records[len(by_header.skipped) :]
     notices = _records(collection)[len(by_header.notices) :]

@@ -115,7 +115,7 @@ def _label_by_table(
         choices = f"the columns there are: {counted(column_values(root, result.choice.paths, table))}"
         fault = f"no label: no column {result.column}; {choices}"
         raise LabelError(f"{table}: {fault}. Choose one with --label-column.")
-    result.source = f"{result.column} in {table.name}"
+    result.source = f"{result.column} in {plain(table.name)}"
     for path, row in _rows_of_files(result, root, columns):
         _put(result.label, path, row.get(result.column))
         _put(result.group, path, row.get(group_column))
@@ -330,7 +330,8 @@ def read_json(path: str) -> dict | None:
     except small_files.NoObjectError as error:
         raise LoraFileError(f"{name} holds no JSON object. Mend or remove it.") from error
     except (OSError, ValueError) as error:
-        raise LoraFileError(f"{name} is not readable as JSON ({error}). Mend or remove it.") from error
+        words = getattr(error, "strerror", None) or error
+        raise LoraFileError(f"{name} is not readable as JSON ({words}). Mend or remove it.") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -156,6 +156,8 @@ def matching(layers: Sequence[Layer], pattern: str | None) -> np.ndarray:
     """
     if pattern is None:
         return np.ones(len(layers), bool)
+    if not pattern.isprintable():
+        raise ValueError("not printable text. Give a part of a layer's name.")
     selected = np.zeros(len(layers), bool)
     for single in pattern.split(","):
         chosen = [_matches(layer, single.strip()) for layer in layers]

@@ -30,6 +30,11 @@ class Finding:
         return plain(f"{self.place or root / self.files[0]}: {self.reason}")
 
 
+def unreadable(error: OSError) -> str:
+    """Return the reason of a finding, given the system's error for a file."""
+    return f"cannot be read ({error.strerror or error}). Mend that, or leave it out."
+
+
 @dataclass(frozen=True)
 class Notice:
     """A report on some files.

@@ -140,6 +140,44 @@ def test_csv_with_a_byte_order_mark_quotes_and_blank_lines(tmp_path):
     assert [file.label for file in index_collection(tmp_path).files] == ['a "b", c', "x", "x"]
 
 
+SPREADSHEETS = {
+    "backslashes": "file_name,label\r\na\\0.safetensors,x\r\n.\\a\\1.safetensors,y\r\n",
+    "semicolons": 'file_name;label\r\na/0.safetensors;x\r\n"a/1.safetensors";"y"\r\n',
+    "tabs": "file_name\tlabel\na/0.safetensors\tx\na/1.safetensors\ty\n",
+    "quoted names of columns": '"label";"file_name"\nx;a/0.safetensors\ny;a/1.safetensors\n',
+    "old line ends": "file_name,label\ra/0.safetensors,x\ra/1.safetensors,y\r",
+    "blank lines": "file_name,label\n\n,\na/0.safetensors,x\n,,\n\r\na/1.safetensors,y\n\n",
+    "trailing separators": "file_name,label,,\na/0.safetensors,x,,\na/1.safetensors,y,,\n",
+    "trailing separators of rows": "file_name;label\na/0.safetensors;x;\na/1.safetensors;y;\n",
+    "spaces in the header": " file_name , label\na/0.safetensors,x\na/1.safetensors,y",
+    "commas in cells": 'file_name;label;price\na/0.safetensors;x;"1,5"\na/1.safetensors;y;2,5\n',
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("case", SPREADSHEETS)
+def test_tables_as_spreadsheets_write_them(tmp_path, case, encoding):
+    for i in range(2):
+        write_lora(tmp_path / "a" / f"{i}.safetensors", lora(1, seed=i))
+    (tmp_path / "metadata.csv").write_bytes(SPREADSHEETS[case].encode(encoding))
+    collection = index_collection(tmp_path, label_column="label")
+    assert [file.label for file in collection.files] == ["x", "y"] and collection.label_column == "label"
+
+
+def test_jsonl_as_windows_writes_it(tmp_path):
+    flat_collection(tmp_path, 2)
+    rows = ['{"file_name": ".\\\\0.safetensors", "label": "ä"}', "", '{"file_name": "1.safetensors", "label": "b"}']
+    for encoding, end in (("utf-8-sig", "\r\n"), ("utf-16", "\r")):
+        (tmp_path / "metadata.jsonl").write_bytes(end.join(rows).encode(encoding))
+        assert [file.label for file in index_collection(tmp_path).files] == ["ä", "b"]
+
+
+@pytest.mark.parametrize("name", ["C:\\loras\\x.safetensors", "c:/x", "a\\..\\..\\x"])
+def test_paths_of_a_drive_are_not_below_the_collection(tmp_path, name):
+    table(flat_collection(tmp_path, 1) / "metadata.csv", ["file_name", "label"], (name, "a"))
+    assert f"line 2: {name!r} is not a path below the collection. " in findings(tmp_path)[0]
+
+
 def test_a_row_may_name_the_folder_of_one_lora(tmp_path):
     root = write_collection(tmp_path)
     folders = [os.path.dirname(file.path) for file in index_collection(root).files]
