@@ -61,10 +61,10 @@ from training.classifier import scored
 PROGRAM = (  # of which results are; tests, benchmarks and what imports a published collection are no part of it
     *("ablation_experiment", "autoencoders", "data", "representations"),
     *("analysis", "experiment", "report", "training"),
-    *("loras/blocks", "loras/building", "loras/checkpoints", "loras/copies", "loras/digits_zoo"),
-    *("loras/flags", "loras/keys", "loras/label_tables", "loras/labels", "loras/layer_sets", "loras/lora_files"),
-    *("loras/names", "loras/notices", "loras/recipe", "loras/scales", "loras/small_files", "loras/weight_checks"),
-    "loras/weight_files",
+    *("loras/blocks", "loras/building", "loras/checkpoints", "loras/copies", "loras/digits_zoo", "loras/flags"),
+    *("loras/headers", "loras/keys", "loras/label_tables", "loras/labels", "loras/layer_sets", "loras/layouts"),
+    *("loras/lora_files", "loras/names", "loras/notices", "loras/pairs", "loras/patterns", "loras/products"),
+    *("loras/recipe", "loras/scales", "loras/small_files", "loras/weight_checks", "loras/weight_files"),
 )
 SCHEMA_VERSION = 5
 BUILT_IN = Path("data") / "built-in-digits"  # holds the collections that `locate` trains

@@ -340,9 +340,10 @@ def _index_file(root: Path, path: str, labelled: labelling.Labels) -> LoraFile:
     """
     full = os.path.join(root, path)
     stat = file_stat(full)
-    header = lora_files.parse_header(lora_files.read_header(full))
+    text = lora_files.read_header(full)
     configs = (os.path.join(root, folder, "adapter_config.json") for folder in checkpoints.folders_of(path))
     adapter_config = next((config for config in map(labelling.read_json, configs) if config is not None), None)
+    header = lora_files.parse_header(text, adapter_config)
     scales = count_scales(header, adapter_config)
     label, group = labelled.label.get(path, ""), labelled.group.get(path)
     for kind, name in (("name", path), ("label", label), ("group", group or "")):

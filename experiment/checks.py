@@ -93,7 +93,7 @@ def _find_copies(collection: Collection, digests: Path, sizes: np.ndarray) -> li
     def read(row: int) -> np.ndarray:
         path = root / files[row].path
         try:
-            return lora_files.load_weights(np.fromfile(path, np.uint8), files[row].header)[0]
+            return lora_files.read_weights(path, files[row].header).weights
         except (lora_files.LoraFileError, OSError) as error:
             raise CollectionError([f"{path}: {error}"]) from error
 

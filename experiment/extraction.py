@@ -23,7 +23,7 @@ import torch
 from data import Collection, CollectionError, LoraFile, check_classes, without
 from experiment import store
 from experiment.engine import Engine
-from loras import building, lora_files
+from loras import building, lora_files, pairs
 from loras.labels import Finding
 from loras.lora_files import Layout, LoraFileError, NotFiniteError, by_layout, file_stat
 from loras.scales import update_scales
@@ -145,6 +145,7 @@ def _read(weight_pass: _Pass, names: list[str], engine: Engine, progress: Callab
         unread = [rows for rows in shards if not weight_pass.finished(rows, missing)]
         # A GPU waits for them.
         threads = min(engine.threads, PASS_THREADS) if weight_pass.device.type == "cpu" else PASS_THREADS
+        threads = min(threads, max(1, pairs.readers(weight_pass.collection.packed_layout.width)))
         for done, _ in enumerate(engine.map(partial(weight_pass.run, names=missing), unread, threads), 1):
             progress("features", len(shards) - len(unread) + done, len(shards))
         return weight_pass.end(names, missing)
@@ -193,8 +194,13 @@ class _Pass:
         self.folder = cache / "passes" / store.digest(str(collection.root.resolve()))
         code = store.code_digest(
             "representations",
+            "loras/headers",
             "loras/keys",
+            "loras/layouts",
             "loras/lora_files",
+            "loras/pairs",
+            "loras/patterns",
+            "loras/products",
             "loras/scales",
             "experiment/extraction",
             "experiment/store",
@@ -415,13 +421,11 @@ def _read_file(root: Path, file: LoraFile) -> tuple[np.ndarray, dict[str, float]
         LoraFileError: The file has changed since it was indexed, or its weights are not finite.
     """
     path = root / file.path
-    content = np.fromfile(path, np.uint8)
+    weights, alphas, digest = lora_files.read_weights(path, file.header)
     if file_stat(path) != file.stat:
         raise LoraFileError("changed since it was indexed. Start again.")
-    weights, alphas = lora_files.load_weights(content, file.header)
     lora_files.check_finite(weights, file.layout)
-    scales = update_scales(file.header, alphas, file.adapter_config)
-    return weights, scales, hashlib.sha256(content).hexdigest()
+    return weights, update_scales(file.header, alphas, file.adapter_config), digest
 
 
 def _fill(

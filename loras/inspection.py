@@ -61,7 +61,7 @@ def twins_of(
     """Return the groups of rows of files that hold the same weights, and the fault of those whose labels differ."""
 
     def read(row: int) -> np.ndarray:
-        return lora_files.load_weights(np.fromfile(root / files[row].path, np.uint8), files[row].header)[0]
+        return lora_files.read_weights(root / files[row].path, files[row].header).weights
 
     results = [checked[file.path] for file in files]
     sizes = np.stack([result.sizes for result in results])

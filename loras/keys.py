@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 MAX_MESSAGE_LENGTH = 1000
 
-# Style -> pattern of its keys. Groups: m, the module; r, the role (down or A, up or B, mid); and in some styles a, the
-# adapter, and p, the attention projection that ends the module.
+# Style -> pattern of its keys. Groups: m, the module; r, the role (down or A, up or B, mid; of LoHa and LoKr a tensor);
+# and in some styles a, the adapter, and p, the attention projection that ends the module.
 KEY_FAMILIES = {
     "numbered": r"^lora\.(?P<r>down|up)\.weight\.(?P<m>\d+)$",
     "diffusers": r"^(?P<m>.+)\.lora\.(?P<r>down|up)\.weight$",
@@ -25,11 +25,18 @@ KEY_FAMILIES = {
     "kohya": r"^(?P<m>.+)\.lora_(?P<r>down|up|mid)\.weight$",
     "XLabs": r"^(?P<m>.+\.processor\.(?:qkv|proj)_lora[12]?)\.(?P<r>down|up)\.weight$",
     "cloneofsimo": r"^(?P<m>(?:unet|text_encoder):\d+):(?P<r>down|up)$",
+    "MLX": r"^(?P<m>.+)\.lora_(?P<r>a|b)$",
+    "PEFT embedding": r"^(?P<m>.+)\.lora_embedding_(?P<r>A|B)(?:\.(?P<a>[^.]+))?$",
+    "LoHa": r"^(?P<m>.+)\.(?P<r>hada_(?:w[12]_[ab]|t[12]))(?:\.(?P<a>[^.]+))?$",
+    "LoKr": r"^(?P<m>.+)\.(?P<r>lokr_(?:w[12](?:_[ab])?|t[12]))(?:\.(?P<a>[^.]+))?$",
 }
-SCALE = r"^(?P<m>.+?)(\.lora(_linear_layer|_down|_up|_A|_B)?)?\.alpha$"  # of a module, also beside its factors
+# An alpha is of a module, and named by it or beside its factors.
+SCALE = (
+    r"^(?P<m>.+?)(?:(?:\.processor)?\.to_(?P<p>q|k|v|out)_lora(?:\.(?:down|up))?)?"
+    r"(?:\.lora(?:_linear_layer)?(?:[._](?:down|up|mid|A|B))?)?(?:\.weight|\.default)?\.alpha$"
+)
+ROLES = {"A": "down", "B": "up", "a": "down", "b": "up"}
 REFUSED_FAMILIES = {
-    "a LoHa": r"\.hada_(w[12]_[ab]|t[12])$",
-    "a LoKr": r"\.lokr_(w[12](_[ab])?|t[12])$",
     "an OFT": r"\.oft_blocks$",
     "a full-difference": r"\.(diff|diff_b)$",
     "a mangled kohya": r"^lora_(unet|te\d?)_.+_lora_(down|up)\.weight$",
@@ -132,12 +139,23 @@ def parse_key(key: str) -> _Key | None:
     for style, pattern in KEY_FAMILIES.items():
         if match := re.match(pattern, key):
             parts = match.groupdict()
-            module = parts["m"]
-            if projection := parts.get("p"):
-                module += ".to_out.0" if projection == "out" else f".to_{projection}"
-            role = {"A": "down", "B": "up"}.get(parts["r"], parts["r"])
-            return _Key(canonical_module(module), role, parts.get("a") or "", style)
+            return _Key(_module_of(parts), ROLES.get(parts["r"], parts["r"]), parts.get("a") or "", style)
     return None
+
+
+@lru_cache(maxsize=2**16)
+def parse_alpha(key: str) -> str | None:
+    """Return the canonical module of an alpha's key, see `SCALE`; None for another key."""
+    match = re.match(SCALE, key)
+    return _module_of(match.groupdict()) if match else None
+
+
+def _module_of(parts: dict[str, str | None]) -> str:
+    """Return the canonical module of a key's groups."""
+    module = parts["m"]
+    if projection := parts.get("p"):
+        module += ".to_out.0" if projection == "out" else f".to_{projection}"
+    return canonical_module(module)
 
 
 def ignored_as(key: str) -> str:

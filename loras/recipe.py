@@ -14,7 +14,6 @@ from typing import Protocol
 
 import numpy as np
 
-from loras.keys import parse_key
 from loras.labels import plain
 from loras.lora_files import ADAPTER_METADATA, Header, Layout
 from loras.notices import Notice
@@ -70,7 +69,7 @@ def _of_layout(layout: Layout) -> dict[str, str]:
     """Return what the tensors of a file show, less their numbers."""
     with_alpha = len(layout.alphas) / max(len(layout.modules), 1)
     fields = {
-        "key style": " + ".join(sorted({parse_key(layer.name).style for layer in layout.layers})),
+        "key style": " + ".join(sorted({layer.style for layer in layout.layers})),
         "dtype": " + ".join(sorted({layer.dtype for layer in layout.layers})),
         "alpha tensors": {0: "none", 1: "all"}.get(with_alpha, "some"),
     }

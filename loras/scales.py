@@ -1,6 +1,6 @@
 """Scales: the factor s of each module's update s·up·down, and the source that states it.
 
-The sources, in this order: alpha tensors of the file; adapter_config.json beside it; the header's
+The sources, in this order: alpha tensors of the file; adapter_config.json beside it (PEFT's or MLX's); the header's
 ``lora_adapter_metadata``, which diffusers writes by component; a plain alpha and rank in the header. Where none states
 it, s is 1. All of them are texts of strangers: what cannot be used is refused in words.
 """
@@ -10,20 +10,24 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
-from loras.keys import LoraFileError
-from loras.lora_files import ADAPTER_METADATA, ALPHA_FIELDS, FLOAT32_MAX, RANK_FIELDS, UNREADABLE, Header, Layer
+import numpy as np
 
-TENSORS, CONFIG, FIELDS, NONE = "alpha tensors", "adapter_config.json", "header metadata", "none"
+from loras.headers import ADAPTER_METADATA, ALPHA_FIELDS, CONFIG, RANK_FIELDS, Header
+from loras.keys import LoraFileError
+from loras.layouts import Layer, Layout
+from loras.patterns import in_words, number, parameter_paths, path_of, rule_of
+
+TENSORS, FIELDS, NONE = "alpha tensors", "header metadata", "none"
+FLOAT32_MIN, FLOAT32_MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _MISSING = ("", "None", "null")  # a value that is none, as trainers write it
 _COMPONENT = re.compile(r"(text_encoder(?:_[2-9])?|unet|transformer(?:_[2-9])?)_")
-# Patterns of single modules are mostly paths; the others are regular expressions, of which some would take years.
-_PATH = re.compile(r"[\w.\-]*")
-_REPEATS = re.compile(r"(?<!\\)(?:[*+{]|(?<!\()\?)")
-_MAX_EXPRESSIONS, _MAX_LENGTH, _MAX_REPEATS, _MAX_ALTERNATIVES, _MAX_PATH = 64, 200, 3, 8, 300
+# Forms of a truth value, also where a writer made a text of it.
+_TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no", "none", "null", "")
+# The name of alpha in PEFT's configuration of an adapter, where it is not lora_alpha.
+_ALPHA_OF_TYPE = {"LOHA": "alpha", "LOKR": "alpha"}
 
 
 class Scale(NamedTuple):
@@ -69,8 +73,10 @@ def module_scales(header: Header, alphas: dict[str, float | None], adapter_confi
     scales = {}
     for layer in header.layout.layers[::2]:  # a module's down stands before its up
         if layer.module in alphas:
-            alpha = alphas[layer.module]
-            scale = Scale(None if alpha is None else _checked(alpha, layer) / layer.rank or 1.0, TENSORS)
+            alpha, rank = alphas[layer.module], _writers_rank(header.layout, layer)
+            # A LoKr of two whole factors has no rank to divide by: LyCORIS gives it the scale 1.
+            value = None if alpha is None else _checked(alpha, layer) / (rank or alpha or 1.0) or 1.0
+            scale = Scale(value, TENSORS)
         else:
             stated = ((name, scale_of(layer)) for name, scale_of in sources)
             scale = next((Scale(value, name) for name, value in stated if value), _UNSTATED)
@@ -87,7 +93,7 @@ def count_scales(header: Header, adapter_config: dict | None, alphas: dict | Non
     layout = header.layout
     tensors = dict.fromkeys(layout.alphas) if alphas is None else alphas
     if tensors and adapter_config:
-        scale_of = _scale_by(CONFIG, adapter_config)
+        scale_of = _scale_by(CONFIG, adapter_config, layout)
         for layer in layout.layers[::2]:
             scale_of(layer)
     modules = len(layout.layers) // 2
@@ -98,10 +104,16 @@ def count_scales(header: Header, adapter_config: dict | None, alphas: dict | Non
     return _shared(tuple(ScaleCount(scale, modules) for scale, modules in counts.items()))
 
 
-def _checked(alpha: float, layer: Layer) -> float:
-    if not abs(alpha) <= FLOAT32_MAX:  # not >, which NaN would pass
-        raise LoraFileError(f"alpha of module {layer.module} is {alpha}. Mend it or leave the file out.")
-    return alpha
+def _checked(value: float, layer: Layer, name: str = "alpha") -> float:
+    """Return an alpha or a scale; refuse one that is not finite, or lost in float32, in which updates are computed."""
+    if not (value == 0 or FLOAT32_MIN <= abs(value) <= FLOAT32_MAX):  # so that NaN does not pass
+        raise LoraFileError(f"{name} of module {layer.module} is {value}. Mend it or leave the file out.")
+    return value
+
+
+def _writers_rank(layout: Layout, layer: Layer) -> int:
+    """Return the rank by which the writer divides alpha: the pair's, or that of the factors which it is made of."""
+    return layout.ranks.get(layer.module, layer.rank)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -112,15 +124,15 @@ def _checked(alpha: float, layer: Layer) -> float:
 def _sources(header: Header, adapter_config: dict | None) -> Iterator[tuple[str, Callable[[Layer], float]]]:
     """Yield name and function of each configuration; a function returns a module's scale, 0 where none is stated."""
     if adapter_config:
-        yield CONFIG, _scale_by(CONFIG, adapter_config)
+        yield CONFIG, _scale_by(CONFIG, adapter_config, header.layout)
     if header.adapter_configs:
         by_component = {
-            component: _scale_by(ADAPTER_METADATA, config, component)
+            component: _scale_by(ADAPTER_METADATA, config, header.layout, component)
             for component, config in header.adapter_configs.items()
         }
         yield ADAPTER_METADATA, lambda layer: _of_component(by_component, layer)
     if plain := _plain_config(header):
-        yield FIELDS, _scale_by(FIELDS, plain)
+        yield FIELDS, _scale_by(FIELDS, plain, header.layout)
 
 
 def _of_component(by_component: dict[str, Callable[[Layer], float]], layer: Layer) -> float:
@@ -151,71 +163,66 @@ def _plain_config(header: Header) -> dict | None:
     return {"lora_alpha": fields[alphas[0]], "r": rank, "use_rslora": fields.get("use_rslora")}
 
 
-def _scale_by(source: str, config: dict, component: str = "") -> Callable[[Layer], float]:
-    """Return the function from a module to the scale that PEFT's configuration of an adapter states, 0 for none."""
-    with _in_words(source):
-        alpha_of, rank_of = _rule(config, "alpha_pattern", "lora_alpha"), _rule(config, "rank_pattern", "r")
-    stabilised = str(config.get("use_rslora")).lower() in ("true", "1")  # where a writer made a text of it too
+def _scale_by(source: str, config: dict, layout: Layout, component: str = "") -> Callable[[Layer], float]:
+    """Return the function from a module to the scale that a configuration of an adapter states, 0 for none."""
+    if isinstance(config.get("lora_parameters"), dict) and "lora_alpha" not in config:
+        return _scale_by_mlx(source, config["lora_parameters"])
+    with in_words(source):
+        alphas = rule_of(
+            config, "alpha_pattern", _ALPHA_OF_TYPE.get(str(config.get("peft_type")).upper(), "lora_alpha")
+        )
+        ranks = rule_of(config, "rank_pattern", "r")
+        exponent = 0.5 if _truth(config, "use_rslora") else 1.0
+        if alphas.expressions or ranks.expressions:
+            paths = [_path(layer, component) for layer in layout.layers[::2]]
+            alphas.check(paths)
+            ranks.check(paths)
 
     def scale(layer: Layer) -> float:
-        path = _path(layer.name).removeprefix(f"{component}.")
-        with _in_words(source):
-            alpha, rank = alpha_of(path), rank_of(path)
-        if rank and rank != layer.rank:
-            fault = f"{source} says rank {rank:g} for {path}, where the file has {layer.rank}"
+        path = _path(layer, component)
+        with in_words(source):
+            # Stacked experts are parameters, of which the file does not tell which is which.
+            paths = parameter_paths(path, config) or (path,)
+            stated = {(alphas.value(name), ranks.value(name)) for name in paths}
+            if len(stated) > 1:
+                raise ValueError(f"several for the parameters of {path}")
+            alpha, rank = stated.pop()
+        files_rank = _writers_rank(layout, layer)
+        if rank and files_rank and rank != files_rank:
+            fault = f"{source} says rank {rank:g} for {path}, where the file has {files_rank}"
             raise LoraFileError(f"{fault}. Mend or remove it.")
-        return _checked(alpha, layer) / layer.rank ** (0.5 if stabilised else 1.0)
+        if not (divisor := files_rank or rank):
+            return 0.0
+        return _checked(_checked(alpha, layer) / divisor**exponent, layer, "scale")
 
     return scale
 
 
-@contextmanager
-def _in_words(source: str) -> Iterator[None]:
-    try:
-        yield
-    except (*UNREADABLE, OverflowError, re.error) as error:
-        raise LoraFileError(f"{source} has an unusable alpha or rank ({error}). Mend or remove it.") from error
+def _path(layer: Layer, component: str) -> str:
+    return path_of(layer.name).removeprefix(f"{component}.")
 
 
-@lru_cache(maxsize=2**16)
-def _path(name: str) -> str:
-    """Return the path of a module by which PEFT names it, given the key of a factor."""
-    return re.split(r"\.lora[._]", name)[0].removeprefix("base_model.model.")
+def _truth(config: dict, name: str) -> bool:
+    """Return a truth value.
 
-
-def _rule(config: dict, patterns: str, default: str) -> Callable[[str], float]:
-    """Return the function from a module's path to its value.
-
-    That of the first pattern that names the end of the path, else the default: PEFT's rule.
+    Raises:
+        ValueError: It is neither true nor false.
     """
-    values = config.get(patterns) or {}
-    if not isinstance(values, dict):
-        raise TypeError(f"{patterns} is no object")
-    expressions = {pattern: _compiled(pattern) for pattern in values if not _PATH.fullmatch(pattern)}
-    if len(expressions) > _MAX_EXPRESSIONS:
-        raise ValueError(f"{patterns} has {len(expressions)} regular expressions")
-
-    def value(path: str) -> float:
-        if not values:
-            return float(config.get(default) or 0)
-        if expressions and len(path) > _MAX_PATH:
-            raise ValueError(f"regular expressions for a path of {len(path)} characters")
-        parts = path.split(".")
-        ends = [".".join(parts[start:]) for start in range(len(parts))]
-        named = {end for end in ends if end in values}
-        named |= {pattern for pattern, expression in expressions.items() if any(map(expression.fullmatch, ends))}
-        if len(named) > 1:
-            named = {next(pattern for pattern in values if pattern in named)}
-        return float(values[named.pop()] if named else config.get(default) or 0)
-
-    return value
+    text = str(config.get(name)).strip().lower()
+    if text not in _TRUE + _FALSE:
+        raise ValueError(f"{name} is {text}, neither true nor false")
+    return text in _TRUE
 
 
-@lru_cache(maxsize=2**10)
-def _compiled(pattern: str) -> re.Pattern:
-    """Compile a pattern, unless it could take longer than its use is worth: repeats of repeats, and many of both."""
-    repeats, alternatives = len(_REPEATS.findall(pattern)), pattern.count("|")
-    repeated_group = re.search(r"\)[*+?{]", pattern)
-    if len(pattern) > _MAX_LENGTH or repeated_group or repeats > _MAX_REPEATS or alternatives > _MAX_ALTERNATIVES:
-        raise ValueError(f"{pattern[:_MAX_LENGTH]} is more than a pattern of modules")
-    return re.compile(pattern)
+def _scale_by_mlx(source: str, parameters: dict) -> Callable[[Layer], float]:
+    """Return the function from a module to the scale itself, which MLX states with the rank; 0 for none."""
+    with in_words(source):
+        value, rank = number(parameters.get("scale")), number(parameters.get("rank"))
+
+    def scale(layer: Layer) -> float:
+        if rank and rank != layer.rank:
+            fault = f"{source} says rank {rank:g}, where {layer.name} has {layer.rank}"
+            raise LoraFileError(f"{fault}. Mend or remove it.")
+        return _checked(value, layer, "scale")
+
+    return scale

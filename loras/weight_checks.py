@@ -5,7 +5,6 @@ Shape letters: N LoRAs, L layers, P modules, W weights of a LoRA.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ class Checked:
     """The findings of one reading of a file.
 
     Attributes:
-        digest: sha256 of its bytes.
+        digest: Of all its bytes that a result depends on.
         sizes: Root mean square of the weights of each layer, float64[L].
         norms: Frobenius norm of the update s·up·down of each module, float64[P].
         fault: What makes its weights unusable, in words; empty where nothing does.
@@ -50,9 +49,8 @@ def check_weights(path: Path | str, header: Header, adapter_config: dict | None 
         LoraFileError: The file has changed since its header was parsed.
         OSError: It cannot be read.
     """
-    content = np.fromfile(path, np.uint8)
-    digest, layout = hashlib.sha256(content).hexdigest(), header.layout
-    weights, alphas = lora_files.load_weights(content, header)
+    weights, alphas, digest = lora_files.read_weights(path, header)
+    layout = header.layout
     try:
         lora_files.check_finite(weights, layout)
         scales = update_scales(header, alphas, adapter_config)

@@ -129,9 +129,12 @@ FILES = {
     ),
     "LoHa": (
         added("lora_unet_a.hada_w1_a"),
-        "a LoHa adapter (lora_unet_a.hada_w1_a), which cannot be read. Convert it",
+        "a LoHa adapter (lora_unet_a.hada_w1_a) whose module unet_a has no hada_w1_b, hada_w2_a, hada_w2_b. Save all",
     ),
-    "LoKr": (added("lora_unet_a.lokr_w1"), "a LoKr adapter (lora_unet_a.lokr_w1), which cannot be read. Convert it"),
+    "LoKr": (
+        added("lora_unet_a.lokr_w1"),
+        "a LoKr adapter (lora_unet_a.lokr_w1) whose module unet_a has no lokr_w2_a, lokr_w2_b. Save all",
+    ),
     "OFT": (
         added("lora_unet_a.oft_blocks"),
         "an OFT adapter (lora_unet_a.oft_blocks), which cannot be read. Convert it",

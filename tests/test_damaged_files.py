@@ -13,11 +13,12 @@ from headers import WHOLE, Q, file_of, header_of, pair, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from making import lora, module_names, write_lora
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from loras import lora_files
+from loras import headers, lora_files
 from loras.keys import LoraFileError, canonical_module
-from loras.lora_files import load_weights, parse_header, read_header
+from loras.lora_files import load_weights, parse_header, read_alphas, read_header, read_weights
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Scales, shapes, dtypes
@@ -280,3 +281,197 @@ def test_without_a_pair_the_first_keys_are_shown():
     message = refusal({"model.a.weight": torch.ones(2, 2), "model.b.weight": torch.ones(2, 2)})
     assert "no LoRA pair" in message
     assert "model.a.weight, model.b.weight" in message
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Entries, and the library's word on them
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        None,
+        True,
+        7,
+        "F32",
+        [],
+        ["F32", [2, 8], [0, 64]],  # which the library takes for an object
+        {},
+        ENTRY | {"dtype": 7},
+        ENTRY | {"dtype": None},
+        ENTRY | {"shape": None},
+        ENTRY | {"shape": "28"},
+        ENTRY | {"shape": {"2": 8}},
+        ENTRY | {"shape": [2, "8"]},
+        ENTRY | {"shape": [2, 8.0]},
+        ENTRY | {"shape": [True, 16]},
+        ENTRY | {"shape": [-2, -8]},
+        ENTRY | {"shape": [2**63, 0]},
+        ENTRY | {"shape": [[2], 8]},
+        ENTRY | {"data_offsets": None},
+        ENTRY | {"data_offsets": [0]},
+        ENTRY | {"data_offsets": [0, 64, 64]},
+        ENTRY | {"data_offsets": [0, "64"]},
+        ENTRY | {"data_offsets": [False, 64]},
+        ENTRY | {"data_offsets": [0, 64.0]},
+        ENTRY | {"data_offsets": {"0": 64}},
+        ENTRY | {"data_offsets": [-64, 0]},
+    ],
+)
+@pytest.mark.parametrize("key", [f"{Q}.lora.down.weight", f"{Q}.alpha", "beside"])
+def test_an_entry_that_is_no_tensor_is_refused_whatever_it_is_called(tmp_path, odd, key):
+    entries = {f"{Q}.lora.down.weight": ENTRY, f"{Q}.lora.up.weight": ENTRY} | {key: odd}
+    header = json.dumps(entries).encode()
+    with pytest.raises(LoraFileError, match=r"^its header has no type, shape and place for .*\. Download it again\.$"):
+        parse_header(header)
+    fault(tmp_path / "x.safetensors", file_of(header, bytes(64 * len(entries))))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b"1",
+        b'"x"',
+        b"nul",
+        b"{",
+        b"",
+        b"\xff",
+        b'{"a":' * 50_000,
+        b'{"a":' + b"9" * 5000 + b"}",
+        b'{"__metadata__":[1]}',
+        b'{"a":{},"__metadata__":[1]}',
+        b'{"a":{},"__metadata__":1e999}',
+        b'{"a":{},"a":{}}',
+        b'{"__metadata__":{"lora_adapter_metadata":"{\\"unet.init_lora_weights\\":\\"\\\\ud800\\"}"}}',
+        b'{"\\ud800.lora_A.weight":{"dtype":"F32","shape":[2,8],"data_offsets":[0,64]}}',
+        b'{"a\\u202e.lora_A.weight":{"dtype":"F32","shape":[2,8],"data_offsets":[0,64]}}',
+        b'{"a\\u2028.lora_A.weight":{"dtype":"F32","shape":[2,8],"data_offsets":[0,64]}}',
+    ],
+)
+def test_a_header_that_is_no_header_is_refused_also_without_the_library(header):
+    with pytest.raises(LoraFileError) as error:
+        parse_header(header)
+    assert str(error.value).isprintable() and str(error.value).isascii()
+
+
+def test_half_a_surrogate_in_a_configuration_of_the_header_is_refused():
+    text = json.dumps({"unet.lora_alpha": 8, "unet.init_lora_weights": "\ud800"})
+    data = save(lora(1), {"lora_adapter_metadata": text})
+    with pytest.raises(LoraFileError, match="lora_adapter_metadata is not readable"):
+        parse_header(header_of(data))
+
+
+def accepted_by_the_library(path) -> bool:
+    try:
+        with safe_open(path, "np"):
+            return True
+    except (SafetensorError, ValueError):
+        return False
+
+
+@settings(deadline=None, max_examples=100)
+@given(header=mutated_headers())
+def test_a_header_is_read_if_the_library_reads_the_file(tmp_path_factory, header):
+    path = tmp_path_factory.getbasetemp() / "judged.safetensors"
+    path.write_bytes(file_of(header, WHOLE[8 + len(header_of(WHOLE)) :]))
+    try:
+        accepted = bool(read_header(path))
+    except LoraFileError:
+        accepted = False
+    assert accepted == accepted_by_the_library(path)
+
+
+def test_the_library_maps_no_file_that_others_can_truncate(tmp_path, monkeypatch):
+    """Whatever becomes of the file then, it is never mapped: no signal can end the process."""
+    path, opened, original = tmp_path / "x.safetensors", [], headers.safe_open
+    path.write_bytes(save(lora(2), {"odd": "odd"}))
+
+    def open_and_truncate(name, *rest):
+        os.truncate(path, 0)
+        opened.append((os.stat(name).st_dev, os.stat(name).st_ino))
+        return original(name, *rest)
+
+    own = path.stat().st_dev, path.stat().st_ino
+    monkeypatch.setattr(headers, "_accepted", set())
+    monkeypatch.setattr(headers, "safe_open", open_and_truncate)
+    header = parse_header(read_header(path))
+    assert opened and own not in opened
+    with pytest.raises(LoraFileError, match="changed since it was indexed"):
+        read_weights(path, header)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_the_pairs_need_is_read(tmp_path):
+    """A sparse tensor of 64 GiB lies beside them, in front of all of their data."""
+    pairs = lora(2) | {f"{module_names(1)[0]}.alpha": torch.tensor(3.0)}
+    header, body = json.loads(header_of(save(pairs))), save(pairs)[8 + len(header_of(save(pairs))) :]
+    large = 2**36
+    moved = {key: e | {"data_offsets": [large + at for at in e["data_offsets"]]} for key, e in header.items()}
+    new = json.dumps({"bundle": {"dtype": "U8", "shape": [large], "data_offsets": [0, large]}} | moved).encode()
+    path = tmp_path / "x.safetensors"
+    with path.open("wb") as file:
+        file.write(len(new).to_bytes(8, "little") + new)
+        file.seek(large, os.SEEK_CUR)
+        file.write(body)
+    tracemalloc.start()
+    try:
+        contents = read_weights(path, parse_header(read_header(path)))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 2**21
+    wanted, alphas = load_weights(save(pairs), parse_header(header_of(save(pairs))))
+    assert contents.weights.tolist() == wanted.tolist() and contents.alphas == alphas
+
+
+def test_a_digest_is_of_all_that_is_read_and_of_nothing_else(tmp_path):
+    tensors = lora(2) | {f"{module_names(1)[0]}.alpha": torch.tensor(3.0), "beside": torch.zeros(4)}
+
+    def digest(tensors: dict, metadata: dict | None = None, kept: int = 2) -> str:
+        path = write_lora(tmp_path / "x.safetensors", tensors)
+        path.write_bytes(save(tensors, metadata))
+        header = parse_header(read_header(path))
+        return read_weights(path, header.keeping(frozenset(header.layout.modules[:kept]))).digest
+
+    first = digest(tensors)
+    assert digest(tensors) == first == digest(tensors | {"beside": torch.ones(4)})
+    others = [digest(tensors | {key: tensor + 1}) for key, tensor in tensors.items() if key != "beside"]
+    others += [digest(tensors, {"a": "b"}), digest(tensors, kept=1)]
+    assert len({first, *others}) == len(others) + 1
+
+
+@pytest.mark.parametrize("become", ["nothing", "a pipe", "a folder", "shorter", "another"])
+def test_a_file_that_became_another_thing_is_an_error_in_words(tmp_path, become):
+    path = write_lora(tmp_path / "x.safetensors", lora(2))
+    header = parse_header(read_header(path))
+    whole = path.read_bytes()
+    path.unlink()
+    if become == "a pipe":
+        os.mkfifo(path)
+    elif become == "a folder":
+        path.mkdir()
+    elif become != "nothing":
+        path.write_bytes(whole[:-1] if become == "shorter" else save(lora(1)))
+    for read in (read_weights, read_alphas if become in ("nothing", "a pipe", "a folder") else read_weights):
+        with pytest.raises((LoraFileError, OSError)):
+            read(path, header)
+
+
+def test_reading_in_parts_gives_the_same(tmp_path, monkeypatch):
+    tensors = {key: tensor.to(dtype) for dtype, (key, tensor) in zip(
+        (torch.float32, torch.bfloat16, torch.float64, torch.float8_e5m2), lora(2).items(), strict=True)}  # fmt: skip
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(save(tensors))
+    header = parse_header(read_header(path))
+    whole = read_weights(path, header)
+    monkeypatch.setattr(lora_files, "CHUNK_NUMBERS", 7)
+    assert read_weights(path, header).weights.tolist() == whole.weights.tolist()
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, start: pread(file, min(size, 3), start))
+    assert read_weights(path, header).weights.tolist() == whole.weights.tolist()

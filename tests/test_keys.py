@@ -70,6 +70,23 @@ KEYS = {
         ("unet:3:down", "unet_3", "down"),
         ("text_encoder:11:up", "text_encoder_11", "up"),
     ],
+    "MLX": [
+        ("model.layers.3.self_attn.q_proj.lora_a", "model_layers_3_self_attn_q_proj", "down"),
+        ("model.layers.3.self_attn.q_proj.lora_b", "model_layers_3_self_attn_q_proj", "up"),
+    ],
+    "PEFT embedding": [
+        ("base_model.model.model.embed_tokens.lora_embedding_A", "model_embed_tokens", "down"),
+        ("base_model.model.model.embed_tokens.lora_embedding_B", "model_embed_tokens", "up"),
+    ],
+    "LoHa": [
+        ("lora_unet_up_blocks_2_to_q.hada_w1_a", "unet_up_blocks_2_to_q", "hada_w1_a"),
+        ("base_model.model.up_blocks.2.to_q.hada_t2", "up_blocks_2_to_q", "hada_t2"),
+    ],
+    "LoKr": [
+        ("lycoris_up_blocks_2_to_q.lokr_w1", "lycoris_up_blocks_2_to_q", "lokr_w1"),
+        ("lora_unet_up_blocks_2_to_q.lokr_w2_b", "unet_up_blocks_2_to_q", "lokr_w2_b"),
+        ("lora_unet_up_blocks_2_to_q.lokr_t2", "unet_up_blocks_2_to_q", "lokr_t2"),
+    ],
 }  # fmt: skip
 
 
@@ -158,7 +175,7 @@ def test_what_is_not_a_lora_weight_is_counted():
 @pytest.mark.parametrize(
     "key",
     [
-        "unet.conv.lora_embedding_A.default",
+        "unet.conv.lora_embedding_A.default.weight",
         "unet.conv.lora_A.default.bias",
         "unet.conv.lora_E.weight",
         "lora_unet_conv.w_norm",

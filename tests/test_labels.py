@@ -203,7 +203,7 @@ def test_names_that_lead_out_of_the_collection_are_refused(tmp_path, monkeypatch
     path = table(root / f"metadata.{suffix}", ["file_name", "label"], *rows_of(6, cats_and_dogs), (name, "cat"))
     opened = []
     monkeypatch.setattr(data.lora_files, "read_header", lambda path: opened.append(str(path)) or b"")
-    monkeypatch.setattr(data.lora_files, "parse_header", lambda _: NO_HEADER)
+    monkeypatch.setattr(data.lora_files, "parse_header", lambda *_: NO_HEADER)
     line = 8 if suffix == "csv" else 7
     for skip_bad in (False, True):
         assert findings(root, skip_bad=skip_bad) == [

@@ -15,7 +15,7 @@ from headers import WHOLE, WHOLE_OF_TWO, Q, file_of, header_of, layout_of, pair,
 from making import lora, module_names, write_lora
 from safetensors.torch import save
 
-from loras import lora_files
+from loras import headers, lora_files
 from loras.keys import LoraFileError
 from loras.lora_files import file_stat, load_weights, parse_header, read_header
 from loras.scales import update_scales
@@ -361,9 +361,9 @@ def test_a_header_that_changed_is_not_read_with_what_the_first_one_said():
 
 
 def test_an_equal_header_is_checked_once_for_each_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(lora_files, "_accepted", set())
-    opened, original = [], lora_files.safe_open
-    monkeypatch.setattr(lora_files, "safe_open", lambda *args: opened.append(1) or original(*args))
+    monkeypatch.setattr(headers, "_accepted", set())
+    opened, original = [], headers.safe_open
+    monkeypatch.setattr(headers, "safe_open", lambda *args: opened.append(1) or original(*args))
     paths = [write_lora(tmp_path / f"{i}.safetensors", lora(seed=i)) for i in range(3)]
     for path in paths * 2:
         read_header(path)

@@ -306,7 +306,7 @@ REFUSED = {
     "unknown names": (TWO_UNKNOWN, "no column is named as a layer is; the first columns are x, y. "),
     "no weights": (pa.table({"label": [0, 1]}), "no column is named as a layer is; the first columns are label. "),
     "one unknown": (other_layer("first"), "columns of numbers that are not named as a layer is: first (1 in all). "),
-    "LoHa": (other_layer("unet.a.hada_w1_a"), "a LoHa adapter (unet.a.hada_w1_a), which cannot be read. "),
+    "LoHa": (other_layer("unet.a.hada_w1_a"), "its columns: a LoHa adapter (unet.a.hada_w1_a) whose module "),
     "no partner": (as_table(weights(3)).drop([LAYERS[0]]), "its columns: module unet_down_blocks_0_"),
     "two of a role": (
         as_table(weights(3)).append_column(f"{module_names(1)[0]}.lora_A.weight", as_table(weights(3))[LAYERS[0]]),

@@ -267,3 +267,95 @@ def test_a_scale_is_found_behind_more_fields_than_are_kept():
     header = parse_header(header_of(save(pair(UNET, 4), fields)))
     assert len(header.fields) <= MAX_FIELDS + 2
     assert scales_of(pair(UNET, 4), fields) == [(2.0, FIELDS)]
+
+
+@pytest.mark.parametrize("name", ["to_q", r"mid_block\.to_[qk]"])
+@pytest.mark.parametrize("alpha", [1e300, -1e39, 1e-50, 10**400, "1e999", "NaN", "much", [4], [[4]], {"a": 4}, True])
+def test_an_alpha_that_is_no_number_of_float32_is_refused_at_the_header(name, alpha):
+    header = parse_header(header_of(save(pair(UNET, 4))))
+    for config in ({"r": 4, "lora_alpha": alpha}, {"r": 4, "lora_alpha": 8, "alpha_pattern": {name: alpha}}):
+        with pytest.raises(LoraFileError, match="alpha"):
+            count_scales(header, config)
+    if alpha != 10**400:
+        config = {"r": 4, "lora_alpha": 8, "rank_pattern": {name: alpha}}
+        with pytest.raises(LoraFileError, match=r"unusable alpha or rank|says rank"):
+            count_scales(header, config)
+
+
+def test_a_scale_that_is_lost_in_float32_is_refused():
+    with pytest.raises(LoraFileError, match=r"scale of module unet_mid_block_to_q is 2\.5e-39"):
+        count_scales(parse_header(header_of(save(pair(UNET, 8)))), {"lora_alpha": 2e-38, "r": 8})
+
+
+@pytest.mark.parametrize(
+    ("text", "scale"),
+    [(True, 4.0), ("True", 4.0), (1, 4.0), (False, 2.0), ("false", 2.0), (" FALSE ", 2.0), (0, 2.0), (None, 2.0),
+     ("None", 2.0), ("", 2.0)],
+)  # fmt: skip
+def test_a_truth_value_may_be_a_text(text, scale):
+    config = {"lora_alpha": 8, "r": 4, "use_rslora": text}
+    assert scales_of(pair(UNET, 4), config=config) == [(scale, CONFIG)]
+    component = adapter(unet__lora_alpha=8, unet__r=4, unet__use_rslora=text)
+    assert scales_of(pair(UNET, 4), component) == [(scale, ADAPTER_METADATA)]
+
+
+@pytest.mark.parametrize("text", ["falsch", 2, [True], {}, 1e300])
+def test_what_is_neither_true_nor_false_is_refused(text):
+    with pytest.raises(LoraFileError, match=r"use_rslora is .* neither true nor false"):
+        scales_of(pair(UNET, 4), config={"lora_alpha": 8, "r": 4, "use_rslora": text})
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "unet.a.to_q.alpha",
+        "unet.a.to_q.lora.alpha",
+        "unet.a.to_q.lora.down.alpha",
+        "unet.a.to_q.lora.up.weight.alpha",
+        "unet.a.to_q.lora_down.weight.alpha",
+        "unet.a.to_q.lora_A.alpha",
+        "unet.a.to_q.lora_A.default.alpha",
+        "unet.a.to_q.lora_linear_layer.alpha",
+        "unet.a.processor.to_q_lora.alpha",
+        "unet.a.processor.to_q_lora.down.alpha",
+        "lora_unet_a_to_q.alpha",
+    ],
+)
+def test_an_alpha_is_found_beside_its_factors(key):
+    assert scales_of(pair("unet.a.to_q", 4) | {key: torch.tensor(1.0)}) == [(0.25, TENSORS)]
+
+
+def test_patterns_of_many_files_take_no_time():
+    """Ten thousand plain patterns for 700 modules: compiled never, looked up, and made once for one configuration."""
+    modules = [f"model.layers.{layer}.self_attn.{p}_proj" for layer in range(175) for p in "qkvo"]
+    tensors = {key: tensor for module in modules for key, tensor in pair(module, 2).items()}
+    header = parse_header(header_of(save(tensors)))
+    patterns = {f"x{number}.y": 3 for number in range(10_000 - len(modules))} | dict.fromkeys(modules, 4)
+    config = {"r": 2, "lora_alpha": 2, "alpha_pattern": patterns, "rank_pattern": dict.fromkeys(patterns, 2)}
+    assert count_scales(header, config) == ((Scale(2.0, CONFIG), 700),)
+    start = time.process_time()
+    for _ in range(20):
+        count_scales(header, config)
+    assert time.process_time() - start < 1  # about 5 ms each
+
+
+@pytest.mark.parametrize("expression", [r".*.*.*x", r"model\.layers\.\d+\..*q_proj", r"(a|b)(a|b)(a|b)(a|b).*.*z"])
+def test_expressions_for_many_modules_are_matched_in_time_or_refused(expression):
+    modules = [f"model.layers.{layer}.self_attn.{'a' * 150}.{p}_proj" for layer in range(100) for p in "qkvo"]
+    header = parse_header(header_of(save({k: t for module in modules for k, t in pair(module, 2).items()})))
+    refused = []
+    for count in (1, 4, 64):
+        config = {"lora_alpha": 2, "alpha_pattern": {expression + "y" * number: 4 for number in range(count)}}
+        start = time.process_time()
+        try:
+            count_scales(header, config)
+        except LoraFileError as error:
+            refused.append(str(error))
+        assert time.process_time() - start < 2
+    assert all("the regular expressions of alpha_pattern take too long for so many modules" in text for text in refused)
+    assert refused
+
+
+def test_expressions_that_refer_back_are_refused():
+    with pytest.raises(LoraFileError, match="more than a pattern of modules"):
+        scales_of(pair(UNET, 4), config={"lora_alpha": 4, "alpha_pattern": {r"(.)\1": 1}})

@@ -157,8 +157,13 @@ def test_folders_in_folders_are_read_to_a_depth(tmp_path, capsys):
     for _ in range(1100):
         os.mkdir("d")
         os.chdir("d")
-    os.chdir(here)
-    assert data.main(["inspect", str(root), "--headers-only"]) == 0
+    try:
+        assert data.main(["inspect", str(root), "--headers-only"]) == 0
+    finally:  # what cleans up after tests is recursive
+        for _ in range(1100):
+            os.chdir("..")
+            os.rmdir("d")
+        os.chdir(here)
     assert "folders deeper than 32 levels (1)" in capsys.readouterr().out
 
 

@@ -1,4 +1,3 @@
-import hashlib
 import re
 
 import numpy as np
@@ -23,7 +22,8 @@ def test_sizes_and_norms_are_those_of_the_matrices(tmp_path):
     result = checked(path, {"lora_alpha": 6, "r": 2})
     tensors = [t.double() for t in load_file(path).values()]
     names = list(load_file(path))
-    assert result.digest == hashlib.sha256(path.read_bytes()).hexdigest() and result.fault == ""
+    again = write_lora(tmp_path / "y.safetensors", load_file(path))
+    assert result.digest == checked(again, None).digest and result.fault == ""
     by_name = dict(zip(names, tensors, strict=True))
     ordered = [by_name[name] for name in lora(3)]
     np.testing.assert_allclose(result.sizes, [float(t.square().mean().sqrt()) for t in ordered])
