@@ -21,9 +21,9 @@ if __name__ == "__main__":
 import argparse
 import csv
 import io
-import json
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +51,7 @@ from experiment.settings import Networks, Settings, UsageError, count_cores, res
 from experiment.units import OutOfMemory, one_memory_error
 from loras import building, digits_zoo
 from loras.building import Progress
+from loras.names import escape_output, plain, spreadsheet_cell
 from report import text
 from report.text import Content
 from report.wording import top_layers as top_layers_text
@@ -62,6 +63,7 @@ PROGRAM = (  # of which results are; tests and benchmarks are no part of it
     *("analysis", "experiment", "loras", "report", "training"),
 )
 SCHEMA_VERSION = 5
+BUILT_IN = Path("data") / "built-in-digits"  # holds the collections that `locate` trains
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -109,22 +111,26 @@ def locate(args: argparse.Namespace, progress: Progress) -> tuple[str, Path]:
     """
     name = args.dataset
     if name not in NAMED_DATASETS:
-        if not Path(name).is_dir():
-            fault = "a file, not a folder" if Path(name).exists() else "no such folder"
-            raise UsageError(f"--dataset {name}: {fault}. Give a folder of LoRAs, or {', '.join(NAMED_DATASETS)}.")
-        begun = digits_zoo.is_built_here(Path(name)) or (Path(name) / building.IMPORT_NAME).exists()
+        if not os.path.isdir(name):
+            fault = "a file, not a folder" if os.path.lexists(name) else "no such folder"
+            raise UsageError(
+                f"--dataset {plain(name)}: {fault}. Give a folder of LoRAs, or {', '.join(NAMED_DATASETS)}."
+            )
+        begun = digits_zoo.is_built_here(Path(name)) or os.path.lexists(Path(name) / building.IMPORT_NAME)
         if name.rstrip("/").endswith(".partial") and begun:
-            raise UsageError(f"--dataset {name}: a half-built collection. Finish it with the command that began it.")
+            raise UsageError(
+                f"--dataset {plain(name)}: a half-built collection. Finish it with the command that began it."
+            )
         return Path(os.path.abspath(name)).name, Path(name)
     folder = (args.data_dir or Path("data")) / name
     if folder.is_dir():
         return name, folder
-    mend = f"`python data.py import SOURCE {folder}` puts a published collection there"
+    mend = f"`python data.py import SOURCE {shlex.quote(str(folder))}` puts a published collection there"
     if args.data_dir is not None:
         raise UsageError(f"{folder}: no such folder. {mend}; or leave out --data-dir for the digits.")
     if name not in BUILT_IN_SIZES or os.path.lexists(folder):  # a link to nowhere is no reason to train digits
         raise UsageError(f"{folder}: no such folder. {mend}; or name its parent with --data-dir.")
-    built_in, count = Path("data") / "built-in-digits" / name, BUILT_IN_SIZES[name]
+    built_in, count = BUILT_IN / name, BUILT_IN_SIZES[name]
     if not built_in.is_dir():
         seconds, size = digits_zoo.estimate(count)
         say(
@@ -136,6 +142,12 @@ def locate(args: argparse.Namespace, progress: Progress) -> tuple[str, Path]:
     except FileExistsError as error:
         raise UsageError(str(error)) from error
     return name, built_in
+
+
+def is_built_in(folder: Path) -> bool:
+    """Return whether a folder is one that `locate` builds; a recipe in another folder is a claim of its owner."""
+    places = {os.path.abspath(BUILT_IN / name) for name in BUILT_IN_SIZES}
+    return os.path.abspath(folder) in places and digits_zoo.is_built_here(folder)
 
 
 def run(args: argparse.Namespace, networks: Networks) -> int:
@@ -323,7 +335,7 @@ def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndar
         "schema_version": SCHEMA_VERSION,
         "dataset": {
             "name": collection.name,
-            "source": "built-in digits" if digits_zoo.is_built_here(collection.root) else "files",
+            "source": "built-in digits" if is_built_in(collection.root) else "files",
             "path": collection.root.as_posix(),
             "num_samples": len(collection.files),
             "num_classes": classes,
@@ -332,6 +344,8 @@ def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndar
             "split_sizes": {part: len(indices) for part, indices in rows.items()},
             "num_layers": len(collection.layers),
             "num_layers_selected": int(selected.sum()),
+            "step": collection.choice.step,
+            "common_layers": collection.common_layers,
             "label_source": collection.label_source,
             "label_column": collection.label_column,
             "group_column": collection.group_column,
@@ -435,12 +449,12 @@ def run_both_ways(results: dict) -> list[str]:
 def finished_results(target: Path, header: dict) -> dict | None:
     """Return what results in a folder have ``not run``; None if they are not whole, or of other inputs or program."""
     try:
-        finished = json.loads((target / "results.json").read_text(encoding="utf-8"))
+        finished = building.read_object(target / "results.json") or {}
         datasets = [{**results["dataset"], "path": ""} for results in (finished, header)]  # where it lies may change
         configs = [{**results["config"], "stack": ""} for results in (finished, header)]  # stacks may have been smaller
         same = finished["schema_version"] == header["schema_version"] and configs[0] == configs[1]
         same = same and datasets[0] == datasets[1] and finished["environment"]["code"] == header["environment"]["code"]
-    except (FileNotFoundError, ValueError, LookupError, TypeError):  # none, or not written by this program
+    except (LookupError, TypeError):  # none, or not written by this program
         return None
     whole = same and all((target / name).exists() for name in files_of(finished))
     return {"not run": finished["representations_not_run"]} if whole else None
@@ -457,7 +471,7 @@ def top_layers(experiment: Experiment, results: dict, *_: object) -> bytes:
 
 
 def samples(experiment: Experiment, *_: object) -> bytes:
-    """Return the content of samples.csv: a line for each LoRA."""
+    """Return the content of samples.csv: a line for each LoRA; no cell is a formula to a spreadsheet."""
     part_of_row = {row: part for part, rows in experiment.rows.items() for row in rows.tolist()}
     columns = ["file", "label", "split"]
     if experiment.collection.groups is not None:
@@ -467,7 +481,8 @@ def samples(experiment: Experiment, *_: object) -> bytes:
     writer.writerow(columns)
     for row, file in enumerate(experiment.collection.files):
         part = {"validation": "val"}.get(part_of_row[row], part_of_row[row])
-        writer.writerow((file.path, file.label, part, file.group)[: len(columns)])
+        cells = (file.path, file.label, part, file.group)[: len(columns)]
+        writer.writerow([cell and spreadsheet_cell(cell) for cell in cells])
     return table.getvalue().encode()
 
 
@@ -533,6 +548,7 @@ def main(arguments: list[str] | None = None, networks: Networks = Networks()) ->
         arguments: Of the command line.
         networks: Widths of the networks.
     """
+    escape_output()
     try:
         with one_memory_error():
             return run(parse_arguments(arguments), networks)

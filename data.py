@@ -20,23 +20,25 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from loras import checkpoints, layer_sets, lora_files, names
 from loras import inspection as inspecting
 from loras import labels as labelling
-from loras import lora_files
 from loras.building import Progress
+from loras.checkpoints import Choice
 from loras.copies import common_names
-from loras.labels import Finding
+from loras.flags import OF_INDEX, parse_arguments
+from loras.layer_sets import and_more, layer_differences
 from loras.lora_files import Header, Layer, Layout, LoraFileError, by_layout, file_stat
-from loras.notices import Notice
+from loras.names import plain
+from loras.notices import Finding, Notice, unreadable
 from loras.recipe import header_notices, scale_records
 from loras.scales import ScaleCount, count_scales
-from loras.weight_files import and_more, find_weight_files, layer_differences
+from loras.weight_files import find_weight_files
 
 MAX_FINDINGS = 20
 
@@ -54,7 +56,9 @@ class CollectionError(ValueError):
     def shown(self) -> str:
         """Return the first findings as lines for standard error, and the number of the others."""
         shown, rest = self.findings[:MAX_FINDINGS], len(self.findings) - MAX_FINDINGS
-        return "\n".join(f"error: {line}" for line in shown + ([f"and {rest} more like these."] if rest > 0 else []))
+        return "\n".join(
+            f"error: {plain(line)}" for line in shown + ([f"and {rest} more like these."] if rest > 0 else [])
+        )
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,9 @@ class Collection:
 
     Layers stand in the network's order, under the names that the first file gives them. ``label_column`` is None where
     folders are the labels, ``table`` where no table is; ``skipped`` are path and reason of the files left out;
-    ``notices`` is what is reported of files that are used, ``together`` whether groups keep copies and epochs together.
+    ``notices`` is what is reported of files that are used, ``together`` whether groups keep copies and epochs together;
+    ``choice`` are the files that --step chose of trainers' folders, ``left_out_layers`` the modules that
+    --common-layers leaves out, with the number of files that have each.
     """
 
     name: str
@@ -98,6 +104,8 @@ class Collection:
     skipped: tuple[tuple[str, str], ...] = ()
     notices: tuple[Notice, ...] = ()
     together: bool = False
+    choice: Choice = field(default_factory=lambda: Choice(checkpoints.FINAL))
+    left_out_layers: dict[str, int] = field(default_factory=dict)
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -147,11 +155,9 @@ class Collection:
         """The origin of the groups, and what helps where they allow no split, in words."""
         if not self.together:
             return f"groups by {self.group_column}", "Group by another column, or leave out --group-column."
-        by = (
-            f"groups by {self.group_column}, copies and epochs"
-            if self.group_column is not None
-            else "copies and epochs"
-        )
+        by = "copies and epochs" if self.group_column is None else f"groups by {self.group_column}, copies and epochs"
+        if self.choice.step == checkpoints.ALL:
+            return f"{by}, checkpoints of a LoRA among them", "Add LoRAs of other trainings, or leave out --step all."
         return by, "Add LoRAs of other trainings, or --keep-twins leaves copies and epochs where they fall."
 
     @cached_property
@@ -160,7 +166,8 @@ class Collection:
 
         Reading counts in ``ignored`` the files that cannot be read.
         """
-        return labelling.values_by_file(self.root, [file.path for file in self.files], self.table, self.ignored)
+        paths = [file.path for file in self.files]
+        return labelling.values_by_file(self.root, paths, self.table, self.ignored, self.choice)
 
     def _by_layout(self) -> list[list[int]]:
         return by_layout(file.layout for file in self.files)
@@ -190,6 +197,19 @@ class Collection:
         return lora_files.packed_layout([self.files[positions[0]].layout for positions in self._by_layout()])
 
     @property
+    def kept_modules(self) -> list[str]:
+        """The modules, where --common-layers leaves out others; a part of what identifies features."""
+        return self.modules if self.left_out_layers else []
+
+    @property
+    def common_layers(self) -> dict | None:
+        """The effect of --common-layers, as results.json holds it; None where all layers are read."""
+        if not self.left_out_layers:
+            return None
+        others = [{"module": module, "files": count} for module, count in self.left_out_layers.items()]
+        return {"modules": len(self.modules), "others": others}
+
+    @property
     def weights_per_layer(self) -> list[int]:
         """The width of each layer in the packed weights."""
         return [math.prod(layer.shape) for layer in self.packed_layout.layers]
@@ -208,6 +228,8 @@ def index_collection(
     labels: Path | None = None,
     label_column: str | None = None,
     group_column: str | None = None,
+    step: str | None = None,
+    common_layers: bool = False,
     skip_bad: bool = False,
     strict: bool = False,
 ) -> Collection:
@@ -215,41 +237,80 @@ def index_collection(
 
     Args:
         root: The folder.
-        name: Of the collection; the folder's, if none is given.
+        name: Of the collection; None: the folder's.
         progress: Wraps the iteration over files.
         labels: A table of labels, see `labels.read_labels`.
-        label_column: Its column, or field of the metadata.json files, that is the label.
-        group_column: The one that is the group.
+        label_column: Its column, or field of the metadata.json files, that is the label; likewise
+        group_column: the group.
+        step: What is read of folders with checkpoints, see `labels.read_labels`.
+        common_layers: Keep the layers that all files have, instead of refusing files that differ.
         skip_bad: Leave out files that cannot be used, instead of refusing the collection.
         strict: Refuse, or with ``skip_bad`` leave out, what is otherwise only reported.
 
     Raises:
         CollectionError: No LoRA is there, or files are faulty, unlabelled, or differ in their layers.
     """
-    if not root.is_dir():
-        raise CollectionError([f"{root}: no such folder. Give a folder of LoRAs."])
+    _check_root(root)
     paths, bad, ignored = find_weight_files(root)
-    labelled = labelling.read_labels(root, paths, labels, label_column, group_column)
-    files, faulty = _index_files(root, progress(paths, "index"), labelled)
+    labelled = labelling.read_labels(root, paths, labels, label_column, group_column, step)
+    files, faulty = _index_files(root, progress(labelled.choice.paths, "index"), labelled)
     bad += labelled.findings + faulty
     files = _less(files, bad) if skip_bad else files  # what is left out has no say in which layers are the commonest
-    bad += layer_differences(root, files)
+    files, left_out_layers, unlike = _alike(root, files, bad, common_layers)
+    bad += unlike
     faults = labelled.faults + ([] if skip_bad and files else [finding.line(root) for finding in bad])
     if faults or not files:
         raise CollectionError(list(dict.fromkeys(faults)) or [_no_file(root, ignored["linked folders"])])
-    files = _less(files, bad)
-    collection = Collection(
-        name=name or root.resolve().name,
+    collection = _collection(name or root.resolve().name, root, _less(files, bad), labelled, left_out_layers)
+    collection = replace(collection, ignored=collection.ignored + ignored, group_column=group_column)
+    collection = without(collection, [(path, finding.reason) for finding in bad for path in finding.files])
+    return _with_choices(noted(collection, header_notices(collection.files), strict, skip_bad))
+
+
+def _collection(
+    name: str, root: Path, files: list[LoraFile], labelled: labelling.Labels, left_out_layers: dict[str, int]
+) -> Collection:
+    return Collection(
+        name=name,
         root=root,
         files=tuple(files),
         label_source=labelled.source,
-        ignored=sum((file.layout.ignored for file in files), +ignored),
+        ignored=sum((file.layout.ignored for file in files), Counter()),
         label_column=labelled.column,
-        group_column=group_column,
         table=labelled.table,
+        choice=labelled.choice,
+        left_out_layers=left_out_layers,
     )
-    collection = without(collection, [(path, finding.reason) for finding in bad for path in finding.files])
-    return noted(collection, header_notices(collection.files), strict, skip_bad)
+
+
+def _check_root(root: Path) -> None:
+    """Refuse what is no folder, or has a name that no result can hold."""
+    if not os.path.isdir(root):
+        raise CollectionError([f"{root}: no such folder. Give a folder of LoRAs."])
+    if not (os.fspath(root) + root.resolve().name).isprintable():
+        raise CollectionError([f"{root}: a name that is not printable text. Rename the folder."])
+
+
+def _alike(
+    root: Path, files: list[LoraFile], bad: list[Finding], common_layers: bool
+) -> tuple[list[LoraFile], dict[str, int], list[Finding]]:
+    """Return files, with ``common_layers`` less what not all have, which is counted; and those that differ still."""
+    if not common_layers:
+        return files, {}, layer_differences(root, files)
+    strangers = layer_sets.strangers(root, _less(files, bad))
+    files, left_out = layer_sets.keep_common(_less(files, [*bad, *strangers]))
+    return files, left_out, [*strangers, *layer_differences(root, files)]
+
+
+def _with_choices(collection: Collection) -> Collection:
+    """Return a collection with notices of what its flags leave out, and the checkpoints of a LoRA in one group."""
+    notices = [collection.choice.notice] if collection.choice.notice else []
+    if collection.left_out_layers:
+        notices.append(layer_sets.common_notice(collection.files, collection.left_out_layers))
+    row = {file.path: row for row, file in enumerate(collection.files)}
+    groups = [[row[path] for path in paths if path in row] for paths in collection.choice.groups.values()]
+    collection = keep_together(collection, [rows for rows in groups if len(rows) > 1])
+    return replace(collection, notices=(*collection.notices, *notices))
 
 
 def _no_file(root: Path, linked: int) -> str:
@@ -263,8 +324,10 @@ def _index_files(root: Path, paths: Iterable[str], labelled: labelling.Labels) -
     for path in paths:
         try:
             files.append(_index_file(root, path, labelled))
-        except (LoraFileError, OSError) as error:
+        except LoraFileError as error:
             findings.append(Finding((path,), str(error)))
+        except OSError as error:
+            findings.append(Finding((path,), unreadable(error)))
     return files, findings
 
 
@@ -278,12 +341,14 @@ def _index_file(root: Path, path: str, labelled: labelling.Labels) -> LoraFile:
     full = os.path.join(root, path)
     stat = file_stat(full)
     text = lora_files.read_header(full)
-    adapter_config = labelling.read_json(os.path.join(os.path.dirname(full), "adapter_config.json"))
+    configs = (os.path.join(root, folder, "adapter_config.json") for folder in checkpoints.folders_of(path))
+    adapter_config = next((config for config in map(labelling.read_json, configs) if config is not None), None)
     header = lora_files.parse_header(text, adapter_config)
     scales = count_scales(header, adapter_config)
     label, group = labelled.label.get(path, ""), labelled.group.get(path)
-    if labelling.NOT_TEXT.search(path + label + (group or "")):
-        raise LoraFileError(f"its name {path!a}, label {label!a} or group {group!a} is not plain text. Rename it.")
+    for kind, name in (("name", path), ("label", label), ("group", group or "")):
+        if fault := names.fault(name):
+            raise LoraFileError(f"its {kind} {fault}. Rename it, or leave it out.")
     return LoraFile(path, label, header, stat, adapter_config, group, scales)
 
 
@@ -309,7 +374,7 @@ def without(collection: Collection, findings: Iterable[tuple[str, str]]) -> Coll
     files = tuple(file for file in collection.files if file.path not in reasons)
     if not files:
         raise CollectionError([Finding((path,), reason).line(collection.root) for path, reason in reasons.items()])
-    skipped = sorted((labelling.plain(path), labelling.plain(reason)) for path, reason in reasons.items())
+    skipped = sorted((plain(path), plain(reason)) for path, reason in reasons.items())
     return replace(collection, files=files, skipped=(*collection.skipped, *skipped))
 
 
@@ -410,32 +475,15 @@ def _check_groups(collection: Collection) -> None:
 
 
 def select_layers(collection: Collection, pattern: str | None) -> np.ndarray:
-    """Return the layers that --layers keeps, bool[L]; None keeps all.
-
-    ``pattern`` is a comma list. One with ``*``, ``?`` or ``[`` is to match the whole of a layer's shown name, of its
-    canonical module, or of that with its role (``..._attn1_to_v_up``); any other may stand anywhere in one of them.
-    In canonical names a dot is an underscore: ``*.to_v.*`` finds the same layers whatever wrote the files.
+    """Return the layers that --layers keeps, bool[L]; see `layer_sets.matching`.
 
     Raises:
         CollectionError: A pattern of the list matches no layer.
     """
-    if pattern is None:
-        return np.ones(len(collection.layers), bool)
-    selected = np.zeros(len(collection.layers), bool)
-    for single in pattern.split(","):
-        matching = [_matches(layer, single.strip()) for layer in collection.layers]
-        if not any(matching):
-            names = ", ".join(layer.name for layer in collection.layers[:3])
-            fault = f"{single.strip()!r} matches none of {len(collection.layers)} layers. The first ones are {names}."
-            raise CollectionError([f"--layers {pattern}: {fault}"])
-        selected |= matching
-    return selected
-
-
-def _matches(layer: Layer, pattern: str) -> bool:
-    whole = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
-    canonical = layer.module, f"{layer.module}_{layer.role}"
-    return fnmatchcase(layer.name, whole) or any(fnmatchcase(name, whole.replace(".", "_")) for name in canonical)
+    try:
+        return layer_sets.matching(collection.layers, pattern)
+    except ValueError as error:
+        raise CollectionError([f"--layers {pattern}: {error}"]) from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -461,6 +509,8 @@ def inspection(collection: Collection, layers: str | None = None) -> dict:
         "layers_selected": np.flatnonzero(select_layers(collection, layers)).tolist(),
         "dtypes": dict(dtypes),
         "scales": scale_records([file.scales for file in collection.files]),
+        "common_layers": collection.common_layers,
+        "step": collection.choice.step,
         "label_source": collection.label_source,
         "label_column": collection.label_column,
         "group_column": collection.group_column,
@@ -512,51 +562,14 @@ def _less_faulty(collection: Collection, faults: list[Finding], skip_bad: bool) 
     return without(collection, reasons) if reasons else collection
 
 
-def add_label_flags(add: Callable) -> None:
-    """Add the flags that say how a collection is read; ``add`` is a parser's ``add_argument``."""
-    add("--labels", type=Path, metavar="FILE", help="csv or jsonl with the columns file_name and label (none)")
-    add(
-        "--label-column",
-        metavar="NAME",
-        help="column of the table, or field of the metadata.json files, that is the label (category_label; in a table "
-        "else label, else its only column)",
-    )
-    add(
-        "--group-column",
-        metavar="NAME",
-        help="column of the table, or field of the metadata.json files: LoRAs that share its value are never on both "
-        "sides of the split (none)",
-    )
-    add(
-        "--skip-bad",
-        action="store_true",
-        help="leave out files that cannot be used, and list them, instead of refusing",
-    )
-    add(
-        "--strict",
-        action="store_true",
-        help="refuse what is otherwise only reported: copies, mixed scales, untrained LoRAs, and the like; with "
-        "--skip-bad leave those files out",
-    )
-    add(
-        "--layers",
-        metavar="PATTERN",
-        help="only layers whose name or canonical module matches: attn2, '*.to_v.*', or a comma list (all)",
-    )
-
-
 def index_as_asked(args: argparse.Namespace, root: Path, name: str | None, progress: Progress) -> Collection:
-    """Index a folder as the flags of `add_label_flags` describe it; see `index_collection`."""
-    return index_collection(
-        root,
-        name,
-        progress.track,
-        **{flag: getattr(args, flag) for flag in ("labels", "label_column", "group_column", "skip_bad", "strict")},
-    )
+    """Index a folder as the flags of `add_collection_flags` describe it; see `index_collection`."""
+    return index_collection(root, name, progress.track, **{flag: getattr(args, flag) for flag in OF_INDEX})
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line of this module: 0 done, 2 refused, 130 interrupted."""
+    names.escape_output()
     args = parse_arguments(arguments)
     if args.command == "import":
         from loras import published  # needs libraries that nothing else does
@@ -598,7 +611,8 @@ def inspect(args: argparse.Namespace) -> None:
     if args.json:
         contents = contents if collection.files == by_header.files else inspection(collection, args.layers)
         contents |= {"notices": _records(collection), "weights_checked": not args.headers_only}
-        print(json.dumps(contents, indent=2, ensure_ascii=False))
+        all_letters = "utf" in (sys.stdout.encoding or "").lower()
+        print(json.dumps(contents, indent=2, ensure_ascii=not all_letters))
         return
     skipped = collection.skipped_records[len(by_header.skipped) :]
     notices = _records(collection)[len(by_header.notices) :]
@@ -608,40 +622,6 @@ def inspect(args: argparse.Namespace) -> None:
 
 def _records(collection: Collection) -> list[dict]:
     return [notice.record() for notice in collection.notices]
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the flags of ``inspect`` and ``import``."""
-    parser = argparse.ArgumentParser(description="Look at a folder of LoRAs before an experiment, or make one.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    look = commands.add_parser("inspect", help="show what a folder of LoRAs holds, and check their weights")
-    look.add_argument("path", type=Path, help="folder of LoRAs")
-    look.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    look.add_argument(
-        "--headers-only",
-        action="store_true",
-        help="do not read the weights: no NaN, copies, epochs, untrained LoRAs or outliers are looked for",
-    )
-    add_label_flags(look.add_argument)
-    publish = commands.add_parser("import", help="turn a published parquet collection into a folder of LoRAs")
-    publish.add_argument("source", help="a parquet file, a folder of them, or owner/name of a data set of the hub")
-    publish.add_argument("out", type=Path, help="folder to make; it may exist if the same import made it")
-    publish.add_argument(
-        "--rank", type=int, help="rank of the LoRAs, where cells are flat lists (the column rank, or 1)"
-    )
-    publish.add_argument(
-        "--skip-bad", action="store_true", help="leave out rows with NaN or a missing cell, and say how many"
-    )
-    publish.add_argument(
-        "--leave-out",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="leave out columns, by name or with * (none)",
-    )
-    publish.add_argument("--subset", help="of a data set of the hub that has several (none)")
-    publish.add_argument("--split", help="of a data set of the hub that has several (the only one)")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from loras.recipe import header_columns, recipe_columns
 from representations import FEATURES, MAPPED, RANKING, REPRESENTATIONS, UPDATES
 
 RECIPE_WIDTH = 300  # values of recipe fields that a cheap explanation reads at most
+MAX_NUMBER = 1e30  # of a column that is read as numbers: squares of larger ones are none in float32
 SAMPLES = 200  # LoRAs in which features that are the same number are looked for
 
 
@@ -403,7 +404,7 @@ def _number(text: str | None) -> float | None:
         number = float(text or "")
     except ValueError:
         return None
-    return number if np.isfinite(number) else None
+    return number if abs(number) <= MAX_NUMBER else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

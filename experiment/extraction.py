@@ -361,7 +361,8 @@ class _Pass:
                 files.append(file)
                 weights.append(flat)
                 scales.append(scale)
-                contents.append(store.digest([file.path, digest, str(file.adapter_config)]))
+                kept = self.collection.kept_modules  # of some layers the features are others
+                contents.append(store.digest([file.path, digest, str(file.adapter_config), *kept]))
                 if DIGESTS in arrays:
                     arrays[DIGESTS][len(contents) - 1] = np.frombuffer(bytes.fromhex(digest), np.uint8)
             if files and (self.skip_bad or not findings):  # else go on reading, to report every fault at once
@@ -395,7 +396,7 @@ def _numbers_of_a_lora(collection: Collection) -> int:
 def identity(collection: Collection) -> str:
     """Return a digest of the files as the file system tells them apart; a cache is trusted on this."""
     return store.digest(
-        [str(collection.root.resolve())]
+        [str(collection.root.resolve()), *collection.kept_modules]
         + [[file.path, *file.stat, str(file.adapter_config)] for file in collection.files]
     )
 

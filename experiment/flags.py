@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import data
 from experiment.networks import FEW_LORAS, FEW_MODULES, NETWORKS
 from experiment.settings import LEVELS
+from loras.flags import add_collection_flags
 from representations import REPRESENTATIONS
 
 BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000}
@@ -32,7 +32,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="where the named collections lie (data). Only without this flag a missing small, 1k or 10k is trained "
         "instead: the built-in digits",
     )
-    data.add_label_flags(add)
+    add_collection_flags(add)
     add(
         "--keep-twins",
         action="store_true",

@@ -10,7 +10,7 @@ from pathlib import Path
 import joblib
 import torch
 
-from loras import labels
+from loras import label_tables
 from representations import REPRESENTATIONS
 from training import attention, projections
 from training.classifier import DROPOUT, HIDDEN
@@ -159,7 +159,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
 def _check_collection_flags(args: argparse.Namespace) -> None:
     if not args.dataset:
         raise UsageError("--dataset: empty. Give a folder of LoRAs, or leave it out.")
-    if args.labels is not None and (fault := labels.table_fault(args.labels)):
+    if args.labels is not None and (fault := label_tables.table_fault(args.labels)):
         raise UsageError(f"--labels {args.labels}: {fault}")
     for flag, value in (("--label-column", args.label_column), ("--group-column", args.group_column)):
         if value is not None and not value.strip():

@@ -16,6 +16,7 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,10 +27,15 @@ from typing import BinaryIO, TextIO
 
 from tqdm import tqdm
 
+from loras import small_files
+from loras.names import plain
+
 WEIGHTS_NAME, METADATA_NAME = "pytorch_lora_weights.safetensors", "metadata.json"  # of a LoRA that is built here
 IMPORT_NAME = "import.json"  # the record of a published collection that is imported
 TEMPORARY = re.compile(r"^\..*\.[0-9a-f]{8}$")  # the name of a file while it is written
 STALE_SECONDS = 3600  # a temporary file of this age is no longer being written
+MAX_HOLDER_BYTES = 200  # of the line in a lock file
+MAX_RECORD_BYTES = 2**28  # of a JSON document that this program has written
 LOG_SECONDS = 60  # between lines of progress in a log file
 
 
@@ -78,17 +84,16 @@ def canonical_json(value: object, indent: int | None = None) -> bytes:
 
 
 def read_object(path: Path) -> dict | None:
-    """Return the JSON object in a file; None where the file is absent or holds something else.
+    """Return the JSON object in a file; None where the file is absent, holds something else, or is no plain file.
 
     Raises:
         OSError: The file cannot be read; the error names it. A caller that waits for the file would wait for ever.
     """
     try:
         with _named_in_errors(path):
-            value = json.loads(path.read_bytes())
+            return small_files.read_object(path, MAX_RECORD_BYTES)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    return value if isinstance(value, dict) else None
 
 
 def fault_of(error: OSError) -> str:
@@ -149,11 +154,13 @@ def locked(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[No
 
     Raises:
         LockedError: Another process holds it.
+        OSError: A link or a device lies at its path, or it cannot be made.
     """
     with made(path.parent):
         file = _open_locked(path, wait)
         try:
-            file.truncate(0)
+            file.seek(0)
+            file.truncate()
             started = datetime.now(UTC).isoformat(timespec="seconds")
             file.write(f"process {os.getpid()} on {platform.node()}, since {started}".encode())
             file.flush()
@@ -169,7 +176,7 @@ def _open_locked(path: Path, wait: Callable[[str], None] | None) -> BinaryIO:
     """Open and lock a file, and make sure that it still has its name when the lock is ours."""
     while True:
         try:
-            file = open(path, "a+b")  # noqa: SIM115
+            file = _open_lock_file(path)
         except FileNotFoundError:  # its holder had made the folder, and has just removed it
             path.parent.mkdir(parents=True, exist_ok=True)
             continue
@@ -187,17 +194,33 @@ def _open_locked(path: Path, wait: Callable[[str], None] | None) -> BinaryIO:
                 raise
             # A file system without locks: two processes may do the same work, but files are written whole.
         with suppress(FileNotFoundError):
-            if os.fstat(file.fileno()).st_ino == os.stat(path).st_ino:
+            if os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
                 return file
         file.close()  # its holder has just removed it, and others would lock a new one of that name
+
+
+def _open_lock_file(path: Path) -> BinaryIO:
+    """Open a lock file, or make it; never what a link in its place leads to, which would be emptied."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.ELOOP, "a link in the place of a lock file; remove it", os.fspath(path)) from error
+    file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "a pipe or a device in the place of a lock file; remove it", os.fspath(path))
+    return file
 
 
 def _holder(file: BinaryIO) -> str:
     """Return the text with which the holder of a lock file names itself; it may be about to write it."""
     for _ in range(20):
         file.seek(0)
-        if holder := file.read().decode(errors="replace").strip():
-            return holder
+        if holder := file.read(MAX_HOLDER_BYTES).decode(errors="replace").strip():
+            return plain(holder)
         time.sleep(0.05)
     return "another process"
 

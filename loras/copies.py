@@ -20,9 +20,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
-from loras.labels import Finding
 from loras.lora_files import Layer, Layout
-from loras.notices import Notice
+from loras.notices import Finding, Notice
 
 EQUAL = 1e-4  # norm of the difference of two matrices of one type over their norm, up to which they are equal
 SEVERAL_ROUNDINGS = 0.1  # of the numbers of a matrix may be rounded otherwise, where another type came between
@@ -299,6 +298,14 @@ def find_epochs(
     return [in_order(rows) for rows in groups]
 
 
+def split_moment(name: str) -> tuple[str, tuple[int, ...]]:
+    """Return a name without the moments of a training at its end, and these: of x-epoch5-step500 x and (5, 500)."""
+    numbers = ()
+    while match := _MOMENT.search(name):
+        name, numbers = name[: match.start()], (int(match[match.lastindex]), *numbers)
+    return name, numbers
+
+
 def _without_suffix(path: str) -> tuple[str, ...]:
     parts = PurePosixPath(path).parts
     return (*parts[:-1], parts[-1][: -len(".safetensors")])
@@ -311,9 +318,7 @@ def _training(name: tuple[str, ...], present: set[tuple[str, ...]]) -> tuple[tup
         return stem, (int(number[1]),)
     parts, moment = [], ()
     for part in name:
-        numbers = ()
-        while match := _MOMENT.search(part):  # x-epoch5-step500 has two
-            part, numbers = part[: match.start()], (int(match[match.lastindex]), *numbers)
+        part, numbers = split_moment(part)
         moment += numbers
         parts += [part] if part else []
     if not moment:

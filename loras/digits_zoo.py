@@ -34,7 +34,16 @@ from safetensors.torch import load_file, save
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from loras.building import METADATA_NAME, WEIGHTS_NAME, partial_folder, read_object, write_atomically, write_lora
+from loras.building import (
+    METADATA_NAME,
+    WEIGHTS_NAME,
+    locked,
+    partial_folder,
+    read_object,
+    write_atomically,
+    write_lora,
+)
+from loras.names import plain
 
 Report = Callable[[str, int, int], None]  # stage, done, total
 Weights = dict[str, Tensor]  # frozen base model, by name
@@ -59,6 +68,7 @@ LORA_MODULES = [
     for projection in ("to_q", "to_k", "to_v", "to_out.0")
 ]
 RECIPE_NAME = "recipe.json"
+MAX_SHOWN = 1000  # characters of another recipe in a message
 
 # Measured on 2 cores of a server CPU; a guide for the announcement, not a promise.
 SECONDS_BASE, SECONDS_PER_LORA, BYTES_PER_LORA = 30.0, 0.15, 82_000  # bytes in blocks of 4 KiB
@@ -138,7 +148,9 @@ def _build_loras(folder: Path, base_path: Path, count: int, seed: int, report: R
 
 
 def is_built_here(folder: Path) -> bool:
-    """Return whether a folder is, or will become, a collection that this module builds.
+    """Return whether a folder says that it is, or will become, a collection that this module builds.
+
+    Anyone can write that: a folder is the program's own only where it lies in the program's own place.
 
     Raises:
         OSError: Its recipe cannot be read.
@@ -293,17 +305,21 @@ def _prompt(word: str) -> list[int]:
 
 
 def _load_or_train_base(path: Path, images: Tensor, labels: np.ndarray, seed: int, report: Report) -> Weights:
-    """Load the base model from its file if the recipe is the same, else train it and keep it there."""
+    """Load the base model from its file if the recipe is the same, else train it and keep it there.
+
+    Collections of several sizes share it: one process trains it, the others wait.
+    """
     recipe = json.dumps(_recipe(seed, 0)["base"])
-    try:
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("recipe") == recipe:
-                return load_file(path)
-    except (FileNotFoundError, SafetensorError):
-        pass  # absent or cut short: train it again
-    weights = train_base(images, labels, seed, report)
-    write_atomically(path, save(weights, {"recipe": recipe}))
-    return weights
+    with locked(path.with_name(f".{path.name}.lock"), _say_waiting):
+        try:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("recipe") == recipe:
+                    return load_file(path)
+        except (FileNotFoundError, SafetensorError):
+            pass  # absent or cut short: train it again
+        weights = train_base(images, labels, seed, report)
+        write_atomically(path, save(weights, {"recipe": recipe}))
+        return weights
 
 
 @dataclass(frozen=True)
@@ -394,10 +410,11 @@ def _save_lora(folder: Path, plan: LoraPlan, factors: Factors, row: int) -> None
 def _is_whole(folder: Path) -> bool:
     """Return whether a LoRA's two files exist and are complete."""
     try:
-        json.loads((folder / METADATA_NAME).read_bytes())
+        if read_object(folder / METADATA_NAME) is None:
+            return False
         with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:  # compares header and length
             return len(file.keys()) == 2 * len(LORA_MODULES)
-    except (FileNotFoundError, SafetensorError, ValueError):  # ValueError: not JSON, or not even text
+    except (FileNotFoundError, SafetensorError):
         return False
 
 
@@ -422,7 +439,8 @@ def _check_same_collection(folder: Path, recipe: dict, mend: str) -> None:
     if existing is None:
         raise FileExistsError(f"{folder}: exists and is not a collection of digits_zoo. {mend}.")
     if existing != recipe:
-        raise FileExistsError(f"{folder}: was built with {existing}, wanted is {recipe}. {mend}.")
+        other = plain(str(existing)[:MAX_SHOWN])
+        raise FileExistsError(f"{folder}: was built with {other}, wanted is {recipe}. {mend}.")
 
 
 def _generator(seed: int, purpose: str, index: int) -> torch.Generator:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from loras import copies, lora_files
-from loras.labels import Finding, plain
 from loras.lora_files import LoraFileError
-from loras.notices import Notice
+from loras.names import plain
+from loras.notices import Finding, Notice, unreadable
 from loras.recipe import IndexedFile
 from loras.scales import count_scales
 from loras.weight_checks import Checked, check_weights, weight_notices
@@ -29,8 +29,10 @@ def with_scales(root: Path, files: Iterable[IndexedFile]) -> tuple[list[IndexedF
             if file.layout.alphas:
                 alphas = lora_files.read_alphas(root / file.path, file.header)
                 file = replace(file, scales=count_scales(file.header, file.adapter_config, alphas))
-        except (LoraFileError, OSError) as error:
+        except LoraFileError as error:
             faults.append(Finding((file.path,), str(error)))
+        except OSError as error:
+            faults.append(Finding((file.path,), unreadable(error)))
         read.append(file)
     return read, faults
 
@@ -42,8 +44,10 @@ def check_files(root: Path, files: Iterable[IndexedFile]) -> tuple[dict[str, Che
         try:
             result = check_weights(root / file.path, file.header, file.adapter_config)
             fault = result.fault
-        except (LoraFileError, OSError) as error:
+        except LoraFileError as error:
             fault = str(error)
+        except OSError as error:
+            fault = unreadable(error)
         if fault:
             faults.append(Finding((file.path,), fault))
         else:

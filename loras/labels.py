@@ -1,66 +1,34 @@
 """Labels and groups of LoRAs: from a table, a metadata.json beside the weights, or the folder; the first that exists.
 
-A table is csv, or jsonl (a JSON object a line), and names each weight file in ``file_name``. These names are only ever
-compared with the files of the collection: no path is made of them, so they lead nowhere else.
+A table names each weight file, or the folder of a LoRA, in ``file_name``. These names are only ever compared with the
+files of the collection: no path is made of them, so they lead nowhere else. Where the labels come from decides which
+folders are LoRAs, and so which checkpoints are read (loras/checkpoints.py).
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
 import re
-import stat
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import TextIO
 
+from loras import checkpoints, names, small_files
 from loras.building import METADATA_NAME
+from loras.checkpoints import Choice
+from loras.label_tables import FILE_NAME, STEP, LabelError, columns_of, rows, table_at
 from loras.lora_files import LoraFileError
+from loras.names import plain
+from loras.notices import Finding
 
-FILE_NAME = "file_name"
-TABLES = ("metadata.csv", "metadata.jsonl")  # at the root of a collection
 LABEL_COLUMNS = ("category_label", "label")  # of a table; the first that it has, where --label-column names none
 LONG_TEXT = 200  # characters; a caption is no group and no number
 METADATA_FIELD = "category_label"
-MAX_TABLE_BYTES = 2**27  # two million rows of 64 bytes
-MAX_JSON_BYTES = 2**20
 MAX_SHOWN = 12  # columns in a message
-NOT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and surrogates
-
-
-class LabelError(ValueError):
-    """Labels that cannot be read; each finding reads ``<path>: what is wrong. What to do.``."""
-
-    def __init__(self, *findings: str):
-        super().__init__("\n".join(findings))
-        self.findings = [plain(finding) for finding in findings]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A fault of some files, which can be left out; their paths are relative to the collection.
-
-    ``reason`` reads ``what is wrong. What to do.``; ``place`` stands in the message instead of the first file's path.
-    """
-
-    files: tuple[str, ...]
-    reason: str
-    place: str = ""
-
-    def line(self, root: Path) -> str:
-        """Return the finding as a line ``<path>: what is wrong. What to do.``."""
-        return plain(f"{self.place or root / self.files[0]}: {self.reason}")
-
-
-def plain(text: str) -> str:
-    """Return a text as one line that every file can hold: control characters and surrogates are escaped."""
-    return NOT_TEXT.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 @dataclass
@@ -68,9 +36,11 @@ class Labels:
     """Label and group of each weight file that has one, by path, and the reasons why others have none.
 
     ``column`` is that of the table or the field of the metadata.json files; None where folders are the labels.
-    ``faults`` concern all labels at once, in the form of a `LabelError`'s findings.
+    ``choice`` are the files that are read. ``faults`` concern all labels at once, in the form of a `LabelError`'s
+    findings.
     """
 
+    choice: Choice
     source: str = ""
     column: str | None = None
     table: Path | None = None
@@ -81,9 +51,14 @@ class Labels:
 
 
 def read_labels(
-    root: Path, paths: list[str], table: Path | None = None, column: str | None = None, group_column: str | None = None
+    root: Path,
+    paths: Sequence[str],
+    table: Path | None = None,
+    column: str | None = None,
+    group_column: str | None = None,
+    step: str | None = None,
 ) -> Labels:
-    """Read label and group of each weight file of a collection.
+    """Choose the files of a collection that are read, and read label and group of each.
 
     Labels come from the first that exists: ``table``; metadata.csv or metadata.jsonl at the root; metadata.json
     beside the weight files; where no column is named, their class folders. Groups stand in the table if it has such a
@@ -91,17 +66,31 @@ def read_labels(
 
     Args:
         root: The collection.
-        paths: Its weight files, relative to it.
+        paths: All its weight files, relative to it.
         table: A csv or jsonl of labels, wherever it lies.
         column: Column or field of the label. None: ``category_label``; in a table else ``label``, else the only column.
         group_column: Column or field of the group. None: no groups.
+        step: What is read of a training, see `checkpoints.choose`. None: the last, or where the table has a column
+            ``step`` all that it names.
     """
-    result = Labels(table=table)
+    result = Labels(Choice(checkpoints.FINAL, tuple(paths)), table=table)
     try:
-        result.table = table or _table_at(root)
-        columns = _label_by_table(result, root, paths, column, group_column) if result.table else []
+        result.table = table or table_at(root)
+        columns = columns_of(result.table) if result.table else []
+        beside, unreadable = None, []
         if not result.table or (group_column and group_column not in columns):
-            beside = _fields_beside(root, paths, (column or METADATA_FIELD, group_column), result.findings)
+            beside = _fields_beside(root, paths, (column or METADATA_FIELD, group_column), unreadable)
+        by_folder = not result.table and not column and METADATA_FIELD not in beside.names
+        implied = step is None and STEP in columns
+        step = step or (checkpoints.ALL if implied else checkpoints.FINAL)
+        result.choice = checkpoints.choose(root, paths, by_folder, step)
+        result.findings += result.choice.findings
+        if result.table:
+            _label_by_table(result, root, columns, (column, group_column), only_named=implied)
+        if beside:
+            chosen = set(result.choice.paths)
+            beside = _Beside({path: row for path, row in beside.fields.items() if path in chosen}, beside.names)
+            result.findings += [finding for finding in unreadable if chosen.intersection(finding.files)]
             if not result.table:
                 _label_by_metadata_or_folder(result, root, beside, column)
             if group_column:
@@ -116,50 +105,32 @@ def read_labels(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def table_fault(table: Path) -> str:
-    """Return what is wrong with a --labels file at first sight; empty where nothing is."""
-    if not table.is_file():
-        return "no such file. Give a csv or jsonl with the columns file_name and label."
-    if table.suffix.lower() not in (".csv", ".jsonl"):
-        return "neither .csv nor .jsonl. Give a table with the columns file_name and label."
-    return ""
-
-
-def _table_at(root: Path) -> Path | None:
-    """Return the table at the root of a collection, if it has one."""
-    tables = [root / name for name in TABLES if os.path.lexists(root / name)]
-    if len(tables) > 1:
-        raise LabelError(f"{root}: holds both {' and '.join(TABLES)}. Keep one, or name one with --labels.")
-    return tables[0] if tables else None
-
-
 def _label_by_table(
-    result: Labels, root: Path, paths: list[str], column: str | None, group_column: str | None
-) -> list[str]:
-    """Fill in labels and groups of a table; return its columns but for ``file_name``."""
-    table = result.table
-    columns = list(dict.fromkeys(name for _, row in _rows(table) for name in row))
-    if not columns:
-        raise LabelError(f"{table}: no label: holds no row. Name each weight file in file_name, and its label.")
-    if FILE_NAME not in columns:
-        raise LabelError(f"{table}: no column {FILE_NAME}, but {_listed(columns)}. Name each weight file in one.")
-    columns.remove(FILE_NAME)
+    result: Labels, root: Path, columns: list[str], asked: tuple[str | None, str | None], only_named: bool
+) -> None:
+    """Fill in labels and groups of a table; with ``only_named`` checkpoints that it does not name are left out."""
+    table, (column, group_column) = result.table, asked
     result.column = column or _default_column(table, columns, group_column)
     if result.column not in columns:
-        choices = f"the columns there are: {counted(column_values(root, paths, table))}"
+        choices = f"the columns there are: {counted(column_values(root, result.choice.paths, table))}"
         fault = f"no label: no column {result.column}; {choices}"
         raise LabelError(f"{table}: {fault}. Choose one with --label-column.")
-    result.source = f"{result.column} in {table.name}"
-    for path, row in _rows_of_files(result, root, paths, columns):
+    result.source = f"{result.column} in {plain(table.name)}"
+    for path, row in _rows_of_files(result, root, columns):
         _put(result.label, path, row.get(result.column))
         _put(result.group, path, row.get(group_column))
+    if only_named:
+        groups = (group for group in result.choice.groups.values() if result.label.keys() & set(group))
+        result.choice = result.choice.without([path for group in groups for path in group if path not in result.label])
     tried = f"no row with {result.column} for it in {table.name}; the columns there are: {_listed(columns)}"
-    for path in paths:
+    for path in result.choice.paths:
         if path not in result.label:
-            result.findings.append(Finding((path,), f"no label: {tried}. Label it or leave it out."))
+            mend = "Label it or leave it out."
+            if lora := result.choice.lora_of.get(path):
+                mend = f"Label it, or its folder {lora}, or choose another --step."
+            result.findings.append(Finding((path,), f"no label: {tried}. {mend}"))
         elif group_column in columns and path not in result.group:
             result.findings.append(_no_group(path, group_column, f"its row in {table.name}"))
-    return columns
 
 
 def _default_column(table: Path, columns: list[str], group_column: str | None) -> str:
@@ -167,7 +138,7 @@ def _default_column(table: Path, columns: list[str], group_column: str | None) -
     for name in LABEL_COLUMNS:
         if name in columns:
             return name
-    others = [name for name in columns if name != group_column]
+    others = [name for name in columns if name not in (group_column, STEP)]
     if len(others) == 1:
         return others[0]
     choices = f"the columns there are: {counted(column_values(table.parent, [], table))}"
@@ -175,69 +146,77 @@ def _default_column(table: Path, columns: list[str], group_column: str | None) -
     raise LabelError(f"{table}: {fault}. Choose one with --label-column.")
 
 
-def _rows_of_files(result: Labels, root: Path, paths: list[str], columns: list[str]) -> Iterator[tuple[str, dict]]:
+def _rows_of_files(result: Labels, root: Path, columns: list[str]) -> Iterator[tuple[str, dict]]:
     """Yield path and row of each weight file that a table names; rows for missing files become findings.
 
-    A row may also name the folder of one LoRA.
+    A row may also name the folder of one LoRA, with all its checkpoints that are read, or in a column ``step`` one of
+    them. Rows of files that --step leaves out are passed over.
 
     Raises:
         LabelError: Rows name no file, one outside the collection, or one that another row has named.
     """
-    folders = Counter(os.path.dirname(path) for path in paths)
-    known = {os.path.dirname(path): path for path in paths if folders[os.path.dirname(path)] == 1}
-    known |= {path: path for path in paths}
+    known = _Known(result.choice)
     lines: dict[str, int] = {}
     faults = []
-    for line, row in _rows(result.table):
+    for line, row in rows(result.table):
         name, place = row.get(FILE_NAME), f"{result.table}: line {line}"
         if not isinstance(name, str) or not name.strip():
             faults.append(f"{place}: names no file in {FILE_NAME}. Name one, or remove the row.")
-        elif "://" in name or name[0] in "/\\" or ".." in re.split(r"[/\\]", name):
+        elif "://" in name or re.match(r"[/\\]|[A-Za-z]:[/\\]", name) or ".." in re.split(r"[/\\]", name):
             faults.append(f"{place}: {name!r} is not a path below the collection. Name it relative to {root}.")
-        elif (path := known.get(PurePosixPath(name).as_posix())) is None:
+        elif (paths := known.files(name, row.get(STEP))) is None:
             fault = f"a label for a missing file: no weight file {name!r} in {root}, of whose folders hidden and linked"
             fault += f" ones are not read; the columns there are: {_listed(columns)}"
             result.findings.append(Finding((name,), f"{fault}. Fetch the file or remove the row.", place))
-        elif path in lines:
-            faults.append(f"{place}: {name!r} again, after line {lines[path]}. Keep one row for each LoRA.")
+        elif again := [path for path in paths if path in lines]:
+            faults.append(f"{place}: {name!r} again, after line {lines[again[0]]}. Keep one row for each LoRA.")
         else:
-            lines[path] = line
-            yield path, row
+            for path in paths:
+                lines[path] = line
+                yield path, row
     if faults:
         raise LabelError(*faults)
 
 
-def _rows(table: Path) -> Iterator[tuple[int, dict]]:
-    """Yield line number and cells of each row of a table, by column.
+class _Known:
+    """The names by which rows of a table may call files: their paths, or folders that hold one LoRA."""
 
-    Raises:
-        LabelError: It cannot be read.
-    """
-    line = 0
-    try:
-        if fault := table_fault(table):
-            raise LabelError(f"{table}: {fault}")
-        with _open_text(table, MAX_TABLE_BYTES) as file:
-            if table.suffix.lower() == ".jsonl":
-                for text in file:
-                    line += 1
-                    if text.strip():
-                        yield line, _json_object(text)
-                return
-            reader = csv.reader(file, strict=True)
-            header = next(reader, [])
-            if repeated := [name for name, count in Counter(filter(None, header)).items() if count > 1]:
-                raise ValueError(f"two columns are called {repeated[0]}")
-            for cells in reader:
-                line = reader.line_num
-                if cells and len(cells) != len(header):
-                    raise ValueError(f"{len(cells)} cells under {len(header)} columns")
-                if cells:  # a column without a name is the row number of a data frame
-                    yield line, {name: cell for name, cell in zip(header, cells, strict=True) if name}
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
-        if isinstance(error, LabelError):
-            raise
-        raise LabelError(f"{table}: line {max(line, 1)}: not readable ({error}). Mend the table.") from error
+    def __init__(self, choice: Choice):
+        self.choice = choice
+        folders: dict[str, list[str]] = defaultdict(list)
+        for path in choice.paths:
+            for folder in _above(path):
+                folders[folder].append(path)
+        self.by_name = {folder: tuple(paths) for folder, paths in folders.items() if len(paths) == 1}
+        left_out = {folder for path in choice.left_out for folder in _above(path)} - folders.keys()
+        self.by_name |= dict.fromkeys((*choice.left_out, *left_out), ())
+        self.by_name |= {lora: paths for lora, paths in choice.groups.items() if lora not in choice.paths}
+        self.by_name |= {path: (path,) for path in choice.paths}
+
+    def files(self, name: str, step: object) -> tuple[str, ...] | None:
+        """Return the files that a row is of; None where there is none of that name."""
+        for written in (name, name.replace("\\", "/")):
+            path = PurePosixPath(written).as_posix()
+            if step is not None and path in self.choice.groups:
+                return self.by_name.get(self.choice.at.get((path, _step_text(step))))
+            if path in self.by_name:
+                return self.by_name[path]
+        return None
+
+
+def _step_text(step: object) -> str:
+    """Return the cell of a step as `Choice.at` has it; spreadsheets and data frames write 100.0 for 100."""
+    text = (_text(step) or "").strip().lower()
+    number = re.fullmatch(r"0*(\d{1,12})(?:\.0*)?", text)
+    if number:
+        return number[1]
+    return "" if text == checkpoints.FINAL else text
+
+
+def _above(path: str) -> Iterator[str]:
+    """Yield the folders of a collection in which a file lies, the innermost first."""
+    while path := os.path.dirname(path):
+        yield path
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -256,15 +235,12 @@ class _Beside:
     names: set[str]
 
 
-def _fields_beside(root: Path, paths: list[str], wanted: Iterable[str | None], findings: list[Finding]) -> _Beside:
+def _fields_beside(root: Path, paths: Sequence[str], wanted: Iterable[str | None], findings: list[Finding]) -> _Beside:
     """Read all metadata.json files, and add those that cannot be read to the findings."""
     beside = _Beside({}, set())
-    for folder, files in _by_folder(paths).items():
-        path = os.path.join(root, folder, METADATA_NAME)
-        try:
-            document = read_json(path) or {}
-        except LoraFileError as error:
-            findings.append(Finding(tuple(files), str(error), place=path))
+    for path, files, document in _documents(root, paths):
+        if isinstance(document, LoraFileError):
+            findings.append(Finding(tuple(files), str(document), place=path))
             continue
         fields: dict[str, str] = {}
         for name in wanted:
@@ -275,11 +251,27 @@ def _fields_beside(root: Path, paths: list[str], wanted: Iterable[str | None], f
     return beside
 
 
-def _by_folder(paths: list[str]) -> dict[str, list[str]]:
-    folders = defaultdict(list)
+def _documents(root: Path, paths: Sequence[str]) -> Iterator[tuple[str, list[str], dict | LoraFileError]]:
+    """Yield each metadata.json, the files that it is of, and its content, or what is wrong with it.
+
+    That of a LoRA's folder is of its checkpoints too, where they have none of their own.
+    """
+    by_folders = defaultdict(list)
     for path in paths:
-        folders[os.path.dirname(path)].append(path)
-    return folders
+        by_folders[os.path.dirname(path), os.path.basename(path) == checkpoints.PEFT_NAME].append(path)
+    for files in by_folders.values():
+        place, document = "", None
+        for folder in checkpoints.folders_of(files[0]):
+            place = os.path.join(root, folder, METADATA_NAME)
+            try:
+                document = read_json(place)
+                if fault := next(filter(None, map(names.fault, document or ())), ""):
+                    document = LoraFileError(f"{METADATA_NAME} has a field whose name {fault}. Rename it.")
+            except LoraFileError as error:
+                document = error
+            if document is not None:
+                break
+        yield place, files, {} if document is None else document
 
 
 def _label_by_metadata_or_folder(result: Labels, root: Path, beside: _Beside, column: str | None) -> None:
@@ -295,7 +287,7 @@ def _label_by_metadata_or_folder(result: Labels, root: Path, beside: _Beside, co
     else:
         result.source = "the folder names"
         for path in beside.fields:
-            if path.count(os.sep) in (1, 2):
+            if path in result.choice.lora_of or path.count(os.sep) in (1, 2):
                 _put(result.label, path, path.split(os.sep)[0])
         tried = f"no {METADATA_NAME} with {name} beside it, and it does not lie in <class>/ or <class>/<lora>/"
     missing = [path for path in beside.fields if path not in result.label]
@@ -332,14 +324,14 @@ def read_json(path: str) -> dict | None:
     """
     name = os.path.basename(path)
     try:
-        with _open_text(path, MAX_JSON_BYTES) as file:
-            return _json_object(file.read())
+        return small_files.read_object(path)
     except FileNotFoundError:
         return None
-    except _NoObjectError as error:
+    except small_files.NoObjectError as error:
         raise LoraFileError(f"{name} holds no JSON object. Mend or remove it.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoraFileError(f"{name} is not readable as JSON ({error}). Mend or remove it.") from error
+    except (OSError, ValueError) as error:
+        words = getattr(error, "strerror", None) or error
+        raise LoraFileError(f"{name} is not readable as JSON ({words}). Mend or remove it.") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -347,7 +339,7 @@ def read_json(path: str) -> dict | None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def column_values(root: Path, paths: list[str], table: Path | None) -> dict[str, Counter]:
+def column_values(root: Path, paths: Sequence[str], table: Path | None) -> dict[str, Counter]:
     """Count each value of each column of a table, or without a table of each field of the metadata.json files.
 
     Lists, objects and nothing count as no value. Files that cannot be read are passed over: `read_labels`, which reads
@@ -362,38 +354,45 @@ def column_values(root: Path, paths: list[str], table: Path | None) -> dict[str,
                 values[name][text] += times
 
     if table:
-        for _, row in _rows(table):
+        for _, row in rows(table):
             count(row, 1)
         return dict(values)
-    for folder, files in _by_folder(paths).items():
-        try:
-            count(read_json(os.path.join(root, folder, METADATA_NAME)) or {}, len(files))
-        except LoraFileError:
-            continue
+    for _, files, document in _documents(root, paths):
+        if not isinstance(document, LoraFileError):
+            count(document, len(files))
     return dict(values)
 
 
-def values_by_file(root: Path, paths: list[str], table: Path | None, ignored: Counter) -> dict[str, dict[str, str]]:
+def values_by_file(
+    root: Path, paths: Sequence[str], table: Path | None, ignored: Counter, choice: Choice | None = None
+) -> dict[str, dict[str, str]]:
     """Return the values of each column of a table and of each field of the metadata.json files, by path.
 
     Lists, objects, long texts and nothing count as no value; a column of the table goes before a field of its name.
     Files that cannot be read, which only happens beside a table, are passed over, and counted in ``ignored``.
+
+    Args:
+        root: The collection.
+        paths: Its files, which may be fewer than were chosen.
+        table: That of the labels, if it has one.
+        ignored: Counts what is left out.
+        choice: The files that were chosen; None: these.
     """
     values: dict[str, dict[str, str]] = defaultdict(dict)
-    unreadable = 0
+    unreadable, wanted = 0, set(paths)
 
     def put(name: str, path: str, value: object) -> None:
-        if not (isinstance(value, str) and len(value) > LONG_TEXT):
-            _put(values[name], path, value)
+        text = _text(value)
+        if text is not None and len(text) <= LONG_TEXT and path in wanted:
+            values[name][path] = sys.intern(plain(text))
 
-    for path, row in _rows_of_files(Labels(table=table), root, paths, []) if table else ():
+    named = Labels(choice or Choice(checkpoints.FINAL, tuple(paths)), table=table)
+    for path, row in _rows_of_files(named, root, []) if table else ():
         for name in row.keys() - {FILE_NAME}:
             put(name, path, row[name])
     columns = set(values)
-    for folder, files in _by_folder(paths).items():
-        try:
-            document = read_json(os.path.join(root, folder, METADATA_NAME)) or {}
-        except LoraFileError:
+    for _, files, document in _documents(root, paths):
+        if isinstance(document, LoraFileError):
             unreadable += 1
             continue
         for name in document.keys() - columns:
@@ -426,40 +425,12 @@ def counted(values: dict[str, Counter]) -> str:
     )
 
 
-def _listed(names: list[str]) -> str:
+def _listed(columns: list[str]) -> str:
     """List the first names on one line, whatever stands in them."""
-    shown = [plain(name[:80]) for name in names[:MAX_SHOWN]]
-    if len(names) > MAX_SHOWN:
+    shown = [plain(name[:80]) for name in columns[:MAX_SHOWN]]
+    if len(columns) > MAX_SHOWN:
         shown.append("...")
     return ", ".join(shown) or "none"
-
-
-class _NoObjectError(ValueError):
-    """A JSON text that is something else than an object."""
-
-
-def _json_object(text: str) -> dict:
-    value = _parsed_json(text)
-    if not isinstance(value, dict):
-        raise _NoObjectError("not a JSON object")
-    return value
-
-
-def _parsed_json(text: str) -> object:
-    return _parsed_short(text) if len(text) < 2**14 else json.loads(text)
-
-
-_parsed_short = lru_cache(maxsize=64)(json.loads)  # files of a folder mostly have few texts between them
-
-
-def _open_text(path: Path | str, most: int) -> TextIO:
-    """Open a file that holds plain text of at most ``most`` bytes; a pipe would never end."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("not a plain file")
-    if status.st_size > most:
-        raise ValueError(f"{status.st_size} bytes, more than {most}")
-    return open(path, encoding="utf-8-sig", newline="")
 
 
 def _put(texts: dict[str, str], key: str, value: object) -> None:

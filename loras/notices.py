@@ -1,14 +1,38 @@
-"""Notices: reports of a collection while the run goes on, on copies, scales, untrained LoRAs, and the like.
+"""Findings and notices: what is wrong with files, and what is reported of those that are used.
 
-A notice is about files that can be read but may mean something else than their owner thinks. With --strict it is a
-fault of its files, as what cannot be read always is.
+A finding is of files that cannot be used. A notice is about files that can be read but may mean something else than
+their owner thinks: copies, scales, untrained LoRAs, and the like. With --strict it is a fault of its files too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from loras.names import plain
 
 MAX_LISTED = 20  # files, or groups of files, of a notice that results.json lists
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fault of some files, which can be left out; their paths are relative to the collection.
+
+    ``reason`` reads ``what is wrong. What to do.``; ``place`` stands in the message instead of the first file's path.
+    """
+
+    files: tuple[str, ...]
+    reason: str
+    place: str = ""
+
+    def line(self, root: Path) -> str:
+        """Return the finding as a line ``<path>: what is wrong. What to do.``."""
+        return plain(f"{self.place or root / self.files[0]}: {self.reason}")
+
+
+def unreadable(error: OSError) -> str:
+    """Return the reason of a finding, given the system's error for a file."""
+    return f"cannot be read ({error.strerror or error}). Mend that, or leave it out."
 
 
 @dataclass(frozen=True)

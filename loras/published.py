@@ -32,6 +32,7 @@ from safetensors.numpy import save
 
 from loras import building, keys, lora_files
 from loras.lora_files import LoraFileError
+from loras.names import fault as name_fault
 
 try:
     import pyarrow as pa
@@ -140,8 +141,8 @@ def parquet_source(path: Path, limits: Limits = Limits()) -> Source:
             schema_of_file = parquet.schema_arrow
             counts.append(parquet.metadata.num_rows)
         schema = schema or schema_of_file
-        if not schema_of_file.equals(schema):
-            fault = f"its columns differ from those of {files[0]}"
+        if different := _different_columns(schema, schema_of_file):
+            fault = f"its columns differ from those of {files[0]} ({different})"
             raise RefusedError(f"{file}: {fault}. Import one collection at a time, each into its own folder.")
         stat = file.stat()
         identity.append([os.path.relpath(file, path), stat.st_size, stat.st_mtime_ns])
@@ -153,6 +154,28 @@ def parquet_source(path: Path, limits: Limits = Limits()) -> Source:
             start = max(0, start - rows)
 
     return Source(str(path), {"files": identity}, schema, sum(counts), batches)
+
+
+def _different_columns(schema: pa.Schema, other: pa.Schema) -> str:
+    """Return the first difference of two schemas in words; empty where an import makes the same of both.
+
+    Writers store one column as ``list`` in a file and as ``large_list`` in the next, and in floats of any width.
+    """
+    if missing := sorted(set(schema.names) ^ set(other.names)):
+        return _first(missing)
+    for name in schema.names:
+        kinds = schema.field(name).type, other.field(name).type
+        if _kind(kinds[0]) != _kind(kinds[1]):
+            return f"{name}: {kinds[1]}, not {kinds[0]}"
+    return ""
+
+
+def _kind(kind: pa.DataType) -> tuple:
+    """Return what an import makes of a column of a type: shape, depth and kind of its items."""
+    shape = tuple(kind.shape) if isinstance(kind, pa.FixedShapeTensorType) else None
+    depth, leaf = _unnested(kind)
+    tests = (pa.types.is_floating, pa.types.is_integer, pa.types.is_boolean, _is_text)
+    return shape, depth, next((test for test in tests if test(leaf)), str(leaf))
 
 
 def _parquet_batches(
@@ -255,6 +278,9 @@ def sort_columns(name: str, schema: pa.Schema, leave_out: list[str]) -> Columns:
         elif (role := _role(name, column.name)) is not None:
             if not _is_number(leaf) or depth not in ((0, 1) if role == "" else (1, 2, 4)):
                 raise RefusedError(f"{name}: column {column.name} is {column.type}, not lists of numbers. Mend it.")
+            if role and not pa.types.is_floating(leaf):
+                fault = f"column {column.name} is {column.type}: whole numbers, which no weights are"
+                raise RefusedError(f"{name}: {fault}. Save them as floats, with the scale that they were quantised by.")
             roles[column.name] = role
             if isinstance(column.type, pa.FixedShapeTensorType):
                 shapes[column.name] = _tensor_shape(name, column)
@@ -268,6 +294,8 @@ def sort_columns(name: str, schema: pa.Schema, leave_out: list[str]) -> Columns:
             left_out.append(column.name)
     if len(set(schema.names)) != len(schema.names):
         raise RefusedError(f"{name}: two columns have one name. Rename one.")
+    if faults := [fault for fault in map(name_fault, [*roles, *small]) if fault]:
+        raise RefusedError(f"{name}: a column's name {faults[0]}. Rename it.")
     _check_layers(name, roles, unknown, schema)
     labels = [column for column in ("category_label", "label") if column in small + left_out]
     label = next((column for column in labels if not any(fnmatchcase(column, pattern) for pattern in leave_out)), None)
@@ -477,12 +505,19 @@ def _state_of(folder: Path, identity: dict) -> State:
         state = State(**contents) if contents is not None else None
     except TypeError:  # the state of another program
         state = None
-    if state is None:
+    if state is None or not _is_plausible(state):
         raise RefusedError(f"{folder}: exists and is no import. Give another folder, or remove it.")
     if state.source != identity:
         fault = "was imported from another source, or with other --rank or --leave-out"
         raise RefusedError(f"{folder}: {fault}. Give another folder, or remove it.")
     return state
+
+
+def _is_plausible(state: State) -> bool:
+    """Return whether a state could be one that this program has written."""
+    counts = state.rows, state.left_out
+    texts = isinstance(state.faults, list) and all(isinstance(fault, str) for fault in state.faults)
+    return all(type(count) is int for count in counts) and 0 <= state.left_out <= state.rows and texts
 
 
 def _write_state(folder: Path, state: State) -> None:

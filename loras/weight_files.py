@@ -1,19 +1,19 @@
-"""Weight files: those that a folder holds, and those that differ from the others in their layers."""
+"""Weight files: those that a folder holds."""
 
 from __future__ import annotations
 
+import errno
 import os
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 
 from loras.building import WEIGHTS_NAME
-from loras.labels import Finding
-from loras.lora_files import by_layout
-from loras.recipe import IndexedFile
+from loras.checkpoints import MLX_CHECKPOINT, PEFT_NAME
+from loras.notices import Finding
 
-PREFERRED_FILES = (WEIGHTS_NAME, "adapter_model.safetensors", "adapters.safetensors")  # of diffusers, PEFT, MLX
+PREFERRED_FILES = (WEIGHTS_NAME, PEFT_NAME, "adapters.safetensors")  # as diffusers, PEFT and MLX name the last
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_DEPTH = 32  # folders in each other
 
 
 def find_weight_files(root: Path) -> tuple[list[str], list[Finding], Counter]:
@@ -26,61 +26,43 @@ def find_weight_files(root: Path) -> tuple[list[str], list[Finding], Counter]:
     ignored: Counter = Counter()
     errors: list[OSError] = []
     for folder, subfolders, names in os.walk(root, onerror=errors.append):
+        inside = folder[len(os.fspath(root)) :].lstrip(os.sep)
         ignored["hidden folders"] += sum(sub.startswith(".") for sub in subfolders)
         subfolders[:] = sorted(sub for sub in subfolders if not sub.startswith("."))
         ignored["linked folders"] += sum(os.path.islink(os.path.join(folder, sub)) for sub in subfolders)
+        if inside.count(os.sep) + 1 >= MAX_DEPTH and inside:
+            ignored[f"folders deeper than {MAX_DEPTH} levels"] += len(subfolders)
+            subfolders.clear()
         weights = [name for name in names if name.lower().endswith(".safetensors") and not name.startswith(".")]
-        preferred = [name for name in PREFERRED_FILES if name in weights][:1]
-        if preferred:
-            ignored[f"*.safetensors beside {preferred[0]}"] += len(weights) - 1
-        inside = folder[len(os.fspath(root)) :].lstrip(os.sep)
-        paths += [os.path.join(inside, name) for name in preferred or weights]
+        chosen = _preferred(weights)
+        if len(weights) > len(chosen):
+            ignored[f"*.safetensors beside {chosen[0]}"] += len(weights) - len(chosen)
+        paths += [os.path.join(inside, name) for name in chosen]
         pickles = sorted(os.path.join(inside, name) for name in names if name.lower().endswith(PICKLE_SUFFIXES))
         if weights:
             ignored["pickles beside *.safetensors"] += len(pickles)
         else:
             reason = "a pickle checkpoint: never loaded. Convert it to safetensors."
             findings += [Finding((path,), reason) for path in pickles]
-    for error in errors:
-        folder = os.path.relpath(error.filename, root)
-        findings.append(Finding((folder,), f"cannot be listed ({error.strerror}). Mend its permissions."))
-    return sorted(paths), findings, ignored
+    findings += [_not_listed(root, error) for error in errors]
+    return sorted(paths), findings, +ignored
 
 
-def layer_differences(root: Path, files: Sequence[IndexedFile]) -> list[Finding]:
-    """Find files that differ in their layers, or in more than the rank; the commonest layers are the measure."""
-    holders = defaultdict(list)
-    for positions in by_layout(file.layout for file in files):
-        layout = files[positions[0]].layout
-        sides = tuple((f"{layer.module} {layer.role}", layer.free_side) for layer in layout.layers)
-        holders[sides] += [files[i].path for i in positions]
-    common = max(holders, key=lambda sides: len(holders[sides]), default=())
-    others = ""
-    if holders:
-        others = f"{len(holders[common])} files" if len(holders[common]) > 1 else min(holders[common])
-    findings = []
-    for sides, paths in holders.items():
-        if reason := _difference(dict(sides), dict(common), others):
-            place = f"{root / min(paths)}" + and_more(len(paths))
-            findings.append(Finding(tuple(paths), reason, place))
-    return findings
+def _preferred(weights: list[str]) -> list[str]:
+    """Return the files of a folder that are LoRAs: all, or where one has the name of a LoRA that one.
+
+    MLX's checkpoints lie beside its last adapter.
+    """
+    name = next((name for name in PREFERRED_FILES if name in weights), None)
+    if name is None:
+        return weights
+    return [name] + [other for other in weights if name == PREFERRED_FILES[2] and MLX_CHECKPOINT.fullmatch(other)]
 
 
-def _difference(sides: dict[str, int], common: dict[str, int], others: str) -> str:
-    """Describe how the free sides of a file's layers differ from those of ``others``; empty if they do not."""
-    lacking = [layer for layer in common if layer not in sides]
-    extra = [layer for layer in sides if layer not in common]
-    if lacking or extra:
-        parts = [f"lacks {len(lacking)} layers ({lacking[0]} ...)"] if lacking else []
-        parts += [f"adds {len(extra)} layers ({extra[0]} ...)"] if extra else []
-        return f"{' and '.join(parts)} compared with {others}. Keep LoRAs of the same layers to a collection."
-    for layer, side in sides.items():
-        if side != common[layer]:
-            fault = f"{layer} is {side} wide, but {common[layer]} in {others}: mixed base models"
-            return f"{fault}. Keep one base model to a collection."
-    return ""
-
-
-def and_more(count: int) -> str:
-    """Return the words behind the first of a number of files."""
-    return f" and {count - 1} more" if count > 1 else ""
+def _not_listed(root: Path, error: OSError) -> Finding:
+    mend = "Mend its permissions"
+    if error.errno == errno.ENAMETOOLONG:
+        mend = "Shorten the names of its folders"
+    elif error.errno == errno.ENOENT:
+        mend = "It was removed meanwhile: start again"
+    return Finding((os.path.relpath(error.filename, root),), f"cannot be listed ({error.strerror}). {mend}.")

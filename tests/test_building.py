@@ -96,6 +96,30 @@ def test_one_holds_a_lock_at_a_time_and_its_end_frees_it(tmp_path):
     assert not path.exists()
 
 
+def test_a_lock_follows_no_link_and_waits_for_no_pipe(tmp_path):
+    """The file that a link leads to would be emptied, and a pipe never be opened."""
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    link, dangling, pipe = (tmp_path / f"{name}.lock" for name in ("link", "dangling", "pipe"))
+    link.symlink_to(precious)
+    dangling.symlink_to(tmp_path / "new")
+    os.mkfifo(pipe)
+    for path, words in ((link, "a link in"), (dangling, "a link in"), (pipe, "a pipe or a device in")):
+        with pytest.raises(OSError) as error, building.locked(path):
+            pass
+        assert building.fault_of(error.value) == f"{path}: {words} the place of a lock file; remove it"
+        assert os.path.lexists(path)
+    assert precious.read_text() == "kept" and not (tmp_path / "new").exists()
+
+
+def test_a_file_replaces_a_link_and_not_what_it_leads_to(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    (tmp_path / "x.json").symlink_to(precious)
+    building.write_atomically(tmp_path / "x.json", b"new")
+    assert precious.read_text() == "kept" and not (tmp_path / "x.json").is_symlink()
+
+
 def test_a_forked_process_has_no_share_in_a_lock(tmp_path):
     path, asleep, (reading, writing) = tmp_path / "lock", None, os.pipe()
     try:

@@ -14,7 +14,7 @@ from ablation_experiment import main
 from data import CollectionError, check_classes, index_collection, select_layers
 from experiment.phases import split_collection
 from experiment.settings import Networks
-from loras import labels
+from loras import label_tables, labels
 
 
 def findings(root, **flags) -> list[str]:
@@ -140,6 +140,44 @@ def test_csv_with_a_byte_order_mark_quotes_and_blank_lines(tmp_path):
     assert [file.label for file in index_collection(tmp_path).files] == ['a "b", c', "x", "x"]
 
 
+SPREADSHEETS = {
+    "backslashes": "file_name,label\r\na\\0.safetensors,x\r\n.\\a\\1.safetensors,y\r\n",
+    "semicolons": 'file_name;label\r\na/0.safetensors;x\r\n"a/1.safetensors";"y"\r\n',
+    "tabs": "file_name\tlabel\na/0.safetensors\tx\na/1.safetensors\ty\n",
+    "quoted names of columns": '"label";"file_name"\nx;a/0.safetensors\ny;a/1.safetensors\n',
+    "old line ends": "file_name,label\ra/0.safetensors,x\ra/1.safetensors,y\r",
+    "blank lines": "file_name,label\n\n,\na/0.safetensors,x\n,,\n\r\na/1.safetensors,y\n\n",
+    "trailing separators": "file_name,label,,\na/0.safetensors,x,,\na/1.safetensors,y,,\n",
+    "trailing separators of rows": "file_name;label\na/0.safetensors;x;\na/1.safetensors;y;\n",
+    "spaces in the header": " file_name , label\na/0.safetensors,x\na/1.safetensors,y",
+    "commas in cells": 'file_name;label;price\na/0.safetensors;x;"1,5"\na/1.safetensors;y;2,5\n',
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("case", SPREADSHEETS)
+def test_tables_as_spreadsheets_write_them(tmp_path, case, encoding):
+    for i in range(2):
+        write_lora(tmp_path / "a" / f"{i}.safetensors", lora(1, seed=i))
+    (tmp_path / "metadata.csv").write_bytes(SPREADSHEETS[case].encode(encoding))
+    collection = index_collection(tmp_path, label_column="label")
+    assert [file.label for file in collection.files] == ["x", "y"] and collection.label_column == "label"
+
+
+def test_jsonl_as_windows_writes_it(tmp_path):
+    flat_collection(tmp_path, 2)
+    rows = ['{"file_name": ".\\\\0.safetensors", "label": "ä"}', "", '{"file_name": "1.safetensors", "label": "b"}']
+    for encoding, end in (("utf-8-sig", "\r\n"), ("utf-16", "\r")):
+        (tmp_path / "metadata.jsonl").write_bytes(end.join(rows).encode(encoding))
+        assert [file.label for file in index_collection(tmp_path).files] == ["ä", "b"]
+
+
+@pytest.mark.parametrize("name", ["C:\\loras\\x.safetensors", "c:/x", "a\\..\\..\\x"])
+def test_paths_of_a_drive_are_not_below_the_collection(tmp_path, name):
+    table(flat_collection(tmp_path, 1) / "metadata.csv", ["file_name", "label"], (name, "a"))
+    assert f"line 2: {name!r} is not a path below the collection. " in findings(tmp_path)[0]
+
+
 def test_a_row_may_name_the_folder_of_one_lora(tmp_path):
     root = write_collection(tmp_path)
     folders = [os.path.dirname(file.path) for file in index_collection(root).files]
@@ -193,12 +231,24 @@ def test_a_name_through_a_link_out_of_the_collection_is_no_file_of_it(tmp_path):
         ("csv", b"", "no label: holds no row"),
         ("csv", b"file_name,label\n", "no label: holds no row"),
         ("csv", b"path,label\n0.safetensors,a\n", "no column file_name, but path, label"),
-        ("csv", b"file_name;label\n0.safetensors;a\n", "no column file_name, but file_name;label"),
+        ("csv", b"file;label\n0.safetensors;a\n", "no column file_name, but file;label"),
+        ("csv", b"file_name,a\xe2\x80\xaeb\n0.safetensors,a\n", "a column's name 'a\\u202eb' is not printable text"),
         ("csv", b"file_name,label\n0.safetensors,a,b\n", "line 2: not readable (3 cells under 2 columns)"),
         ("csv", b"file_name,label\n0.safetensors\n", "line 2: not readable (1 cells under 2 columns)"),
         ("csv", b'file_name,label\n0.safetensors,"a', "line 1: not readable (unexpected end of data)"),
         ("csv", b"file_name,label,label\n0.safetensors,a,b\n", "line 1: not readable (two columns are called label)"),
-        ("csv", b"file_name,label\n\xff\xfe,a\n", "line 1: not readable ("),
+        (
+            "csv",
+            "file_name,label\n0.safetensors,Bär\n".encode("cp1252"),
+            "not UTF-8: byte 0xe4 in line 2, in Windows-1252 '0.safetensors,Bär'. Save it as UTF-8 (in",
+        ),
+        ("csv", b"\xff\xfef\0i\0l", "not readable as UTF-16"),
+        (
+            "csv",
+            "file_name,label\n0.safetensors,a".encode("utf-16-le"),
+            "holds NUL bytes: UTF-16",
+        ),
+        ("jsonl", b"\xff", "not UTF-8: byte 0xff in line 1"),
         ("csv", b"file_name,label\n0.safetensors," + b"a" * 200_000, "line 1: not readable (field larger than field"),
         ("csv", b"file_name,label\n,a\n", "line 2: names no file in file_name"),
         ("csv", b"file_name,label\n0.safetensors,a\n./0.safetensors,b\n", "line 3: './0.safetensors' again, after"),
@@ -222,8 +272,8 @@ def test_tables_are_bounded_plain_files(tmp_path, monkeypatch):
     flat_collection(tmp_path, 1)
     path = tmp_path / "metadata.csv"
     path.write_text("file_name,label\n")
-    monkeypatch.setattr(labels, "MAX_TABLE_BYTES", 10)
-    assert findings(tmp_path)[0].startswith(f"{path}: line 1: not readable (16 bytes, more than 10)")
+    monkeypatch.setattr(label_tables, "MAX_TABLE_BYTES", 10)
+    assert findings(tmp_path)[0].startswith(f"{path}: not readable (16 bytes, more than 10)")
     path.unlink()
     os.mkfifo(path)  # which would be read for ever
     assert findings(tmp_path)[0].startswith(f"{path}: no such file")
@@ -232,10 +282,11 @@ def test_tables_are_bounded_plain_files(tmp_path, monkeypatch):
     assert findings(tmp_path, labels=other)[0].startswith(f"{other}: neither .csv nor .jsonl")
 
 
-def test_metadata_json_is_bounded_and_a_plain_file(tmp_path, monkeypatch):
+def test_metadata_json_is_bounded_and_a_plain_file(tmp_path):
     path = write_lora(tmp_path / "a" / FILE_NAME, lora(1), {"category_label": "a"}).parent / "metadata.json"
-    monkeypatch.setattr(labels, "MAX_JSON_BYTES", 10)
-    assert findings(tmp_path)[0].startswith(f"{path}: metadata.json is not readable as JSON (23 bytes, more than 10)")
+    path.write_bytes(b" " * (2**20 + 1))
+    fault = "metadata.json is not readable as JSON (1048577 bytes, more than 1048576)"
+    assert findings(tmp_path)[0].startswith(f"{path}: {fault}")
     path.unlink()
     os.mkfifo(path)
     assert findings(tmp_path)[0].startswith(f"{path}: metadata.json is not readable as JSON (not a plain file)")
@@ -248,7 +299,7 @@ def test_a_table_that_is_a_link_to_nowhere_is_not_passed_over(tmp_path):
 
 
 def test_two_tables_are_refused(tmp_path):
-    for name in labels.TABLES:
+    for name in label_tables.TABLES:
         table(flat_collection(tmp_path) / name, ["file_name", "label"], *rows_of(6, cats_and_dogs))
     assert findings(tmp_path) == [
         f"{tmp_path}: holds both metadata.csv and metadata.jsonl. Keep one, or name one with --labels."
@@ -256,14 +307,15 @@ def test_two_tables_are_refused(tmp_path):
     assert index_collection(tmp_path, labels=tmp_path / "metadata.csv").classes == ["cat", "dog"]
 
 
-@pytest.mark.parametrize("label", ["a\nb", "\x1b[31m", "\ud800"])
-def test_labels_and_groups_are_plain_text(tmp_path, label):
+@pytest.mark.parametrize("label", ["a\nb", "\x1b[31m", "a\u202eb", "a\u2028", "a\u200b", "\ufeffa", 256 * "a"])
+def test_labels_and_groups_are_printable_and_no_captions(tmp_path, label):
     for column in ("label", "group"):
         rows = [(name, label if column == "label" else "x", label) for name, _ in rows_of(6, str)]
         table(flat_collection(tmp_path) / "metadata.jsonl", ["file_name", "label", "group"], *rows)
         faults = findings(tmp_path, group_column="group")
-        assert len(faults) == 6 and all("is not plain text. Rename it." in finding for finding in faults)
-        assert not any(labels.NOT_TEXT.search(finding) for finding in faults)
+        words = "has 256 characters" if len(label) == 256 else "is not printable text"
+        assert len(faults) == 6 and all(f"{words}. Rename it, or leave it out." in finding for finding in faults)
+        assert all(finding.isprintable() for finding in faults)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,41 @@
+"""Names: which texts may be the name of a file, a layer, a label, a group or a column, and how other texts are shown.
+
+Names come from files that anyone may have written, and end in lines, tables and pages. One rule holds for all: a name
+is printable, as ``str.isprintable`` says, and at most ``MAX_LENGTH`` characters long. So it holds no control character,
+no lone surrogate (as which Python shows bytes that are not UTF-8), no mark that turns the direction of a text, no line
+or paragraph separator, and nothing of no width.
+"""
+
+from __future__ import annotations
+
+import sys
+
+MAX_LENGTH = 255
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # the beginnings of a cell that a spreadsheet would compute
+
+
+def plain(text: str) -> str:
+    """Return a text as one line that every file and screen can hold: what is not printable is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def fault(text: str) -> str:
+    """Return what is wrong with a text as a name, with its beginning; empty where nothing is."""
+    beginning = text[:40] + "..." * (len(text) > 40)
+    if not text.isprintable():
+        return f"'{plain(beginning)}' is not printable text"
+    return f"'{beginning}' has {len(text)} characters" if len(text) > MAX_LENGTH else ""
+
+
+def spreadsheet_cell(text: str) -> str:
+    """Return a cell of a table that a spreadsheet shows as it is: an apostrophe stands before a formula's beginning."""
+    return f"'{text}" if text.startswith(FORMULA) else text
+
+
+def escape_output() -> None:
+    """Let standard output and error escape what their encoding lacks, in place of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
