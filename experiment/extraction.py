@@ -244,22 +244,7 @@ class _Pass:
     def missing(self, names: list[str]) -> list[str]:
         """Return the names whose arrays are still to be computed; those that were damaged are thrown away."""
         fingerprint = self.known_fingerprint()
-        return [name for name in names if not (fingerprint and self._is_whole(self.extracted(fingerprint), name))]
-
-    def _is_whole(self, found: Extracted, name: str) -> bool:
-        """Return whether an array is there, of these files; what else is there is thrown away."""
-        if not found.path(name).exists():
-            return False
-        try:
-            shards, (dtype, shape) = found.shards(name), _row(self.collection, name)
-            if (shards.dtype, shards.shape) != (dtype, (len(self.collection.files), *shape)):
-                raise store.DamagedError(f"{found.path(name)} is of {shards.dtype} {shards.shape}")
-            if name in self.doubted:
-                shards.check()
-        except (store.DamagedError, FileNotFoundError) as error:
-            store.throw_away(found.path(name), error)
-            return False
-        return True
+        return [name for name in names if not (fingerprint and _is_whole(self, self.extracted(fingerprint), name))]
 
     def known_outcome(self, names: list[str]) -> dict | None:
         """Return the outcome, as `end` does, where nothing is `missing`; else None."""
@@ -294,7 +279,7 @@ class _Pass:
             return {"findings": findings}
         checked = None
         if self.check and not findings and set(CHECKED) <= set(computed):
-            checked = self.check(self.collection, partial(self._shards, documents))
+            checked = self.check(self.collection, partial(_unplaced, self, documents))
         outcome = _outcome(store.digest(contents), checked)
         if "faults" in outcome or ("findings" in outcome and not self.skip_bad):
             self._remove()
@@ -310,48 +295,13 @@ class _Pass:
         same = [layer.shape for layer in good.collection.packed_layout.layers] == [
             layer.shape for layer in self.collection.packed_layout.layers
         ]
-        good._put_in_place([name for name in computed if same or name != WEIGHTS], documents, contents, self)
+        _put_in_place([name for name in computed if same or name != WEIGHTS], documents, contents, self, good)
         if findings:
             store.write_document(self.known, {"findings": findings}, self.known.name)
         self._remove()
         if findings:
             return {"findings": findings}
         return outcome if "findings" in outcome else outcome | {"missing": self.missing(names)}
-
-    def _put_in_place(self, names: list[str], documents: list[dict], contents: list[str], read_by: _Pass) -> None:
-        """Rename arrays from where a pass has written them to the folder of their fingerprint."""
-        fingerprint = store.digest(contents)
-        # First the fingerprint: if killed among the renames, the next pass finds what is in its place and what is not.
-        store.write_document(self.known, {"fingerprint": fingerprint}, self.known.name)
-        done = self.extracted(fingerprint)
-        (done.folder / "features").mkdir(parents=True, exist_ok=True)
-        for name in names:
-            if done.path(name).exists():  # files of the same contents were read from elsewhere
-                continue
-            if self is read_by:
-                self._describe(read_by._arrays(name), done, name, documents)
-                read_by._arrays(name).rename(done.path(name))
-                continue
-            kept, first = read_by.folder / "kept" / name, 0  # where no shard can be taken for one of other rows
-            shutil.rmtree(kept, ignore_errors=True)
-            kept.mkdir(parents=True)
-            for rows, document in zip(read_by.shards, documents, strict=True):
-                if document["contents"]:  # rows left out shift those behind them
-                    store.shard_path(read_by._arrays(name), rows.start).rename(store.shard_path(kept, first))
-                    first += len(document["contents"])
-            self._describe(kept, done, name, documents)
-            kept.rename(done.path(name))
-
-    def _describe(self, folder: Path, of: Extracted, name: str, documents: list[dict]) -> None:
-        """Write what the shards of a name are to be beside them, given where they are to lie."""
-        shards = [[len(d["contents"]), d["arrays"][name]] for d in documents if d["contents"]]
-        store.describe_shards(folder, of.place(name), _row(self.collection, name), shards)
-
-    def _shards(self, documents: list[dict], name: str) -> store.Shards:
-        """Return an array before it is put in its place."""
-        of = self.extracted(store.digest([line for document in documents for line in document["contents"]]))
-        self._describe(self._arrays(name), of, name, documents)
-        return store.Shards(self._arrays(name), of.place(name))
 
     def _clear_unless_mine(self) -> None:
         """Remove what a killed pass over other files of this folder, or another version of it, has left."""
@@ -367,7 +317,8 @@ class _Pass:
 
     # -- a shard ------------------------------------------------------------------------------------------------------
 
-    def _arrays(self, name: str) -> Path:
+    def arrays(self, name: str) -> Path:
+        """Return the folder in which the shards of this name lie until all are finished."""
         return self.folder / name
 
     def _document(self, rows: range) -> Path:
@@ -384,7 +335,7 @@ class _Pass:
             return False
         if document["findings"] and (not self.skip_bad or not document["contents"]):
             return True
-        paths = {name: store.shard_path(self._arrays(name), rows.start) for name in names}
+        paths = {name: store.shard_path(self.arrays(name), rows.start) for name in names}
         return all(store.has_digest(path, document["arrays"].get(name)) for name, path in paths.items())
 
     def run(self, rows: range, names: list[str], device: torch.device) -> None:
@@ -414,10 +365,73 @@ class _Pass:
                 _fill(part, self.collection, files, weights, scales, device)
         if contents and (self.skip_bad or not findings):
             for name, array in arrays.items():
-                path = store.shard_path(self._arrays(name), rows.start)
+                path = store.shard_path(self.arrays(name), rows.start)
                 digests[name] = store.save_array(path, array[: len(contents)])
         document = {"contents": contents, "findings": findings, "arrays": digests}
         store.write_document(self._document(rows), document, f"{self.identity} {self.suffix} {rows.start}")
+
+
+def _is_whole(weight_pass: _Pass, found: Extracted, name: str) -> bool:
+    """Return whether an array of these files is there; what else is there is thrown away."""
+    if not found.path(name).exists():
+        return False
+    collection = weight_pass.collection
+    try:
+        shards, (dtype, shape) = found.shards(name), _row(collection, name)
+        if (shards.dtype, shards.shape) != (dtype, (len(collection.files), *shape)):
+            raise store.DamagedError(f"{found.path(name)} is of {shards.dtype} {shards.shape}")
+        if name in weight_pass.doubted:
+            shards.check()
+    except (store.DamagedError, FileNotFoundError) as error:
+        store.throw_away(found.path(name), error)
+        return False
+    return True
+
+
+def _put_in_place(names: list[str], documents: list[dict], contents: list[str], read_by: _Pass, good: _Pass) -> None:
+    """Rename arrays from where a pass has written them to the folder of their fingerprint.
+
+    Args:
+        names: Of the arrays.
+        documents: Of the shards.
+        contents: Of the files that are kept.
+        read_by: The pass.
+        good: The same, or that over the files that are kept.
+    """
+    fingerprint = store.digest(contents)
+    # First the fingerprint: if killed among the renames, the next pass finds what is in its place and what is not.
+    store.write_document(good.known, {"fingerprint": fingerprint}, good.known.name)
+    done = good.extracted(fingerprint)
+    (done.folder / "features").mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if done.path(name).exists():  # files of the same contents were read from elsewhere
+            continue
+        if good is read_by:
+            _describe(good, read_by.arrays(name), done, name, documents)
+            read_by.arrays(name).rename(done.path(name))
+            continue
+        kept, first = read_by.folder / "kept" / name, 0  # where no shard can be taken for one of other rows
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.mkdir(parents=True)
+        for rows, document in zip(read_by.shards, documents, strict=True):
+            if document["contents"]:  # rows left out shift those behind them
+                store.shard_path(read_by.arrays(name), rows.start).rename(store.shard_path(kept, first))
+                first += len(document["contents"])
+        _describe(good, kept, done, name, documents)
+        kept.rename(done.path(name))
+
+
+def _describe(weight_pass: _Pass, folder: Path, of: Extracted, name: str, documents: list[dict]) -> None:
+    """Write beside the shards of a name, which are to be renamed, what they are."""
+    shards = [[len(document["contents"]), document["arrays"][name]] for document in documents if document["contents"]]
+    store.describe_shards(folder, of.place(name), _row(weight_pass.collection, name), shards)
+
+
+def _unplaced(weight_pass: _Pass, documents: list[dict], name: str) -> store.Shards:
+    """Return an array before it is put in its place."""
+    of = weight_pass.extracted(store.digest([line for document in documents for line in document["contents"]]))
+    _describe(weight_pass, weight_pass.arrays(name), of, name, documents)
+    return store.Shards(weight_pass.arrays(name), of.place(name))
 
 
 def _without(weight_pass: _Pass, findings: list) -> _Pass:

@@ -19,7 +19,12 @@ from report.wording import (
     top_layers,
 )
 
-BEYOND_REMOVAL = ("null shuffles", "grouped split")  # controls that are not those of a representation
+BEYOND_REMOVAL = (  # controls that are not those of a representation
+    *("null shuffles", "grouped split", "columns of groups", "features that coincide", "cheap explanations"),
+    *("attribution", "attention", "map of the collection", "conditional importance"),
+    "removal of layers that other test LoRAs choose",
+)
+BEYOND_REMOVAL += tuple(f"cheap explanation by {name}" for name in ("norms", "ranks and shapes", "metadata", "recipe"))
 CHEAP = {  # of analysis.cheap: in words
     "norms": "norms",
     "ranks and shapes": "ranks and shapes",
