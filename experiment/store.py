@@ -111,7 +111,7 @@ def array_digest(*arrays: np.ndarray) -> str:
     return contents.hexdigest()[:16]
 
 
-def replace_all(folder: Path, contents: dict[str, bytes], also: Sequence[str] = ()) -> None:
+def replace_all(folder: Path, contents: dict[str, bytes], also: Sequence[str] = (), keep: bool = True) -> None:
     """Write files that belong together, and move those that are there to ``previous/<n>/``: nothing is ever lost.
 
     The last one counts: where it is, the others are there too. So a process that was killed between them can be told
@@ -121,14 +121,19 @@ def replace_all(folder: Path, contents: dict[str, bytes], also: Sequence[str] = 
         folder: Where they lie.
         contents: By path in the folder.
         also: Files there that belong to those of before, and have no like among those to be written.
+        keep: Whether those that are there are moved; else they are replaced, as those of a run that is not done yet.
     """
     *others, last = contents
     for path in (folder / name for name in contents):
         for temporary in path.parent.glob(f".{path.name}.*"):
             if TEMPORARY.search(temporary.name):
                 temporary.unlink()
+    if not keep:
+        for name in also:
+            (folder / name).unlink(missing_ok=True)
+        also = ()
     present = [*also, *(name for name in (*others, last) if (folder / name).exists())]
-    if also or last in present or any((folder / name).read_bytes() != contents[name] for name in present):
+    if keep and (also or last in present or any((folder / name).read_bytes() != contents[name] for name in present)):
         target = _previous(folder, present, last)
         for name in present:
             (target / name).parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from test_house import check_schema, undocumented_arrays
 import ablation_experiment
 import autoencoders
 from ablation_experiment import files_of, main
-from experiment import extraction, inputs, plans, settings, store
+from experiment import extraction, inputs, plans, settings
 from experiment.engine import Engine
 from experiment.settings import Networks
 from loras import digits_zoo
