@@ -458,7 +458,8 @@ def has_digest(path: Path, expected: str | None) -> bool:
 
 def throw_away(path: Path, why: Exception) -> None:
     """Remove a file or folder of the cache that cannot be used, and say so: whoever calls computes it again."""
-    print(f"cache     {path}: {str(why).partition('. Remove')[0]}; removed, and computed again", flush=True)
+    missing = f"{path} is not whole: {Path(why.filename).name} is missing" if isinstance(why, FileNotFoundError) else ""
+    print(f"cache     {missing or str(why).partition('. Remove')[0]}: removed, and computed again", flush=True)
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
