@@ -45,7 +45,7 @@ from experiment.engine import Engine
 from experiment.extraction import CHECKED, WEIGHTS, Extracted, extract
 from experiment.flags import BUILT_IN_SIZES, NAMED_DATASETS, parse_arguments
 from experiment.modules import left_by_default
-from experiment.phases import UNITS, Experiment, emptied, split_collection
+from experiment.phases import UNITS, Experiment, emptied, split_collection, without_oversized
 from experiment.plans import TrainingError
 from experiment.settings import Networks, Settings, UsageError, count_cores, resolve
 from experiment.units import FAILURES, FAULTS, OutOfMemory, one_memory_error, reason_of
@@ -174,6 +174,7 @@ def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> i
         with watch.phase("features"):
             collection, plan, extracted = read_weights(args, settings, (collection, plan), cache, engine, progress)
         plan.header["dataset"]["fingerprint"] = extracted.fingerprint
+        plan = without_oversized_train(plan, collection, extracted)
         plan.header["dataset"]["findings"] = [notice.record() for notice in collection.notices]
         for line in text.notice_lines(plan.header):
             say(line)
@@ -273,6 +274,15 @@ class CollectionPlan:
     header: dict
 
 
+def without_oversized_train(plan: CollectionPlan, collection: Collection, extracted: Extracted) -> CollectionPlan:
+    """Return the plan without train LoRAs that are far too large, which its header names."""
+    rows, left_out = without_oversized(collection, plan.rows, extracted)
+    dataset = plan.header["dataset"]
+    dataset["split_sizes"]["train"] = len(rows["train"])
+    dataset["not_trained_on"] = [collection.files[row].path for row in left_out]
+    return replace(plan, rows=rows)
+
+
 def make_plan(settings: Settings, collection: Collection, engine: Engine) -> CollectionPlan:
     """Check what is asked for against the collection, and print it.
 
@@ -367,6 +377,7 @@ def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndar
             "metadata": store.digest(collection.columns) if settings.is_analysed else None,
             "ignored": dict(collection.ignored),
             "skipped": collection.skipped_records,
+            "not_trained_on": [],
         },
         "config": settings.config(),
         "chance": {"accuracy": float(accuracy[0]), "f1": float(f1[0])},
@@ -499,7 +510,8 @@ def samples(experiment: Experiment, *_: object) -> bytes:
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(columns)
     for row, file in enumerate(experiment.collection.files):
-        part = {"validation": "val"}.get(part_of_row[row], part_of_row[row])
+        part = part_of_row.get(row, "none")
+        part = {"validation": "val"}.get(part, part)
         writer.writerow((file.path, file.label, part, file.group)[: len(columns)])
     return table.getvalue().encode()
 

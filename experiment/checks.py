@@ -14,12 +14,12 @@ import numpy as np
 
 from data import Collection, CollectionError, check_classes, keep_together, noted, select_layers
 from experiment import store
-from experiment.extraction import DIGESTS
+from experiment.extraction import DIGESTS, layer_sizes, update_norms
 from experiment.phases import split_collection
 from loras import copies, lora_files
 from loras.notices import Notice
 from loras.weight_checks import weight_notices
-from representations import FEATURES, RANKING, UPDATES
+from representations import RANKING, UPDATES
 
 
 def check_collection(
@@ -48,7 +48,7 @@ def check_collection(
         ``findings`` of files that can be left out, or ``faults``.
     """
     paths, labels = [file.path for file in collection.files], [file.label for file in collection.files]
-    sizes, norms = _sizes(shards_of(RANKING)), _columns(shards_of(UPDATES), UPDATES, ("norm",))[..., 0]
+    sizes, norms = layer_sizes(shards_of(RANKING)), update_norms(shards_of(UPDATES))
     twins = _find_copies(collection, shards_of(DIGESTS), sizes)
     if findings := copies.contradictions(paths, labels, twins):
         return {"findings": [(*finding.files, finding.reason, True) for finding in findings]}
@@ -95,15 +95,3 @@ def _find_copies(collection: Collection, digests: store.Shards, sizes: np.ndarra
 
     digest_of_row = [digest.tobytes() for digest in digests.whole()]
     return copies.find_copies(digest_of_row, sizes, [file.layout for file in files], read)
-
-
-def _sizes(statistics: store.Shards) -> np.ndarray:
-    """Return the root mean square of the weights of each layer, float64[N, L]."""
-    moments = _columns(statistics, RANKING, ("mean", "std"))
-    return np.sqrt(np.square(moments.astype(np.float64)).sum(2))
-
-
-def _columns(shards: store.Shards, name: str, features: tuple[str, ...]) -> np.ndarray:
-    """Return some features of all LoRAs, float32[N, L or P, len(features)]; the others stay on disk."""
-    columns = [FEATURES[name].feature_names.index(feature) for feature in features]
-    return np.concatenate([block[:, :, columns] for block in shards.blocks()])

@@ -164,6 +164,23 @@ def _read(weight_pass: _Pass, names: list[str], engine: Engine, progress: Callab
         return weight_pass.end(names, missing)
 
 
+def layer_sizes(statistics: store.Shards) -> np.ndarray:
+    """Return the root mean square of the weights of each layer, float64[N, L], from the features of the ranking."""
+    moments = _columns(statistics, RANKING, ("mean", "std"))
+    return np.sqrt(np.square(moments.astype(np.float64)).sum(2))
+
+
+def update_norms(measures: store.Shards) -> np.ndarray:
+    """Return the Frobenius norm of each update, float32[N, P]."""
+    return _columns(measures, UPDATES, ("norm",))[..., 0]
+
+
+def _columns(shards: store.Shards, name: str, features: tuple[str, ...]) -> np.ndarray:
+    """Return some features of all LoRAs, float32[N, L or P, len(features)]; the others stay on disk."""
+    columns = [FEATURES[name].feature_names.index(feature) for feature in features]
+    return np.concatenate([block[:, :, columns] for block in shards.blocks()])
+
+
 def _bad_weights(collection: Collection, findings: list) -> CollectionError:
     """Return the error of findings: path, reason, and whether the file itself is at fault and not its reading."""
     messages = [Finding((path,), reason).line(collection.root) for path, reason, _ in findings]

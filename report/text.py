@@ -179,6 +179,9 @@ def _collection(results: dict) -> list[tuple[str, str]]:
         )
         groups = f"; {dataset['num_groups']} groups{by}, each in one part"
     parts = f"{split['train']} train, {split['validation']} validation, {split['test']} test{groups}"
+    if left_out := dataset.get("not_trained_on"):
+        named = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+        parts += f"; {len(left_out)} more to train on left out, with weights over 100 times as large ({named})"
     return [*facts, ("classes", classes), ("split", parts)]
 
 
