@@ -538,7 +538,7 @@ class ResultFile:
 
 RESULT_FILES = {
     "top_layers.json": ResultFile(top_layers),
-    "results.txt": ResultFile(lambda _, results, content, __: text.render_text(results, content).encode()),
+    "results.txt": ResultFile(lambda _, results, content, __: text.render_text(results, content).encode(errors="backslashreplace")),
     "report.html": ResultFile(report_page, always=False),
     "samples.csv": ResultFile(samples),
     "predictions.npz": ResultFile(lambda experiment, *_: store.packed_arrays(experiment.predictions.arrays())),

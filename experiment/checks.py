@@ -49,6 +49,8 @@ def check_collection(
     """
     paths, labels = [file.path for file in collection.files], [file.label for file in collection.files]
     sizes, norms = layer_sizes(shards_of(RANKING)), update_norms(shards_of(UPDATES))
+    # Of factors that are not zero the norm is not either, though the feature, in float32, may be.
+    norms[(norms == 0) & (sizes.reshape(*norms.shape, 2) > 0).all(2)] = np.finfo(np.float32).smallest_subnormal
     twins = _find_copies(collection, shards_of(DIGESTS), sizes)
     if findings := copies.contradictions(paths, labels, twins):
         return {"findings": [(*finding.files, finding.reason, True) for finding in findings]}
