@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -45,14 +45,15 @@ from experiment.engine import Engine
 from experiment.extraction import CHECKED, WEIGHTS, Extracted, extract
 from experiment.flags import BUILT_IN_SIZES, NAMED_DATASETS, parse_arguments
 from experiment.modules import left_by_default
-from experiment.phases import UNITS, Experiment, emptied, split_collection
+from experiment.phases import UNITS, Experiment, emptied, split_collection, without_oversized
 from experiment.plans import TrainingError
 from experiment.settings import Networks, Settings, UsageError, count_cores, resolve
-from experiment.units import OutOfMemory, one_memory_error
+from experiment.units import FAILURES, FAULTS, OutOfMemory, one_memory_error, reason_of
 from loras import building, digits_zoo
 from loras.building import Progress
 from loras.names import escape_output, plain, spreadsheet_cell
 from report import text
+from report.cautions import UNFINISHED, missing_line
 from report.text import Content
 from report.wording import top_layers as top_layers_text
 from representations import REPRESENTATIONS
@@ -62,7 +63,7 @@ PROGRAM = (  # of which results are; tests and benchmarks are no part of it
     *("ablation_experiment", "autoencoders", "data", "representations"),
     *("analysis", "experiment", "loras", "report", "training"),
 )
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 BUILT_IN = Path("data") / "built-in-digits"  # holds the collections that `locate` trains
 
 
@@ -183,12 +184,16 @@ def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> i
         with watch.phase("features"):
             collection, plan, extracted = read_weights(args, settings, (collection, plan), cache, engine, progress)
         plan.header["dataset"]["fingerprint"] = extracted.fingerprint
+        plan = without_oversized_train(plan, collection, extracted)
         plan.header["dataset"]["findings"] = [notice.record() for notice in collection.notices]
         for line in text.notice_lines(plan.header):
             say(line)
         if finished := finished_results(target, plan.header):
             say(f"\nNothing to do: {target} holds the results of these settings on these files.")
             return 3 if finished["not run"] else 0
+        # What the run will read: damaged, it is computed again now, where that can still be done.
+        known = collection, plan.needed, cache, settings.device, engine, progress, args.skip_bad
+        extracted = replace(extract(*known, thorough=True), checked=extracted.checked)
         building.remove_temporaries(extracted.folder)
         if finished_units := len(list((extracted.folder / UNITS).glob("*.npz"))):
             say(f"cache     {finished_units} finished units of work in {extracted.folder / UNITS}")
@@ -196,17 +201,38 @@ def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> i
         engine.begin(extracted.folder, store.digest([platform.node(), str(target.absolute())]))
         experiment = Experiment(settings, collection, plan.selected, plan.rows, extracted, engine, progress)
         results = plan.header | run_phases(experiment, plan.chosen, plan.not_run, watch)
-        results |= {"analysis": analyse(experiment, results, watch), "splits": more_splits(experiment, results, watch)}
-        results["timing"] = watch.timing()
-        results["config"]["stack"]["smaller"] = experiment.planner.smaller_stacks
-        content = text.content_of(results)
-        if content.answers:
-            say("\n".join(text.answer_lines(results, content.answers)))
-        write_results(target, experiment, results, content)
-    left_out = f"; not run, and results.txt says why: {', '.join(plan.not_run)}" if plan.not_run else ""
+        results = conclude(target, experiment, results, watch)
+    missing = [*plan.not_run, *results["not_done"]]
+    left_out = f"; not run, and results.txt says why: {', '.join(missing)}" if missing else ""
     files = ", ".join(files_of(results))
     say(f"\nWritten to {target}: {files} ({results['timing']['total']:.0f} s){left_out}")
-    return 3 if plan.not_run else 0
+    return 3 if missing else 0
+
+
+def conclude(target: Path, experiment: Experiment, results: dict, watch: Stopwatch) -> dict:
+    """Analyse the results of the phases, and write them: at once, and again with what the analysis adds.
+
+    So a run that ends in its analysis leaves the results of its phases; the same command then goes on.
+    """
+    parts = {"analysis": analyse} if experiment.settings.is_analysed else {}
+    parts |= {"splits": more_splits} if experiment.settings.splits > 1 else {}
+    results |= {"analysis": None, "splits": None, "not_done": dict.fromkeys(parts, UNFINISHED)}
+    results["config"]["stack"]["smaller"] = experiment.planner.smaller_stacks
+    if parts and written_before(target, results) is None:
+        write_results(target, experiment, results | {"timing": watch.timing()})
+    results["not_done"] = {}
+    for part, do in parts.items():
+        try:
+            with one_memory_error():
+                results[part] = do(experiment, results, watch)
+        except FAULTS:
+            raise
+        except (TrainingError, *FAILURES) as error:
+            results["not_done"][part] = reason_of(error)
+            say(missing_line(part, results["not_done"][part]))
+    results["timing"] = watch.timing()
+    write_results(target, experiment, results, shown=True)
+    return results
 
 
 def read_weights(
@@ -256,6 +282,15 @@ class CollectionPlan:
     not_run: dict[str, str]
     needed: list[str]
     header: dict
+
+
+def without_oversized_train(plan: CollectionPlan, collection: Collection, extracted: Extracted) -> CollectionPlan:
+    """Return the plan without train LoRAs that are far too large, which its header names."""
+    rows, left_out = without_oversized(collection, plan.rows, extracted)
+    dataset = plan.header["dataset"]
+    dataset["split_sizes"]["train"] = len(rows["train"])
+    dataset["not_trained_on"] = [collection.files[row].path for row in left_out]
+    return replace(plan, rows=rows)
 
 
 def make_plan(settings: Settings, collection: Collection, engine: Engine) -> CollectionPlan:
@@ -354,6 +389,7 @@ def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndar
             "metadata": store.digest(collection.columns) if settings.is_analysed else None,
             "ignored": dict(collection.ignored),
             "skipped": collection.skipped_records,
+            "not_trained_on": [],
         },
         "config": settings.config(),
         "chance": {"accuracy": float(accuracy[0]), "f1": float(f1[0])},
@@ -448,16 +484,22 @@ def run_both_ways(results: dict) -> list[str]:
 
 def finished_results(target: Path, header: dict) -> dict | None:
     """Return what results in a folder have ``not run``; None if they are not whole, or of other inputs or program."""
+    found = written_before(target, header)
+    whole = found and not found["not_done"] and all((target / name).exists() for name in files_of(found))
+    return {"not run": found["representations_not_run"]} if whole else None
+
+
+def written_before(target: Path, header: dict) -> dict | None:
+    """Return results in a folder, whole or not; None if there are none of these inputs, settings and program."""
     try:
         finished = building.read_object(target / "results.json") or {}
         datasets = [{**results["dataset"], "path": ""} for results in (finished, header)]  # where it lies may change
         configs = [{**results["config"], "stack": ""} for results in (finished, header)]  # stacks may have been smaller
         same = finished["schema_version"] == header["schema_version"] and configs[0] == configs[1]
         same = same and datasets[0] == datasets[1] and finished["environment"]["code"] == header["environment"]["code"]
+        return finished if same and isinstance(finished["not_done"], dict) else None
     except (LookupError, TypeError):  # none, or not written by this program
         return None
-    whole = same and all((target / name).exists() for name in files_of(finished))
-    return {"not run": finished["representations_not_run"]} if whole else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -480,7 +522,8 @@ def samples(experiment: Experiment, *_: object) -> bytes:
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(columns)
     for row, file in enumerate(experiment.collection.files):
-        part = {"validation": "val"}.get(part_of_row[row], part_of_row[row])
+        part = part_of_row.get(row, "none")
+        part = {"validation": "val"}.get(part, part)
         cells = (file.path, file.label, part, file.group)[: len(columns)]
         writer.writerow([cell and spreadsheet_cell(cell) for cell in cells])
     return table.getvalue().encode()
@@ -508,7 +551,9 @@ class ResultFile:
 
 RESULT_FILES = {
     "top_layers.json": ResultFile(top_layers),
-    "results.txt": ResultFile(lambda _, results, content, __: text.render_text(results, content).encode()),
+    "results.txt": ResultFile(
+        lambda _, results, content, __: text.render_text(results, content).encode(errors="backslashreplace")
+    ),
     "report.html": ResultFile(report_page, always=False),
     "samples.csv": ResultFile(samples),
     "predictions.npz": ResultFile(lambda experiment, *_: store.packed_arrays(experiment.predictions.arrays())),
@@ -523,19 +568,41 @@ def files_of(results: dict) -> list[str]:
     return [name for name, file in RESULT_FILES.items() if file.always or results.get("analysis")]
 
 
-def write_results(target: Path, experiment: Experiment, results: dict, content: Content) -> None:
-    """Write all result files, results.json last; move what is there of other settings to previous/<n>/ first."""
-    drawn = {}
-    if results.get("analysis"):
+def write_results(target: Path, experiment: Experiment, results: dict, shown: bool = False) -> None:
+    """Write all result files, results.json last; move what is there of other settings to previous/<n>/ first.
+
+    What there is of these settings, with something ``not_done``, they replace.
+
+    Args:
+        target: The folder.
+        experiment: The experiment.
+        results: Its results; figures that cannot be drawn are added to ``not_done``.
+        shown: Whether the answers are printed too.
+    """
+    before, drawn = written_before(target, results), {}
+    content = text.content_of(results)
+    if shown and content.answers:
+        say("\n".join(text.answer_lines(results, content.answers)))
+    if results["analysis"]:
         from report import figures
 
-        drawn = figures.draw(results, content.findings)
+        drawn = figures.draw(results, content.findings, partial(attempt_figure, results["not_done"]))
     contents = {f"{FIGURE_FOLDER}/{name}": picture for name, picture in drawn.items()}
     for name in files_of(results):
         contents[name] = RESULT_FILES[name].written(experiment, results, content, drawn)
     earlier = {path.relative_to(target).as_posix() for path in (target / FIGURE_FOLDER).glob("[!.]*")}
     earlier |= {name for name in RESULT_FILES if (target / name).exists()}
-    store.replace_all(target, contents, sorted(earlier - contents.keys()))
+    store.replace_all(target, contents, sorted(earlier - contents.keys()), keep=not (before and before["not_done"]))
+
+
+def attempt_figure(not_done: dict[str, str], name: str, draw: Callable[[], None]) -> None:
+    """Draw a figure; note where it fails."""
+    try:
+        with one_memory_error():
+            draw()
+    except FAILURES as error:
+        not_done[f"figure {name}"] = reason_of(error)
+        say(missing_line(f"figure {name}", not_done[f"figure {name}"]))
 
 
 def main(arguments: list[str] | None = None, networks: Networks = Networks()) -> int:  # noqa: B008 (it is frozen)
@@ -556,6 +623,8 @@ def main(arguments: list[str] | None = None, networks: Networks = Networks()) ->
         print(error.shown() if isinstance(error, CollectionError) else f"error: {error}", file=sys.stderr)
     except TrainingError as error:
         print(f"error: {error}. Try another --seed or --device.", file=sys.stderr)
+    except BrokenPipeError:
+        end_unheard()
     except OSError as error:
         print(f"error: {building.fault_of(error)}. The same command continues where this one stopped.", file=sys.stderr)
     except OutOfMemory as error:
@@ -565,6 +634,17 @@ def main(arguments: list[str] | None = None, networks: Networks = Networks()) ->
         print("\nInterrupted. The same command continues where this one stopped.", file=sys.stderr)
         return 130
     return 2
+
+
+def end_unheard() -> None:
+    """Say that nobody reads the output any more, if anybody reads errors; Python would say it again when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        fault = "nobody reads the output any more (a broken pipe)"
+        print(f"error: {fault}. The same command continues where this one stopped.", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        os.dup2(nowhere, 2)
 
 
 if __name__ == "__main__":

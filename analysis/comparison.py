@@ -6,10 +6,12 @@ evidence.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from sklearn.ensemble import RandomForestClassifier
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -23,6 +25,7 @@ LEARNED, FIXED = "update_learned", ("update_frozen", "update_sketch")  # project
 CHALLENGED, CHALLENGERS = "stats", ("ensemble", "spectral")  # the third hypothesis is about these by name
 # Asked for by name, whatever is best: the third hypothesis, and the worth of learning projections.
 ASKED = [(name, CHALLENGED) for name in CHALLENGERS] + [(LEARNED, name) for name in FIXED]
+ITERATIONS = 2000  # of a logistic regression
 CHEAP_ROWS = 10_000  # train rows that a cheap explanation is fitted on at most
 LEAST_SHUFFLES = 19  # of which the best of 20 has p = 0.05; fewer decide nothing
 
@@ -114,7 +117,12 @@ def _condition(evidence: Evidence, condition: str, correct: dict[str, np.ndarray
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def cheap_explanations(evidence: Evidence, features: dict[str, np.ndarray | None], best: np.ndarray) -> dict:
+def cheap_explanations(
+    evidence: Evidence,
+    features: dict[str, np.ndarray | None],
+    best: np.ndarray,
+    attempt: Callable[[str, Callable], object] = lambda _, do: do(),
+) -> dict:
     """Test whether something simpler than the weights predicts the concept as well.
 
     Of each, logistic regression and a random forest are fitted, and the better one on validation rows is tested. It is
@@ -125,9 +133,15 @@ def cheap_explanations(evidence: Evidence, features: dict[str, np.ndarray | None
         evidence: The evidence.
         features: By name, float[N, F]; None where there are none to learn from.
         best: Predictions of the best representation, int[R, T].
+        attempt: Of a name and a function: gives what that returns, or None where it fails, which it notes.
     """
     records: dict[str, object] = dict.fromkeys(features)
-    fitted = {name: _best_of_two(evidence, columns) for name, columns in features.items() if columns is not None}
+    tried = {
+        name: attempt(f"cheap explanation by {name}", lambda columns=columns: _best_of_two(evidence, columns))
+        for name, columns in features.items()
+        if columns is not None
+    }
+    fitted = {name: found for name, found in tried.items() if found is not None}
     if not fitted:
         return records | {"as_good": []}
     predictions, as_good = [predicted[None] for _, predicted in fitted.values()], []
@@ -154,10 +168,14 @@ def _best_of_two(evidence: Evidence, features: np.ndarray) -> tuple[str, np.ndar
     validation = evidence.rows["validation"]
     scored = []
     for name, classifier in (
-        ("logistic regression", LogisticRegression(max_iter=2000)),
+        ("logistic regression", LogisticRegression(max_iter=ITERATIONS)),
         ("random forest", RandomForestClassifier(300, random_state=evidence.seed % 2**32)),
     ):
-        fitted = make_pipeline(StandardScaler(), classifier).fit(features[train], evidence.y[train])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ConvergenceWarning)
+            fitted = make_pipeline(StandardScaler(), classifier).fit(features[train], evidence.y[train])
+        if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
+            name = f"{name}, not converged in {ITERATIONS:,} iterations"
         accuracy = (fitted.predict(features[validation]) == evidence.y[validation]).mean()
         scored.append((accuracy, name, fitted))
     _, name, fitted = max(scored, key=lambda candidate: candidate[0])

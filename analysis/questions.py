@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -34,7 +35,15 @@ from analysis.removal_plan import Conditions
 FEATURE_NUMBERS = 2**24  # of features that descriptions only (CKA, clusters, spread) read, at most
 CLIP = 10.0  # standard deviations beyond which a feature is an outlier of a heavy tail, as in training
 FEW_TEST_LORAS = 50  # (or groups) below which only large effects can be seen
+NAMES = {  # of sections, where they could not be answered
+    "cheap": "cheap explanations",
+    "groups": "grouped split",
+    "null_shuffles": "null shuffles",
+    "collection_map": "map of the collection",
+}
 STEEP = 0.5  # of the accuracy above chance, which is lost with a tenth of the layers where degradation is not graceful
+
+Attempt = Callable[[str, Callable], object]
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,7 @@ def analyse(
     updates: np.ndarray,
     samples: dict[str, tuple[np.ndarray, Sequence[str]]],
     controls: Controls,
+    attempt: Attempt = lambda _, do: do(),
 ) -> dict:
     """Answer the five questions: ``analysis`` of results.json.
 
@@ -128,6 +138,8 @@ def analyse(
         updates: Effective rank and Frobenius norm of each update, float[N, P, 2 or more]; see `rank_structure`.
         samples: Features of some LoRAs by representation, float[., L, F], with their names.
         controls: Results to compare with.
+        attempt: Of a name and a function: gives what that returns, or None where it fails, which it notes. What
+            answers none of the five questions may fail.
     """
     # By validation: what is compared with explanations without weights must not be chosen by what it is tested on.
     best = best_on_validation(evidence, "baseline", names)
@@ -146,7 +158,9 @@ def analyse(
     sections["robustness"] = settle(sections["robustness"], crossed["top_alone"], any_above, chosen_by)
     sections["cross_fitted"] = crossed
     hypotheses = [{"question": question.key, **question.hypothesis(sections)} for question in QUESTIONS]
-    return plain(_settings(material) | sections | _other_sections(material, sections) | {"hypotheses": hypotheses})
+    return plain(
+        _settings(material) | sections | _other_sections(material, sections, attempt) | {"hypotheses": hypotheses}
+    )
 
 
 def _settings(material: Material) -> dict:
@@ -166,30 +180,27 @@ def _settings(material: Material) -> dict:
     }
 
 
-def _other_sections(material: Material, sections: dict) -> dict:
+def _other_sections(material: Material, sections: dict, attempt: Attempt) -> dict:
     """Return the sections that answer none of the five questions; None where there is nothing to answer from."""
     evidence, controls = material.evidence, material.controls
     result: dict[str, object] = {"concepts": concepts(evidence, material.names)}
-    conditional = [
-        conditional_importance(evidence, conditions, predicted)
-        for conditions, predicted in controls.conditions.values()
-        if any(name.startswith("plus ") for name in conditions.names)
-    ]
-    if conditional:
-        result["conditional"] = conditional[0]
-    result |= dict.fromkeys(("attribution", "cheap", "groups", "null_shuffles"))
-    if controls.attributed:
-        accuracy = np.array([record["accuracy"] for record in sections["layers"]["records"]])
-        result["attribution"] = attribution(evidence, *controls.attributed, accuracy)
-    if controls.cheap:
-        cheap = cheap_explanations(evidence, controls.cheap, material.best_predicted)
-        result["cheap"] = cheap | {"compared_with": material.best}
-    if controls.unused:
-        result["groups"] = grouped_split(evidence, controls.unused, controls.grouped)
-    if controls.shuffled is not None:
-        result["null_shuffles"] = null_shuffles(evidence, controls.shuffled)
-    result["attention"] = attention(evidence, controls.attended) if controls.attended else None
-    result["collection_map"] = collection_map(evidence, controls.mapped) if controls.mapped else None
+    for conditions, predicted in controls.conditions.values():
+        if any(name.startswith("plus ") for name in conditions.names) and "conditional" not in result:
+            added = attempt("conditional importance", partial(conditional_importance, evidence, conditions, predicted))
+            result |= {"conditional": added} if added else {}
+    accuracy = np.array([record["accuracy"] for record in sections["layers"]["records"]])
+    cheap = (evidence, controls.cheap, material.best_predicted, attempt)
+    answers = {  # what there is to answer from, and who answers
+        "attribution": (controls.attributed, lambda given: attribution(evidence, *given, accuracy)),
+        "cheap": (controls.cheap, lambda _: cheap_explanations(*cheap) | {"compared_with": material.best}),
+        "groups": (controls.unused, lambda given: grouped_split(evidence, given, controls.grouped)),
+        "null_shuffles": (controls.shuffled, partial(null_shuffles, evidence)),
+        "attention": (controls.attended, partial(attention, evidence)),
+        "collection_map": (controls.mapped, partial(collection_map, evidence)),
+    }
+    for name, (given, answer) in answers.items():
+        there = given is not None and (isinstance(given, np.ndarray | Attended) or len(given) > 0)
+        result[name] = attempt(NAMES.get(name, name), partial(answer, given)) if there else None
     return result
 
 

@@ -9,23 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 
 from data import Collection, CollectionError, check_classes, keep_together, noted, select_layers
 from experiment import store
-from experiment.extraction import DIGESTS
+from experiment.extraction import DIGESTS, layer_sizes, update_norms
 from experiment.phases import split_collection
 from loras import copies, lora_files
 from loras.notices import Notice
 from loras.weight_checks import weight_notices
-from representations import FEATURES, RANKING, UPDATES
+from representations import RANKING, UPDATES
 
 
 def check_collection(
     collection: Collection,
-    folder_of: Callable[[str], Path],
+    shards_of: Callable[[str], store.Shards],
     *,
     seed: int,
     layers: str | None = None,
@@ -37,7 +36,7 @@ def check_collection(
 
     Args:
         collection: The LoRAs.
-        folder_of: Where the shards of a name's array lie, see `extraction.CHECKED`.
+        shards_of: Returns the array of a name, see `extraction.CHECKED`.
         seed: Of the split.
         layers: Pattern of --layers.
         keep_twins: Whether copies and epochs stay where the split puts them.
@@ -49,8 +48,10 @@ def check_collection(
         ``findings`` of files that can be left out, or ``faults``.
     """
     paths, labels = [file.path for file in collection.files], [file.label for file in collection.files]
-    sizes, norms = _sizes(folder_of(RANKING)), _columns(folder_of(UPDATES), UPDATES, ("norm",))[..., 0]
-    twins = _find_copies(collection, folder_of(DIGESTS), sizes)
+    sizes, norms = layer_sizes(shards_of(RANKING)), update_norms(shards_of(UPDATES))
+    # Of factors that are not zero the norm is not either, though the feature, in float32, may be.
+    norms[(norms == 0) & (sizes.reshape(*norms.shape, 2) > 0).all(2)] = np.finfo(np.float32).smallest_subnormal
+    twins = _find_copies(collection, shards_of(DIGESTS), sizes)
     if findings := copies.contradictions(paths, labels, twins):
         return {"findings": [(*finding.files, finding.reason, True) for finding in findings]}
     epochs = copies.find_epochs(paths, [copies.session_id(file.header.fields) for file in collection.files], twins)
@@ -82,7 +83,7 @@ def apply(collection: Collection, checked: dict) -> Collection:
     return keep_together(noted(collection, notices, strict=False, skip_bad=False), checked["groups"])
 
 
-def _find_copies(collection: Collection, digests: Path, sizes: np.ndarray) -> list[list[int]]:
+def _find_copies(collection: Collection, digests: store.Shards, sizes: np.ndarray) -> list[list[int]]:
     """Return the groups of rows of files that hold the same weights.
 
     Raises:
@@ -97,17 +98,5 @@ def _find_copies(collection: Collection, digests: Path, sizes: np.ndarray) -> li
         except (lora_files.LoraFileError, OSError) as error:
             raise CollectionError([f"{path}: {error}"]) from error
 
-    digest_of_row = [digest.tobytes() for shard in store.map_shards(digests) for digest in shard]
+    digest_of_row = [digest.tobytes() for digest in digests.whole()]
     return copies.find_copies(digest_of_row, sizes, [file.layout for file in files], read)
-
-
-def _sizes(statistics: Path) -> np.ndarray:
-    """Return the root mean square of the weights of each layer, float64[N, L]."""
-    moments = _columns(statistics, RANKING, ("mean", "std"))
-    return np.sqrt(np.square(moments.astype(np.float64)).sum(2))
-
-
-def _columns(folder: Path, name: str, features: tuple[str, ...]) -> np.ndarray:
-    """Return some features of all LoRAs, float32[N, L or P, len(features)]; the others stay on disk."""
-    columns = [FEATURES[name].feature_names.index(feature) for feature in features]
-    return np.concatenate([shard[:, :, columns] for shard in store.map_shards(folder)])

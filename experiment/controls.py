@@ -22,7 +22,7 @@ from data import Collection, CollectionError, check_classes, keep_together
 from experiment.phases import Experiment, emptied, on_permuted_labels, split_collection
 from experiment.plans import TrainingError
 from experiment.readings import attended, mapped
-from experiment.units import OutOfMemory, one_memory_error
+from experiment.units import FAILURES, FAULTS, one_memory_error, reason_of
 from loras.recipe import header_columns, recipe_columns
 from representations import FEATURES, MAPPED, RANKING, REPRESENTATIONS, UPDATES
 
@@ -69,39 +69,53 @@ def analyse(experiment: Experiment, names: Sequence[str], say: Callable[[str], N
     if not experiment.settings.is_analysed:
         return None
     say("\nControls, and what the numbers mean")
-    level, evidence = experiment.settings.controls, evidence_of(experiment)
-    columns = group_columns(experiment) if level != "none" else {}
-    trained, not_run = _train(experiment, evidence, names, columns, say)
+    level, evidence, attempts = experiment.settings.controls, evidence_of(experiment), Attempts(say)
+    columns = attempts("columns of groups", lambda: group_columns(experiment)) if level != "none" else {}
+    trained = _train(experiment, evidence, names, columns or {}, attempts)
     statistics, updates = (_loaded(experiment, name) for name in (RANKING, UPDATES))
     cheap = {
-        "norms": comparison.norms(statistics, updates),
-        "ranks and shapes": ranks(experiment),
-        "metadata": metadata(experiment),
-        "recipe": recipe(experiment, updates),
+        "norms": lambda: comparison.norms(statistics, updates),
+        "ranks and shapes": lambda: ranks(experiment),
+        "metadata": lambda: metadata(experiment),
+        "recipe": lambda: recipe(experiment, updates),
     }
+    cheap = {name: attempts(f"cheap explanation by {name}", read) for name, read in cheap.items()}
     controls = replace(trained, cheap=cheap)
-    return questions.analyse(evidence, names, statistics, updates, samples(experiment, names), controls) | {
-        "controls_not_run": not_run
+    sampled = attempts("features that coincide", lambda: samples(experiment, names)) or {}
+    return questions.analyse(evidence, names, statistics, updates, sampled, controls, attempts) | {
+        "controls_not_run": attempts.failed
     }
+
+
+class Attempts:
+    """Things that may fail, and the reasons of those that did, by name.
+
+    Args:
+        say: Prints a line.
+    """
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.failed = say, {}
+
+    def __call__(self, name: str, do: Callable[[], object]) -> object:
+        """Return what ``do()`` gives; None where it fails, by `FAILURES` or in training, which is noted."""
+        try:
+            with one_memory_error():
+                return do()
+        except FAULTS:
+            raise
+        except (TrainingError, *FAILURES) as error:
+            self.failed[name] = reason_of(error)
+            self.say(f"controls: {name} not run: {self.failed[name]}")
+            return None
 
 
 def _train(
-    experiment: Experiment, evidence: Evidence, names: Sequence[str], columns: dict, say: Callable[[str], None]
-) -> tuple[Controls, dict[str, str]]:
-    """Train all controls that are asked for; return them, and why others could not be trained."""
-    level, not_run = experiment.settings.controls, {}
+    experiment: Experiment, evidence: Evidence, names: Sequence[str], columns: dict, attempt: Attempts
+) -> Controls:
+    """Train all controls that are asked for, less those that fail."""
+    level = experiment.settings.controls
     conditions: dict[str, tuple[Conditions, np.ndarray]] = {}
-
-    def attempt(name: str, train: Callable) -> object:
-        """Return what ``train()`` gives; None where it cannot be done, which is noted."""
-        try:
-            with one_memory_error():
-                return train()
-        except (TrainingError, OutOfMemory) as error:
-            not_run[name] = str(error) if isinstance(error, TrainingError) else f"out of memory: {error}"
-            say(f"controls: {name} not run: {not_run[name]}")
-            return None
-
     attributions: dict[str, np.ndarray] = {}
     controlled = control_names(experiment, names, level)
     of_layers = Order.of_layers(evidence) if controlled else None
@@ -121,13 +135,17 @@ def _train(
         unused=list(columns),
         grouped=attempt("grouped split", lambda: grouped(experiment, evidence, names, columns)),
         shuffled=attempt("null shuffles", lambda: shuffled(experiment, shuffles)) if shuffles else None,
-        cross_fitted=cross_fitted(experiment, evidence, names, level, conditions.get(RANKING)),
+        cross_fitted=attempt(
+            "removal of layers that other test LoRAs choose",
+            lambda: cross_fitted(experiment, evidence, names, level, conditions.get(RANKING)),
+        )
+        or TrainedSets(),
         attended=attempt("attention", lambda: attended(experiment, names, level == "all")) if controlled else None,
         mapped=attempt("map of the collection", lambda: mapped(experiment, names, order)) or () if controlled else (),
     )
     for name, reason in controls.cross_fitted.not_run.items():
-        say(f"controls: {name} without what each fold chose not run: {reason}")
-    return controls, not_run
+        attempt.say(f"controls: {name} without what each fold chose not run: {reason}")
+    return controls
 
 
 def keep(experiment: Experiment, name: str, plan: Conditions, arrays: dict[str, np.ndarray]) -> np.ndarray:

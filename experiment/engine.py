@@ -78,7 +78,7 @@ class Engine:
         Raises:
             Exception: Whatever a unit raised, but for its failures.
         """
-        failures = {unit.path: "" for unit in units if unit.path.exists()}
+        failures = {unit.path: "" for unit in units if store.is_whole(unit.path)}
         missing = {unit.path: unit for unit in units if unit.path not in failures}
         with closing(self._outcomes(list(missing.values()))) as outcomes:
             for unit in units:
@@ -178,6 +178,8 @@ class Engine:
         """Return how a worker ended, after "a worker"."""
         codes = re.findall(r"\b(\w+)\(-?\d+\)", str(error))  # loky has them in its message only
         killed, self._killed = self._killed, killed_for_memory()
+        if "SIGBUS" in codes:
+            return "was ended by SIGBUS, as where a file that it has mapped is cut short"
         if "SIGKILL" not in codes:
             return f"was ended by {codes[0]}" if codes else "was lost"
         if self._killed > killed:

@@ -36,9 +36,9 @@ WEIGHTS = "weights"  # the name under which the packed weights are kept, beside 
 DIGESTS = "digests"  # and a digest of what is read of each file, uint8[N, 32]
 CHECKED = (RANKING, UPDATES, DIGESTS)  # the arrays that a check of the collection looks at
 
-# A check of a collection, given the folder of each of these arrays: what it returns is a JSON object, in which
-# ``findings`` (path, reason, True) and ``faults`` (lines) are why the collection is refused.
-Check = Callable[[Collection, Callable[[str], Path]], dict]
+# A check of a collection, given each of these arrays: what it returns is a JSON object, in which ``findings`` (path,
+# reason, True) and ``faults`` (lines) are why the collection is refused.
+Check = Callable[[Collection, Callable[[str], store.Shards]], dict]
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,25 @@ class Extracted:
     checked: dict | None = None
 
     def load(self, name: str, rows: np.ndarray | None = None) -> np.ndarray:
-        """Return features of all LoRAs, float32[N, L or P, F], memory-mapped where they are one shard; or of rows."""
-        shards = store.map_shards(self.path(name))
-        if rows is not None:
-            starts = np.cumsum([0, *map(len, shards)])
-            shard = np.searchsorted(starts, rows, "right") - 1
-            return np.stack([shards[s][row - starts[s]] for s, row in zip(shard, rows, strict=True)])
-        return shards[0] if len(shards) == 1 else np.concatenate(shards)
+        """Return features of all LoRAs, or of these rows, float32[N or n, L or P, F]."""
+        shards = self.shards(name)
+        return shards.whole() if rows is None else shards.read(rows)
 
     def weights(self) -> store.Shards:
         """Return the packed weights, float32[N, W], which no memory need hold whole; see `Collection.packed_layout`."""
-        return store.Shards(self.path(WEIGHTS))
+        return self.shards(WEIGHTS)
+
+    def shards(self, name: str) -> store.Shards:
+        """Return the array of a name.
+
+        Raises:
+            DamagedError: It is not what was written, as far as can be seen without reading it.
+        """
+        return store.Shards(self.path(name), self.place(name))
+
+    def place(self, name: str) -> str:
+        """Return what the array of a name is, wherever the cache lies: of which contents, and computed by what."""
+        return f"{self.fingerprint}/{name}-{self.suffix}"
 
     def factor_reader(self, collection: Collection) -> Callable[[int, np.ndarray | None], tuple[torch.Tensor, ...]]:
         """Return a reader of updates: from a module's position and row indices int64[n] (None: all) to their factors.
@@ -97,8 +105,12 @@ def extract(
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     skip_bad: bool = False,
     check: Check | None = None,
+    thorough: bool = False,
 ) -> Extracted:
     """Compute, or find in the cache, the named arrays of a collection.
+
+    What is damaged there is computed again. That is seen by digests of those arrays that a check reads, and with
+    ``thorough`` of all; else of a file's size alone, until it is first read.
 
     The pass goes by shards of consecutive files, shared among threads; a shard that is finished is not read again by a
     pass that continues a killed one.
@@ -115,12 +127,14 @@ def extract(
             that is refused.
         check: Done when the weights have been read, before anything is left of the pass; names
             are then to have all that are ``CHECKED``.
+        thorough: Whether every array is compared with its digest, which takes as long as reading it.
 
     Raises:
         CollectionError: Weights are NaN or infinite, files have changed since they were indexed, or the check refuses.
     """
     engine, names = engine or Engine([device]), list(names)
     weight_pass = _Pass(collection, cache, device, skip_bad, check)
+    weight_pass.doubted = set(names) if thorough else set(CHECKED) if check else set()
     if bad := weight_pass.read_known().get("findings", []):
         raise _bad_weights(collection, bad)
     outcome = weight_pass.known_outcome(names) or _read(weight_pass, names, engine, progress)
@@ -130,7 +144,7 @@ def extract(
         raise CollectionError(outcome["faults"])
     # The contents may be others than when the rest was computed, though no file's state said so.
     if outcome["missing"] or (check and outcome["checked"] is None):
-        return extract(collection, names, cache, device, engine, progress, skip_bad, check)
+        return extract(collection, names, cache, device, engine, progress, skip_bad, check, thorough)
     return replace(weight_pass.extracted(outcome["fingerprint"]), checked=outcome["checked"])
 
 
@@ -149,6 +163,23 @@ def _read(weight_pass: _Pass, names: list[str], engine: Engine, progress: Callab
         for done, _ in enumerate(engine.map(partial(weight_pass.run, names=missing), unread, threads), 1):
             progress("features", len(shards) - len(unread) + done, len(shards))
         return weight_pass.end(names, missing)
+
+
+def layer_sizes(statistics: store.Shards) -> np.ndarray:
+    """Return the root mean square of the weights of each layer, float64[N, L], from the features of the ranking."""
+    moments = _columns(statistics, RANKING, ("mean", "std"))
+    return np.sqrt(np.square(moments.astype(np.float64)).sum(2))
+
+
+def update_norms(measures: store.Shards) -> np.ndarray:
+    """Return the Frobenius norm of each update, float32[N, P]."""
+    return _columns(measures, UPDATES, ("norm",))[..., 0]
+
+
+def _columns(shards: store.Shards, name: str, features: tuple[str, ...]) -> np.ndarray:
+    """Return some features of all LoRAs, float32[N, L or P, len(features)]; the others stay on disk."""
+    columns = [FEATURES[name].feature_names.index(feature) for feature in features]
+    return np.concatenate([block[:, :, columns] for block in shards.blocks()])
 
 
 def _bad_weights(collection: Collection, findings: list) -> CollectionError:
@@ -176,8 +207,11 @@ class _Pass:
     """One pass over the weights of a collection, in shards of consecutive files.
 
     Shards lie in ``passes/<collection>/`` of the cache until all are finished: arrays by name, and a document for each
-    shard with the digests of its files, from which the fingerprint is made. Then each name's folder is renamed into the
-    folder of the fingerprint.
+    shard with the digests of its files, from which the fingerprint is made, and of its arrays. Then each name's folder
+    is renamed into the folder of the fingerprint.
+
+    Attributes:
+        doubted: Names of arrays that count as missing unless they have their digests.
     """
 
     def __init__(
@@ -190,6 +224,7 @@ class _Pass:
     ):
         self.collection, self.cache, self.device = collection, cache, device
         self.skip_bad, self.check = skip_bad, check
+        self.doubted: set[str] = set()
         self.identity = identity(collection)
         self.folder = cache / "passes" / store.digest(str(collection.root.resolve()))
         code = store.code_digest(
@@ -222,7 +257,7 @@ class _Pass:
 
     def read_known(self) -> dict:
         """Return ``fingerprint`` or ``findings`` of these very files, if they have been read before; else empty."""
-        return building.read_object(self.known) or {}
+        return _read_document(self.known, self.known.name) or {}
 
     def known_fingerprint(self) -> str | None:
         """Return the fingerprint, if these very files have been read before."""
@@ -231,16 +266,16 @@ class _Pass:
     # -- before and after the shards are read -------------------------------------------------------------------------
 
     def missing(self, names: list[str]) -> list[str]:
-        """Return the names whose arrays are still to be computed."""
+        """Return the names whose arrays are still to be computed; those that were damaged are thrown away."""
         fingerprint = self.known_fingerprint()
-        return [name for name in names if not (fingerprint and self.extracted(fingerprint).path(name).exists())]
+        return [name for name in names if not (fingerprint and _is_whole(self, self.extracted(fingerprint), name))]
 
     def known_outcome(self, names: list[str]) -> dict | None:
         """Return the outcome, as `end` does, where nothing is `missing`; else None."""
         if self.missing(names):
             return None
         done = self.extracted(self.known_fingerprint())
-        return _outcome(done.fingerprint, self.check and self.check(self.collection, done.path))
+        return _outcome(done.fingerprint, self.check and self.check(self.collection, done.shards))
 
     def begin(self, names: list[str]) -> list[str]:
         """Return what is `missing`; make ready for it."""
@@ -258,9 +293,9 @@ class _Pass:
         """
         if not computed:
             return self.known_outcome(names)
-        documents = [building.read_object(self._document(rows)) for rows in self.shards]
+        documents = [self._read(rows) for rows in self.shards]
         if None in documents:
-            raise OSError(f"{self.folder}: a shard's document was damaged meanwhile. Remove that folder")
+            raise OSError(f"{self.folder}: a shard's document was removed meanwhile")
         findings = [finding for document in documents for finding in document["findings"]]
         contents = [line for document in documents for line in document["contents"]]
         if findings and not (self.skip_bad and _all_at_fault(findings)):
@@ -268,7 +303,7 @@ class _Pass:
             return {"findings": findings}
         checked = None
         if self.check and not findings and set(CHECKED) <= set(computed):
-            checked = self.check(self.collection, self._arrays)
+            checked = self.check(self.collection, partial(_unplaced, self, documents))
         outcome = _outcome(store.digest(contents), checked)
         if "faults" in outcome or ("findings" in outcome and not self.skip_bad):
             self._remove()
@@ -284,35 +319,13 @@ class _Pass:
         same = [layer.shape for layer in good.collection.packed_layout.layers] == [
             layer.shape for layer in self.collection.packed_layout.layers
         ]
-        good._put_in_place([name for name in computed if same or name != WEIGHTS], documents, contents, self)
+        _put_in_place([name for name in computed if same or name != WEIGHTS], documents, contents, self, good)
         if findings:
-            building.write_atomically(self.known, building.canonical_json({"findings": findings}))
+            store.write_document(self.known, {"findings": findings}, self.known.name)
         self._remove()
         if findings:
             return {"findings": findings}
         return outcome if "findings" in outcome else outcome | {"missing": self.missing(names)}
-
-    def _put_in_place(self, names: list[str], documents: list[dict], contents: list[str], read_by: _Pass) -> None:
-        """Rename arrays from where a pass has written them to the folder of their fingerprint."""
-        fingerprint = store.digest(contents)
-        # First the fingerprint: if killed among the renames, the next pass finds what is in its place and what is not.
-        building.write_atomically(self.known, building.canonical_json({"fingerprint": fingerprint}))
-        done = self.extracted(fingerprint)
-        (done.folder / "features").mkdir(parents=True, exist_ok=True)
-        for name in names:
-            if done.path(name).exists():  # files of the same contents were read from elsewhere
-                continue
-            if self is read_by:
-                read_by._arrays(name).rename(done.path(name))
-                continue
-            kept, first = read_by.folder / "kept" / name, 0  # where no shard can be taken for one of other rows
-            shutil.rmtree(kept, ignore_errors=True)
-            kept.mkdir(parents=True)
-            for rows, document in zip(read_by.shards, documents, strict=True):
-                if document["contents"]:  # rows left out shift those behind them
-                    store.shard_path(read_by._arrays(name), rows.start).rename(store.shard_path(kept, first))
-                    first += len(document["contents"])
-            kept.rename(done.path(name))
 
     def _clear_unless_mine(self) -> None:
         """Remove what a killed pass over other files of this folder, or another version of it, has left."""
@@ -328,23 +341,30 @@ class _Pass:
 
     # -- a shard ------------------------------------------------------------------------------------------------------
 
-    def _arrays(self, name: str) -> Path:
+    def arrays(self, name: str) -> Path:
+        """Return the folder in which the shards of this name lie until all are finished."""
         return self.folder / name
 
     def _document(self, rows: range) -> Path:
         return self.folder / f"{rows.start:08}.json"
 
+    def _read(self, rows: range) -> dict | None:
+        """Return the document of a shard."""
+        return _read_document(self._document(rows), f"{self.identity} {self.suffix} {rows.start}")
+
     def finished(self, rows: range, names: list[str]) -> bool:
         """Return whether a shard needs no work: its arrays are written, or what is wrong with its files."""
-        document = building.read_object(self._document(rows))
+        document = self._read(rows)
         if not document:
             return False
         if document["findings"] and (not self.skip_bad or not document["contents"]):
             return True
-        return all(store.shard_path(self._arrays(name), rows.start).exists() for name in names)
+        paths = {name: store.shard_path(self.arrays(name), rows.start) for name in names}
+        return all(store.has_digest(path, document["arrays"].get(name)) for name, path in paths.items())
 
     def run(self, rows: range, names: list[str], device: torch.device) -> None:
         """Read each file of a shard once; write its arrays, without rows of bad files, and then its document."""
+        digests: dict[str, str] = {}
         arrays = _allocate(self.collection, names, len(rows))
         contents: list[str] = []
         findings: list[tuple[str, str, bool]] = []
@@ -370,9 +390,73 @@ class _Pass:
                 _fill(part, self.collection, files, weights, scales, device)
         if contents and (self.skip_bad or not findings):
             for name, array in arrays.items():
-                store.save_array(store.shard_path(self._arrays(name), rows.start), array[: len(contents)])
-        document = {"contents": contents, "findings": findings}
-        building.write_atomically(self._document(rows), building.canonical_json(document))
+                path = store.shard_path(self.arrays(name), rows.start)
+                digests[name] = store.save_array(path, array[: len(contents)])
+        document = {"contents": contents, "findings": findings, "arrays": digests}
+        store.write_document(self._document(rows), document, f"{self.identity} {self.suffix} {rows.start}")
+
+
+def _is_whole(weight_pass: _Pass, found: Extracted, name: str) -> bool:
+    """Return whether an array of these files is there; what else is there is thrown away."""
+    if not found.path(name).exists():
+        return False
+    collection = weight_pass.collection
+    try:
+        shards, (dtype, shape) = found.shards(name), _row(collection, name)
+        if (shards.dtype, shards.shape) != (dtype, (len(collection.files), *shape)):
+            raise store.DamagedError(f"{found.path(name)} is of {shards.dtype} {shards.shape}")
+        if name in weight_pass.doubted:
+            shards.check()
+    except (store.DamagedError, FileNotFoundError) as error:
+        store.throw_away(found.path(name), error)
+        return False
+    return True
+
+
+def _put_in_place(names: list[str], documents: list[dict], contents: list[str], read_by: _Pass, good: _Pass) -> None:
+    """Rename arrays from where a pass has written them to the folder of their fingerprint.
+
+    Args:
+        names: Of the arrays.
+        documents: Of the shards.
+        contents: Of the files that are kept.
+        read_by: The pass.
+        good: The same, or that over the files that are kept.
+    """
+    fingerprint = store.digest(contents)
+    # First the fingerprint: if killed among the renames, the next pass finds what is in its place and what is not.
+    store.write_document(good.known, {"fingerprint": fingerprint}, good.known.name)
+    done = good.extracted(fingerprint)
+    (done.folder / "features").mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if done.path(name).exists():  # files of the same contents were read from elsewhere
+            continue
+        if good is read_by:
+            _describe(good, read_by.arrays(name), done, name, documents)
+            read_by.arrays(name).rename(done.path(name))
+            continue
+        kept, first = read_by.folder / "kept" / name, 0  # where no shard can be taken for one of other rows
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.mkdir(parents=True)
+        for rows, document in zip(read_by.shards, documents, strict=True):
+            if document["contents"]:  # rows left out shift those behind them
+                store.shard_path(read_by.arrays(name), rows.start).rename(store.shard_path(kept, first))
+                first += len(document["contents"])
+        _describe(good, kept, done, name, documents)
+        kept.rename(done.path(name))
+
+
+def _describe(weight_pass: _Pass, folder: Path, of: Extracted, name: str, documents: list[dict]) -> None:
+    """Write beside the shards of a name, which are to be renamed, what they are."""
+    shards = [[len(document["contents"]), document["arrays"][name]] for document in documents if document["contents"]]
+    store.describe_shards(folder, of.place(name), _row(weight_pass.collection, name), shards)
+
+
+def _unplaced(weight_pass: _Pass, documents: list[dict], name: str) -> store.Shards:
+    """Return an array before it is put in its place."""
+    of = weight_pass.extracted(store.digest([line for document in documents for line in document["contents"]]))
+    _describe(weight_pass, weight_pass.arrays(name), of, name, documents)
+    return store.Shards(weight_pass.arrays(name), of.place(name))
 
 
 def _without(weight_pass: _Pass, findings: list) -> _Pass:
@@ -401,18 +485,29 @@ def identity(collection: Collection) -> str:
     )
 
 
+def _row(collection: Collection, name: str) -> tuple[np.dtype, tuple[int, ...]]:
+    """Return dtype and shape of a LoRA's row of an array: features [L or P, F], packed weights [W], or a digest."""
+    if name == DIGESTS:
+        return np.dtype(np.uint8), (hashlib.sha256().digest_size,)
+    if name == WEIGHTS:
+        return np.dtype(np.float32), (collection.packed_layout.width,)
+    units = collection.layers if FEATURES[name].unit == "layer" else collection.modules
+    return np.dtype(np.float32), (len(units), len(FEATURES[name].feature_names))
+
+
 def _allocate(collection: Collection, names: list[str], rows: int) -> dict[str, np.ndarray]:
-    """Return an array for a shard of each name: features [rows, L or P, F], packed weights [rows, W], or digests."""
-    arrays = {}
-    for name in names:
-        if name == DIGESTS:
-            arrays[name] = np.empty((rows, hashlib.sha256().digest_size), np.uint8)
-        elif name == WEIGHTS:
-            arrays[name] = np.empty((rows, collection.packed_layout.width), np.float32)
-        else:
-            units = collection.layers if FEATURES[name].unit == "layer" else collection.modules
-            arrays[name] = np.empty((rows, len(units), len(FEATURES[name].feature_names)), np.float32)
-    return arrays
+    """Return an array for a shard of each name."""
+    kinds = {name: _row(collection, name) for name in names}
+    return {name: np.empty((rows, *shape), dtype) for name, (dtype, shape) in kinds.items()}
+
+
+def _read_document(path: Path, of: str) -> dict | None:
+    """Return a document of the cache; one that was damaged is thrown away."""
+    try:
+        return store.read_document(path, of)
+    except store.DamagedError as error:
+        store.throw_away(path, error)
+        return None
 
 
 def _read_file(root: Path, file: LoraFile) -> tuple[np.ndarray, dict[str, float], str]:

@@ -146,7 +146,7 @@ class Description:
             inputs = _in_use.get(key)
             if inputs is None:
                 _latest.pop(device, None)  # memory, for the new ones
-                inputs = _latest[device] = _in_use[key] = Inputs(self, device, kept_sources=1)
+                inputs = _latest[device] = _in_use[key] = Inputs(self, device, in_worker=True)
             return inputs
 
     def shared(self, name: str) -> Path | None:
@@ -165,10 +165,11 @@ class Inputs:
     Args:
         description: Of these inputs.
         device: Where they are read to.
-        kept_sources: How many sources are kept in memory: as many as threads may be at.
+        in_worker: Whether a worker reads them, one unit after the other. It maps what workers share, and keeps one
+            source in memory, not two.
     """
 
-    def __init__(self, description: Description, device: torch.device, kept_sources: int = 2):
+    def __init__(self, description: Description, device: torch.device, in_worker: bool = False):
         self.description, self.device = description, device
         self.samples, self.rows, self.extracted = description.samples, description.rows, description.extracted
         self.weights = Weights(self.samples, description.selected, self.extracted)
@@ -179,8 +180,8 @@ class Inputs:
         self.members = np.array(members, int).reshape(-1, 2)  # positions of the two layers of each pair
         self.split = Split(*(torch.from_numpy(self.rows[part]) for part in ("train", "validation", "test"))).to(device)
         self.learned = Learned(description, self.weights, self.split)
-        self.modules = Modules(description, self.pairs, device)
-        self._kept_sources = kept_sources
+        self.modules = Modules(description, self.pairs, device, mapped=in_worker)
+        self._kept_sources = 1 if in_worker else 2
         self._read_sources: dict[Source, torch.Tensor | Stored] = {}  # the latest ones
         self._reading = threading.Lock()
         _in_use.setdefault((description.digest, device), self)
@@ -303,7 +304,7 @@ class Inputs:
         if REPRESENTATIONS[source.name].made == "flat":
             self.flat_weights.ready()
         elif source.name in NETWORKS:
-            self.read(source)
+            self.modules.prepare(NETWORKS[source.name].reads)
 
     def ranking_source(self) -> Source:
         """Return what the classifiers of the ranking read: each layer alone."""
@@ -312,7 +313,7 @@ class Inputs:
 
 def _mapped(path: Path, shape: tuple[int, int], blocks: Callable[[], Iterator[torch.Tensor]]) -> torch.Tensor:
     """Return the blocks of a matrix in a mapped file, which is written where it is not there."""
-    return torch.from_numpy(store.mapped_rows(path, shape, lambda: (block.numpy() for block in blocks())))
+    return torch.from_numpy(store.shared_rows(path, shape, lambda: (block.numpy() for block in blocks())))
 
 
 class Learned:

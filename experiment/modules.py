@@ -38,10 +38,12 @@ class Modules:
         description: Of the inputs that they belong to.
         pairs: Positions of the P modules among those of the files, int64[P].
         device: Where they are computed.
+        mapped: Whether what workers share is mapped, as workers do, or read.
     """
 
-    def __init__(self, description: Description, pairs: np.ndarray, device: torch.device):
+    def __init__(self, description: Description, pairs: np.ndarray, device: torch.device, mapped: bool = False):
         self.description, self.pairs, self.device = description, pairs.tolist(), device
+        self.mapped = mapped
         self.samples, self.rows = description.samples, description.rows
         self.extracted, self.units, self.seed = description.extracted, description.units, description.settings.seed
         self._kernels: dict[str, UpdateKernels] = {}
@@ -86,14 +88,24 @@ class Modules:
         """Return "tokens" or "factors", which are held for all networks that read them."""
         with self._lock:
             if what not in self._read:
-                compute, path = {"tokens": self.tokens, "factors": self.factors}[what], self.description.shared(what)
-                if path is None:
-                    self._read[what] = compute()
-                else:  # mapped, once for all workers of a machine
-                    numbers = {"tokens": TOKEN * len(self.pairs), "factors": sum(m.numbers for m in self.shapes)}
-                    shape = 1, self.samples.count, numbers[what]
-                    self._read[what] = torch.from_numpy(store.mapped_rows(path, shape, lambda: [compute().numpy()]))
+                if self.description.shared(what) is None:
+                    self._read[what] = self._compute(what)
+                else:  # in a file, once for all workers of a machine
+                    self._read[what] = torch.from_numpy(self._shared(what, self.mapped))
             return self._read[what]
+
+    def prepare(self, what: str) -> None:
+        """Write what the workers of a machine share, if it is not there; it is mapped to see that, and not kept."""
+        with self._lock:
+            self._shared(what, mapped=True)
+
+    def _shared(self, what: str, mapped: bool) -> np.ndarray:
+        numbers = {"tokens": TOKEN * len(self.pairs), "factors": sum(module.numbers for module in self.shapes)}
+        shape, path = (1, self.samples.count, numbers[what]), self.description.shared(what)
+        return store.shared_rows(path, shape, lambda: [self._compute(what).numpy()], mapped)
+
+    def _compute(self, what: str) -> torch.Tensor:
+        return self.tokens() if what == "tokens" else self.factors()
 
     def release(self) -> None:
         """Give back the memory of all kernels, tokens and factors; they are made again where they are asked for."""

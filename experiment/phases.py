@@ -20,13 +20,14 @@ from analysis.evidence import Predictions
 from data import Collection, CollectionError
 from experiment import store
 from experiment.engine import Engine
-from experiment.extraction import Extracted
+from experiment.extraction import Extracted, layer_sizes, update_norms
 from experiment.inputs import Description, Inputs
 from experiment.plans import Plan, Planner, TrainingError
 from experiment.samples import Samples
 from experiment.settings import RUNS_IN_STACK, Settings
 from experiment.units import Unit, Units
-from representations import RANKING, REPRESENTATIONS
+from loras.weight_checks import oversized
+from representations import RANKING, REPRESENTATIONS, UPDATES
 from training.splits import split_rows
 
 UNITS = "units"  # the folder of finished ones, beside the features
@@ -43,6 +44,23 @@ def split_collection(collection: Collection, seed: int) -> dict[str, np.ndarray]
     except ValueError as error:
         by, mend = collection.group_words
         raise CollectionError([f"{collection.root}: {by}: {error}. {mend}"]) from error
+
+
+def without_oversized(
+    collection: Collection, rows: dict[str, np.ndarray], extracted: Extracted
+) -> tuple[dict[str, np.ndarray], list[int]]:
+    """Return the parts of a split without train LoRAs that are far too large, and the rows of these.
+
+    One of them would decide the mean and scale of all that is learned from, and all others would be equal. They are
+    told by the train LoRAs alone; validation and test LoRAs stay, as nothing is learned from them. Nothing changes
+    where a class would be left without any to learn from.
+    """
+    train, labels = rows["train"], [collection.files[row].label for row in rows["train"]]
+    sizes = [layer_sizes(extracted.shards(RANKING))[train], update_norms(extracted.shards(UPDATES))[train]]
+    left = np.delete(train, out := oversized(labels, np.concatenate(sizes, axis=1)))
+    if len(np.unique(collection.y[left])) < len(np.unique(collection.y[train])):
+        return rows, []
+    return rows | {"train": left}, train[out].tolist()
 
 
 class Experiment:
@@ -240,7 +258,8 @@ class Experiment:
         return self.planner.plan_classifiers(source, live, [(0, run) for run in runs], label, at_most)
 
     def again(self, collection: Collection, rows: dict[str, np.ndarray], num_runs: int) -> Experiment:
-        """Return the same experiment on the same files with other labels, groups or split."""
+        """Return the same experiment on the same files with other labels, groups or split; see `without_oversized`."""
+        rows, _ = without_oversized(collection, rows, self.extracted)
         settings = replace(self.settings, num_runs=num_runs)
         again = Experiment(settings, collection, self.selected, rows, self.extracted, self.engine, self.progress)
         again.planner.smaller_stacks = self.planner.smaller_stacks  # one report of all that is trained

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
+from data import CollectionError
 from experiment import store
 from experiment.settings import UsageError
 from training.stacks import start_thread
@@ -48,6 +49,19 @@ def one_memory_error() -> Iterator[None]:
         if not on_cpu and not isinstance(error, torch.OutOfMemoryError | MemoryError):
             raise
         raise OutOfMemory(str(error).rstrip(". ")) from error
+
+
+# What a training, a control, a question or a figure can fail by, through the numbers that it is given: memory, and what
+# numpy, scipy, scikit-learn (LibSVM, LogisticRegression), torch and matplotlib raise for numbers that they cannot use.
+# No mistake of the program is one, such as AssertionError, TypeError, LookupError or ZeroDivisionError: these end it.
+FAILURES = (OutOfMemory, FloatingPointError, OverflowError, ValueError, torch.linalg.LinAlgError)
+FAULTS = (UsageError, CollectionError)  # of what was given: they are ValueErrors, and no failures
+
+
+def reason_of(failure: Exception) -> str:
+    """Return why something failed, in a line."""
+    said = " ".join(str(failure).split()) or type(failure).__name__
+    return f"out of memory: {said}" if isinstance(failure, OutOfMemory) else said
 
 
 class Openable(Protocol):
@@ -82,13 +96,15 @@ class Unit:
     in_main: bool = False
 
     def attempt(self, device: torch.device) -> Outcome:
-        """Compute the arrays on a device; it fails where training diverges, or memory runs out."""
+        """Compute the arrays on a device; it fails where training diverges, or by others of `FAILURES`."""
         try:
             arrays = _within_memory(lambda part: self.compute(self.description.open(device), part), self.stack)
-        except FloatingPointError as error:
-            return Outcome(failure=str(error))
+        except FAULTS:
+            raise
         except OutOfMemory as error:
             return Outcome(failure=f"out of memory with one model at a time: {error}")
+        except FAILURES as error:
+            return Outcome(failure=reason_of(error))
         at_once = int(arrays["stack"].min())
         if sum(array.nbytes for array in arrays.values()) < LARGE:
             return Outcome(arrays, at_once=at_once)

@@ -80,7 +80,8 @@ def _named_in_errors(path: Path) -> Iterator[None]:
 
 def canonical_json(value: object, indent: int | None = None) -> bytes:
     """Return strict JSON (no NaN, no Infinity) with keys in the order given, the same bytes for equal values."""
-    return (json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")  # half a surrogate pair becomes its JSON escape
 
 
 def read_object(path: Path) -> dict | None:

@@ -20,6 +20,9 @@ FEWEST = 5  # files among which one can be an outlier
 # A file is an outlier where the update of its modules is so many times those of the others, or of any module so many.
 FACTOR, MODULE_FACTOR = 5, 20
 DEVIATIONS, MODULE_DEVIATIONS = 10, 20  # and by so many standard deviations, estimated by the median deviation
+# Or so many times at so many deviations, where sizes vary much anyway.
+HUGE, HUGE_DEVIATIONS = 1000, 6
+OVERSIZED = 100  # times the others, from which on nothing is learned from a file: it would decide the scale of all
 LEAST_SPREAD = 0.03  # taken for the median deviation of logarithms where it is less
 OUTLIERS = 0.1  # of the files at most: more are another kind of LoRA and no outliers
 MAX_NAMED = 3
@@ -115,21 +118,45 @@ def _named(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
 
 
-def _outliers(labels: Sequence[str], modules: Sequence[str], norms: np.ndarray) -> dict[int, str]:
-    """Return how far files are from all others in size, and from those of their class, in words by row.
+@dataclass(frozen=True)
+class _Compared:
+    """Sizes of files beside those of the others, as logarithms.
 
-    Sizes are compared module by module, as logarithms, by medians, which a few outliers do not move. What is zero has
-    no size. Where many files are far from the median, there are several kinds of LoRAs, and none is an outlier.
+    Attributes:
+        rows: The n files that have sizes, int64[n].
+        positions: The p modules that most of them have, int64[p].
+        gaps: From the median of all, float64[n, p]; 0 for what is zero.
+        far: Files that are far from the others as a whole, bool[n].
+        single: And modules of the others, bool[n, p].
+    """
+
+    rows: np.ndarray
+    positions: np.ndarray
+    gaps: np.ndarray
+    far: np.ndarray
+    single: np.ndarray
+
+    @property
+    def whole(self) -> np.ndarray:
+        """Gap of each file, float64[n]."""
+        return np.median(self.gaps, axis=1)
+
+
+def _compared(labels: Sequence[str], norms: np.ndarray) -> _Compared | None:
+    """Compare sizes module by module, by medians, which a few outliers do not move; None where there is nothing to.
+
+    Outliers are far from all others in size, and from those of their class. What is zero has no size. Where many files
+    are far from the median, there are several kinds of LoRAs, and none is an outlier.
     """
     rows = np.flatnonzero((norms > 0).any(1))
     if len(rows) < FEWEST:
-        return {}
+        return None
     with np.errstate(divide="ignore"):
         gaps = np.log(norms[rows].astype(np.float64))  # (n, P)
     medians = np.median(gaps, axis=0)
     positions = np.flatnonzero(np.isfinite(medians))
     if len(positions) == 0:  # each module is zero in most files: nothing to compare with
-        return {}
+        return None
     gaps = gaps[:, positions] - medians[positions]
     gaps[np.isinf(gaps)] = 0
     spreads = np.maximum(1.4826 * np.median(np.abs(gaps), axis=0), LEAST_SPREAD)
@@ -138,16 +165,46 @@ def _outliers(labels: Sequence[str], modules: Sequence[str], norms: np.ndarray) 
         members = np.flatnonzero(label == name)
         if len(members) >= 3:
             own[members] -= np.median(own[members], axis=0)
-    whole, least = np.median(gaps, axis=1), np.log(FACTOR)
-    far = (np.abs(whole) > least) & (np.median(np.abs(gaps) / spreads, axis=1) > DEVIATIONS)
-    far = _few(far & (np.sign(whole) * np.median(own, axis=1) > least))
-    single, least = np.abs(gaps) > MODULE_DEVIATIONS * spreads, np.log(MODULE_FACTOR)
-    single = _few(single & (np.abs(gaps) > least) & (np.sign(gaps) * own > least)) & ~far[:, None]
-    words = {int(rows[i]): f"its updates are {_times(whole[i])} those of the others" for i in np.flatnonzero(far)}
-    for i in np.flatnonzero(single.any(1)):
-        module = np.abs(np.where(single[i], gaps[i], 0)).argmax()
-        words[int(rows[i])] = f"that of {modules[positions[module]]} is {_times(gaps[i, module])} those of the others"
+
+    def beyond(gap: np.ndarray, own: np.ndarray, deviations: np.ndarray, factor: float, least: float) -> np.ndarray:
+        far = (np.abs(gap) > np.log(factor)) & (deviations > least)
+        far |= (np.abs(gap) > np.log(HUGE)) & (deviations > HUGE_DEVIATIONS)
+        return _few(far & (np.sign(gap) * own > np.log(factor)))
+
+    deviations = np.abs(gaps) / spreads
+    whole = np.median(gaps, axis=1), np.median(own, axis=1), np.median(deviations, axis=1)
+    far = beyond(*whole, FACTOR, DEVIATIONS)
+    single = beyond(gaps, own, deviations, MODULE_FACTOR, MODULE_DEVIATIONS) & ~far[:, None]
+    return _Compared(rows, positions, gaps, far, single)
+
+
+def _outliers(labels: Sequence[str], modules: Sequence[str], norms: np.ndarray) -> dict[int, str]:
+    """Return how far files are from all others in size, and from those of their class, in words by row."""
+    if (found := _compared(labels, norms)) is None:
+        return {}
+    rows, whole = found.rows, found.whole
+    clipped = (norms >= np.finfo(np.float32).max).any(1)  # as features are
+    times = {i: ("over " if clipped[rows[i]] else "") + _times(whole[i]) for i in np.flatnonzero(found.far).tolist()}
+    words = {int(rows[i]): f"its updates are {factor} those of the others" for i, factor in times.items()}
+    for i in np.flatnonzero(found.single.any(1)):
+        module = np.abs(np.where(found.single[i], found.gaps[i], 0)).argmax()
+        name = modules[found.positions[module]]
+        words[int(rows[i])] = f"that of {name} is {_times(found.gaps[i, module])} those of the others"
     return dict(sorted(words.items()))
+
+
+def oversized(labels: Sequence[str], sizes: np.ndarray) -> np.ndarray:
+    """Return the rows of files of which a size is more than a hundred times that of the others, int64.
+
+    Args:
+        labels: Of the files.
+        sizes: Of their layers and updates, float[N, any].
+    """
+    if (found := _compared(labels, sizes)) is None:
+        return np.array([], int)
+    least = np.log(OVERSIZED)
+    far = (found.far & (found.whole > least)) | (found.single & (found.gaps > least)).any(1)
+    return found.rows[far]
 
 
 def _few(far: np.ndarray) -> np.ndarray:

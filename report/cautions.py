@@ -19,13 +19,19 @@ from report.wording import (
     top_layers,
 )
 
-BEYOND_REMOVAL = ("null shuffles", "grouped split")  # controls that are not those of a representation
+BEYOND_REMOVAL = (  # controls that are not those of a representation
+    *("null shuffles", "grouped split", "columns of groups", "features that coincide", "cheap explanations"),
+    *("attribution", "attention", "map of the collection", "conditional importance"),
+    "removal of layers that other test LoRAs choose",
+)
+BEYOND_REMOVAL += tuple(f"cheap explanation by {name}" for name in ("norms", "ranks and shapes", "metadata", "recipe"))
 CHEAP = {  # of analysis.cheap: in words
     "norms": "norms",
     "ranks and shapes": "ranks and shapes",
     "metadata": "the numbers beside the weights",
     "recipe": "the facts of the trainer's file (its recipe)",
 }
+UNFINISHED = "the run ended before it was done, and the same command goes on with it"
 NO_CONTROLS = "No controls were run, so what the differences mean is open; --controls=basic compares them with chance."
 
 
@@ -38,11 +44,22 @@ def warnings(results: dict) -> list[str]:
     """Return what belongs beside the answers, so that nobody takes them for more than they are."""
     analysis, config = results.get("analysis"), results["config"]
     lines = [_quick(config)] if config["quick"] else []
+    lines += missing(results)
     if not analysis:
-        return [*lines, NO_CONTROLS]
+        return lines if missing(results) else [*lines, NO_CONTROLS]
     for written in (_alternatives, _few, _chosen_on_test, _layers_at_chance, _not_run):
         lines += written(results)
     return lines
+
+
+def missing(results: dict) -> list[str]:
+    """Return what was asked for and is not part of the results, and why."""
+    return [missing_line(part, reason) for part, reason in results.get("not_done", {}).items()]
+
+
+def missing_line(part: str, reason: str) -> str:
+    """Return why a part of the results is missing."""
+    return sentence(f"{part} missing: {reason}")
 
 
 def _alternatives(results: dict) -> Iterator[str]:

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -89,20 +90,29 @@ class FigureRow:
     shows: str
 
 
-def draw(results: dict, finding_of: dict[str, str] | None = None) -> dict[str, bytes]:
+def draw(
+    results: dict,
+    finding_of: dict[str, str] | None = None,
+    attempt: Callable[[str, Callable], object] = lambda _, draw: draw(),
+) -> dict[str, bytes]:
     """Draw all figures that the results have the data for.
 
     Args:
         results: The content of results.json; it is not changed.
         finding_of: Its `findings`, where they are made already.
+        attempt: Of a figure's name and a function that draws it: calls that, and notes where it fails.
 
     Returns:
         Content by file name, such as ``layer_importance.png`` and ``layer_importance.svg``; empty without an analysis.
     """
-    files = {}
-    for name, finding, figure in finished_figures(results, finding_of):
-        for kind in ("png", "svg"):
-            files[f"{name}.{kind}"] = saved(figure, kind, finding)
+    files: dict[str, bytes] = {}
+
+    def draw_one(name: str, finding: str) -> None:
+        for _, _, figure in finished_figures(results, {name: finding}):
+            files.update({f"{name}.{kind}": saved(figure, kind, finding) for kind in ("png", "svg")})
+
+    for name, finding in (findings(results) if finding_of is None else finding_of).items():
+        attempt(name, partial(draw_one, name, finding))
     return files
 
 

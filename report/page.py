@@ -67,7 +67,7 @@ def render_page(results: dict, drawn: dict[str, bytes], content: Content | None 
         not_run=not_run(results),
         environment=results["environment"],
     )
-    return page.encode()
+    return page.encode(errors="backslashreplace")
 
 
 def _sections(results: dict, content: Content, drawn: dict[str, bytes]) -> list[dict]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from report.cautions import NO_CONTROLS, checks, warnings
+from report.cautions import NO_CONTROLS, checks, missing, warnings
 from report.modules import module_lines
 from report.sentences import VERDICTS, Answer, answers, over_splits
 from report.tables import SHARES, Table, tables
@@ -179,6 +179,9 @@ def _collection(results: dict) -> list[tuple[str, str]]:
         )
         groups = f"; {dataset['num_groups']} groups{by}, each in one part"
     parts = f"{split['train']} train, {split['validation']} validation, {split['test']} test{groups}"
+    if left_out := dataset.get("not_trained_on"):
+        named = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+        parts += f"; {len(left_out)} more to train on left out, with weights over 100 times as large ({named})"
     return [*facts, ("classes", classes), ("split", parts)]
 
 
@@ -212,7 +215,7 @@ def answer_lines(results: dict, answered: Sequence[Answer]) -> list[str]:
 def _caution_lines(results: dict, cautions: Sequence[str]) -> list[str]:
     """Return the warnings; without an analysis only that there was none, as the head already says --quick."""
     if not results.get("analysis"):
-        return wrapped(NO_CONTROLS, WIDTH)
+        return [line for words in missing(results) or [NO_CONTROLS] for line in wrapped(words, WIDTH)]
     if not cautions:
         return []
     return ["Cautions", "--------", *_bullets(cautions)]

@@ -18,7 +18,7 @@ from test_house import check_schema, undocumented_arrays
 import ablation_experiment
 import autoencoders
 from ablation_experiment import files_of, main
-from experiment import extraction, inputs, plans, settings, store
+from experiment import extraction, inputs, plans, settings
 from experiment.engine import Engine
 from experiment.settings import Networks
 from loras import digits_zoo
@@ -218,7 +218,7 @@ def test_samples_and_predictions_belong_to_the_figures(everything, planted):
     rows = list(csv.DictReader((folder / "samples.csv").open()))
     assert len(rows) == 180 and all((planted[0] / row["file"]).exists() for row in rows)
     assert [sum(row["split"] == part for row in rows) for part in ("train", "val", "test")] == [126, 18, 36]
-    predictions = store.load_arrays(folder / "predictions.npz")
+    predictions = np.load(folder / "predictions.npz")
     labels = [rows[i]["label"] for i in predictions["rows"]]
     assert [results["dataset"]["classes"][c] for c in predictions["y"]] == labels
     assert [rows[i]["split"] for i in predictions["rows"]] == ["val"] * 18 + ["test"] * 36
@@ -292,7 +292,7 @@ def test_the_analysis_says_what_was_planted(analysed, planted):
     assert found["representations"]["drops"]["stats"]["interval"][0] > 0.3
     written = (folder / "results.txt").read_text()
     assert text.render_text(results) == written and "undecided" in written.lower()
-    predictions = store.load_arrays(folder / "predictions.npz")
+    predictions = np.load(folder / "predictions.npz")
     conditions = predictions["controls/stats/names"].tolist()
     right = predictions["controls/stats/predicted"][conditions.index("top alone")] == predictions["y"]
     assert right[:, 18:].mean() == pytest.approx(found["robustness"]["stats"]["top_alone"]["accuracy"])
@@ -317,7 +317,7 @@ def eventful(tmp_path_factory):
 def test_the_files_hold_what_the_documents_say(everything, analysed, eventful):
     for folder, _ in (everything, analysed, eventful):  # `run` checks results.json
         assert check_schema(json.loads((folder / "top_layers.json").read_text()), "top_layers.json") == []
-        arrays = store.load_arrays(folder / "predictions.npz")
+        arrays = np.load(folder / "predictions.npz")
         assert undocumented_arrays({name: (array.dtype.kind, array.ndim) for name, array in arrays.items()}) == []
 
 

@@ -227,8 +227,8 @@ def test_strict_goes_on_without_the_modules_that_are_zero(tmp_path, capsys):
     collection = index_collection(root)
     check = partial(checks.check_collection, seed=0, strict=True)
     extracted = extract(collection, CHECKED, tmp_path / "cache", CPU)
-    assert "1 module is zero" in check(collection, extracted.path)["faults"][0]
-    assert check(collection, extracted.path, layers="*attentions.0*")["notices"] == []
+    assert "1 module is zero" in check(collection, extracted.shards)["faults"][0]
+    assert check(collection, extracted.shards, layers="*attentions.0*")["notices"] == []
     assert data_main(["inspect", str(root), "--strict"]) == 2
     assert data_main(["inspect", str(root), "--strict", "--layers=*attentions.0*"]) == 0
     assert "1 module is zero in every LoRA" in capsys.readouterr().err
@@ -285,7 +285,7 @@ def test_a_file_that_looks_like_a_copy_and_changes_is_refused(zoo, tmp_path):
     extracted = extract(collection, CHECKED, tmp_path / "cache", CPU)
     os.truncate(lora_at(zoo, 0, 2), 9)
     with pytest.raises(CollectionError, match="changed since it was indexed"):
-        checks.check_collection(collection, extracted.path, seed=0)
+        checks.check_collection(collection, extracted.shards, seed=0)
 
 
 def test_a_pass_that_was_stopped_goes_on_and_is_checked(zoo, tmp_path, monkeypatch):

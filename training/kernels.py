@@ -41,6 +41,7 @@ GRID = (0.01, 0.1, 1.0, 10.0, 100.0)  # values of C, of a kernel with mean diago
 ITERATIONS = 10**7  # of an SVM before it counts as not converged; thousands are usual
 ROUNDING = 1e-6  # a share of a kernel that is nothing but rounding of its float32 parts
 NOTHING = 1e-12  # size of a sum of kernels from which all modules have been subtracted again
+LARGEST = 1e15  # size of an update, in those of train LoRAs: products of two are numbers in float32
 NUMBERS_AT_ONCE = 2**22  # worked on at a time in products of factors: 16 MiB in float32
 
 # Of a module and row indices int64[n]: down float[n, r, in], up float[n, out, r] and scale float[n].
@@ -415,7 +416,7 @@ class UpdateKernels:
         size = math.sqrt(np.square(norm[self.train]).mean())
         if size == 0:
             return np.zeros_like(kernel)
-        norm /= size
+        norm = np.minimum(norm / size, LARGEST)
         kernel *= norm[:, None]
         kernel *= norm[self.columns]
         return kernel
