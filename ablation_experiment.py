@@ -39,10 +39,10 @@ from threadpoolctl import threadpool_limits
 
 import data
 from data import Collection, CollectionError
-from experiment import checks, store
+from experiment import checks, estimates, store
 from experiment.cluster import connect
 from experiment.engine import Engine
-from experiment.extraction import CHECKED, WEIGHTS, Extracted, extract
+from experiment.extraction import CHECKED, FLAT, SKETCHES, WEIGHTS, Extracted, extract
 from experiment.flags import BUILT_IN_SIZES, NAMED_DATASETS, parse_arguments
 from experiment.modules import left_by_default
 from experiment.phases import UNITS, Experiment, emptied, split_collection
@@ -63,7 +63,7 @@ PROGRAM = (  # of which results are; tests, benchmarks and what imports a publis
     *("loras/blocks", "loras/building", "loras/digits_zoo", "loras/keys", "loras/labels", "loras/lora_files"),
     *("loras/copies", "loras/notices", "loras/recipe", "loras/scales", "loras/weight_checks", "loras/weight_files"),
 )
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> i
     watch = Stopwatch()
     with watch.phase("index"):
         collection = data.index_as_asked(args, folder, name, progress)
-    plan = make_plan(settings, collection, engine)
+    plan = make_plan(settings, collection, engine, cache)
     target = args.output_dir / f"ablation_{name}"
     with only_process(target):
         with watch.phase("features"):
@@ -225,10 +225,11 @@ def read_weights(
                 raise
             say(f"skipped   {len(error.files)}, found on reading their weights")
             collection = data.without(collection, error.files)
-            plan = make_plan(settings, collection, engine)
+            plan = make_plan(settings, collection, engine, cache)
         else:
             collection = checks.apply(collection, extracted.checked)
-            return collection, make_plan(settings, collection, engine) if collection.together else plan, extracted
+            changed = bool(collection.together)
+            return collection, make_plan(settings, collection, engine, cache) if changed else plan, extracted
 
 
 @dataclass(frozen=True)
@@ -248,8 +249,8 @@ class CollectionPlan:
     header: dict
 
 
-def make_plan(settings: Settings, collection: Collection, engine: Engine) -> CollectionPlan:
-    """Check what is asked for against the collection, and print it.
+def make_plan(settings: Settings, collection: Collection, engine: Engine, cache: Path) -> CollectionPlan:
+    """Check what is asked for against the collection, and print it: what is left out, and what the rest takes.
 
     Raises:
         UsageError: More layers are to be removed than there are.
@@ -261,17 +262,27 @@ def make_plan(settings: Settings, collection: Collection, engine: Engine) -> Col
     if settings.top_k >= selected.sum():
         matching = f" that match {settings.layers}" if settings.layers else ""
         raise UsageError(f"--top-k {settings.top_k}: these LoRAs have {selected.sum()} layers{matching}. Give fewer.")
-    flat = [name for name in settings.representations if REPRESENTATIONS[name].made in ("flat", "pca", "autoencoder")]
+    flat = [name for name in settings.representations if REPRESENTATIONS[name].made in FLAT]
     not_run = {name: collection.mixed_ranks for name in flat if collection.mixed_ranks}
     left_out = left_by_default(collection, selected, settings.device) if settings.all_representations else {}
     chosen = [name for name in settings.representations if name not in not_run | left_out]
-    computed = {name for name in chosen if REPRESENTATIONS[name].made == "computed"}
-    needed = {*CHECKED} | computed | ({WEIGHTS} if len(computed) < len(chosen) else set())
+    costs, workers = (
+        estimates.Estimates(settings, collection, selected, rows),
+        engine.threads if engine.cluster is None else 1,
+    )
+    not_run |= estimates.unfit(costs, chosen, workers)
+    not_run |= estimates.without_room(settings, collection, [name for name in chosen if name not in not_run], cache)
+    chosen = [name for name in chosen if name not in not_run]
+    needed = {*CHECKED, *(name for name in chosen if REPRESENTATIONS[name].made == "computed")}
+    needed |= {WEIGHTS for name in chosen if estimates.reads_packed(name, settings.sketch_flat)}
+    needed |= {SKETCHES for name in chosen if name in flat and settings.sketch_flat}
     header = describe(settings, collection, rows, selected) | {"environment": environment(settings, engine)}
     header["config"]["left_out"] = left_out
     say(text.collection_lines(header, len(chosen)))
     for name, reason in (not_run | left_out).items():
         say(text.not_run_line(name, reason))
+    speed = engine.call(partial(estimates.Speed.measure, settings.device))
+    say("\n".join(estimates.lines(costs, chosen, speed, engine.count_workers())))
     return CollectionPlan(selected, rows, chosen, not_run, sorted(needed), header)
 
 

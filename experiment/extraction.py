@@ -10,12 +10,15 @@ Shape letters: N LoRAs, L layers, P modules (pairs of a down and an up), F featu
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,14 +28,20 @@ from experiment import store
 from experiment.engine import Engine
 from loras import building, lora_files
 from loras.labels import Finding
-from loras.lora_files import Layout, LoraFileError, NotFiniteError, by_layout, file_stat
+from loras.lora_files import Layer, Layout, LoraFileError, NotFiniteError, by_layout, file_stat
 from loras.scales import update_scales
 from representations import FEATURES, RANKING, UPDATES, matrix_features, pair_features
+
+if TYPE_CHECKING:  # scipy is imported where it is called, with scikit-learn
+    from scipy.sparse import csr_matrix
 
 CHUNK_NUMBERS = 2**22  # weights worked on at once, 16 MiB
 SHARD_NUMBERS = 2**24  # features and packed weights of files, held and then written together: 64 MiB
 PASS_THREADS = 8  # threads at most, each with a shard in memory
+FLAT = ("flat", "pca", "autoencoder")  # made of all weights, or of sketches of them
 WEIGHTS = "weights"  # the name under which the packed weights are kept, beside the features
+# Their sketches instead, of at most so many numbers a layer; numbers may differ with another library.
+SKETCHES, SKETCH_WIDTH = f"sketches-{version('scikit-learn')}", 256
 DIGESTS = "digests"  # and sha256 of each file, uint8[N, 32]
 CHECKED = (RANKING, UPDATES, DIGESTS)  # the arrays that a check of the collection looks at
 
@@ -62,9 +71,12 @@ class Extracted:
             return np.stack([shards[s][row - starts[s]] for s, row in zip(shard, rows, strict=True)])
         return shards[0] if len(shards) == 1 else np.concatenate(shards)
 
-    def weights(self) -> store.Shards:
-        """Return the packed weights, float32[N, W], which no memory need hold whole; see `Collection.packed_layout`."""
-        return store.Shards(self.path(WEIGHTS))
+    def weights(self, sketched: bool = False) -> store.Shards:
+        """Return the packed weights, float32[N, W], which no memory need hold whole, or their sketches.
+
+        Their columns are those of `Collection.packed_layout`, or as many for each layer as `widths_of` says.
+        """
+        return store.Shards(self.path(SKETCHES if sketched else WEIGHTS))
 
     def factor_reader(self, collection: Collection) -> Callable[[int, np.ndarray | None], tuple[torch.Tensor, ...]]:
         """Return a reader of updates: from a module's position and row indices int64[n] (None: all) to their factors.
@@ -105,7 +117,8 @@ def extract(
 
     Args:
         collection: What to read.
-        names: Computed representations and measures, and ``WEIGHTS`` for the packed weights.
+        names: Computed representations and measures, ``WEIGHTS`` for the packed weights, ``SKETCHES`` for
+            their sketches.
         cache: Folder that holds a folder for each fingerprint.
         device: Where features are computed.
         engine: Has the threads that compute; None: one.
@@ -143,6 +156,8 @@ def _read(weight_pass: _Pass, names: list[str], engine: Engine, progress: Callab
         missing = weight_pass.begin(names)
         shards = weight_pass.shards if missing else []
         unread = [rows for rows in shards if not weight_pass.finished(rows, missing)]
+        if unread and SKETCHES in missing:  # before threads begin, that it is done once
+            weight_pass.projections = [sketching(layer) for layer in weight_pass.collection.packed_layout.layers]
         # A GPU waits for them.
         threads = min(engine.threads, PASS_THREADS) if weight_pass.device.type == "cpu" else PASS_THREADS
         for done, _ in enumerate(engine.map(partial(weight_pass.run, names=missing), unread, threads), 1):
@@ -189,6 +204,7 @@ class _Pass:
     ):
         self.collection, self.cache, self.device = collection, cache, device
         self.skip_bad, self.check = skip_bad, check
+        self.projections: list[csr_matrix | None] = []  # of each layer, where it is to be sketched
         self.identity = identity(collection)
         self.folder = cache / "passes" / store.digest(str(collection.root.resolve()))
         code = store.code_digest(
@@ -360,6 +376,8 @@ class _Pass:
             if files and (self.skip_bad or not findings):  # else go on reading, to report every fault at once
                 part = {name: array[first : len(contents)] for name, array in arrays.items()}
                 _fill(part, self.collection, files, weights, scales, device)
+                if SKETCHES in part:  # of files of one layout: where ranks differ nothing reads sketches
+                    part[SKETCHES][:] = sketched(np.stack(weights), files[0].layout, self.projections)
         if contents and (self.skip_bad or not findings):
             for name, array in arrays.items():
                 store.save_array(store.shard_path(self._arrays(name), rows.start), array[: len(contents)])
@@ -376,6 +394,15 @@ def _without(weight_pass: _Pass, findings: list) -> _Pass:
     rest = without(weight_pass.collection, [finding[:2] for finding in findings])
     check_classes(rest)
     return _Pass(rest, weight_pass.cache, weight_pass.device)
+
+
+def bytes_to_pack(collection: Collection, cache: Path, device: torch.device) -> int:
+    """Return how many bytes of packed weights are still to be written into a cache, which a killed pass has begun."""
+    weight_pass = _Pass(collection, cache, device)
+    if not weight_pass.missing([WEIGHTS]):
+        return 0
+    written = sum(path.stat().st_size for path in weight_pass.folder.glob(f"{WEIGHTS}/*.npy"))
+    return max(0, 4 * len(collection.files) * collection.packed_layout.width - written)
 
 
 def _numbers_of_a_lora(collection: Collection) -> int:
@@ -401,6 +428,8 @@ def _allocate(collection: Collection, names: list[str], rows: int) -> dict[str, 
             arrays[name] = np.empty((rows, hashlib.sha256().digest_size), np.uint8)
         elif name == WEIGHTS:
             arrays[name] = np.empty((rows, collection.packed_layout.width), np.float32)
+        elif name == SKETCHES:
+            arrays[name] = np.empty((rows, sum(widths_of(collection.packed_layout, True))), np.float32)
         else:
             units = collection.layers if FEATURES[name].unit == "layer" else collection.modules
             arrays[name] = np.empty((rows, len(units), len(FEATURES[name].feature_names)), np.float32)
@@ -460,6 +489,37 @@ def _packed(flat: np.ndarray, layout: Layout, packed: Layout) -> np.ndarray:
         (rows, cols), to = layer.shape, padded[:, wide_columns].reshape(-1, *wide.shape)  # a view
         to[:, :rows, :cols] = flat[:, columns].reshape(-1, rows, cols)
     return padded
+
+
+def widths_of(layout: Layout, sketched: bool) -> list[int]:
+    """Return how many numbers of each layer there are: all its weights, or those of its sketch."""
+    widths = [math.prod(layer.shape) for layer in layout.layers]
+    return [min(width, SKETCH_WIDTH) for width in widths] if sketched else widths
+
+
+def sketching(layer: Layer) -> csr_matrix | None:
+    """Return the fixed projection of a layer, float32[256, weights]: sparse, random (Li, Hastie & Church, 2006).
+
+    The name and the role of its module decide it, with its number of weights. None for a layer of at most 256 weights,
+    which is its own sketch. On average distances stay as they are.
+    """
+    from sklearn.random_projection import SparseRandomProjection
+
+    width = math.prod(layer.shape)
+    if width <= SKETCH_WIDTH:
+        return None
+    seed = np.frombuffer(hashlib.sha256(f"{layer.module}/{layer.role}".encode()).digest(), "<u4")
+    projection = SparseRandomProjection(SKETCH_WIDTH, random_state=np.random.RandomState(seed))
+    return projection.fit(np.zeros((1, width), np.float32)).components_
+
+
+def sketched(flat: np.ndarray, layout: Layout, projections: list[csr_matrix | None]) -> np.ndarray:
+    """Return the sketches of flattened weights, float32[n, W] -> float32[n, at most 256 a layer], always on the CPU."""
+    parts = []
+    for columns, projection in zip(layout.columns, projections, strict=True):
+        weights = flat[:, columns]
+        parts.append(weights if projection is None else (projection @ weights.T).T)
+    return np.concatenate(parts, axis=1)
 
 
 def _fill_matrix_features(arrays: dict, matrices: list) -> None:

@@ -83,6 +83,12 @@ def add_experiment_flags(add: Callable) -> None:
         default="all",
         help=f"all, or a comma list of {', '.join(REPRESENTATIONS)} (all, but {COSTLY})",
     )
+    add(
+        "--sketch-flat",
+        action="store_true",
+        help="flat_vec, pca and the autoencoders read at most 256 numbers of each layer, a fixed sparse random "
+        "projection of its weights, and are marked as sketched: for LoRAs of millions of weights",
+    )
     add("--seed", type=int, default=42, help="of the split and of all training (42)")
     add(
         "--splits",

@@ -197,6 +197,7 @@ class Experiment:
         return {
             "num_layers": self.inputs.count_layers(name, kept),
             "num_features": self.inputs.count_features(name, kept),
+            **({"sketched": True} if self.inputs.sketches(name) else {}),
             **{m: {"mean": mean(scores[m]), "std": deviation(scores[m]), "runs": scores[m].tolist()} for m in metrics},
         }
 

@@ -57,6 +57,7 @@ class Settings:
     layers: str | None  # pattern; see `data.select_layers`
     controls: str  # one of `LEVELS`
     null_shuffles: int  # rankings to train on shuffled labels
+    sketch_flat: bool  # representations of all weights read a sketch of each layer
     keep_twins: bool  # copies and epochs of one training stay where the split puts them
     classifier: Schedule
     autoencoder: Schedule
@@ -87,6 +88,7 @@ class Settings:
             "layers": self.layers,
             "controls": self.controls,
             "null_shuffles": self.null_shuffles,
+            "sketch_flat": self.sketch_flat,
             "keep_twins": self.keep_twins,
             "classifier": {"hidden": list(self.classifier.hidden), "dropout": DROPOUT} | _numbers(self.classifier),
             "autoencoder": _numbers(self.autoencoder) | _hidden(self.autoencoder),
@@ -135,6 +137,7 @@ def resolve(args: argparse.Namespace, networks: Networks = Networks()) -> Settin
         layers=args.layers,
         controls=args.controls or ("none" if quick else "basic"),
         null_shuffles=args.null_shuffles,
+        sketch_flat=args.sketch_flat,
         keep_twins=args.keep_twins,
         classifier=Schedule(
             max_epochs=30 if quick else 1000, patience=5 if quick else 20, lr_patience=10, hidden=networks.classifier
