@@ -20,7 +20,7 @@ import torch
 
 import autoencoders
 from data import Collection
-from experiment.extraction import FLAT, bytes_to_pack, widths_of
+from experiment.extraction import FLAT, PASS_BYTES, bytes_to_pack, widths_of
 from experiment.inputs import PCA_COMPONENTS
 from experiment.modules import module_shapes, whole_pairs
 from experiment.networks import NETWORKS
@@ -133,7 +133,7 @@ class Estimates:
             return self._pca().then(self._classifier(num_components(PCA_COMPONENTS, self.train, sum(self.widths))))
         if row.made == "autoencoder":
             latent = sum(autoencoders.latent_width(name, width) for width in self.widths)
-            return self._autoencoders(name).then(self._classifier(latent))
+            return self.autoencoders(name).then(self._classifier(latent))
         return self._classifier(sum(self.widths), held=False)
 
     @property
@@ -147,9 +147,9 @@ class Estimates:
         return self._classifier(columns, models=self.settings.num_runs * len(self.widths))
 
     def reading(self) -> Estimate:
-        """Return the cost of the pass over the weights: of all features about a thousand bytes a number."""
+        """Return the cost of the pass over the weights: of all features about a thousand bytes copied a number."""
         numbers = self.count * self.all_weights
-        return Estimate(0, 64 * self.all_weights + GIB // 2, 0, 1000 * numbers, self.count)
+        return Estimate(0, PASS_BYTES * self.all_weights, 0, 1000 * numbers, self.count)
 
     # -- by kind ------------------------------------------------------------------------------------------------------
 
@@ -175,7 +175,8 @@ class Estimates:
         copied = (epochs * (28 * steps + 8) + 64) * parameters
         return models * operations, models * copied
 
-    def _autoencoders(self, name: str) -> Estimate:
+    def autoencoders(self, name: str) -> Estimate:
+        """Return the cost of the autoencoders of a representation, one for each layer."""
         schedule = self.settings.autoencoder
         each = [autoencoders.num_parameters(name, width, schedule.hidden) for width in self.widths]
         widest = 4 * (COPIES * max(each) + 3 * self.count * max(self.widths))
@@ -251,15 +252,15 @@ def unfit(
             fewer = "; fewer workers (OMP_NUM_THREADS) take less" if estimate.memory <= SHARE * memory else ""
             each = f" in each of {at_once} workers" if at_once > 1 else ""
             trained = f"to train {in_words(estimate.parameters)} parameters " if estimate.parameters else ""
-            size = f"{trained}takes {gib(estimate.memory)}{each}, and this {of_what} has {gib(memory)}"
+            size = f"{trained}takes {sized(estimate.memory)}{each}, and this {of_what} has {sized(memory)}"
             reasons[name] = f"{size}{fewer}{mend}"
         elif (
             REPRESENTATIONS[name].made == "autoencoder"
             and settings.all_representations
             and settings.device.type == "cpu"
-            and estimate.parameters > parameters
+            and (count := estimates.autoencoders(name).parameters) > parameters
         ):
-            size = f"its autoencoders have {in_words(estimate.parameters)} parameters"
+            size = f"its autoencoders have {in_words(count)} parameters"
             reasons[name] = f"{size}; a CPU trains at most {in_words(parameters)} unless asked for them by name{mend}"
     return reasons
 
@@ -288,7 +289,7 @@ def without_room(
         free = shutil.disk_usage(nearest).free
     if needed <= SHARE * free:
         return {}
-    reason = f"the weights of all LoRAs, packed, take {gib(needed)}, more than {cache} has to spare"
+    reason = f"the weights of all LoRAs, packed, take {sized(needed)}, more than {cache} has to spare"
     return dict.fromkeys(of_weights, f"{reason}. Give a --cache-dir with more room")
 
 
@@ -303,9 +304,9 @@ def reads_packed(name: str, sketch_flat: bool) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def gib(size: float) -> str:
-    """Return bytes in GiB."""
-    return f"{size / GIB:,.1f} GiB"
+def sized(size: float) -> str:
+    """Return bytes in GiB, or MiB where they are fewer than that."""
+    return f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
 
 
 def in_words(count: int) -> str:
@@ -335,5 +336,5 @@ def lines(estimates: Estimates, names: list[str], speed: Speed, workers: int) ->
     shown = [f"{'estimate':<10}{total}", f"{'step':<16} {'parameters':>14} {'memory':>10}  time"]
     for name, estimate in steps.items():
         parameters = in_words(estimate.parameters) if estimate.parameters else "-"
-        shown.append(f"{name:<16} {parameters:>14} {gib(estimate.memory):>10}  about {duration(seconds[name])}")
+        shown.append(f"{name:<16} {parameters:>14} {sized(estimate.memory):>10}  about {duration(seconds[name])}")
     return shown

@@ -26,6 +26,7 @@ import torch
 from data import Collection, CollectionError, LoraFile, check_classes, without
 from experiment import store
 from experiment.engine import Engine
+from experiment.settings import memory_of
 from loras import building, lora_files
 from loras.labels import Finding
 from loras.lora_files import Layer, Layout, LoraFileError, NotFiniteError, by_layout, file_stat
@@ -38,6 +39,8 @@ if TYPE_CHECKING:  # scipy is imported where it is called, with scikit-learn
 CHUNK_NUMBERS = 2**22  # weights worked on at once, 16 MiB
 SHARD_NUMBERS = 2**24  # features and packed weights of files, held and then written together: 64 MiB
 PASS_THREADS = 8  # threads at most, each with a shard in memory
+PASS_BYTES = 24  # that a thread holds for each weight of a LoRA, where one makes a shard
+PASS_SHARE = 0.5  # of the memory that threads may take together
 FLAT = ("flat", "pca", "autoencoder")  # made of all weights, or of sketches of them
 WEIGHTS = "weights"  # the name under which the packed weights are kept, beside the features
 # Their sketches instead, of at most so many numbers a layer; numbers may differ with another library.
@@ -160,6 +163,8 @@ def _read(weight_pass: _Pass, names: list[str], engine: Engine, progress: Callab
             weight_pass.projections = [sketching(layer) for layer in weight_pass.collection.packed_layout.layers]
         # A GPU waits for them.
         threads = min(engine.threads, PASS_THREADS) if weight_pass.device.type == "cpu" else PASS_THREADS
+        held = PASS_BYTES * weight_pass.collection.packed_layout.width
+        threads = max(1, min(threads, int(PASS_SHARE * memory_of(torch.device("cpu"))) // held))
         for done, _ in enumerate(engine.map(partial(weight_pass.run, names=missing), unread, threads), 1):
             progress("features", len(shards) - len(unread) + done, len(shards))
         return weight_pass.end(names, missing)

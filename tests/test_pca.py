@@ -172,3 +172,16 @@ def test_components_beyond_the_rank_are_zero(shape):
     pca = PCA().fit(x)
     assert (pca.components_[2:] == 0).all() and (pca.components_[:2].norm(dim=1) - 1).abs().max() < 1e-9
     close(pca.transform(x).double() @ pca.components_ + pca.mean_, x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gram_side", [100, 10])
+def test_blocks_of_columns_give_what_the_whole_does_and_hold_little_whatever_the_width(gram_side):
+    x, new = gaussian(30, 4000) + 1, gaussian(7, 4000, seed=4)
+    whole = PCA(5, gram_side=gram_side).fit(x)
+    for at_once in (30 * 150, 30 * 999):
+        rows, others = Blocks(x), Blocks(torch.cat([x[:9], new]))
+        pca = PCA(5, gram_side=gram_side, numbers_at_once=at_once).fit(rows)
+        close(pca.explained_variance_, whole.explained_variance_, rtol=1e-5)
+        close(pca.transform(others), whole.transform(others.x), rtol=1e-3, atol=1e-3)
+        assert max(rows.largest, others.largest) <= at_once
+        assert pca.passes_ == whole.passes_
