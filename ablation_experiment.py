@@ -47,7 +47,7 @@ from experiment.flags import BUILT_IN_SIZES, NAMED_DATASETS, parse_arguments
 from experiment.modules import left_by_default
 from experiment.phases import UNITS, Experiment, emptied, split_collection
 from experiment.plans import TrainingError
-from experiment.settings import Networks, Settings, UsageError, count_cores, resolve
+from experiment.settings import Networks, Settings, UsageError, count_cores, memory_of, resolve
 from experiment.units import OutOfMemory, one_memory_error
 from loras import building, digits_zoo
 from loras.building import Progress
@@ -219,7 +219,9 @@ def read_weights(
     check = partial(checks.check_collection, seed=settings.seed, layers=settings.layers, **flags)
     while True:
         try:
-            extracted = extract(collection, plan.needed, cache, settings.device, engine, progress, args.skip_bad, check)
+            how = settings.device, engine, progress, args.skip_bad, check
+            memory = int(estimates.PASS_SHARE * memory_of(torch.device("cpu")))
+            extracted = extract(collection, plan.needed, cache, *how, memory)
         except CollectionError as error:
             if not (args.skip_bad and error.files):
                 raise
@@ -266,11 +268,8 @@ def make_plan(settings: Settings, collection: Collection, engine: Engine, cache:
     not_run = {name: collection.mixed_ranks for name in flat if collection.mixed_ranks}
     left_out = left_by_default(collection, selected, settings.device) if settings.all_representations else {}
     chosen = [name for name in settings.representations if name not in not_run | left_out]
-    costs, workers = (
-        estimates.Estimates(settings, collection, selected, rows),
-        engine.threads if engine.cluster is None else 1,
-    )
-    not_run |= estimates.unfit(costs, chosen, workers)
+    costs = estimates.Estimates(settings, collection, selected, rows)
+    not_run |= estimates.unfit(costs, chosen)
     not_run |= estimates.without_room(settings, collection, [name for name in chosen if name not in not_run], cache)
     chosen = [name for name in chosen if name not in not_run]
     needed = {*CHECKED, *(name for name in chosen if REPRESENTATIONS[name].made == "computed")}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,10 +26,11 @@ from experiment.modules import module_shapes, whole_pairs
 from experiment.networks import NETWORKS
 from experiment.settings import RUNS_IN_STACK, STACK_PARAMETERS, Settings, memory_of
 from representations import RANKING, REPRESENTATIONS
-from training.kernels import KERNELS
-from training.pca import GRAM_SIDE, num_components
+from training.kernels import KERNELS, Limits
+from training.pca import GRAM_SIDE, NUMBERS_AT_ONCE, num_components
 from training.stacks import Schedule
 
+PASS_SHARE = 0.5  # of memory, that the pass over the weights may take
 SHARE = 0.8  # of memory, and of free space on disk, that may be taken
 # Parameters of one representation's autoencoders that a CPU trains unless told to: above, hours.
 AUTOENCODER_LIMIT = 2**31
@@ -190,33 +191,40 @@ class Estimates:
         products = 2 * self.train * columns if self.train <= GRAM_SIDE else 12 * 4 * self.train * k
         operations = 2 * 2 * width * (products + 4 * k * self.count)
         passes = 2 if self.train <= GRAM_SIDE else 14
-        return Estimate(0, 2 * GIB, operations, 2 * passes * 12 * 4 * self.count * width, 2)
+        blocks = 5 * 8 * min(NUMBERS_AT_ONCE, self.count * width)
+        memory = blocks + 4 * 8 * min(self.train, GRAM_SIDE) ** 2
+        return Estimate(0, memory, operations, 2 * passes * 12 * 4 * self.count * width, 2)
 
     def _kernels(self, views: int) -> Estimate:
         """Return the cost of inner products of updates, by pairs of columns, a quarter as fast as large products."""
-        pairs = self.count * min(self.train, 5_000)
-        operations = sum(8 * m.rank**2 * pairs * (m.inputs + m.outputs) for m in self.modules)
+        limits = Limits()
+        columns = self.train if self.count <= limits.exact else limits.landmarks
+        operations = sum(8 * m.rank**2 * self.count * columns * (m.inputs + m.outputs) for m in self.modules)
         copied = 200 * self.count * sum(m.numbers for m in self.modules)
-        at_once = max((m.numbers for m in self.modules), default=0)
-        memory = 4 * pairs * self.pairs + 16 * self.count * at_once
+        kernel = self.count * columns
+        kept = self.pairs * kernel
+        memory = 4 * kept if self.count <= limits.kept and kept <= limits.kept_numbers else 8 * limits.summed
+        memory += 3 * 8 * kernel + 12 * self.count * self._largest_module
         return Estimate(0, memory, operations * (1 + views) / 2, copied, 1)
 
     def _network(self, name: str) -> Estimate:
-        network = NETWORKS[name]
-        schedule, runs = network.schedule(self.settings), self.settings.num_runs
+        """Return the cost of networks that read modules: tokens, which kernels give, or all factors."""
+        network, runs = NETWORKS[name], 2 * self.settings.num_runs
+        schedule, of_tokens = network.schedule(self.settings), network.reads == "tokens"
         parameters = network.parameters(self.modules, self.num_classes, schedule)
         numbers = sum(m.numbers for m in self.modules)
-        columns = len(REPRESENTATIONS[name].feature_names) * self.pairs if network.reads == "tokens" else numbers
-        operations, copied = self._trained(parameters, 2 * runs, schedule, schedule.patience + 5)
-        made = self._kernels(3) if network.reads == "tokens" else Estimate(0, 0, 0, 100 * self.count * numbers, 1)
-        made = Estimate(0, 8 * self.count * max((m.numbers for m in self.modules), default=0), *_work(made), self.pairs)
-        work = operations, copied + 2 * runs * 30 * 3 * 4 * self.count * columns
-        memory = 2 * 4 * self.count * columns + 4 * COPIES * parameters
-        return made.then(Estimate(parameters, memory, *work, 2 * runs))
+        columns = len(REPRESENTATIONS[name].feature_names) * self.pairs if of_tokens else numbers
+        made = self._kernels(views=3) if of_tokens else Estimate(0, 0, 0, 100 * self.count * numbers, 1)
+        made = replace(made, memory=12 * self.count * self._largest_module, units=self.pairs)
+        epochs = min(schedule.max_epochs, schedule.patience + 5)
+        operations, copied = self._trained(parameters, runs, schedule, epochs)
+        copied += runs * epochs * 3 * 4 * self.count * columns
+        memory = 4 * self.count * columns + 4 * COPIES * parameters
+        return made.then(Estimate(parameters, memory, operations, copied, runs))
 
-
-def _work(estimate: Estimate) -> tuple[float, float]:
-    return estimate.operations, estimate.copied
+    @property
+    def _largest_module(self) -> int:
+        return max((m.numbers for m in self.modules), default=0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -227,16 +235,16 @@ def _work(estimate: Estimate) -> tuple[float, float]:
 def unfit(
     estimates: Estimates,
     names: list[str],
-    workers: int,
     memory: int | None = None,
     parameters: int = AUTOENCODER_LIMIT,
 ) -> dict[str, str]:
     """Return the representations that do not fit the memory, or would be trained for hours unasked, and why.
 
+    A single worker counts: it does not depend on who works. Where several do not fit, fewer are tried by themselves.
+
     Args:
         estimates: Of the experiment.
         names: The representations.
-        workers: Workers at once, of which each takes its memory; those of a GPU have one each.
         memory: Bytes of the device; None: those that it has.
         parameters: Of autoencoders of a representation that was not asked for by name, at most, on a CPU.
     """
@@ -246,14 +254,10 @@ def unfit(
     reasons = {}
     for name in names:
         estimate = estimates.of(name)
-        at_once = min(workers, estimate.units) if settings.device.type == "cpu" else 1
         mend = "" if REPRESENTATIONS[name].made not in FLAT or settings.sketch_flat else _MEND
-        if estimate.memory * at_once > SHARE * memory:
-            fewer = "; fewer workers (OMP_NUM_THREADS) take less" if estimate.memory <= SHARE * memory else ""
-            each = f" in each of {at_once} workers" if at_once > 1 else ""
-            trained = f"to train {in_words(estimate.parameters)} parameters " if estimate.parameters else ""
-            size = f"{trained}takes {sized(estimate.memory)}{each}, and this {of_what} has {sized(memory)}"
-            reasons[name] = f"{size}{fewer}{mend}"
+        if estimate.memory > SHARE * memory:
+            trained = f"to train {in_words(estimate.parameters)} parameters " if estimate.parameters else "it "
+            reasons[name] = f"{trained}takes {sized(estimate.memory)}, and this {of_what} has {sized(memory)}{mend}"
         elif (
             REPRESENTATIONS[name].made == "autoencoder"
             and settings.all_representations
@@ -327,8 +331,17 @@ def duration(seconds: float) -> str:
     return f"{hours:.1f} hours" if hours < 48 else f"{round(hours / 24)} days"
 
 
-def lines(estimates: Estimates, names: list[str], speed: Speed, workers: int) -> list[str]:
-    """Return the plan in lines: by step and representation its parameters, memory in a worker, and time."""
+def lines(estimates: Estimates, names: list[str], speed: Speed, workers: int, memory: int | None = None) -> list[str]:
+    """Return the plan in lines: by step and representation its parameters, memory in a worker, and time.
+
+    Args:
+        estimates: Of the experiment.
+        names: The representations.
+        speed: Of a worker.
+        workers: Workers at once.
+        memory: Bytes of the device; None: those that it has.
+    """
+    memory = memory_of(estimates.device) if memory is None else memory
     steps = {"reading weights": estimates.reading(), "ranking": estimates.ranking()}
     steps |= {name: estimates.of(name) for name in names}
     seconds = {name: estimate.seconds(speed, workers) for name, estimate in steps.items()}
@@ -337,4 +350,8 @@ def lines(estimates: Estimates, names: list[str], speed: Speed, workers: int) ->
     for name, estimate in steps.items():
         parameters = in_words(estimate.parameters) if estimate.parameters else "-"
         shown.append(f"{name:<16} {parameters:>14} {sized(estimate.memory):>10}  about {duration(seconds[name])}")
+    together = max(min(workers, estimate.units) * estimate.memory for estimate in steps.values())
+    if estimates.device.type == "cpu" and together > SHARE * memory:
+        said = f"{workers} workers at once may take {sized(together)}, more than there is"
+        shown.append(f"{'memory':<10}{said}; fewer (OMP_NUM_THREADS) take less")
     return shown

@@ -26,7 +26,6 @@ import torch
 from data import Collection, CollectionError, LoraFile, check_classes, without
 from experiment import store
 from experiment.engine import Engine
-from experiment.settings import memory_of
 from loras import building, lora_files
 from loras.labels import Finding
 from loras.lora_files import Layer, Layout, LoraFileError, NotFiniteError, by_layout, file_stat
@@ -40,7 +39,6 @@ CHUNK_NUMBERS = 2**22  # weights worked on at once, 16 MiB
 SHARD_NUMBERS = 2**24  # features and packed weights of files, held and then written together: 64 MiB
 PASS_THREADS = 8  # threads at most, each with a shard in memory
 PASS_BYTES = 24  # that a thread holds for each weight of a LoRA, where one makes a shard
-PASS_SHARE = 0.5  # of the memory that threads may take together
 FLAT = ("flat", "pca", "autoencoder")  # made of all weights, or of sketches of them
 WEIGHTS = "weights"  # the name under which the packed weights are kept, beside the features
 # Their sketches instead, of at most so many numbers a layer; numbers may differ with another library.
@@ -112,6 +110,7 @@ def extract(
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     skip_bad: bool = False,
     check: Check | None = None,
+    memory: int = 2**33,
 ) -> Extracted:
     """Compute, or find in the cache, the named arrays of a collection.
 
@@ -131,6 +130,7 @@ def extract(
             that is refused.
         check: Done when the weights have been read, before anything is left of the pass; names
             are then to have all that are ``CHECKED``.
+        memory: Bytes that the threads may take together, where LoRAs are so large that fewer of them are at work then.
 
     Raises:
         CollectionError: Weights are NaN or infinite, files have changed since they were indexed, or the check refuses.
@@ -139,18 +139,20 @@ def extract(
     weight_pass = _Pass(collection, cache, device, skip_bad, check)
     if bad := weight_pass.read_known().get("findings", []):
         raise _bad_weights(collection, bad)
-    outcome = weight_pass.known_outcome(names) or _read(weight_pass, names, engine, progress)
+    outcome = weight_pass.known_outcome(names) or _read(weight_pass, names, engine, progress, memory)
     if "findings" in outcome:
         raise _bad_weights(collection, outcome["findings"])
     if "faults" in outcome:
         raise CollectionError(outcome["faults"])
     # The contents may be others than when the rest was computed, though no file's state said so.
     if outcome["missing"] or (check and outcome["checked"] is None):
-        return extract(collection, names, cache, device, engine, progress, skip_bad, check)
+        return extract(collection, names, cache, device, engine, progress, skip_bad, check, memory)
     return replace(weight_pass.extracted(outcome["fingerprint"]), checked=outcome["checked"])
 
 
-def _read(weight_pass: _Pass, names: list[str], engine: Engine, progress: Callable[[str, int, int], None]) -> dict:
+def _read(
+    weight_pass: _Pass, names: list[str], engine: Engine, progress: Callable[[str, int, int], None], memory: int
+) -> dict:
     """Read the weights, shards shared among threads; return what `_Pass.end` does."""
     with (
         building.made(weight_pass.cache),
@@ -164,7 +166,7 @@ def _read(weight_pass: _Pass, names: list[str], engine: Engine, progress: Callab
         # A GPU waits for them.
         threads = min(engine.threads, PASS_THREADS) if weight_pass.device.type == "cpu" else PASS_THREADS
         held = PASS_BYTES * weight_pass.collection.packed_layout.width
-        threads = max(1, min(threads, int(PASS_SHARE * memory_of(torch.device("cpu"))) // held))
+        threads = max(1, min(threads, memory // held))
         for done, _ in enumerate(engine.map(partial(weight_pass.run, names=missing), unread, threads), 1):
             progress("features", len(shards) - len(unread) + done, len(shards))
         return weight_pass.end(names, missing)

@@ -259,6 +259,11 @@ class Inputs:
         units = int(self.kept_units(name, kept).sum())
         return 2 * units if REPRESENTATIONS[name].unit == "pair" else units
 
+    def describe(self, name: str, kept: np.ndarray) -> dict:
+        """Return what results.json says of the inputs of a representation of layers kept."""
+        counts = {"num_layers": self.count_layers(name, kept), "num_features": self.count_features(name, kept)}
+        return counts | ({"sketched": True} if self.sketches(name) else {})
+
     def source(self, name: str, kept: np.ndarray) -> Source:
         """Return what classifiers of a representation read where the layers ``kept`` bool[L] are kept."""
         fitted = REPRESENTATIONS[name].made == "pca"  # components of what is left, not what is left of the components

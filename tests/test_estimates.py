@@ -74,6 +74,8 @@ def test_the_plan_has_a_line_for_each_step(wide):
     steps = [line.split("  ")[0] for line in lines[1:]]
     assert steps == ["step", "reading weights", "ranking", "stats", "update_kernel"]
     assert all("iB  about " in line for line in lines[2:])
+    many = estimates.lines(of(wide), ["flat_vec"], Speed(1e10, 1e10), 2, memory=2**24)
+    assert "2 workers at once may take" in many[-1] and "OMP_NUM_THREADS" in many[-1]
 
 
 @pytest.mark.parametrize(
@@ -93,24 +95,22 @@ def test_counts_are_said_in_words():
 
 def test_what_does_not_fit_the_memory_is_named_with_both_sizes(wide):
     found, names = of(wide), ["stats", "flat_vec"]
-    assert unfit(found, names, workers=2) == {}
+    assert unfit(found, names) == {}
     needed = found.of("flat_vec").memory
-    reasons = unfit(found, names, 1, memory=needed)  # some is left for others
+    reasons = unfit(found, names, memory=needed)  # some is left for others
     assert list(reasons) == ["flat_vec"]
     size = f"{found.of('flat_vec').parameters / 1000:.1f} thousand parameters takes {needed / 2**20:.0f} MiB"
     assert size in reasons["flat_vec"] and reasons["flat_vec"].endswith("256 numbers of each layer instead")
-    fewer = unfit(found, names, 2, memory=2 * needed)["flat_vec"]
-    assert "in each of 2 workers" in fewer and "OMP_NUM_THREADS" in fewer
     sketched = of(wide, "--sketch-flat")
-    assert "sketch" not in unfit(sketched, names, 1, memory=sketched.of("flat_vec").memory)["flat_vec"]
+    assert "sketch" not in unfit(sketched, names, memory=sketched.of("flat_vec").memory)["flat_vec"]
 
 
 def test_autoencoders_that_take_hours_are_trained_only_where_they_are_asked_for_by_name(wide):
     most = of(wide).autoencoders("vae").parameters
-    assert unfit(of(wide), ["vae"], 1, parameters=most) == {}
-    reason = unfit(of(wide), ["vae", "stats"], 1, parameters=most - 1)
+    assert unfit(of(wide), ["vae"], parameters=most) == {}
+    reason = unfit(of(wide), ["vae", "stats"], parameters=most - 1)
     assert list(reason) == ["vae"] and "thousand parameters" in reason["vae"] and "--sketch-flat" in reason["vae"]
-    assert unfit(of(wide, "--representations=vae"), ["vae"], 1, parameters=0) == {}
+    assert unfit(of(wide, "--representations=vae"), ["vae"], parameters=0) == {}
 
 
 def test_weights_that_leave_no_room_on_disk_are_not_packed(wide, tmp_path):
