@@ -1,6 +1,7 @@
 """Collections in the shapes of SDXL and Llama 3 8B LoRAs, drawn at random: for time and memory of wide LoRAs.
 
     python benchmarks/wide_zoo.py {sdxl,llama} N OUT [--rank 8] [--seed 0]
+    python benchmarks/whole_run.py --dataset=OUT --quick
 
 - sdxl: every linear module of the transformer blocks of Stable Diffusion XL's UNet (Podell et al., 2023), in kohya's
   names and float16: 722 modules, 21,278,720 numbers at rank 8, 43 MB a file.

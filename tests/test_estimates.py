@@ -14,7 +14,7 @@ from experiment import estimates, extraction
 from experiment.estimates import Estimates, Speed, unfit, without_room
 from experiment.extraction import SKETCH_WIDTH, SKETCHES, WEIGHTS, extract, sketched, sketching
 from experiment.flags import parse_arguments
-from experiment.inputs import Weights
+from experiment.inputs import StoredRows, Weights
 from experiment.phases import split_collection
 from experiment.samples import Samples
 from experiment.settings import resolve
@@ -196,6 +196,15 @@ def test_removing_a_layer_drops_its_block_and_leaves_the_others(tmp_path):
     np.testing.assert_array_equal(weights.columns(kept), expected)
     assert weights.spans(kept) == ((0, 256), (512, 1024), (1280, 1536))
     assert weights.widths.tolist() == [SKETCH_WIDTH] * 5
+    rows = np.array([4, 0, 5])
+    stored = StoredRows(weights.packed(), rows, weights.spans(kept), CPU)
+    whole = found.weights(sketched=True).read()[rows][:, expected]
+    assert stored.shape == whole.shape
+    for length in (1, 100, 10_000):
+        np.testing.assert_array_equal(torch.cat(list(stored.split(length))), whole)
+        blocks = list(stored.split(length, dim=1))
+        np.testing.assert_array_equal(torch.cat(blocks, dim=1), whole)
+        assert max(block.shape[1] for block in blocks) <= length
 
 
 def test_a_run_on_sketches_says_so_in_every_row(wide, tmp_path, capsys, one_core):
