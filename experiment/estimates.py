@@ -346,10 +346,11 @@ def lines(estimates: Estimates, names: list[str], speed: Speed, workers: int, me
     steps |= {name: estimates.of(name) for name in names}
     seconds = {name: estimate.seconds(speed, workers) for name, estimate in steps.items()}
     total = f"about {duration(sum(seconds.values()))} on this machine, but for controls and further splits"
-    shown = [f"{'estimate':<10}{total}", f"{'step':<16} {'parameters':>14} {'memory':>10}  time"]
+    shown = [f"{'estimate':<10}{total}", f"{'':<10}{'step':<16} {'parameters':>14} {'memory':>10}  time"]
     for name, estimate in steps.items():
         parameters = in_words(estimate.parameters) if estimate.parameters else "-"
-        shown.append(f"{name:<16} {parameters:>14} {sized(estimate.memory):>10}  about {duration(seconds[name])}")
+        row = f"{name:<16} {parameters:>14} {sized(estimate.memory):>10}  about {duration(seconds[name])}"
+        shown.append(f"{'':<10}{row}")
     together = max(min(workers, estimate.units) * estimate.memory for estimate in steps.values())
     if estimates.device.type == "cpu" and together > SHARE * memory:
         said = f"{workers} workers at once may take {sized(together)}, more than there is"

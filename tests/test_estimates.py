@@ -71,7 +71,7 @@ def test_more_takes_longer_and_more_workers_less(wide):
 def test_the_plan_has_a_line_for_each_step(wide):
     lines = estimates.lines(of(wide), ["stats", "update_kernel"], Speed(1e10, 1e10), 2)
     assert lines[0].startswith("estimate  about ") and "on this machine" in lines[0]
-    steps = [line.split("  ")[0] for line in lines[1:]]
+    steps = [line.strip().split("  ")[0] for line in lines[1:]]
     assert steps == ["step", "reading weights", "ranking", "stats", "update_kernel"]
     assert all("iB  about " in line for line in lines[2:])
     many = estimates.lines(of(wide), ["flat_vec"], Speed(1e10, 1e10), 2, memory=2**24)

@@ -73,8 +73,7 @@ class PCA:
     def components_(self) -> Tensor:
         """Orthonormal (or zero) rows, of falling variance, float64[k, F]: formed where asked for."""
         components = torch.cat([directions for _, directions in self._directions()], dim=1)
-        peak = components.gather(1, components.abs().argmax(1, keepdim=True))  # (k, 1)
-        return torch.where(peak == 0, 0, components * peak.sign())
+        return components * _peaks(components).sign()[:, None]
 
     def fit(self, x: Tensor | Matrix) -> PCA:
         """Learn components of train rows x, float[N, F] with N at least 2, and return self."""
@@ -98,14 +97,27 @@ class PCA:
         _check_shape(x)
         if x.shape[1] != self._train.shape[1]:
             raise ValueError(f"PCA was fitted on {self._train.shape[1]} columns, got {x.shape[1]}; pass the same ones")
-        scores, peak = 0, 0
+        scores = self._scores_by_rows(x) if self._left is None else self._scores_by_columns(x)
+        bound = torch.finfo(torch.float32).max
+        return scores.clamp(-bound, bound).float()
+
+    def _scores_by_rows(self, x: Tensor | Matrix) -> Tensor:
+        """Compute scores by components that are there as a whole."""
+        scores = []
+        for block in x.split(self._block(x.shape[1])):
+            _check_values(block)
+            scores.append((block.double() - self._mean) @ self._right.mT)
+        return torch.cat(scores) * _peaks(self._right).sign()
+
+    def _scores_by_columns(self, x: Tensor | Matrix) -> Tensor:
+        """Compute scores by components that are formed in blocks beside x."""
+        scores, peaks = 0, 0
         for block, (mean, directions) in zip(x.split(self._length, dim=1), self._directions(), strict=True):
             _check_values(block)
             scores = scores + (block.double() - mean) @ directions.mT
-            largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))[:, 0]  # (k,)
-            peak = torch.where(largest.abs() > abs(peak), largest, peak)  # of equal ones the first
-        bound = torch.finfo(torch.float32).max
-        return (scores * peak.sign()).clamp(-bound, bound).float()
+            largest = _peaks(directions)
+            peaks = torch.where(largest.abs() > abs(peaks), largest, peaks)  # of equal ones the first
+        return scores * peaks.sign()
 
     def _block(self, numbers: int) -> int:
         """Return the number of columns (or rows) of so many numbers to work on at a time."""
@@ -114,7 +126,7 @@ class PCA:
     def _directions(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield column means float64[c] and components float64[k, c] but for their signs, by blocks of columns."""
         if self._left is None:
-            yield from zip(self._mean.split(self._length), self._right.split(self._length, dim=1), strict=True)
+            yield self._mean, self._right
             return
         for block, mean in _centred_columns(self._train, self._length):
             yield mean, self._left @ block
@@ -220,6 +232,11 @@ def _centred_columns(x: Tensor | Matrix, length: int) -> Iterator[tuple[Tensor, 
         wide = block.to(torch.float64, copy=True)
         mean = wide.mean(0)
         yield wide.sub_(mean), mean
+
+
+def _peaks(directions: Tensor) -> Tensor:
+    """Return the entry of largest magnitude of each row, the first of equal ones: [k, c] -> [k]."""
+    return directions.gather(1, directions.abs().argmax(1, keepdim=True))[:, 0]
 
 
 def _exact_rounding(x: Tensor | Matrix) -> float:
