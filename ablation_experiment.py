@@ -39,15 +39,15 @@ from threadpoolctl import threadpool_limits
 
 import data
 from data import Collection, CollectionError
-from experiment import checks, store
+from experiment import checks, estimates, store
 from experiment.cluster import connect
 from experiment.engine import Engine
-from experiment.extraction import CHECKED, WEIGHTS, Extracted, extract
+from experiment.extraction import CHECKED, FLAT, SKETCHES, WEIGHTS, Extracted, extract
 from experiment.flags import BUILT_IN_SIZES, NAMED_DATASETS, parse_arguments
 from experiment.modules import left_by_default
 from experiment.phases import UNITS, Experiment, emptied, split_collection, without_oversized
 from experiment.plans import TrainingError
-from experiment.settings import Networks, Settings, UsageError, count_cores, resolve
+from experiment.settings import Networks, Settings, UsageError, count_cores, memory_of, resolve
 from experiment.units import FAILURES, FAULTS, OutOfMemory, one_memory_error, reason_of
 from loras import building, digits_zoo
 from loras.building import Progress
@@ -178,7 +178,7 @@ def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> i
     watch = Stopwatch()
     with watch.phase("index"):
         collection = data.index_as_asked(args, folder, name, progress)
-    plan = make_plan(settings, collection, engine)
+    plan = make_plan(settings, collection, engine, cache)
     target = args.output_dir / f"ablation_{name}"
     with only_process(target):
         with watch.phase("features"):
@@ -255,16 +255,19 @@ def read_weights(
     check = partial(checks.check_collection, seed=settings.seed, layers=settings.layers, **flags)
     while True:
         try:
-            extracted = extract(collection, plan.needed, cache, settings.device, engine, progress, args.skip_bad, check)
+            how = settings.device, engine, progress, args.skip_bad, check
+            memory = int(estimates.PASS_SHARE * memory_of(torch.device("cpu")))
+            extracted = extract(collection, plan.needed, cache, *how, memory)
         except CollectionError as error:
             if not (args.skip_bad and error.files):
                 raise
             say(f"skipped   {len(error.files)}, found on reading their weights")
             collection = data.without(collection, error.files)
-            plan = make_plan(settings, collection, engine)
+            plan = make_plan(settings, collection, engine, cache)
         else:
             collection = checks.apply(collection, extracted.checked)
-            return collection, make_plan(settings, collection, engine) if collection.together else plan, extracted
+            changed = bool(collection.together)
+            return collection, make_plan(settings, collection, engine, cache) if changed else plan, extracted
 
 
 @dataclass(frozen=True)
@@ -293,8 +296,8 @@ def without_oversized_train(plan: CollectionPlan, collection: Collection, extrac
     return replace(plan, rows=rows)
 
 
-def make_plan(settings: Settings, collection: Collection, engine: Engine) -> CollectionPlan:
-    """Check what is asked for against the collection, and print it.
+def make_plan(settings: Settings, collection: Collection, engine: Engine, cache: Path) -> CollectionPlan:
+    """Check what is asked for against the collection, and print it: what is left out, and what the rest takes.
 
     Raises:
         UsageError: More layers are to be removed than there are.
@@ -306,17 +309,24 @@ def make_plan(settings: Settings, collection: Collection, engine: Engine) -> Col
     if settings.top_k >= selected.sum():
         matching = f" that match {settings.layers}" if settings.layers else ""
         raise UsageError(f"--top-k {settings.top_k}: these LoRAs have {selected.sum()} layers{matching}. Give fewer.")
-    flat = [name for name in settings.representations if REPRESENTATIONS[name].made in ("flat", "pca", "autoencoder")]
+    flat = [name for name in settings.representations if REPRESENTATIONS[name].made in FLAT]
     not_run = {name: collection.mixed_ranks for name in flat if collection.mixed_ranks}
     left_out = left_by_default(collection, selected, settings.device) if settings.all_representations else {}
     chosen = [name for name in settings.representations if name not in not_run | left_out]
-    computed = {name for name in chosen if REPRESENTATIONS[name].made == "computed"}
-    needed = {*CHECKED} | computed | ({WEIGHTS} if len(computed) < len(chosen) else set())
+    costs = estimates.Estimates(settings, collection, selected, rows)
+    not_run |= estimates.unfit(costs, chosen)
+    not_run |= estimates.without_room(settings, collection, [name for name in chosen if name not in not_run], cache)
+    chosen = [name for name in chosen if name not in not_run]
+    needed = {*CHECKED, *(name for name in chosen if REPRESENTATIONS[name].made == "computed")}
+    needed |= {WEIGHTS for name in chosen if estimates.reads_packed(name, settings.sketch_flat)}
+    needed |= {SKETCHES for name in chosen if name in flat and settings.sketch_flat}
     header = describe(settings, collection, rows, selected) | {"environment": environment(settings, engine)}
     header["config"]["left_out"] = left_out
     say(text.collection_lines(header, len(chosen)))
     for name, reason in (not_run | left_out).items():
         say(text.not_run_line(name, reason))
+    speed = engine.call(partial(estimates.Speed.measure, settings.device))
+    say("\n".join(estimates.lines(costs, chosen, speed, engine.count_workers())))
     return CollectionPlan(selected, rows, chosen, not_run, sorted(needed), header)
 
 

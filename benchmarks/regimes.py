@@ -126,8 +126,8 @@ def opened(
     with closing(engine), threadpool_limits(1, "blas"):
         with redirect_stdout(io.StringIO()):
             collection = data.index_as_asked(args, folder, folder.name, quiet)
-            indexed = collection, ablation_experiment.make_plan(settings, collection, engine)
             cache = args.output_dir / ".cache"
+            indexed = collection, ablation_experiment.make_plan(settings, collection, engine, cache)
             collection, plan, extracted = ablation_experiment.read_weights(
                 args, settings, indexed, cache, engine, quiet
             )

@@ -10,12 +10,15 @@ Shape letters: N LoRAs, L layers, P modules (pairs of a down and an up), F featu
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,16 +26,23 @@ import torch
 from data import Collection, CollectionError, LoraFile, check_classes, without
 from experiment import store
 from experiment.engine import Engine
-from loras import building, lora_files, pairs
+from loras import building, lora_files
 from loras.labels import Finding
-from loras.lora_files import Layout, LoraFileError, NotFiniteError, by_layout, file_stat
+from loras.lora_files import Layer, Layout, LoraFileError, NotFiniteError, by_layout, file_stat
 from loras.scales import update_scales
 from representations import FEATURES, RANKING, UPDATES, matrix_features, pair_features
+
+if TYPE_CHECKING:  # scipy is imported where it is called, with scikit-learn
+    from scipy.sparse import csr_matrix
 
 CHUNK_NUMBERS = 2**22  # weights worked on at once, 16 MiB
 SHARD_NUMBERS = 2**24  # features and packed weights of files, held and then written together: 64 MiB
 PASS_THREADS = 8  # threads at most, each with a shard in memory
+PASS_BYTES = 24  # that a thread holds for each weight of a LoRA, where one makes a shard
+FLAT = ("flat", "pca", "autoencoder")  # made of all weights, or of sketches of them
 WEIGHTS = "weights"  # the name under which the packed weights are kept, beside the features
+# Their sketches instead, of at most so many numbers a layer; numbers may differ with another library.
+SKETCHES, SKETCH_WIDTH = f"sketches-{version('scikit-learn')}", 256
 DIGESTS = "digests"  # and a digest of what is read of each file, uint8[N, 32]
 CHECKED = (RANKING, UPDATES, DIGESTS)  # the arrays that a check of the collection looks at
 
@@ -58,9 +68,12 @@ class Extracted:
         shards = self.shards(name)
         return shards.whole() if rows is None else shards.read(rows)
 
-    def weights(self) -> store.Shards:
-        """Return the packed weights, float32[N, W], which no memory need hold whole; see `Collection.packed_layout`."""
-        return self.shards(WEIGHTS)
+    def weights(self, sketched: bool = False) -> store.Shards:
+        """Return the packed weights, float32[N, W], which no memory need hold whole, or their sketches.
+
+        Their columns are those of `Collection.packed_layout`, or as many for each layer as `widths_of` says.
+        """
+        return self.shards(SKETCHES if sketched else WEIGHTS)
 
     def shards(self, name: str) -> store.Shards:
         """Return the array of a name.
@@ -105,6 +118,7 @@ def extract(
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     skip_bad: bool = False,
     check: Check | None = None,
+    memory: int = 2**33,
     thorough: bool = False,
 ) -> Extracted:
     """Compute, or find in the cache, the named arrays of a collection.
@@ -117,7 +131,8 @@ def extract(
 
     Args:
         collection: What to read.
-        names: Computed representations and measures, and ``WEIGHTS`` for the packed weights.
+        names: Computed representations and measures, ``WEIGHTS`` for the packed weights, ``SKETCHES`` for
+            their sketches.
         cache: Folder that holds a folder for each fingerprint.
         device: Where features are computed.
         engine: Has the threads that compute; None: one.
@@ -127,6 +142,7 @@ def extract(
             that is refused.
         check: Done when the weights have been read, before anything is left of the pass; names
             are then to have all that are ``CHECKED``.
+        memory: Bytes that the threads may take together, where LoRAs are so large that fewer of them are at work then.
         thorough: Whether every array is compared with its digest, which takes as long as reading it.
 
     Raises:
@@ -137,18 +153,20 @@ def extract(
     weight_pass.doubted = set(names) if thorough else set(CHECKED) if check else set()
     if bad := weight_pass.read_known().get("findings", []):
         raise _bad_weights(collection, bad)
-    outcome = weight_pass.known_outcome(names) or _read(weight_pass, names, engine, progress)
+    outcome = weight_pass.known_outcome(names) or _read(weight_pass, names, engine, progress, memory)
     if "findings" in outcome:
         raise _bad_weights(collection, outcome["findings"])
     if "faults" in outcome:
         raise CollectionError(outcome["faults"])
     # The contents may be others than when the rest was computed, though no file's state said so.
     if outcome["missing"] or (check and outcome["checked"] is None):
-        return extract(collection, names, cache, device, engine, progress, skip_bad, check, thorough)
+        return extract(collection, names, cache, device, engine, progress, skip_bad, check, memory, thorough)
     return replace(weight_pass.extracted(outcome["fingerprint"]), checked=outcome["checked"])
 
 
-def _read(weight_pass: _Pass, names: list[str], engine: Engine, progress: Callable[[str, int, int], None]) -> dict:
+def _read(
+    weight_pass: _Pass, names: list[str], engine: Engine, progress: Callable[[str, int, int], None], memory: int
+) -> dict:
     """Read the weights, shards shared among threads; return what `_Pass.end` does."""
     with (
         building.made(weight_pass.cache),
@@ -157,9 +175,12 @@ def _read(weight_pass: _Pass, names: list[str], engine: Engine, progress: Callab
         missing = weight_pass.begin(names)
         shards = weight_pass.shards if missing else []
         unread = [rows for rows in shards if not weight_pass.finished(rows, missing)]
+        if unread and SKETCHES in missing:  # before threads begin, that it is done once
+            weight_pass.projections = [sketching(layer) for layer in weight_pass.collection.packed_layout.layers]
         # A GPU waits for them.
         threads = min(engine.threads, PASS_THREADS) if weight_pass.device.type == "cpu" else PASS_THREADS
-        threads = min(threads, max(1, pairs.readers(weight_pass.collection.packed_layout.width)))
+        held = PASS_BYTES * weight_pass.collection.packed_layout.width
+        threads = max(1, min(threads, memory // held))
         for done, _ in enumerate(engine.map(partial(weight_pass.run, names=missing), unread, threads), 1):
             progress("features", len(shards) - len(unread) + done, len(shards))
         return weight_pass.end(names, missing)
@@ -225,6 +246,7 @@ class _Pass:
         self.collection, self.cache, self.device = collection, cache, device
         self.skip_bad, self.check = skip_bad, check
         self.doubted: set[str] = set()
+        self.projections: list[csr_matrix | None] = []  # of each layer, where it is to be sketched
         self.identity = identity(collection)
         self.folder = cache / "passes" / store.digest(str(collection.root.resolve()))
         code = store.code_digest(
@@ -388,6 +410,8 @@ class _Pass:
             if files and (self.skip_bad or not findings):  # else go on reading, to report every fault at once
                 part = {name: array[first : len(contents)] for name, array in arrays.items()}
                 _fill(part, self.collection, files, weights, scales, device)
+                if SKETCHES in part:  # of files of one layout: where ranks differ nothing reads sketches
+                    part[SKETCHES][:] = sketched(np.stack(weights), files[0].layout, self.projections)
         if contents and (self.skip_bad or not findings):
             for name, array in arrays.items():
                 path = store.shard_path(self.arrays(name), rows.start)
@@ -470,6 +494,15 @@ def _without(weight_pass: _Pass, findings: list) -> _Pass:
     return _Pass(rest, weight_pass.cache, weight_pass.device)
 
 
+def bytes_to_pack(collection: Collection, cache: Path, device: torch.device) -> int:
+    """Return how many bytes of packed weights are still to be written into a cache, which a killed pass has begun."""
+    weight_pass = _Pass(collection, cache, device)
+    if not weight_pass.missing([WEIGHTS]):
+        return 0
+    written = sum(path.stat().st_size for path in weight_pass.folder.glob(f"{WEIGHTS}/*.npy"))
+    return max(0, 4 * len(collection.files) * collection.packed_layout.width - written)
+
+
 def _numbers_of_a_lora(collection: Collection) -> int:
     """Return how many weights and features a shard holds of one LoRA at most, whatever is asked for."""
     units = {"layer": len(collection.layers), "pair": len(collection.modules)}
@@ -491,6 +524,8 @@ def _row(collection: Collection, name: str) -> tuple[np.dtype, tuple[int, ...]]:
         return np.dtype(np.uint8), (hashlib.sha256().digest_size,)
     if name == WEIGHTS:
         return np.dtype(np.float32), (collection.packed_layout.width,)
+    if name == SKETCHES:
+        return np.dtype(np.float32), (sum(widths_of(collection.packed_layout, True)),)
     units = collection.layers if FEATURES[name].unit == "layer" else collection.modules
     return np.dtype(np.float32), (len(units), len(FEATURES[name].feature_names))
 
@@ -561,6 +596,37 @@ def _packed(flat: np.ndarray, layout: Layout, packed: Layout) -> np.ndarray:
         (rows, cols), to = layer.shape, padded[:, wide_columns].reshape(-1, *wide.shape)  # a view
         to[:, :rows, :cols] = flat[:, columns].reshape(-1, rows, cols)
     return padded
+
+
+def widths_of(layout: Layout, sketched: bool) -> list[int]:
+    """Return how many numbers of each layer there are: all its weights, or those of its sketch."""
+    widths = [math.prod(layer.shape) for layer in layout.layers]
+    return [min(width, SKETCH_WIDTH) for width in widths] if sketched else widths
+
+
+def sketching(layer: Layer) -> csr_matrix | None:
+    """Return the fixed projection of a layer, float32[256, weights]: sparse, random (Li, Hastie & Church, 2006).
+
+    The name and the role of its module decide it, with its number of weights. None for a layer of at most 256 weights,
+    which is its own sketch. On average distances stay as they are.
+    """
+    from sklearn.random_projection import SparseRandomProjection
+
+    width = math.prod(layer.shape)
+    if width <= SKETCH_WIDTH:
+        return None
+    seed = np.frombuffer(hashlib.sha256(f"{layer.module}/{layer.role}".encode()).digest(), "<u4")
+    projection = SparseRandomProjection(SKETCH_WIDTH, random_state=np.random.RandomState(seed))
+    return projection.fit(np.zeros((1, width), np.float32)).components_
+
+
+def sketched(flat: np.ndarray, layout: Layout, projections: list[csr_matrix | None]) -> np.ndarray:
+    """Return the sketches of flattened weights, float32[n, W] -> float32[n, at most 256 a layer], always on the CPU."""
+    parts = []
+    for columns, projection in zip(layout.columns, projections, strict=True):
+        weights = flat[:, columns]
+        parts.append(weights if projection is None else (projection @ weights.T).T)
+    return np.concatenate(parts, axis=1)
 
 
 def _fill_matrix_features(arrays: dict, matrices: list) -> None:

@@ -18,6 +18,9 @@ COSTLY = (
 )
 COSTLY += f"fewer than {FEW_LORAS:,} LoRAs of at most {FEW_MODULES} modules"
 
+SKETCH_FLAT = "flat_vec, pca and the autoencoders read at most 256 numbers of each layer, a fixed sparse random "
+SKETCH_FLAT += "projection of its weights, and are marked as sketched: for LoRAs of millions of weights"
+
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the flags of the command line; `resolve` checks them."""
@@ -83,6 +86,7 @@ def add_experiment_flags(add: Callable) -> None:
         default="all",
         help=f"all, or a comma list of {', '.join(REPRESENTATIONS)} (all, but {COSTLY})",
     )
+    add("--sketch-flat", action="store_true", help=SKETCH_FLAT)
     add("--seed", type=int, default=42, help="of the split and of all training (42)")
     add(
         "--splits",

@@ -21,7 +21,7 @@ import torch
 
 import autoencoders
 from experiment import store
-from experiment.extraction import Extracted
+from experiment.extraction import FLAT, Extracted, widths_of
 from experiment.modules import Modules, whole_pairs
 from experiment.networks import NETWORKS
 from experiment.samples import Samples
@@ -52,23 +52,31 @@ class Source:
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Rows and columns of the packed weights, given out in blocks of rows: what PCA asks of a matrix."""
+    """Rows of the packed weights, and of their columns those in ``spans`` (first, end): what PCA asks of a matrix."""
 
     packed: store.Shards
     rows: np.ndarray
-    columns: np.ndarray
+    spans: tuple[tuple[int, int], ...]
     device: torch.device
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
-        return len(self.rows), len(self.columns)
+        return len(self.rows), sum(end - first for first, end in self.spans)
 
-    def split(self, length: int) -> Iterator[torch.Tensor]:
-        """Yield blocks float32[length, F] on the device; the last may be shorter."""
-        for start in range(0, len(self.rows), length):
-            block = self.packed.read(self.rows[start : start + length], self.columns)
-            yield torch.from_numpy(block).to(self.device)
+    def split(self, length: int, dim: int = 0) -> Iterator[torch.Tensor]:
+        """Yield blocks of rows float32[length, F], or of columns float32[N, length], on the device; or shorter."""
+        if dim == 0:
+            for start in range(0, len(self.rows), length):
+                rows = self.rows[start : start + length]
+                yield torch.cat([self._block(rows, first, end) for first, end in self.spans], dim=1)
+            return
+        for first, end in self.spans:
+            for start in range(first, end, length):
+                yield self._block(self.rows, start, min(start + length, end))
+
+    def _block(self, rows: np.ndarray, first: int, end: int) -> torch.Tensor:
+        return torch.from_numpy(self.packed.read(rows, slice(first, end))).to(self.device)
 
 
 class Weights:
@@ -78,6 +86,7 @@ class Weights:
         samples: The LoRAs.
         selected: The layers, bool[L of the files].
         extracted: Features and packed weights.
+        sketched: Whether a layer's weights are its sketch.
 
     Attributes:
         depths: Positions of the L layers among those of the files, int64[L].
@@ -85,10 +94,10 @@ class Weights:
         widths: Number of weights of each, int64[L].
     """
 
-    def __init__(self, samples: Samples, selected: np.ndarray, extracted: Extracted):
-        self.extracted = extracted
+    def __init__(self, samples: Samples, selected: np.ndarray, extracted: Extracted, sketched: bool = False):
+        self.extracted, self.sketched = extracted, sketched
         self.num_samples = samples.count
-        self.weights_per_layer = np.array([math.prod(layer.shape) for layer in samples.packed_layout.layers])
+        self.weights_per_layer = np.array(widths_of(samples.packed_layout, sketched))
         self.depths = np.flatnonzero(selected)
         self.layers = [samples.layers[depth] for depth in self.depths]
         self.widths = self.weights_per_layer[self.depths]
@@ -104,6 +113,21 @@ class Weights:
         in_files = np.zeros(len(self.weights_per_layer), bool)
         in_files[self.depths[kept]] = True
         return np.flatnonzero(np.repeat(in_files, self.weights_per_layer))
+
+    def spans(self, kept: np.ndarray) -> tuple[tuple[int, int], ...]:
+        """Return the same as `columns` as runs (first, end): as many as gaps leave, whatever the width."""
+        ends = np.cumsum(self.weights_per_layer)[self.depths[kept]]
+        firsts = ends - self.widths[kept]
+        runs: list[tuple[int, int]] = []
+        for first, end in zip(firsts.tolist(), ends.tolist(), strict=True):
+            if runs and runs[-1][1] == first:
+                first = runs.pop()[0]
+            runs.append((first, end))
+        return tuple(runs)
+
+    def packed(self) -> store.Shards:
+        """Return the packed weights of all layers of the files, or their sketches."""
+        return self.extracted.weights(self.sketched)
 
     def columns_of(self, layer: int) -> slice:
         """Return where the weights of one layer lie among those of a file."""
@@ -137,7 +161,8 @@ class Description:
     def digest(self) -> str:
         """Digits that equal descriptions share."""
         how = [self.settings.autoencoder, self.settings.attention, self.settings.projection]
-        return store.digest([str(self.extracted.folder), self.units.common, [asdict(schedule) for schedule in how]])
+        what = [str(self.extracted.folder), self.settings.sketch_flat]
+        return store.digest([*what, self.units.common, [asdict(schedule) for schedule in how]])
 
     def open(self, device: torch.device) -> Inputs:
         """Return the inputs on a device: those of an experiment of this process, or the latest opened here."""
@@ -172,7 +197,7 @@ class Inputs:
     def __init__(self, description: Description, device: torch.device, in_worker: bool = False):
         self.description, self.device = description, device
         self.samples, self.rows, self.extracted = description.samples, description.rows, description.extracted
-        self.weights = Weights(self.samples, description.selected, self.extracted)
+        self.weights = Weights(self.samples, description.selected, self.extracted, description.settings.sketch_flat)
         self.depths, self.layers, self.widths = self.weights.depths, self.weights.layers, self.weights.widths
         self.pair_of_layer = self.samples.pair_of_layer[self.depths]
         self.pairs = whole_pairs(self.pair_of_layer)
@@ -216,6 +241,15 @@ class Inputs:
             return self.widths.tolist()
         return [autoencoders.latent_width(name, width) for width in self.widths.tolist()]
 
+    def sketches(self, name: str) -> bool:
+        """Return whether a representation is made of sketches of the layers."""
+        return self.weights.sketched and REPRESENTATIONS[name].made in FLAT
+
+    def depends_on(self, name: str) -> dict:
+        """Return what classifiers of a representation depend on beside their own key."""
+        key = {"sketched": True} if self.sketches(name) else {}
+        return key | (self.learned.key() if REPRESENTATIONS[name].made == "autoencoder" else {})
+
     def count_features(self, name: str, kept: np.ndarray) -> int:
         """Return how many numbers of each LoRA a representation consists of where the layers ``kept`` bool[L] are."""
         numbers = int(self.live(name, kept).sum())
@@ -225,6 +259,11 @@ class Inputs:
         """Return how many of the layers kept a representation reads."""
         units = int(self.kept_units(name, kept).sum())
         return 2 * units if REPRESENTATIONS[name].unit == "pair" else units
+
+    def describe(self, name: str, kept: np.ndarray) -> dict:
+        """Return what results.json says of the inputs of a representation of layers kept."""
+        counts = {"num_layers": self.count_layers(name, kept), "num_features": self.count_features(name, kept)}
+        return counts | ({"sketched": True} if self.sketches(name) else {})
 
     def source(self, name: str, kept: np.ndarray) -> Source:
         """Return what classifiers of a representation read where the layers ``kept`` bool[L] are kept."""
@@ -288,7 +327,7 @@ class Inputs:
 
         Where workers share a folder they are then held in a file, mapped, once for all of a machine.
         """
-        packed, columns = self.extracted.weights(), self.weights.columns(self.weights.without([]))
+        packed, columns = self.weights.packed(), self.weights.columns(self.weights.without([]))
         shape = packed.shape[0], len(columns)
         read = packed.read if shape == packed.shape else partial(packed.read, columns=columns)
         size, path = 4 * math.prod(shape), self.description.shared("flat")
@@ -352,7 +391,8 @@ class Learned:
         return self.units.load(self._pca_key(fitted_to))["scores"]
 
     def _pca_key(self, fitted_to: tuple[int, ...]) -> dict:
-        return {"kind": "pca", "fitted to": fitted_to, "components": PCA_COMPONENTS}
+        key = {"kind": "pca", "fitted to": fitted_to, "components": PCA_COMPONENTS}
+        return key | ({"sketched": True} if self.weights.sketched else {})
 
     def _pca_unit(self, kept: np.ndarray) -> Unit:
         """Return the work of the scores float32[N, k] of layers ``kept`` bool[L]."""
@@ -361,9 +401,9 @@ class Learned:
 
     def fit_pca(self, kept: np.ndarray) -> dict[str, np.ndarray]:
         """Return the ``scores`` float32[N, k] of components fitted to layers ``kept`` bool[L]."""
-        packed, columns = self.weights.extracted.weights(), self.weights.columns(kept)
-        train = StoredRows(packed, self.rows["train"], columns, self.device)
-        rows = StoredRows(packed, np.arange(packed.shape[0]), columns, self.device)
+        packed, spans = self.weights.packed(), self.weights.spans(kept)
+        train = StoredRows(packed, self.rows["train"], spans, self.device)
+        rows = StoredRows(packed, np.arange(packed.shape[0]), spans, self.device)
         return {"scores": PCA(PCA_COMPONENTS).fit(train).transform(rows).cpu().numpy()}
 
     def autoencoder_stacks(self, name: str) -> list[tuple[dict, list[int], str]]:
@@ -387,11 +427,12 @@ class Learned:
         return {
             "autoencoders": store.code_digest("autoencoders"),
             "fitted by": asdict(self.schedule),
+            **({"sketched": True} if self.weights.sketched else {}),
         }
 
     def fit_autoencoders(self, name: str, layers: list[int]) -> dict[str, np.ndarray]:
         """Return the features of layers of one width, as `autoencoders.fit_transform` does."""
-        packed = self.weights.extracted.weights()
+        packed = self.weights.packed()
         x = torch.empty(len(layers), packed.shape[0], self.weights.widths[layers[0]], device=self.device)
         for m, layer in enumerate(layers):
             weights = torch.from_numpy(packed.read(None, self.weights.columns_of(layer))).to(self.device)

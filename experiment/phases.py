@@ -213,8 +213,7 @@ class Experiment:
         self.predictions.conditions.setdefault(condition, {})[name] = {kind: scores[kind] for kind in kinds}
         metrics = [f"{part}_{metric}" for metric in ("accuracy", "f1") for part in ("train", "val", "test")]
         return {
-            "num_layers": self.inputs.count_layers(name, kept),
-            "num_features": self.inputs.count_features(name, kept),
+            **self.inputs.describe(name, kept),
             **{m: {"mean": mean(scores[m]), "std": deviation(scores[m]), "runs": scores[m].tolist()} for m in metrics},
         }
 

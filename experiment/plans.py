@@ -86,8 +86,7 @@ class Planner:
         at_once = max(1, min(STACK_PARAMETERS[self.settings.device.type] // parameters, at_most or len(models)))
         live_of_model = np.broadcast_to(live, (len(models), live.shape[-1]))
         key = {"kind": "classifier", "inputs": asdict(source), "schedule": asdict(schedule), "dropout": DROPOUT}
-        if REPRESENTATIONS[source.name].made == "autoencoder":
-            key |= self.inputs.learned.key()
+        key |= self.inputs.depends_on(source.name)
         keep_parameters &= source.name in NETWORKS
         key |= {"parameters": True} if keep_parameters else {}
         stacks = _stacks(len(models), at_once)

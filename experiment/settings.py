@@ -11,6 +11,7 @@ import joblib
 import torch
 
 from loras import label_tables
+from loras.memory import host_memory
 from representations import REPRESENTATIONS
 from training import attention, projections
 from training.classifier import DROPOUT, HIDDEN
@@ -57,6 +58,7 @@ class Settings:
     layers: str | None  # pattern; see `data.select_layers`
     controls: str  # one of `LEVELS`
     null_shuffles: int  # rankings to train on shuffled labels
+    sketch_flat: bool  # representations of all weights read a sketch of each layer
     keep_twins: bool  # copies and epochs of one training stay where the split puts them
     classifier: Schedule
     autoencoder: Schedule
@@ -87,6 +89,7 @@ class Settings:
             "layers": self.layers,
             "controls": self.controls,
             "null_shuffles": self.null_shuffles,
+            "sketch_flat": self.sketch_flat,
             "keep_twins": self.keep_twins,
             "classifier": {"hidden": list(self.classifier.hidden), "dropout": DROPOUT} | _numbers(self.classifier),
             "autoencoder": _numbers(self.autoencoder) | _hidden(self.autoencoder),
@@ -135,6 +138,7 @@ def resolve(args: argparse.Namespace, networks: Networks = Networks()) -> Settin
         layers=args.layers,
         controls=args.controls or ("none" if quick else "basic"),
         null_shuffles=args.null_shuffles,
+        sketch_flat=args.sketch_flat,
         keep_twins=args.keep_twins,
         classifier=Schedule(
             max_epochs=30 if quick else 1000, patience=5 if quick else 20, lr_patience=10, hidden=networks.classifier
@@ -219,31 +223,4 @@ def memory_of(device: torch.device) -> int:
     """Return the bytes of memory that a device has for this process, used or not."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_group_limits(), *_slurm_limits()])
-
-
-def _group_limits() -> list[int]:
-    """Return the bytes that the control groups of this process may take (Linux, versions 1 and 2)."""
-    table, root, limits = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"), []
-    for line in table.read_text().splitlines() if table.exists() else []:
-        _, kinds, inside = line.split(":", 2)
-        if kinds in ("", "memory"):
-            root_of_kind, name = (root, "memory.max") if not kinds else (root / "memory", "memory.limit_in_bytes")
-            group = root_of_kind / inside.lstrip("/")
-            bounds = [folder / name for folder in (group, *group.parents)]
-            texts = [bound.read_text().strip() for bound in bounds if bound.exists()]
-            limits += [int(text) for text in texts if text.isdecimal()]
-    return limits
-
-
-def _slurm_limits() -> list[int]:
-    """Return the bytes that a job of Slurm was given, which not every cluster enforces by control groups."""
-    megabytes = {
-        name: int(value)
-        for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE")
-        if (value := os.environ.get(name, "")).isdecimal() and int(value) > 0  # 0: all that the node has
-    }
-    limits = [megabytes["SLURM_MEM_PER_NODE"]] if "SLURM_MEM_PER_NODE" in megabytes else []
-    if "SLURM_MEM_PER_CPU" in megabytes:
-        limits.append(megabytes["SLURM_MEM_PER_CPU"] * megabytes.get("SLURM_CPUS_ON_NODE", 1))
-    return [2**20 * limit for limit in limits]
+    return host_memory()

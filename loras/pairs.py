@@ -7,7 +7,6 @@ Shape letters: r rank, see products.py.
 
 from __future__ import annotations
 
-import os
 import sys
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -19,6 +18,7 @@ from typing import NamedTuple
 from loras.blocks import blocks_of
 from loras.keys import LoraFileError, count_ignored, parse_alpha, parse_key, without_pairs
 from loras.layouts import Layer, Layout
+from loras.memory import host_memory
 from loras.order import in_network_order
 from loras.products import BYTES_OF_TYPE, FLOAT_TYPES, IDENTITY, INTEGER_TYPES, Factor, Places, Product, Run
 
@@ -480,30 +480,12 @@ def _end(run: Run) -> int:
 
 def _check_size(places: Places) -> None:
     """Refuse pairs that memory cannot hold, whatever the file takes on disk."""
-    numbers, memory = places.numbers, memory_bytes()
+    numbers, memory = places.numbers, host_memory()
     if numbers > MAX_NUMBERS:
         raise LoraFileError(f"its pairs are {numbers} numbers, more than any LoRA has. Is it one?")
-    if readers(numbers) < 1:
+    if 4 * COPIES * numbers > memory:
         fault = f"its pairs are {numbers} numbers: {4 * COPIES * numbers / 2**30:.1f} GiB of memory are needed to read"
         raise LoraFileError(f"{fault} them, there are {memory / 2**30:.1f}. Leave it out, or take a larger machine.")
-
-
-def readers(numbers: int) -> int:
-    """Return how many files of so many numbers may be read at once, by the memory that there is."""
-    return memory_bytes() // (4 * COPIES * max(numbers, 1))
-
-
-@lru_cache(maxsize=1)
-def memory_bytes() -> int:
-    """Return the memory of this machine, or of the container that this process is confined to."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            with open(path, encoding="ascii") as file:
-                limits.append(int(file.read()))
-        except (OSError, ValueError):  # there is none, or it is "max"
-            continue
-    return min(limits)
 
 
 def _sources(places: Places) -> list[Run | Product]:

@@ -29,6 +29,10 @@ TOGETHER = (  # note below a table of differences
     "test LoRAs and runs."
 )
 
+SKETCH_NOTE = (
+    "Sketched: in place of the weights of a layer, at most 256 numbers are read, a fixed sparse random projection."
+)
+
 # Columns of attention and contribution, each with its interval to the right of it.
 SHARES = ("attention, %", "95 % interval", "contribution", "95 % interval")
 
@@ -291,7 +295,7 @@ def _metrics_table(results: dict) -> Table:
     columns += [f"features without top {k}", f"test accuracy without top {k}", f"test F1 without top {k}", "change"]
     rows = []
     for name in _best_first(results):
-        row, accuracies = [name], []
+        row, accuracies = [f"{name} (sketched)" if results["baseline_results"][name].get("sketched") else name], []
         for condition in ("baseline_results", "ablation_results"):
             entry = results[condition][name]
             row += [
@@ -301,7 +305,9 @@ def _metrics_table(results: dict) -> Table:
             ]
             accuracies.append(entry["test_accuracy"]["mean"])
         rows.append([*row, signed(accuracies[1] - accuracies[0])])
-    return Table("representations", f"Every representation with all layers and without {top_layers(k)}", columns, rows)
+    title = f"Every representation with all layers and without {top_layers(k)}"
+    note = SKETCH_NOTE if any("sketched" in entry for entry in results["baseline_results"].values()) else ""
+    return Table("representations", title, columns, rows, note=note)
 
 
 def _differences_table(results: dict) -> Table | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from report.cautions import NO_CONTROLS, checks, missing, warnings
 from report.modules import module_lines
 from report.sentences import VERDICTS, Answer, answers, over_splits
-from report.tables import SHARES, Table, tables
+from report.tables import SHARES, SKETCH_NOTE, Table, tables
 from report.wording import capital, counted, metric, signed, top_layers, wrapped
 
 # Validation rows below which the results say how little early stopping rests on. It stands here, not in analysis/, as
@@ -17,6 +17,7 @@ from report.wording import capital, counted, metric, signed, top_layers, wrapped
 SMALL_VALIDATION = 50
 LAYER_HEADER = f"{'rank':>4}  {'test accuracy':>13}  {'validation':>10}  {'role':4}  {'block':<12}  layer"
 RESULT_HEADER = f"{'representation':<15} {'features':>8} {'test accuracy':>13}  {'test F1':>13}"
+SKETCHED = "sketched"  # behind the row of a representation that reads sketches of the weights
 WIDTH = 118  # of a line of results.txt
 MODULES_HEADING = "Modules, and the collection in the plane"
 WORD_WIDTH = 40  # of a name in a column of results.txt that is not the last
@@ -100,7 +101,7 @@ def layer_row(rank: int, record: dict) -> str:
 def result_row(name: str, entry: dict) -> str:
     """Return one aligned row of a representation's metrics, in percent."""
     row = f"{name:<15} {entry['num_features']:>8} {metric(entry['test_accuracy'])}  {metric(entry['test_f1'])}"
-    return row.rstrip()
+    return row.rstrip() + (f"  {SKETCHED}" if entry.get("sketched") else "")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -258,7 +259,9 @@ def _representations(results: dict) -> list[str]:
         all_layers, left = baseline[name], ablation[name]
         change = signed(left["test_accuracy"]["mean"] - all_layers["test_accuracy"]["mean"])
         right = f"{left['num_features']:>9} {metric(left['test_accuracy'])}  {metric(left['test_f1'])}"
-        lines.append(f"{result_row(name, all_layers):<52} {right}  {change:>7}")
+        marked = f"  {SKETCHED}" if all_layers.get("sketched") else ""
+        row = result_row(name, all_layers | {"sketched": False})
+        lines.append(f"{row:<52} {right}  {change:>7}{marked}")
     return lines
 
 
@@ -349,6 +352,8 @@ def _notes(results: dict) -> list[str]:
         lines.append(
             "The top layers were chosen on the same test LoRAs that the tables report; --rank-by=val avoids that."
         )
+    if config.get("sketch_flat"):
+        lines += wrapped(SKETCH_NOTE, WIDTH)
     if split["validation"] < SMALL_VALIDATION:
         lines.append(
             f"Early stopping rests on only {split['validation']} validation LoRAs: do not rely on small differences."

@@ -87,6 +87,30 @@ def test_the_zoo_plants_the_class_in_scale_and_direction_of_four_modules_only():
         assert size == pytest.approx(1 / 16 + 15 / 16 / 12 if planted else 1 / 12, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("kind", "modules", "numbers", "example", "shape"),
+    [
+        (
+            "sdxl",
+            722,
+            2_659_840,
+            "lora_unet_input_blocks_7_1_proj_out.lora_up.weight",
+            (1280, 1),
+        ),
+        ("llama", 64, 425_984, "base_model.model.model.layers.31.self_attn.v_proj.lora_B.weight", (1024, 1)),
+    ],
+)
+def test_the_wide_zoo_has_the_modules_of_the_networks(tmp_path, kind, modules, numbers, example, shape):
+    wide = module_of("wide_zoo")
+    wide.write_zoo(kind, tmp_path / "zoo", 2, rank=1)
+    assert sorted(files_of(tmp_path / "zoo")) == ["concept-0/0000.safetensors", "concept-1/0001.safetensors"]
+    layers = load_file(tmp_path / "zoo" / "concept-1" / "0001.safetensors")
+    weights = {name: layer for name, layer in layers.items() if name.endswith(".weight")}
+    assert len(weights) == 2 * modules and sum(layer.size for layer in weights.values()) == numbers
+    assert weights[example].shape == shape and len({layer.dtype for layer in weights.values()}) == 1
+    assert len(layers) - len(weights) == (modules if kind == "sdxl" else 0)  # alphas
+
+
 def test_features_are_those_of_the_plain_way_and_the_last_line_is_the_ratio():
     command = [sys.executable, FOLDER / "features.py", "--samples=1", "--repeats=1", "--device=cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

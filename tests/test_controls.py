@@ -30,7 +30,7 @@ def experiment_on(root: Path, cache: Path, *flags: str) -> Experiment:
     settings, progress = resolve(args, NARROW), ablation_experiment.Progress(False)
     collection = index_as_asked(args, root, root.name, progress)
     engine = Engine(settings.devices)
-    plan = ablation_experiment.make_plan(settings, collection, engine)
+    plan = ablation_experiment.make_plan(settings, collection, engine, cache)
     extracted = extract(collection, plan.needed, cache, settings.device)
     experiment = Experiment(settings, collection, plan.selected, plan.rows, extracted, engine, progress)
     ablation_experiment.run_phases(experiment, plan.chosen, {}, ablation_experiment.Stopwatch())

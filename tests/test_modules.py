@@ -137,6 +137,6 @@ def test_a_representation_that_is_left_out_is_run_where_its_name_is_given(tmp_pa
     for flag, chosen in (("all", False), ("stats,update_learned", True)):
         args = ablation_experiment.parse_arguments(["--dataset", str(root), "--top-k=1", f"--representations={flag}"])
         settings = resolve(args, NARROW)
-        plan = ablation_experiment.make_plan(settings, index_collection(root), Engine(settings.devices))
+        plan = ablation_experiment.make_plan(settings, index_collection(root), Engine(settings.devices), tmp_path)
         assert ("update_learned" in plan.chosen) == chosen
         assert ("update_learned" in plan.header["config"]["left_out"]) != chosen and not plan.not_run

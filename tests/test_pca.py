@@ -37,15 +37,15 @@ def test_components_are_the_least_of_those_wanted_rows_less_one_and_columns(rows
     assert num_components(6, rows, columns) == k == len(PCA(6).fit(gaussian(rows, columns)).components_)
 
 
-class RowBlocks:
-    """What PCA takes in place of a tensor: a shape, and blocks of rows; counts how many rows it gave at once."""
+class Blocks:
+    """What PCA takes in place of a tensor: a shape, and blocks; counts how many numbers it gave at once."""
 
     def __init__(self, x):
         self.x, self.shape, self.largest = x, tuple(x.shape), 0
 
-    def split(self, length):
-        for block in self.x.split(length):
-            self.largest = max(self.largest, len(block))
+    def split(self, length, dim=0):
+        for block in self.x.split(length, dim):
+            self.largest = max(self.largest, block.numel())
             yield block
 
 
@@ -64,9 +64,9 @@ def spectrum(kind, n, columns):
 @pytest.mark.parametrize("shape", [(300, 420), (420, 300)])
 @pytest.mark.parametrize("kind", ["noise", "planted", "strong", "slow"])
 def test_of_many_rows_explains_what_an_exact_one_does(kind, shape):
-    sizes = {"gram_rows": 100, "numbers_at_once": 64 * shape[1]}
+    sizes = {"gram_side": 100, "numbers_at_once": 64 * shape[1]}
     x, k = spectrum(kind, *shape) + 2, 10
-    pca, rows = PCA(k, **sizes).fit(x), RowBlocks(x)
+    pca, rows = PCA(k, **sizes).fit(x), Blocks(x)
     centred = x.double() - x.double().mean(0)
     best = torch.linalg.eigvalsh(centred.mT @ centred)[-k:].sum()
     explained = (centred @ pca.components_.mT).square().sum()
@@ -77,18 +77,18 @@ def test_of_many_rows_explains_what_an_exact_one_does(kind, shape):
     # The same from rows that are only ever there in blocks, bit for bit, and again.
     again = PCA(k, **sizes).fit(rows)
     assert torch.equal(again.components_, pca.components_) and again.passes_ == pca.passes_
-    assert torch.equal(again.transform(rows), pca.transform(x)) and rows.largest == 64
+    assert torch.equal(again.transform(rows), pca.transform(x)) and rows.largest <= sizes["numbers_at_once"]
 
 
 @pytest.mark.parametrize("shape", [(30, 80), (80, 30)])
 def test_of_few_rows_or_columns_is_exact_for_row_blocks_too(shape):
     x = gaussian(*shape)
-    assert torch.equal(PCA(5).fit(RowBlocks(x)).components_, PCA(5).fit(x).components_)
+    assert torch.equal(PCA(5).fit(Blocks(x)).components_, PCA(5).fit(x).components_)
 
 
 def test_of_many_rows_keeps_the_conventions():
     def fit(rows):
-        return PCA(6, gram_rows=20).fit(rows)
+        return PCA(6, gram_side=20).fit(rows)
 
     two = fit(low_rank(90, 70, 2) + 3)
     assert (two.components_[2:] == 0).all() and (two.components_[:2].norm(dim=1) - 1).abs().max() < 1e-9
@@ -104,7 +104,7 @@ def test_of_many_rows_keeps_the_conventions():
 def test_of_many_rows_stops_when_little_is_left():
     # Variances that fall tenfold from one direction to the next: two products find all, of 17 that would have room.
     x = gaussian(700, 600) * torch.logspace(0, -60, 600, dtype=torch.float64)
-    assert PCA(6, gram_rows=20).fit(x).passes_ <= 6
+    assert PCA(6, gram_side=20).fit(x).passes_ <= 6
     # Gains of 100, 10, 1, 0.1 percent: the rest is about a ninth of the last gain, but never taken for less than it.
     assert not _converged([1.0])
     assert not _converged([1.0, 2.0, 2.1])
@@ -115,15 +115,15 @@ def test_of_many_rows_stops_when_little_is_left():
 
 def test_refuses_row_blocks_that_it_cannot_use():
     x = gaussian(90, 70)
-    pca = PCA(3, gram_rows=20).fit(x)
+    pca = PCA(3, gram_side=20).fit(x)
     x[40, 3] = math.nan
-    for refused in (PCA(3, gram_rows=20).fit, pca.transform):
+    for refused in (PCA(3, gram_side=20).fit, pca.transform):
         with pytest.raises(ValueError, match="1 of 6300 values are NaN"):
-            refused(RowBlocks(x))
+            refused(Blocks(x))
     with pytest.raises(ValueError, match="1 of 700 values are NaN"):  # the fifth of nine blocks of ten rows
-        PCA(3, numbers_at_once=700).fit(RowBlocks(x))
+        PCA(3, numbers_at_once=700).fit(Blocks(x))
     with pytest.raises(ValueError, match=r"must be float\[N, F\] and hold values, got shape \[5\]"):
-        PCA(3, gram_rows=20).fit(RowBlocks(torch.ones(5)))
+        PCA(3, gram_side=20).fit(Blocks(torch.ones(5)))
 
 
 def test_learns_from_train_rows_only_and_refuses_what_it_cannot_use():
@@ -172,3 +172,16 @@ def test_components_beyond_the_rank_are_zero(shape):
     pca = PCA().fit(x)
     assert (pca.components_[2:] == 0).all() and (pca.components_[:2].norm(dim=1) - 1).abs().max() < 1e-9
     close(pca.transform(x).double() @ pca.components_ + pca.mean_, x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gram_side", [100, 10])
+def test_blocks_of_columns_give_what_the_whole_does_and_hold_little_whatever_the_width(gram_side):
+    x, new = gaussian(30, 4000) + 1, gaussian(7, 4000, seed=4)
+    whole = PCA(5, gram_side=gram_side).fit(x)
+    for at_once in (30 * 150, 30 * 999):
+        rows, others = Blocks(x), Blocks(torch.cat([x[:9], new]))
+        pca = PCA(5, gram_side=gram_side, numbers_at_once=at_once).fit(rows)
+        close(pca.explained_variance_, whole.explained_variance_, rtol=1e-5)
+        close(pca.transform(others), whole.transform(others.x), rtol=1e-3, atol=1e-3)
+        assert max(rows.largest, others.largest) <= at_once
+        assert pca.passes_ == whole.passes_

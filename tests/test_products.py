@@ -199,7 +199,7 @@ def test_a_small_header_makes_no_large_matrices():
 
 
 def test_pairs_that_memory_cannot_hold_are_refused(monkeypatch):
-    monkeypatch.setattr(pairs, "memory_bytes", lambda: 2**20)
+    monkeypatch.setattr(pairs, "host_memory", lambda: 2**20)
     entry = {"dtype": "F32", "data_offsets": [0, 4 * 50_000], "shape": [10, 5000]}
     entries = {"a.lora_A.weight": entry, "a.lora_B.weight": entry | {"shape": [5000, 10]}}
     with pytest.raises(

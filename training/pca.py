@@ -1,6 +1,6 @@
-"""Principal components of rows that may be too many for memory, exact or iterative.
+"""Principal components of rows that may be too wide and too many for memory, exact or iterative.
 
-Shape letters: N rows, F columns, k components.
+Shape letters: N rows, F columns, k components, c columns of a block.
 """
 
 from __future__ import annotations
@@ -14,143 +14,175 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-NUMBERS_AT_ONCE = 2**24  # of x, worked on at a time
-GRAM_ROWS = 8_000  # up to this many rows or columns a Gram matrix is formed (512 MB); beyond, blocks are iterated
+NUMBERS_AT_ONCE = 2**24  # of x, worked on at a time, in float64 128 MiB; a handful of such blocks are held
+GRAM_SIDE = 3_000  # up to so many rows or columns a Gram matrix is formed (72 MB); beyond, blocks are iterated
 OVERSAMPLING = 28  # columns of the iterated block above k
 CONVERGED = 8e-4  # share of the variance that the iteration may leave
 SINGLE = 10 * torch.finfo(torch.float32).eps  # rounding, as a share, of sums of products in float32
 
 
-class Rows(Protocol):
-    """Rows too many for memory, as PCA takes them: a shape (N, F), and a split that yields blocks of rows in order."""
+class Matrix(Protocol):
+    """Rows too many for memory, as PCA takes them: a shape (N, F), and a split like a tensor's."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
 
-    def split(self, length: int) -> Iterable[Tensor]:
-        """Yield blocks of ``length`` rows, the last maybe shorter, float[rows, F], on the device to compute on."""
+    def split(self, length: int, dim: int = 0) -> Iterable[Tensor]:
+        """Yield blocks of at most ``length`` rows, or with ``dim`` 1 columns, in order, on the device to compute on.
+
+        The blocks are the same for the same length, also for other rows of the same columns.
+        """
 
 
 class PCA:
     """Principal components of centred, unscaled rows (Pearson, 1901).
 
-    Where x has at most ``gram_rows`` rows or columns: exact, by the smaller Gram matrix in float64, XᵀX [F, F] or, for
-    more columns than rows, XXᵀ [N, N] mapped back (Sirovich, 1987). Otherwise by block Lanczos from a random block
-    (see `_krylov`): x is read by row blocks only, once for the mean and once for each of about 4 (spectra that fall)
-    to 20 (pure noise of 70,000 rows) products with XᵀX in float32. It stops where the variance explained by the k
-    components falls short of the best by an estimated 8e-4 of it; on all spectra tried it was less than 1e-3.
+    Where x has at most ``gram_side`` rows or columns: exact, by the smaller Gram matrix in float64, XᵀX [F, F] or, for
+    more columns than rows, XXᵀ [N, N] (Sirovich, 1987). Otherwise by block Lanczos from a random block (see
+    `_krylov`): x is read once for its largest number, once for each of about 4 (spectra that fall) to 20 (pure noise
+    of 70,000 rows) products with XXᵀ in float32, and once more to make the components orthonormal in float64. It stops
+    where the variance explained by the k components falls short of the best by an estimated 8e-4 of it; on all spectra
+    tried it was less than 1e-3.
+
+    Where XXᵀ is used, x is read by blocks of columns, components are combinations of train rows, and only blocks of
+    them are ever formed: the memory does not depend on F. So x is read again when rows are transformed.
 
     Of each component the entry of largest magnitude is positive. A component whose variance is rounding is zero by
     convention: at most max(N, F)·eps(float64) of the largest, or ``SINGLE`` after products in float32.
 
     Args:
         n_components: Components wanted; see `num_components` for k.
-        gram_rows: Rows or columns up to which a Gram matrix is formed.
+        gram_side: Rows or columns up to which a Gram matrix is formed.
         numbers_at_once: Numbers of x to work on at a time.
 
     Attributes:
-        mean_: Column means, float64[F].
-        components_: Orthonormal (or zero) rows, of falling variance, float64[k, F].
-        explained_variance_: Variance along each, over N - 1, float64[k].
-        passes_: How many times x was read.
+        explained_variance_: Variance along each component, over N - 1, float64[k].
+        passes_: How many times x was read to fit.
     """
 
-    def __init__(self, n_components: int = 100, gram_rows: int = GRAM_ROWS, numbers_at_once: int = NUMBERS_AT_ONCE):
-        self.n_components, self.gram_rows, self.numbers_at_once = n_components, gram_rows, numbers_at_once
+    def __init__(self, n_components: int = 100, gram_side: int = GRAM_SIDE, numbers_at_once: int = NUMBERS_AT_ONCE):
+        self.n_components, self.gram_side, self.numbers_at_once = n_components, gram_side, numbers_at_once
 
-    def fit(self, x: Tensor | Rows) -> PCA:
-        """Learn mean and components of train rows x, float[N, F] with N at least 2, and return self.
+    @property
+    def mean_(self) -> Tensor:
+        """Column means, float64[F]."""
+        return torch.cat([mean for mean, _ in self._directions()])
 
-        `Rows` with at most ``gram_rows`` rows and more columns than rows are gathered into one tensor.
-        """
+    @property
+    def components_(self) -> Tensor:
+        """Orthonormal (or zero) rows, of falling variance, float64[k, F]: formed where asked for."""
+        components = torch.cat([directions for _, directions in self._directions()], dim=1)
+        return components * _peaks(components).sign()[:, None]
+
+    def fit(self, x: Tensor | Matrix) -> PCA:
+        """Learn components of train rows x, float[N, F] with N at least 2, and return self."""
         _check_shape(x)
         rows, columns = x.shape
         if rows < 2:
             raise ValueError("PCA needs at least 2 train rows to see any variance; use more train samples")
-        wide, small = columns > rows, min(rows, columns) <= self.gram_rows
-        if wide and small and not isinstance(x, Tensor):
-            x = torch.cat(list(self._row_blocks(x)))
-        total, largest = 0, 0.0
-        for block in self._row_blocks(x):
-            _check_values(block)
-            total = total + block.double().sum(0)
-            largest = max(largest, block.abs().max().item())
-        self.mean_ = total / rows
-        self.passes_ = 1
         k = num_components(self.n_components, rows, columns)
-        values, directions = self._gram(x, k, wide) if small else self._krylov(x, k, largest or 1.0)
-        peak = directions.gather(1, directions.abs().argmax(1, keepdim=True))  # (k, 1)
-        self.components_ = torch.where(values[:, None] > 0, directions * peak.sign(), 0)
+        self._train, self._length = x, self._block(rows)
+        if rows < columns and rows <= self.gram_side:
+            values = self._fit_rows(x, k)
+        elif columns <= self.gram_side:
+            values = self._fit_columns(x, k)
+        else:
+            values = self._krylov(x, k)
         self.explained_variance_ = values / (rows - 1)
         return self
 
-    def transform(self, x: Tensor | Rows) -> Tensor:
+    def transform(self, x: Tensor | Matrix) -> Tensor:
         """Compute scores ``(x - mean_) @ components_.T`` of rows x, float[N, F] with the fitted F: float32[N, k]."""
         _check_shape(x)
-        if x.shape[1] != len(self.mean_):
-            raise ValueError(f"PCA was fitted on {len(self.mean_)} columns, got {x.shape[1]}; pass the same ones")
-        scores = []
-        for block in self._row_blocks(x):
-            _check_values(block)
-            scores.append((block.double() - self.mean_) @ self.components_.mT)
-        largest = torch.finfo(torch.float32).max
-        return torch.cat(scores).clamp(-largest, largest).float()
+        if x.shape[1] != self._train.shape[1]:
+            raise ValueError(f"PCA was fitted on {self._train.shape[1]} columns, got {x.shape[1]}; pass the same ones")
+        scores = self._scores_by_rows(x) if self._left is None else self._scores_by_columns(x)
+        bound = torch.finfo(torch.float32).max
+        return scores.clamp(-bound, bound).float()
 
-    def _length(self, numbers: int) -> int:
-        """Return the number of rows (or columns) of so many numbers to work on at a time."""
+    def _scores_by_rows(self, x: Tensor | Matrix) -> Tensor:
+        """Compute scores by components that are there as a whole."""
+        scores = []
+        for block in x.split(self._block(x.shape[1])):
+            _check_values(block)
+            scores.append((block.double() - self._mean) @ self._right.mT)
+        return torch.cat(scores) * _peaks(self._right).sign()
+
+    def _scores_by_columns(self, x: Tensor | Matrix) -> Tensor:
+        """Compute scores by components that are formed in blocks beside x."""
+        scores, peaks = 0, 0
+        for block, (mean, directions) in zip(x.split(self._length, dim=1), self._directions(), strict=True):
+            _check_values(block)
+            scores = scores + (block.double() - mean) @ directions.mT
+            largest = _peaks(directions)
+            peaks = torch.where(largest.abs() > abs(peaks), largest, peaks)  # of equal ones the first
+        return scores * peaks.sign()
+
+    def _block(self, numbers: int) -> int:
+        """Return the number of columns (or rows) of so many numbers to work on at a time."""
         return max(1, self.numbers_at_once // numbers)
 
-    def _row_blocks(self, x: Tensor | Rows) -> Iterable[Tensor]:
-        return x.split(self._length(x.shape[1]))
+    def _directions(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield column means float64[c] and components float64[k, c] but for their signs, by blocks of columns."""
+        if self._left is None:
+            yield self._mean, self._right
+            return
+        for block, mean in _centred_columns(self._train, self._length):
+            yield mean, self._left @ block
 
-    def _centred_rows(self, x: Tensor | Rows) -> Iterator[Tensor]:
-        """Yield blocks of rows of x less the mean, in float64."""
-        for block in self._row_blocks(x):
-            yield block.double() - self.mean_
+    # -- exact --------------------------------------------------------------------------------------------------------
 
-    def _centred_columns(self, x: Tensor) -> Iterator[Tensor]:
-        """Yield blocks of whole columns of x less their mean, in float64."""
-        length = self._length(len(x))
-        for block, mean in zip(x.split(length, dim=1), self.mean_.split(length), strict=True):
-            yield block.double() - mean
+    def _fit_rows(self, x: Tensor | Matrix, k: int) -> Tensor:
+        """Compute leading eigenpairs of XXᵀ, exactly; return the values [k], falling, 0 where they are rounding."""
+        gram = sum(block @ block.mT for block, _ in _centred_columns(x, self._length))
+        self.passes_ = 1
+        values, vectors = _leading(gram, k, _exact_rounding(x))
+        self._set_left(values, vectors)
+        return values
 
-    def _gram(self, x: Tensor | Rows, k: int, wide: bool) -> tuple[Tensor, Tensor]:
-        """Compute the leading k eigenpairs of XᵀX, exactly.
+    def _fit_columns(self, x: Tensor | Matrix, k: int) -> Tensor:
+        """Compute leading eigenpairs of XᵀX, exactly; return the values as `_fit_rows` does."""
+        length, total, gram = self._block(x.shape[1]), 0, 0
+        for block in x.split(length):
+            _check_values(block)
+            total = total + block.double().sum(0)
+        self._mean = total / x.shape[0]
+        for block in x.split(length):
+            centred = block.double() - self._mean
+            gram = gram + centred.mT @ centred
+        self.passes_ = 2
+        values, vectors = _leading(gram, k, _exact_rounding(x))
+        self._left, self._right = None, torch.where(values[:, None] > 0, vectors.mT, 0)  # (k, F)
+        return values
 
-        Returns:
-            Values, falling, 0 where they are rounding, float64[k], and vectors, of any length where the value is 0,
-            float64[k, F].
-        """
-        side = min(x.shape)
-        gram = torch.zeros(side, side, dtype=torch.float64, device=self.mean_.device)
-        for block in self._centred_columns(x) if wide else self._centred_rows(x):
-            gram += block @ block.mT if wide else block.mT @ block
-        self.passes_ += 1
-        values, vectors = torch.linalg.eigh(gram)  # ascending
-        values, directions = values.flip(0)[:k], vectors.flip(1)[:, :k].mT
-        values = _without_rounding(values, max(x.shape) * torch.finfo(torch.float64).eps)
-        if wide:  # from (k, N) to (k, F)
-            directions = torch.cat([directions @ block for block in self._centred_columns(x)], dim=1)
-            directions = directions / torch.where(values > 0, values.sqrt(), 1)[:, None]
-            self.passes_ += 1
-        return values, directions
+    def _set_left(self, values: Tensor, vectors: Tensor) -> None:
+        """Keep what takes centred train rows to components: eigenvectors [N, k] over singular values, [k, N]."""
+        scale = torch.where(values > 0, 1 / torch.where(values > 0, values, 1).sqrt(), 0)
+        self._left = vectors.mT * scale[:, None]
 
-    def _krylov(self, x: Tensor | Rows, k: int, scale: float) -> tuple[Tensor, Tensor]:
-        """Compute the leading k eigenpairs of XᵀX, as `_gram` does, by block Lanczos (Golub & Underwood, 1977).
+    # -- iterative ----------------------------------------------------------------------------------------------------
 
-        Rayleigh-Ritz on the Krylov space span(Q, AQ, A²Q, ...), A = XᵀX, of a random block Q of k + 28 columns, which
+    def _krylov(self, x: Tensor | Matrix, k: int) -> Tensor:
+        """Compute leading eigenpairs of XXᵀ by block Lanczos (Golub & Underwood, 1977); return as `_fit_rows` does.
+
+        Rayleigh-Ritz on the Krylov space span(Q, AQ, A²Q, ...), A = XXᵀ, of a random block Q of k + 28 columns, which
         needs no gaps in the spectrum (Musco & Musco, 2015). Each block is made orthogonal to all before it, so the
-        basis, float32[F, k + 28] a pass, is what takes memory. See `_converged` for when it stops. Works on x / scale,
+        basis, float32[N, k + 28] a pass, is what takes memory. See `_converged` for when it stops. Works on x / scale,
         the largest magnitude, so that squares neither overflow float32 nor vanish in it.
         """
-        columns = x.shape[1]
-        width = min(k + OVERSAMPLING, columns)
+        rows, scale, device = x.shape[0], 0.0, torch.device("cpu")
+        for block in x.split(self._length, dim=1):
+            _check_values(block)
+            scale, device = max(scale, block.abs().max().item()), block.device
+        self.passes_ = 1
+        scale = scale or 1.0
+        width = min(k + OVERSAMPLING, rows)
         generator = torch.Generator().manual_seed(0)
-        q = torch.randn(columns, width, generator=generator).to(self.mean_.device)
-        q = torch.linalg.qr(q).Q  # (F, k + 28)
+        q = torch.randn(rows, width, generator=generator).to(device)
+        q = torch.linalg.qr(q).Q  # (N, k + 28)
         basis: list[Tensor] = []
-        core = torch.zeros(0, 0, dtype=torch.float64, device=q.device)  # basisᵀ·A·basis
+        core = torch.zeros(0, 0, dtype=torch.float64, device=device)  # basisᵀ·A·basis
         explained: list[float] = []
         while True:
             basis.append(q)
@@ -159,21 +191,31 @@ class PCA:
             core = pad(core, (0, width, 0, width))
             core[:, -width:], core[-width:] = column, column.mT
             explained.append(torch.linalg.eigvalsh(core)[-k:].sum().item())
-            if _converged(explained) or (len(basis) + 1) * width > columns:
+            if _converged(explained) or (len(basis) + 1) * width > rows:
                 break
             q = _orthogonal_to(basis, product)
-        values, vectors = torch.linalg.eigh(core)
-        leading = vectors.flip(1)[:, :k].split(width)
-        directions = sum(block.double() @ part for block, part in zip(basis, leading, strict=True))  # (F, k)
-        # Orthonormal up to float32 by now; the factorisation makes it up to float64.
-        return scale**2 * _without_rounding(values.flip(0)[:k], SINGLE), torch.linalg.qr(directions).Q.mT
+        leading = torch.linalg.eigh(core).eigenvectors.flip(1)[:, :k].split(width)
+        vectors = sum(block.double() @ part for block, part in zip(basis, leading, strict=True))  # (N, k)
+        basis.clear()
+        return self._refined(x, torch.linalg.qr(vectors).Q)
 
-    def _gram_times(self, x: Tensor | Rows, q: Tensor, scale: float) -> Tensor:
-        """Compute XᵀX·q / scale² of the centred rows X, in float32 [F, b], in one pass over x."""
+    def _refined(self, x: Tensor | Matrix, vectors: Tensor) -> Tensor:
+        """Solve the problem within the span of orthonormal vectors [N, k] in float64, in one pass over x."""
+        core = 0
+        for block, _ in _centred_columns(x, self._length):
+            projected = vectors.mT @ block  # (k, c)
+            core = core + projected @ projected.mT
+        self.passes_ += 1
+        values, turn = _leading(core, len(core), SINGLE)
+        self._set_left(values, vectors @ turn)
+        return values
+
+    def _gram_times(self, x: Tensor | Matrix, q: Tensor, scale: float) -> Tensor:
+        """Compute XXᵀ·q / scale² of the centred rows X, in float32 [N, b], in one pass over x."""
         product = torch.zeros_like(q)
-        for block in self._centred_rows(x):
+        for block, _ in _centred_columns(x, self._length):
             centred = block.float()  # centred before: a mean far above the deviation would drown it in float32
-            product.addmm_(centred.mT, centred @ q / scale / scale)
+            product.addmm_(centred, centred.mT @ q / scale / scale)
         self.passes_ += 1
         return product
 
@@ -183,8 +225,33 @@ def num_components(n_components: int, rows: int, columns: int) -> int:
     return min(n_components, rows - 1, columns)
 
 
+def _centred_columns(x: Tensor | Matrix, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield blocks of whole columns of x less their mean, float64[N, c], and the mean, float64[c]."""
+    for block in x.split(length, dim=1):
+        _check_values(block)
+        wide = block.to(torch.float64, copy=True)
+        mean = wide.mean(0)
+        yield wide.sub_(mean), mean
+
+
+def _peaks(directions: Tensor) -> Tensor:
+    """Return the entry of largest magnitude of each row, the first of equal ones: [k, c] -> [k]."""
+    return directions.gather(1, directions.abs().argmax(1, keepdim=True))[:, 0]
+
+
+def _exact_rounding(x: Tensor | Matrix) -> float:
+    """Return the share of the largest eigenvalue that is rounding in a Gram matrix of float64."""
+    return max(x.shape) * torch.finfo(torch.float64).eps
+
+
+def _leading(gram: Tensor, k: int, rounding: float) -> tuple[Tensor, Tensor]:
+    """Return the k largest eigenvalues of a Gram matrix, 0 up to this share of the first, and vectors [., k]."""
+    values, vectors = torch.linalg.eigh(gram)  # ascending
+    return _without_rounding(values.flip(0)[:k], rounding), vectors.flip(1)[:, :k]
+
+
 def _orthogonal_to(basis: list[Tensor], product: Tensor) -> Tensor:
-    """Orthonormalise a block [F, b] against all blocks of the basis; the block is overwritten."""
+    """Orthonormalise a block [N, b] against all blocks of the basis; the block is overwritten."""
     q = product
     for _ in range(2):  # a second time, for what rounding has left of the first
         for block in basis:
@@ -213,7 +280,7 @@ def _without_rounding(falling: Tensor, share: float) -> Tensor:
     return torch.where(falling > share * falling[:1], falling, 0)  # not >=, or values that are all 0 fail
 
 
-def _check_shape(x: Tensor | Rows) -> None:
+def _check_shape(x: Tensor | Matrix) -> None:
     """Refuse rows that are no matrix, or an empty one."""
     if len(x.shape) != 2 or 0 in x.shape:
         raise ValueError(f"x must be float[N, F] and hold values, got shape {list(x.shape)}; reshape it")

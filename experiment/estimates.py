@@ -1,0 +1,358 @@
+"""Estimates, before anything is trained: parameters, memory and time of each representation, and what cannot fit.
+
+Memory and parameters follow from shapes alone. Time is operations over the speed of one core or GPU, which a product
+and a copy of a moment show; how many epochs a network takes is a guess, so times are about right and decide nothing.
+
+Shape letters: N LoRAs, F inputs of a classifier, W weights of a LoRA.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import autoencoders
+from data import Collection
+from experiment.extraction import FLAT, PASS_BYTES, bytes_to_pack, widths_of
+from experiment.inputs import PCA_COMPONENTS
+from experiment.modules import module_shapes, whole_pairs
+from experiment.networks import NETWORKS
+from experiment.settings import RUNS_IN_STACK, STACK_PARAMETERS, Settings, memory_of
+from representations import RANKING, REPRESENTATIONS
+from training.kernels import KERNELS, Limits
+from training.pca import GRAM_SIDE, NUMBERS_AT_ONCE, num_components
+from training.stacks import Schedule
+
+PASS_SHARE = 0.5  # of memory, that the pass over the weights may take
+SHARE = 0.8  # of memory, and of free space on disk, that may be taken
+# Parameters of one representation's autoencoders that a CPU trains unless told to: above, hours.
+AUTOENCODER_LIMIT = 2**31
+COPIES = 5  # in which a parameter is held: itself, its gradient, two moments, the best so far
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The speed of one worker: operations of products with 32 rows, and bytes copied, each in a second."""
+
+    operations: float
+    copied: float
+
+    @classmethod
+    def measure(cls, device: torch.device) -> Speed:
+        """Time a product and a copy, in some hundredths of a second."""
+        x, w = torch.ones(4, 32, 512, device=device), torch.ones(4, 512, 512, device=device)
+        numbers = torch.ones(2**24, device=device)
+        into = torch.empty_like(numbers)
+        product = _seconds(lambda: torch.bmm(x, w), device)
+        copy = _seconds(lambda: into.copy_(numbers), device)
+        return cls(2 * x.numel() * 512 / product, 2 * 4 * numbers.numel() / copy)
+
+
+def _seconds(function, device: torch.device, times: int = 5) -> float:
+    """Return the seconds of one call, the shortest of several."""
+    shortest = math.inf
+    for _ in range(times):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        shortest = min(shortest, time.perf_counter() - start)
+    return shortest
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cost of a representation, or of another step.
+
+    Attributes:
+        parameters: Of a classifier and, where there are any, of all autoencoders; 0 where nothing is trained by steps.
+        memory: Bytes that a worker takes at most.
+        operations: Operations of products.
+        copied: Bytes read or written.
+        units: Units of work, which workers share.
+    """
+
+    parameters: int
+    memory: int
+    operations: float
+    copied: float
+    units: int
+
+    def seconds(self, speed: Speed, workers: int) -> float:
+        """Return how long so many workers take."""
+        return (self.operations / speed.operations + self.copied / speed.copied) / min(workers, max(1, self.units))
+
+    def then(self, other: Estimate) -> Estimate:
+        """Return the cost of both, one after the other."""
+        return Estimate(
+            self.parameters + other.parameters,
+            max(self.memory, other.memory),
+            self.operations + other.operations,
+            self.copied + other.copied,
+            max(self.units, other.units),
+        )
+
+
+class Estimates:
+    """Estimates of an experiment on a collection.
+
+    Args:
+        settings: What is asked for.
+        collection: The LoRAs.
+        selected: The layers that the experiment is about, bool[L of the files].
+        rows: Row indices of ``train``, ``validation`` and ``test``.
+    """
+
+    def __init__(self, settings: Settings, collection: Collection, selected: np.ndarray, rows: dict[str, np.ndarray]):
+        self.settings, self.device = settings, settings.device
+        self.count, self.train = len(collection.files), len(rows["train"])
+        self.held_out = len(rows["validation"])
+        self.num_classes = len(collection.classes)
+        layout = collection.packed_layout
+        self.all_weights = layout.width
+        self.widths = np.array(widths_of(layout, settings.sketch_flat))[selected].tolist()
+        self.modules = module_shapes(collection, whole_pairs(collection.pair_of_layer[selected]).tolist())
+
+    def of(self, name: str) -> Estimate:
+        """Return the cost of a representation with and without the top layers, but for the pass over the weights."""
+        row = REPRESENTATIONS[name]
+        if row.made == "kernel":
+            return self._kernels(KERNELS[name].views)
+        if row.made == "trained":
+            return self._network(name)
+        if row.made == "computed":
+            return self._classifier(len(row.feature_names) * (len(self.widths) if row.unit == "layer" else self.pairs))
+        if row.made == "pca":
+            return self._pca().then(self._classifier(num_components(PCA_COMPONENTS, self.train, sum(self.widths))))
+        if row.made == "autoencoder":
+            latent = sum(autoencoders.latent_width(name, width) for width in self.widths)
+            return self.autoencoders(name).then(self._classifier(latent))
+        return self._classifier(sum(self.widths), held=False)
+
+    @property
+    def pairs(self) -> int:
+        """Number of whole pairs."""
+        return len(self.modules)
+
+    def ranking(self) -> Estimate:
+        """Return the cost of the ranking."""
+        columns = len(REPRESENTATIONS[RANKING].feature_names)
+        return self._classifier(columns, models=self.settings.num_runs * len(self.widths))
+
+    def reading(self) -> Estimate:
+        """Return the cost of the pass over the weights: of all features about a thousand bytes copied a number."""
+        numbers = self.count * self.all_weights
+        return Estimate(0, PASS_BYTES * self.all_weights, 0, 1000 * numbers, self.count)
+
+    # -- by kind ------------------------------------------------------------------------------------------------------
+
+    def _classifier(self, columns: int, models: int | None = None, held: bool = True) -> Estimate:
+        """Return the cost of multilayer perceptrons on so many columns, held in memory or read by minibatches."""
+        schedule = self.settings.classifier
+        parameters = sum((a + 1) * b for a, b in pairwise((columns, *schedule.hidden, self.num_classes)))
+        models = models or 2 * self.settings.num_runs  # with and without the top layers
+        at_once = max(1, min(STACK_PARAMETERS[self.device.type] // parameters, RUNS_IN_STACK[self.device.type]))
+        inputs = 2 * 4 * columns * (self.count if held else 3 * schedule.batch_size)
+        trained = self._trained(parameters, models, schedule, schedule.patience + 5)
+        return Estimate(parameters, inputs + 4 * COPIES * parameters * at_once, *trained, models)
+
+    def _trained(self, parameters: int, models: int, schedule: Schedule, epochs: int) -> tuple[float, float]:
+        """Return operations and bytes of training models for so many epochs, at most those of the schedule.
+
+        Forward and backward take six operations a row, Adam moves 28 bytes a step; the best state is copied, and all
+        is drawn and laid out once.
+        """
+        epochs = min(schedule.max_epochs, epochs)
+        steps = math.ceil(self.train / schedule.batch_size)
+        operations = 2 * epochs * (3 * self.train + self.held_out) * parameters
+        copied = (epochs * (28 * steps + 8) + 64) * parameters
+        return models * operations, models * copied
+
+    def autoencoders(self, name: str) -> Estimate:
+        """Return the cost of the autoencoders of a representation, one for each layer."""
+        schedule = self.settings.autoencoder
+        each = [autoencoders.num_parameters(name, width, schedule.hidden) for width in self.widths]
+        widest = 4 * (COPIES * max(each) + 3 * self.count * max(self.widths))
+        trained = self._trained(sum(each), 1, schedule, 2 * schedule.patience)
+        return Estimate(sum(each), widest, *trained, len(each))
+
+    def _pca(self) -> Estimate:
+        """Return the cost of components, fitted twice: a Gram matrix, or a dozen products; float64 counts twice."""
+        width, k = sum(self.widths), PCA_COMPONENTS
+        columns = 2 * self.train if self.train > GRAM_SIDE else min(self.train, width)
+        products = 2 * self.train * columns if self.train <= GRAM_SIDE else 12 * 4 * self.train * k
+        operations = 2 * 2 * width * (products + 4 * k * self.count)
+        passes = 2 if self.train <= GRAM_SIDE else 14
+        blocks = 5 * 8 * min(NUMBERS_AT_ONCE, self.count * width)
+        memory = blocks + 4 * 8 * min(self.train, GRAM_SIDE) ** 2
+        return Estimate(0, memory, operations, 2 * passes * 12 * 4 * self.count * width, 2)
+
+    def _kernels(self, views: int) -> Estimate:
+        """Return the cost of inner products of updates, by pairs of columns, a quarter as fast as large products."""
+        limits = Limits()
+        columns = self.train if self.count <= limits.exact else limits.landmarks
+        operations = sum(8 * m.rank**2 * self.count * columns * (m.inputs + m.outputs) for m in self.modules)
+        copied = 200 * self.count * sum(m.numbers for m in self.modules)
+        kernel = self.count * columns
+        kept = self.pairs * kernel
+        memory = 4 * kept if self.count <= limits.kept and kept <= limits.kept_numbers else 8 * limits.summed
+        memory += 3 * 8 * kernel + 12 * self.count * self._largest_module
+        return Estimate(0, memory, operations * (1 + views) / 2, copied, 1)
+
+    def _network(self, name: str) -> Estimate:
+        """Return the cost of networks that read modules: tokens, which kernels give, or all factors."""
+        network, runs = NETWORKS[name], 2 * self.settings.num_runs
+        schedule, of_tokens = network.schedule(self.settings), network.reads == "tokens"
+        parameters = network.parameters(self.modules, self.num_classes, schedule)
+        numbers = sum(m.numbers for m in self.modules)
+        columns = len(REPRESENTATIONS[name].feature_names) * self.pairs if of_tokens else numbers
+        made = self._kernels(views=3) if of_tokens else Estimate(0, 0, 0, 100 * self.count * numbers, 1)
+        made = replace(made, memory=12 * self.count * self._largest_module, units=self.pairs)
+        epochs = min(schedule.max_epochs, schedule.patience + 5)
+        operations, copied = self._trained(parameters, runs, schedule, epochs)
+        copied += runs * epochs * 3 * 4 * self.count * columns
+        memory = 4 * self.count * columns + 4 * COPIES * parameters
+        return made.then(Estimate(parameters, memory, operations, copied, runs))
+
+    @property
+    def _largest_module(self) -> int:
+        return max((m.numbers for m in self.modules), default=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What cannot fit
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def unfit(
+    estimates: Estimates,
+    names: list[str],
+    memory: int | None = None,
+    parameters: int = AUTOENCODER_LIMIT,
+) -> dict[str, str]:
+    """Return the representations that do not fit the memory, or would be trained for hours unasked, and why.
+
+    A single worker counts: it does not depend on who works. Where several do not fit, fewer are tried by themselves.
+
+    Args:
+        estimates: Of the experiment.
+        names: The representations.
+        memory: Bytes of the device; None: those that it has.
+        parameters: Of autoencoders of a representation that was not asked for by name, at most, on a CPU.
+    """
+    settings = estimates.settings
+    memory = memory_of(settings.device) if memory is None else memory
+    of_what = "GPU" if settings.device.type == "cuda" else "machine"
+    reasons = {}
+    for name in names:
+        estimate = estimates.of(name)
+        mend = "" if REPRESENTATIONS[name].made not in FLAT or settings.sketch_flat else _MEND
+        if estimate.memory > SHARE * memory:
+            trained = f"to train {in_words(estimate.parameters)} parameters " if estimate.parameters else "it "
+            reasons[name] = f"{trained}takes {sized(estimate.memory)}, and this {of_what} has {sized(memory)}{mend}"
+        elif (
+            REPRESENTATIONS[name].made == "autoencoder"
+            and settings.all_representations
+            and settings.device.type == "cpu"
+            and (count := estimates.autoencoders(name).parameters) > parameters
+        ):
+            size = f"its autoencoders have {in_words(count)} parameters"
+            reasons[name] = f"{size}; a CPU trains at most {in_words(parameters)} unless asked for them by name{mend}"
+    return reasons
+
+
+_MEND = "; --sketch-flat reads at most 256 numbers of each layer instead"
+
+
+def without_room(
+    settings: Settings, collection: Collection, names: list[str], cache: Path, free: int | None = None
+) -> dict[str, str]:
+    """Return the representations whose packed weights would leave too little room in the cache folder, and why.
+
+    What is packed already takes no more.
+
+    Args:
+        settings: What is asked for.
+        collection: The LoRAs.
+        names: The representations.
+        cache: The folder.
+        free: Bytes that are free there; None: as the system says.
+    """
+    of_weights = [name for name in names if reads_packed(name, settings.sketch_flat)]
+    needed = bytes_to_pack(collection, cache, settings.device) if of_weights else 0
+    if free is None:
+        nearest = next(path for path in (cache, *cache.absolute().parents) if path.exists())
+        free = shutil.disk_usage(nearest).free
+    if needed <= SHARE * free:
+        return {}
+    reason = f"the weights of all LoRAs, packed, take {sized(needed)}, more than {cache} has to spare"
+    return dict.fromkeys(of_weights, f"{reason}. Give a --cache-dir with more room")
+
+
+def reads_packed(name: str, sketch_flat: bool) -> bool:
+    """Return whether a representation reads the packed weights of all layers, as those that are not computed do."""
+    made = REPRESENTATIONS[name].made
+    return made != "computed" and not (made in FLAT and sketch_flat)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Words
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def sized(size: float) -> str:
+    """Return bytes in GiB, or MiB where they are fewer than that."""
+    return f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
+
+
+def in_words(count: int) -> str:
+    """Return a count in thousands, millions or billions."""
+    for size, word in ((10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
+        if count >= size:
+            return f"{count / size:,.1f} {word}"
+    return str(count)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people say them, to about one digit."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 90 * 60:
+        return f"{round(seconds / 60)} minutes"
+    hours = seconds / 3600
+    return f"{hours:.1f} hours" if hours < 48 else f"{round(hours / 24)} days"
+
+
+def lines(estimates: Estimates, names: list[str], speed: Speed, workers: int, memory: int | None = None) -> list[str]:
+    """Return the plan in lines: by step and representation its parameters, memory in a worker, and time.
+
+    Args:
+        estimates: Of the experiment.
+        names: The representations.
+        speed: Of a worker.
+        workers: Workers at once.
+        memory: Bytes of the device; None: those that it has.
+    """
+    memory = memory_of(estimates.device) if memory is None else memory
+    steps = {"reading weights": estimates.reading(), "ranking": estimates.ranking()}
+    steps |= {name: estimates.of(name) for name in names}
+    seconds = {name: estimate.seconds(speed, workers) for name, estimate in steps.items()}
+    total = f"about {duration(sum(seconds.values()))} on this machine, but for controls and further splits"
+    shown = [f"{'estimate':<10}{total}", f"{'':<10}{'step':<16} {'parameters':>14} {'memory':>10}  time"]
+    for name, estimate in steps.items():
+        parameters = in_words(estimate.parameters) if estimate.parameters else "-"
+        row = f"{name:<16} {parameters:>14} {sized(estimate.memory):>10}  about {duration(seconds[name])}"
+        shown.append(f"{'':<10}{row}")
+    together = max(min(workers, estimate.units) * estimate.memory for estimate in steps.values())
+    if estimates.device.type == "cpu" and together > SHARE * memory:
+        said = f"{workers} workers at once may take {sized(together)}, more than there is"
+        shown.append(f"{'memory':<10}{said}; fewer (OMP_NUM_THREADS) take less")
+    return shown
