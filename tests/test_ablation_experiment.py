@@ -21,7 +21,7 @@ from ablation_experiment import files_of, main
 from experiment import extraction, inputs, plans, settings
 from experiment.engine import Engine
 from experiment.settings import Networks
-from loras import digits_zoo
+from loras import digits_zoo, memory
 from report import text
 from representations import REPRESENTATIONS
 from training.stacks import Stored
@@ -762,7 +762,7 @@ def test_memory_is_what_the_groups_of_the_process_and_its_slurm_job_allow(tmp_pa
 
     root, table, group = tmp_path / "sys/fs/cgroup", tmp_path / "proc/self/cgroup", "slurm/job_1/step_0"
     table.parent.mkdir(parents=True)
-    monkeypatch.setattr(settings, "Path", lambda path: tmp_path / path.lstrip("/"))
+    monkeypatch.setattr(memory, "Path", lambda path: tmp_path / path.lstrip("/"))
     for line, folder, name in (
         (f"0::/{group}", root, "memory.max"),
         (f"4:memory:/{group}", root / "memory", "memory.limit_in_bytes"),
