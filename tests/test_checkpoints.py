@@ -376,3 +376,5 @@ def test_inspect_says_what_is_left_out(tmp_path, capsys):
     assert data.main(["inspect", str(root), "--headers-only", "--json", "--step=all"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["step"], found["num_samples"], found["num_groups"], found["notices"]) == ("all", 12, 6, [])
+    assert data.main(["inspect", str(root), "--headers-only", "--step=all"]) == 0
+    assert "\ngroups:  6 by LoRA, with its checkpoints\n" in capsys.readouterr().out
