@@ -105,7 +105,7 @@ def content_lines(path: Path, contents: dict) -> list[str]:
         lines.append("ranks differ between LoRAs: the shapes are those of the first file")
     lines += ["dtypes:  " + _listed(contents["dtypes"]), "classes: " + _listed(contents["classes"])]
     if contents["num_groups"] is not None:
-        lines.append(f"groups:  {contents['num_groups']} by {contents['group_column']}")
+        lines.append(f"groups:  {contents['num_groups']} by {contents['group_column'] or 'LoRA, with its checkpoints'}")
     chooses = " (number of values; --label-column chooses)" if contents["columns"] else ""
     lines += [
         "scales:  " + _scales(contents["scales"]),

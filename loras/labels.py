@@ -188,8 +188,9 @@ class _Known:
             for folder in _above(path):
                 folders[folder].append(path)
         self.by_name = {folder: tuple(paths) for folder, paths in folders.items() if len(paths) == 1}
-        left_out = {folder for path in choice.left_out for folder in _above(path)} - folders.keys()
-        self.by_name |= dict.fromkeys((*choice.left_out, *left_out), ())
+        others = [*choice.left_out, *(path for finding in choice.findings for path in finding.files)]
+        left_out = {folder for path in others for folder in _above(path)} - folders.keys()
+        self.by_name |= dict.fromkeys((*others, *left_out), ())
         self.by_name |= {lora: paths for lora, paths in choice.groups.items() if lora not in choice.paths}
         self.by_name |= {path: (path,) for path in choice.paths}
 

@@ -873,12 +873,14 @@ def test_the_built_in_collection_is_announced_trained_once_and_named_everywhere(
     assert main(flags, NETWORKS) == 0 and len(quick_zoo) == 1
 
 
-def test_the_built_in_collection_is_known_by_its_path_too(quick_zoo, capsys):
-    root = write_collection(Path("elsewhere/small"), classes=2, per_class=5)
-    (root / "recipe.json").write_text(json.dumps({"built_by": "digits_zoo"}))
-    assert main(["--dataset=elsewhere/small", "--top-k=1", "--quick", "--representations=stats"], NETWORKS) == 0
-    results = json.loads(Path("ablation-results/ablation_small/results.json").read_text())
-    assert results["dataset"]["source"] == "built-in digits" and "BUILT-IN" in capsys.readouterr().out
+def test_the_built_in_collection_is_known_by_its_path_too_and_no_other_by_its_claim(quick_zoo, capsys):
+    for place, source in (("data/built-in-digits/small", "built-in digits"), ("elsewhere/small", "files")):
+        root = write_collection(Path(place), classes=2, per_class=5)
+        (root / "recipe.json").write_text(json.dumps({"built_by": "digits_zoo"}))
+        assert main(["--dataset", place, "--top-k=1", "--quick", "--representations=stats"], NETWORKS) == 0
+        results = json.loads(Path("ablation-results/ablation_small/results.json").read_text())
+        assert results["dataset"]["source"] == source
+        assert ("BUILT-IN" in capsys.readouterr().out) == (source != "files")
     root.rename("elsewhere/small.partial")
     assert main(["--dataset=elsewhere/small.partial", "--top-k=1"], NETWORKS) == 2
     assert "half-built" in capsys.readouterr().err

@@ -281,6 +281,19 @@ def test_a_table_may_name_a_checkpoint(tmp_path, named):
     assert finding.endswith("Label it, or its folder cat/00, or choose another --step.")
 
 
+def test_a_lora_without_the_step_is_one_finding_whatever_its_row_names(tmp_path):
+    root = trainers_folders(tmp_path, "checkpoint-100", each=4)
+    shutil.rmtree(root / "cat" / "00" / "checkpoint-100")
+    (root / "dog" / "00" / "checkpoint-100").rename(root / "dog" / "00" / "checkpoint-200")
+    table(root, [f"{label}/{i:02}{f'/{PEFT}' if i == 0 else ''},{label}" for label in CLASSES for i in range(4)])
+    told = refused(root, step="100")
+    assert [finding.split(": no checkpoint 100: ")[0] for finding in told] == [
+        f"{root}/dog/00",
+        f"{root}/cat/00/{PEFT}",
+    ]
+    assert index_collection(root, step="100", skip_bad=True).class_counts == {"cat": 3, "dog": 3}
+
+
 def test_rows_of_what_is_left_out_are_passed_over(tmp_path):
     root = trainers_folders(tmp_path, "checkpoint-100", "checkpoint-200")
     files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.safetensors"))
@@ -363,3 +376,5 @@ def test_inspect_says_what_is_left_out(tmp_path, capsys):
     assert data.main(["inspect", str(root), "--headers-only", "--json", "--step=all"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["step"], found["num_samples"], found["num_groups"], found["notices"]) == ("all", 12, 6, [])
+    assert data.main(["inspect", str(root), "--headers-only", "--step=all"]) == 0
+    assert "\ngroups:  6 by LoRA, with its checkpoints\n" in capsys.readouterr().out

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -417,3 +419,20 @@ def test_estimate_counts_whole_stacks_but_written_files():
     one, hundred, more = zoo.estimate(1), zoo.estimate(100), zoo.estimate(101)
     assert one[0] == hundred[0] < more[0]
     assert hundred[1] == 100 * one[1] and more[1] == 101 * one[1]
+
+
+def test_one_process_trains_the_base_model_and_the_others_wait(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def train(*_):
+        trained.append(1)
+        time.sleep(0.3)
+        return {"weight": torch.ones(1)}
+
+    monkeypatch.setattr(zoo, "train_base", train)
+    path = tmp_path / "base-model-seed0.safetensors"
+    with ThreadPoolExecutor(2) as threads:
+        loaded = list(threads.map(lambda _: zoo._load_or_train_base(path, None, None, 0, None), range(2)))
+    assert len(trained) == 1 and all(weights["weight"] == 1 for weights in loaded)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert "which trains the same collection" in capsys.readouterr().out

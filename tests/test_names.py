@@ -7,7 +7,9 @@ import os
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from making import FILE_NAME, NARROW, lora, write_collection, write_lora
 
@@ -57,15 +59,16 @@ def test_other_cells_stay_as_they_are(text):
     assert names.spreadsheet_cell(text) == text
 
 
-def test_samples_csv_holds_no_formula(tmp_path):
-    root = write_collection(tmp_path / "zoo", per_class=5)
-    (root / "class_0").rename(root / "=cmd|' calc'!A0")
-    flags = ["--dataset", str(root), "--output-dir", str(tmp_path / "out"), "--top-k=1", "--quick", "--device=cpu"]
-    assert ablation_experiment.main([*flags, "--representations=stats", "--num-runs=1"], NARROW) == 0
-    table = (tmp_path / "out" / "ablation_zoo" / "samples.csv").read_text(encoding="utf-8")
-    rows = list(csv.DictReader(io.StringIO(table)))
-    assert {row["label"] for row in rows} == {"'=cmd|' calc'!A0", "class_1"}
-    assert not [cell for row in rows for cell in row.values() if cell.startswith(names.FORMULA)]
+def test_samples_csv_holds_no_formula():
+    files = [SimpleNamespace(path=f"{label}/0.safetensors", label=label, group="@x") for label in ("=cmd|' c'!A0", "b")]
+    rows = {"train": np.array([1]), "validation": np.array([0])}
+    collection = SimpleNamespace(files=files, groups=np.array([0, 0]))
+    written = ablation_experiment.samples(SimpleNamespace(rows=rows, collection=collection)).decode()
+    assert list(csv.reader(io.StringIO(written))) == [
+        ["file", "label", "split", "group"],
+        ["'=cmd|' c'!A0/0.safetensors", "'=cmd|' c'!A0", "val", "'@x"],
+        ["b/0.safetensors", "b", "train", "'@x"],
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -130,17 +133,16 @@ def test_values_of_other_columns_are_escaped(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-ASCII = os.environ | {"PYTHONIOENCODING": "ascii"}
-
-
-def test_a_screen_without_the_letters_shows_them_escaped(tmp_path):
+def test_a_screen_without_the_letters_shows_them_escaped(tmp_path, monkeypatch):
     root = write_collection(tmp_path)
     (root / "class_0").rename(root / "Bär 🐻")
-    command = [sys.executable, PROGRAM, "inspect", str(root), "--headers-only"]
-    done = subprocess.run(command, capture_output=True, env=ASCII, timeout=60)
-    assert done.returncode == 0 and done.stderr == b"" and b"B\\xe4r \\U0001f43b (3)" in done.stdout
-    done = subprocess.run([*command, "--json"], capture_output=True, env=ASCII, timeout=60)
-    assert json.loads(done.stdout)["classes"] == {"Bär 🐻": 3, "class_1": 3}
+    for flags in ([], ["--json"]):
+        screen = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, "ascii"))
+        assert data.main(["inspect", str(root), "--headers-only", *flags]) == 0
+        shown = screen.getvalue()
+        assert not flags or json.loads(shown)["classes"] == {"Bär 🐻": 3, "class_1": 3}
+        assert flags or b"B\\xe4r \\U0001f43b (3)" in shown
 
 
 @pytest.mark.slow
@@ -150,9 +152,10 @@ def test_the_experiment_needs_no_letters_of_the_screen(tmp_path):
     script = os.path.join(os.path.dirname(PROGRAM), "ablation_experiment.py")
     flags = ["--top-k=1", "--quick", "--num-runs=1", "--representations=stats", "--device=cpu"]
     command = [sys.executable, script, "--dataset", str(root), "--output-dir", str(tmp_path / "out"), *flags]
-    done = subprocess.run(command, capture_output=True, env=ASCII, timeout=600)
+    variables = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=variables, timeout=600)
     assert done.returncode == 0 and b"B\\xe4r" in done.stdout and b"Traceback" not in done.stderr
-    done = subprocess.run([*command, "--labels=Ü.csv"], capture_output=True, env=ASCII, timeout=600)
+    done = subprocess.run([*command, "--labels=Ü.csv"], capture_output=True, env=variables, timeout=600)
     assert done.returncode == 2 and done.stderr.startswith(b"error: --labels \\xdc.csv: no such file.")
 
 
