@@ -72,7 +72,8 @@ PAIRS = {  # style -> keys of a down and an up of module {m} with number {n}, {u
     "cloneofsimo": ("unet:{n}:down", "unet:{n}:up"),
     "numbered": ("lora.down.weight.{n}", "lora.up.weight.{n}"),
 }
-OF_CONVOLUTIONS = ("diffusers", "PEFT", "new diffusers", "adapter name", "bare", "kohya")
+OF_GROUPS = ("PEFT", "new diffusers", "adapter name", "bare")
+OF_CONVOLUTIONS = (*OF_GROUPS, "diffusers", "kohya")
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ KINDS: dict[str, Callable] = {
 TRANSPOSED = ("mlx",)
 
 
-def beside(draw: random.Random, tensors: Tensors, numbers: Numbers) -> Tensors:
+def beside(draw: random.Random, numbers: Numbers) -> Tensors:
     """What writers put beside pairs, which is counted and not read."""
     some = {
         "<concept>": numbers(3, 4),
@@ -183,7 +184,7 @@ def beside(draw: random.Random, tensors: Tensors, numbers: Numbers) -> Tensors:
         "lora_unet_norm.b_norm": numbers(4),
         "bundle_emb.lora word.string_to_param.*": numbers(2, 3),
         "base_model.model.classifier.modules_to_save.default.weight": numbers(2, 3),
-        next(iter(tensors)).split(".lora")[0] + ".dora_scale": numbers(4, 1),
+        "lora_unet_down_blocks_0_attentions_0_to_k.dora_scale": numbers(4, 1),
     }
     return {key: some[key] for key in draw.sample(list(some), draw.randint(1, 3))}
 
@@ -253,25 +254,23 @@ def sound_file(draw: random.Random) -> tuple[Tensors, dict | None, dict | None]:
     kinds = draw.choice([["linear"], ["linear", "linear"], [draw.choice(list(KINDS))], draw.choices(list(KINDS), k=3)])
     if "mlx" in kinds:
         kinds = ["mlx"] * len(kinds)
-    ranks = {kind for kind in kinds if "grouped" in kind}
     style, tensors = draw.choice(list(PAIRS)), {}
     for number, kind in enumerate(kinds):
-        own = style
-        if "conv" in kind or "grouped" in kind:
-            own = style if style in OF_CONVOLUTIONS else draw.choice(OF_CONVOLUTIONS)
+        own, styles = style, OF_GROUPS if "grouped" in kind else OF_CONVOLUTIONS if "convolution" in kind else PAIRS
+        if own not in styles:
+            own = draw.choice(styles)
         tensors |= KINDS[kind](own, number, sides, numbers)
     if draw.random() < 0.3 and "mlx" not in kinds:
         tensors |= alphas(draw, tensors)
     if draw.random() < 0.3:
-        tensors |= beside(draw, tensors, numbers)
+        tensors |= beside(draw, numbers)
     metadata, config = stated(draw, kinds, sides)
-    if ranks or any("LoKr" in kind for kind in kinds):  # of other ranks than the file's
+    if any(word in kind for kind in kinds for word in ("grouped", "LoKr", "LoHa")):  # of other ranks than the file's
         metadata, config = None, None
-    if sum("adapter name" in style for _ in kinds) == 0 and draw.random() < 0.5:
-        keys = list(tensors)
+    keys = list(tensors)
+    if draw.random() < 0.5:
         draw.shuffle(keys)
-        tensors = {key: tensors[key] for key in keys}
-    return tensors, metadata, config
+    return {key: tensors[key] for key in keys}, metadata, config
 
 
 def alphas(draw: random.Random, tensors: Tensors) -> Tensors:
