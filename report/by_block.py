@@ -20,15 +20,21 @@ FEWEST = 4  # layers without a block that are taken together, at least: two modu
 
 @dataclass(frozen=True)
 class Block:
-    """A block: its name as figures write it, empty for neighbours that are in none, and positions of its layers."""
+    """A block: its name, empty for neighbours that are in none, and positions of its layers.
+
+    Of several that are taken together ``name`` is that of the first, and ``last`` of the last.
+    """
 
     name: str
     members: tuple[int, ...]
+    last: str = ""
 
     @property
     def title(self) -> str:
-        """Its name, or the depths of its layers."""
-        return self.name or f"layers {self.members[0]} to {self.members[-1]}"
+        """Its whole name, or the depths of its layers."""
+        if not self.name:
+            return f"layers {self.members[0]} to {self.members[-1]}"
+        return f"{self.name} to {self.last}" if self.last else self.name
 
 
 def blocks_of(names: Sequence[str | None], most: int = MOST_BLOCKS) -> list[Block]:
@@ -61,9 +67,9 @@ def blocks_of(names: Sequence[str | None], most: int = MOST_BLOCKS) -> list[Bloc
 
 
 def _together(blocks: Sequence[Block]) -> Block:
-    names = [block.name for block in blocks if block.name]
-    name = names[0] if len(set(names)) == 1 else f"{names[0]} to {names[-1]}" if names else ""
-    return Block(name, tuple(sorted(layer for block in blocks for layer in block.members)))
+    names = [block.name for block in blocks if block.name] or [""]
+    last = names[-1] if len(names) > 1 else ""
+    return Block(names[0], tuple(sorted(layer for block in blocks for layer in block.members)), last)
 
 
 def in_blocks(results: dict) -> dict:
@@ -140,7 +146,7 @@ def _attention(section: dict, blocks: Sequence[Block], place_of: dict[str, int])
     for place, positions in inside.items():
         block, above = blocks[place], [modules[i]["above_permuted"] for i in positions]
         whole = known.get(block.name)
-        whole = whole if whole and whole["modules"] == len(positions) else {}
+        whole = whole if whole and not block.last and whole["modules"] == len(positions) else {}
         sums = {name: sum(modules[i][name] for i in positions) for name in ("attention", "contribution", "gradient")}
         shown.append(
             {

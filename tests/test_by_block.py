@@ -28,7 +28,8 @@ def test_layers_in_no_block_are_taken_together_with_their_neighbours():
 
 
 def test_of_more_blocks_than_there_is_room_for_neighbours_are_taken_together():
-    assert members(list("aabbcd"), most=2) == [("a to b", [0, 1, 2, 3]), ("c to d", [4, 5])]
+    assert members(list("aabbcd"), most=2) == [("a", [0, 1, 2, 3]), ("c", [4, 5])]
+    assert [block.title for block in blocks_of(list("aabbcd"), most=2)] == ["a to b", "c to d"]
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 24, 99, 150, 722])
