@@ -88,14 +88,17 @@ def null_accuracies(
             cells = (np.arange(size) * num_classes + labels).ravel()  # of each LoRA, its drawn class's row of votes
             ends = np.arange(0, cells.size + 1, size)
             chosen = sparse.csr_array((np.ones(cells.size, np.float32), cells, ends), (draws, len(votes)))
-            drawn = (np.arange(draws)[:, None] * num_classes + labels).ravel()
-            drawn = np.bincount(drawn, minlength=draws * num_classes).reshape(draws, num_classes)
-            of_draws = (present - drawn) @ votes_for_class
-            of_draws /= size
-            of_draws += chosen @ votes
-            hits[start : start + draws, part] = of_draws
-    hits /= runs * size
-    return hits
+            surplus = (present - _counts(labels, num_classes)) @ votes_for_class
+            surplus /= size
+            surplus += chosen @ votes
+            hits[start : start + draws, part] = surplus
+    return np.divide(hits, runs * size, out=hits)
+
+
+def _counts(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Count each class in each row of labels: int[B, T] -> int[B, C]."""
+    cells = (np.arange(len(labels))[:, None] * num_classes + labels).ravel()
+    return np.bincount(cells, minlength=len(labels) * num_classes).reshape(-1, num_classes)
 
 
 def _votes(predicted: np.ndarray, num_classes: int, weights: np.ndarray | None = None) -> np.ndarray:

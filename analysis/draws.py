@@ -136,11 +136,7 @@ class Draws:
         drawn = self.accuracies(distinct, resample_runs)
         by_lora = np.stack([runs.mean(0) for runs in distinct])  # (., T)
         run_counts = np.array([max(len(a), len(b)) for a, b in pairs])
-        between = np.empty((len(pairs), self.count))
-        for part in parts_of(*between.shape):
-            between[part] = drawn[first[part]] - drawn[second[part]]
-        del drawn
-        return self.family(by_lora[first] - by_lora[second], between, run_counts)
+        return self.family(by_lora[first] - by_lora[second], _between(drawn, first, second), run_counts)
 
     def family(self, by_lora: np.ndarray, drawn: np.ndarray, run_counts: np.ndarray | None = None) -> list[dict]:
         """Return differences of accuracies with simultaneous intervals, and p by the same rule.
@@ -237,6 +233,14 @@ def parts_of(count: int, size: int, block: int = PART) -> list[slice]:
     """Return slices of ``count`` rows of ``size`` numbers each, of at most ``block`` numbers, but one row at least."""
     step = max(1, block // max(1, size))
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def _between(drawn: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return differences of rows of draws float[L, B] at positions int[m], float64[m, B]; both are never copied."""
+    differences = np.empty((len(first), drawn.shape[1]))
+    for part in parts_of(*differences.shape):
+        np.subtract(drawn[first[part]], drawn[second[part]], out=differences[part])
+    return differences
 
 
 def _variance(drawn: np.ndarray) -> np.ndarray:
