@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from analysis.draws import ALPHA, BLOCK, ROUNDING, exceedance, stream
+from analysis.draws import ALPHA, BLOCK, ROUNDING, exceedance, parts_of, stream
 from analysis.evidence import Evidence
 
 
@@ -88,10 +88,17 @@ def null_accuracies(
             cells = (np.arange(size) * num_classes + labels).ravel()  # of each LoRA, its drawn class's row of votes
             ends = np.arange(0, cells.size + 1, size)
             chosen = sparse.csr_array((np.ones(cells.size, np.float32), cells, ends), (draws, len(votes)))
-            drawn = (np.arange(draws)[:, None] * num_classes + labels).ravel()
-            drawn = np.bincount(drawn, minlength=draws * num_classes).reshape(draws, num_classes)
-            hits[start : start + draws, part] = chosen @ votes + (present - drawn) @ votes_for_class / size
-    return hits / (runs * size)
+            surplus = (present - _counts(labels, num_classes)) @ votes_for_class
+            surplus /= size
+            surplus += chosen @ votes
+            hits[start : start + draws, part] = surplus
+    return np.divide(hits, runs * size, out=hits)
+
+
+def _counts(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Count each class in each row of labels: int[B, T] -> int[B, C]."""
+    cells = (np.arange(len(labels))[:, None] * num_classes + labels).ravel()
+    return np.bincount(cells, minlength=len(labels) * num_classes).reshape(-1, num_classes)
 
 
 def _votes(predicted: np.ndarray, num_classes: int, weights: np.ndarray | None = None) -> np.ndarray:
@@ -118,6 +125,11 @@ def guessed(predicted: np.ndarray, y: np.ndarray, weights: np.ndarray | None = N
     says = np.stack([(predicted == label).mean((1, 2)) for label in range(classes)], axis=1)  # (L, C)
     share = np.bincount(y, minlength=classes) / len(y)
     return (says * share if weights is None else says * share * weights).sum(1)
+
+
+def _margins(null: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Return the largest accuracy above its own average in each permutation: float[B, L], float[L] -> float[B]."""
+    return np.concatenate([(null[part] - own).max(1) for part in parts_of(*null.shape)])
 
 
 def f1_weights(predicted: np.ndarray, y: np.ndarray, num_classes: int) -> np.ndarray:
@@ -171,20 +183,22 @@ class ChanceTest:
     @classmethod
     def of(cls, evidence: Evidence, predicted: Sequence[np.ndarray]) -> ChanceTest:
         """Test predicted classes of the test LoRAs, int[R, T] each; R may differ."""
-        accuracy, own, null = cls._against_null(evidence, predicted, by_f1=False)
-        margins = (null - own).max(1)
-        p_family = exceedance(accuracy - own, margins[:, None])
-        p_f1 = None
-        if evidence.unequal:
-            f1, own_f1, null_f1 = cls._against_null(evidence, predicted, by_f1=True)
-            p_f1 = exceedance(f1 - own_f1, (null_f1 - own_f1).max(1, keepdims=True))
-        above_null = p_family < ALPHA
         counts = np.bincount(evidence.truth, minlength=len(evidence.classes))
-        if np.ptp(counts) <= 1:  # guessing is then right as often as permuted labels are, but for one LoRA
-            above_chance = exceedance(accuracy - evidence.chance, margins[:, None]) < ALPHA
-        else:
+        alike = np.ptp(counts) <= 1  # guessing is then right as often as permuted labels are, but for one LoRA
+        if not alike:  # before the null is there, which takes as much memory as the draws
             records = evidence.draws.differences([(runs == evidence.truth, evidence.guess) for runs in predicted])
             above_chance = np.array([record["interval"][0] > 0 for record in records])
+        p_f1 = None
+        if evidence.unequal:
+            f1, own_f1, null = cls._against_null(evidence, predicted, by_f1=True)
+            p_f1 = exceedance(f1 - own_f1, _margins(null, own_f1)[:, None])
+            del null
+        accuracy, own, null = cls._against_null(evidence, predicted, by_f1=False)
+        margins = _margins(null, own)
+        p_family = exceedance(accuracy - own, margins[:, None])
+        above_null = p_family < ALPHA
+        if alike:
+            above_chance = exceedance(accuracy - evidence.chance, margins[:, None]) < ALPHA
         p = exceedance(accuracy, null)
         return cls(accuracy, own, null, margins, p, p_family, p_f1, above_null, above_null & above_chance)
 
@@ -192,7 +206,7 @@ class ChanceTest:
     def _against_null(evidence: Evidence, predicted: Sequence[np.ndarray], by_f1: bool) -> tuple[np.ndarray, ...]:
         """Return the score of each and that on permuted labels on average, float[L], and in each, float[B, L]."""
         score, own = np.empty(len(predicted)), np.empty(len(predicted))
-        null = np.empty((evidence.permutations, len(predicted)))
+        null = None
         run_counts = np.array([len(runs) for runs in predicted])
         for runs in np.unique(run_counts).tolist():
             members = np.flatnonzero(run_counts == runs)
@@ -201,7 +215,12 @@ class ChanceTest:
             hits = (stacked == evidence.truth).mean(1)  # (members, T)
             score[members] = (hits if weights is None else hits * weights[:, evidence.truth]).mean(1)
             own[members] = guessed(stacked, evidence.truth, weights)
-            null[:, members] = null_of(evidence, stacked, weights)
+            of_members = null_of(evidence, stacked, weights)
+            if len(members) == len(predicted):
+                null = of_members
+                break
+            null = np.empty((evidence.permutations, len(predicted))) if null is None else null
+            null[:, members] = of_members
         return score, own, null
 
     @property

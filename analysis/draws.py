@@ -17,6 +17,7 @@ import numpy as np
 from scipy import sparse, stats
 
 BLOCK = 2**24  # numbers worked on at a time
+PART = 2**22  # of them beside large results
 LEVEL, ALPHA = 0.95, 0.05  # of all intervals and tests
 FEW_SEPARATING = 10  # LoRAs (groups) that separate two classifiers, below which draws know little of others
 LEAST_BEYOND = 10  # draws beyond a bound, below which they do not say where it is
@@ -65,11 +66,12 @@ class Draws:
         effects = {i: _run_effects(self._by_group(correct[i])) for i in np.flatnonzero(np.isin(run_counts, drawn_too))}
         for start, rows in self._blocks():
             columns, total = slice(start, start + len(rows)), rows.sum(1, dtype=float)
-            accuracies[:, columns] = (hits @ rows.T) / (run_counts[:, None] * total)
+            np.divide(hits @ rows.T, run_counts[:, None] * total, out=accuracies[:, columns])
             for runs in drawn_too:
                 members = np.flatnonzero(run_counts == runs)
                 drawn_runs = self._counts(len(rows), runs, "runs", start).T  # (R, b)
-                accuracies[members, columns] += np.stack([effects[i] for i in members]) @ drawn_runs
+                for part in (members[part] for part in parts_of(len(members), len(rows))):
+                    accuracies[part, columns] += np.stack([effects[i] for i in part]) @ drawn_runs
         return accuracies
 
     def estimate(self, correct: np.ndarray, drawn: np.ndarray) -> dict:
@@ -93,7 +95,7 @@ class Draws:
             counts estimated from survey data", Survey Methodology 1998.
         """
         share = np.asarray(accuracy, float)
-        between, variance = share * (1 - share), drawn.var(-1) * self.inflation
+        between, variance = share * (1 - share), _variance(drawn) * self.inflation
         known = (between > ROUNDING) & (variance > ROUNDING)
         size = np.divide(between, variance, out=np.full(share.shape, float(self.units)), where=known)
         size = np.minimum(size, len(self.group))
@@ -134,7 +136,7 @@ class Draws:
         drawn = self.accuracies(distinct, resample_runs)
         by_lora = np.stack([runs.mean(0) for runs in distinct])  # (., T)
         run_counts = np.array([max(len(a), len(b)) for a, b in pairs])
-        return self.family(by_lora[first] - by_lora[second], drawn[first] - drawn[second], run_counts)
+        return self.family(by_lora[first] - by_lora[second], _between(drawn, first, second), run_counts)
 
     def family(self, by_lora: np.ndarray, drawn: np.ndarray, run_counts: np.ndarray | None = None) -> list[dict]:
         """Return differences of accuracies with simultaneous intervals, and p by the same rule.
@@ -157,7 +159,8 @@ class Draws:
         """
         count = len(by_lora)
         difference, by_group = by_lora.mean(1), self._by_group(by_lora)
-        error = drawn.std(-1) * np.sqrt(self.inflation)
+        spread = np.sqrt(_variance(drawn))
+        error = spread * np.sqrt(self.inflation)
         separating = self.separating(by_lora)
         few = (np.minimum(separating, self.units - separating) < FEW_SEPARATING) | (error < ROUNDING)
         freedom = self._freedom(by_group, error**2, run_counts)
@@ -169,7 +172,11 @@ class Draws:
             if ALPHA * part * drawn.shape[1] < LEAST_BEYOND:
                 beyond, p[many] = ALPHA / count / 2, 2 * count * tail
             else:
-                largest = (np.abs(drawn[many] - difference[many, None]) / drawn[many].std(-1)[:, None]).max(0)  # (B,)
+                largest = np.zeros(drawn.shape[1])
+                for block in parts_of(len(many), len(largest)):
+                    rows = many[block]
+                    away = np.abs(drawn[rows] - difference[rows, None]) / spread[rows, None]
+                    np.maximum(largest, away.max(0), out=largest)
                 beyond = stats.norm.sf(_bound(largest, ALPHA * part))
                 p[many] = exceedance(stats.norm.isf(tail), largest[:, None]) / part
             half = stats.t.isf(beyond, freedom[many]) * error[many]
@@ -220,6 +227,29 @@ class Draws:
         picked = stream(self.seed, purpose, items, start).integers(items, size=(draws, items))
         picked += items * np.arange(draws)[:, None]
         return np.bincount(picked.ravel(), minlength=draws * items).reshape(draws, items)
+
+
+def parts_of(count: int, size: int, block: int = PART) -> list[slice]:
+    """Return slices of ``count`` rows of ``size`` numbers each, of at most ``block`` numbers, but one row at least."""
+    step = max(1, block // max(1, size))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def _between(drawn: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return differences of rows of draws float[L, B] at positions int[m], float64[m, B]; both are never copied."""
+    differences = np.empty((len(first), drawn.shape[1]))
+    for part in parts_of(*differences.shape):
+        np.subtract(drawn[first[part]], drawn[second[part]], out=differences[part])
+    return differences
+
+
+def _variance(drawn: np.ndarray) -> np.ndarray:
+    """Return the variance over draws, float[..., B] -> float[...], a part of the rows at a time."""
+    rows, variance = drawn.reshape(-1, drawn.shape[-1]), np.empty(drawn.shape[:-1])
+    flat = variance.reshape(-1)
+    for part in parts_of(*rows.shape):
+        flat[part] = rows[part].var(-1)
+    return variance
 
 
 def _run_effects(by_group: np.ndarray) -> np.ndarray:
@@ -321,4 +351,5 @@ def interval(drawn: np.ndarray) -> np.ndarray:
 
 def exceedance(observed: np.ndarray, null: np.ndarray) -> np.ndarray:
     """Return p of observed float[L] against null float[B, L or 1], float64[L]: (1 + draws as large) / (1 + B)."""
-    return (1 + (null >= observed - ROUNDING).sum(0)) / (1 + len(null))
+    as_large = sum((null[part] >= observed - ROUNDING).sum(0) for part in parts_of(len(null), observed.size))
+    return (1 + as_large) / (1 + len(null))

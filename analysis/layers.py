@@ -15,7 +15,7 @@ from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
 from analysis.chance import ChanceTest
-from analysis.draws import ALPHA, interval
+from analysis.draws import ALPHA, PART, interval, parts_of
 from analysis.evidence import LEAST_CORRELATED, Evidence, none_for_nan, spearman
 
 COARSE_CLASSES = 4  # classes below which no clusters of them are looked for
@@ -38,6 +38,7 @@ def layer_ranking(evidence: Evidence, test: ChanceTest) -> dict:
     """
     correct = evidence.layer_predictions() == evidence.truth  # (L, R, T)
     accuracy, validation = test.accuracy, evidence.layer_validation().mean((1, 2))  # (L,)
+    null_band = interval(test.null.ravel())
     drawn = evidence.draws.accuracies(list(correct), resample_runs=False)  # (L, B)
     intervals, in_top = evidence.draws.intervals(accuracy, drawn), top_share(drawn, evidence.top_k)
     kinds = ("role", "projection", "attention", "block")
@@ -64,7 +65,7 @@ def layer_ranking(evidence: Evidence, test: ChanceTest) -> dict:
     first = evidence.ranking[0]
     return {
         "chance": evidence.chance,
-        "null_band": interval(test.null.ravel()),
+        "null_band": null_band,
         "needed": test.guessed[first] + test.margin,
         "num_above_null": int(test.above_null.sum()),
         "num_above_chance": int(test.above_chance.sum()),
@@ -132,9 +133,14 @@ def top_share(drawn: np.ndarray, top_k: int) -> np.ndarray:
 
     Layers that tie for the last places share them: else the first ones in the network would always win.
     """
-    last = np.partition(drawn, -top_k, axis=0)[-top_k]  # (B,)
-    above, tied = drawn > last, drawn == last
-    return (above + tied * ((top_k - above.sum(0)) / tied.sum(0))).mean(1)
+    last, shared, shares = np.empty(drawn.shape[1]), np.empty(drawn.shape[1]), np.empty(len(drawn))
+    for part in parts_of(*drawn.shape[::-1]):
+        columns = drawn[:, part]
+        last[part] = np.partition(columns, -top_k, axis=0)[-top_k]
+        shared[part] = (top_k - (columns > last[part]).sum(0)) / (columns == last[part]).sum(0)
+    for part in parts_of(*drawn.shape):
+        shares[part] = ((drawn[part] > last) + (drawn[part] == last) * shared).mean(1)
+    return shares
 
 
 def kendall_w(scores: np.ndarray) -> float | None:
@@ -196,13 +202,17 @@ def layer_information(evidence: Evidence, test: ChanceTest, features: np.ndarray
     disagreement, kappa = disagreement_and_kappa(predicted, len(evidence.classes))
     top = evidence.ranking[: evidence.top_k]
     of_two_layers = ~np.eye(len(predicted), dtype=bool)
+    answers = {
+        name: {"mean": of_pairs[of_two_layers].mean(), "top_k": of_pairs[np.ix_(top, top)]}
+        for name, of_pairs in (("disagreement", disagreement), ("kappa", kappa))
+    }
+    del disagreement, kappa  # float[L, L] each
     tree, clusters = layer_clusters(features)
     train = np.isin(described, evidence.rows["train"])
     of_class = concept_clusters(features[train], evidence.y[described[train]], len(evidence.classes))
     count = int(clusters.max())
     return {
-        "disagreement": {"mean": disagreement[of_two_layers].mean(), "top_k": disagreement[np.ix_(top, top)]},
-        "kappa": {"mean": kappa[of_two_layers].mean(), "top_k": kappa[np.ix_(top, top)]},
+        **answers,
         "union": _union(evidence, predicted[top]),
         "clusters": {
             "linkage": tree,
@@ -262,17 +272,26 @@ def disagreement_and_kappa(predicted: np.ndarray, num_classes: int) -> tuple[np.
     return 1 - agreement, np.where(certain, 1.0, (agreement - expected) / np.where(certain, 1.0, 1 - expected))
 
 
-def linear_cka(features: np.ndarray) -> np.ndarray:
+def linear_cka(features: np.ndarray, block: int = PART) -> np.ndarray:
     """Return linear CKA of every two layers' features (Kornblith et al., 2019), float[M, L, F] -> float64[L, L].
 
     ``|XᵀY|² / (|XᵀX| |YᵀY|)`` of centred columns; 1 for features that are a rotation of each other, 0 for uncorrelated
     ones and, by convention, for a layer without any variance.
+
+    Args:
+        features: float[M, L, F].
+        block: Inner products that are held at a time.
     """
     size, layers, width = features.shape
     columns = features.reshape(size, -1).astype(np.float64)
-    columns = columns - columns.mean(0)
-    gram = (columns.T @ columns).reshape(layers, width, layers, width)
-    cross = np.square(gram).sum((1, 3))  # (L, L)
+    columns -= columns.mean(0)
+    cross = np.empty((layers, layers))
+    for part in parts_of(layers, layers * width**2, block):
+        rows, rest = slice(part.start * width, part.stop * width), slice(part.start * width, None)
+        gram = columns[:, rows].T @ columns[:, rest]  # with those from the part on: the others are known
+        np.square(gram, out=gram)
+        cross[part, part.start :] = gram.reshape(part.stop - part.start, width, -1, width).sum((1, 3))
+        cross[part.start :, part] = cross[part, part.start :].T
     norm = np.sqrt(np.diag(cross))
     scale = np.outer(norm, norm)
     return np.divide(cross, scale, out=np.zeros_like(cross), where=scale > 0)
@@ -321,17 +340,19 @@ def _coarse_and_fine(evidence: Evidence, test: ChanceTest, of_class: np.ndarray)
         return missing | {"why": "all test LoRAs are of one cluster, or each of a cluster of its own"}
     right = predicted == evidence.truth  # (L, R, T)
     right_cluster = np.stack([of_class[of_layer] == cluster for of_layer in predicted])
-    drawn = evidence.draws.accuracies([*right_cluster, *right], resample_runs=False)  # (2 L, B)
-    observed = np.concatenate([right_cluster.mean((1, 2)), right.mean((1, 2))])[:, None]  # (2 L, 1)
 
-    def scores(layers: Sequence[int], shares: np.ndarray) -> dict[str, np.ndarray]:
+    def means(hits: np.ndarray, of_draws: bool) -> list[np.ndarray]:
+        """Return the mean share of hits bool[L, R, T] of the top layers and of the others, in each draw or as seen."""
+        shares = evidence.draws.accuracies(list(hits), resample_runs=False) if of_draws else hits.mean((1, 2))[:, None]
+        return [shares[layers].mean(0) for layers in (top, others)]
+
+    def scores(in_cluster: np.ndarray, exact: np.ndarray) -> dict[str, np.ndarray]:
         """Return the coarse and the fine score of some layers, from 0, chance, to 1."""
-        in_cluster, exact = shares[layers].mean(0), shares[len(predicted) + np.asarray(layers)].mean(0)
         values = {"coarse": in_cluster, "fine": exact / np.maximum(in_cluster, 1 / len(cluster))}
         return {name: (value - chance[name]) / (1 - chance[name]) for name, value in values.items()}
 
-    of_top, of_others = scores(top, observed), scores(others, observed)
-    drawn_top, drawn_others = scores(top, drawn), scores(others, drawn)
+    of_top, of_others = map(scores, means(right_cluster, False), means(right, False))
+    drawn_top, drawn_others = map(scores, means(right_cluster, True), means(right, True))
     return {
         "top_k": {name: value[0] for name, value in of_top.items()},
         "others": {name: value[0] for name, value in of_others.items()},

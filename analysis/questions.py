@@ -25,7 +25,7 @@ from analysis.comparison import (
     null_shuffles,
 )
 from analysis.cross_fitting import TrainedSets, cross_fitted
-from analysis.draws import ALPHA, LEVEL
+from analysis.draws import ALPHA, LEVEL, parts_of
 from analysis.evidence import LEAST_CORRELATED, Evidence, choose_rows
 from analysis.layers import COARSE_CLASSES, attribution, concepts, layer_information, layer_ranking, recalls
 from analysis.rank_structure import coinciding, rank_structure
@@ -210,9 +210,12 @@ def standardised(features: np.ndarray) -> np.ndarray:
     A constant feature is 0: one whose standard deviation is at most 1e-6 of its largest magnitude.
     """
     scaled = features.astype(np.float64)
-    std, largest = scaled.std(0), np.abs(scaled).max(0)
-    scaled -= scaled.mean(0)
-    return np.clip(np.divide(scaled, std, out=np.zeros_like(scaled), where=std > 1e-6 * largest), -CLIP, CLIP)
+    for part in parts_of(scaled.shape[1], scaled[:, 0].size):
+        layers = scaled[:, part]
+        std, largest = layers.std(0), np.abs(layers).max(0)
+        layers -= layers.mean(0)
+        scaled[:, part] = np.divide(layers, std, out=np.zeros_like(layers), where=std > 1e-6 * largest)
+    return np.clip(scaled, -CLIP, CLIP, out=scaled)
 
 
 def plain(value: object) -> object:

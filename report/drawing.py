@@ -82,6 +82,7 @@ STYLE = {
     "ytick.labelsize": SMALL + 0.5,
     "ytick.major.width": 0.6,
 }
+MARKERS = {"down": "v", "up": "^"}  # of layers, by role
 STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)  # of the blocks that are named, where not all are
 _LOCK = threading.Lock()  # matplotlib's settings are those of all threads
 

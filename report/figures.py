@@ -21,12 +21,14 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from report.by_block import MOST_LAYERS, in_blocks
 from report.drawing import (
     BLUE,
     FAINT,
     GREY,
     GROUND,
     INK,
+    MARKERS,
     ON_CELLS,
     ORANGE,
     PALE,
@@ -35,9 +37,6 @@ from report.drawing import (
     WIDTH,
     cut,
     cut_labels,
-    draw_kinds,
-    draw_tree,
-    kinds_of,
     map_legend,
     mark_blocks,
     new_figure,
@@ -46,14 +45,20 @@ from report.drawing import (
     set_height,
     write_numbers,
 )
-from report.figures_of_modules import attention, attention_finding, collection_map, collection_map_finding
+from report.figures_of_modules import (
+    attention,
+    attention_finding,
+    collection_map,
+    collection_map_finding,
+    layer_clusters,
+    layer_clusters_finding,
+)
 from report.wording import (
     NO_OTHERS,
     bounds,
     capital,
     classifier_name,
     correlation_text,
-    counted,
     gain_text,
     listed,
     percent,
@@ -64,7 +69,6 @@ from report.wording import (
 
 NAMED = 2  # representations that a finding names at most; of more it says how many
 NAMED_POINTS = 12  # concepts that are named in a cloud of points at most
-MARKERS = {"down": "v", "up": "^"}
 CHANCE = {"color": GREY, "lw": 0.9, "ls": (0, (6, 2, 1, 2))}  # the line at chance
 
 
@@ -80,6 +84,7 @@ class FigureRow:
             nothing to draw.
         draw: Function of the results and an empty figure, which draws on it.
         shows: Its content in words, for those who do not see it.
+        of_layers: Whether each layer, or module, has a mark of its own: of more than 300 layers, blocks have.
     """
 
     name: str
@@ -88,6 +93,7 @@ class FigureRow:
     finding: Callable[[dict], str | None]
     draw: Callable[[dict, Figure], None]
     shows: str
+    of_layers: bool = False
 
 
 def draw(
@@ -129,12 +135,18 @@ def finished_figures(results: dict, finding_of: dict[str, str] | None = None) ->
     for row in FIGURES:
         if row.name not in finding_of:
             continue
-        title = finding_of[row.name] + (" [a --quick run]" if results["config"]["quick"] else "")
-        with new_figure(row.name, title) as figure:
-            row.draw(results, figure)
+        shown, title = results, finding_of[row.name]
+        if row.of_layers and (layers := _num_layers(results)) > MOST_LAYERS:
+            shown, title = in_blocks(results), f"{title} [blocks are shown, of {layers:,} layers]"
+        with new_figure(row.name, title + (" [a --quick run]" if results["config"]["quick"] else "")) as figure:
+            row.draw(shown, figure)
             figure.get_layout_engine().execute(figure)
             figure.set_layout_engine("none")  # the layout is done, and both files have the same
             yield row.name, finding_of[row.name], figure
+
+
+def _num_layers(results: dict) -> int:
+    return len((results["analysis"].get("layers") or {"records": ()})["records"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -170,7 +182,7 @@ def _layer_importance(results: dict, figure: Figure) -> None:
     axes = figure.subplots(len(roles), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     highest = max(min(1, section["needed"]), *(record["interval"][1] for record in records))
     axes[0].set_ylim(0, 115 * highest + 2)  # room for ranks above the intervals
-    blocks = [record["block"] for record in records]
+    blocks = list({record["depth"]: record["block"] for record in records}.values())
     for ax, role in zip(axes, roles, strict=True):
         mark_blocks(ax, blocks, WIDTH - 0.7, named=ax is axes[0])
         _layers_of_role(ax, section, role, rank_of)
@@ -178,8 +190,10 @@ def _layer_importance(results: dict, figure: Figure) -> None:
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     depth = section["depth"]
     correlation = f"; Spearman correlation of blocks {correlation_text(depth)}" if not depth["why"] else ""
-    axes[-1].set_xlabel(f"depth: position of the layer in the network{correlation}")
-    figure.legend(handles=_layer_legend(section, len(rank_of)), loc="outside lower center", ncols=3)
+    place_of = "block" if "num_layers_shown" in results else "layer"
+    axes[-1].set_xlabel(f"depth: position of the {place_of} in the network{correlation}")
+    handles = _layer_legend(section, len(rank_of), results.get("num_layers_shown"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
     figure.get_layout_engine().execute(figure)
     for ax, role in zip(axes, roles, strict=True):
         members = [record for record in records if record["role"] == role]
@@ -211,16 +225,23 @@ def _layers_of_role(ax: Axes, section: dict, role: str, rank_of: dict[str, int])
     ax.set_ylabel("accuracy, %")
 
 
-def _layer_legend(section: dict, top_k: int) -> list:
-    above, total = section["num_above_null"], len(section["records"])
+def _layer_legend(section: dict, top_k: int, layers: int | None) -> list:
+    """Return what marks mean; ``layers`` is their number where blocks are shown."""
+    above, total = section["num_above_null"], layers or len(section["records"])
+    known = f"knows something ({above}), with 95 % interval"
+    unknown, top = f"not distinguishable from chance ({total - above})", f"top {top_k}, with its rank"
+    if layers:
+        known, unknown = "a layer of the block knows something", "none does"
+        top = f"with a layer of the top {top_k}, and its rank"
     limit = f"needed among {total}: {percent(section['needed'])} %"
     if section["needed"] > 1:
         limit = f"needed among {total}: more than 100 %"
     marker = {"marker": "^", "ls": "none", "mec": INK, "ms": 5}
     return [
-        Line2D([], [], color=BLUE, **marker, label=f"knows something ({above}), with 95 % interval"),
-        Line2D([], [], color=GROUND, **marker, label=f"not distinguishable from chance ({total - above})"),
-        Line2D([], [], ls="none", marker="o", color="none", mec=INK, ms=9, label=f"top {top_k}, with its rank"),
+        Line2D([], [], color=BLUE, **marker, label=known),
+        Line2D([], [], color=GROUND, **marker, label=unknown),
+        *([Line2D([], [], color=BLUE, lw=1, label="lowest to highest layer of the block")] if layers else []),
+        Line2D([], [], ls="none", marker="o", color="none", mec=INK, ms=9, label=top),
         Line2D([], [], color=INK, lw=0.8, label=f"chance, {percent(section['chance'])} %"),
         Patch(fc=PALE, ec=FAINT, hatch="////", lw=0, label="95 % of permuted labels"),
         Line2D([], [], color=INK, lw=0.8, ls=(0, (4, 2)), label=limit),
@@ -470,7 +491,8 @@ def _recall_by_layer(
     if marked:
         ax.plot(marked, np.full(len(marked), len(recall) - 0.5), "^", color=INK, ms=4, clip_on=False)
     ax.set_xticks([])
-    ax.set_xlabel(f"layers by depth (▲ top {len(top)})")
+    noun = "blocks by depth, means of layers" if "num_layers_shown" in results else "layers by depth"
+    ax.set_xlabel(f"{noun} (▲ top {len(top)})")
 
 
 def _recall_with_all_layers(ax: Axes, results: dict, order: np.ndarray, looks: dict, height: float) -> None:
@@ -483,69 +505,6 @@ def _recall_with_all_layers(ax: Axes, results: dict, order: np.ndarray, looks: d
     write_numbers(ax, both, looks["vmax"], height, 0.4)
     ax.set_xticks([0, 1], ["all", f"no top {results['config']['top_k']}"], fontsize=SMALL)
     ax.set_title(cut(best, 0.85, SMALL), fontsize=SMALL)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. Do layers carry different information?
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _layer_clusters_finding(results: dict) -> str | None:
-    section = results["analysis"]["layer_information"]
-    clusters, union, k = section["clusters"], section["union"], len(section["kappa"]["top_k"])
-    if not clusters["linkage"]:
-        return None
-    total, below = len(clusters["order"]), f"(1 - CKA below {clusters['threshold']:g})"
-    finding = f"{total} layers form {counted(clusters['count'], 'cluster')} of similar features {below}"
-    if clusters["count"] == total:
-        finding = f"No two of {total} layers have similar features {below}"
-    if k < 2:
-        return finding
-    crossed = results["analysis"].get("cross_fitted") or {"union": None}
-    known = f"{percent(union['any_of_top_k'])} % of LoRAs, the first alone on {percent(union['best_alone'])} %"
-    if crossed["union"]:  # where the layers are not chosen by the LoRAs that they are measured on
-        known = (
-            f"{percent(crossed['union']['accuracy'])} % of LoRAs (on shuffled labels "
-            f"{percent(crossed['union']['by_chance'])} %), the first alone on {percent(crossed['first']['accuracy'])} %"
-        )
-    return f"{finding}; at least one of the top {k} is right on {known}"
-
-
-def _layer_clusters(results: dict, figure: Figure) -> None:
-    records = results["analysis"]["layers"]["records"]
-    clusters = results["analysis"]["layer_information"]["clusters"]
-    ordered = [records[layer] for layer in clusters["order"]]
-    kinds = kinds_of(ordered)
-    set_height(figure, 4.1 + 0.13 * len(kinds))
-    tree, rows, depth = figure.subplots(3, 1, sharex=True, height_ratios=[2.0, 0.13 * len(kinds) + 0.05, 1.0])
-    draw_tree(tree, clusters["linkage"], clusters["order"], clusters["threshold"])
-    tree.set_ylabel("distance, 1 - CKA")
-    tree.set_title("bold: links within a cluster; dashed: the distance at which clusters are cut")
-    draw_kinds(rows, kinds)
-    _depths(depth, ordered, set(results["top_layers"]))
-    legend = figure.legend(*depth.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    for handle in legend.legend_handles:
-        handle.set_markersize(5)
-
-
-def _depths(ax: Axes, ordered: Sequence[dict], top: set[str]) -> None:
-    """Draw the depth of each layer, the top layers in rings."""
-    size = float(np.clip(250 / len(ordered), 1.5, 4.5))
-    depth = np.array([record["depth"] for record in ordered])
-    roles = np.array([record["role"] for record in ordered])
-    for role in dict.fromkeys(roles[np.argsort(depth)].tolist()):
-        positions, color = np.flatnonzero(roles == role), {"down": GROUND, "up": BLUE}.get(role, ORANGE)
-        looks = {"color": color, "mec": INK, "mew": 0.5, "ms": size, "label": role}
-        ax.plot(positions, depth[positions], MARKERS.get(role, "o"), **looks)
-    ringed = np.flatnonzero([record["layer"] in top for record in ordered])
-    ring = {"color": "none", "mec": INK, "mew": 1, "ms": size + 4, "label": f"top {len(top)}"}
-    ax.plot(ringed, depth[ringed], "o", **ring)
-    ax.set_ylabel("depth")
-    ax.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
-    ax.set_xlim(-0.5 - 0.01 * len(ordered), 1.01 * len(ordered) - 0.5)
-    ax.set_xticks([])
-    ax.set_xlabel(f"{len(ordered)} layers, similar ones side by side")
-    ax.margins(y=0.12)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -604,13 +563,14 @@ def _modules(results: dict, ax: Axes) -> None:
     positions = np.arange(len(modules))
     ax.vlines(positions, 0, explained, color=FAINT, lw=min(1, 60 / len(modules)))
     looks = {"mec": INK, "mew": 0.5, "ms": float(np.clip(250 / len(modules), 2.5, 5))}
-    label = f"differs by concept (FDR {100 * alpha:.0f} %): {differs.sum()}"
+    in_blocks = "num_layers_shown" in results
+    label = f"{'a module ' if in_blocks else ''}differs by concept (FDR {100 * alpha:.0f} %): {differs.sum()}"
     ax.plot(positions[differs], explained[differs], "o", color=BLUE, **looks, label=label)
     ax.plot(positions[~differs], explained[~differs], "o", color=GROUND, **looks, label=f"does not: {(~differs).sum()}")
     ax.set_ylim(0, max(1, 1.2 * explained.max()))
     ax.set_xlim(-0.5 - 0.01 * len(modules), 1.01 * len(modules) - 0.5)
     ax.set_ylabel("explained by\nconcept, % (ε²)")
-    ax.set_xlabel("modules by depth")
+    ax.set_xlabel("blocks by depth, means of modules" if in_blocks else "modules by depth")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     mark_blocks(ax, [record.get("block") for record in places], WIDTH - 0.7)
     figure = ax.get_figure()
@@ -626,19 +586,19 @@ def _modules(results: dict, ax: Axes) -> None:
 # fmt: off
 FIGURES = (
     FigureRow("layer_importance", "layers", ("layers",), _layer_importance_finding, _layer_importance,
-              "Accuracy of each layer alone by its depth in the network, against chance"),
+              "Accuracy of each layer alone by its depth in the network, against chance", True),
     FigureRow("ablation_curves", "robustness", ("layers", "robustness"), _ablation_curves_finding, _ablation_curves,
               "Accuracy as layers are removed, in three orders"),
     FigureRow("representations", "representations", ("layers", "representations"), _representations_finding,
               _representations, "Accuracy of each representation with all layers and without the top ones"),
     FigureRow("concept_layer_map", "concepts", ("layers", "concepts"), _concept_layer_map_finding, _concept_layer_map,
-              "Recall of each concept from each layer alone"),
-    FigureRow("layer_clusters", "information", ("layers", "layer_information"), _layer_clusters_finding,
-              _layer_clusters, "Layers by the similarity of their features"),
+              "Recall of each concept from each layer alone", True),
+    FigureRow("layer_clusters", "information", ("layers", "layer_information"), layer_clusters_finding,
+              layer_clusters, "Layers by the similarity of their features", True),
     FigureRow("rank_structure", "rank", ("rank_structure",), _rank_structure_finding, _rank_structure,
-              "Effective rank, or norm, of the updates by concept"),
+              "Effective rank, or norm, of the updates by concept", True),
     FigureRow("attention", "modules", ("layers", "attention"), attention_finding, attention,
-              "Attention to each module, and what it adds to each concept"),
+              "Attention to each module, and what it adds to each concept", True),
     FigureRow("collection_map", "modules", ("collection_map",), collection_map_finding, collection_map,
               "The LoRAs in the plane, by all layers and by single modules"),
 )

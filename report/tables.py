@@ -32,6 +32,7 @@ TOGETHER = (  # note below a table of differences
 SKETCH_NOTE = (
     "Sketched: in place of the weights of a layer, at most 256 numbers are read, a fixed sparse random projection."
 )
+MOST_IN_TEXT, MOST_ON_PAGE = 100, 300  # rows of any table that results.txt and report.html show
 
 # Columns of attention and contribution, each with its interval to the right of it.
 SHARES = ("attention, %", "95 % interval", "contribution", "95 % interval")
@@ -49,6 +50,7 @@ class Table:
         words: Positions of the columns that hold words and are aligned left.
         shown: Number of rows that results.txt shows.
         note: Line below it.
+        on_page: Number of rows that report.html shows.
     """
 
     anchor: str
@@ -58,6 +60,7 @@ class Table:
     words: Sequence[int] = field(default=(0,))
     shown: int = 20
     note: str = ""
+    on_page: int = MOST_ON_PAGE
 
     @property
     def head(self) -> int:
@@ -121,7 +124,9 @@ def _ranking_table(results: dict) -> Table:
         for row in (columns, *rows):
             del row[-2]
     words = tuple(range(columns.index("role"), len(columns)))
-    return Table("layers", "Each layer alone, on 7 statistics", columns, rows, words, config["top_k"], note)
+    return Table(
+        "layers", "Each layer alone, on 7 statistics", columns, rows, words, min(config["top_k"], MOST_IN_TEXT), note
+    )
 
 
 def _blocks_table(blocks: dict) -> Table | None:
@@ -429,7 +434,7 @@ def _split_layers_table(results: dict) -> Table:
         for record in ordered
     ]
     title, columns = f"Layers over {counted(splits['splits'], 'split')}", [f"in top {k}, % of splits", "mean accuracy"]
-    shown = sum(record["in_top_k"] > 0 for record in ordered)
+    shown = min(MOST_IN_TEXT, sum(record["in_top_k"] > 0 for record in ordered))
     return Table("layers", title, [*columns, "sd", "layer"], rows, (3,), shown)
 
 

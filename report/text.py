@@ -233,7 +233,9 @@ def _layers(results: dict, ranking_table: Table) -> list[str]:
     if results.get("analysis"):
         shown = _table_lines(ranking_table, ("rank", "test accuracy", "95 % interval", "p", "validation", "block"))
     else:
-        shown = [LAYER_HEADER, *(layer_row(rank, record) for rank, record in enumerate(ranking[: config["top_k"]], 1))]
+        rows, more = ranking[: ranking_table.shown], config["top_k"] - ranking_table.shown
+        shown = [LAYER_HEADER, *(layer_row(rank, record) for rank, record in enumerate(rows, 1))]
+        shown += [f"({more} more of the top in results.json)"] if more > 0 else []
     return [
         f"1. Which layers predict? Each of {len(ranking)} alone, on 7 statistics, ranked by {chosen_by}",
         *shown,

@@ -213,6 +213,7 @@ def results_of(
                 "linkage": tree.tolist(),
                 "order": hierarchy.leaves_list(tree).tolist(),
                 "threshold": 0.5,
+                "of_layer": clusters.tolist(),
                 "count": int(clusters.max()),
             },
             "concept_clusters": {"of_class": [1 + c % 3 for c in range(classes)]} if classes > 3 else None,
@@ -575,6 +576,10 @@ EXTREMES = {
     "long names": {"layers": 128, "names": LONG, "told": [f"representation_{i}" for i in range(15)], "blocks": 16},
     "largest": {"layers": 600, "names": LONG + LONG[:20], "told": [f"another_{i}" for i in range(20)],
                 "robust": [f"another_{i}" for i in range(20)], "top_k": 20, "blocks": 57},
+    "each layer": {"layers": 300, "names": LONG, "top_k": 20, "blocks": 57},
+    "blocks of SDXL": {"layers": 1444, "names": LONG, "top_k": 20, "blocks": 25},
+    "neighbours": {"layers": 1444, "names": LONG, "blocks": 0},
+    "more blocks than room": {"layers": 1444, "names": LONG, "top_k": 20, "blocks": 361},
 }  # fmt: skip
 
 
