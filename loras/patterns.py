@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -139,7 +140,9 @@ def _compiled(pattern: str) -> re.Pattern:
     repeated_group = re.search(r"\)[*+?{]", pattern) or _BACK.search(pattern)
     if len(pattern) > _MAX_LENGTH or repeated_group or repeats > _MAX_REPEATS or alternatives > _MAX_ALTERNATIVES:
         raise ValueError(f"{pattern[:_MAX_LENGTH]} is more than a pattern of modules")
-    return re.compile(pattern)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of sets in sets, which mean nothing yet
+        return re.compile(pattern)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

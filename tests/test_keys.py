@@ -83,7 +83,7 @@ KEYS = {
         ("base_model.model.up_blocks.2.to_q.hada_t2", "unet_up_blocks_2_to_q", "hada_t2"),
     ],
     "LoKr": [
-        ("lycoris_up_blocks_2_to_q.lokr_w1", "lycoris_up_blocks_2_to_q", "lokr_w1"),
+        ("lycoris_up_blocks_2_to_q.lokr_w1", "unet_up_blocks_2_to_q", "lokr_w1"),
         ("lora_unet_up_blocks_2_to_q.lokr_w2_b", "unet_up_blocks_2_to_q", "lokr_w2_b"),
         ("lora_unet_up_blocks_2_to_q.lokr_t2", "unet_up_blocks_2_to_q", "lokr_t2"),
     ],
