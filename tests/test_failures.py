@@ -278,7 +278,7 @@ def removed_meanwhile(planted, tmp_path, monkeypatch, capsys, gone, moment, flag
 GONE = ("out", "out/.cache", "out/.cache/*/features", "out/.cache/*/units")
 
 
-@pytest.mark.parametrize(("gone", "moment"), [("out", 1), ("out/.cache/*/units", 3)])
+@pytest.mark.parametrize(("gone", "moment"), [("out/.cache/*/units", 3)])
 def test_folders_that_are_removed_while_it_is_at_work_end_a_run_in_a_line(
     planted, tmp_path, monkeypatch, capsys, gone, moment
 ):
