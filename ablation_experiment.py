@@ -539,6 +539,11 @@ def samples(experiment: Experiment, *_: object) -> bytes:
     return table.getvalue().encode()
 
 
+def text_page(_: Experiment, results: dict, content: Content, __: dict[str, bytes]) -> bytes:
+    """Return the content of results.txt."""
+    return text.render_text(results, content).encode(errors="backslashreplace")
+
+
 def report_page(_: Experiment, results: dict, content: Content, drawn: dict[str, bytes]) -> bytes:
     """Return the content of report.html."""
     from report import page
@@ -561,9 +566,7 @@ class ResultFile:
 
 RESULT_FILES = {
     "top_layers.json": ResultFile(top_layers),
-    "results.txt": ResultFile(
-        lambda _, results, content, __: text.render_text(results, content).encode(errors="backslashreplace")
-    ),
+    "results.txt": ResultFile(text_page),
     "report.html": ResultFile(report_page, always=False),
     "samples.csv": ResultFile(samples),
     "predictions.npz": ResultFile(lambda experiment, *_: store.packed_arrays(experiment.predictions.arrays())),

@@ -192,8 +192,7 @@ class Experiment:
             for done in range(1, len(plan.todo) + 1):
                 reasons.add(next(outcomes))
                 self.progress(plan.label, done, len(plan.todo))
-            reason = max(reasons)
-            yield name, reason or self._entry(name, plan, self.inputs.weights.without(removed), condition)
+            yield name, max(reasons) or self._entry(name, plan, self.inputs.weights.without(removed), condition)
 
     def plan(self, name: str, removed: list[int], condition: str) -> Plan:
         """Plan the classifiers of one representation without some layers."""
@@ -203,8 +202,8 @@ class Experiment:
             return self.planner.plan_kernels(name, live[None], label)
         models = [(0, run) for run in range(self.settings.num_runs)]
         at_most = RUNS_IN_STACK[self.settings.device.type]
-        read_later = condition == "baseline"
-        return self.planner.plan_classifiers(self.inputs.source(name, kept), live, models, label, at_most, read_later)
+        how = live, models, label, at_most, condition == "baseline"  # of which parameters are read later
+        return self.planner.plan_classifiers(self.inputs.source(name, kept), *how)
 
     def _entry(self, name: str, plan: Plan, kept: np.ndarray, condition: str) -> dict:
         """Return what results.json holds of finished classifiers of layers ``kept`` bool[L]; keep their predictions."""
@@ -249,12 +248,11 @@ class Experiment:
 
     def _plan_under(self, name: str, live: np.ndarray, runs: list[int]) -> Plan:
         """Plan classifiers of a representation that see the inputs ``live`` bool[M, F], each in its run."""
-        label = f"controls {name}"
+        label, on_cpu = f"controls {name}", self.settings.device.type == "cpu"
         if REPRESENTATIONS[name].made == "kernel":
             return self.planner.plan_kernels(name, live, label)
-        at_most = 1 if self.settings.device.type == "cpu" else None
-        source = self.inputs.source(name, self.inputs.weights.without([]))
-        return self.planner.plan_classifiers(source, live, [(0, run) for run in runs], label, at_most)
+        source, models = self.inputs.source(name, self.inputs.weights.without([])), [(0, run) for run in runs]
+        return self.planner.plan_classifiers(source, live, models, label, 1 if on_cpu else None)
 
     def again(self, collection: Collection, rows: dict[str, np.ndarray], num_runs: int) -> Experiment:
         """Return the same experiment on the same files with other labels, groups or split; see `without_oversized`."""

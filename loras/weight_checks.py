@@ -183,7 +183,7 @@ def _outliers(labels: Sequence[str], modules: Sequence[str], norms: np.ndarray) 
     if (found := _compared(labels, norms)) is None:
         return {}
     rows, whole = found.rows, found.whole
-    clipped = (norms >= np.finfo(np.float32).max).any(1)  # as features are
+    clipped = (norms == np.finfo(np.float32).max).any(1)  # as features are
     times = {i: ("over " if clipped[rows[i]] else "") + _times(whole[i]) for i in np.flatnonzero(found.far).tolist()}
     words = {int(rows[i]): f"its updates are {factor} those of the others" for i, factor in times.items()}
     for i in np.flatnonzero(found.single.any(1)):

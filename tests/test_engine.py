@@ -179,6 +179,15 @@ def test_a_unit_that_ends_its_workers_is_given_up_and_no_other_one(processes, tm
     assert all(arrays(other)["device"] == ["cpu"] for other in others)
 
 
+@linux
+def test_a_file_that_is_cut_short_while_workers_have_it_mapped_is_written_again(processes, tmp_path, capsys):
+    """The system ends them by SIGBUS."""
+    cut = unit(tmp_path, "cut", partial(working.cut_short, shared=tmp_path / "shared" / "flat.npy"))
+    assert list(processes.do([cut])) == [""] and arrays(cut)["sum"] == [64 * 4096]
+    how, said = "was ended by SIGBUS, as where a file that it has mapped is cut short", capsys.readouterr().out
+    assert f"  a worker {how}; at work: unit cut (cut); that is done again" in said.splitlines()
+
+
 def test_three_losses_in_a_row_before_a_unit_is_begun_end_the_job(processes, tmp_path, monkeypatch, capsys):
     """Not those of workers that had begun one, and not two before and two after some work."""
     units = {name: unit(tmp_path, name) for name in "ab"}

@@ -308,6 +308,29 @@ def test_signals_end_a_run_that_has_just_begun(collection, tmp_path, each):
         assert said.decode().strip() == f"Stopped by {number.name}. The same command continues where this one stopped."
 
 
+def test_a_run_whose_output_nobody_reads_ends_in_a_line_and_goes_on_later(processes, collection, expected, tmp_path):
+    """As where it is piped into a program that ends."""
+    out, errors = tmp_path / "out", tmp_path / "errors.txt"
+    arguments = ["--dataset", str(collection), "--output-dir", str(out), *FLAGS]
+    process = processes.Process(target=_unheard, args=(arguments, str(errors)))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 2
+    line = "error: nobody reads the output any more (a broken pipe). The same command continues where this one stopped."
+    assert errors.read_text().splitlines() == [line]
+    assert started(processes, collection, out).wait() == 0
+    assert_whole(out, expected[0])
+
+
+def _unheard(arguments, errors):
+    """The program with a pipe that is closed for standard output."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    os.dup2(write_end, 1)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    sys.exit(ablation_experiment.main(arguments))
+
+
 # -- disks and caches ---------------------------------------------------------------------------------------
 
 
@@ -332,18 +355,16 @@ def test_a_full_disk_is_told_in_a_line_and_corrupts_nothing(
     assert_whole(out, expected[0])
 
 
-def test_a_damaged_cache_is_told_in_a_line(processes, collection, expected, tmp_path):
+def test_a_damaged_unit_is_done_again_with_a_line(processes, collection, expected, tmp_path):
     out = tmp_path / "out"
     assert started(processes, collection, out).wait() == 0
     (out / "ablation_small" / "results.json").unlink()
     path = units_of(out, "*/units/classifier-*")[0]
     path.write_bytes(path.read_bytes()[:-30])
     run = started(processes, collection, out)
-    assert run.wait() == 2
-    last = run.lines()[-1]
-    assert last.startswith(f"error: {path} is damaged") and "Remove it. The same command continues" in last
-    path.unlink()
-    assert started(processes, collection, out).wait() == 0
+    assert run.wait() == 0
+    told = f"cache     {path} is damaged (its digest is another): removed, and computed again"
+    assert told in run.lines()
     assert_whole(out, expected[0])
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from data import index_collection
 from loras import digits_zoo, lora_files
-from loras.weight_checks import check_weights, weight_notices
+from loras.weight_checks import check_weights, oversized, weight_notices
 
 GENERATOR = np.random.default_rng(0)
 
@@ -105,6 +105,40 @@ def test_one_module_far_from_that_of_the_others_is_told():
     assert notice.files == ("2.safetensors",) and "that of m5 is " in notice.message
 
 
+def classes_apart(count, classes=3, modules=8):
+    """Sizes of LoRAs of which each class is twice as large as the one before, in half of the modules."""
+    labels = [f"class {i % classes}" for i in range(count)]
+    sizes = norms(count, modules, 0.05)
+    sizes[:, ::2] *= 4.0 ** (np.arange(count) % classes)[:, None]
+    return sizes, labels
+
+
+@pytest.mark.parametrize("where", ["all modules", "two modules"])
+@pytest.mark.parametrize(("count", "absurd"), [(60, [7]), (60, [7, 20, 33]), (60, [0, 3, 6]), (12, [4]), (12, [4, 5])])
+@pytest.mark.parametrize("factor", [1e6, 1e60, 1e-60])
+def test_absurd_files_are_named_and_those_that_are_too_large_not_learned_from(count, absurd, where, factor):
+    sizes, labels = classes_apart(count)
+    part = slice(None) if where == "all modules" else slice(2, 4)
+    sizes[absurd, part] *= factor
+    (notice,) = notices(sizes, labels)
+    assert notice.kind == "outlier" and notice.files == tuple(f"{i}.safetensors" for i in absurd)
+    assert oversized(labels, sizes).tolist() == (absurd if factor > 1 else [])
+
+
+def test_files_that_are_a_little_larger_are_learned_from():
+    sizes = norms(60, spread=0.05)
+    sizes[7] *= 50
+    assert notices(sizes) and oversized(["a"] * 60, sizes).tolist() == []
+    assert oversized(["a"] * 4, np.full((4, 2), 1e9)).tolist() == []
+
+
+def test_sizes_beyond_float32_are_told_as_such():
+    sizes = norms(spread=0.05).astype(np.float32)
+    sizes[4] = np.finfo(np.float32).max
+    (notice,) = notices(sizes)
+    assert "its updates are over " in notice.message
+
+
 @pytest.mark.parametrize(
     "kind", ["normal", "heavy", "very heavy", "two kinds", "classes", "equal", "mixed zero", "few"]
 )
@@ -131,7 +165,7 @@ def test_ordinary_collections_have_no_outliers(kind):
         elif kind == "few":
             sizes = norms(4)
             sizes[0] *= 1000
-        assert notices(sizes, labels) == []
+        assert notices(sizes, labels) == [] and len(oversized(labels or ["a"] * len(sizes), sizes)) == 0
 
 
 @pytest.mark.slow

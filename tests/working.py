@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiment import store
 from experiment.units import LARGE, Unit
 
 
@@ -63,6 +64,16 @@ def accompany(device, stack, deaths: Path):
     """Be at work when another worker is ended."""
     until(lambda: list(deaths.iterdir()))
     return worked(device, stack, seconds=0.5)
+
+
+def cut_short(device, stack, shared: Path):
+    """Sum what workers share in a file, which the first of them cuts short while it has it mapped."""
+    rows = np.ones((64, 4096), np.float32)
+    mapped = store.shared_rows(shared, rows.shape, lambda: [rows])
+    with contextlib.suppress(FileExistsError):
+        (shared.parent / "cut").touch(exist_ok=False)
+        os.truncate(shared, 1000)
+    return {"sum": np.array([mapped.sum()])}
 
 
 def kill_at_start(*_):
