@@ -148,9 +148,11 @@ class Estimates:
         return self._classifier(columns, models=self.settings.num_runs * len(self.widths))
 
     def reading(self) -> Estimate:
-        """Return the cost of the pass over the weights: of all features about a thousand bytes copied a number."""
-        numbers = self.count * self.all_weights
-        return Estimate(0, PASS_BYTES * self.all_weights, 0, 1000 * numbers, self.count)
+        """Return the cost of the pass over the weights, in bytes copied: a thousand a number give all features."""
+        copied = 1000 * self.count * self.all_weights
+        if self.settings.sketch_flat:  # a projection is drawn in some hundredths of a second, one after the other
+            copied += 6e8 * len(self.widths)
+        return Estimate(0, PASS_BYTES * self.all_weights, 0, copied, self.count)
 
     # -- by kind ------------------------------------------------------------------------------------------------------
 

@@ -176,7 +176,10 @@ def _read(
         shards = weight_pass.shards if missing else []
         unread = [rows for rows in shards if not weight_pass.finished(rows, missing)]
         if unread and SKETCHES in missing:  # before threads begin, that it is done once
-            weight_pass.projections = [sketching(layer) for layer in weight_pass.collection.packed_layout.layers]
+            layers = weight_pass.collection.packed_layout.layers
+            for done, layer in enumerate(layers, 1):
+                weight_pass.projections.append(sketching(layer))
+                progress("projections of sketches", done, len(layers))
         # A GPU waits for them.
         threads = min(engine.threads, PASS_THREADS) if weight_pass.device.type == "cpu" else PASS_THREADS
         held = PASS_BYTES * weight_pass.collection.packed_layout.width
