@@ -23,7 +23,6 @@ import csv
 import io
 import os
 import platform
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,17 +40,18 @@ import data
 from data import Collection, CollectionError
 from experiment import checks, estimates, store
 from experiment.cluster import connect
+from experiment.datasets import is_built_in, locate
 from experiment.engine import Engine
 from experiment.extraction import CHECKED, FLAT, SKETCHES, WEIGHTS, Extracted, extract
-from experiment.flags import BUILT_IN_SIZES, NAMED_DATASETS, parse_arguments
+from experiment.flags import parse_arguments
 from experiment.modules import left_by_default
 from experiment.phases import UNITS, Experiment, emptied, split_collection, without_oversized
 from experiment.plans import TrainingError
 from experiment.settings import Networks, Settings, UsageError, count_cores, memory_of, resolve
 from experiment.units import FAILURES, FAULTS, OutOfMemory, one_memory_error, reason_of
-from loras import building, digits_zoo
+from loras import building
 from loras.building import Progress
-from loras.names import escape_output, plain, spreadsheet_cell
+from loras.names import escape_output, spreadsheet_cell
 from report import text
 from report.cautions import UNFINISHED, missing_line
 from report.text import Content
@@ -64,7 +64,6 @@ PROGRAM = (  # of which results are; tests and benchmarks are no part of it
     *("analysis", "experiment", "loras", "report", "training"),
 )
 SCHEMA_VERSION = 6
-BUILT_IN = Path("data") / "built-in-digits"  # holds the collections that `locate` trains
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -104,53 +103,6 @@ class Stopwatch:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def locate(args: argparse.Namespace, progress: Progress) -> tuple[str, Path]:
-    """Return name and folder of the collection; train the built-in one if it is to be used and not there.
-
-    Raises:
-        UsageError: There is no such collection, and none is trained in its place.
-    """
-    name = args.dataset
-    if name not in NAMED_DATASETS:
-        if not os.path.isdir(name):
-            fault = "a file, not a folder" if os.path.lexists(name) else "no such folder"
-            raise UsageError(
-                f"--dataset {plain(name)}: {fault}. Give a folder of LoRAs, or {', '.join(NAMED_DATASETS)}."
-            )
-        begun = digits_zoo.is_built_here(Path(name)) or os.path.lexists(Path(name) / building.IMPORT_NAME)
-        if name.rstrip("/").endswith(".partial") and begun:
-            raise UsageError(
-                f"--dataset {plain(name)}: a half-built collection. Finish it with the command that began it."
-            )
-        return Path(os.path.abspath(name)).name, Path(name)
-    folder = (args.data_dir or Path("data")) / name
-    if folder.is_dir():
-        return name, folder
-    mend = f"`python data.py import SOURCE {shlex.quote(str(folder))}` puts a published collection there"
-    if args.data_dir is not None:
-        raise UsageError(f"{folder}: no such folder. {mend}; or leave out --data-dir for the digits.")
-    if name not in BUILT_IN_SIZES or os.path.lexists(folder):  # a link to nowhere is no reason to train digits
-        raise UsageError(f"{folder}: no such folder. {mend}; or name its parent with --data-dir.")
-    built_in, count = BUILT_IN / name, BUILT_IN_SIZES[name]
-    if not built_in.is_dir():
-        seconds, size = digits_zoo.estimate(count)
-        say(
-            f"There is no {folder}: training the built-in digits, {count} LoRAs, into {built_in}, once "
-            f"(about {seconds / 60:.1f} minutes on two CPU cores, {size / 2**20:.0f} MiB on disk)"
-        )
-    try:
-        digits_zoo.build(built_in, count, progress=progress)  # returns at once where it is whole
-    except FileExistsError as error:
-        raise UsageError(str(error)) from error
-    return name, built_in
-
-
-def is_built_in(folder: Path) -> bool:
-    """Return whether a folder is one that `locate` builds; a recipe in another folder is a claim of its owner."""
-    places = {os.path.abspath(BUILT_IN / name) for name in BUILT_IN_SIZES}
-    return os.path.abspath(folder) in places and digits_zoo.is_built_here(folder)
-
-
 def run(args: argparse.Namespace, networks: Networks) -> int:
     """Run the whole experiment; return 0, or 3 where a representation could not be run.
 
@@ -174,7 +126,7 @@ def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> i
     say(text.settings_lines(settings.config(), environment(settings, engine), args.output_dir))
     if engine.cluster is not None:
         say(f"cluster   workers at {args.scheduler}: {engine.count_workers()} now; others may come, and leave")
-    name, folder = locate(args, progress)
+    name, folder = locate(args.dataset, args.data_dir, progress)
     watch = Stopwatch()
     with watch.phase("index"):
         collection = data.index_as_asked(args, folder, name, progress)

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from sd15_zoo import write_zoo
 
 import ablation_experiment
+from experiment.flags import BUILT_IN_SIZES
 from experiment.settings import count_cores
 from loras import digits_zoo
 
@@ -134,8 +135,8 @@ def main() -> None:
             start = time.perf_counter()
             write_zoo(Path(dataset), args.count)
             print(f"{args.count} LoRAs written in {time.perf_counter() - start:.0f} s")
-        elif dataset in ablation_experiment.BUILT_IN_SIZES and not Path("data", dataset).is_dir():
-            digits_zoo.build(Path("data/built-in-digits", dataset), ablation_experiment.BUILT_IN_SIZES[dataset])
+        elif dataset in BUILT_IN_SIZES and not Path("data", dataset).is_dir():
+            digits_zoo.build(Path("data/built-in-digits", dataset), BUILT_IN_SIZES[dataset])
         fixed = [f"--dataset={dataset}", f"--output-dir={folder}/results", "--controls=none", *rest]
         first = measured([*fixed, f"--top-k={args.top_k}"])
         if args.again:

@@ -10,6 +10,7 @@ from making import FILE_NAME, lora, write_collection, write_lora
 import ablation_experiment
 import data
 from data import CollectionError, index_collection
+from experiment import datasets
 from loras import building, digits_zoo, small_files
 
 WHOLE = b'{"lora_alpha": 8, "r": 2, "note": "x"}'
@@ -125,15 +126,15 @@ def test_a_strangers_record_is_none(tmp_path, spoil):
 
 def test_only_what_lies_in_the_programs_own_place_is_built_in(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    own, other = ablation_experiment.BUILT_IN / "small", tmp_path / "small"
+    own, other = datasets.BUILT_IN / "small", tmp_path / "small"
     for place in (own, other, tmp_path / "data" / "1k"):
         write_collection(place)
         (place / "recipe.json").write_text('{"built_by": "digits_zoo"}')
-    assert ablation_experiment.is_built_in(own) and ablation_experiment.is_built_in(own.absolute())
-    assert not ablation_experiment.is_built_in(other)
-    assert not ablation_experiment.is_built_in(tmp_path / "data" / "1k")
+    assert datasets.is_built_in(own) and datasets.is_built_in(own.absolute())
+    assert not datasets.is_built_in(other)
+    assert not datasets.is_built_in(tmp_path / "data" / "1k")
     (own / "recipe.json").unlink()
-    assert not ablation_experiment.is_built_in(own)
+    assert not datasets.is_built_in(own)
 
 
 def test_a_record_of_results_that_is_none_is_no_reason_to_wait(tmp_path):

@@ -1,0 +1,64 @@
+"""The folder that --dataset means: one of the user's, or the built-in digits, which are trained in its place."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+from experiment.flags import BUILT_IN_SIZES, NAMED_DATASETS
+from experiment.settings import UsageError
+from loras import building, digits_zoo
+from loras.building import Progress
+from loras.names import plain
+
+BUILT_IN = Path("data") / "built-in-digits"  # holds the collections that are trained here
+
+
+def locate(name: str, data_dir: Path | None, progress: Progress) -> tuple[str, Path]:
+    """Return name and folder of a collection; train the built-in one if it is to be used and not there.
+
+    Args:
+        name: What --dataset says: a folder, or one of ``NAMED_DATASETS``.
+        data_dir: The parent of folders of these names; None: data, where the digits may take their place.
+        progress: Shows the training.
+
+    Raises:
+        UsageError: There is no such collection, and none is trained in its place.
+    """
+    if name not in NAMED_DATASETS:
+        shown = f"--dataset {plain(name)}"
+        if not os.path.isdir(name):
+            fault = "a file, not a folder" if os.path.lexists(name) else "no such folder"
+            raise UsageError(f"{shown}: {fault}. Give a folder of LoRAs, or {', '.join(NAMED_DATASETS)}.")
+        begun = digits_zoo.is_built_here(Path(name)) or os.path.lexists(Path(name) / building.IMPORT_NAME)
+        if name.rstrip("/").endswith(".partial") and begun:
+            raise UsageError(f"{shown}: a half-built collection. Finish it with the command that began it.")
+        return Path(os.path.abspath(name)).name, Path(name)
+    folder = (data_dir or Path("data")) / name
+    if folder.is_dir():
+        return name, folder
+    mend = f"`python data.py import SOURCE {shlex.quote(str(folder))}` puts a published collection there"
+    if data_dir is not None:
+        raise UsageError(f"{folder}: no such folder. {mend}; or leave out --data-dir for the digits.")
+    if name not in BUILT_IN_SIZES or os.path.lexists(folder):  # a link to nowhere is no reason to train digits
+        raise UsageError(f"{folder}: no such folder. {mend}; or name its parent with --data-dir.")
+    built_in, count = BUILT_IN / name, BUILT_IN_SIZES[name]
+    if not built_in.is_dir():
+        seconds, size = digits_zoo.estimate(count)
+        print(
+            f"There is no {folder}: training the built-in digits, {count} LoRAs, into {built_in}, once "
+            f"(about {seconds / 60:.1f} minutes on two CPU cores, {size / 2**20:.0f} MiB on disk)",
+            flush=True,
+        )
+    try:
+        digits_zoo.build(built_in, count, progress=progress)  # returns at once where it is whole
+    except FileExistsError as error:
+        raise UsageError(str(error)) from error
+    return name, built_in
+
+
+def is_built_in(folder: Path) -> bool:
+    """Return whether a folder is one that `locate` builds; a recipe in another folder is a claim of its owner."""
+    places = {os.path.abspath(BUILT_IN / name) for name in BUILT_IN_SIZES}
+    return os.path.abspath(folder) in places and digits_zoo.is_built_here(folder)
