@@ -39,10 +39,11 @@ from threadpoolctl import threadpool_limits
 import data
 from data import Collection, CollectionError
 from experiment import checks, estimates, store
+from experiment.arrays import FLAT, SKETCHES, WEIGHTS
 from experiment.cluster import connect
 from experiment.datasets import is_built_in, locate
 from experiment.engine import Engine
-from experiment.extraction import CHECKED, FLAT, SKETCHES, WEIGHTS, Extracted, extract
+from experiment.extraction import CHECKED, Extracted, extract
 from experiment.flags import parse_arguments
 from experiment.modules import left_by_default
 from experiment.phases import UNITS, Experiment, emptied, split_collection, without_oversized

@@ -14,7 +14,8 @@ import numpy as np
 
 from data import Collection, CollectionError, check_classes, keep_together, noted, select_layers
 from experiment import store
-from experiment.extraction import DIGESTS, layer_sizes, update_norms
+from experiment.arrays import DIGESTS
+from experiment.extraction import layer_sizes, update_norms
 from experiment.phases import split_collection
 from loras import copies, lora_files
 from loras.notices import Notice

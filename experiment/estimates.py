@@ -20,7 +20,8 @@ import torch
 
 import autoencoders
 from data import Collection
-from experiment.extraction import FLAT, PASS_BYTES, bytes_to_pack, widths_of
+from experiment.arrays import FLAT, widths_of
+from experiment.extraction import PASS_BYTES, bytes_to_pack
 from experiment.inputs import PCA_COMPONENTS
 from experiment.modules import module_shapes, whole_pairs
 from experiment.networks import NETWORKS

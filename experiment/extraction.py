@@ -9,14 +9,10 @@ Shape letters: N LoRAs, L layers, P modules (pairs of a down and an up), F featu
 
 from __future__ import annotations
 
-import hashlib
-import math
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,12 +21,13 @@ import torch
 
 from data import Collection, CollectionError, LoraFile, check_classes, without
 from experiment import store
+from experiment.arrays import DIGESTS, SKETCHES, WEIGHTS, allocate, fill, row_of, sketched, sketching
 from experiment.engine import Engine
 from loras import building, lora_files
 from loras.labels import Finding
-from loras.lora_files import Layer, Layout, LoraFileError, NotFiniteError, by_layout, file_stat
+from loras.lora_files import LoraFileError, NotFiniteError, file_stat
 from loras.scales import update_scales
-from representations import FEATURES, RANKING, UPDATES, matrix_features, pair_features
+from representations import FEATURES, RANKING, UPDATES
 
 if TYPE_CHECKING:  # scipy is imported where it is called, with scikit-learn
     from scipy.sparse import csr_matrix
@@ -39,11 +36,6 @@ CHUNK_NUMBERS = 2**22  # weights worked on at once, 16 MiB
 SHARD_NUMBERS = 2**24  # features and packed weights of files, held and then written together: 64 MiB
 PASS_THREADS = 8  # threads at most, each with a shard in memory
 PASS_BYTES = 24  # that a thread holds for each weight of a LoRA, where one makes a shard
-FLAT = ("flat", "pca", "autoencoder")  # made of all weights, or of sketches of them
-WEIGHTS = "weights"  # the name under which the packed weights are kept, beside the features
-# Their sketches instead, of at most so many numbers a layer; numbers may differ with another library.
-SKETCHES, SKETCH_WIDTH = f"sketches-{version('scikit-learn')}", 256
-DIGESTS = "digests"  # and a digest of what is read of each file, uint8[N, 32]
 CHECKED = (RANKING, UPDATES, DIGESTS)  # the arrays that a check of the collection looks at
 
 # A check of a collection, given each of these arrays: what it returns is a JSON object, in which ``findings`` (path,
@@ -121,18 +113,14 @@ def extract(
     memory: int = 2**33,
     thorough: bool = False,
 ) -> Extracted:
-    """Compute, or find in the cache, the named arrays of a collection.
-
-    What is damaged there is computed again. That is seen by digests of those arrays that a check reads, and with
-    ``thorough`` of all; else of a file's size alone, until it is first read.
+    """Compute, or find in the cache, the named arrays of a collection; what is damaged there is computed again.
 
     The pass goes by shards of consecutive files, shared among threads; a shard that is finished is not read again by a
     pass that continues a killed one.
 
     Args:
         collection: What to read.
-        names: Computed representations and measures, ``WEIGHTS`` for the packed weights, ``SKETCHES`` for
-            their sketches.
+        names: Computed representations and measures, ``WEIGHTS`` and ``SKETCHES``.
         cache: Folder that holds a folder for each fingerprint.
         device: Where features are computed.
         engine: Has the threads that compute; None: one.
@@ -143,7 +131,8 @@ def extract(
         check: Done when the weights have been read, before anything is left of the pass; names
             are then to have all that are ``CHECKED``.
         memory: Bytes that the threads may take together, where LoRAs are so large that fewer of them are at work then.
-        thorough: Whether every array is compared with its digest, which takes as long as reading it.
+        thorough: Whether every array is compared with its digest, which takes as long as reading it; else those that
+            the check looks at.
 
     Raises:
         CollectionError: Weights are NaN or infinite, files have changed since they were indexed, or the check refuses.
@@ -263,6 +252,7 @@ class _Pass:
             "loras/patterns",
             "loras/products",
             "loras/scales",
+            "experiment/arrays",
             "experiment/extraction",
             "experiment/store",
         )
@@ -390,7 +380,7 @@ class _Pass:
     def run(self, rows: range, names: list[str], device: torch.device) -> None:
         """Read each file of a shard once; write its arrays, without rows of bad files, and then its document."""
         digests: dict[str, str] = {}
-        arrays = _allocate(self.collection, names, len(rows))
+        arrays = allocate(self.collection, names, len(rows))
         contents: list[str] = []
         findings: list[tuple[str, str, bool]] = []
         per_chunk = max(1, CHUNK_NUMBERS // max(file.layout.width for file in self.collection.files))
@@ -412,7 +402,7 @@ class _Pass:
                     arrays[DIGESTS][len(contents) - 1] = np.frombuffer(bytes.fromhex(digest), np.uint8)
             if files and (self.skip_bad or not findings):  # else go on reading, to report every fault at once
                 part = {name: array[first : len(contents)] for name, array in arrays.items()}
-                _fill(part, self.collection, files, weights, scales, device)
+                fill(part, self.collection, files, weights, scales, device)
                 if SKETCHES in part:  # of files of one layout: where ranks differ nothing reads sketches
                     part[SKETCHES][:] = sketched(np.stack(weights), files[0].layout, self.projections)
         if contents and (self.skip_bad or not findings):
@@ -429,7 +419,7 @@ def _is_whole(weight_pass: _Pass, found: Extracted, name: str) -> bool:
         return False
     collection = weight_pass.collection
     try:
-        shards, (dtype, shape) = found.shards(name), _row(collection, name)
+        shards, (dtype, shape) = found.shards(name), row_of(collection, name)
         if (shards.dtype, shards.shape) != (dtype, (len(collection.files), *shape)):
             raise store.DamagedError(f"{found.path(name)} is of {shards.dtype} {shards.shape}")
         if name in weight_pass.doubted:
@@ -476,7 +466,7 @@ def _put_in_place(names: list[str], documents: list[dict], contents: list[str], 
 def _describe(weight_pass: _Pass, folder: Path, of: Extracted, name: str, documents: list[dict]) -> None:
     """Write beside the shards of a name, which are to be renamed, what they are."""
     shards = [[len(document["contents"]), document["arrays"][name]] for document in documents if document["contents"]]
-    store.describe_shards(folder, of.place(name), _row(weight_pass.collection, name), shards)
+    store.describe_shards(folder, of.place(name), row_of(weight_pass.collection, name), shards)
 
 
 def _unplaced(weight_pass: _Pass, documents: list[dict], name: str) -> store.Shards:
@@ -521,24 +511,6 @@ def identity(collection: Collection) -> str:
     )
 
 
-def _row(collection: Collection, name: str) -> tuple[np.dtype, tuple[int, ...]]:
-    """Return dtype and shape of a LoRA's row of an array: features [L or P, F], packed weights [W], or a digest."""
-    if name == DIGESTS:
-        return np.dtype(np.uint8), (hashlib.sha256().digest_size,)
-    if name == WEIGHTS:
-        return np.dtype(np.float32), (collection.packed_layout.width,)
-    if name == SKETCHES:
-        return np.dtype(np.float32), (sum(widths_of(collection.packed_layout, True)),)
-    units = collection.layers if FEATURES[name].unit == "layer" else collection.modules
-    return np.dtype(np.float32), (len(units), len(FEATURES[name].feature_names))
-
-
-def _allocate(collection: Collection, names: list[str], rows: int) -> dict[str, np.ndarray]:
-    """Return an array for a shard of each name."""
-    kinds = {name: _row(collection, name) for name in names}
-    return {name: np.empty((rows, *shape), dtype) for name, (dtype, shape) in kinds.items()}
-
-
 def _read_document(path: Path, of: str) -> dict | None:
     """Return a document of the cache; one that was damaged is thrown away."""
     try:
@@ -560,106 +532,3 @@ def _read_file(root: Path, file: LoraFile) -> tuple[np.ndarray, dict[str, float]
         raise LoraFileError("changed since it was indexed. Start again.")
     lora_files.check_finite(weights, file.layout)
     return weights, update_scales(file.header, alphas, file.adapter_config), digest
-
-
-def _fill(
-    arrays: dict,
-    collection: Collection,
-    files: list[LoraFile],
-    weights: list[np.ndarray],
-    scales: list[dict],
-    device: torch.device,
-) -> None:
-    """Compute or copy the rows of files, into arrays of just these."""
-    # Matrices [n, rows, cols] of each layer, with the n rows of the arrays that they are of.
-    matrices: list[list[tuple[list[int], torch.Tensor]]] = [[] for _ in collection.layers]
-    for members in by_layout(file.layout for file in files):
-        layout = files[members[0]].layout
-        flat = np.stack([weights[i] for i in members])
-        if WEIGHTS in arrays:
-            arrays[WEIGHTS][members] = _packed(flat, layout, collection.packed_layout)
-        on_device = torch.from_numpy(flat).to(device)
-        for depth, (layer, columns) in enumerate(zip(layout.layers, layout.columns, strict=True)):
-            matrices[depth].append((members, on_device[:, columns].unflatten(1, layer.shape)))
-    _fill_matrix_features(arrays, matrices)
-    _fill_pair_features(arrays, collection, matrices, scales)
-
-
-def _packed(flat: np.ndarray, layout: Layout, packed: Layout) -> np.ndarray:
-    """Return flattened weights of files of one layout as they are packed: zeros where a rank falls short.
-
-    float32[n, W of the layout] -> float32[n, W of the packed layout]. A down is given rows of zeros, an up columns, so
-    that their product stays what it was.
-    """
-    if [layer.shape for layer in layout.layers] == [layer.shape for layer in packed.layers]:
-        return flat
-    padded = np.zeros((len(flat), packed.width), np.float32)
-    places = zip(layout.layers, layout.columns, packed.layers, packed.columns, strict=True)
-    for layer, columns, wide, wide_columns in places:
-        (rows, cols), to = layer.shape, padded[:, wide_columns].reshape(-1, *wide.shape)  # a view
-        to[:, :rows, :cols] = flat[:, columns].reshape(-1, rows, cols)
-    return padded
-
-
-def widths_of(layout: Layout, sketched: bool) -> list[int]:
-    """Return how many numbers of each layer there are: all its weights, or those of its sketch."""
-    widths = [math.prod(layer.shape) for layer in layout.layers]
-    return [min(width, SKETCH_WIDTH) for width in widths] if sketched else widths
-
-
-def sketching(layer: Layer) -> csr_matrix | None:
-    """Return the fixed projection of a layer, float32[256, weights]: sparse, random (Li, Hastie & Church, 2006).
-
-    The name and the role of its module decide it, with its number of weights. None for a layer of at most 256 weights,
-    which is its own sketch. On average distances stay as they are.
-    """
-    from sklearn.random_projection import SparseRandomProjection
-
-    width = math.prod(layer.shape)
-    if width <= SKETCH_WIDTH:
-        return None
-    seed = np.frombuffer(hashlib.sha256(f"{layer.module}/{layer.role}".encode()).digest(), "<u4")
-    projection = SparseRandomProjection(SKETCH_WIDTH, random_state=np.random.RandomState(seed))
-    return projection.fit(np.zeros((1, width), np.float32)).components_
-
-
-def sketched(flat: np.ndarray, layout: Layout, projections: list[csr_matrix | None]) -> np.ndarray:
-    """Return the sketches of flattened weights, float32[n, W] -> float32[n, at most 256 a layer], always on the CPU."""
-    parts = []
-    for columns, projection in zip(layout.columns, projections, strict=True):
-        weights = flat[:, columns]
-        parts.append(weights if projection is None else (projection @ weights.T).T)
-    return np.concatenate(parts, axis=1)
-
-
-def _fill_matrix_features(arrays: dict, matrices: list) -> None:
-    """Compute features by layer of files; all matrices of one shape, whatever file and layer, at once."""
-    names = [name for name in arrays if name in FEATURES and FEATURES[name].unit == "layer"]
-    groups = defaultdict(list)
-    for depth, batches in enumerate(matrices):
-        for members, batch in batches:
-            groups[batch.shape[1:]].append((members, depth, batch))
-    for group in groups.values() if names else ():
-        row = [i for members, _, _ in group for i in members]
-        depths = [depth for members, depth, _ in group for _ in members]
-        features = matrix_features(torch.cat([batch for _, _, batch in group]), names)
-        for name in names:
-            arrays[name][row, depths] = features[name].cpu().numpy()
-
-
-def _fill_pair_features(arrays: dict, collection: Collection, matrices: list, scales: list[dict]) -> None:
-    """Compute features by pair of files; all pairs of one shape, whatever file and module, at once."""
-    names = [name for name in arrays if name in FEATURES and FEATURES[name].unit == "pair"]
-    groups = defaultdict(list)
-    for p, module in enumerate(collection.modules):
-        # In the network's order a module's up follows its down.
-        for (members, downs), (_, ups) in zip(matrices[2 * p], matrices[2 * p + 1], strict=True):
-            groups[downs.shape[1:], ups.shape[1:]].append((members, p, module, downs, ups))
-    for group in groups.values() if names else ():
-        row = [i for members, *_ in group for i in members]
-        position, module = zip(*((p, module) for members, p, module, *_ in group for _ in members), strict=True)
-        downs, ups = (torch.cat([entry[k] for entry in group]) for k in (3, 4))
-        scale = torch.tensor([scales[i][m] for i, m in zip(row, module, strict=True)], device=downs.device)
-        features = pair_features(downs, ups, module, scale, names)
-        for name in names:
-            arrays[name][row, position] = features[name].cpu().numpy()

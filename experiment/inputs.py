@@ -21,7 +21,8 @@ import torch
 
 import autoencoders
 from experiment import store
-from experiment.extraction import FLAT, Extracted, widths_of
+from experiment.arrays import FLAT, widths_of
+from experiment.extraction import Extracted
 from experiment.modules import Modules, whole_pairs
 from experiment.networks import NETWORKS
 from experiment.samples import Samples

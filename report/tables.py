@@ -24,6 +24,7 @@ from report.wording import (
     top_layers,
 )
 
+MOST_IN_TEXT, MOST_ON_PAGE = 100, 300  # rows of any table that results.txt and report.html show
 TOGETHER = (  # note below a table of differences
     "Intervals and p of a column of differences hold for all of it together (single-step, 95 %); all are over the same "
     "test LoRAs and runs."
@@ -32,7 +33,6 @@ TOGETHER = (  # note below a table of differences
 SKETCH_NOTE = (
     "Sketched: in place of the weights of a layer, at most 256 numbers are read, a fixed sparse random projection."
 )
-MOST_IN_TEXT, MOST_ON_PAGE = 100, 300  # rows of any table that results.txt and report.html show
 
 # Columns of attention and contribution, each with its interval to the right of it.
 SHARES = ("attention, %", "95 % interval", "contribution", "95 % interval")

@@ -353,26 +353,25 @@ def swapped_headers(draw: random.Random, whole: bytes, pool: list[Made]) -> byte
 def hostile_value(draw: random.Random) -> bytes:
     """A JSON value of metadata that is huge, nested, doubled, of other types, or not even text."""
     deep = draw.choice([20, 126, 127, 128, 129, 5_000])
-    adapter = as_json({"lora_adapter_metadata": hostile_config(draw).decode("utf-8", "replace")})
     odd = draw.choice(["1e300", "-1e300", "NaN", "inf", "1e-320", "9" * 400, "0", "-0.0", "0x10", "1_0", "٣", "\u202e"])
     fields = {draw.choice(["ss_network_alpha", "lora_alpha", "alpha"]): odd, draw.choice(["ss_network_dim", "r"]): "2"}
-    return draw.choice(
-        [
-            *(adapter, adapter, as_json(fields), as_json(fields)),
-            b'{"a":"%s"}' % (b"x" * draw.choice([10, 10**4, 10**6])),
-            b"{%s}" % b",".join(b'"%d":"\\u0022}"' % i for i in range(draw.choice([2, 2_000]))),
-            *(
-                b'{"a":"\\ud800"}',
-                b'{"a":"\\udfff\\ud800"}',
-                b'{"a":"\\ud83d\\ude00\\u0000"}',
-                b'{"\\u202e":"\\u2028"}',
-            ),
-            *(b'{"a":"%s"}' % draw.randbytes(4), b'{"a":"\xff\xfe\x00"}'),
-            *(b'{"a":' * deep + b"1" + b"}" * deep, b"[" * deep + b"]" * deep, b'{"a":"%s"}' % (b"[" * deep)),
-            *(b'{"a":"b","a":"c"}', b'{"a":1}', b'{"a":null}', b'{"a":["b"]}', b'{"":""}', b"null", b"[]", b"1e999"),
-            *(b"-" + b"9" * 5000, b'"},"', b'{"__metadata__":"x"}', b'{ "a" :\n"}" , "b":"{\\"c\\":[" }'),
-        ]
-    )
+    large = [
+        lambda: as_json({"lora_adapter_metadata": hostile_config(draw).decode("utf-8", "replace")}),
+        lambda: as_json({"lora_adapter_metadata": hostile_config(draw).decode("utf-8", "replace")}),
+        lambda: as_json(fields),
+        lambda: b'{"a":"%s"}' % (b"x" * draw.choice([10, 10**4, 10**6])),
+        lambda: b"{%s}" % b",".join(b'"%d":"\\u0022}"' % i for i in range(draw.choice([2, 2_000]))),
+        lambda: b'{"a":' * deep + b"1" + b"}" * deep,
+        lambda: b"[" * deep + b"]" * deep,
+        lambda: b'{"a":"%s"}' % (b"[" * deep),
+    ]
+    small = [
+        *(b'{"a":"\\ud800"}', b'{"a":"\\udfff\\ud800"}', b'{"a":"\\ud83d\\ude00\\u0000"}', b'{"\\u202e":"\\u2028"}'),
+        *(b'{"a":"%s"}' % draw.randbytes(4), b'{"a":"\xff\xfe\x00"}', b"-" + b"9" * 5000, b'"},"', b"null", b"[]"),
+        *(b'{"a":"b","a":"c"}', b'{"a":1}', b'{"a":null}', b'{"a":["b"]}', b'{"":""}', b"1e999"),
+        *(b'{"__metadata__":"x"}', b'{ "a" :\n"}" , "b":"{\\"c\\":[" }'),
+    ]
+    return draw.choice(small) if draw.random() < 0.5 else draw.choice(large)()
 
 
 def hostile_metadata(draw: random.Random, whole: bytes, pool: list[Made]) -> bytes:
@@ -506,19 +505,20 @@ def hostile_config(draw: random.Random) -> bytes:
     )
     document = {"peft_type": draw.choice(["LORA", "LOHA", None, 3]), "r": 2, "lora_alpha": 8, field: odd}
     with_pattern = document | {"alpha_pattern": {pattern: odd}, "target_parameters": odd, "init_lora_weights": odd}
-    return draw.choice(
-        [
-            *(as_json(document), as_json(with_pattern), as_json(document), as_json(with_pattern)),
-            *(b"", b"null", b"[]", b'"x"', b"3", b"{", b"\xff\xfe{}", b"\xef\xbb\xbf{}", b"NaN", b"\x00" * 100),
-            *(b'{"r":' * deep + b"1" + b"}" * deep, b"[" * deep, b'{"r":2,"r":4,"lora_alpha":1}'),
-            *(
-                b'{"lora_alpha":1e999,"r":2}',
-                b'{"lora_alpha":-Infinity,"r":2}',
-                b'{"lora_alpha":%s,"r":2}' % (b"9" * 5_000),
-            ),
-            b'{"a":"%s"}' % (b"x" * draw.choice([10, 3 * 2**20])),
-        ]
-    )
+    large = [  # made only where they are drawn
+        lambda: b'{"r":' * deep + b"1" + b"}" * deep,
+        lambda: b"[" * deep,
+        lambda: b'{"a":"%s"}' % (b"x" * draw.choice([10, 3 * 2**20])),
+        lambda: b'{"lora_alpha":%s,"r":2}' % (b"9" * 5_000),
+    ]
+    small = [
+        *(b"", b"null", b"[]", b'"x"', b"3", b"{", b"\xff\xfe{}", b"\xef\xbb\xbf{}", b"NaN", b"\x00" * 100),
+        *(b'{"lora_alpha":1e999,"r":2}', b'{"lora_alpha":-Infinity,"r":2}', b'{"r":2,"r":4,"lora_alpha":1}'),
+    ]
+    kind = draw.randrange(4)
+    if kind < 2:
+        return as_json(draw.choice([document, with_pattern]))
+    return draw.choice(small) if kind == 2 else draw.choice(large)()
 
 
 SPARSE = 3 * 2**29  # bytes: more than any test may hold

@@ -12,7 +12,8 @@ from making import NARROW, write_collection
 import ablation_experiment
 from data import index_collection
 from experiment import extraction, store
-from experiment.extraction import DIGESTS, WEIGHTS, extract
+from experiment.arrays import DIGESTS, WEIGHTS
+from experiment.extraction import extract
 from experiment.units import Units
 
 CPU = torch.device("cpu")

@@ -10,9 +10,10 @@ from test_ablation_experiment import NETWORKS, run
 
 import autoencoders
 from data import index_collection
-from experiment import estimates, extraction
+from experiment import arrays, estimates
+from experiment.arrays import SKETCH_WIDTH, SKETCHES, WEIGHTS, sketched, sketching
 from experiment.estimates import Estimates, Speed, unfit, without_room
-from experiment.extraction import SKETCH_WIDTH, SKETCHES, WEIGHTS, extract, sketched, sketching
+from experiment.extraction import extract
 from experiment.flags import parse_arguments
 from experiment.inputs import StoredRows, Weights
 from experiment.phases import split_collection
@@ -182,7 +183,7 @@ def test_narrow_layers_are_their_own_sketch(tmp_path):
     layout = collection.packed_layout
     x = np.random.default_rng(0).standard_normal((3, layout.width), np.float32)
     np.testing.assert_array_equal(sketched(x, layout, [None] * len(layout.layers)), x)
-    assert extraction.widths_of(layout, True) == extraction.widths_of(layout, False) == [16] * 4
+    assert arrays.widths_of(layout, True) == arrays.widths_of(layout, False) == [16] * 4
 
 
 def test_removing_a_layer_drops_its_block_and_leaves_the_others(tmp_path):

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 import data
 from data import CollectionError, index_collection, without
 from experiment import extraction, store
+from experiment.arrays import WEIGHTS
 from experiment.engine import Engine
-from experiment.extraction import WEIGHTS, Extracted, extract
+from experiment.extraction import Extracted, extract
 from representations import MEASURES, REPRESENTATIONS, matrix_features, pair_features
 
 CPU = torch.device("cpu")

@@ -4,7 +4,6 @@ What is read is compared with a slow transcription of what the writers mean (slo
 ``pytest -m slow tests/test_mutations.py``: 100,000 files, and every truncation of some; the default run is a fiftieth.
 """
 
-import os
 import random
 import time
 from collections import Counter
@@ -49,9 +48,9 @@ def read(root: Path, path: Path, made: Made) -> str:
 
 
 def write(path: Path, made: Made) -> None:
-    path.write_bytes(made.contents)
-    if made.sparse:
-        os.truncate(path, len(made.contents) + made.sparse)
+    with open(path, "r+b" if path.exists() else "wb") as file:  # "wb" alone waits for the disk, on some file systems
+        file.write(made.contents)
+        file.truncate(len(made.contents) + made.sparse)
     beside = path.with_name("adapter_config.json")
     if made.config is None:
         beside.unlink(missing_ok=True)
@@ -115,9 +114,9 @@ def test_a_file_of_the_grammar_is_refused_in_words_or_read_as_it_is(tmp_path, ca
         print("; ".join(f"{kind} {outcomes[kind, 'refused']} {outcomes[kind, 'accepted']}" for kind in kinds))
     assert added.bytes < MOST_MEMORY
     assert outcomes["truncated", "accepted"] == outcomes["sound", "refused"] == 0
-    assert min(outcomes[kind, "refused"] for kind in kinds if kind != "sound") > 0
+    assert min(outcomes[kind, "refused"] for kind in kinds if kind not in ("sound", "giant")) > 0
     assert count - refused > count // 8
-    for i, made in enumerate(random.Random(0).sample(accepted, min(30, len(accepted)))):
+    for i, made in enumerate(random.Random(0).sample(accepted, min(10, len(accepted)))):
         write(path, made)
         found = extraction.extract(index_collection(tmp_path / "zoo"), FEATURES, tmp_path / f"{i}", torch.device("cpu"))
         assert all(np.isfinite(found.load(name)).all() for name in FEATURES)

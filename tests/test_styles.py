@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from ablation_experiment import main
 from data import index_collection
-from experiment.extraction import WEIGHTS, extract
+from experiment.arrays import WEIGHTS
+from experiment.extraction import extract
 from experiment.settings import Networks
 from representations import REPRESENTATIONS
 
