@@ -89,7 +89,7 @@ class Estimate:
 
     def seconds(self, speed: Speed, workers: int) -> float:
         """Return how long so many workers take."""
-        return (self.operations / speed.operations + self.copied / speed.copied) / min(workers, max(1, self.units))
+        return (self.operations / speed.operations + self.copied / speed.copied) / max(1, min(workers, self.units))
 
     def then(self, other: Estimate) -> Estimate:
         """Return the cost of both, one after the other."""

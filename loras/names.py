@@ -9,6 +9,7 @@ or paragraph separator, and nothing of no width.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 MAX_LENGTH = 255
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # the beginnings of a cell that a spreadsheet would compute
@@ -37,5 +38,6 @@ def spreadsheet_cell(text: str) -> str:
 def escape_output() -> None:
     """Let standard output and error escape what their encoding lacks, in place of an error."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        # Others stand in for the streams in tests; and one that was a file when Python began may be a pipe by now.
+        with suppress(AttributeError, OSError):
             stream.reconfigure(errors="backslashreplace")

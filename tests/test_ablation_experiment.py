@@ -807,7 +807,7 @@ def test_results_are_of_all_modules_of_the_program():
     folders = ("tests/", "benchmarks/", ".")
     covered = {name for name in modules for part in ablation_experiment.PROGRAM if f"{name}/".startswith(f"{part}/")}
     others = {name for name in modules - covered if not name.startswith(folders)}
-    assert others == {"loras/__init__", "loras/inspection", "loras/published"}
+    assert not others
 
 
 def test_skip_bad_leaves_out_files_in_which_the_pass_finds_nan(tmp_path, capsys, monkeypatch):
