@@ -97,6 +97,7 @@ def update(parts: Parts) -> tuple[torch.Tensor, float, int]:
         return torch.kron(first, second.flatten(1)), bound, ranks[0] if ranks else 0
     if family == {"a", "b"}:
         return (parts["a"] @ parts["b"]).T, bound, parts["a"].shape[1]
+    assert parts.keys() <= {"down", "up", "mid"}, "factors of two families"
     return pair(**parts), bound, len(parts["down"])
 
 

@@ -127,7 +127,7 @@ def test_a_file_of_the_grammar_is_refused_in_words_or_read_as_it_is(tmp_path, ca
 )
 def test_every_truncation_is_refused_as_an_incomplete_download(tmp_path, kind):
     numbers = numbers_of(random.Random(0), "F32")
-    made = Made(saved(KINDS[kind]("kohya", 0, Sides(2, 4, 5), numbers)), sound=True)
+    made = Made(saved(KINDS[kind]("PEFT", 0, Sides(2, 4, 5), numbers)), sound=True)
     path = tmp_path / "a" / "x.safetensors"
     path.parent.mkdir()
     for length in range(len(made.contents)):
