@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-MAX_MESSAGE_LENGTH = 1000
+from loras.names import one_line
 
 # Style -> pattern of its keys. Groups: m, the module; r, the role (down or A, up or B, mid; of LoHa and LoKr a tensor);
 # and in some styles a, the adapter, and p, the attention projection that ends the module.
@@ -111,10 +111,7 @@ class LoraFileError(ValueError):
     """
 
     def __init__(self, message: str):
-        line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
-        if len(line) > MAX_MESSAGE_LENGTH:
-            line = f"{line[: MAX_MESSAGE_LENGTH // 2]} ... {line[-MAX_MESSAGE_LENGTH // 2 :]}"
-        super().__init__(line)
+        super().__init__(one_line(message))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

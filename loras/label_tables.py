@@ -27,7 +27,7 @@ class LabelError(ValueError):
 
     def __init__(self, *findings: str):
         super().__init__("\n".join(findings))
-        self.findings = [names.plain(finding) for finding in findings]
+        self.findings = [names.one_line(finding) for finding in findings]
 
 
 def table_fault(table: Path) -> str:

@@ -12,6 +12,7 @@ import sys
 from contextlib import suppress
 
 MAX_LENGTH = 255
+MAX_LINE = 1000
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # the beginnings of a cell that a spreadsheet would compute
 
 
@@ -20,6 +21,12 @@ def plain(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def one_line(text: str) -> str:
+    """Return a message as `plain` does, cut in the middle where names have made it too long."""
+    line = plain(text)
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} ... {line[-MAX_LINE // 2 :]}"
 
 
 def fault(text: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from loras.names import plain
+from loras.names import one_line
 
 MAX_LISTED = 20  # files, or groups of files, of a notice that results.json lists
 
@@ -27,7 +27,7 @@ class Finding:
 
     def line(self, root: Path) -> str:
         """Return the finding as a line ``<path>: what is wrong. What to do.``."""
-        return plain(f"{self.place or root / self.files[0]}: {self.reason}")
+        return one_line(f"{self.place or root / self.files[0]}: {self.reason}")
 
 
 def unreadable(error: OSError) -> str:

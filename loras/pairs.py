@@ -212,9 +212,14 @@ def _plain_pair(module: _Module) -> _Pair:
             _check_factor(module, role)
     for role, other in (("mid", "down"), ("down", "up"), ("up", "down")):
         if role in module and other not in module:
-            shape = list(module.shape(role) if role == "mid" else module.flat(role))
-            raise LoraFileError(f"module {module.name} has a {role} {shape} but no {other}. Save both factors.")
-    if {module.style("down"), module.style("up")} & _TRANSPOSED:
+            raise LoraFileError(
+                f"module {module.name} has a {role} {list(module.shape(role))} but no {other}. Save both factors."
+            )
+    transposed = [module.style(role) in _TRANSPOSED for role in ("down", "up")]
+    if any(transposed) and not all(transposed):
+        keys = f"{module.keys['down']}, {module.keys['up']}"
+        raise LoraFileError(f"one factor of module {module.name} is MLX's, the other is not ({keys}). Save both alike.")
+    if all(transposed):
         return _transposed_pair(module), None
     down, up = module.flat("down"), module.flat("up")
     if "mid" in module:
@@ -269,7 +274,7 @@ def _groups(module: _Module, rank: int, narrow: int) -> int:
 def _transposed_pair(module: _Module) -> list[Piece]:
     """Return the pair of MLX: a [in, r] and b [r, out]; of stacked experts a [experts, r, in], b [experts, out, r]."""
     down, up = module.shape("down"), module.shape("up")
-    if len(up) == 3 and prod(up) and prod(down) == up[0] * up[2] * down[-1]:
+    if len(up) == 3 and len(down) > 1 and prod(up) and prod(down) == up[0] * up[2] * down[-1]:
         experts, outputs, rank = up
         _check_count(module.name, experts)
         shapes = {"down": (rank, down[-1]), "up": (outputs, rank)}

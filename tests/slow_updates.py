@@ -54,6 +54,8 @@ def slow_updates(path: Path, config: bytes | None) -> tuple[list[Update], int]:
                 name, part = found["m"], {"A": "down", "B": "up"}.get(found["r"], found["r"])
                 if projection := found.groupdict().get("p"):
                     name += ".to_out.0" if projection == "to_out" else f".{projection}"
+                if part == "alpha" and math.prod(file.get_slice(key).get_shape()) != 1:
+                    continue  # of a module without a pair, else the file would have been refused
                 module = squashed(name)
                 assert part not in modules[module], f"{key} is a {part} twice"
                 modules[module][part] = file.get_tensor(key).double()
