@@ -19,13 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 from loras.keys import LoraFileError
 from loras.layouts import Layout
-from loras.pairs import check_ranks, checked_entries, kept_places, parse_pairs, split_experts
+from loras.pairs import check_ranks, checked_entries, kept_places, parse_pairs, split_experts, stacked_layers
 from loras.patterns import UNREADABLE, in_words, parameter_paths, path_of, rule_of
 from loras.products import Places
 
@@ -167,15 +167,18 @@ def parse_header(header: bytes, adapter_config: dict | None = None) -> Header:
         adapter_config: The content of adapter_config.json beside the file, by which stacked experts are told apart.
 
     Raises:
-        LoraFileError: No LoRA pair, a missing partner, ranks that differ, two adapters, a family that is refused, or
-            metadata that cannot be read.
+        LoraFileError: No LoRA pair, a missing partner, ranks that differ, two adapters, a family that is refused,
+            stacked experts of which nothing tells the number, or metadata that cannot be read.
     """
     tensors, metadata = _split(header)
     places = _parse(tensors)
-    if adapter_config and adapter_config.get("target_parameters"):
-        places = _with_experts(places, adapter_config)
-    check_ranks(places.layout)
     configs = _adapter_configs(metadata.pop(ADAPTER_METADATA)) if ADAPTER_METADATA in metadata else _NO_CONFIGS
+    stated = [_Stated(CONFIG, "", adapter_config)] if adapter_config else []
+    stated += [_Stated(ADAPTER_METADATA, component, config) for component, config in configs.items()]
+    for source, _, config in stated:
+        _check_variant(source, config)
+    places = _with_experts(places, [entry for entry in stated if entry.config.get("target_parameters")])
+    check_ranks(places.layout)
     short = (name for name, value in metadata.items() if len(value) <= MAX_FIELD_LENGTH and value.isprintable())
     names = _kept_names(tuple(sorted(short)))  # safetensors writes them in any order
     values = tuple(sys.intern(metadata[name]) for name in names)
@@ -234,7 +237,12 @@ _METADATA = re.compile(
 MAX_FIELDS, MAX_FIELD_LENGTH, MAX_NAME_LENGTH = 500, 200, 100
 MAX_CONFIG_LENGTH = 2**20
 # What is kept of PEFT's configuration of an adapter, which diffusers writes into the header.
-CONFIG_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights")
+CONFIG_FIELDS = (
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights"),
+    *("target_parameters", "use_qalora", "use_bdlora", "kasa_config"),
+)
+# Fields of PEFT's configuration of a LoRA, by which up·down of its tensors as they are is not the update.
+REFUSED_VARIANTS = {"use_qalora": "QA-LoRA", "use_bdlora": "BD-LoRA", "kasa_config": "KaSA"}
 _NO_CONFIGS: dict[str, dict] = {}
 
 
@@ -280,27 +288,72 @@ def _parse(header: str) -> Places:
     return parse_pairs(checked_entries(entries))
 
 
-def _with_experts(places: Places, config: dict) -> Places:
+class _Stated(NamedTuple):
+    """A configuration of an adapter: its source, the component of which it is ("" for none), and its content."""
+
+    source: str
+    component: str
+    config: dict
+
+
+def _check_variant(source: str, config: dict) -> None:
+    """Refuse a configuration of a LoRA of which up·down, as they are in the file, is not the update."""
+    for name, variant in REFUSED_VARIANTS.items():
+        if str(config.get(name) or "").strip().lower() not in ("", "false", "0", "no", "none", "null"):
+            raise LoraFileError(
+                f"a {variant} adapter ({source} has {name}), which cannot be read. Convert it or leave it out."
+            )
+
+
+def _with_experts(places: Places, stated: list[_Stated]) -> Places:
     """Return places in which the experts that PEFT has stacked are modules each.
 
-    The file does not tell their number: it is the rank of the whole by the one that the configuration states.
+    The file does not tell their number: it is the rank of the whole by the one that a configuration states.
 
     Raises:
-        LoraFileError: The configuration cannot be used.
+        LoraFileError: A configuration cannot be used, or none names a module of stacked experts.
     """
-    ranks, experts_of = [], {}
-    with in_words(CONFIG):
-        rule = rule_of(config, "rank_pattern", "r")
-        for layer in places.layout.layers[::2]:  # a module's down stands before its up
-            if not layer.style.startswith("PEFT") or not (paths := parameter_paths(path_of(layer.name), config)):
-                continue
-            rule.check(paths)
-            stated, module = {rule.value(path) for path in paths}, paths[0].rpartition(".")[0]
-            if len(stated) > 1:
-                raise ValueError(f"several ranks for the parameters of {module}")
-            rank = stated.pop()
-            if 0 < rank < layer.rank and rank.is_integer() and layer.rank % rank == 0:
-                ranks.append((layer.module, int(rank)))
-                if experts_of.setdefault(module, layer.rank // rank) != layer.rank // rank:
-                    raise ValueError(f"rank {rank:g} gives the parameters of {module} unequal numbers of experts")
+    ranks, known = [], set()
+    for entry in stated:
+        with in_words(entry.source):
+            of_config = _ranks_of_experts(places.layout, entry, whole=len(stated) == 1)
+        ranks += [(module, rank) for module, rank in of_config.items() if rank is not None and module not in known]
+        known |= of_config.keys()
+    for layer in stacked_layers(places.layout):
+        if layer.module not in known:
+            raise LoraFileError(
+                f"{layer.name} has stacked experts, whose number the file does not tell. Put its adapter_config.json, "
+                "with r and target_parameters, beside it."
+            )
     return split_experts(places, tuple(ranks)) if ranks else places
+
+
+def _ranks_of_experts(layout: Layout, stated: _Stated, whole: bool) -> dict[str, int | None]:
+    """Return the rank of each expert by module, None of a parameter that is no stack; ``whole``: of all components.
+
+    Raises:
+        LoraFileError, ValueError: The rank is not one that the tensors can have, or the parameters of a module differ.
+    """
+    rule = rule_of(stated.config, "rank_pattern", "r")
+    ranks: dict[str, int | None] = {}
+    experts_of: dict[str, float] = {}
+    front = f"{stated.component}." if stated.component else ""
+    for layer in layout.layers[::2]:  # a module's down stands before its up
+        path = path_of(layer.name)
+        if not layer.style.startswith("PEFT") or not (whole or path.startswith(front)):
+            continue
+        if not (paths := parameter_paths(path.removeprefix(front), stated.config)):
+            continue
+        rule.check(paths)
+        of_paths, module = {rule.value(path) for path in paths}, paths[0].rpartition(".")[0]
+        if len(of_paths) > 1:
+            raise ValueError(f"several ranks for the parameters of {module}")
+        if not (rank := of_paths.pop()):
+            continue
+        if rank < 0 or not rank.is_integer() or layer.rank % rank:
+            fault = f"{stated.source} says rank {rank:g} for {module}, where the file has {layer.rank}"
+            raise LoraFileError(f"{fault}. Mend or remove it.")
+        ranks[layer.module] = int(rank) if rank < layer.rank else None
+        if rank < layer.rank and experts_of.setdefault(module, layer.rank // rank) != layer.rank // rank:
+            raise ValueError(f"rank {rank:g} gives the parameters of {module} unequal numbers of experts")
+    return ranks

@@ -73,6 +73,7 @@ REFUSED_FAMILIES = {
     "an OSF": "osf_svd_params",
     "a ShadowPEFT": "shadow_down shadow_up shadow_update_gate shadow_update_transform",
     "an X-LoRA": "xlora_classifier",
+    "a KaSA": "lora_diag",
 }
 _FAMILY_OF = {part: family for family, parts in REFUSED_FAMILIES.items() for part in parts.split()}
 _MANGLED = re.compile(r"lora_(unet|te\d?)_.+_lora_(down|up)\.weight")

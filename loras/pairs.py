@@ -7,6 +7,7 @@ Shape letters: r rank, see products.py.
 
 from __future__ import annotations
 
+import re
 import sys
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -20,9 +21,10 @@ from loras.keys import LoraFileError, count_ignored, parse_alpha, parse_key, wit
 from loras.layouts import Layer, Layout
 from loras.memory import host_memory
 from loras.order import in_network_order
+from loras.patterns import path_of
 from loras.products import BYTES_OF_TYPE, FLOAT_TYPES, IDENTITY, INTEGER_TYPES, Factor, Places, Product, Run
 
-MAX_KEY_LENGTH = 1000
+MAX_KEY_LENGTH = 300
 MAX_PRODUCT_RANK = 256  # of the pair that a LoHa or LoKr is
 MAX_LAYERS = 40_000  # stacked experts are modules each
 MAX_NUMBERS = 2**31  # of a file's pairs: 8 GiB as float32; a Flux LoRA of rank 256 has 1.4e9
@@ -521,6 +523,20 @@ def kept_places(places: Places, modules: frozenset[str]) -> Places:
         _layout(tuple(layer for layer, _ in kept), alphas, tuple(sorted(layout.ignored.items())), ranks),
         [source for _, source in kept],
         [place for place in places.alphas if place[0] in modules],
+    )
+
+
+# Modules whose parameters are of all experts at once; those of an expert each have its number behind.
+_STACKED = re.compile(r"(?:^|\.)(?:experts|block_sparse_moe\.(?:in|out)put_linear)(?:\.base_layer)*$")
+
+
+@lru_cache(maxsize=2**10)
+def stacked_layers(layout: Layout) -> tuple[Layer, ...]:
+    """Return the downs that by their names are of experts which PEFT has stacked; of rank 1 there is only one."""
+    return tuple(
+        layer
+        for layer in layout.layers[::2]
+        if layer.style.startswith("PEFT") and layer.rank > 1 and _STACKED.search(path_of(layer.name))
     )
 
 

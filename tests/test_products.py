@@ -16,7 +16,7 @@ from safetensors.torch import save
 from loras import pairs
 from loras.keys import LoraFileError
 from loras.lora_files import load_weights, parse_header
-from loras.scales import CONFIG, NONE, TENSORS, count_scales, module_scales
+from loras.scales import ADAPTER_METADATA, CONFIG, NONE, TENSORS, count_scales, module_scales
 
 # Name, shapes of the tensors, alpha as LyCORIS writes it, norm of the update.
 LYCORIS = [
@@ -347,7 +347,9 @@ def test_only_experts_are_split():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (EXPERTS, "says rank 2 for mlp.experts"),
+        (EXPERTS, "has stacked experts, whose number"),
+        (EXPERTS | {"target_parameters": ["gate.weight"]}, "has stacked experts, whose number"),
+        ({"lora_alpha": 8, "target_parameters": TARGETS}, "has stacked experts, whose number"),
         (EXPERTS | {"target_parameters": ["experts.other"], "r": 3}, "says rank 3 for mlp.experts"),
         (
             EXPERTS | {"target_parameters": TARGETS, "rank_pattern": {"down_proj": 4}},
@@ -378,4 +380,47 @@ def test_a_stack_whose_rank_is_above_both_sides_is_read_with_its_configuration()
     shapes = {"m.experts.lora_A.weight": (48, 12), "m.experts.lora_B.weight": (16, 48)}
     layout, _, _ = read(values(shapes), {"r": 4, "lora_alpha": 4, "target_parameters": ["experts.weight"]})
     assert len(layout.modules) == 12
-    assert "above both other sides" in refusal(values(shapes))
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["mlp.experts", "base_model.model.m.experts.base_layer.base_layer", "experts", "m.block_sparse_moe.input_linear"],
+)
+def test_stacked_experts_without_their_configuration_are_refused(module):
+    tensors = values({f"{module}.lora_A.weight": (8, 64), f"{module}.lora_B.weight": (48, 8)})
+    message = refusal(tensors)
+    assert message.startswith(f"{module}.lora_A.weight has stacked experts") and "target_parameters" in message
+    names = ("mlp.experts.0", "mlp.shared_experts", "mlp.router")  # modules of one matrix
+    for name in names if module == "mlp.experts" else ():
+        assert len(layout_of(pair(name, 4, "lora_A", "lora_B")).modules) == 1
+
+
+@pytest.mark.parametrize("component", ["", "transformer"])
+def test_the_header_too_may_tell_experts_apart(component):
+    front = f"{component}." if component else ""
+    config = {"r": 2, "lora_alpha": 8, "rank_pattern": {"^mlp.gate": 4}, "target_parameters": TARGETS}
+    fields = {ADAPTER_METADATA: json.dumps({front + name: value for name, value in config.items()})}
+    tensors = {key.replace("base_model.model.", front): tensor for key, tensor in values(STACKED).items()}
+    header = parse_header(header_of(save(tensors, fields)))
+    assert len(header.layout.modules) == 8
+    assert {tuple(scale) for scale in module_scales(header, {}, None).values()} == {(4.0, ADAPTER_METADATA)}
+
+
+@pytest.mark.parametrize(
+    ("config", "family"),
+    [
+        ({"use_qalora": True, "qalora_group_size": 4}, "a QA-LoRA adapter"),
+        ({"use_qalora": "true"}, "a QA-LoRA adapter"),
+        ({"use_bdlora": {"nblocks": 2}}, "a BD-LoRA adapter"),
+        ({"kasa_config": {"beta": 1e-4}}, "a KaSA adapter"),
+    ],
+)
+def test_variants_of_a_lora_that_are_no_pair_are_refused(config, family):
+    tensors = pair("m.a", 4, "lora_A", "lora_B")
+    with pytest.raises(LoraFileError, match=family):
+        read(tensors, {"r": 4, "lora_alpha": 8} | config)
+    fields = {ADAPTER_METADATA: json.dumps({f"unet.{name}": value for name, value in config.items()})}
+    with pytest.raises(LoraFileError, match=f"{family}.*lora_adapter_metadata"):
+        parse_header(header_of(save(tensors, fields)))
+    read(tensors, {"r": 4, "lora_alpha": 8} | dict.fromkeys(config, None))
+    read(tensors, {"r": 4, "lora_alpha": 8} | dict.fromkeys(config, False))
