@@ -87,6 +87,7 @@ REFUSED_TOGETHER = {
 IGNORED = {
     "*.dora_scale": r"\.dora_scale$",
     "*.lora_magnitude_vector": r"\.lora_magnitude_vector(\.[^.]+)?(\.weight)?$",
+    "*.m": r"\.m$",  # MLX's magnitudes of DoRA
     "*.lora_A.bias, *.lora_B.bias": r"\.lora_[AB](\.[^.]+)?\.bias$",
     "embeddings <...>": r"^<.+>$",
     "embeddings bundle_emb.*": r"^bundle_emb\.",

@@ -17,9 +17,9 @@ import numpy as np
 from loras.labels import plain
 from loras.lora_files import ADAPTER_METADATA, Header, Layout
 from loras.notices import Notice
-from loras.scales import CONFIG, NONE, ScaleCount
+from loras.scales import CONFIG, NONE, ScaleCount, has_unused_fields
 
-DORA = ("*.dora_scale", "*.lora_magnitude_vector")  # rows of `keys.IGNORED`
+DORA = ("*.dora_scale", "*.lora_magnitude_vector", "*.m")  # rows of `keys.IGNORED`
 # Ways to begin a training after which up·down is the change of W; the other ones change W itself before it.
 PLAIN_INITS = ("true", "false", "gaussian", "orthogonal", "eva", "none", "")
 # Fields of the header that name the concept, or its images: what they tell is the label and no recipe.
@@ -83,8 +83,10 @@ def sources_of(file: IndexedFile) -> list[str]:
 
 def has_dora(file: IndexedFile) -> bool:
     """Return whether a file holds magnitudes of DoRA, or says that it is one."""
-    held = any(name in file.layout.ignored for name in DORA)
-    return held or any(str(config.get("use_dora")).lower() == "true" for _, config in _configs(file, plain_too=True))
+    if any(name in file.layout.ignored for name in DORA):
+        return True
+    says = [(config.get("use_dora"), config.get("fine_tune_type")) for _, config in _configs(file, plain_too=True)]
+    return any(str(use).lower() == "true" or str(kind).lower() == "dora" for use, kind in says)
 
 
 def _configs(file: IndexedFile, plain_too: bool = False) -> Iterator[tuple[str, dict]]:
@@ -169,7 +171,7 @@ def _columns(count: int, rows: Callable[[], Iterable[dict[str, str]]]) -> dict[s
 
 def header_notices(files: Sequence[IndexedFile]) -> list[Notice]:
     """Return what headers and configurations show of files that can be used but may mean something else."""
-    return [*_mixed_scales(files), *_not_the_update(files)]
+    return [*_mixed_scales(files), *_unused_fields(files), *_not_the_update(files)]
 
 
 def _mixed_scales(files: Sequence[IndexedFile]) -> Iterator[Notice]:
@@ -196,6 +198,17 @@ def _mixed_scales(files: Sequence[IndexedFile]) -> Iterator[Notice]:
     others = sorted(path for sources, paths in by_sources.items() if sources != common for path in paths)
     message = f"scales of updates are not stated alike: {counts}. {mend}"
     yield Notice("scales", message, tuple(others or sorted(by_sources[common])))
+
+
+def _unused_fields(files: Sequence[IndexedFile]) -> Iterator[Notice]:
+    """Yield the notice of headers whose plain alpha and rank do not fit the tensors."""
+    unused = [file.path for file in files if has_unused_fields(file.header, (scale for scale, _ in file.scales))]
+    if unused:
+        message = (
+            f"alpha and rank in the header of {_some(unused)} do not fit the tensors, or not all of them, and give "
+            "those no scale: it is taken as 1. Put an adapter_config.json with r and lora_alpha beside them, or leave it so."
+        )
+        yield Notice("scales", message, tuple(sorted(unused)))
 
 
 def _source_words(sources: tuple[str, ...]) -> str:

@@ -2,14 +2,16 @@
 
 The sources, in this order: alpha tensors of the file; adapter_config.json beside it (PEFT's or MLX's); the header's
 ``lora_adapter_metadata``, which diffusers writes by component; a plain alpha and rank in the header. Where none states
-it, s is 1. All of them are texts of strangers: what cannot be used is refused in words.
+it, s is 1. All of them are texts of strangers: what cannot be used is refused in words, but plain fields of a header,
+which may mean anything, are not used where they do not fit the tensors.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -68,7 +70,8 @@ def module_scales(header: Header, alphas: dict[str, float | None], adapter_confi
         adapter_config: The content of adapter_config.json beside the file, if there is one.
 
     Raises:
-        LoraFileError: An alpha is no finite number, a pattern no regular expression, or a rank not the file's.
+        LoraFileError: An alpha is no finite number, a pattern no regular expression, or a rank not the file's; of a
+            tensor or a configuration.
     """
     sources = list(_sources(header, adapter_config))
     scales = {}
@@ -132,8 +135,8 @@ def _sources(header: Header, adapter_config: dict | None) -> Iterator[tuple[str,
             for component, config in header.adapter_configs.items()
         }
         yield ADAPTER_METADATA, lambda layer: _of_component(by_component, layer)
-    if plain := _plain_config(header):
-        yield FIELDS, _scale_by(FIELDS, plain, header.layout)
+    if plain := _plain_fields(header):
+        yield FIELDS, _scale_by_fields(plain, header.layout)
 
 
 def _of_component(by_component: dict[str, Callable[[Layer], float]], layer: Layer) -> float:
@@ -150,18 +153,46 @@ def _of_component(by_component: dict[str, Callable[[Layer], float]], layer: Laye
     return 0.0
 
 
-def _plain_config(header: Header) -> dict | None:
-    """Return alpha and rank of a header's plain fields as a configuration; None where it has none.
+def has_unused_fields(header: Header, scales: Iterable[Scale]) -> bool:
+    """Return whether plain fields of a header state a scale that no source gives to some of the modules."""
+    plain = _plain_fields(header) if any(scale.source == NONE for scale in scales) else None
+    return plain is not None and plain[0] != 0
 
-    A field that is called alpha and nothing else may be anything where there is no rank.
+
+def _plain_fields(header: Header) -> tuple[float, float, float] | None:
+    """Return alpha, rank (0 for none) and the rank's exponent by a header's plain fields; None where it has no alpha.
+
+    A field that is called alpha and nothing else may be anything where there is no rank. Fields that hold no numbers
+    make an alpha that is NaN.
     """
     fields = header.fields
     alphas = [name for name in ALPHA_FIELDS if fields.get(name, "") not in _MISSING]
     ranks = [name for name in RANK_FIELDS if fields.get(name, "") not in _MISSING]
     if not alphas or (alphas == ["alpha"] and not ranks):
         return None
-    rank = fields[ranks[0]] if ranks else 0
-    return {"lora_alpha": fields[alphas[0]], "r": rank, "use_rslora": fields.get("use_rslora")}
+    try:
+        rank = number(fields[ranks[0]]) if ranks else 0.0
+        return number(fields[alphas[0]]), rank, 0.5 if _truth(fields, "use_rslora") else 1.0
+    except ValueError:
+        return math.nan, 0.0, 1.0
+
+
+def _scale_by_fields(plain: tuple[float, float, float], layout: Layout) -> Callable[[Layer], float]:
+    """Return the function from a module to the scale of a header's plain fields, 0 where they do not fit it.
+
+    They may be of anything: what is no number, or the rank of other modules, states nothing and refuses no file.
+    """
+    alpha, rank, exponent = plain
+
+    def scale(layer: Layer) -> float:
+        files_rank = _writers_rank(layout, layer)
+        divisor = files_rank or rank
+        if not divisor > 0 or (rank and rank != divisor):
+            return 0.0
+        value = alpha / divisor**exponent
+        return value if FLOAT32_MIN <= abs(value) <= FLOAT32_MAX else 0.0
+
+    return scale
 
 
 def _scale_by(source: str, config: dict, layout: Layout, component: str = "") -> Callable[[Layer], float]:
@@ -216,14 +247,20 @@ def _truth(config: dict, name: str) -> bool:
 
 
 def _scale_by_mlx(source: str, parameters: dict) -> Callable[[Layer], float]:
-    """Return the function from a module to the scale itself, which MLX states with the rank; 0 for none."""
+    """Return the function from a module to the scale, which MLX states with the rank; 0 for none.
+
+    Older versions state an alpha too, and multiply by scale · alpha / rank.
+    """
     with in_words(source):
         value, rank = number(parameters.get("scale")), number(parameters.get("rank"))
+        alpha = None if parameters.get("alpha") in (None, "") else number(parameters["alpha"])
 
     def scale(layer: Layer) -> float:
         if rank and rank != layer.rank:
             fault = f"{source} says rank {rank:g}, where {layer.name} has {layer.rank}"
             raise LoraFileError(f"{fault}. Mend or remove it.")
-        return _checked(value, layer, "scale")
+        if alpha is None:
+            return _checked(value, layer, "scale")
+        return _checked(_checked(value, layer, "scale") * _checked(alpha, layer) / layer.rank, layer, "scale")
 
     return scale

@@ -224,6 +224,16 @@ def test_mlx_is_transposed_and_states_the_scale_itself():
     assert [tuple(scale) for scale in scales.values()] == [(20.0, CONFIG)]
 
 
+def test_older_configurations_of_mlx_state_an_alpha_too():
+    tensors = values({"m.lora_a": (12, 4), "m.lora_b": (4, 16)})
+    for parameters, scale in (
+        ({"rank": 4, "alpha": 16, "scale": 10.0}, 40.0),
+        ({"rank": 4, "alpha": 4.0, "scale": 10.0}, 10.0),
+        ({"rank": 4, "alpha": None, "scale": 10.0}, 10.0),
+    ):
+        assert read(tensors, {"lora_parameters": parameters})[2]["m"] == (scale, CONFIG)
+
+
 def test_mlx_experts_are_modules_each():
     tensors = values({"mlp.gate_proj.lora_a": (3, 4, 12), "mlp.gate_proj.lora_b": (3, 16, 4)})
     a, b = (tensor.numpy() for tensor in tensors.values())
@@ -245,6 +255,8 @@ def test_mlx_experts_are_modules_each():
         ({"lora_parameters": {"scale": "much"}}, "unusable alpha or rank"),
         ({"lora_parameters": {"scale": 1e300}}, "scale of module m is 1e[+]300"),
         ({"lora_parameters": {"scale": [1]}}, "unusable alpha or rank"),
+        ({"lora_parameters": {"scale": 2.0, "alpha": "much"}}, "unusable alpha or rank"),
+        ({"lora_parameters": {"scale": 1e30, "alpha": 1e30}}, "scale of module m is 2[.]5.*e[+]59"),
     ],
 )
 def test_a_configuration_of_mlx_that_cannot_be_used_is_refused(config, words):

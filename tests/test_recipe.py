@@ -160,6 +160,13 @@ def test_scales_from_two_sources(tmp_path):
     assert notice.files == (f"dog/09/{FILE_NAME}",)
 
 
+def test_fields_of_the_header_that_do_not_fit_are_a_notice(tmp_path):
+    odd = {"rank": 16, "alpha": 16}
+    (notice,) = zoo(tmp_path, odd, odd).notices
+    assert notice.kind == "scales" and len(notice.files) == 8
+    assert notice.message.startswith(f"alpha and rank in the header of 8 LoRAs (cat/00/{FILE_NAME} ...) do not fit")
+
+
 def test_modules_of_one_file_without_the_scale_that_others_have(tmp_path):
     half = {"tensors": {f"{MODULES[0]}.alpha": torch.tensor(1.0)}}
     (notice,) = zoo(tmp_path, half, half).notices
@@ -193,6 +200,8 @@ def test_a_plain_initialisation_is_none(tmp_path, init):
         {"tensors": {f"{MODULES[0]}.lora_magnitude_vector": torch.ones(8)}},
         {"config": {"use_dora": True}},
         {"lora_adapter_metadata": '{"unet.use_dora": true}'},
+        {"tensors": {f"{MODULES[0]}.m": torch.ones(8)}},
+        {"config": {"fine_tune_type": "dora"}},
     ],
 )
 def test_magnitudes_of_dora_are_a_notice(tmp_path, dora):

@@ -11,7 +11,17 @@ from safetensors.torch import save
 
 from loras.keys import LoraFileError
 from loras.lora_files import MAX_CONFIG_LENGTH, MAX_FIELDS, load_weights, parse_header, read_alphas, read_header
-from loras.scales import ADAPTER_METADATA, CONFIG, FIELDS, NONE, TENSORS, Scale, count_scales, module_scales
+from loras.scales import (
+    ADAPTER_METADATA,
+    CONFIG,
+    FIELDS,
+    NONE,
+    TENSORS,
+    Scale,
+    count_scales,
+    has_unused_fields,
+    module_scales,
+)
 
 UNET, TEXT = "unet.mid_block.to_q", "text_encoder.text_model.q_proj"
 BOTH = pair(UNET, 4) | pair(TEXT, 4)
@@ -178,18 +188,31 @@ def test_metadata_that_cannot_be_used_are_refused_in_one_line(text, words):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"lora_alpha": "x", "r": "4"}, {"ss_network_alpha": "8", "ss_network_dim": "Dynamic"}]
+    "fields",
+    [
+        {"lora_alpha": "x", "r": "4"},
+        {"lora_alpha": "auto"},
+        {"ss_network_alpha": "8", "ss_network_dim": "Dynamic"},
+        {"rank": "16", "alpha": "16"},
+        {"lora_alpha": "8", "r": "-4"},
+        {"lora_alpha": "nan"},
+        {"lora_alpha": "1e300"},
+        {"lora_alpha": "8", "use_rslora": "perhaps"},
+    ],
 )
-def test_plain_fields_that_cannot_be_used_are_refused_where_they_would_be(fields):
-    with pytest.raises(LoraFileError, match="header metadata has an unusable alpha or rank"):
-        scales_of(pair(UNET, 4), fields)
+def test_plain_fields_that_do_not_fit_the_file_state_nothing(fields):
+    assert scales_of(pair(UNET, 4), fields) == [(1.0, NONE)]
+    header = parse_header(header_of(save(pair(UNET, 4), fields)))
+    assert has_unused_fields(header, [Scale(1.0, NONE)]) and not has_unused_fields(header, [Scale(1.0, TENSORS)])
     alpha = {f"{UNET}.alpha": torch.tensor(4.0)}
     assert scales_of(pair(UNET, 4) | alpha, fields) == [(1.0, TENSORS)]
 
 
-def test_a_plain_rank_that_is_not_the_files_is_refused():
-    with pytest.raises(LoraFileError, match=r"header metadata says rank 16 for unet\.mid_block\.to_q, where .* 4"):
-        scales_of(pair(UNET, 4), {"alpha": "8", "rank": "16"})
+def test_plain_fields_are_of_the_modules_whose_rank_they_state():
+    assert sorted(scales_of(pair(UNET, 4) | pair(TEXT, 2), {"ss_network_alpha": "8", "ss_network_dim": "4"})) == [
+        (1.0, NONE),
+        (2.0, FIELDS),
+    ]
 
 
 @pytest.mark.parametrize(
