@@ -20,9 +20,12 @@ from loras.keys import LoraFileError
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 _PLAIN = re.compile(r"[\w.\-]*")
-_REPEATS = re.compile(r"(?<!\\)(?:[*+{]|(?<!\()\?)")
-_BACK = re.compile(r"\\[1-9]|\(\?P=")
-_MAX_EXPRESSIONS, _MAX_LENGTH, _MAX_REPEATS, _MAX_ALTERNATIVES, _MAX_PATH = 64, 200, 3, 8, 300
+_REPEATS = re.compile(r"[*+{]|(?<!\()\?")
+# Repeats of groups, references back, and groups that are more than that: flags, comments, conditions.
+_REFUSED = re.compile(r"\)[*+?{]|\(\?(?!:|=|!|<=|<!|P<)")
+_BACK = re.compile(r"\\[1-9]")
+_PLAIN_GROUP = re.compile(r"\((?:\?:)?([\w\-]*(?:\|[\w\-]*)+)\)")
+_MAX_EXPRESSIONS, _MAX_LENGTH, _MAX_REPEATS, _MAX_ALTERNATIVES, _MAX_PATH = 64, 1000, 3, 200, 300
 _MAX_TARGETS = 1000
 _MAX_KNOWN = 64
 MAX_STEPS = 5e7  # to match a file's modules with all expressions: about a second
@@ -48,7 +51,8 @@ class Rule:
         self.expressions = {pattern: _compiled(pattern) for pattern in expressions}
         self.steps = Counter()  # repeats -> expressions, weighted by their alternatives
         for pattern in expressions:
-            self.steps[len(_REPEATS.findall(pattern))] += 2 ** pattern.count("|")
+            repeats, ways = _cost(pattern)
+            self.steps[repeats] += ways
         self.named = lru_cache(maxsize=2**15)(self._named)
 
     def check(self, paths: Iterable[str]) -> None:
@@ -63,8 +67,9 @@ class Rule:
         for path in paths:
             if len(path) > _MAX_PATH:
                 raise ValueError(f"regular expressions for a path of {len(path)} characters")
-            for end in _ends(path):
-                steps += sum(n * (len(end) + 1) ** k / math.factorial(k) for k, n in self.steps.items())
+            for start in _starts(path):
+                length = len(path) - start + 1
+                steps += sum(n * length**k / math.factorial(k) for k, n in self.steps.items())
         if steps > MAX_STEPS:
             raise ValueError(f"the regular expressions of {self.name} take too long for so many modules")
 
@@ -79,9 +84,14 @@ class Rule:
 
     def _named(self, path: str) -> str | None:
         """Return the first pattern that names the end of a path."""
-        ends = _ends(path)
-        named = [end for end in ends if end in self.position]
-        named += [pattern for pattern, found in self.expressions.items() if any(map(found.fullmatch, ends))]
+        starts = _starts(path)
+        named = [path[start:] for start in starts if path[start:] in self.position]
+        # Matched from a place in the whole path, so that ^ is only the beginning of that.
+        named += [
+            pattern
+            for pattern, found in self.expressions.items()
+            if any(found.fullmatch(path, start) for start in starts)
+        ]
         return min(named, key=self.position.get, default=None)
 
 
@@ -128,17 +138,45 @@ def number(value: object) -> float:
     return 0.0 if value in (None, "") else float(value)
 
 
-def _ends(path: str) -> list[str]:
-    """Return the ends of a path that begin at one of its parts, the whole of it first."""
-    return [path, *(path[dot.end() :] for dot in re.finditer(r"\.", path))]
+def _starts(path: str) -> list[int]:
+    """Return where the parts of a path begin."""
+    return [0, *(dot.end() for dot in re.finditer(r"\.", path))]
+
+
+def _bare(pattern: str) -> str:
+    """Return a pattern with a dot for whatever stands behind a backslash."""
+    return re.sub(r"\\.", ".", pattern, flags=re.DOTALL)
+
+
+@lru_cache(maxsize=2**10)
+def _cost(pattern: str) -> tuple[int, float]:
+    """Return the repeats of a pattern, and a bound of the ways through its alternatives, of which none is repeated.
+
+    Of plain texts few fit at one place, those that begin with each other; to try one takes less than a step, and least
+    where its first character differs.
+    """
+    bare, ways = _bare(pattern), 1.0
+    for group in _PLAIN_GROUP.finditer(bare):
+        texts = group[1].split("|")
+        fitting = max(sum(text.startswith(other) for other in texts) for text in texts)
+        alike = max(Counter(text[:1] for text in texts).values())
+        ways *= min(len(texts), fitting * (1 + alike / 3 + len(texts) / 16))
+    open_groups = [1]
+    for character in _PLAIN_GROUP.sub("", bare):
+        if character == "(":
+            open_groups.append(1)
+        elif character == "|":
+            open_groups[-1] += 1
+        elif character == ")" and len(open_groups) > 1:
+            ways *= open_groups.pop()
+    return len(_REPEATS.findall(bare)), ways * math.prod(open_groups)
 
 
 @lru_cache(maxsize=2**10)
 def _compiled(pattern: str) -> re.Pattern:
     """Compile a pattern, unless it could take longer than its use is worth: repeats of repeats, and many of both."""
-    repeats, alternatives = len(_REPEATS.findall(pattern)), pattern.count("|")
-    repeated_group = re.search(r"\)[*+?{]", pattern) or _BACK.search(pattern)
-    if len(pattern) > _MAX_LENGTH or repeated_group or repeats > _MAX_REPEATS or alternatives > _MAX_ALTERNATIVES:
+    refused = len(pattern) > _MAX_LENGTH or _REFUSED.search(_bare(pattern)) or _BACK.search(pattern)
+    if refused or pattern.count("|") > _MAX_ALTERNATIVES or _cost(pattern)[0] > _MAX_REPEATS:
         raise ValueError(f"{pattern[:_MAX_LENGTH]} is more than a pattern of modules")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of sets in sets, which mean nothing yet

@@ -206,7 +206,7 @@ def _unused_fields(files: Sequence[IndexedFile]) -> Iterator[Notice]:
     if unused:
         message = (
             f"alpha and rank in the header of {_some(unused)} do not fit the tensors, or not all of them, and give "
-            "those no scale: it is taken as 1. Put an adapter_config.json with r and lora_alpha beside them, or leave it so."
+            "those no scale: it is taken as 1. Where it is not, put an adapter_config.json beside them."
         )
         yield Notice("scales", message, tuple(sorted(unused)))
 

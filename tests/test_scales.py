@@ -1,6 +1,7 @@
 """The scale of each update, and its source: alpha tensors, adapter_config.json, the header, nothing."""
 
 import json
+import re
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import save
 
 from loras.keys import LoraFileError
 from loras.lora_files import MAX_CONFIG_LENGTH, MAX_FIELDS, load_weights, parse_header, read_alphas, read_header
+from loras.patterns import Rule
 from loras.scales import (
     ADAPTER_METADATA,
     CONFIG,
@@ -251,6 +253,49 @@ def test_a_pattern_that_would_never_end_is_refused(pattern):
 def test_a_pattern_names_the_end_of_a_path(pattern, value):
     found = scales_of(pair(UNET, 4), adapter(unet__lora_alpha=8, unet__alpha_pattern={"x": 3, pattern: 4}))
     assert found == [(value, ADAPTER_METADATA)]
+
+
+LAYERS_OF_32 = "|".join(map(str, range(32)))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "named"),
+    [
+        (r"^layers\.0\.q", "layers.0.q", True),
+        (r"^layers\.0\.q", "inner.layers.0.q", False),
+        (r"^layers.0.q", "inner.layers.0.q", False),
+        (r"(^layers|inner\.layers)\.0\.q", "m.inner.layers.0.q", True),
+        (r"(^layers|inner\.layers)\.0\.q", "m.layers.0.q", False),
+        (r"\Alayers\.0\.q", "inner.layers.0.q", False),
+        (r".*layers\.(0|1|2|3|4|5|6|7|8|9|10|11)\..*", "m.layers.11.q", True),
+        (rf".*layers\.(?:{LAYERS_OF_32})\..*", "m.layers.31.q", True),
+        (rf".*layers\.(?:{LAYERS_OF_32})\.attn\.(q|k|v)", "m.layers.32.attn.q", False),
+        (rf"layers\.({LAYERS_OF_32})\.(attn|mlp)\.(q|k|v|o|gate|up|down)", "m.layers.30.mlp.gate", True),
+    ],
+)
+def test_patterns_match_as_those_of_peft(pattern, path, named):
+    assert bool(re.match(rf"(.*\.)?({pattern})$", path)) is named  # as PEFT does
+    rule = Rule({"r": 4, "rank_pattern": {pattern: 8}}, "rank_pattern", "r")
+    rule.check([path] * 700)
+    assert rule.value(path) == (8 if named else 4)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(?x)(x+x+) +y",
+        "(x+x+)(?#)+y",
+        r"\\*" * 20 + "y",
+        "(?s:x+)(?i)y",
+        "(" + "|".join("x" * n for n in range(100)) + ")" + "(x|xx)" * 14 + "y",
+        "|".join("x" * 300),
+    ],
+)
+def test_patterns_that_hide_their_cost_are_refused(pattern):
+    start = time.process_time()
+    with pytest.raises(LoraFileError, match="unusable alpha or rank"):
+        scales_of(pair("x" * 200, 4), config={"lora_alpha": 4, "alpha_pattern": {pattern: 1}})
+    assert time.process_time() - start < 2
 
 
 def test_many_patterns_and_many_modules_take_no_time():
