@@ -19,14 +19,11 @@ import numpy as np
 
 from loras.headers import (
     ADAPTER_METADATA,
-    ALPHA_FIELDS,
     CONFIG,
     MAX_CONFIG_LENGTH,
     MAX_FIELDS,
     MAX_HEADER_BYTES,
     MAX_TENSORS_BYTES,
-    METADATA,
-    RANK_FIELDS,
     Header,
     open_file,
     parse_header,
@@ -34,13 +31,12 @@ from loras.headers import (
 )
 from loras.keys import LoraFileError
 from loras.layouts import Layer, Layout, by_layout, packed_layout
-from loras.patterns import UNREADABLE
 from loras.products import BYTES_OF_TYPE, FLOAT_TYPES, IDENTITY, PRODUCTS, Factor, Places
 
 __all__ = [
-    "ADAPTER_METADATA", "ALPHA_FIELDS", "CONFIG", "FLOAT_TYPES", "MAX_CONFIG_LENGTH", "MAX_FIELDS", "MAX_HEADER_BYTES",
-    "MAX_TENSORS_BYTES", "METADATA", "RANK_FIELDS", "UNREADABLE", "Contents", "Header", "Layer", "Layout",
-    "LoraFileError", "NotFiniteError", "Places", "by_layout", "check_finite", "file_stat", "load_weights",
+    "ADAPTER_METADATA", "CONFIG", "FLOAT_TYPES", "MAX_CONFIG_LENGTH", "MAX_FIELDS", "MAX_HEADER_BYTES",
+    "MAX_TENSORS_BYTES", "Contents", "Header", "Layer", "Layout",
+    "LoraFileError", "NotFiniteError", "Places", "by_layout", "check_finite", "file_stat",
     "packed_layout", "parse_header", "read_alphas", "read_header", "read_weights",
 ]  # fmt: skip
 
@@ -83,23 +79,6 @@ def read_weights(path: Path | str, header: Header) -> Contents:
     """
     with open_file(path) as file:
         return _contents(partial(_read_at, file.fileno()), header)
-
-
-def load_weights(data: bytes | np.ndarray, header: Header) -> tuple[np.ndarray, dict[str, float]]:
-    """Return the flattened matrices of a file in the layout's order, and alpha by module.
-
-    Args:
-        data: The whole file, bytes or uint8[size].
-        header: Its header, parsed before.
-
-    Returns:
-        Weights float32[W] (float64 on disk is rounded), and the alphas that the file holds.
-
-    Raises:
-        LoraFileError: The file has another header by now, or is shorter than it promises.
-    """
-    weights, alphas, _ = _contents(lambda start, size: bytes(data[start : start + size]), header)
-    return weights, alphas
 
 
 def _read_at(descriptor: int, start: int, size: int) -> bytes:

@@ -1,11 +1,14 @@
 """Headers and small LoRA files as bytes, for tests."""
 
+import tempfile
+
+import numpy as np
 import pytest
 import torch
 from making import lora
 from safetensors.torch import save
 
-from loras.lora_files import Layout, LoraFileError, parse_header
+from loras.lora_files import Header, Layout, LoraFileError, parse_header, read_weights
 
 WHOLE, WHOLE_OF_TWO = save(lora(1)), save(lora(2))
 Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -13,6 +16,15 @@ Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 def layout_of(tensors: dict) -> Layout:
     return parse_header(header_of(save(tensors))).layout
+
+
+def load_weights(data: bytes | np.ndarray, header: Header) -> tuple[np.ndarray, dict[str, float]]:
+    """Weights and alphas of a file, given its bytes."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        contents = read_weights(file.name, header)
+    return contents.weights, contents.alphas
 
 
 def header_of(data: bytes) -> bytes:

@@ -20,7 +20,7 @@ def groups_of(root):
 
     def read(row):
         rows_read.append(row)
-        return lora_files.load_weights(paths[row].read_bytes(), headers[row])[0]
+        return lora_files.read_weights(paths[row], headers[row]).weights
 
     sizes = np.stack([entry.sizes for entry in checked])
     found = find_copies([entry.digest for entry in checked], sizes, [header.layout for header in headers], read)

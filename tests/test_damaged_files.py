@@ -9,7 +9,7 @@ import tracemalloc
 
 import pytest
 import torch
-from headers import WHOLE, Q, file_of, header_of, pair, refusal
+from headers import WHOLE, Q, file_of, header_of, load_weights, pair, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from making import lora, module_names, write_lora
@@ -18,7 +18,7 @@ from safetensors.torch import save
 
 from loras import headers, lora_files
 from loras.keys import LoraFileError, canonical_module
-from loras.lora_files import load_weights, parse_header, read_alphas, read_header, read_weights
+from loras.lora_files import parse_header, read_alphas, read_header, read_weights
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Scales, shapes, dtypes

@@ -55,7 +55,7 @@ def test_the_layers_that_all_files_have_are_kept_and_the_others_counted(tmp_path
         f"({IDS[2]} in 8, {IDS[3]} in 4). What these know is not in the results."
     )
     for file in collection.files:
-        weights = data.lora_files.load_weights((tmp_path / file.path).read_bytes(), file.header)[0]
+        weights = data.lora_files.read_weights(tmp_path / file.path, file.header).weights
         tensors = load_file(tmp_path / file.path)
         expected = torch.cat([tensors[layer.name].ravel() for layer in file.layout.layers])
         np.testing.assert_array_equal(weights, expected.numpy())

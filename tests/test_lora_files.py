@@ -11,13 +11,13 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from headers import WHOLE, WHOLE_OF_TWO, Q, file_of, header_of, layout_of, pair, refusal
+from headers import WHOLE, WHOLE_OF_TWO, Q, file_of, header_of, layout_of, load_weights, pair, refusal
 from making import lora, module_names, write_lora
 from safetensors.torch import save
 
 from loras import headers, lora_files
 from loras.keys import LoraFileError
-from loras.lora_files import file_stat, load_weights, parse_header, read_header
+from loras.lora_files import file_stat, parse_header, read_header
 from loras.scales import update_scales
 
 # ----------------------------------------------------------------------------------------------------------------------

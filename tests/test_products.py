@@ -10,12 +10,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from headers import header_of, layout_of, pair, refusal
+from headers import header_of, layout_of, load_weights, pair, refusal
 from safetensors.torch import save
 
 from loras import pairs
 from loras.keys import LoraFileError
-from loras.lora_files import load_weights, parse_header
+from loras.lora_files import parse_header
 from loras.scales import ADAPTER_METADATA, CONFIG, NONE, TENSORS, count_scales, module_scales
 
 # Name, shapes of the tensors, alpha as LyCORIS writes it, norm of the update.

@@ -6,12 +6,12 @@ import time
 
 import pytest
 import torch
-from headers import header_of, pair
+from headers import header_of, load_weights, pair
 from making import write_lora
 from safetensors.torch import save
 
 from loras.keys import LoraFileError
-from loras.lora_files import MAX_CONFIG_LENGTH, MAX_FIELDS, load_weights, parse_header, read_alphas, read_header
+from loras.lora_files import MAX_CONFIG_LENGTH, MAX_FIELDS, parse_header, read_alphas, read_header
 from loras.patterns import Rule
 from loras.scales import (
     ADAPTER_METADATA,
