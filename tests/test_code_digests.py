@@ -41,6 +41,7 @@ LEFT_OUT_OF_ALL = {
     "data",  # which files there are, in which order: the key has their paths and contents, labels and split
     "loras/labels",  # the same; and the words for what is wrong with a file
     "loras/memory",  # what fits
+    "loras/names",  # how names are shown
     "loras/blocks",  # what layers are called in tables and figures
     "loras/building",  # how files are written, whole or not at all
     "experiment/engine",  # who computes
