@@ -25,9 +25,11 @@ KEY_FAMILIES = {
     "PEFT with adapter name": r"^(?P<m>.+)\.lora_(?P<r>A|B)\.(?P<a>[^.]+)\.weight$",
     "PEFT bare": r"^(?P<m>.+)\.lora_(?P<r>A|B)$",
     "kohya": r"^(?P<m>.+)\.lora_(?P<r>down|up|mid)\.weight$",
+    "kohya with adapter name": r"^(?P<m>.+)\.lora_(?P<r>down|up|mid)\.(?P<a>[^.]+)\.weight$",
     "XLabs": r"^(?P<m>.+\.processor\.(?:qkv|proj)_lora[12]?)\.(?P<r>down|up)\.weight$",
     "cloneofsimo": r"^(?P<m>(?:unet|text_encoder):\d+):(?P<r>down|up)$",
     "MLX": r"^(?P<m>.+)\.lora_(?P<r>a|b)$",
+    "torchtune": r"^(?P<m>.+)\.lora_(?P<r>a|b)\.weight$",
     "PEFT embedding": r"^(?P<m>.+)\.lora_embedding_(?P<r>A|B)(?:\.(?P<a>[^.]+))?$",
     "LoHa": r"^(?P<m>.+)\.(?P<r>hada_(?:w[12]_[ab]|t[12]))(?:\.(?P<a>[^.]+))?$",
     "LoKr": r"^(?P<m>.+)\.(?P<r>lokr_(?:w[12](?:_[ab])?|t[12]))(?:\.(?P<a>[^.]+))?$",
@@ -132,7 +134,7 @@ _FRONT_OF_PATH = re.compile(
     rf"|(?:lora_unet|lora_transformer|lycoris)[._]|{_TEXT_ENCODER}"
 )
 _FRONT_OF_NAME = re.compile(  # whose joints are underscores
-    rf"(?:base_model_model|transformer(?!_blocks_)|{_NETWORK})_(?=[^\d_])"
+    rf"(?:base_model_model|transformer(?!_blocks_|_in_)|{_NETWORK})_(?=[^\d_])"
     rf"|(?:lora_unet|lora(?=_(?:transformer|text_encoder)_)|lycoris)_|{_TEXT_ENCODER}"
 )
 _TEXT_ENCODERS = {  # every name -> the one of diffusers
@@ -153,7 +155,7 @@ _HOMES = (
         "unet_",
     ),
     (r"(?:single_|joint_)?transformer_blocks_\d|norm_out_linear|time_text_embed_|h_\d", "transformer_"),
-    (r"layers_\d+_(?:self_attn|mlp|block_sparse_moe)_|embed_tokens$|(?:en|de)coder_layers_\d", "model_"),
+    (r"layers_\d+_|embed_tokens$|(?:en|de)coder_layers_\d", "model_"),
     (r"text_model_(?:encoder_layers|embeddings|final_layer_norm)_", "text_encoder_"),
 )
 _CLIP = re.compile(r"(?:encoder_layers|embeddings|final_layer_norm)_")  # of a text encoder; without text_model lately
@@ -288,11 +290,13 @@ def parse_alpha(key: str) -> str | None:
 
 
 def _module_of(parts: dict[str, str | None]) -> str:
-    """Return the canonical module of a key's groups."""
-    module = parts["m"]
-    if projection := parts.get("p"):
-        module += ".to_out.0" if projection == "out" else f".to_{projection}"
-    return canonical_module(module)
+    """Return the canonical module of a key's groups; a text encoder has names of its own for the projections."""
+    module, projection = parts["m"], parts.get("p")
+    if not projection:
+        return canonical_module(module)
+    if (name := canonical_module(f"{module}.{projection}_proj")).startswith("text_encoder"):
+        return name
+    return canonical_module(f"{module}.to_out.0" if projection == "out" else f"{module}.to_{projection}")
 
 
 def count_ignored(shapes: Mapping[str, Sequence[int]], modules: Collection[str]) -> Counter:
