@@ -126,7 +126,7 @@ _INSERTED = re.compile(
     r"|^(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)[._]|\.processor(?=\.|$)"
 )
 # What stands in front of a network's own names, nested in any order. Group te: a text encoder, which remains.
-_OF_COMFYUI = r"(?:text_encoders[._])?(?:clip_l|clip_g|t5xxl)"
+_OF_COMFYUI = r"(?:text_encoders[._])?(?:clip_l|clip_g|t5xxl)|text_encoders\.\w*t5\w*"
 _TEXT_ENCODER = rf"(?P<te>(?:lora|lycoris)_te[1-4]?|text_encoder(?:_[2-9])?|{_OF_COMFYUI})[._](?=[^\d.])"
 _NETWORK = "diffusion_model|module|model|language_model|unet|bert|roberta|distilbert|deberta|electra|gpt_neox"
 _FRONT_OF_PATH = re.compile(
@@ -158,6 +158,7 @@ _HOMES = (
     (r"layers_\d+_|embed_tokens$|(?:en|de)coder_layers_\d", "model_"),
     (r"text_model_(?:encoder_layers|embeddings|final_layer_norm)_", "text_encoder_"),
 )
+_T5 = re.compile(r"shared$|encoder_(?:block_|embed_tokens$)")  # the second or third text encoder, or the only one
 _CLIP = re.compile(r"(?:encoder_layers|embeddings|final_layer_norm)_")  # of a text encoder; without text_model lately
 # Stable Diffusion's original code -> diffusers: modules before and after the blocks, and those of a ResNet block.
 _ORIGINAL = {
@@ -213,6 +214,8 @@ def canonical_module(raw: str) -> str:
         rest = rest[match.end() :]
     rest = rest.replace(".", "_").replace(":", "_").replace("vision_tower_vision_model_", "vision_tower_")
     if component:
+        if _T5.match(rest):
+            component = "text_encoder_3"
         return f"{component}_text_model_{rest}" if _CLIP.match(rest) else f"{component}_{rest}"
     if match := _XLABS.fullmatch(rest):
         return rest[: match.start("end")] + _XLABS_ENDS.get(match["end"], match["end"])
@@ -285,7 +288,7 @@ def parse_key(key: str) -> _Key | None:
 @lru_cache(maxsize=2**16)
 def parse_alpha(key: str) -> str | None:
     """Return the canonical module of an alpha's key, see `SCALE`; None for another key."""
-    match = re.match(SCALE, key)
+    match = re.match(SCALE, key) if key.endswith(".alpha") else None
     return _module_of(match.groupdict()) if match else None
 
 

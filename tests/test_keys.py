@@ -335,7 +335,11 @@ SAME = {
         text_encoders.clip_g.transformer.text_model.encoder.layers.3.mlp.fc1""",
     "text_encoder_3_encoder_block_0_layer_0_SelfAttention_q": """
         lora_te3_encoder_block_0_layer_0_SelfAttention_q text_encoder_3.encoder.block.0.layer.0.SelfAttention.q
-        text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q""",
+        text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q
+        text_encoders.umt5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q
+        text_encoder_2.encoder.block.0.layer.0.SelfAttention.q lora_te2_encoder_block_0_layer_0_SelfAttention_q
+        text_encoder.encoder.block.0.layer.0.SelfAttention.q""",
+    "text_encoder_3_shared": "text_encoder_2.shared text_encoders.t5xxl.transformer.shared lora_te3_shared",
     "visual_blocks_0_attn_qkv": "visual.blocks.0.attn.qkv model.visual.blocks.0.attn.qkv",
     "vision_tower_encoder_layers_0_mlp_fc1": """
         vision_tower.vision_model.encoder.layers.0.mlp.fc1 model.vision_tower.encoder.layers.0.mlp.fc1
