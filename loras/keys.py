@@ -39,6 +39,8 @@ SCALE = (
     r"^(?P<m>.+?)(?:(?:\.processor)?\.to_(?P<p>q|k|v|out)_lora(?:\.(?:down|up))?)?"
     r"(?:\.lora(?:_linear_layer)?(?:[._](?:down|up|mid|A|B))?)?(?:\.weight|\.default)?\.alpha$"
 )
+_STYLES = {style: re.compile(pattern) for style, pattern in KEY_FAMILIES.items()}
+_SCALE = re.compile(SCALE)
 ROLES = {"A": "down", "B": "up", "a": "down", "b": "up"}
 # Adapters of modules that cannot be read -> parts of their keys. One such key refuses the file: its modules would be
 # missing from what is read, in silence.
@@ -97,6 +99,7 @@ IGNORED = {
     "*.base_layer.*": r"\.base_layer\.",
     "differences of biases and norms": r"\.(diff|diff_b|w_norm|b_norm|beft_bias)$|\.ln_tuning_layers\.",
 }
+_IGNORED = {name: re.compile(pattern) for name, pattern in IGNORED.items()}
 FULL_DIFFERENCES = "full differences (*.diff)"  # of matrices and convolutions
 OTHERS = "tensors that are no LoRA"
 # Whole parts of a key that name a factor, whatever its writer calls it; "lora" inside a name says nothing.
@@ -197,7 +200,7 @@ def canonical_module(raw: str) -> str:
     Wrappers (``base_model.model.``, ``_orig_mod.``), the network's component (``unet.``, ``lora_unet_``) and
     ``.processor`` are dropped, dots (and cloneofsimo's colon) become underscores, and Stable Diffusion's original names
     those of diffusers. Some names then have in front what most files have there: ``unet_`` those of a UNet; and a text
-    encoder keeps its component. The inverse is ambiguous.
+    encoder keeps its component; but a T5 has that of SD3's, text_encoder_3. The inverse is ambiguous.
 
     Example:
         >>> canonical_module("mid_block.attentions.0.proj_in"), canonical_module("lora_unet_middle_block_1_proj_in")
@@ -274,21 +277,24 @@ def parse_key(key: str) -> _Key | None:
     Raises:
         LoraFileError: The key belongs to a family that is refused.
     """
-    if family := next((_FAMILY_OF[part] for part in key.split(".") if part in _FAMILY_OF), None):
-        raise _refused(family, key)
+    parts = key.split(".")
+    if not _FAMILY_OF.keys().isdisjoint(parts):
+        raise _refused(next(_FAMILY_OF[part] for part in parts if part in _FAMILY_OF), key)
+    if not any(word in key for word in ("lora", "hada_", "lokr_", ":down", ":up")):  # one of every style's; for speed
+        return None
     if _MANGLED.fullmatch(key):
         raise _refused("a mangled kohya", key)
-    for style, pattern in KEY_FAMILIES.items():
-        if match := re.match(pattern, key):
-            parts = match.groupdict()
-            return _Key(_module_of(parts), ROLES.get(parts["r"], parts["r"]), parts.get("a") or "", style)
+    for style, pattern in _STYLES.items():
+        if match := pattern.match(key):
+            groups = match.groupdict()
+            return _Key(_module_of(groups), ROLES.get(groups["r"], groups["r"]), groups.get("a") or "", style)
     return None
 
 
 @lru_cache(maxsize=2**16)
 def parse_alpha(key: str) -> str | None:
     """Return the canonical module of an alpha's key, see `SCALE`; None for another key."""
-    match = re.match(SCALE, key) if key.endswith(".alpha") else None
+    match = _SCALE.match(key) if key.endswith(".alpha") else None
     return _module_of(match.groupdict()) if match else None
 
 
@@ -328,8 +334,8 @@ def count_ignored(shapes: Mapping[str, Sequence[int]], modules: Collection[str])
 def _ignored_as(key: str, shape: Sequence[int], modules: Collection[str]) -> str:
     if key.endswith(".diff") and len(shape) > 1:
         return FULL_DIFFERENCES
-    for name, pattern in IGNORED.items():
-        if re.search(pattern, key):
+    for name, pattern in _IGNORED.items():
+        if pattern.search(key):
             return name
     factor = _FACTOR.search(key)
     if factor and canonical_module(key[: factor.start()]) not in modules:

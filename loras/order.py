@@ -163,7 +163,7 @@ def _placed_words(module: str) -> list[tuple[str, int]]:
     while i < len(parts):
         length, row = _longest_name(parts, i)
         word = "_".join(parts[i : i + length])
-        kind = _row_of_kind(parts[i + length - 1])
+        kind, pieces, begins = _of_part(parts[i + length - 1])
         if kind is not None:
             start = len(words) - loose
             before = [begin for begin, _ in words[start:]]
@@ -175,8 +175,8 @@ def _placed_words(module: str) -> list[tuple[str, int]]:
             words.append((word, row))
             loose = 0
         else:
-            words += [(piece, _ROW_OF.get(piece, _ROW_OF[_MIDDLE])) for piece in _PIECE.findall(word)]
-            loose = loose + 1 if word.isalpha() and word not in _CONTAINERS else 0
+            words += pieces
+            loose = loose + 1 if begins else 0
         i += length
     return words
 
@@ -193,11 +193,16 @@ def _longest_name(parts: list[str], start: int) -> tuple[int, int | None]:
     return 1, None
 
 
-def _row_of_kind(part: str) -> int | None:
-    """Return the row of words that end so, if they are of a kind."""
+@lru_cache(maxsize=2**12)
+def _of_part(part: str) -> tuple[int | None, list[tuple[str, int]], bool]:
+    """Return the row of words of a kind that end so; and, of no kind, its words with rows, and if one may begin so."""
+    pieces = [(piece, _ROW_OF.get(piece, _ROW_OF[_MIDDLE])) for piece in _PIECE.findall(part)]
+    kind = None
     if _ATTENTION.fullmatch(part):
-        return _ROW_OF["attn2" if part.endswith("2") and "attn" in part else "attn"]
-    return _ROW_OF["embed_tokens"] if _EMBEDDING.fullmatch(part) else None
+        kind = _ROW_OF["attn2" if part.endswith("attn2") else "attn"]
+    elif _EMBEDDING.fullmatch(part):
+        kind = _ROW_OF["embed_tokens"]
+    return kind, pieces, part.isalpha() and part not in _CONTAINERS
 
 
 def in_network_order(sides: Mapping[str, tuple[int, int]]) -> list[str]:
