@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 _TEXT_ENCODERS = {  # the first that matches counts
     **{f"TE{number}": re.compile(rf"(?:^|_)text_encoder_{number}_") for number in (2, 3, 4)},
-    "TE": re.compile(r"(?:^|_)text_encoder_"),
+    "TE": re.compile(r"(?:^|_)text_encoders?_"),
 }
 _UNET = re.compile(
     r"(?:^|_)(?:(?P<middle>mid_block|middle_block)|(?P<first>conv_in$)"

@@ -25,9 +25,11 @@ KEY_FAMILIES = {
     "PEFT with adapter name": r"^(?P<m>.+)\.lora_(?P<r>A|B)\.(?P<a>[^.]+)\.weight$",
     "PEFT bare": r"^(?P<m>.+)\.lora_(?P<r>A|B)$",
     "kohya": r"^(?P<m>.+)\.lora_(?P<r>down|up|mid)\.weight$",
+    "kohya with adapter name": r"^(?P<m>.+)\.lora_(?P<r>down|up|mid)\.(?P<a>[^.]+)\.weight$",
     "XLabs": r"^(?P<m>.+\.processor\.(?:qkv|proj)_lora[12]?)\.(?P<r>down|up)\.weight$",
     "cloneofsimo": r"^(?P<m>(?:unet|text_encoder):\d+):(?P<r>down|up)$",
     "MLX": r"^(?P<m>.+)\.lora_(?P<r>a|b)$",
+    "torchtune": r"^(?P<m>.+)\.lora_(?P<r>a|b)\.weight$",
     "PEFT embedding": r"^(?P<m>.+)\.lora_embedding_(?P<r>A|B)(?:\.(?P<a>[^.]+))?$",
     "LoHa": r"^(?P<m>.+)\.(?P<r>hada_(?:w[12]_[ab]|t[12]))(?:\.(?P<a>[^.]+))?$",
     "LoKr": r"^(?P<m>.+)\.(?P<r>lokr_(?:w[12](?:_[ab])?|t[12]))(?:\.(?P<a>[^.]+))?$",
@@ -37,6 +39,8 @@ SCALE = (
     r"^(?P<m>.+?)(?:(?:\.processor)?\.to_(?P<p>q|k|v|out)_lora(?:\.(?:down|up))?)?"
     r"(?:\.lora(?:_linear_layer)?(?:[._](?:down|up|mid|A|B))?)?(?:\.weight|\.default)?\.alpha$"
 )
+_STYLES = {style: re.compile(pattern) for style, pattern in KEY_FAMILIES.items()}
+_SCALE = re.compile(SCALE)
 ROLES = {"A": "down", "B": "up", "a": "down", "b": "up"}
 # Adapters of modules that cannot be read -> parts of their keys. One such key refuses the file: its modules would be
 # missing from what is read, in silence.
@@ -97,6 +101,7 @@ IGNORED = {
     "*.base_layer.*": r"\.base_layer\.",
     "differences of biases and norms": r"\.(diff|diff_b|w_norm|b_norm|beft_bias)$|\.ln_tuning_layers\.",
 }
+_IGNORED = {name: re.compile(pattern) for name, pattern in IGNORED.items()}
 FULL_DIFFERENCES = "full differences (*.diff)"  # of matrices and convolutions
 OTHERS = "tensors that are no LoRA"
 # Whole parts of a key that name a factor, whatever its writer calls it; "lora" inside a name says nothing.
@@ -126,7 +131,7 @@ _INSERTED = re.compile(
     r"|^(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)[._]|\.processor(?=\.|$)"
 )
 # What stands in front of a network's own names, nested in any order. Group te: a text encoder, which remains.
-_OF_COMFYUI = r"(?:text_encoders[._])?(?:clip_l|clip_g|t5xxl)"
+_OF_COMFYUI = r"(?:text_encoders[._])?(?:clip_l|clip_g|t5xxl)|text_encoders\.\w*t5\w*"
 _TEXT_ENCODER = rf"(?P<te>(?:lora|lycoris)_te[1-4]?|text_encoder(?:_[2-9])?|{_OF_COMFYUI})[._](?=[^\d.])"
 _NETWORK = "diffusion_model|module|model|language_model|unet|bert|roberta|distilbert|deberta|electra|gpt_neox"
 _FRONT_OF_PATH = re.compile(
@@ -134,7 +139,7 @@ _FRONT_OF_PATH = re.compile(
     rf"|(?:lora_unet|lora_transformer|lycoris)[._]|{_TEXT_ENCODER}"
 )
 _FRONT_OF_NAME = re.compile(  # whose joints are underscores
-    rf"(?:base_model_model|transformer(?!_blocks_)|{_NETWORK})_(?=[^\d_])"
+    rf"(?:base_model_model|transformer(?!_blocks_|_in_)|{_NETWORK})_(?=[^\d_])"
     rf"|(?:lora_unet|lora(?=_(?:transformer|text_encoder)_)|lycoris)_|{_TEXT_ENCODER}"
 )
 _TEXT_ENCODERS = {  # every name -> the one of diffusers
@@ -155,9 +160,10 @@ _HOMES = (
         "unet_",
     ),
     (r"(?:single_|joint_)?transformer_blocks_\d|norm_out_linear|time_text_embed_|h_\d", "transformer_"),
-    (r"layers_\d+_(?:self_attn|mlp|block_sparse_moe)_|embed_tokens$|(?:en|de)coder_layers_\d", "model_"),
+    (r"layers_\d+_|embed_tokens$|(?:en|de)coder_layers_\d", "model_"),
     (r"text_model_(?:encoder_layers|embeddings|final_layer_norm)_", "text_encoder_"),
 )
+_T5 = re.compile(r"shared$|encoder_(?:block_|embed_tokens$)")  # the second or third text encoder, or the only one
 _CLIP = re.compile(r"(?:encoder_layers|embeddings|final_layer_norm)_")  # of a text encoder; without text_model lately
 # Stable Diffusion's original code -> diffusers: modules before and after the blocks, and those of a ResNet block.
 _ORIGINAL = {
@@ -196,7 +202,7 @@ def canonical_module(raw: str) -> str:
     Wrappers (``base_model.model.``, ``_orig_mod.``), the network's component (``unet.``, ``lora_unet_``) and
     ``.processor`` are dropped, dots (and cloneofsimo's colon) become underscores, and Stable Diffusion's original names
     those of diffusers. Some names then have in front what most files have there: ``unet_`` those of a UNet; and a text
-    encoder keeps its component. The inverse is ambiguous.
+    encoder keeps its component; but a T5 has that of SD3's, text_encoder_3. The inverse is ambiguous.
 
     Example:
         >>> canonical_module("mid_block.attentions.0.proj_in"), canonical_module("lora_unet_middle_block_1_proj_in")
@@ -213,6 +219,8 @@ def canonical_module(raw: str) -> str:
         rest = rest[match.end() :]
     rest = rest.replace(".", "_").replace(":", "_").replace("vision_tower_vision_model_", "vision_tower_")
     if component:
+        if _T5.match(rest):
+            component = "text_encoder_3"
         return f"{component}_text_model_{rest}" if _CLIP.match(rest) else f"{component}_{rest}"
     if match := _XLABS.fullmatch(rest):
         return rest[: match.start("end")] + _XLABS_ENDS.get(match["end"], match["end"])
@@ -271,30 +279,35 @@ def parse_key(key: str) -> _Key | None:
     Raises:
         LoraFileError: The key belongs to a family that is refused.
     """
-    if family := next((_FAMILY_OF[part] for part in key.split(".") if part in _FAMILY_OF), None):
-        raise _refused(family, key)
+    parts = key.split(".")
+    if not _FAMILY_OF.keys().isdisjoint(parts):
+        raise _refused(next(_FAMILY_OF[part] for part in parts if part in _FAMILY_OF), key)
+    if not any(word in key for word in ("lora", "hada_", "lokr_", ":down", ":up")):  # one of every style's; for speed
+        return None
     if _MANGLED.fullmatch(key):
         raise _refused("a mangled kohya", key)
-    for style, pattern in KEY_FAMILIES.items():
-        if match := re.match(pattern, key):
-            parts = match.groupdict()
-            return _Key(_module_of(parts), ROLES.get(parts["r"], parts["r"]), parts.get("a") or "", style)
+    for style, pattern in _STYLES.items():
+        if match := pattern.match(key):
+            groups = match.groupdict()
+            return _Key(_module_of(groups), ROLES.get(groups["r"], groups["r"]), groups.get("a") or "", style)
     return None
 
 
 @lru_cache(maxsize=2**16)
 def parse_alpha(key: str) -> str | None:
     """Return the canonical module of an alpha's key, see `SCALE`; None for another key."""
-    match = re.match(SCALE, key)
+    match = _SCALE.match(key) if key.endswith(".alpha") else None
     return _module_of(match.groupdict()) if match else None
 
 
 def _module_of(parts: dict[str, str | None]) -> str:
-    """Return the canonical module of a key's groups."""
-    module = parts["m"]
-    if projection := parts.get("p"):
-        module += ".to_out.0" if projection == "out" else f".to_{projection}"
-    return canonical_module(module)
+    """Return the canonical module of a key's groups; a text encoder has names of its own for the projections."""
+    module, projection = parts["m"], parts.get("p")
+    if not projection:
+        return canonical_module(module)
+    if (name := canonical_module(f"{module}.{projection}_proj")).startswith("text_encoder"):
+        return name
+    return canonical_module(f"{module}.to_out.0" if projection == "out" else f"{module}.to_{projection}")
 
 
 def count_ignored(shapes: Mapping[str, Sequence[int]], modules: Collection[str]) -> Counter:
@@ -323,8 +336,8 @@ def count_ignored(shapes: Mapping[str, Sequence[int]], modules: Collection[str])
 def _ignored_as(key: str, shape: Sequence[int], modules: Collection[str]) -> str:
     if key.endswith(".diff") and len(shape) > 1:
         return FULL_DIFFERENCES
-    for name, pattern in IGNORED.items():
-        if re.search(pattern, key):
+    for name, pattern in _IGNORED.items():
+        if pattern.search(key):
             return name
     factor = _FACTOR.search(key)
     if factor and canonical_module(key[: factor.start()]) not in modules:

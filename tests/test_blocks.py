@@ -190,6 +190,11 @@ def test_text_encoders_beside_a_network_have_blocks_of_their_own(style, network)
     assert list(named(*modules, *beside).values()) == blocks + expected
 
 
+def test_a_text_encoder_whose_number_is_unknown_is_te():
+    modules = ("text_encoders.qwen25_7b.transformer.model.layers.3.self_attn.q_proj", "diffusion_model.blocks.0.to_q")
+    assert list(named(*modules).values()) == ["TE layer 3", "block 0"]
+
+
 def test_the_text_encoder_of_stable_diffusion_1_is_te():
     unet = [f"lora_unet_{path}".replace(".", "_") for path in NETWORKS["SD 1.5"][0]]
     blocks = named("lora_te_text_model_encoder_layers_11_mlp_fc1", *unet)

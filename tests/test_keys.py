@@ -39,6 +39,11 @@ KEYS = {
         ("unet.mid_block.attn1.processor.to_out_lora.up.weight", "unet_mid_block_attn1_to_out_0", "up"),
         ("unet.mid_block.attn1.to_v_lora.up.weight", "unet_mid_block_attn1_to_v", "up"),
         ("unet.up_blocks.1.attn2.processor.to_k_lora.down.weight", "unet_up_blocks_1_attn2_to_k", "down"),
+        (TEXT.replace("q_proj", "to_q_lora.down.weight"), TEXT.replace(".", "_"), "down"),
+        ("text_encoder_2.text_model.encoder.layers.3.self_attn.to_out_lora.up.weight",
+         "text_encoder_2_text_model_encoder_layers_3_self_attn_out_proj", "up"),
+        ("text_model.encoder.layers.3.self_attn.to_v_lora.up.weight",
+         "text_encoder_text_model_encoder_layers_3_self_attn_v_proj", "up"),
     ],
     "PEFT": [
         ("base_model.model.unet.up_blocks.0.to_k.lora_A.weight", "unet_up_blocks_0_to_k", "down"),
@@ -61,6 +66,10 @@ KEYS = {
         ("lora_te3_encoder_block_0_q.lora_up.weight", "text_encoder_3_encoder_block_0_q", "up"),
         ("lora_unet_down_blocks_0_conv1.lora_mid.weight", "unet_down_blocks_0_conv1", "mid"),
     ],
+    "kohya with adapter name": [
+        ("blocks.2.to_q.lora_down.default.weight", "blocks_2_to_q", "down"),
+        ("lora_unet_up_blocks_2_to_q.lora_up.default.weight", "unet_up_blocks_2_to_q", "up"),
+    ],
     "XLabs": [
         ("double_blocks.4.processor.qkv_lora1.down.weight", "double_blocks_4_img_attn_qkv", "down"),
         ("double_blocks.4.processor.proj_lora2.up.weight", "double_blocks_4_txt_attn_proj", "up"),
@@ -73,6 +82,10 @@ KEYS = {
     "MLX": [
         ("model.layers.3.self_attn.q_proj.lora_a", "model_layers_3_self_attn_q_proj", "down"),
         ("model.layers.3.self_attn.q_proj.lora_b", "model_layers_3_self_attn_q_proj", "up"),
+    ],
+    "torchtune": [
+        ("layers.3.attn.q_proj.lora_a.weight", "model_layers_3_attn_q_proj", "down"),
+        ("layers.3.attn.q_proj.lora_b.weight", "model_layers_3_attn_q_proj", "up"),
     ],
     "PEFT embedding": [
         ("base_model.model.model.embed_tokens.lora_embedding_A", "model_embed_tokens", "down"),
@@ -100,8 +113,19 @@ def test_every_family_has_examples():
 def test_a_key_gives_module_and_role(family, key, module, role):
     parsed = parse_key(key)
     assert (parsed.module, parsed.role) == (module, role)
-    assert parsed.adapter == ("default" if family == "PEFT with adapter name" else "")
+    assert parsed.adapter == ("default" if family.endswith("with adapter name") else "")
     assert re.match(keys.KEY_FAMILIES[family], key)
+
+
+def test_the_alpha_of_a_text_encoder_is_of_the_projection():
+    alpha = TEXT.replace("q_proj", "to_out_lora.alpha")
+    assert keys.parse_alpha(alpha) == TEXT.replace("q_proj", "out_proj").replace(".", "_")
+
+
+def test_factors_of_torchtune_lie_as_those_of_peft():
+    layers = layout_of({"layers.0.attn.q_proj.lora_a.weight": torch.ones(2, 6),
+                        "layers.0.attn.q_proj.lora_b.weight": torch.ones(8, 2)}).layers  # fmt: skip
+    assert [(layer.role, layer.shape) for layer in layers] == [("down", (2, 6)), ("up", (8, 2))]
 
 
 @pytest.mark.parametrize("key", ["unet.down_blocks.0.weight", "down.weight", "unet.up_blocks.1.up.weight", "alpha"])
@@ -294,6 +318,8 @@ SAME = {
         base_model.model.model.language_model.# base_model.model.language_model.model.# _orig_mod.model.#
         base_model.model._orig_mod.model.# module.model.# base_model.model.module.model.# lycoris_model_@
         model.layers.0._orig_mod.self_attn.q_proj model.model.# language_model.#""",
+    "model_layers_0_linear_attn_out_proj": "# model.# base_model.model.model.# lycoris_model_@ model.language_model.#",
+    "transformer_in_transformer_blocks_0_attn1_to_q": "unet.# # lora_unet_@ lycoris_@",
     "transformer_h_0_attn_c_attn": "# transformer.# base_model.model.transformer.# lycoris_transformer_h_0_attn_c_attn",
     "encoder_layer_0_attention_self_query": "# bert.# base_model.model.bert.# roberta.# lycoris_bert_@",
     "text_encoder_text_model_encoder_layers_3_mlp_fc1": """
@@ -309,7 +335,11 @@ SAME = {
         text_encoders.clip_g.transformer.text_model.encoder.layers.3.mlp.fc1""",
     "text_encoder_3_encoder_block_0_layer_0_SelfAttention_q": """
         lora_te3_encoder_block_0_layer_0_SelfAttention_q text_encoder_3.encoder.block.0.layer.0.SelfAttention.q
-        text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q""",
+        text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q
+        text_encoders.umt5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q
+        text_encoder_2.encoder.block.0.layer.0.SelfAttention.q lora_te2_encoder_block_0_layer_0_SelfAttention_q
+        text_encoder.encoder.block.0.layer.0.SelfAttention.q""",
+    "text_encoder_3_shared": "text_encoder_2.shared text_encoders.t5xxl.transformer.shared lora_te3_shared",
     "visual_blocks_0_attn_qkv": "visual.blocks.0.attn.qkv model.visual.blocks.0.attn.qkv",
     "vision_tower_encoder_layers_0_mlp_fc1": """
         vision_tower.vision_model.encoder.layers.0.mlp.fc1 model.vision_tower.encoder.layers.0.mlp.fc1
@@ -323,6 +353,8 @@ PLAIN = {
     "blocks_0_self_attn_q": "blocks.0.self_attn.q",
     "x_embedder": "x_embedder",
     "model_layers_0_self_attn_q_proj": "layers.0.self_attn.q_proj",
+    "model_layers_0_linear_attn_out_proj": "layers.0.linear_attn.out_proj",
+    "transformer_in_transformer_blocks_0_attn1_to_q": "transformer_in.transformer_blocks.0.attn1.to_q",
     "transformer_h_0_attn_c_attn": "h.0.attn.c_attn",
     "encoder_layer_0_attention_self_query": "encoder.layer.0.attention.self.query",
 }

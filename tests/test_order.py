@@ -13,9 +13,9 @@ transformers 5.24 call them: a hook on each Linear, Conv, Embedding and Conv1D o
 
 Where branches are parallel the lists follow one convention, which the library need not: the image is embedded before
 the time, the guidance, the pooled text and the text (CogVideoX, HunyuanVideo, Lumina 2 and Qwen-Image call some of them
-in another order); attention before a feed-forward beside it (proj_mlp of Flux and HunyuanVideo); to_out before
-to_add_out (the last block of SD3); towers before the language model's embed_tokens (LLaVA, Qwen2-VL); and norm_out,
-which gates a refiner block of HunyuanVideo, after the block.
+in another order), and refined before the text (not so in Lumina 2); attention before a feed-forward beside it (proj_mlp
+of Flux and HunyuanVideo); to_out before to_add_out (the last block of SD3); towers before the language model's
+embed_tokens (LLaVA, Qwen2-VL); and norm_out, which gates a refiner block of HunyuanVideo, after the block.
 """
 
 import json
@@ -112,6 +112,100 @@ SAME_ORDER = {
     "Two transformers in one file": """
         transformer.x_embedder transformer.blocks.0.attn1.to_q transformer.proj_out
         transformer_2.x_embedder transformer_2.blocks.0.attn1.to_q transformer_2.proj_out""",
+    "OPT": """
+        model.decoder.embed_tokens model.decoder.embed_positions model.decoder.project_in
+        model.decoder.layers.0.self_attn.q_proj model.decoder.layers.0.self_attn.k_proj
+        model.decoder.layers.0.self_attn.v_proj model.decoder.layers.0.self_attn.out_proj model.decoder.layers.0.fc1
+        model.decoder.layers.0.fc2 model.decoder.project_out lm_head""",
+    "wav2vec 2": """
+        wav2vec2.feature_extractor.conv_layers.0.conv wav2vec2.feature_projection.projection
+        wav2vec2.encoder.pos_conv_embed.conv wav2vec2.encoder.layers.0.attention.q_proj
+        wav2vec2.encoder.layers.0.attention.k_proj wav2vec2.encoder.layers.0.attention.v_proj
+        wav2vec2.encoder.layers.0.attention.out_proj wav2vec2.encoder.layers.0.feed_forward.intermediate_dense
+        wav2vec2.encoder.layers.0.feed_forward.output_dense wav2vec2.encoder.layers.1.attention.q_proj lm_head""",
+    "SAM": """
+        vision_encoder.patch_embed.projection vision_encoder.layers.0.attn.qkv vision_encoder.layers.0.attn.proj
+        vision_encoder.layers.0.mlp.lin1 vision_encoder.layers.0.mlp.lin2 vision_encoder.neck.conv1
+        prompt_encoder.mask_embed.conv1 mask_decoder.transformer.layers.0.self_attn.q_proj
+        mask_decoder.transformer.layers.0.self_attn.out_proj mask_decoder.transformer.layers.0.mlp.lin1
+        mask_decoder.transformer.final_attn_token_to_image.q_proj mask_decoder.upscale_conv1""",
+    "Z-Image": """
+        all_x_embedder.2-1 t_embedder.mlp.0 cap_embedder.1 noise_refiner.0.attention.to_q
+        context_refiner.0.attention.to_q layers.0.attention.to_q layers.0.attention.to_k layers.0.attention.to_v
+        layers.0.attention.to_out.0 layers.0.feed_forward.w1 layers.0.feed_forward.w3 layers.0.feed_forward.w2
+        layers.1.attention.to_q all_final_layer.2-1.linear""",
+    "LTX": """
+        transformer.proj_in transformer.adaln_single.linear transformer.caption_projection.linear_1
+        transformer.transformer_blocks.0.attn1.to_q transformer.transformer_blocks.0.attn1.to_out.0
+        transformer.transformer_blocks.0.attn2.to_q transformer.transformer_blocks.0.ff.net.0.proj
+        transformer.transformer_blocks.0.ff.net.2 transformer.transformer_blocks.1.attn1.to_q transformer.proj_out""",
+    "SegFormer": """
+        segformer.encoder.patch_embeddings.0.proj segformer.encoder.block.0.0.attention.self.query
+        segformer.encoder.block.0.0.attention.self.sr segformer.encoder.block.0.0.attention.output.dense
+        segformer.encoder.block.0.0.mlp.dense1 segformer.encoder.block.0.0.mlp.dwconv.dwconv
+        segformer.encoder.block.0.0.mlp.dense2 segformer.encoder.block.0.1.attention.self.query
+        segformer.encoder.block.1.0.attention.self.query decode_head.linear_c.0.proj decode_head.classifier""",
+    "XLNet": """
+        transformer.word_embedding transformer.layer.0.rel_attn.q transformer.layer.0.ff.layer_1
+        transformer.layer.0.ff.layer_2 transformer.layer.1.rel_attn.q""",
+    "Stable Cascade": """
+        prior.embedding prior.down_blocks.0.0.channelwise.0 prior.down_blocks.0.2.attention.attn.to_q
+        prior.up_blocks.0.0.channelwise.0 prior.clf.1""",
+    "Qwen3-Next": """
+        model.layers.0.linear_attn.in_proj_qkvz model.layers.0.linear_attn.in_proj_ba
+        model.layers.0.linear_attn.out_proj model.layers.0.mlp.gate model.layers.0.mlp.experts.0.gate_proj
+        model.layers.0.mlp.shared_expert.gate_proj model.layers.1.self_attn.q_proj model.layers.1.mlp.gate""",
+    "Jamba": """
+        model.layers.0.mamba.in_proj model.layers.0.mamba.x_proj model.layers.0.mamba.out_proj
+        model.layers.0.feed_forward.gate_proj model.layers.0.feed_forward.down_proj model.layers.1.self_attn.q_proj""",
+    "Granite 4": """
+        model.layers.0.mamba.in_proj model.layers.0.mamba.out_proj model.layers.0.shared_mlp.input_linear
+        model.layers.0.shared_mlp.output_linear model.layers.1.self_attn.q_proj""",
+    "ChatGLM": """
+        transformer.embedding.word_embeddings transformer.encoder.layers.0.self_attention.query_key_value
+        transformer.encoder.layers.0.self_attention.dense transformer.encoder.layers.0.mlp.dense_h_to_4h
+        transformer.encoder.layers.0.mlp.dense_4h_to_h transformer.encoder.layers.1.self_attention.query_key_value
+        transformer.output_layer""",
+    "A text encoder of ComfyUI's name": """
+        text_encoders.qwen25_7b.transformer.model.layers.0.self_attn.q_proj diffusion_model.img_in
+        diffusion_model.transformer_blocks.0.attn.to_q diffusion_model.transformer_blocks.0.img_mlp.net.0.proj
+        diffusion_model.proj_out""",
+    "Kandinsky 5": """
+        transformer.text_embeddings.in_layer transformer.text_transformer_blocks.0.self_attention.to_query
+        transformer.visual_transformer_blocks.0.self_attention.to_query
+        transformer.visual_transformer_blocks.0.cross_attention.to_query
+        transformer.visual_transformer_blocks.0.feed_forward.in_layer
+        transformer.visual_transformer_blocks.0.feed_forward.out_layer transformer.out_layer.out_layer""",
+    "HiDream": """
+        transformer.x_embedder.proj transformer.t_embedder.timestep_embedder.linear_1
+        transformer.p_embedder.pooled_embedder.linear_1 transformer.double_stream_blocks.0.block.attn1.to_q
+        transformer.double_stream_blocks.0.block.ff_i.gate transformer.single_stream_blocks.0.block.attn1.to_q
+        transformer.final_layer.linear""",
+    "InternVL": """
+        vision_model.embeddings.patch_embedding vision_model.encoder.layers.0.attn.qkv
+        vision_model.encoder.layers.0.attn.proj vision_model.encoder.layers.0.mlp.fc1
+        vision_model.encoder.layers.0.mlp.fc2 mlp1.1 mlp1.3 language_model.model.layers.0.self_attn.q_proj
+        language_model.lm_head""",
+    "LTX-2": """
+        transformer.transformer_blocks.0.attn1.to_q transformer.transformer_blocks.0.audio_attn1.to_q
+        transformer.transformer_blocks.0.attn2.to_q transformer.transformer_blocks.0.audio_attn2.to_q
+        transformer.transformer_blocks.0.audio_to_video_attn.to_q
+        transformer.transformer_blocks.0.video_to_audio_attn.to_q transformer.transformer_blocks.0.ff.net.0.proj
+        transformer.transformer_blocks.0.audio_ff.net.0.proj""",
+    "Florence-2, a stage": """
+        vision_tower.blocks.0.0.spatial_block.window_attn.fn.qkv
+        vision_tower.blocks.0.0.spatial_block.window_attn.fn.proj
+        vision_tower.blocks.0.0.spatial_block.ffn.fn.net.fc1
+        vision_tower.blocks.0.0.channel_block.channel_attn.fn.qkv
+        vision_tower.blocks.0.0.channel_block.ffn.fn.net.fc1""",
+    "UNet3D": """
+        unet.conv_in unet.transformer_in.transformer_blocks.0.attn1.to_q unet.down_blocks.0.temp_convs.0.conv1.2""",
+    "SD3.5 medium, original": """
+        joint_blocks.0.x_block.attn.qkv joint_blocks.0.context_block.attn.qkv joint_blocks.0.x_block.attn.proj
+        joint_blocks.0.x_block.attn2.qkv joint_blocks.0.x_block.mlp.fc1""",
+    "Words of no row, by their ends": """
+        piece_embedding layers.0.sparse_attn.q_proj layers.0.token_mixer.in_proj
+        layers.0.mlp.fc1""",
     "A network that no row names": "blobs.2.xx.aa blobs.2.xx.bb blobs.10.xx.aa zz.1 zz.2 proj_out",
 }  # fmt: skip
 
