@@ -447,9 +447,9 @@ def run_both_ways(results: dict) -> list[str]:
 
 def finished_results(target: Path, header: dict) -> dict | None:
     """Return what results in a folder have ``not run``; None if they are not whole, or of other inputs or program."""
-    found = written_before(target, header)
-    whole = found and not found["not_done"] and all((target / name).exists() for name in files_of(found))
-    return {"not run": found["representations_not_run"]} if whole else None
+    results = written_before(target, header)
+    whole = results and not results["not_done"] and all((target / name).exists() for name in files_of(results))
+    return {"not run": results["representations_not_run"]} if whole else None
 
 
 def written_before(target: Path, header: dict) -> dict | None:

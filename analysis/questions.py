@@ -199,8 +199,8 @@ def _other_sections(material: Material, sections: dict, attempt: Attempt) -> dic
         "collection_map": (controls.mapped, partial(collection_map, evidence)),
     }
     for name, (given, answer) in answers.items():
-        there = given is not None and (isinstance(given, np.ndarray | Attended) or len(given) > 0)
-        result[name] = attempt(NAMES.get(name, name), partial(answer, given)) if there else None
+        answerable = given is not None and (isinstance(given, np.ndarray | Attended) or len(given) > 0)
+        result[name] = attempt(NAMES.get(name, name), partial(answer, given)) if answerable else None
     return result
 
 

@@ -21,7 +21,7 @@ import torch
 import autoencoders
 from data import Collection
 from experiment.arrays import FLAT, widths_of
-from experiment.extraction import PASS_BYTES, bytes_to_pack
+from experiment.extraction import PASS_BYTES, SHARD_NUMBERS, bytes_to_pack
 from experiment.inputs import PCA_COMPONENTS
 from experiment.modules import module_shapes, whole_pairs
 from experiment.networks import NETWORKS
@@ -35,6 +35,9 @@ PASS_SHARE = 0.5  # of memory, that the pass over the weights may take
 SHARE = 0.8  # of memory, and of free space on disk, that may be taken
 # Parameters of one representation's autoencoders that a CPU trains unless told to: above, hours.
 AUTOENCODER_LIMIT = 2**31
+UNIT_SECONDS = 0.04  # that a unit takes however small it is: it is laid out, its few epochs are stepped, it is written
+START_SECONDS = 2.5  # until processes of workers have begun
+SMALL_SECONDS = 60  # a plan that takes less is said in one line
 COPIES = 5  # in which a parameter is held: itself, its gradient, two moments, the best so far
 GIB = 2**30
 
@@ -89,7 +92,8 @@ class Estimate:
 
     def seconds(self, speed: Speed, workers: int) -> float:
         """Return how long so many workers take."""
-        return (self.operations / speed.operations + self.copied / speed.copied) / max(1, min(workers, self.units))
+        alone = self.operations / speed.operations + self.copied / speed.copied + UNIT_SECONDS * self.units
+        return alone / max(1, min(workers, self.units))
 
     def then(self, other: Estimate) -> Estimate:
         """Return the cost of both, one after the other."""
@@ -153,7 +157,8 @@ class Estimates:
         copied = 1000 * self.count * self.all_weights
         if self.settings.sketch_flat:  # a projection is drawn in some hundredths of a second, one after the other
             copied += 6e8 * len(self.widths)
-        return Estimate(0, PASS_BYTES * self.all_weights, 0, copied, self.count)
+        shards = math.ceil(self.count * self.all_weights / SHARD_NUMBERS)
+        return Estimate(0, PASS_BYTES * self.all_weights, 0, copied, shards)
 
     # -- by kind ------------------------------------------------------------------------------------------------------
 
@@ -325,17 +330,19 @@ def in_words(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as people say them, to about one digit."""
+    """Return about how many seconds, as people say them, to about one digit."""
+    if seconds < 1:
+        return "under 1 s"
     if seconds < 90:
-        return f"{max(1, round(seconds))} s"
+        return f"about {round(seconds)} s"
     if seconds < 90 * 60:
-        return f"{round(seconds / 60)} minutes"
+        return f"about {round(seconds / 60)} minutes"
     hours = seconds / 3600
-    return f"{hours:.1f} hours" if hours < 48 else f"{round(hours / 24)} days"
+    return f"about {hours:.1f} hours" if hours < 48 else f"about {round(hours / 24)} days"
 
 
 def lines(estimates: Estimates, names: list[str], speed: Speed, workers: int, memory: int | None = None) -> list[str]:
-    """Return the plan in lines: by step and representation its parameters, memory in a worker, and time.
+    """Return the plan in lines: its time; for a minute or more also parameters, memory in a worker, time of each step.
 
     Args:
         estimates: Of the experiment.
@@ -348,12 +355,14 @@ def lines(estimates: Estimates, names: list[str], speed: Speed, workers: int, me
     steps = {"reading weights": estimates.reading(), "ranking": estimates.ranking()}
     steps |= {name: estimates.of(name) for name in names}
     seconds = {name: estimate.seconds(speed, workers) for name, estimate in steps.items()}
-    total = f"about {duration(sum(seconds.values()))} on this machine, but for controls and further splits"
-    shown = [f"{'estimate':<10}{total}", f"{'':<10}{'step':<16} {'parameters':>14} {'memory':>10}  time"]
-    for name, estimate in steps.items():
-        parameters = in_words(estimate.parameters) if estimate.parameters else "-"
-        row = f"{name:<16} {parameters:>14} {sized(estimate.memory):>10}  about {duration(seconds[name])}"
-        shown.append(f"{'':<10}{row}")
+    total = sum(seconds.values()) + (START_SECONDS if workers > 1 and estimates.device.type == "cpu" else 0)
+    shown = [f"{'estimate':<10}{duration(max(1, total))} on this machine, but for controls and further splits"]
+    if total >= SMALL_SECONDS:
+        shown.append(f"{'':<10}{'step':<16} {'parameters':>14} {'memory':>10}  time")
+        for name, estimate in steps.items():
+            parameters = in_words(estimate.parameters) if estimate.parameters else "-"
+            row = f"{name:<16} {parameters:>14} {sized(estimate.memory):>10}  {duration(seconds[name])}"
+            shown.append(f"{'':<10}{row}")
     together = max(min(workers, estimate.units) * estimate.memory for estimate in steps.values())
     if estimates.device.type == "cpu" and together > SHARE * memory:
         said = f"{workers} workers at once may take {sized(together)}, more than there is"

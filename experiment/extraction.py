@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,8 @@ from experiment import store
 from experiment.arrays import DIGESTS, SKETCHES, WEIGHTS, allocate, fill, row_of, sketched, sketching
 from experiment.engine import Engine
 from loras import building, lora_files
-from loras.labels import Finding
 from loras.lora_files import LoraFileError, NotFiniteError, file_stat
+from loras.notices import Finding
 from loras.scales import update_scales
 from representations import FEATURES, RANKING, UPDATES
 
@@ -241,6 +242,7 @@ class _Pass:
         self.projections: list[csr_matrix | None] = []  # of each layer, where it is to be sketched
         self.identity = identity(collection)
         self.folder = cache / "passes" / store.digest(str(collection.root.resolve()))
+        self._owner = self.folder / "owner.json"
         code = store.code_digest(
             "representations",
             "loras/headers",
@@ -344,11 +346,14 @@ class _Pass:
 
     def _clear_unless_mine(self) -> None:
         """Remove what a killed pass over other files of this folder, or another version of it, has left."""
-        owner = self.folder / "owner"
-        mine = f"{self.identity} {self.suffix}"
-        if not (owner.exists() and owner.read_text() == mine):
+        if not self._is_mine():
             self._remove()
-            building.write_atomically(owner, mine.encode())
+            store.write_document(self._owner, {}, self.known.name)
+
+    def _is_mine(self) -> bool:
+        with suppress(store.DamagedError, IsADirectoryError):
+            return store.read_document(self._owner, self.known.name) is not None
+        return False
 
     def _remove(self) -> None:
         if self.folder.exists():
@@ -413,19 +418,19 @@ class _Pass:
         store.write_document(self._document(rows), document, f"{self.identity} {self.suffix} {rows.start}")
 
 
-def _is_whole(weight_pass: _Pass, found: Extracted, name: str) -> bool:
+def _is_whole(weight_pass: _Pass, extracted: Extracted, name: str) -> bool:
     """Return whether an array of these files is there; what else is there is thrown away."""
-    if not found.path(name).exists():
+    if not extracted.path(name).exists():
         return False
     collection = weight_pass.collection
     try:
-        shards, (dtype, shape) = found.shards(name), row_of(collection, name)
+        shards, (dtype, shape) = extracted.shards(name), row_of(collection, name)
         if (shards.dtype, shards.shape) != (dtype, (len(collection.files), *shape)):
-            raise store.DamagedError(f"{found.path(name)} is of {shards.dtype} {shards.shape}")
+            raise store.DamagedError(f"{extracted.path(name)} is of {shards.dtype} {shards.shape}")
         if name in weight_pass.doubted:
             shards.check()
     except (store.DamagedError, FileNotFoundError) as error:
-        store.throw_away(found.path(name), error)
+        store.throw_away(extracted.path(name), error)
         return False
     return True
 
@@ -463,17 +468,17 @@ def _put_in_place(names: list[str], documents: list[dict], contents: list[str], 
         kept.rename(done.path(name))
 
 
-def _describe(weight_pass: _Pass, folder: Path, of: Extracted, name: str, documents: list[dict]) -> None:
+def _describe(weight_pass: _Pass, folder: Path, target: Extracted, name: str, documents: list[dict]) -> None:
     """Write beside the shards of a name, which are to be renamed, what they are."""
     shards = [[len(document["contents"]), document["arrays"][name]] for document in documents if document["contents"]]
-    store.describe_shards(folder, of.place(name), row_of(weight_pass.collection, name), shards)
+    store.describe_shards(folder, target.place(name), row_of(weight_pass.collection, name), shards)
 
 
 def _unplaced(weight_pass: _Pass, documents: list[dict], name: str) -> store.Shards:
     """Return an array before it is put in its place."""
-    of = weight_pass.extracted(store.digest([line for document in documents for line in document["contents"]]))
-    _describe(weight_pass, weight_pass.arrays(name), of, name, documents)
-    return store.Shards(weight_pass.arrays(name), of.place(name))
+    target = weight_pass.extracted(store.digest([line for document in documents for line in document["contents"]]))
+    _describe(weight_pass, weight_pass.arrays(name), target, name, documents)
+    return store.Shards(weight_pass.arrays(name), target.place(name))
 
 
 def _without(weight_pass: _Pass, findings: list) -> _Pass:
@@ -511,10 +516,10 @@ def identity(collection: Collection) -> str:
     )
 
 
-def _read_document(path: Path, of: str) -> dict | None:
+def _read_document(path: Path, about: str) -> dict | None:
     """Return a document of the cache; one that was damaged is thrown away."""
     try:
-        return store.read_document(path, of)
+        return store.read_document(path, about)
     except store.DamagedError as error:
         store.throw_away(path, error)
         return None

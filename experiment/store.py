@@ -223,17 +223,17 @@ def shard_path(folder: Path, first_row: int) -> Path:
     return folder / f"{first_row:08}.npy"
 
 
-def describe_shards(folder: Path, of: str, array: tuple[np.dtype, tuple[int, ...]], shards: list) -> None:
+def describe_shards(folder: Path, about: str, array: tuple[np.dtype, tuple[int, ...]], shards: list) -> None:
     """Write what the shards of a folder are to be, beside them.
 
     Args:
         folder: Where they lie.
-        of: What they are; the shards of anything else are not taken for them.
+        about: What they are; the shards of anything else are not taken for them.
         array: dtype and shape of a row.
         shards: Number of rows and sha256 of each file.
     """
     dtype, shape = array
-    write_document(folder / SHARDS_NAME, {"dtype": np.dtype(dtype).str, "shape": list(shape), "shards": shards}, of)
+    write_document(folder / SHARDS_NAME, {"dtype": np.dtype(dtype).str, "shape": list(shape), "shards": shards}, about)
 
 
 class Shards:
@@ -244,14 +244,14 @@ class Shards:
 
     Args:
         folder: Where the files lie.
-        of: What they are, as `describe_shards` was told.
+        about: What they are, as `describe_shards` was told.
 
     Raises:
         DamagedError: They are not what was written, as far as can be seen without reading them.
     """
 
-    def __init__(self, folder: Path, of: str):
-        self.folder, known = folder, read_document(folder / SHARDS_NAME, of)
+    def __init__(self, folder: Path, about: str):
+        self.folder, known = folder, read_document(folder / SHARDS_NAME, about)
         if known is None:
             raise DamagedError(f"{folder / SHARDS_NAME} is missing. Remove {folder}")
         self.dtype, self._row = np.dtype(known["dtype"]), tuple(known["shape"])
@@ -432,11 +432,11 @@ def _check(file: BinaryIO, path: Path, contents: hashlib._Hash, expected: str, s
     Raises:
         ValueError: It has another.
     """
-    found = os.fstat(file.fileno())
-    state = (expected, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    status = os.fstat(file.fileno())
+    state = (expected, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     if _right.get(path) == state:
         return
-    left, buffer = found.st_size if size is None else size, memoryview(bytearray(2**20))
+    left, buffer = status.st_size if size is None else size, memoryview(bytearray(2**20))
     file.seek(0)
     while left > 0 and (count := file.readinto(buffer[: min(left, len(buffer))])):
         contents.update(buffer[:count])
@@ -475,12 +475,16 @@ def is_whole(path: Path) -> bool:
     return True
 
 
-def write_document(path: Path, value: dict, of: str) -> None:
+def write_document(path: Path, value: dict, about: str) -> None:
     """Write a JSON object with a digest of itself and of what it is about, atomically."""
-    write_atomically(path, canonical_json({"digest": digest([of, value]), "of": of, "value": value}))
+    write_atomically(path, canonical_json(_sealed_document(value, about)))
 
 
-def read_document(path: Path, of: str) -> dict | None:
+def _sealed_document(value: dict, about: str) -> dict:
+    return {"digest": digest([about, value]), "of": about, "value": value}
+
+
+def read_document(path: Path, about: str) -> dict | None:
     """Return what `write_document` wrote about something; None where there is none.
 
     Raises:
@@ -491,6 +495,6 @@ def read_document(path: Path, of: str) -> dict | None:
     document = read_object(path) or {}
     value = document.get("value")
     with suppress(ValueError):  # of a number that is none
-        if isinstance(value, dict) and document.get("digest") == digest([of, value]):
+        if isinstance(value, dict) and document == _sealed_document(value, about):
             return value
     raise DamagedError(f"{path} is damaged, or of other files. Remove it")

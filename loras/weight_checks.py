@@ -20,11 +20,12 @@ FEWEST = 5  # files among which one can be an outlier
 # A file is an outlier where the update of its modules is so many times those of the others, or of any module so many.
 FACTOR, MODULE_FACTOR = 5, 20
 DEVIATIONS, MODULE_DEVIATIONS = 10, 20  # and by so many standard deviations, estimated by the median deviation
-# Or so many times at so many deviations, where sizes vary much anyway.
+# Or so many times at so many deviations, where sizes vary much anyway; of these there may be any minority.
 HUGE, HUGE_DEVIATIONS = 1000, 6
 OVERSIZED = 100  # times the others, from which on nothing is learned from a file: it would decide the scale of all
+APART = 100  # times, between one file and the next larger, from which on sizes fall into two groups
 LEAST_SPREAD = 0.03  # taken for the median deviation of logarithms where it is less
-OUTLIERS = 0.1  # of the files at most: more are another kind of LoRA and no outliers
+OUTLIERS = 0.1  # of the files at most, unless huge: more are another kind of LoRA and no outliers
 MAX_NAMED = 3
 
 
@@ -104,13 +105,18 @@ def weight_notices(
         subject = "1 module is" if always.sum() == 1 else f"{always.sum()} modules are"
         message = f"{subject} zero in every LoRA that is trained ({names}). Leave such layers out with --layers."
         notices.append(Notice("zero modules", message, ()))
-    if outliers := _outliers(labels, modules, norms):
+    compared = _compared(labels, norms)
+    if compared is None:
+        return notices
+    if outliers := _outliers(compared, modules, norms):
         files = tuple(paths[row] for row in outliers)
         subject = "1 LoRA is" if len(files) == 1 else f"{len(files)} LoRAs are"
         described = _named([f"{paths[row]}: {words}" for row, words in outliers.items()])
         message = f"{subject} far from the others in size ({described}). "
         message += "Look at how such files were made; --strict --skip-bad leaves them out."
         notices.append(Notice("outlier", message, files))
+    if message := _two_groups(compared):
+        notices.append(Notice("two sizes", message, ()))
     return notices
 
 
@@ -146,7 +152,8 @@ def _compared(labels: Sequence[str], norms: np.ndarray) -> _Compared | None:
     """Compare sizes module by module, by medians, which a few outliers do not move; None where there is nothing to.
 
     Outliers are far from all others in size, and from those of their class. What is zero has no size. Where many files
-    are far from the median, there are several kinds of LoRAs, and none is an outlier.
+    are far from the median, there are several kinds of LoRAs, and none is an outlier, unless by a huge factor: then
+    any minority is, or a median would not tell it from the others.
     """
     rows = np.flatnonzero((norms > 0).any(1))
     if len(rows) < FEWEST:
@@ -158,38 +165,76 @@ def _compared(labels: Sequence[str], norms: np.ndarray) -> _Compared | None:
     if len(positions) == 0:  # each module is zero in most files: nothing to compare with
         return None
     gaps = gaps[:, positions] - medians[positions]
-    gaps[np.isinf(gaps)] = 0
-    spreads = np.maximum(1.4826 * np.median(np.abs(gaps), axis=0), LEAST_SPREAD)
-    label, own = np.array(labels)[rows], gaps.copy()  # gaps to the file's class, where that has others
-    for name in np.unique(label):
-        members = np.flatnonzero(label == name)
-        if len(members) >= 3:
-            own[members] -= np.median(own[members], axis=0)
+    zero = np.isinf(gaps)
+    gaps[zero] = 0
+    gaps, spreads = _without_huge(gaps)
+    gaps[zero] = 0
+    deviations = np.abs(gaps) / spreads
+    huge = (np.abs(gaps) > np.log(HUGE)) & (deviations > HUGE_DEVIATIONS)
+    own = _gaps_in_class(np.array(labels)[rows], gaps, huge)
 
     def beyond(gap: np.ndarray, own: np.ndarray, deviations: np.ndarray, factor: float, least: float) -> np.ndarray:
-        far = (np.abs(gap) > np.log(factor)) & (deviations > least)
-        far |= (np.abs(gap) > np.log(HUGE)) & (deviations > HUGE_DEVIATIONS)
-        return _few(far & (np.sign(gap) * own > np.log(factor)))
+        apart = (np.abs(gap) > np.log(factor)) & (np.sign(gap) * own > np.log(factor))
+        huge = apart & (np.abs(gap) > np.log(HUGE)) & (deviations > HUGE_DEVIATIONS)
+        huge &= 2 * huge.sum(0) < len(huge)
+        return huge | _few(apart & (deviations > least) & ~huge)
 
-    deviations = np.abs(gaps) / spreads
     whole = np.median(gaps, axis=1), np.median(own, axis=1), np.median(deviations, axis=1)
     far = beyond(*whole, FACTOR, DEVIATIONS)
     single = beyond(gaps, own, deviations, MODULE_FACTOR, MODULE_DEVIATIONS) & ~far[:, None]
     return _Compared(rows, positions, gaps, far, single)
 
 
-def _outliers(labels: Sequence[str], modules: Sequence[str], norms: np.ndarray) -> dict[int, str]:
+def _without_huge(gaps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the gaps to the medians of what is not huge, float64[n, p], and the spread of that, float64[p].
+
+    A large minority would move the medians to the edge of the others, and the spread with them.
+    """
+    huge = np.abs(gaps) > np.log(HUGE)
+    huge &= 2 * huge.sum(0) < len(gaps)
+    rest = np.where(huge, np.nan, gaps)
+    medians = np.where(huge.any(0), np.nanmedian(rest, axis=0), 0)
+    return gaps - medians, np.maximum(1.4826 * np.nanmedian(np.abs(rest - medians), axis=0), LEAST_SPREAD)
+
+
+def _gaps_in_class(labels: np.ndarray, gaps: np.ndarray, huge: np.ndarray) -> np.ndarray:
+    """Return the gaps to the median of a file's class, where that has others, float64[n, p].
+
+    What is huge counts only where the whole class is: else a class of which most files are absurd would hide them.
+    """
+    own = gaps.copy()
+    for name in np.unique(labels):
+        members = np.flatnonzero(labels == name)
+        if len(members) >= 3:
+            left_out = huge[members] & ~huge[members].all(0)
+            own[members] -= np.nanmedian(np.where(left_out, np.nan, gaps[members]), axis=0)
+    return own
+
+
+def _two_groups(compared: _Compared) -> str:
+    """Return that files fall into two groups by size, in words, where outliers do not say so; else empty."""
+    sizes = np.sort(compared.whole[~compared.far])
+    inner = np.diff(sizes)[2:-2]  # with three files on each side
+    if len(inner) == 0 or inner.max() <= np.log(APART):
+        return ""
+    smaller = int(inner.argmax()) + 3
+    factor = _times(np.median(sizes[smaller:]) - np.median(sizes[:smaller]))
+    return (
+        f"The LoRAs fall into two groups by size: the updates of {len(sizes) - smaller} are {factor} those of the "
+        f"other {smaller}. The larger decide the scale of what is learned. Look at how each group was made."
+    )
+
+
+def _outliers(compared: _Compared, modules: Sequence[str], norms: np.ndarray) -> dict[int, str]:
     """Return how far files are from all others in size, and from those of their class, in words by row."""
-    if (found := _compared(labels, norms)) is None:
-        return {}
-    rows, whole = found.rows, found.whole
+    rows, whole = compared.rows, compared.whole
     clipped = (norms == np.finfo(np.float32).max).any(1)  # as features are
-    times = {i: ("over " if clipped[rows[i]] else "") + _times(whole[i]) for i in np.flatnonzero(found.far).tolist()}
+    times = {i: ("over " if clipped[rows[i]] else "") + _times(whole[i]) for i in np.flatnonzero(compared.far).tolist()}
     words = {int(rows[i]): f"its updates are {factor} those of the others" for i, factor in times.items()}
-    for i in np.flatnonzero(found.single.any(1)):
-        module = np.abs(np.where(found.single[i], found.gaps[i], 0)).argmax()
-        name = modules[found.positions[module]]
-        words[int(rows[i])] = f"that of {name} is {_times(found.gaps[i, module])} those of the others"
+    for i in np.flatnonzero(compared.single.any(1)):
+        module = np.abs(np.where(compared.single[i], compared.gaps[i], 0)).argmax()
+        name = modules[compared.positions[module]]
+        words[int(rows[i])] = f"that of {name} is {_times(compared.gaps[i, module])} those of the others"
     return dict(sorted(words.items()))
 
 
@@ -200,11 +245,11 @@ def oversized(labels: Sequence[str], sizes: np.ndarray) -> np.ndarray:
         labels: Of the files.
         sizes: Of their layers and updates, float[N, any].
     """
-    if (found := _compared(labels, sizes)) is None:
+    if (compared := _compared(labels, sizes)) is None:
         return np.array([], int)
     least = np.log(OVERSIZED)
-    far = (found.far & (found.whole > least)) | (found.single & (found.gaps > least)).any(1)
-    return found.rows[far]
+    far = (compared.far & (compared.whole > least)) | (compared.single & (compared.gaps > least)).any(1)
+    return compared.rows[far]
 
 
 def _few(far: np.ndarray) -> np.ndarray:

@@ -39,7 +39,8 @@ DEFINED_IN = {  # what a key names -> the modules that define it
 # through what is in the key itself.
 LEFT_OUT_OF_ALL = {
     "data",  # which files there are, in which order: the key has their paths and contents, labels and split
-    "loras/labels",  # the same; and the words for what is wrong with a file
+    "loras/notices",  # the words for what is wrong with a file
+    "loras/names",  # how they are shown
     "loras/memory",  # what fits
     "loras/names",  # how names are shown
     "loras/blocks",  # what layers are called in tables and figures

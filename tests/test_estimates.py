@@ -1,5 +1,6 @@
 """What the plan says before anything is trained: sizes, what cannot fit, and sketches in place of all weights."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -70,20 +71,34 @@ def test_more_takes_longer_and_more_workers_less(wide):
 
 
 def test_the_plan_has_a_line_for_each_step(wide):
-    lines = estimates.lines(of(wide), ["stats", "update_kernel"], Speed(1e10, 1e10), 2)
+    lines = estimates.lines(of(wide), ["stats", "update_kernel"], Speed(1e6, 1e6), 2)
     assert lines[0].startswith("estimate  about ") and "on this machine" in lines[0]
     steps = [line.strip().split("  ")[0] for line in lines[1:]]
     assert steps == ["step", "reading weights", "ranking", "stats", "update_kernel"]
     assert all("iB  about " in line for line in lines[2:])
+    (small,) = estimates.lines(of(wide), ["stats", "update_kernel"], Speed(1e10, 1e10), 2)
+    assert re.fullmatch(r"estimate  about \d+ s on this machine, but for controls and further splits", small)
     many = estimates.lines(of(wide), ["flat_vec"], Speed(1e10, 1e10), 2, memory=2**24)
     assert "2 workers at once may take" in many[-1] and "OMP_NUM_THREADS" in many[-1]
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0, "1 s"), (89, "89 s"), (91, "2 minutes"), (5400, "1.5 hours"), (200_000, "2 days")]
+    ("seconds", "words"),
+    [(0, "under 1 s"), (1, "about 1 s"), (89, "about 89 s"), (91, "about 2 minutes"), (5400, "about 1.5 hours")],
 )
 def test_times_are_said_as_people_do(seconds, words):
     assert estimates.duration(seconds) == words
+
+
+def test_a_plan_of_small_units_takes_as_long_as_they_take_to_start(wide):
+    """Twenty trainings of next to nothing were once said to take a second together."""
+    quick, speed = of(wide, "--quick"), Speed(1e12, 1e12)
+    models = 3 * 8 + 2 * 3  # layers that are ranked, and stats
+    alone = quick.ranking().seconds(speed, 1) + quick.of("stats").seconds(speed, 1)
+    assert alone == pytest.approx(models * estimates.UNIT_SECONDS, rel=0.1)
+    assert quick.reading().seconds(speed, 1) < 0.1
+    one, two = (int(re.search(r"(\d+) s", estimates.lines(quick, ["stats"], speed, n)[0])[1]) for n in (1, 2))
+    assert one == 1 and two == 3  # processes start
 
 
 def test_counts_are_said_in_words():

@@ -27,6 +27,19 @@ def collection_with(root, part: str | None, change) -> str:
     return path
 
 
+def test_a_third_of_absurd_train_loras_cost_the_others_little(tmp_path, capsys):
+    planted_collection(tmp_path / "zoo")
+    collection = index_collection(tmp_path / "zoo")
+    paths = [collection.files[row].path for row in split_collection(collection, 42)["train"][::3]]
+    for path in paths:
+        tensors = load_file(tmp_path / "zoo" / path)
+        save_file({name: 1e14 * tensor for name, tensor in tensors.items()}, tmp_path / "zoo" / path)
+    results, _ = run(tmp_path / "zoo", tmp_path / "out", "stats")
+    assert results["dataset"]["not_trained_on"] == paths and results["dataset"]["split_sizes"]["train"] == 28
+    assert [finding["kind"] for finding in results["dataset"]["findings"]] == ["outlier"]
+    assert accuracy(results) > 0.35
+
+
 def run(root, out, names):
     code = main(["--dataset", str(root), "--output-dir", str(out), *FLAGS, f"--representations={names}"], NARROW)
     assert code == 0

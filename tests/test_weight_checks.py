@@ -125,6 +125,51 @@ def test_absurd_files_are_named_and_those_that_are_too_large_not_learned_from(co
     assert oversized(labels, sizes).tolist() == (absurd if factor > 1 else [])
 
 
+@pytest.mark.parametrize("where", ["all modules", "two modules"])
+@pytest.mark.parametrize("factor", [1e5, 1e14, 1e60])
+@pytest.mark.parametrize(
+    ("count", "absurd"),
+    [
+        (30, range(1)),
+        (30, range(4)),
+        (20, range(5, 8)),
+        (60, range(0, 24, 3)),  # 40 % of a class
+        (60, range(0, 45, 3)),  # most of one
+        (60, range(29)),
+    ],
+)
+def test_any_minority_of_absurd_files_is_named_and_not_learned_from(count, absurd, factor, where):
+    labels, sizes = [f"class {i % 3}" for i in range(count)], norms(count)
+    sizes[:, ::2] *= 4.0 ** (np.arange(count) % 3)[:, None]
+    sizes[absurd, slice(None) if where == "all modules" else slice(2, 4)] *= factor
+    (notice,) = notices(sizes, labels)
+    assert notice.kind == "outlier" and notice.files == tuple(f"{i}.safetensors" for i in absurd)
+    assert oversized(labels, sizes).tolist() == list(absurd)
+
+
+def test_a_file_that_is_a_little_larger_is_named_beside_absurd_ones():
+    sizes = norms(30, spread=0.05)
+    sizes[:5] *= 1e14
+    sizes[9] *= 50
+    (notice,) = notices(sizes)
+    assert len(notice.files) == 6 and oversized(["a"] * 30, sizes).tolist() == list(range(5))
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [(30, r"of 30 are (9|1)[0-9.e+]+ times those of the other 30"), (20, r"of 20 are .* times those of the other 40")],
+)
+def test_two_kinds_of_loras_are_said_to_be_two_and_none_is_an_outlier(count, words):
+    factor, labels = 1000, ["a"] * 60
+    if count < 30:  # all LoRAs of a class, whatever the factor
+        factor, labels = 1e6, ["a"] * 20 + ["b"] * 40
+    sizes = norms(60, spread=0.1)
+    sizes[:count] *= factor
+    (notice,) = notices(sizes, labels)
+    assert notice.kind == "two sizes" and notice.files == () and re.search(words, notice.message)
+    assert oversized(labels, sizes).tolist() == []
+
+
 def test_files_that_are_a_little_larger_are_learned_from():
     sizes = norms(60, spread=0.05)
     sizes[7] *= 50
