@@ -42,7 +42,6 @@ LEFT_OUT_OF_ALL = {
     "loras/notices",  # the words for what is wrong with a file
     "loras/names",  # how they are shown
     "loras/memory",  # what fits
-    "loras/names",  # how names are shown
     "loras/blocks",  # what layers are called in tables and figures
     "loras/building",  # how files are written, whole or not at all
     "experiment/engine",  # who computes
