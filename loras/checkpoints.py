@@ -312,7 +312,11 @@ def _same_bytes(one: Path, other: Path) -> bool:
 
 
 def _listed(steps: Iterable[tuple[int, ...]]) -> str:
-    words = [str(moment[-1]) if moment else "the last" for moment in steps]
+    return listed([str(moment[-1]) if moment else "the last" for moment in steps])
+
+
+def listed(words: Sequence[str]) -> str:
+    """Return some steps with the verb before them."""
     return f"{'is' if len(words) == 1 else 'are'} {_few(words)}"
 
 

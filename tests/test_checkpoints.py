@@ -396,7 +396,7 @@ def test_rows_of_what_is_left_out_are_passed_over(tmp_path):
     assert index_collection(root).columns["label"] == {f"{lora}/{PEFT}": lora[:3] for lora in LORAS}
 
 
-@pytest.mark.parametrize("form", ["files", "folders", "floats"])
+@pytest.mark.parametrize("form", ["files", "folders", "floats", "names"])
 def test_a_column_step_makes_samples_of_what_the_table_names(tmp_path, form):
     root = trainers_folders(tmp_path, "checkpoint-100", "checkpoint-200")
     rows = []
@@ -407,9 +407,8 @@ def test_a_column_step_makes_samples_of_what_the_table_names(tmp_path, form):
                 f"{lora_folder}/{PEFT},{lora_folder[:3]},",
             ]
         else:
-            rows += [
-                f"{lora_folder},{lora_folder[:3]},{step}" for step in ("100.0" if form == "floats" else "100", "final")
-            ]
+            steps = {"floats": ("100.0", "final"), "names": ("checkpoint-100", "last")}.get(form, ("100", "final"))
+            rows += [f"{lora_folder},{lora_folder[:3]},{step}" for step in steps]
     table(root, rows, "file_name,label,step")
     collection = index_collection(root)
     assert read(root) == [PEFT, f"checkpoint-100/{PEFT}"] and collection.choice.step == "all"
@@ -418,7 +417,8 @@ def test_a_column_step_makes_samples_of_what_the_table_names(tmp_path, form):
     assert "6 files in the folders of 6 LoRAs are left out (checkpoint-200): " in collection.notices[0].message
     assert len(index_collection(root, step="final").files) == 6  # the flag goes before
     table(root, [*rows[:-2], f"{LORAS[-1]},dog,300"], "file_name,label,step")
-    assert any("a label for a missing file: no weight file 'dog/02' in " in finding for finding in refused(root))
+    told = "dog/02 has no checkpoint 300: there are 100, 200, the last. Mend the step, or remove the row."
+    assert any(finding == f"{root}/metadata.csv: line {len(rows)}: {told}" for finding in refused(root))
 
 
 def test_other_files_of_a_class_are_left_alone(tmp_path):
