@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -122,8 +123,13 @@ def replace_all(folder: Path, contents: dict[str, bytes], also: Sequence[str] = 
         contents: By path in the folder.
         also: Files there that belong to those of before, and have no like among those to be written.
         keep: Whether those that are there are moved; else they are replaced, as those of a run that is not done yet.
+
+    Raises:
+        OSError: A folder in it is a link, through which files elsewhere would be moved; or it cannot be written.
     """
     *others, last = contents
+    for inside in sorted({"previous", *(os.path.dirname(name) for name in (*contents, *also))} - {""}):
+        _refuse_link(folder / inside)
     for path in (folder / name for name in contents):
         for temporary in path.parent.glob(f".{path.name}.*"):
             if TEMPORARY.search(temporary.name):
@@ -135,11 +141,17 @@ def replace_all(folder: Path, contents: dict[str, bytes], also: Sequence[str] = 
     present = [*also, *(name for name in (*others, last) if (folder / name).exists())]
     if keep and (also or last in present or any((folder / name).read_bytes() != contents[name] for name in present)):
         target = _previous(folder, present, last)
+        _refuse_link(target)
         for name in present:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).rename(target / name)
     for name, content in contents.items():
         write_atomically(folder / name, content)
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "a link, which results are not written through: remove it", os.fspath(path))
 
 
 def _previous(folder: Path, present: list[str], last: str) -> Path:

@@ -2,6 +2,7 @@
 
     <class>/<lora>/adapter_model.safetensors                    the last adapter
     <class>/<lora>/checkpoint-100/adapter_model.safetensors     an earlier one; also step_000500/, checkpoints/epoch-3/
+    <class>/<lora>/500/adapter_model.safetensors                also <lora>-000500/, where folders are the labels
     <class>/<lora>/my_style/adapter_model.safetensors           PEFT saves an adapter with a name into a folder of it
     <class>/<lora>/0000100_adapters.safetensors                 MLX, beside adapters.safetensors
 
@@ -31,6 +32,8 @@ MLX_CHECKPOINT = re.compile(r"(\d{1,12})_adapters\.safetensors")
 _CONTAINER = re.compile(r"checkpoints?|ckpts?", re.IGNORECASE)
 _LAST = re.compile(r"(?:(?:checkpoint|ckpt)[-_. ]?)?(?:final|last|latest)(?:[-_. ](?:checkpoint|ckpt))?", re.IGNORECASE)
 _NUMBER = re.compile(r"[-_](\d{4,12})$")  # of a file among checkpoints
+_NUMBERED = re.compile(r"(.*?)[-_.= ]?(\d{1,12})")  # of a folder in a LoRA's
+_WORDS = ("", "global", "checkpoint", "ckpt", "save", "model", "adapter", "lora", "pytorch_lora_weights")  # trainers'
 
 
 def step_of(text: str) -> str:
@@ -126,11 +129,11 @@ def folders_of(path: str) -> list[str]:
     Out of the folder of PEFT's adapter with a name, too, if two folders or more are left.
     """
     parts = path.split(os.sep)[:-1]
-    without_moments = [part for i, part in enumerate(parts) if not i or _moment(part, parts[i - 1]) is None]
+    without_moments = [part for i, part in enumerate(parts) if not i or _moment(part, parts[:i]) is None]
     folders = [os.sep.join(parts), os.sep.join(without_moments)]
     inside = False
     while len(parts) > 1:
-        if _moment(parts[-1], parts[-2]) is None:
+        if _moment(parts[-1], parts[:-1]) is None:
             if inside or len(parts) < 3 or os.path.basename(path) != PEFT_NAME:
                 break
             inside = True
@@ -203,8 +206,10 @@ def _place(path: str, protected: int) -> _Place | None:
     if len(folders) < protected:
         return None
     names, moment, container, inside = [], (), "", False
-    for before, part in zip(folders[protected - 1 :], folders[protected:], strict=False):
-        numbers = _moment(part, before)
+    for i, part in enumerate(folders[protected:], protected):
+        numbers = _moment(part, folders[:i])
+        if numbers is None and protected > 1:  # in a LoRA's folder
+            numbers = _numbered(part, folders[protected - 1])
         inside |= numbers is not None
         container = part if numbers == () and not _LAST.fullmatch(part) else container
         if numbers is None:
@@ -224,14 +229,38 @@ def _place(path: str, protected: int) -> _Place | None:
     return _Place(os.sep.join(folders[:protected]), "".join(names), moment, path)
 
 
-def _moment(part: str, before: str) -> tuple[int, ...] | None:
-    """Return the numbers of a folder that is named by a moment of a training, () for the last; None for another."""
+def is_moment(name: str) -> bool:
+    """Return whether a folder is named by a moment of a training, wherever it lies."""
+    return _moment(name, ()) is not None
+
+
+def step_named(text: str) -> str:
+    """Return the step that a table's cell names by a folder, ``checkpoint-100``: "" for the last; else the text."""
+    if text == FINAL or _LAST.fullmatch(text):
+        return ""
+    numbers = _moment(text, ())
+    return str(numbers[-1]) if numbers else text
+
+
+def _moment(part: str, above: Sequence[str]) -> tuple[int, ...] | None:
+    """Return the numbers of a folder that is named by a moment of a training, () for the last; None for another.
+
+    Beside the moment there may be a word of trainers, or the name of a folder ``above``.
+    """
     if _CONTAINER.fullmatch(part) or _LAST.fullmatch(part):
         return ()
-    if _CONTAINER.fullmatch(before) and part.isdecimal():
+    if above and _CONTAINER.fullmatch(above[-1]) and part.isdecimal():
         return (int(part),)
     rest, numbers = split_moment(part)
-    return numbers if numbers and rest.lower() in ("", "global", "checkpoint", "ckpt") else None
+    if not numbers and (match := re.fullmatch(r"save[-_. ]?(\d{1,12})", part, re.IGNORECASE)):
+        return (int(match[1]),)
+    return numbers if numbers and (rest.lower() in _WORDS or rest in above) else None
+
+
+def _numbered(part: str, lora: str) -> tuple[int, ...] | None:
+    """Return the number of a folder in a LoRA's, alone or after a trainer's word or the LoRA's name: x/x-000001/."""
+    match = _NUMBERED.fullmatch(part)
+    return (int(match[2]),) if match and (match[1].lower() in _WORDS or match[1] == lora) else None
 
 
 def _steps(places: Sequence[_Place]) -> dict[tuple[int, ...], list[_Place]]:
@@ -283,7 +312,11 @@ def _same_bytes(one: Path, other: Path) -> bool:
 
 
 def _listed(steps: Iterable[tuple[int, ...]]) -> str:
-    words = [str(moment[-1]) if moment else "the last" for moment in steps]
+    return listed([str(moment[-1]) if moment else "the last" for moment in steps])
+
+
+def listed(words: Sequence[str]) -> str:
+    """Return some steps with the verb before them."""
     return f"{'is' if len(words) == 1 else 'are'} {_few(words)}"
 
 

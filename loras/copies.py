@@ -232,7 +232,7 @@ def contradictions(paths: Sequence[str], labels: Sequence[str], groups: Iterable
 
 # A moment of a training at the end of a name: a word and a number in either order; or a bare e, if the name has more.
 _MOMENT = re.compile(
-    r"(?:^|[-_. ])(?:epochs?|ep|steps?|checkpoint|ckpt|iter)[-_. ]?(\d{1,12})$"
+    r"(?:^|[-_. ])(?:epochs?|ep|steps?|checkpoint|ckpt|iter)[-_.= ]?(\d{1,12})$"
     r"|(?<=.)[-_. ](\d{1,12})[-_. ]?(?:epochs?|ep|steps?|iters?)$"
     r"|(?<=.)[-_. ]e(\d{1,12})(?:[-_. ]s\d{1,12})?$",
     re.IGNORECASE,

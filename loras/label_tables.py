@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from loras import names, small_files
 FILE_NAME, STEP = "file_name", "step"
 TABLES = ("metadata.csv", "metadata.jsonl")  # at the root of a collection
 SEPARATORS = ",;\t"
+_SEPARATOR_LINE = re.compile(r'"?sep=([,;\t|])"?[,;]*', re.IGNORECASE)
 MAX_TABLE_BYTES = 2**27  # two million rows of 64 bytes
 MAX_LINE = 2**20  # characters of a line of jsonl
 
@@ -32,6 +34,8 @@ class LabelError(ValueError):
 
 def table_fault(table: Path) -> str:
     """Return what is wrong with a --labels file at first sight; empty where nothing is."""
+    if os.path.exists(table) and not os.path.isfile(table):
+        return "not a plain file. Remove it."
     if not os.path.isfile(table):
         return "no such file. Give a csv or jsonl with the columns file_name and label."
     if table.suffix.lower() not in (".csv", ".jsonl"):
@@ -80,9 +84,16 @@ def rows(table: Path) -> Iterator[tuple[int, dict]]:
     except (OSError, ValueError) as error:
         raise LabelError(f"{table}: not readable ({error}). Mend the table.") from error
     try:
-        yield from _objects(file) if table.suffix.lower() == ".jsonl" else _cells(file)
+        for line, row in _objects(file) if table.suffix.lower() == ".jsonl" else _cells(file):
+            yield line, row if FILE_NAME in row else {_column(name, row): cell for name, cell in row.items()}
     except ValueError as error:
         raise LabelError(f"{table}: {error}. Mend the table.") from error
+
+
+def _column(name: str, row: dict) -> str:
+    """Return the name of a column: ``file_name`` in whatever case the first such column of the row has it."""
+    alike = (other for other in row if other.strip().lower() == FILE_NAME)
+    return FILE_NAME if name == next(alike, None) else name
 
 
 def _objects(file: TextIO) -> Iterator[tuple[int, dict]]:
@@ -99,14 +110,15 @@ def _objects(file: TextIO) -> Iterator[tuple[int, dict]]:
 
 
 def _cells(file: TextIO) -> Iterator[tuple[int, dict]]:
-    line = 0
-    reader = csv.reader(file, delimiter=_separator(file), strict=True)
+    separator, line = _separator(file)
+    above = line
+    reader = csv.reader(file, delimiter=separator, strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
         if repeated := [name for name, count in Counter(filter(None, header)).items() if count > 1]:
             raise ValueError(f"two columns are called {repeated[0]}")
         for cells in reader:
-            line = reader.line_num
+            line = above + reader.line_num
             if not any(cells):  # a blank line, also as a spreadsheet writes it
                 continue
             if len(cells) < len(header) or any(cells[len(header) :]):
@@ -117,14 +129,19 @@ def _cells(file: TextIO) -> Iterator[tuple[int, dict]]:
         raise _unreadable(line, error) from error
 
 
-def _separator(file: TextIO) -> str:
-    """Return the separator that makes ``file_name`` a cell of the first line; a comma where none does."""
+def _separator(file: TextIO) -> tuple[str, int]:
+    """Return the separator, and the lines before the columns: a spreadsheet may have written ``sep=;`` in one.
+
+    Else it is what makes ``file_name`` a cell of the first line; a comma where none does.
+    """
     first = file.readline(MAX_LINE)
+    if match := _SEPARATOR_LINE.fullmatch(first.strip("\r\n")):
+        return match[1], 1
     file.seek(0)
     for separator in SEPARATORS:
-        if FILE_NAME in (cell.strip().strip('"') for cell in first.split(separator)):
-            return separator
-    return SEPARATORS[0]
+        if FILE_NAME in (cell.strip().strip('"').lower() for cell in first.split(separator)):
+            return separator, 0
+    return SEPARATORS[0], 0
 
 
 def _unreadable(line: int, error: Exception) -> ValueError:

@@ -164,7 +164,11 @@ def _rows_of_files(result: Labels, root: Path, columns: list[str]) -> Iterator[t
             faults.append(f"{place}: names no file in {FILE_NAME}. Name one, or remove the row.")
         elif "://" in name or re.match(r"[/\\]|[A-Za-z]:[/\\]", name) or ".." in re.split(r"[/\\]", name):
             faults.append(f"{place}: {name!r} is not a path below the collection. Name it relative to {root}.")
-        elif (paths := known.files(name, row.get(STEP))) is None:
+        elif (paths := known.files(name, row.get(STEP))) is None and (steps := known.steps(name)):
+            step = plain(str(row.get(STEP)))
+            fault = f"{plain(name)} has no checkpoint {step}: there {steps}. Mend the step, or remove the row."
+            result.findings.append(Finding((name,), fault, place))
+        elif paths is None:
             fault = f"a label for a missing file: no weight file {name!r} in {root}, of whose folders hidden and linked"
             fault += f" ones are not read; the columns there are: {_listed(columns)}"
             result.findings.append(Finding((name,), f"{fault}. Fetch the file or remove the row.", place))
@@ -196,22 +200,32 @@ class _Known:
 
     def files(self, name: str, step: object) -> tuple[str, ...] | None:
         """Return the files that a row is of; None where there is none of that name."""
-        for written in (name, name.replace("\\", "/")):
-            path = PurePosixPath(written).as_posix()
+        for path in _written(name):
             if step is not None and path in self.choice.groups:
                 return self.by_name.get(self.choice.at.get((path, _step_text(step))))
             if path in self.by_name:
                 return self.by_name[path]
         return None
 
+    def steps(self, name: str) -> str:
+        """Return the steps of a LoRA's folder, in words; nothing where the name is of something else."""
+        lora = next((path for path in _written(name) if path in self.choice.groups), None)
+        steps = sorted((step for folder, step in self.choice.at if folder == lora), key=lambda s: (not s, len(s), s))
+        return checkpoints.listed([step or "the last" for step in steps]) if steps else ""
+
+
+def _written(name: str) -> list[str]:
+    """Return the paths that a row may mean."""
+    return [PurePosixPath(written).as_posix() for written in (name, name.replace("\\", "/"))]
+
 
 def _step_text(step: object) -> str:
-    """Return the cell of a step as `Choice.at` has it; spreadsheets and data frames write 100.0 for 100."""
+    """Return the cell of a step as `Choice.at` has it; also ``checkpoint-100``, and 100.0 as spreadsheets write it."""
     text = (_text(step) or "").strip().lower()
     number = re.fullmatch(r"0*(\d{1,12})(?:\.0*)?", text)
     if number:
         return number[1]
-    return "" if text == checkpoints.FINAL else text
+    return checkpoints.step_named(text)
 
 
 def _above(path: str) -> Iterator[str]:

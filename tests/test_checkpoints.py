@@ -58,10 +58,14 @@ STYLES = [
     ("checkpoints/step-9", "checkpoints/step-10"),
     ("checkpoints/9", "checkpoints/10"),
     ("ckpts/epoch=9", "ckpts/epoch=10"),
+    ("epoch=9-step=300", "epoch=10-step=200"),
+    ("lora-step00000100", "lora-step00001000"),
+    ("save-100", "save-1000"),
+    ("9", "10"),
 ]
 
 
-@pytest.mark.parametrize(("first", "second"), STYLES[:-1])
+@pytest.mark.parametrize(("first", "second"), STYLES)
 def test_the_last_is_read_and_the_others_are_named(tmp_path, first, second):
     root = trainers_folders(tmp_path / "own", first, second)
     assert read(root) == [PEFT]
@@ -77,6 +81,95 @@ def test_the_last_is_read_and_the_others_are_named(tmp_path, first, second):
     shutil.rmtree(root / "cat" / "00" / second)
     (root / "cat" / "00" / PEFT).unlink()
     assert read(root) == [f"{first}/{PEFT}"]  # whatever the other LoRAs have
+
+
+@pytest.mark.parametrize("end", ["-step{:08}", "-{:06}", "_{:09}", "-e{}", " {}"])
+def test_a_checkpoint_may_have_the_name_of_its_lora(tmp_path, end):
+    root = tmp_path
+    for label in CLASSES:
+        for i in range(3):
+            for step in (9, 10):
+                path = root / label / f"x{i}" / f"x{i}{end.format(step)}" / "pytorch_lora_weights.safetensors"
+                write_lora(path, lora(1, seed=step + i))
+    collection = index_collection(root)
+    assert len(collection.files) == 6 and len(collection.choice.left_out) == 6
+    assert len(index_collection(root, step="9").files) == 6
+
+
+def test_numbers_are_loras_where_the_second_folder_need_not_be_a_lora(tmp_path):
+    for i in range(6):
+        write_lora(tmp_path / "set" / f"{i}" / PEFT, lora(1, seed=i), {"category_label": "ab"[i % 2]})
+        write_lora(tmp_path / "more" / f"lora-{i}" / PEFT, lora(1, seed=10 + i), {"category_label": "ab"[i % 2]})
+    assert len(index_collection(tmp_path).files) == 12
+
+
+# What trainers leave of their state, below <class>/<lora>/
+STATES = [
+    ("checkpoint-100/adapter_model.safetensors", "checkpoint-100/global_step100/mp_rank_00_model_states.pt"),
+    ("epoch10/adapter_model.safetensors", "global_step500/mp_rank_00_model_states.pt"),
+    ("20260101_10-00-00/epoch10/adapter_model.safetensors", "20260101_10-00-00/global_step500/layer_00.pt"),
+    ("epoch_0/adapter_model.safetensors", "recipe_state/recipe_state.pt"),
+    (PEFT, "checkpoint-100/optimizer.bin", "checkpoint-100/random_states_0.pkl", "checkpoint-100/scheduler.bin"),
+    (PEFT, "logs/a/b/anything.pth"),
+]
+
+
+@pytest.mark.parametrize("below", ["cat", ""])
+@pytest.mark.parametrize("state", STATES)
+def test_a_trainings_state_is_ignored_and_counted(tmp_path, state, below):
+    """Where a table has the labels, the first folder may be the LoRA's."""
+    weights, *pickles = state
+    for i in range(6):
+        folder = tmp_path / "zoo" / (f"{'ab'[i % 2]}/{i}" if below else f"{i}")
+        write_lora(folder / weights, lora(1, seed=i))
+        for name in pickles:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(b"\x80\x02}q\x00.")
+    if not below:
+        table(tmp_path / "zoo", [f"{i},{'ab'[i % 2]}" for i in range(6)])
+    collection = index_collection(tmp_path / "zoo")
+    check_classes(collection)
+    assert len(collection.files) == 6 and collection.ignored == {"pickles in folders of LoRAs": 6 * len(pickles)}
+
+
+def test_a_lora_of_pickles_alone_is_a_finding_beside_others(tmp_path):
+    root = trainers_folders(tmp_path, "checkpoint-100")
+    write_lora(root / "cat" / "flat.safetensors", lora(1))
+    pickles = ["cat/09/adapter_model.bin", "cat/09/checkpoint-1/optimizer.pt", "cat/x.ckpt", "dog/09/x.pt", "old/y.pt"]
+    for name in pickles:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"\x80\x02}q\x00.")
+    pickles.remove("cat/x.ckpt")  # beside *.safetensors
+    told = refused(root)
+    assert told == [f"{root}/{path}: a pickle checkpoint: never loaded. Convert it to safetensors." for path in pickles]
+
+
+@pytest.mark.parametrize(
+    "state", ["x{}-000001-state", "x{}-step00000100-state", "x{}-state", "last-state", "any-state"]
+)
+@pytest.mark.parametrize("place", ["cat", "cat/x{}", ""])
+def test_state_folders_hold_no_lora(tmp_path, state, place):
+    paths = [tmp_path / place.format(i) / f"x{i}.safetensors" for i in range(6)]
+    for i, path in enumerate(paths):
+        write_lora(path, lora(1, seed=i))
+        folder = path.parent / state.format(i)
+        write_lora(folder / "model.safetensors", lora(1, seed=10 + i))
+        if state == "any-state":
+            (folder / "optimizer.bin").write_bytes(b"\x80")
+            (folder / "random_states_0.pkl").write_bytes(b"\x80")
+    if not place:
+        table(tmp_path, [f"{path.name},{'ab'[i % 2]}" for i, path in enumerate(paths)])
+    collection = index_collection(tmp_path)
+    assert [file.path for file in collection.files] == [path.relative_to(tmp_path).as_posix() for path in paths]
+    folders = {path.parent / state.format(i) for i, path in enumerate(paths)}
+    assert collection.ignored == {"folders of a training's state": len(folders)}
+
+
+def test_a_class_or_lora_may_be_called_a_state(tmp_path):
+    for label in ("solid-state", "route-66-state"):
+        for i in range(3):
+            write_lora(tmp_path / label / f"{i}-state" / PEFT, lora(1, seed=i))
+    assert index_collection(tmp_path).class_counts == {"solid-state": 3, "route-66-state": 3}
 
 
 @pytest.mark.parametrize("own", ["final", "last", "checkpoint-final", "checkpoints/latest", "my_style", "lora_model"])
@@ -303,7 +396,7 @@ def test_rows_of_what_is_left_out_are_passed_over(tmp_path):
     assert index_collection(root).columns["label"] == {f"{lora}/{PEFT}": lora[:3] for lora in LORAS}
 
 
-@pytest.mark.parametrize("form", ["files", "folders", "floats"])
+@pytest.mark.parametrize("form", ["files", "folders", "floats", "names"])
 def test_a_column_step_makes_samples_of_what_the_table_names(tmp_path, form):
     root = trainers_folders(tmp_path, "checkpoint-100", "checkpoint-200")
     rows = []
@@ -314,9 +407,8 @@ def test_a_column_step_makes_samples_of_what_the_table_names(tmp_path, form):
                 f"{lora_folder}/{PEFT},{lora_folder[:3]},",
             ]
         else:
-            rows += [
-                f"{lora_folder},{lora_folder[:3]},{step}" for step in ("100.0" if form == "floats" else "100", "final")
-            ]
+            steps = {"floats": ("100.0", "final"), "names": ("checkpoint-100", "last")}.get(form, ("100", "final"))
+            rows += [f"{lora_folder},{lora_folder[:3]},{step}" for step in steps]
     table(root, rows, "file_name,label,step")
     collection = index_collection(root)
     assert read(root) == [PEFT, f"checkpoint-100/{PEFT}"] and collection.choice.step == "all"
@@ -325,7 +417,8 @@ def test_a_column_step_makes_samples_of_what_the_table_names(tmp_path, form):
     assert "6 files in the folders of 6 LoRAs are left out (checkpoint-200): " in collection.notices[0].message
     assert len(index_collection(root, step="final").files) == 6  # the flag goes before
     table(root, [*rows[:-2], f"{LORAS[-1]},dog,300"], "file_name,label,step")
-    assert any("a label for a missing file: no weight file 'dog/02' in " in finding for finding in refused(root))
+    told = "dog/02 has no checkpoint 300: there are 100, 200, the last. Mend the step, or remove the row."
+    assert any(finding == f"{root}/metadata.csv: line {len(rows)}: {told}" for finding in refused(root))
 
 
 def test_other_files_of_a_class_are_left_alone(tmp_path):

@@ -268,6 +268,26 @@ def test_a_table_that_cannot_be_read_is_told_with_its_line(tmp_path, name, conte
         assert finding.startswith(f"{path}: {words}")
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("sep=;", "file_name;label"),
+        ('"sep=|"', "File_Name|label"),
+        ("FILE_NAME\tlabel",),
+        ("sep=,,", "file_name,label"),
+    ],
+)
+def test_spreadsheets_say_the_separator_and_write_names_in_any_case(tmp_path, lines):
+    flat_collection(tmp_path)
+    separator = lines[-1][9]
+    rows = [*lines, *(f"{i}.safetensors{separator}{'ab'[i % 2]}" for i in range(6))]
+    for end in ("\n", "\r\n"):
+        (tmp_path / "metadata.csv").write_bytes(end.join(rows).encode())
+        assert index_collection(tmp_path).class_counts == {"a": 3, "b": 3}
+    (tmp_path / "metadata.csv").write_text("\n".join([*rows, f"9.safetensors{separator}a"]))
+    assert findings(tmp_path)[0].startswith(f"{tmp_path}/metadata.csv: line {len(rows) + 1}: a label for a missing")
+
+
 def test_tables_are_bounded_plain_files(tmp_path, monkeypatch):
     flat_collection(tmp_path, 1)
     path = tmp_path / "metadata.csv"
@@ -276,7 +296,10 @@ def test_tables_are_bounded_plain_files(tmp_path, monkeypatch):
     assert findings(tmp_path)[0].startswith(f"{path}: not readable (16 bytes, more than 10)")
     path.unlink()
     os.mkfifo(path)  # which would be read for ever
-    assert findings(tmp_path)[0].startswith(f"{path}: no such file")
+    assert findings(tmp_path) == [f"{path}: not a plain file. Remove it."]
+    path.unlink()
+    path.mkdir()
+    assert findings(tmp_path) == [f"{path}: not a plain file. Remove it."]
     assert findings(tmp_path, labels=tmp_path / "no.csv")[0].startswith(f"{tmp_path / 'no.csv'}: no such file")
     other = tmp_path / "0.safetensors"
     assert findings(tmp_path, labels=other)[0].startswith(f"{other}: neither .csv nor .jsonl")

@@ -283,3 +283,24 @@ def test_results_are_kept_in_one_place_also_where_those_to_come_have_figures(tmp
             store.replace_all(folder, after)
         store.replace_all(folder, after)
         assert [contents(path) for path in sorted((folder / "previous").iterdir())] == [results(1)]
+
+
+@pytest.mark.parametrize("link", ["previous", "previous/1", "figures"])
+def test_results_are_not_moved_through_links(tmp_path, link):
+    folder, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    store.replace_all(folder, results(1))
+    elsewhere.mkdir()
+    (elsewhere / ".a.png.0123abcd").write_text("stays")
+    (elsewhere / "b.png").write_text("stays")
+    (elsewhere / "results.txt").write_text("stays")
+    (folder / link).parent.mkdir(exist_ok=True)
+    (folder / link).symlink_to(elsewhere)
+    for keep in (True, False) if link == "figures" else (True,):
+        if link == "previous/1":  # it is gone past
+            store.replace_all(folder, results(2))
+            assert contents(folder / "previous" / "2") == results(1)
+            continue
+        with pytest.raises(OSError, match="a link, which results are not written through: remove it"):
+            store.replace_all(folder, {"figures/a.png": b"a", **results(2)}, also=["figures/b.png"], keep=keep)
+        assert contents(folder) == results(1)
+    assert len(list(elsewhere.iterdir())) == 3
