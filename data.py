@@ -286,7 +286,8 @@ def _collection(
 def _check_root(root: Path) -> None:
     """Refuse what is no folder, or has a name that no result can hold."""
     if not os.path.isdir(root):
-        raise CollectionError([f"{root}: no such folder. Give a folder of LoRAs."])
+        fault = "a file, not a folder" if os.path.lexists(root) else "no such folder"
+        raise CollectionError([f"{root}: {fault}. Give a folder of LoRAs."])
     if not (os.fspath(root) + root.resolve().name).isprintable():
         raise CollectionError([f"{root}: a name that is not printable text. Rename the folder."])
 
@@ -516,6 +517,7 @@ def inspection(collection: Collection, layers: str | None = None) -> dict:
         "group_column": collection.group_column,
         "num_groups": None if collection.groups is None else len(np.unique(collection.groups)),
         "columns": {name: len(values) for name, values in columns.items()},
+        "products": len(collection.files[0].layout.ranks),
         "mixed_ranks": bool(collection.mixed_ranks),
         "ignored": dict(collection.ignored),
         "skipped": collection.skipped_records,
@@ -617,7 +619,19 @@ def inspect(args: argparse.Namespace) -> None:
     skipped = collection.skipped_records[len(by_header.skipped) :]
     notices = _records(collection)[len(by_header.notices) :]
     first = inspecting.NOT_CHECKED if args.headers_only else inspecting.CHECKED
-    print("\n".join([first, *inspecting.skipped_lines(skipped), *inspecting.notice_lines(notices)]))
+    lines = [first, *inspecting.skipped_lines(skipped), *inspecting.notice_lines(notices)]
+    if skipped:
+        lines.append(inspecting.left_line(collection.class_counts))
+    print("\n".join(lines + _refusal(collection)))
+
+
+def _refusal(collection: Collection) -> list[str]:
+    """Return why the experiment would refuse the labels, which other flags may mend; empty where it would not."""
+    try:
+        check_classes(collection)
+    except CollectionError as error:
+        return [f"note: the experiment refuses this: {plain(finding)}" for finding in error.findings]
+    return []
 
 
 def _records(collection: Collection) -> list[dict]:

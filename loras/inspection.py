@@ -103,6 +103,12 @@ def content_lines(path: Path, contents: dict) -> list[str]:
     ]
     if contents["mixed_ranks"]:
         lines.append("ranks differ between LoRAs: the shapes are those of the first file")
+    if contents["products"]:
+        products = _counted(contents["products"], "module")
+        lines.append(
+            f"{products} of LoHa or LoKr: read as pairs of a larger rank, each factor shown under the name of one of "
+            "the tensors that it is made of"
+        )
     lines += ["dtypes:  " + _listed(contents["dtypes"]), "classes: " + _listed(contents["classes"])]
     if contents["num_groups"] is not None:
         lines.append(f"groups:  {contents['num_groups']} by {contents['group_column'] or 'LoRA, with its checkpoints'}")
@@ -123,6 +129,11 @@ def content_lines(path: Path, contents: dict) -> list[str]:
 def skipped_lines(skipped: list[dict[str, str]]) -> list[str]:
     """Return a line for each file left out."""
     return [f"skipped: {entry['path']}: {entry['reason']}" for entry in skipped]
+
+
+def left_line(class_counts: dict[str, int]) -> str:
+    """Return the numbers of what is left where files were left out for their weights."""
+    return f"left:    {_counted(sum(class_counts.values()), 'LoRA')}; classes: {_listed(class_counts)}"
 
 
 def notice_lines(notices: list[dict]) -> list[str]:

@@ -148,8 +148,9 @@ def run_facts(results: dict) -> list[tuple[str, str]]:
 
 
 def notice_lines(results: dict) -> list[str]:
-    """Return what is reported of the collection while the run goes on, a line for each notice."""
-    return _aligned(_notices(results))
+    """Return what is reported of the collection while the run goes on, and the split where that leaves LoRAs out."""
+    left_out = results["dataset"].get("not_trained_on")
+    return _aligned(_notices(results) + (_collection(results)[-1:] if left_out else []))
 
 
 def _notices(results: dict) -> list[tuple[str, str]]:

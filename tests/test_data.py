@@ -143,7 +143,7 @@ def test_nothing_there(tmp_path):
     assert "no such folder" in findings(tmp_path / "nowhere")[0]
     assert "no *.safetensors file" in findings(tmp_path)[0]
     (tmp_path / "file").write_text("")
-    assert "no such folder" in findings(tmp_path / "file")[0]
+    assert "a file, not a folder" in findings(tmp_path / "file")[0]
 
 
 def test_a_folder_that_cannot_be_listed_is_a_finding(tmp_path, monkeypatch):
@@ -447,3 +447,15 @@ def test_whoever_reads_the_inspection_may_stop(tmp_path):
     command = f"{sys.executable} {data.__file__} inspect {tmp_path / 'zoo'} --headers-only | head -n 1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and "LoRAs of 4000 layers" in done.stdout
+
+
+def test_inspect_says_what_is_left_and_what_the_experiment_refuses(tmp_path, capsys):
+    root = write_collection(tmp_path / "zoo", classes=2, per_class=3)
+    path = root / "class_1" / "0001" / FILE_NAME
+    tensors = load_file(path)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, path)
+    assert data.main(["inspect", str(root), "--skip-bad"]) == 0
+    *_, left, refused = capsys.readouterr().out.splitlines()
+    assert left == "left:    5 LoRAs; classes: class_0 (3), class_1 (2)"
+    assert refused.startswith("note: the experiment refuses this: ") and "(class_1: 2, class_0: 3)" in refused
