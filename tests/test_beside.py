@@ -18,6 +18,7 @@ FAMILIES = {
     "a GLoRA": [f"{L}.a1.weight", f"{L}.a2.weight", f"{L}.b1.weight", f"{L}.b2.weight", f"{L}.alpha"],
     "a GLoRA (PEFT)": [f"{P}.glora_A.Xd", f"{P}.glora_A.Xu", f"{P}.glora_C.zeros", f"{P}.glora_E.zeros"],
     "an AdaLoRA": [f"{P}.lora_A", f"{P}.lora_B", f"{P}.lora_E"],
+    "a KaSA": [f"{P}.lora_A.weight", f"{P}.lora_B.weight", f"{P}.lora_diag"],
     "an IA3": [f"{P}.ia3_l"],
     "an IA3 (LyCORIS)": [f"{L}.weight", f"{L}.on_input"],
     "a VeRA": [f"{P}.vera_lambda_b", f"{P}.vera_lambda_d", "base_model.vera_A", "base_model.vera_B"],
@@ -83,6 +84,7 @@ def test_one_module_of_a_family_in_a_file_of_pairs_is_enough():
 
 BESIDE = {
     "*.dora_scale": ["lora_unet_a.dora_scale"],
+    "*.m": ["model.layers.0.self_attn.q_proj.m"],
     "*.lora_magnitude_vector": [f"{P}.lora_magnitude_vector", f"{P}.lora_magnitude_vector.default.weight"],
     "*.lora_A.bias, *.lora_B.bias": [f"{P}.lora_B.bias", f"{P}.lora_B.default.bias"],
     "embeddings <...>": ["<concept>"],
