@@ -19,6 +19,8 @@ from autoencoders import (
 from training.stacks import Schedule, Split, stream, train
 
 NAMES = ("vae", "contrastive", "denoising")
+# The contrastive one takes as long as the others together.
+MOSTLY = [pytest.param(name, marks=pytest.mark.slow) if name == "contrastive" else name for name in NAMES]
 HIDDEN = {"vae": (24, 16), "contrastive": (24, 20), "denoising": (24, 16)}  # narrow, to keep the tests short
 
 
@@ -172,7 +174,7 @@ def test_every_autoencoder_of_a_stack_trains_as_plain_torch_does(name, dtype, rt
         torch.testing.assert_close(torch.stack(seen_in_training)[:, m], expected, rtol=rtol, atol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MOSTLY)
 def test_a_layers_features_do_not_depend_on_its_stack(name):
     x, split = weights()
     x[1] *= 0.05
