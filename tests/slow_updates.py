@@ -151,7 +151,8 @@ def scale_of(path: str, parts: Parts, rank: int, config: bytes | None, metadata:
     texts = stated.get("ss_network_alpha", ""), metadata.get("ss_network_dim", "")
     if len(stated) > 1 or not all(re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,5})?", text) for text in texts):
         return None
-    assert float(texts[1]) == rank, "another rank is stated"
+    if float(texts[1]) != rank:
+        return 1.0  # it may be of anything
     return float(texts[0]) / rank or 1.0
 
 

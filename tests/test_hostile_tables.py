@@ -231,7 +231,9 @@ def slow_rows(name: str, contents: bytes) -> list[dict]:
                 raise Refused("not objects")
             return [escaped(row) for row in rows]
         firsts = {cut: next(csv.reader(io.StringIO(text, newline=""), delimiter=cut), []) for cut in ",;\t"}
-        separator = next((cut for cut, first in firsts.items() if "file_name" in map(str.strip, first)), ",")
+        separator = next(
+            (cut for cut, first in firsts.items() if "file_name" in (name.strip().lower() for name in first)), ","
+        )
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         header, *lines = list(rows) or [[]]
     except (ValueError, RecursionError, csv.Error) as error:
@@ -279,9 +281,17 @@ def slow_path(name: object) -> str | None:
     return inside[0] if len(inside) == 1 else None
 
 
+def named(row: dict) -> dict:
+    """A row in which file_name, in whatever case it is there first, has that name."""
+    alike = next((name for name in row if name.strip().lower() == "file_name"), None)
+    if alike is None or "file_name" in row:
+        return row
+    return {"file_name" if name == alike else name: value for name, value in row.items()}
+
+
 def slow_values(made: Table) -> tuple[dict, str]:
     """Each file's texts by column, and the column of the label."""
-    rows = slow_rows(made.name, made.contents)
+    rows = [named(row) for row in slow_rows(made.name, made.contents)]
     columns = {name for row in rows for name in row} - {"file_name"}
     if not all(name.isprintable() and len(name) < 256 for name in columns):
         raise Refused("a column whose name is none")
