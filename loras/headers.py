@@ -206,7 +206,8 @@ def _split(header: bytes) -> tuple[str, dict[str, str]]:
     if match := _METADATA.match(text):
         tensors, metadata = "{" + text[match.end() :], _readable(METADATA, match[1])
     else:
-        elsewhere = '"__metadata__"' in text and len(text) <= MAX_TENSORS_BYTES
+        named = '"__metadata__"' in text or "\\" in text  # JSON may escape any letter of a name
+        elsewhere = named and len(text) <= MAX_TENSORS_BYTES
         tensors, metadata = text, _readable("header", text).get(METADATA) if elsewhere else None
     fields = metadata if isinstance(metadata, dict) else {}
     return tensors, {name: value for name, value in fields.items() if isinstance(value, str)}

@@ -429,3 +429,10 @@ def test_expressions_for_many_modules_are_matched_in_time_or_refused(expression)
 def test_expressions_that_refer_back_are_refused():
     with pytest.raises(LoraFileError, match="more than a pattern of modules"):
         scales_of(pair(UNET, 4), config={"lora_alpha": 4, "alpha_pattern": {r"(.)\1": 1}})
+
+
+def test_metadata_counts_however_its_name_is_escaped():
+    metadata = {"lora_adapter_metadata": json.dumps({"r": 2, "lora_alpha": 8})}
+    data = save({"m.a.lora_A.weight": torch.ones(2, 3), "m.a.lora_B.weight": torch.ones(4, 2)}, metadata)
+    header = data[8 : 8 + int.from_bytes(data[:8], "little")].replace(b"__metadata__", b"\\u005f_metadata__")
+    assert [scale.value for scale in module_scales(parse_header(header), {}, None).values()] == [4.0]
