@@ -174,7 +174,7 @@ TRANSPOSED = ("mlx",)
 
 
 def beside(draw: random.Random, numbers: Numbers) -> Tensors:
-    """What writers put beside pairs, which is counted and not read."""
+    """Return what writers put beside pairs, which is counted and not read."""
     some = {
         "<concept>": numbers(3, 4),
         "unet.norm.lora_B.bias": numbers(4),

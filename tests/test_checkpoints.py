@@ -117,7 +117,7 @@ STATES = [
 @pytest.mark.parametrize("below", ["cat", ""])
 @pytest.mark.parametrize("state", STATES)
 def test_a_trainings_state_is_ignored_and_counted(tmp_path, state, below):
-    """Where a table has the labels, the first folder may be the LoRA's."""
+    """The first folder may be the LoRA's, where a table has the labels."""
     weights, *pickles = state
     for i in range(6):
         folder = tmp_path / "zoo" / (f"{'ab'[i % 2]}/{i}" if below else f"{i}")

@@ -356,7 +356,7 @@ def read(root: Path, made: Table) -> str:
 
 
 def check_columns(collection, values: dict[str, dict]) -> None:
-    """What else the table says of the files is what the slow reader reads."""
+    """Compare what else the table says of the files with what the slow reader reads."""
     json.dumps(inspection(collection))
     used = {file.path for file in collection.files}
     for name, of_files in collection.columns.items():

@@ -383,7 +383,7 @@ def test_other_types_are_refused(dtype):
 
 @pytest.mark.parametrize("seed", [None, 1, 2])
 def test_a_header_may_keep_some_modules_alone(seed):
-    """What is read of them is what is read of a file that holds nothing else."""
+    """The same is read of them as of a file that holds nothing else."""
     tensors = {k: t for number in range(4) for k, t in pair(f"unet.blocks.{number}", 2 + number).items()}
     tensors |= locon() | {"unet.blocks.1.alpha": torch.tensor(3.0), "unet.blocks.2.alpha": torch.tensor(5.0)}
     few = {k: t for k, t in tensors.items() if re.search(r"blocks\.[023]|unet_c", k)}
