@@ -17,6 +17,7 @@ Shape letters: M models, N samples, B minibatch, D latent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -26,7 +27,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from training.stacks import Schedule, Split, dropout_masks, gather, rows_at_once, stream, train
+from training.stacks import (
+    Minibatches,
+    Schedule,
+    Split,
+    dropout_masks,
+    gather,
+    random_bits,
+    rows_at_once,
+    seed_of,
+    stream,
+    train,
+)
 
 KL_WEIGHT = 0.1
 TEMPERATURE = 0.5
@@ -202,19 +214,19 @@ def num_parameters(name: str, inputs: int, hidden: tuple[int, ...] | None = None
 
 
 class Draws:
-    """The random numbers of one epoch, each kind from a stream of its own, the same for all models of a stack."""
+    """The random numbers of an epoch, each kind from a stream of its own, the same for all models of a stack.
 
-    def __init__(self, seed: int, name: str, epoch: int, like: Tensor):
-        self.order_generator = stream(seed, name, "order", epoch)
-        self.generators = {
-            purpose: stream(seed, name, purpose, epoch, device=like.device)
-            for purpose in ("noise", "latent", "dropout")
-        }
-        self.like = like
+    The generators stay the same objects, so that a step that draws from them can be recorded.
+    """
 
-    def order(self, rows: Tensor) -> Tensor:
-        """Return the rows in this epoch's order."""
-        return rows[torch.randperm(len(rows), generator=self.order_generator).to(rows.device)]
+    def __init__(self, seed: int, name: str, like: Tensor):
+        self.seed, self.name, self.like = seed, name, like
+        self.generators = {purpose: torch.Generator(like.device) for purpose in ("noise", "latent", "dropout")}
+
+    def begin(self, epoch: int) -> None:
+        """Begin the streams of an epoch."""
+        for purpose, generator in self.generators.items():
+            generator.manual_seed(seed_of(self.seed, self.name, purpose, epoch) % 2**64)
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
         """Draw standard normal numbers."""
@@ -223,7 +235,10 @@ class Draws:
 
     def dropout_mask(self, rate: float, *shape: int) -> Tensor | None:
         """Draw zeros at a rate, else 1 / (1 - rate); None for rate 0."""
-        return dropout_masks(rate, shape, [self.generators["dropout"]], self.like.dtype)[0] if rate else None
+        if not rate:
+            return None
+        bits = random_bits(math.prod(shape), [self.generators["dropout"]]).view(shape)
+        return dropout_masks(rate, bits, self.like.dtype)
 
 
 class StackedLinear(torch.autograd.Function):
@@ -313,6 +328,9 @@ class AutoencoderStack:
         self.x, self.split = x, split
         self.seed, self.batch_size = seed, batch_size
         self.model = torch.arange(len(x), device=x.device)  # the model at each position
+        self.draws = Draws(seed, name, x)
+        self.generators = tuple(self.draws.generators.values())
+        self.minibatches = Minibatches(split.train, batch_size, seed, [name], {})
         self._draw_parameters()
         self.validation_noise = self._fixed_noise() if self.kind.validation_noise else None
         self._place()
@@ -344,7 +362,8 @@ class AutoencoderStack:
 
     def take(self, index: Tensor) -> None:
         """Keep the models at these positions, in this order."""
-        self.model = self.model[index.to(self.model.device)]
+        index = index.to(self.model.device)
+        self.model = self.model[index]
         self.params = {key: parameter.detach()[index].requires_grad_() for key, parameter in self.params.items()}
         self.buffers = {key: buffer[index] for key, buffer in self.buffers.items()}
         self._place()
@@ -398,22 +417,24 @@ class AutoencoderStack:
 
     # -- what `train` asks for -----------------------------------------------------------------------------
 
-    def gradients(self, epoch: int) -> Iterator[tuple[Tensor, ...]]:
-        """Yield gradients of the models' losses over each minibatch."""
-        for losses in self.minibatch_losses(epoch):
-            yield torch.autograd.grad(losses.sum(), list(self.params.values()))
+    def begin(self, epoch: int) -> Iterator[list[int]]:
+        """Draw an epoch; see `Minibatches.begin`."""
+        self.draws.begin(epoch)
+        for sizes in self.minibatches.begin(epoch):
+            yield [size for size in sizes if size > 1]
 
-    def minibatch_losses(self, epoch: int) -> Iterator[Tensor]:
-        """Yield training losses [M] of each minibatch of an epoch."""
-        draws = Draws(self.seed, self.name, epoch, self.x)
-        for rows in draws.order(self.split.train).split(self.batch_size):
-            if len(rows) < 2:
-                continue
-            clean = gather(self.x, self.model, rows[None])  # (M, B, in)
-            noise = None
-            if self.kind.views:
-                noise = self.kind.noise * draws.normal("noise", self.kind.views, *clean.shape[1:])  # (views, B, in)
-            yield self.kind.loss(self, clean, noise, draws)
+    def gradients(self, size: int) -> tuple[Tensor, ...]:
+        """Return gradients of the models' losses over the next minibatch."""
+        return torch.autograd.grad(self.minibatch_losses(size).sum(), list(self.params.values()))
+
+    def minibatch_losses(self, size: int) -> Tensor:
+        """Return training losses [M] of the next minibatch."""
+        rows, _ = self.minibatches.next(size)  # (1, B)
+        clean = gather(self.x, self.model, rows)  # (M, B, in)
+        noise = None
+        if self.kind.views:
+            noise = self.kind.noise * self.draws.normal("noise", self.kind.views, *clean.shape[1:])  # (views, B, in)
+        return self.kind.loss(self, clean, noise, self.draws)
 
     def validation_losses(self) -> Tensor:
         """Return losses [M] over the validation rows, clean or with fixed noise."""

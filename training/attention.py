@@ -38,10 +38,10 @@ from training.classifier import Models, log_losses, predictions
 from training.kernels import ROUNDING
 from training.stacks import (
     NUMBERS_AT_ONCE,
+    Minibatches,
     Schedule,
     Split,
     dropout_masks,
-    epoch_order,
     gather,
     rows_at_once,
     standardise,
@@ -372,6 +372,7 @@ class AttentionStack:
         self.modules, self.hidden = x.shape[2] // TOKEN, hidden
         self.params = initial_parameters(models, self.modules, num_classes, hidden, seed, like=x)
         self.buffers: dict[str, Tensor] = {}
+        self.generators: tuple[torch.Generator, ...] = ()
         self._place()
 
     def _place(self) -> None:
@@ -380,39 +381,43 @@ class AttentionStack:
         self.runs, position = torch.unique(self.models.run, return_inverse=True)
         self.position, self.source = position.to(device), self.models.source.to(device)
         self.live = None if live is None or live.all() else live.to(device)  # (M, P)
+        bits = {}
+        if self.dropout:
+            bits["dropout"] = lambda rows: rows * self.modules * self.hidden
+        if self.module_dropout:
+            bits["module dropout"] = lambda rows: rows * self.modules
+        self.minibatches = Minibatches(self.split.train, self.batch_size, self.seed, self.runs.tolist(), bits)
 
     def take(self, index: Tensor) -> None:
         """Keep the models at these positions, in this order."""
         self.models = self.models.take(index)
+        index = index.to(self.x.device)
         self.params = {name: parameter[index] for name, parameter in self.params.items()}
         self._place()
 
-    def gradients(self, epoch: int) -> Iterator[list[Tensor]]:
-        """Yield gradients of the models' training losses over each minibatch."""
-        for rows, kept, masks in self.minibatches(epoch):
-            yield loss_gradients(self.params, gather(self.x, self.source, rows), self.y[rows], kept, masks)
+    def begin(self, epoch: int) -> Iterator[list[int]]:
+        """Draw an epoch; see `Minibatches.begin`."""
+        return self.minibatches.begin(epoch)
 
-    def minibatches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
-        """Yield rows int64[M, B], modules kept bool[M or 1, P, B or 1] and dropout masks float[M or 1, P, B, H]."""
-        train_rows, runs, device = self.split.train, self.runs.tolist(), self.x.device
-        order = epoch_order(train_rows, self.seed, runs, epoch)  # (R, n)
-        dropout, module_dropout = (
-            [stream(self.seed, run, purpose, epoch, device=device) for run in runs]
-            for purpose in ("dropout", "module dropout")
-        )
-        for start in range(0, len(train_rows), self.batch_size):
-            rows = train_rows[order[:, start : start + self.batch_size]]  # (R, B)
-            shape = (self.modules, rows.shape[1])
-            masks = self._of_models(self.dropout, (*shape, self.hidden), dropout)
-            drawn = self._of_models(self.module_dropout, shape, module_dropout)
-            yield rows[self.position], self._kept(drawn), masks
+    def gradients(self, size: int) -> list[Tensor]:
+        """Return gradients of the models' training losses over the next minibatch."""
+        rows, kept, masks = self.minibatch(size)
+        return loss_gradients(self.params, gather(self.x, self.source, rows), self.y[rows], kept, masks)
 
-    def _of_models(self, rate: float, shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor | None:
-        """Draw dropout masks for each run, and return those of the models, or the only ones; None for rate 0."""
-        if rate == 0:
+    def minibatch(self, size: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the next one: rows int64[M, B], modules kept bool[M or 1, P, B or 1], masks float[M or 1, P, B, H]."""
+        rows, bits = self.minibatches.next(size)
+        shape = (self.modules, size)
+        masks = self._of_models(self.dropout, bits.get("dropout"), (*shape, self.hidden))
+        drawn = self._of_models(self.module_dropout, bits.get("module dropout"), shape)
+        return rows[self.position], self._kept(drawn), masks
+
+    def _of_models(self, rate: float, bits: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+        """Return the dropout masks of the models, or the only ones, of bits int16[R, .]; None for rate 0."""
+        if bits is None:
             return None
-        masks = dropout_masks(rate, shape, generators, self.x.dtype)
-        return masks if len(generators) == 1 else masks[self.position]
+        masks = dropout_masks(rate, bits.unflatten(1, shape), self.x.dtype)
+        return masks if len(masks) == 1 else masks[self.position]
 
     def _kept(self, drawn: Tensor | None) -> Tensor | None:
         """Return the modules that are live and not dropped, bool[M or 1, P, B or 1]; if none is left, the live ones."""

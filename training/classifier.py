@@ -18,11 +18,11 @@ from torch.nn import functional
 
 from training.stacks import (
     NUMBERS_AT_ONCE,
+    Minibatches,
     Schedule,
     Split,
     Stored,
     dropout_masks,
-    epoch_order,
     gather,
     rows_at_once,
     stream,
@@ -132,6 +132,7 @@ class ClassifierStack:
         self.batch_size, self.few_columns = batch_size, few_columns
         self.params = initial_weights(models, x.shape[2], (*hidden, num_classes), seed, like=x)
         self.buffers: dict[str, Tensor] = {}
+        self.generators: tuple[torch.Generator, ...] = ()
         self._place()
 
     def _place(self) -> None:
@@ -141,30 +142,38 @@ class ClassifierStack:
         self.position, self.source = position.to(device), self.models.source.to(device)
         self.kept_gradients = {name: torch.empty_like(parameter) for name, parameter in self.params.items()}
         self.kept_layers: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # by rows of a minibatch
+        numbers = len(self.hidden) * self.hidden[0]
+        bits = {"dropout": lambda rows: rows * numbers} if self.dropout else {}
+        self.minibatches = Minibatches(self.split.train, self.batch_size, self.seed, self.runs.tolist(), bits)
         live = self.models.live
         self.live = None if live is None or live.all() else live.to(device, self.x.dtype)[:, None]  # (M, 1, F)
 
     def take(self, index: Tensor) -> None:
         """Keep the models at these positions, in this order."""
         self.models = self.models.take(index)
+        index = index.to(self.x.device)
         self.params = {name: parameter[index] for name, parameter in self.params.items()}
         self._place()
 
-    def gradients(self, epoch: int) -> Iterator[list[Tensor]]:
-        """Yield gradients of the models' mean cross-entropy over each minibatch, in the order of each model's run."""
-        for x, y, masks in self.minibatches(epoch):
-            yield self.backpropagate(x, y, masks)
+    def begin(self, epoch: int) -> Iterator[list[int]]:
+        """Draw an epoch; see `Minibatches.begin`."""
+        return self.minibatches.begin(epoch)
 
-    def minibatches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Yield inputs float[M, B, F], classes int64[M, B] and dropout masks float[layers, M or 1, B, H]."""
-        train_rows, runs = self.split.train, self.runs.tolist()
-        order = epoch_order(train_rows, self.seed, runs, epoch)  # (R, n)
-        dropout = [stream(self.seed, run, "dropout", epoch, device=self.x.device) for run in runs]
-        for start in range(0, len(train_rows), self.batch_size):
-            rows = train_rows[order[:, start : start + self.batch_size]]  # (R, B)
-            masks = self._dropout_masks(dropout, rows.shape[1])  # (layers, M or 1, B, H)
-            rows = rows[self.position]  # (M, B)
-            yield self.inputs(rows), self.y[rows], masks
+    def gradients(self, size: int) -> list[Tensor]:
+        """Return gradients of the models' mean cross-entropy over the next minibatch, in the order of each run."""
+        return self.backpropagate(*self.minibatch(size))
+
+    def minibatch(self, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the next one: inputs float[M, B, F], classes int64[M, B] and masks float[layers, M or 1, B, H]."""
+        rows, bits = self.minibatches.next(size)
+        masks = None
+        if self.dropout:
+            drawn = bits["dropout"].unflatten(1, (len(self.hidden), size, self.hidden[0]))
+            masks = dropout_masks(self.dropout, drawn, self.x.dtype)
+            masks = masks.transpose(0, 1)  # (layers, R, B, H)
+            masks = masks if len(self.runs) == 1 else masks[:, self.position]
+        rows = rows[self.position]  # (M, B)
+        return self.inputs(rows), self.y[rows], masks
 
     def inputs(self, rows: Tensor) -> Tensor:
         """Return what each model reads of its rows, int64[M, B] -> float[M, B, F]."""
@@ -216,13 +225,6 @@ class ClassifierStack:
         rows = self.split.validation
         scores = predict_logits(self.params, self.x, self.source, rows)  # (M, V, C)
         return log_losses(scores, self.y[rows]).mean(1)
-
-    def _dropout_masks(self, generators: list[torch.Generator], rows: int) -> Tensor | None:
-        if self.dropout == 0:
-            return None
-        shape = (len(self.hidden), rows, self.hidden[0])
-        masks = dropout_masks(self.dropout, shape, generators, self.x.dtype).transpose(0, 1)  # (layers, R, B, H)
-        return masks if len(generators) == 1 else masks[:, self.position]
 
 
 def log_losses(scores: Tensor, y: Tensor) -> Tensor:

@@ -18,9 +18,8 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -28,6 +27,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
+
+from training.recorded import Recorded
 
 NUMBERS_AT_ONCE = 2**24  # worked on at a time where there may be many: 64 MiB in float32
 CLIP = 10.0  # standardised inputs beyond ten standard deviations are outliers of a heavy tail, not information
@@ -66,23 +67,88 @@ def epoch_order(train_rows: Tensor, seed: int, runs: Iterable[int], epoch: int) 
     return torch.stack(drawn).to(train_rows.device)
 
 
-def dropout_masks(
-    rate: float, shape: tuple[int, ...], generators: Sequence[torch.Generator], dtype: torch.dtype
-) -> Tensor:
-    """Draw masks of inverted dropout: 0 with probability ``rate``, else 1 / (1 - rate), the rate in steps of 1/65536.
-
-    Sixteen random bits decide each entry; on a CPU that takes a tenth of the time of a Bernoulli draw for each.
-
-    Returns:
-        A mask from each generator, [generators, *shape].
-    """
-    kept, count = round((1 - rate) * 2**16), math.prod(shape)
+def random_bits(count: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Draw 16 random bits ``count`` times from each generator, int16[generators, count]."""
     bits = torch.empty(len(generators), -(-count // 4), dtype=torch.int64, device=generators[0].device)
     for row, generator in zip(bits, generators, strict=True):
         row.random_(-(2**63), None, generator=generator)
-    numbers = bits.view(torch.int16)[:, :count].reshape(-1, *shape)
-    masks = torch.empty(numbers.shape, dtype=dtype, device=bits.device)
-    return torch.le(numbers, kept - 1 - 2**15, out=masks).mul_(2**16 / kept)
+    return bits.view(torch.int16)[:, :count]
+
+
+def dropout_masks(rate: float, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return masks of inverted dropout: 0 with probability ``rate``, else 1 / (1 - rate), the rate in steps of 1/65536.
+
+    Sixteen random bits decide each entry; on a CPU that takes a tenth of the time of a Bernoulli draw for each.
+
+    Args:
+        rate: Probability of 0.
+        bits: Random bits, int16[...]; see `random_bits`.
+        dtype: Of the masks.
+    """
+    kept = round((1 - rate) * 2**16)
+    masks = torch.empty(bits.shape, dtype=dtype, device=bits.device)
+    return torch.le(bits, kept - 1 - 2**15, out=masks).mul_(2**16 / kept)
+
+
+class Minibatches:
+    """The minibatches of an epoch: rows and random bits of each, in tensors that stay where they are.
+
+    A step asks for the `next` one, which it finds by a counter on the device; so a step can be repeated from a
+    recording (see `training.recorded`). What a run draws does not depend on how many minibatches are drawn at a time.
+
+    Args:
+        train_rows: Row indices, int64[n], on the device.
+        batch_size: Rows in a minibatch, B; the last one of an epoch may be smaller.
+        seed: Of all streams.
+        runs: The R runs, each with an order and bits of its own.
+        bits: By purpose, how many times 16 bits each minibatch takes, given its rows.
+    """
+
+    def __init__(
+        self, train_rows: Tensor, batch_size: int, seed: int, runs: Sequence[int], bits: dict[str, Callable[[int], int]]
+    ):
+        self.train_rows, self.seed, self.runs, self.bits = train_rows, seed, runs, bits
+        count, device = len(train_rows), train_rows.device
+        self.sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
+        # On a CPU one at a time, which stays in its caches.
+        numbers = len(runs) * sum(of(self.sizes[0]) for of in bits.values())
+        self.at_once = 1 if device.type == "cpu" else min(len(self.sizes), rows_at_once(max(1, numbers)))
+        self.place = torch.zeros(1, dtype=torch.int64, device=device)
+        self.rows = train_rows.new_empty(len(runs), self.at_once, self.sizes[0])
+        self.words = {  # of 64 bits
+            purpose: train_rows.new_empty(len(runs), self.at_once, -(-of(self.sizes[0]) // 4))
+            for purpose, of in bits.items()
+        }
+
+    def begin(self, epoch: int) -> Iterator[list[int]]:
+        """Draw an epoch, as many minibatches at a time as there is room for; yield the rows of each of these."""
+        device, start = self.train_rows.device, 0
+        order = self.train_rows[epoch_order(self.train_rows, self.seed, self.runs, epoch)]  # (R, n)
+        generators = {
+            purpose: [stream(self.seed, run, purpose, epoch, device=device) for run in self.runs]
+            for purpose in self.bits
+        }
+        for first in range(0, len(self.sizes), self.at_once):
+            sizes = self.sizes[first : first + self.at_once]
+            end = start + sum(sizes)
+            self.rows.flatten(1)[:, : end - start] = order[:, start:end]
+            for purpose, words in self.words.items():
+                used = sum(-(-self.bits[purpose](size) // 4) for size in sizes)
+                for row, generator in zip(words.flatten(1), generators[purpose], strict=True):
+                    row[:used].random_(-(2**63), None, generator=generator)
+            self.place.zero_()
+            start = end
+            yield sizes
+
+    def next(self, size: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return rows int64[R, size] and bits int16[R, .] by purpose of the next minibatch, which has so many rows."""
+        rows = self.rows.index_select(1, self.place)[:, 0, :size]
+        bits = {
+            purpose: words.index_select(1, self.place)[:, 0].view(torch.int16)[:, : self.bits[purpose](size)]
+            for purpose, words in self.words.items()
+        }
+        self.place.add_(1)
+        return rows, bits
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -277,31 +343,40 @@ class Adam:
 
     The fused kernel reads and writes seven floats per parameter and step, which is the floor, but takes one
     learning rate. Models therefore stand in order of their rates, and each distinct rate is one call on a slice.
+    Counts of steps, by which moments are corrected, lie on the device: a recorded step counts too.
     """
 
     def __init__(self, params: dict[str, Tensor], weight_decay: float = 0.0):
         self.weight_decay = weight_decay
         self.mean = {name: torch.zeros_like(parameter) for name, parameter in params.items()}
         self.square = {name: torch.zeros_like(parameter) for name, parameter in params.items()}
-        self.steps = 0
+        self.slices: list[tuple[slice, float, list[Tensor]]] = []  # models, their rate, a count for each parameter
 
-    def step(self, params: dict[str, Tensor], gradients: Sequence[Tensor], rates: Tensor) -> None:
-        """Make one update in place; ``rates`` float64[M] must be sorted so that equal rates are neighbours."""
-        update = adamw if self.weight_decay else adam
+    def begin(self, rates: Tensor, steps: int) -> None:
+        """Make ready for steps of these rates, float64[M], sorted so that equal rates are neighbours.
+
+        To be called before the first step, and whenever rates or models have changed; ``steps`` have been made.
+        """
         values, counts = torch.unique_consecutive(rates, return_counts=True)
+        ends = counts.cumsum(0).tolist()
+        self.slices = [
+            (slice(start, end), rate, [mean.new_full((), float(steps)) for mean in self.mean.values()])
+            for start, end, rate in zip([0, *ends[:-1]], ends, values.tolist(), strict=True)
+        ]
+
+    def step(self, params: dict[str, Tensor], gradients: Sequence[Tensor]) -> None:
+        """Make one update in place."""
+        update = adamw if self.weight_decay else adam
         tensors = [list(params.values()), list(gradients), list(self.mean.values()), list(self.square.values())]
-        end = 0
-        for rate, count in zip(values.tolist(), counts.tolist(), strict=True):
-            start, end = end, end + count
+        for models, rate, counts in self.slices:
             parts = tensors
-            if count < len(rates):
-                parts = [[tensor[start:end] for tensor in group] for group in tensors]
-            done = torch.full((), float(self.steps), device=gradients[0].device)
+            if len(self.slices) > 1:
+                parts = [[tensor[models] for tensor in group] for group in tensors]
             with torch.no_grad():
                 update(
                     *parts,
                     [],  # no running maxima: not AMSGrad
-                    [done.clone() for _ in params],
+                    counts,
                     fused=True,
                     amsgrad=False,
                     beta1=0.9,
@@ -311,10 +386,10 @@ class Adam:
                     eps=1e-8,
                     maximize=False,
                 )
-        self.steps += 1
 
     def take(self, index: Tensor) -> None:
         """Keep the models at these positions, in this order."""
+        index = index.to(next(iter(self.mean.values())).device)
         self.mean = {name: mean[index] for name, mean in self.mean.items()}
         self.square = {name: square[index] for name, square in self.square.items()}
 
@@ -377,11 +452,13 @@ class Trained:
         improved = losses < self.best_loss[models]
         position, model = improved.nonzero().squeeze(1), models[improved]
         all_in_order = torch.equal(model, torch.arange(len(self.epochs)))
+        device = next(iter(self.state.values())).device
+        here, there = position.to(device), model.to(device)
         for name, tensor in (network.params | network.buffers).items():
             if all_in_order:  # the common case in the first epochs, without the copy that indexing makes
                 self.state[name].copy_(tensor.detach())
-            else:
-                self.state[name][model] = tensor.detach()[position]
+            elif len(position):
+                self.state[name][there] = tensor.detach()[here]
         self.best_loss[model] = losses[improved]
         self.best_epoch[model] = epoch
         self.epochs[models] = epoch
@@ -391,51 +468,40 @@ def start_thread(device: torch.device) -> None:
     """Prepare a thread that trains: it uses one core, and the process's GPU.
 
     Results then do not depend on the number of threads. Classifiers that are sure of their train rows are full of
-    numbers below 1e-38, over which a CPU takes many times as long: they count as 0.
+    numbers below 1e-38, over which a CPU takes many times as long: they count as 0. A GPU multiplies float32 matrices
+    in TF32, ten bits of mantissa, as is usual in training; what must be exact there is computed in float64.
     """
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-
-
-@contextmanager
-def fast_products(device: torch.device) -> Iterator[None]:
-    """Multiply float32 matrices in TF32 on a GPU: ten bits of mantissa, as is usual in training."""
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision("high")  # of the process: other threads may be at work
 
 
 def train(network, schedule: Schedule) -> Trained:
     """Train a stack until each model has stopped early or ``max_epochs`` is reached.
 
     A model stops after ``patience`` epochs without any improvement of its validation loss; its state at the
-    best epoch is copied then and there, never referenced.
+    best epoch is copied then and there, never referenced. A GPU records steps, anew where models leave or rates change.
 
     Args:
-        network: An object with ``params`` and ``buffers`` (dicts of tensors [M, ...]), ``gradients(epoch)`` (yields
-            the gradient of each minibatch's training losses, a tensor for each of ``params``; it may be written over
-            by the next), ``validation_losses()`` ([M]) and ``take(index)`` (keeps the models at these positions, in
-            this order).
+        network: An object with ``params`` and ``buffers`` (dicts of tensors [M, ...]); ``begin(epoch)`` (draws an
+            epoch, a part at a time, and yields the rows of each minibatch of the part); ``gradients(size)`` (returns
+            gradients of the training losses of the next minibatch, which has so many rows, a tensor for each of
+            ``params``, which the next may write over; it is recorded, see `Recorded`); ``generators`` (of the device,
+            from which that draws); ``validation_losses()`` ([M]); and ``take(index)`` (keeps the models at these
+            positions, in this order).
         schedule: Epochs, patience, learning rate and its decay.
 
     Raises:
         FloatingPointError: A validation loss is not finite; training has diverged.
     """
     trained = Trained.begin(network)
-    device = next(iter(trained.state.values())).device
     models = torch.arange(len(trained.epochs))  # the model at each position of the network
-    optimiser = Adam(network.params, schedule.weight_decay)
+    steps = _Steps(network, schedule)
     plateau = Plateau(len(models), schedule.lr, schedule.lr_patience, schedule.lr_factor)
     for epoch in range(1, schedule.max_epochs + 1):
-        with fast_products(device):
-            for gradients in network.gradients(epoch):
-                optimiser.step(network.params, gradients, plateau.rates)
+        steps.take_epoch(epoch, plateau.rates)
         with torch.no_grad():
             losses = network.validation_losses().double().cpu()
         if not torch.isfinite(losses).all():
@@ -449,6 +515,38 @@ def train(network, schedule: Schedule) -> Trained:
         order = going[torch.argsort(plateau.rates[going], stable=True)]  # equal rates are neighbours: see `Adam`
         if not torch.equal(order, torch.arange(len(models))):
             models = models[order]
-            for part in (network, optimiser, plateau):
+            for part in (network, steps, plateau):
                 part.take(order)
     return trained
+
+
+class _Steps:
+    """The steps of a network's training, recorded by the rows of their minibatch while models and rates stay."""
+
+    def __init__(self, network, schedule: Schedule):
+        self.network, self.optimiser = network, Adam(network.params, schedule.weight_decay)
+        self.device = next(iter(network.params.values())).device
+        self.done, self.rates = 0, None
+        self.recorded: dict[int, Recorded] = {}
+
+    def take_epoch(self, epoch: int, rates: Tensor) -> None:
+        """Make the steps of an epoch at these rates, float64[M]."""
+        if self.rates is None or not torch.equal(self.rates, rates):
+            self.rates = rates.clone()
+            self.recorded.clear()
+            self.optimiser.begin(rates, self.done)
+        for sizes in self.network.begin(epoch):
+            for size in sizes:
+                if size not in self.recorded:
+                    step = partial(self._step, size)
+                    self.recorded[size] = Recorded(step, self.device, self.network.generators)
+                self.recorded[size]()
+            self.done += len(sizes)
+
+    def _step(self, size: int) -> None:
+        self.optimiser.step(self.network.params, self.network.gradients(size))
+
+    def take(self, index: Tensor) -> None:
+        """Keep the models at these positions, in this order."""
+        self.optimiser.take(index)
+        self.rates = None  # what is recorded knows the models
