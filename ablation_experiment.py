@@ -279,7 +279,7 @@ def make_plan(settings: Settings, collection: Collection, engine: Engine, cache:
     for name, reason in (not_run | left_out).items():
         say(text.not_run_line(name, reason))
     speed = engine.call(partial(estimates.Speed.measure, settings.device))
-    say("\n".join(estimates.lines(costs, chosen, speed, engine.count_workers())))
+    say("\n".join(estimates.lines(costs, chosen, speed, engine.count_workers(), engine.streams)))
     return CollectionPlan(selected, rows, chosen, not_run, sorted(needed), header)
 
 

@@ -67,7 +67,7 @@ def _seconds(function, device: torch.device, times: int = 5) -> float:
         start = time.perf_counter()
         function()
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
+            torch.cuda.current_stream(device).synchronize()
         shortest = min(shortest, time.perf_counter() - start)
     return shortest
 
@@ -341,7 +341,9 @@ def duration(seconds: float) -> str:
     return f"about {hours:.1f} hours" if hours < 48 else f"about {round(hours / 24)} days"
 
 
-def lines(estimates: Estimates, names: list[str], speed: Speed, workers: int, memory: int | None = None) -> list[str]:
+def lines(
+    estimates: Estimates, names: list[str], speed: Speed, workers: int, streams: int = 1, memory: int | None = None
+) -> list[str]:
     """Return the plan in lines: its time; for a minute or more also parameters, memory in a worker, time of each step.
 
     Args:
@@ -349,12 +351,13 @@ def lines(estimates: Estimates, names: list[str], speed: Speed, workers: int, me
         names: The representations.
         speed: Of a worker.
         workers: Workers at once.
+        streams: Workers that share a GPU, and its speed.
         memory: Bytes of the device; None: those that it has.
     """
     memory = memory_of(estimates.device) if memory is None else memory
     steps = {"reading weights": estimates.reading(), "ranking": estimates.ranking()}
     steps |= {name: estimates.of(name) for name in names}
-    seconds = {name: estimate.seconds(speed, workers) for name, estimate in steps.items()}
+    seconds = {name: estimate.seconds(speed, workers // streams) for name, estimate in steps.items()}
     total = sum(seconds.values()) + (START_SECONDS if workers > 1 and estimates.device.type == "cpu" else 0)
     shown = [f"{'estimate':<10}{duration(max(1, total))} on this machine, but for controls and further splits"]
     if total >= SMALL_SECONDS:
@@ -363,8 +366,11 @@ def lines(estimates: Estimates, names: list[str], speed: Speed, workers: int, me
             parameters = in_words(estimate.parameters) if estimate.parameters else "-"
             row = f"{name:<16} {parameters:>14} {sized(estimate.memory):>10}  {duration(seconds[name])}"
             shown.append(f"{'':<10}{row}")
-    together = max(min(workers, estimate.units) * estimate.memory for estimate in steps.values())
-    if estimates.device.type == "cpu" and together > SHARE * memory:
-        said = f"{workers} workers at once may take {sized(together)}, more than there is"
-        shown.append(f"{'memory':<10}{said}; fewer (OMP_NUM_THREADS) take less")
+    on_cpu = estimates.device.type == "cpu"
+    at_once = workers if on_cpu else streams
+    together = max(min(at_once, estimate.units) * estimate.memory for estimate in steps.values())
+    if at_once > 1 and together > SHARE * memory:
+        said = f"{at_once} workers at once may take {sized(together)}, more than there is"
+        mend = "fewer (OMP_NUM_THREADS) take less" if on_cpu else "what does not fit is done again alone"
+        shown.append(f"{'memory':<10}{said}; {mend}")
     return shown

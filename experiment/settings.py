@@ -17,10 +17,12 @@ from training import attention, projections
 from training.classifier import DROPOUT, HIDDEN
 from training.stacks import Schedule
 
-# Parameters in a stack: of 4 classifiers of one layer for a CPU, near whose caches they stay; of 561 for a GPU.
-STACK_PARAMETERS = {"cpu": 2_200_000, "cuda": 300_000_000}
+# Parameters in a stack: of 4 classifiers of one layer for a CPU, near whose caches they stay; of 131 for a GPU, so that
+# its threads, and several GPUs, have a share of the ranking.
+STACK_PARAMETERS = {"cpu": 2_200_000, "cuda": 70_000_000}
 # Of 4 to 12 autoencoders for a CPU: enough stacks to keep its threads busy to the end.
-AUTOENCODER_PARAMETERS = {"cpu": 7_000_000, "cuda": 300_000_000}
+AUTOENCODER_PARAMETERS = {"cpu": 7_000_000, "cuda": 70_000_000}
+STREAMS = 4  # units at once on a GPU: one alone leaves most of it idle
 QUICK = {"max_epochs": 30, "patience": 5}  # of --quick, of networks that read modules
 RUNS_IN_STACK = {"cpu": 1, "cuda": 10}  # of one representation, so that more runs find the first ones finished
 
@@ -208,9 +210,16 @@ def resolve_devices(name: str) -> tuple[torch.device, ...]:
         raise UsageError(f"--device {name}: not supported. Give auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise UsageError(f"--device {name}: there are {gpus} GPUs here. Give cpu, or one that is there.")
+    if device.type == "cuda":
+        have_repeatable_products()
     if name == "cuda":
         return tuple(torch.device("cuda", index) for index in range(gpus))
     return (device,)
+
+
+def have_repeatable_products() -> None:
+    """Have cuBLAS choose the same kernels from run to run where several streams work; before the first product."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def count_cores() -> int:

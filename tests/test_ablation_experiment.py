@@ -716,11 +716,14 @@ def test_all_gpus_that_are_visible_work_or_the_one_of_a_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for variable in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # as torchrun sets them
         monkeypatch.setenv(variable, "3")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    assert settings.resolve_devices("cpu") == (torch.device("cpu"),) and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     both = torch.device("cuda", 0), torch.device("cuda", 1)
     for name in ("auto", "cuda"):
         assert settings.resolve_devices(name) == both
     assert settings.resolve_devices("cuda:1") == both[1:]
-    assert settings.resolve_devices("cpu") == (torch.device("cpu"),)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     with pytest.raises(ablation_experiment.UsageError, match="--device cuda:2: there are 2 GPUs here"):
         settings.resolve_devices("cuda:2")
 

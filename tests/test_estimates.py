@@ -82,6 +82,17 @@ def test_the_plan_has_a_line_for_each_step(wide):
     assert "2 workers at once may take" in many[-1] and "OMP_NUM_THREADS" in many[-1]
 
 
+def test_threads_that_share_a_gpu_share_its_speed_and_its_memory(wide):
+    found, speed = of(wide), Speed(1e6, 1e6)
+    found.device = torch.device("cuda", 0)  # which is not there
+    two = estimates.lines(found, ["flat_vec"], speed, 2, memory=2**40)
+    assert estimates.lines(found, ["flat_vec"], speed, 8, 4, memory=2**40) == two and "at once" not in two[-1]
+    needed = found.of("flat_vec").memory
+    assert "at once" not in estimates.lines(found, ["flat_vec"], speed, 1, memory=needed)[-1]
+    note = estimates.lines(found, ["flat_vec"], speed, 4, 4, memory=2 * needed)[-1]
+    assert note.startswith("memory    4 workers at once may take ") and note.endswith("done again alone")
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [(0, "under 1 s"), (1, "about 1 s"), (89, "about 89 s"), (91, "about 2 minutes"), (5400, "about 1.5 hours")],
