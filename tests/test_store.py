@@ -36,6 +36,18 @@ def test_equal_arrays_give_the_same_bytes_at_any_time(monkeypatch):
     assert store.packed_arrays(turned) == before
 
 
+def test_units_are_stored_and_predictions_deflated_and_both_are_read(tmp_path, monkeypatch):
+    zeros = {"a": np.zeros(10_000)}
+    store.save_arrays(tmp_path / "x.npz", zeros)
+    assert (tmp_path / "x.npz").stat().st_size > 80_000 > 8_000 > len(store.packed_arrays(zeros))
+    packed = store.packed_arrays
+    monkeypatch.setattr(store, "packed_arrays", lambda arrays, _: packed(arrays))  # as units of earlier versions
+    store.save_arrays(tmp_path / "old.npz", zeros)
+    assert (tmp_path / "old.npz").stat().st_size < 8_000
+    for name in ("x", "old"):
+        np.testing.assert_array_equal(store.load_arrays(tmp_path / f"{name}.npz")["a"], zeros["a"])
+
+
 def test_arrays_come_back_as_they_were(tmp_path):
     store.save_arrays(tmp_path / "deep" / "er" / "x.npz", ARRAYS)
     found = store.load_arrays(tmp_path / "deep" / "er" / "x.npz")
