@@ -1,8 +1,11 @@
 """The engine: hands units of work to whoever does them, and writes what comes back.
 
-On a CPU worker processes of joblib do them (loky), one thread each; on GPUs threads of this process, one for each GPU;
-with ``--scheduler`` the workers of a Dask cluster. The numbers are the same whoever works. The main process alone
+On a CPU worker processes of joblib do them (loky), one thread each; on GPUs threads of this process, `STREAMS` for each
+GPU; with ``--scheduler`` the workers of a Dask cluster. The numbers are the same whoever works. The main process alone
 writes unit files (but for large ones), prints and counts.
+
+Support vector machines are fitted on CPUs by threads of this process. Beside GPUs they are as many as cores allow, and
+compute kernels on the first GPU.
 
 A worker notes the unit that it begins in a file, which it removes when that is done. The notes of lost workers stay:
 their units are done again, with fewer beside them, at last alone, and a unit with three notes is given up.
@@ -11,11 +14,10 @@ their units are done again, with fewer beside them, at last alone, and a unit wi
 from __future__ import annotations
 
 import os
-import queue
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
 from functools import partial
@@ -27,11 +29,14 @@ from joblib import Parallel, delayed, parallel_config
 
 from experiment import store
 from experiment.cluster import finish_on
+from experiment.settings import STREAMS
 from experiment.signals import end_with, killed_for_memory
+from experiment.threads import Threads, Work, outcomes_of
 from experiment.units import LOSSES, Outcome, Unit, finish, finish_elsewhere, notes_of, program_digest
-from training.stacks import start_thread
 
 warnings.filterwarnings("ignore", r"\d+ tasks (have been|which were) ", UserWarning)  # of joblib, beside an error
+
+BESIDE = 12  # threads beside those that train, at most, of a kind: with them no GPU has more than its 32 streams
 
 
 class Engine:
@@ -44,23 +49,32 @@ class Engine:
 
     Attributes:
         folder: Of this run, beside the units: notes, and arrays that workers share; None before `begin`.
+        threads: Units at once in this process, less support vector machines beside GPUs.
+        streams: Units at once on one GPU.
     """
 
     def __init__(self, devices: Sequence[torch.device], cores: int = 1, cluster: object | None = None):
         self.devices, self.cores, self.cluster = devices, cores, cluster
         on_cpu = devices[0].type == "cpu"
-        self.threads = cores if on_cpu else len(devices)
+        self.streams = 1 if on_cpu or cluster is not None else STREAMS
+        self.threads = cores if on_cpu else self.streams * len(devices)
         self.in_processes = cluster is not None or (on_cpu and cores > 1)
         self.folder: Path | None = None
         self._processes = 0  # as many as there have been units at once
         self._killed = killed_for_memory()
+        # Those that train, that read weights, and that use what the main process keeps on its device.
+        self._trainers = Threads(list(islice(cycle(devices), self.threads)))
+        self._readers = Threads(list(islice(cycle(devices), BESIDE)))
+        self._keepers = Threads(BESIDE * [devices[0]])
 
     def begin(self, cache: Path, owner: str = "alone") -> None:
         """Make the folder of this run; see `store.make_run_folder`."""
         self.folder = self.folder or store.make_run_folder(cache, owner)
 
     def close(self) -> None:
-        """Remove the folder of this run, and leave the cluster."""
+        """Remove the folder of this run, leave the cluster, and have threads end when they are done."""
+        for threads in (self._trainers, self._readers, self._keepers):
+            threads.close()
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
             with suppress(OSError):  # another run is at work there
@@ -102,39 +116,26 @@ class Engine:
         in_main = [unit for unit in units if unit.in_main]
         others = [unit for unit in units if not unit.in_main]
         if not self.in_processes:
-            yield from self.map(finish_here, in_main, self.threads, self.devices[:1])
-            yield from self.map(finish_here, others, self.threads)
+            if self.devices[0].type == "cpu":
+                yield from outcomes_of(Work(self._trainers, finish_here, in_main + others, self.threads))
+                return
+            machines = Work(self._keepers, finish_here, in_main, max(1, self.cores - self.threads))
+            yield from outcomes_of(machines, Work(self._trainers, finish_here, others, self.threads))
             return
         task = partial(finish_elsewhere, notes=self.folder, kind=self.devices[0].type, program=program_digest())
         work = self._finish_in_processes if self.cluster is None else partial(finish_on, self.cluster)
         with closing(work(others, task)) as outcomes:
             next(outcomes)  # the workers have begun
-            yield from self.map(finish_here, in_main, 1)
+            yield from outcomes_of(Work(self._keepers, finish_here, in_main, 1))
             yield from outcomes
 
-    def map(self, function: Callable, items: Sequence, threads: int, devices: Iterable[torch.device] = ()) -> Iterator:
-        """Yield what ``function(item, device=...)`` gives in threads of this process, in any order."""
-        if not items:
-            return iter(())
-        free: queue.SimpleQueue[torch.device] = queue.SimpleQueue()
-        for device in islice(cycle(devices or self.devices), threads):
-            free.put(device)
-
-        def call(item: object) -> object:
-            device = free.get()
-            try:
-                start_thread(device)
-                return function(item, device=device)
-            finally:
-                free.put(device)
-
-        # Two threads at least: joblib would use the main thread for a single one.
-        pool = Parallel(max(2, threads), backend="threading", return_as="generator_unordered", pre_dispatch=threads)
-        return pool(delayed(call)(item) for item in items)
+    def map(self, function: Callable, items: Sequence, threads: int) -> Iterator:
+        """Yield what ``function(item, device=...)`` gives in so many threads, at most `BESIDE`, in any order."""
+        return outcomes_of(Work(self._readers, function, items, threads))
 
     def call(self, function: Callable[[], object]) -> object:
-        """Return what a function gives in a thread like those that train."""
-        (result,) = self.map(lambda _, device: function(), [None], threads=1)
+        """Return what a function gives in a thread like those that train, on the device of the main process."""
+        (result,) = outcomes_of(Work(self._keepers, lambda _, device: function(), [None], 1))
         return result
 
     def _finish_in_processes(self, units: list[Unit], task: Callable) -> Iterator[tuple[Path, Outcome] | None]:

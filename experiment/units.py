@@ -6,11 +6,12 @@ not fit the memory is trained in smaller ones and stays one unit.
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,8 +23,10 @@ from threadpoolctl import threadpool_limits
 
 from data import CollectionError
 from experiment import store
-from experiment.settings import UsageError
-from training.stacks import start_thread
+from experiment.settings import UsageError, have_repeatable_products
+from experiment.threads import call_on, permits_of
+from training.memory import is_out_of_memory
+from training.recorded import capturing
 
 PROGRAM = ("autoencoders", "data", "representations", "experiment", "loras", "training")  # of which workers run
 LOSSES = 3  # of workers at a unit, after which it is given up
@@ -36,17 +39,13 @@ class OutOfMemory(MemoryError):
 
 @contextmanager
 def one_memory_error() -> Iterator[None]:
-    """Raise `OutOfMemory` for whatever a library raises where memory runs out.
-
-    On a GPU torch has a class for it, numpy raises MemoryError, and torch on a CPU RuntimeError, as for much else.
-    """
+    """Raise `OutOfMemory` for whatever a library raises where memory runs out; see `is_out_of_memory`."""
     try:
         yield
     except OutOfMemory:
         raise
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        on_cpu = type(error) is RuntimeError and "DefaultCPUAllocator" in str(error)  # a class of ours may quote it
-        if not on_cpu and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemory(str(error).rstrip(". ")) from error
 
@@ -98,7 +97,7 @@ class Unit:
     def attempt(self, device: torch.device) -> Outcome:
         """Compute the arrays on a device; it fails where training diverges, or by others of `FAILURES`."""
         try:
-            arrays = _within_memory(lambda part: self.compute(self.description.open(device), part), self.stack)
+            arrays = _within_memory(lambda part: self.compute(self.description.open(device), part), self.stack, device)
         except FAULTS:
             raise
         except OutOfMemory as error:
@@ -164,9 +163,14 @@ def finish_elsewhere(unit: Unit, notes: Path, kind: str, program: str) -> tuple[
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"the worker on {here} sees no GPU. Start workers that do, or give --device=cpu.")
     device = torch.device("cuda", 0) if kind == "cuda" else torch.device(kind)
-    start_thread(device)
-    with threadpool_limits(1):
-        return finish(unit, notes, device)
+    if kind == "cuda":
+        have_repeatable_products()
+
+    def finish_here() -> tuple[Path, Outcome]:
+        with threadpool_limits(1):
+            return finish(unit, notes, device)
+
+    return call_on(device, finish_here)
 
 
 @cache
@@ -210,8 +214,24 @@ class Units:
         return min((size for size, planned in sizes if size < planned), default=None)
 
 
-def _within_memory(compute: Callable[[list], dict], stack: list) -> dict[str, np.ndarray]:
+def _within_memory(compute: Callable[[list], dict], stack: list, device: torch.device) -> dict[str, np.ndarray]:
     """Return the arrays of a stack, trained in smaller ones if need be.
+
+    Where memory runs out beside others on a GPU, the stack is done again with nothing beside it: what happened to be at
+    work there decides no size.
+    """
+    if device.type == "cpu":
+        return _in_parts(compute, stack)
+    permits = permits_of(device)
+    with suppress(OutOfMemory), permits.beside_others():
+        return _computed(compute, stack, len(stack))
+    with permits.alone():
+        _release_memory()
+        return _in_parts(compute, stack)
+
+
+def _in_parts(compute: Callable[[list], dict], stack: list) -> dict[str, np.ndarray]:
+    """Return the arrays of a stack, of smaller ones where it does not fit the memory.
 
     ``stack`` int64[M] among the arrays is the size of the stack that each model was trained in. Each stack begins
     whole, whatever happened to others: so it does not matter who trains which.
@@ -221,13 +241,24 @@ def _within_memory(compute: Callable[[list], dict], stack: list) -> dict[str, np
     while start < len(stack):
         part = stack[start : start + at_once]
         try:
-            with one_memory_error():
-                parts.append(compute(part) | {"stack": np.full(len(part), at_once)})
+            parts.append(_computed(compute, part, at_once))
             start += len(part)
             continue
         except OutOfMemory:
             if len(part) == 1:
                 raise
-        torch.cuda.empty_cache()  # here, and not while the exception still holds what was allocated
+        _release_memory()  # here, and not while the exception still holds what was allocated
         at_once = len(part) // 2
     return {name: np.concatenate([arrays[name] for arrays in parts]) for name in parts[0]}
+
+
+def _computed(compute: Callable[[list], dict], part: list, at_once: int) -> dict[str, np.ndarray]:
+    with one_memory_error():
+        return compute(part) | {"stack": np.full(len(part), at_once)}
+
+
+def _release_memory() -> None:
+    """Give back what nothing refers to any more, but in circles, and what torch keeps of a GPU's memory for later."""
+    gc.collect()
+    with capturing:
+        torch.cuda.empty_cache()

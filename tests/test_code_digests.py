@@ -47,11 +47,17 @@ LEFT_OUT_OF_ALL = {
     "experiment/engine",  # who computes
 }
 SETTINGS = "experiment/settings"  # what flags mean: the key has seed, device, schedule, and the models of a stack
+THREADS = "experiment/threads"  # who computes, as the engine
 LEFT_OUT = {
     "features": LEFT_OUT_OF_ALL,
-    "classifier of stats": {*LEFT_OUT_OF_ALL, SETTINGS, "autoencoders"},  # it reads nothing that they have learned
-    "classifier of vae": {*LEFT_OUT_OF_ALL, SETTINGS},
-    "autoencoder": {*LEFT_OUT_OF_ALL, SETTINGS},
+    "classifier of stats": {
+        *LEFT_OUT_OF_ALL,
+        SETTINGS,
+        THREADS,
+        "autoencoders",
+    },  # it reads nothing that they have learned
+    "classifier of vae": {*LEFT_OUT_OF_ALL, SETTINGS, THREADS},
+    "autoencoder": {*LEFT_OUT_OF_ALL, SETTINGS, THREADS},
     "results": set(),
 }
 

@@ -24,7 +24,7 @@ from working import alive, children, unit, until
 import ablation_experiment
 from data import index_collection
 from experiment import engine as engines
-from experiment import extraction, signals, store
+from experiment import extraction, signals, store, threads
 from experiment.engine import Engine
 from experiment.phases import Experiment, split_collection
 from experiment.settings import UsageError, count_cores, resolve
@@ -123,33 +123,155 @@ def test_units_that_share_what_this_process_keeps_are_done_here_beside_the_other
 
 def test_a_function_is_called_in_a_thread_that_is_prepared(monkeypatch):
     prepared, called = [], []
-    monkeypatch.setattr(engines, "start_thread", lambda device: prepared.append(threading.get_ident()))
-    assert Engine([CPU], 2).call(lambda: called.append(threading.get_ident()) or "result") == "result"
-    assert called == prepared != [threading.get_ident()]
+    monkeypatch.setattr(threads, "start_thread", lambda device: prepared.append(threading.get_ident()))
+    engine = Engine([CPU], 2)
+    for _ in range(2):
+        assert engine.call(lambda: called.append(threading.get_ident()) or "result") == "result"
+    assert called == 2 * prepared and prepared != [threading.get_ident()]
+    engine.close()
     with pytest.raises(MemoryError):
         Engine([CPU]).call(lambda: bytearray(2**62))
 
 
-def test_each_gpu_is_used_by_one_thread_at_a_time(tmp_path, monkeypatch):
-    """Devices that are not there: nothing is computed on them."""
-    gpus, prepared = [torch.device("cuda", 0), torch.device("cuda", 1)], []
-    monkeypatch.setattr(engines, "start_thread", prepared.append)
-    busy, meet, seen = set(), threading.Barrier(2, timeout=30), []
+class Stream:
+    """A stream of a GPU that is not there."""
+
+    def __init__(self, device):
+        self.device, self.synchronised = device, 0
+
+    def synchronize(self):
+        """Count."""
+        self.synchronised += 1
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Return the streams that threads make for GPUs that are not there: nothing is computed on them."""
+    made = []
+
+    def set_own_stream(device):
+        made.append(Stream(device))
+        return made[-1]
+
+    monkeypatch.setattr(threads, "start_thread", lambda device: None)
+    monkeypatch.setattr(threads, "set_own_stream", set_own_stream)
+    return made
+
+
+def own_stream():
+    return threads._of_thread.stream
+
+
+def test_each_gpu_is_used_by_four_threads_at_once_on_a_stream_each(tmp_path, streams):
+    gpus = [torch.device("cuda", 0), torch.device("cuda", 1)]
+    busy, meet, seen = [], threading.Barrier(8, timeout=30), []
 
     def compute(device, stack):
-        assert device not in busy
-        busy.add(device)
-        if len(seen) < 2:
-            meet.wait()  # both work at the same time
-        seen.append(device)
-        time.sleep(0.01)
-        busy.remove(device)
+        assert own_stream() not in busy and own_stream().device == device
+        busy.append(own_stream())
+        if len(seen) < 8:
+            seen.append(device)
+            meet.wait()  # all work at the same time
+        busy.remove(own_stream())
         return working.worked(device, stack)
 
     engine = Engine(gpus, cores=8)
-    assert engine.count_workers() == 2 and not engine.in_processes
+    assert engine.count_workers() == 8 and not engine.in_processes
     assert list(engine.do([unit(tmp_path, str(i), compute) for i in range(12)])) == [""] * 12
-    assert set(seen) == set(gpus) and len(seen) == 12 and sorted(map(str, prepared)) == sorted(map(str, seen))
+    assert sorted(seen, key=str) == [gpus[0]] * 4 + [gpus[1]] * 4
+    again = [unit(tmp_path, f"{i} again", working.worked) for i in range(8)]
+    assert list(engine.do(again)) == [""] * 8 and engine.call(own_stream).device == gpus[0]
+    assert len(streams) == 9  # made once, and one for calls
+    assert sum(stream.synchronised for stream in streams) == 12 + 8 + 1
+    engine.close()
+
+
+def test_a_stream_is_done_before_an_error_is_told(streams):
+    engine = Engine([torch.device("cuda", 0)])
+    with pytest.raises(working.Fault):
+        engine.call(partial(working.fail, None, None, working.Fault()))
+    assert [stream.synchronised for stream in streams] == [1]
+    engine.close()
+
+
+def test_support_vector_machines_beside_a_gpu_hold_up_nobody_and_are_told_as_they_come(tmp_path, streams):
+    """Each waits for one of the other kind, and outcomes are written before the slowest has ended."""
+    gpu = torch.device("cuda", 0)
+    meet, slow, seen = threading.Barrier(4 + 3, timeout=30), threading.Event(), []
+
+    def compute(device, stack, last=False):
+        seen.append(own_stream())
+        meet.wait()
+        assert not last or slow.wait(30)
+        return working.worked(device, stack)
+
+    engine = Engine([gpu], cores=7)
+    units = [unit(tmp_path, str(i), compute, in_main=i < 3) for i in range(6)]
+    units.append(unit(tmp_path, "last", partial(compute, last=True)))
+    outcomes = engine.do(units)
+    assert [next(outcomes) for _ in range(6)] == [""] * 6
+    assert all(unit.path.exists() for unit in units[:6]) and not units[6].path.exists()
+    slow.set()
+    assert list(outcomes) == [""] and len(set(seen)) == 7 and {stream.device for stream in seen} == {gpu}
+    engine.close()
+
+
+def test_a_fault_beside_a_gpu_ends_the_job_while_others_are_at_work(tmp_path, streams):
+    """Nothing waits for a support vector machine that takes half a minute."""
+    endless, begun = threading.Event(), threading.Event()
+
+    def wait(device, stack):
+        begun.set()
+        endless.wait(60)
+        return working.worked(device, stack)
+
+    def fail(device, stack):
+        assert begun.wait(30)
+        raise working.Fault("disk full")
+
+    engine, start = Engine([torch.device("cuda", 0)], cores=5), time.monotonic()
+    units = [unit(tmp_path, "svm", wait, in_main=True), unit(tmp_path, "a", fail)]
+    with pytest.raises(working.Fault, match="disk full"):
+        list(engine.do(units))
+    outcomes = engine.do([unit(tmp_path, "b"), unit(tmp_path, "c", wait)])
+    assert next(outcomes) == ""
+    outcomes.close()
+    assert time.monotonic() - start < 30
+    endless.set()
+    engine.close()
+
+
+def test_a_unit_that_is_out_of_memory_beside_others_is_done_again_alone(tmp_path, streams):
+    """Several of them, and some support vector machines; no stack is smaller for what was beside it; only what never fits is."""
+    at_work, most, lock, first = [], [], threading.Lock(), threading.Barrier(4, timeout=30)
+
+    def compute(device, stack, name, alone_only, fits=9):
+        with lock:
+            at_work.append(name)
+            most.append((name, len(at_work), len(stack)))
+            attempts = sum(other == name for other, *_ in most)
+        try:
+            if attempts == 1 and name < 4:
+                first.wait()
+            time.sleep(0.02)
+            if len(stack) > fits or (alone_only and len(at_work) > 1):
+                raise torch.OutOfMemoryError("Tried to allocate a lot.")
+            return {"predicted": np.array(stack)}
+        finally:
+            with lock:
+                at_work.remove(name)
+
+    engine, units = Engine([torch.device("cuda", 0)], cores=8), []
+    for i in range(8):
+        how = {"name": i, "alone_only": i in (1, 2), "fits": 2 if i == 3 else 9}
+        one = unit(tmp_path, str(i), partial(compute, **how), in_main=i % 2 == 0)
+        units.append(replace(one, stack=list(range(4))))
+    assert list(engine.do(units)) == [""] * 8
+    sizes = [arrays(unit)["stack"] for unit in units]
+    assert sizes == [[4] * 4] * 3 + [[2] * 4] + [[4] * 4] * 4
+    again = [(beside, size) for name, beside, size in most if name == 3]
+    assert again[0][0] > 1 and again[1:] == [(1, 4), (1, 2), (1, 2)]
+    assert max(beside for _, beside, _ in most) >= 4
     engine.close()
 
 

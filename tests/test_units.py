@@ -7,6 +7,7 @@ import torch
 from experiment import store
 from experiment.plans import TrainingError
 from experiment.units import LARGE, OutOfMemory, Unit, Units, one_memory_error
+from training.memory import is_out_of_memory
 
 ARRAYS = {"a": np.arange(6.0).reshape(2, 3), "b": np.array([True, False])}
 KEY = {"kind": "classifier", "seed": 1, "models": [1, 2]}
@@ -37,7 +38,18 @@ def test_a_unit_is_found_by_its_key_whatever_the_order(tmp_path):
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA"), MemoryError("numpy"), RuntimeError("DefaultCPUAllocator: can't allocate memory.")],
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError("numpy"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+        RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`", 2),
+    ],
 )
 def test_every_library_s_want_of_memory_is_one_error(error):
     with pytest.raises(OutOfMemory) as raised, one_memory_error():
@@ -45,15 +57,25 @@ def test_every_library_s_want_of_memory_is_one_error(error):
     assert str(raised.value) == str(error).rstrip(". ") and raised.value.__cause__ is error
 
 
-def test_other_errors_stay_what_they_are():
-    with pytest.raises(RuntimeError, match="shapes") as raised, one_memory_error():
-        raise RuntimeError("shapes differ")
-    assert not isinstance(raised.value, MemoryError)
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("shapes differ"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasSgemm`"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnXsyevd`"),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700),
+    ],
+)
+def test_other_errors_stay_what_they_are(error):
+    with pytest.raises(RuntimeError) as raised, one_memory_error():
+        raise error
+    assert raised.value is error and not is_out_of_memory(error)
 
 
 def test_an_error_of_ours_that_quotes_the_allocator_stays_itself():
     with pytest.raises(TrainingError), one_memory_error():
-        raise TrainingError("out of memory with one model at a time: DefaultCPUAllocator: can't allocate memory")
+        raise TrainingError("out of memory with one model at a time: DefaultCPUAllocator: CUDA error: out of memory")
 
 
 def test_a_stack_that_does_not_fit_is_trained_in_halves_and_stays_one_unit(tmp_path):

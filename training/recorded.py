@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -57,6 +58,9 @@ def record(function: Callable[[], None], generators: Sequence[torch.Generator]) 
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             function()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # of a recording that broke off; the first error says why
+                graph.capture_end()
+            raise
+        graph.capture_end()
     return graph.replay

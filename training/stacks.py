@@ -28,6 +28,7 @@ from torch.nn import functional
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
+from training.memory import is_out_of_memory
 from training.recorded import Recorded
 
 NUMBERS_AT_ONCE = 2**24  # worked on at a time where there may be many: 64 MiB in float32
@@ -285,7 +286,9 @@ class Stored:
             return None
         try:
             return self.hold(self.shape[1:], self._blocks)
-        except torch.OutOfMemoryError:  # others may use the device too
+        except (MemoryError, RuntimeError) as error:  # others may use the device too
+            if not is_out_of_memory(error):
+                raise
             return None
 
     def _blocks(self) -> Iterator[Tensor]:
