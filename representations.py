@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from training.exact import svdvals, triangle
+
 TOP = 10  # leading singular values and Fourier magnitudes that become features
 BINS = 50  # histogram bins of the entropy
 SKETCH = 8  # rows and columns of an update's sketch
@@ -127,7 +129,7 @@ def singular_values(a: Tensor) -> Tensor:
     if min(rows, cols) == 1:  # a vector's only singular value is its norm; rank-one LoRAs are all vectors
         return torch.linalg.vector_norm(a.double(), dim=(1, 2))[:, None]
     small = a.double() if rows == cols else _triangle(a.double())
-    return _without_rounding(torch.linalg.svdvals(small))
+    return _without_rounding(svdvals(small))
 
 
 def effective_rank(s: Tensor) -> Tensor:
@@ -482,7 +484,7 @@ def _entropy(p: Tensor) -> Tensor:
 
 def _triangle(a: Tensor) -> Tensor:
     """Return R of the QR factorisation of a [N, rows, cols], or of its transpose if that is taller: [N, k, k]."""
-    return torch.linalg.qr(a if a.shape[1] >= a.shape[2] else a.mT, mode="r").R
+    return triangle(a if a.shape[1] >= a.shape[2] else a.mT)
 
 
 def _triangles(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -492,7 +494,7 @@ def _triangles(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """
     if down.shape[1] == 1:  # vectors: R is their norm, up to a sign, and QR takes many times as long
         return tuple(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) for x in (down, up))
-    return tuple(torch.linalg.qr(x, mode="r").R for x in (down.mT, up))
+    return tuple(triangle(x) for x in (down.mT, up))
 
 
 def _update_values(down: Tensor, up: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:

@@ -25,15 +25,18 @@ from experiment.arrays import FLAT, widths_of
 from experiment.extraction import Extracted
 from experiment.modules import Modules, whole_pairs
 from experiment.networks import NETWORKS
+from experiment.resident import Latest, Once, Raw
 from experiment.samples import Samples
 from experiment.settings import AUTOENCODER_PARAMETERS, Settings, memory_of
 from experiment.units import Unit, Units
 from representations import FEATURES, RANKING, REPRESENTATIONS
 from training.pca import PCA, num_components
-from training.stacks import Split, Stored, filled, standardise
+from training.stacks import Split, Stored, filled, standardise, wait_for_stream
 
 MEMORY_SHARE = 0.6  # of the device's memory that resident weights may take
 DISK_SHARE = 0.5  # of the free space that they may take in a file
+KEPT_SOURCES = {"cpu": 2, "cuda": 5}  # the latest ones: those of four threads that share a GPU, and one more
+SOURCES_SHARE = 0.2  # of the device's memory that those before the latest may take
 PCA_COMPONENTS = 100
 
 
@@ -53,12 +56,11 @@ class Source:
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Rows of the packed weights, and of their columns those in ``spans`` (first, end): what PCA asks of a matrix."""
+    """Rows of the raw weights, and of their columns those in ``spans`` (first, end): what PCA asks of a matrix."""
 
-    packed: store.Shards
+    raw: Raw
     rows: np.ndarray
     spans: tuple[tuple[int, int], ...]
-    device: torch.device
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -77,7 +79,7 @@ class StoredRows:
                 yield self._block(self.rows, start, min(start + length, end))
 
     def _block(self, rows: np.ndarray, first: int, end: int) -> torch.Tensor:
-        return torch.from_numpy(self.packed.read(rows, slice(first, end))).to(self.device)
+        return self.raw.read(rows, slice(first, end))
 
 
 class Weights:
@@ -191,8 +193,10 @@ class Inputs:
     Args:
         description: Of these inputs.
         device: Where they are read to.
-        in_worker: Whether a worker reads them, one unit after the other. It maps what workers share, and keeps one
-            source in memory, not two.
+        in_worker: Whether a worker reads them, on a CPU one unit after the other. It maps what workers share, and keeps
+            one source in memory, not two.
+
+    Threads share them, see `experiment.resident`.
     """
 
     def __init__(self, description: Description, device: torch.device, in_worker: bool = False):
@@ -205,11 +209,14 @@ class Inputs:
         members = [np.flatnonzero(self.pair_of_layer == pair) for pair in self.pairs]
         self.members = np.array(members, int).reshape(-1, 2)  # positions of the two layers of each pair
         self.split = Split(*(torch.from_numpy(self.rows[part]) for part in ("train", "validation", "test"))).to(device)
-        self.learned = Learned(description, self.weights, self.split)
-        self.modules = Modules(description, self.pairs, device, mapped=in_worker)
-        self._kept_sources = 1 if in_worker else 2
-        self._read_sources: dict[Source, torch.Tensor | Stored] = {}  # the latest ones
-        self._reading = threading.Lock()
+        wait_for_stream(device)
+        self.raw = Raw(self.weights.packed, device)
+        self.learned = Learned(description, self.weights, self.split, self.raw)
+        whole = None if self.weights.sketched else self.raw
+        self.modules = Modules(description, self.pairs, device, mapped=in_worker, raw=whole)
+        kept = 1 if in_worker and device.type == "cpu" else KEPT_SOURCES[device.type]
+        self._sources = Latest(device, kept, SOURCES_SHARE * memory_of(device))
+        self._flat_weights = Once(self._store_flat_weights, device)
         _in_use.setdefault((description.digest, device), self)
 
     # -- which columns are of which layers ----------------------------------------------------------------------------
@@ -291,12 +298,7 @@ class Inputs:
 
     def read(self, source: Source) -> torch.Tensor | Stored:
         """Return what classifiers read, standardised, float32[S, N, F]; the latest sources are kept."""
-        with self._reading:
-            if source not in self._read_sources:
-                while len(self._read_sources) >= self._kept_sources:
-                    del self._read_sources[next(iter(self._read_sources))]
-                self._read_sources[source] = self._read(source)
-            return self._read_sources[source]
+        return self._sources.get(source, partial(self._read, source))
 
     def _read(self, source: Source) -> torch.Tensor | Stored:
         made = REPRESENTATIONS[source.name].made
@@ -305,7 +307,7 @@ class Inputs:
         if source.each_layer:
             return standardise(self.features(source.name).transpose(0, 1).contiguous(), self.split.train)  # (L, N, F)
         if made == "flat":
-            return self.flat_weights
+            return self._flat_weights.get()
         if made == "pca":
             x = torch.from_numpy(self.learned.scores(source.fitted_to))
         elif made == "autoencoder":
@@ -315,22 +317,22 @@ class Inputs:
         return standardise(x.to(self.device), self.split.train)[None]
 
     def release(self) -> None:
-        """Give back the memory of all that was read; it is read again where it is asked for."""
-        with self._reading:
-            self._read_sources.clear()
-            self.__dict__.pop("flat_weights", None)  # a cached property
-        self.modules.release()
+        """Give back the memory of all that was read, where no unit is at work; it is read again if asked for."""
+        for part in (self._sources, self._flat_weights):
+            part.clear()
+        for part in (self.raw, self.modules):
+            part.release()
         _latest.clear()  # those of further GPUs
 
-    @cached_property
-    def flat_weights(self) -> Stored:
-        """The weights, read only if a stack is to be trained; where they fit the memory, held as a whole.
+    def _store_flat_weights(self) -> Stored:
+        """Return the weights, read only if a stack is to be trained; where they fit the memory, held as a whole.
 
-        Where workers share a folder they are then held in a file, mapped, once for all of a machine.
+        Where workers share a folder they are then held in a file, mapped, once for all of a machine. On a GPU they are
+        held standardised beside the raw ones: to standardise each minibatch would move three times its numbers more.
         """
-        packed, columns = self.weights.packed(), self.weights.columns(self.weights.without([]))
-        shape = packed.shape[0], len(columns)
-        read = packed.read if shape == packed.shape else partial(packed.read, columns=columns)
+        raw, columns = self.raw, self.weights.columns(self.weights.without([]))
+        shape = raw.shape[0], len(columns)
+        read = raw.read if shape == raw.shape else partial(raw.read, columns=columns)
         size, path = 4 * math.prod(shape), self.description.shared("flat")
         fits = size < MEMORY_SHARE * memory_of(self.device)
         hold = partial(filled, device=self.device)
@@ -342,7 +344,7 @@ class Inputs:
     def prepare(self, source: Source) -> None:
         """Write what the workers of a machine share of a source, if it is large and not there."""
         if REPRESENTATIONS[source.name].made == "flat":
-            self.flat_weights.ready()
+            self._flat_weights.get().ready()
         elif source.name in NETWORKS:
             self.modules.prepare(NETWORKS[source.name].reads)
 
@@ -363,10 +365,11 @@ class Learned:
         description: Of the inputs that they belong to.
         weights: Of the layers that the experiment is about.
         split: Rows of each part, on the device.
+        raw: The weights, or their sketches.
     """
 
-    def __init__(self, description: Description, weights: Weights, split: Split):
-        self.description, self.weights, self.split = description, weights, split
+    def __init__(self, description: Description, weights: Weights, split: Split, raw: Raw):
+        self.description, self.weights, self.split, self.raw = description, weights, split, raw
         self.rows, self.units, self.device = description.rows, description.units, split.train.device
         self.schedule, self.seed = description.settings.autoencoder, description.settings.seed
 
@@ -402,9 +405,9 @@ class Learned:
 
     def fit_pca(self, kept: np.ndarray) -> dict[str, np.ndarray]:
         """Return the ``scores`` float32[N, k] of components fitted to layers ``kept`` bool[L]."""
-        packed, spans = self.weights.packed(), self.weights.spans(kept)
-        train = StoredRows(packed, self.rows["train"], spans, self.device)
-        rows = StoredRows(packed, np.arange(packed.shape[0]), spans, self.device)
+        spans = self.weights.spans(kept)
+        train = StoredRows(self.raw, self.rows["train"], spans)
+        rows = StoredRows(self.raw, np.arange(self.raw.shape[0]), spans)
         return {"scores": PCA(PCA_COMPONENTS).fit(train).transform(rows).cpu().numpy()}
 
     def autoencoder_stacks(self, name: str) -> list[tuple[dict, list[int], str]]:
@@ -433,11 +436,9 @@ class Learned:
 
     def fit_autoencoders(self, name: str, layers: list[int]) -> dict[str, np.ndarray]:
         """Return the features of layers of one width, as `autoencoders.fit_transform` does."""
-        packed = self.weights.packed()
-        x = torch.empty(len(layers), packed.shape[0], self.weights.widths[layers[0]], device=self.device)
+        x = torch.empty(len(layers), self.raw.shape[0], self.weights.widths[layers[0]], device=self.device)
         for m, layer in enumerate(layers):
-            weights = torch.from_numpy(packed.read(None, self.weights.columns_of(layer))).to(self.device)
-            x[m] = standardise(weights, self.split.train)
+            x[m] = standardise(self.raw.read(columns=self.weights.columns_of(layer)), self.split.train)
         return autoencoders.fit_transform(name, x, self.split, schedule=self.schedule, seed=self.seed)
 
     def encoded(self, name: str) -> list[np.ndarray]:

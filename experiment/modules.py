@@ -8,7 +8,7 @@ Shape letters: N LoRAs, P modules, r rank, W numbers of all factors.
 from __future__ import annotations
 
 import threading
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ import torch
 from data import Collection
 from experiment import networks, store
 from experiment.networks import Module
+from experiment.resident import Once, Raw
 from experiment.samples import Samples
 from experiment.units import Unit
 from representations import FEATURES, UPDATES
@@ -39,15 +40,25 @@ class Modules:
         pairs: Positions of the P modules among those of the files, int64[P].
         device: Where they are computed.
         mapped: Whether what workers share is mapped, as workers do, or read.
+        raw: The weights; None: they are read from where they are stored.
+
+    Threads share them, see `experiment.resident`.
     """
 
-    def __init__(self, description: Description, pairs: np.ndarray, device: torch.device, mapped: bool = False):
+    def __init__(
+        self,
+        description: Description,
+        pairs: np.ndarray,
+        device: torch.device,
+        mapped: bool = False,
+        raw: Raw | None = None,
+    ):
         self.description, self.pairs, self.device = description, pairs.tolist(), device
-        self.mapped = mapped
+        self.mapped, self.raw = mapped, raw
         self.samples, self.rows = description.samples, description.rows
         self.extracted, self.units, self.seed = description.extracted, description.units, description.settings.seed
         self._kernels: dict[str, UpdateKernels] = {}
-        self._read: dict[str, torch.Tensor] = {}
+        self._read = {what: Once(partial(self._open, what), device) for what in ("tokens", "factors")}
         self._lock = threading.Lock()
 
     @property
@@ -71,7 +82,7 @@ class Modules:
         return self._kernels_of(UNLABELLED, None, Limits(kept=0, exact=EXACT, landmarks=LANDMARKS))
 
     def _kernels_of(self, name: str, labels: np.ndarray | None, limits: Limits) -> UpdateKernels:
-        read, pairs = self.extracted.factor_reader(self.samples), self.pairs  # no reference to this object
+        read, pairs = self.extracted.factor_reader(self.samples, self.raw), self.pairs  # no reference to this object
         return UpdateKernels(
             lambda p, rows: read(pairs[p], rows),
             len(pairs),
@@ -86,13 +97,7 @@ class Modules:
 
     def read(self, what: str) -> torch.Tensor:
         """Return "tokens" or "factors", which are held for all networks that read them."""
-        with self._lock:
-            if what not in self._read:
-                if self.description.shared(what) is None:
-                    self._read[what] = self._compute(what)
-                else:  # in a file, once for all workers of a machine
-                    self._read[what] = torch.from_numpy(self._shared(what, self.mapped))
-            return self._read[what]
+        return self._read[what].get()
 
     def prepare(self, what: str) -> None:
         """Write what the workers of a machine share, if it is not there; it is mapped to see that, and not kept."""
@@ -102,16 +107,22 @@ class Modules:
     def _shared(self, what: str, mapped: bool) -> np.ndarray:
         numbers = {"tokens": TOKEN * len(self.pairs), "factors": sum(module.numbers for module in self.shapes)}
         shape, path = (1, self.samples.count, numbers[what]), self.description.shared(what)
-        return store.shared_rows(path, shape, lambda: [self._compute(what).numpy()], mapped)
+        return store.shared_rows(path, shape, lambda: [self._make(what).numpy()], mapped)
 
-    def _compute(self, what: str) -> torch.Tensor:
+    def _open(self, what: str) -> torch.Tensor:
+        if self.description.shared(what) is None:
+            return self._make(what)
+        return torch.from_numpy(self._shared(what, self.mapped))  # in a file, once for all workers of a machine
+
+    def _make(self, what: str) -> torch.Tensor:
         return self.tokens() if what == "tokens" else self.factors()
 
     def release(self) -> None:
-        """Give back the memory of all kernels, tokens and factors; they are made again where they are asked for."""
+        """Give back the memory of kernels, tokens and factors, where no unit is at work; they are made again."""
+        for once in self._read.values():
+            once.clear()
         with self._lock:
             self._kernels.clear()
-            self._read.clear()
             self.__dict__.pop("unlabelled", None)  # a cached property
 
     # -- tokens -------------------------------------------------------------------------------------------------------
@@ -152,7 +163,7 @@ class Modules:
 
         What is told of a module does not depend on how its update is factorised, nor on its size; zero updates are 0.
         """
-        read = self.extracted.factor_reader(self.samples)
+        read = self.extracted.factor_reader(self.samples, self.raw)
         width = sum(module.numbers for module in self.shapes)
         factors = torch.zeros(self.samples.count, width, device=self.device)
         end = 0

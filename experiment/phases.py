@@ -287,7 +287,7 @@ def _common_key(
     """Return what every unit depends on beside its own key."""
     return {
         "code": store.code_digest(
-            *("training", "experiment/inputs", "experiment/modules", "experiment/networks"),
+            *("training", "experiment/inputs", "experiment/modules", "experiment/networks", "experiment/resident"),
             *("experiment/units", "experiment/plans", "experiment/samples", "experiment/store"),
         ),
         "features": extracted.suffix,

@@ -19,6 +19,7 @@ from experiment.phases import Experiment, on_permuted_labels
 from experiment.plans import Plan, TrainingError
 from representations import MAPPED
 from training import attention
+from training.exact import exact_dtype
 
 TESTED = 1_000  # test LoRAs whose attention is read at most
 RANDOM_ORDERS = 20
@@ -118,7 +119,8 @@ class _Attending:
     def __init__(self, experiment: Experiment, name: str, arrays: dict[str, np.ndarray]):
         inputs = experiment.inputs
         self.parameters = attention.parameters_of(arrays)
-        self.x = inputs.read(inputs.source(name, inputs.weights.without([])))
+        x = inputs.read(inputs.source(name, inputs.weights.without([])))
+        self.x = x.to(dtype=exact_dtype(x.device))  # contributions sum to scores, on a GPU too
         self.y = torch.from_numpy(experiment.collection.y).to(self.x.device)
 
     def read_out(self, rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ from experiment.extraction import extract
 from experiment.flags import parse_arguments
 from experiment.inputs import StoredRows, Weights
 from experiment.phases import split_collection
+from experiment.resident import Raw
 from experiment.samples import Samples
 from experiment.settings import resolve
 from loras.lora_files import Layer
@@ -224,7 +225,7 @@ def test_removing_a_layer_drops_its_block_and_leaves_the_others(tmp_path):
     assert weights.spans(kept) == ((0, 256), (512, 1024), (1280, 1536))
     assert weights.widths.tolist() == [SKETCH_WIDTH] * 5
     rows = np.array([4, 0, 5])
-    stored = StoredRows(weights.packed(), rows, weights.spans(kept), CPU)
+    stored = StoredRows(Raw(weights.packed, CPU), rows, weights.spans(kept))
     whole = found.weights(sketched=True).read()[rows][:, expected]
     assert stored.shape == whole.shape
     for length in (1, 100, 10_000):

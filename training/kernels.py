@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from training.classifier import scored
+from training.exact import eigenvectors, exact_dtype, qr
 from training.stacks import numpy_stream
 
 if TYPE_CHECKING:  # scikit-learn is imported where it is called: workers that only train networks start a second sooner
@@ -95,7 +96,8 @@ KERNELS = {"update_kernel": Kernel(views=1, sized=True), "update_views": Kernel(
 class Updates:
     """Updates as ``norm · up · down``: rows of down are orthonormal, and up · down has norm 1, or 0 for a zero update.
 
-    Columns of up are orthogonal where asked for: then the singular values of up · down are their norms.
+    Columns of up are orthogonal where asked for: then the singular values of up · down are their norms. Where a column
+    of up is 0, a GPU may leave a row of down shorter than 1, or 0 (see `training.exact.gram_schmidt`).
     So products in float32 are exact to rounding relative to the norms of the two updates, whatever their factors were.
 
     ``down`` [n, k, in], ``up`` [n, out, k], k = min(r, in), and ``norm`` float64[n].
@@ -119,19 +121,19 @@ class Updates:
         length = max(1, numbers_at_once // (down[0].numel() + up[0].numel()))
         blocks = zip(down.split(length), up.split(length), scale.double().split(length), strict=True)
         for down_block, up_block, scale_block in blocks:
-            q, triangle = torch.linalg.qr(down_block.double().mT)  # down = triangleᵀ·qᵀ
+            q, triangle = qr(down_block.double().mT)  # down = triangleᵀ·qᵀ
             product = up_block.double() @ triangle.mT  # (n, out, k)
             norm = torch.linalg.vector_norm(product, dim=(1, 2))
             product = product * torch.where(norm > 0, scale_block.sign() / norm, 0)[:, None, None]
             if orthogonal and product.shape[2] > 1:
-                turn = torch.linalg.eigh(product.mT @ product).eigenvectors  # (n, k, k)
+                turn = eigenvectors(product.mT @ product)  # (n, k, k)
                 product, q = product @ turn, q @ turn
             parts.append((q.mT.float(), product.float(), norm * scale_block.abs()))
         return cls(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
 
     def to(self, device: torch.device | str) -> Updates:
         """Return the same on a device; on a GPU in float64, as float32 products there have ten bits of mantissa."""
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float64
+        dtype = exact_dtype(device)
         return Updates(self.down.to(device, dtype), self.up.to(device, dtype), self.norm.to(device))
 
     def __len__(self) -> int:
@@ -387,7 +389,8 @@ class UpdateKernels:
             return self._full
 
     def _read(self, module: int, rows: np.ndarray) -> Updates:
-        factors, several = self.read_module(module, rows), self.kind.views > 1
+        several = self.kind.views > 1
+        factors = (factor.to(self.device) for factor in self.read_module(module, rows))
         return Updates.from_factors(*factors, self.numbers_at_once, orthogonal=several).to(self.device)
 
     def _compute(self, module: int) -> np.ndarray:

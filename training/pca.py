@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from training.exact import exact_dtype
+
 NUMBERS_AT_ONCE = 2**24  # of x, worked on at a time, in float64 128 MiB; a handful of such blocks are held
 GRAM_SIDE = 3_000  # up to so many rows or columns a Gram matrix is formed (72 MB); beyond, blocks are iterated
 OVERSAMPLING = 28  # columns of the iterated block above k
@@ -41,9 +43,9 @@ class PCA:
     Where x has at most ``gram_side`` rows or columns: exact, by the smaller Gram matrix in float64, XᵀX [F, F] or, for
     more columns than rows, XXᵀ [N, N] (Sirovich, 1987). Otherwise by block Lanczos from a random block (see
     `_krylov`): x is read once for its largest number, once for each of about 4 (spectra that fall) to 20 (pure noise
-    of 70,000 rows) products with XXᵀ in float32, and once more to make the components orthonormal in float64. It stops
-    where the variance explained by the k components falls short of the best by an estimated 8e-4 of it; on all spectra
-    tried it was less than 1e-3.
+    of 70,000 rows) products with XXᵀ in float32, on a GPU in float64, and once more to make the components orthonormal
+    in float64. It stops where the variance explained by the k components falls short of the best by an estimated 8e-4
+    of it; on all spectra tried it was less than 1e-3.
 
     Where XXᵀ is used, x is read by blocks of columns, components are combinations of train rows, and only blocks of
     them are ever formed: the memory does not depend on F. So x is read again when rows are transformed.
@@ -55,14 +57,22 @@ class PCA:
         n_components: Components wanted; see `num_components` for k.
         gram_side: Rows or columns up to which a Gram matrix is formed.
         numbers_at_once: Numbers of x to work on at a time.
+        products: dtype of the iteration's products; None: see `exact_dtype`.
 
     Attributes:
         explained_variance_: Variance along each component, over N - 1, float64[k].
         passes_: How many times x was read to fit.
     """
 
-    def __init__(self, n_components: int = 100, gram_side: int = GRAM_SIDE, numbers_at_once: int = NUMBERS_AT_ONCE):
+    def __init__(
+        self,
+        n_components: int = 100,
+        gram_side: int = GRAM_SIDE,
+        numbers_at_once: int = NUMBERS_AT_ONCE,
+        products: torch.dtype | None = None,
+    ):
         self.n_components, self.gram_side, self.numbers_at_once = n_components, gram_side, numbers_at_once
+        self.products = products
 
     @property
     def mean_(self) -> Tensor:
@@ -168,7 +178,7 @@ class PCA:
 
         Rayleigh-Ritz on the Krylov space span(Q, AQ, A²Q, ...), A = XXᵀ, of a random block Q of k + 28 columns, which
         needs no gaps in the spectrum (Musco & Musco, 2015). Each block is made orthogonal to all before it, so the
-        basis, float32[N, k + 28] a pass, is what takes memory. See `_converged` for when it stops. Works on x / scale,
+        basis, float[N, k + 28] a pass, is what takes memory. See `_converged` for when it stops. Works on x / scale,
         the largest magnitude, so that squares neither overflow float32 nor vanish in it.
         """
         rows, scale, device = x.shape[0], 0.0, torch.device("cpu")
@@ -179,7 +189,7 @@ class PCA:
         scale = scale or 1.0
         width = min(k + OVERSAMPLING, rows)
         generator = torch.Generator().manual_seed(0)
-        q = torch.randn(rows, width, generator=generator).to(device)
+        q = torch.randn(rows, width, generator=generator).to(device, self.products or exact_dtype(device))
         q = torch.linalg.qr(q).Q  # (N, k + 28)
         basis: list[Tensor] = []
         core = torch.zeros(0, 0, dtype=torch.float64, device=device)  # basisᵀ·A·basis
@@ -211,10 +221,10 @@ class PCA:
         return values
 
     def _gram_times(self, x: Tensor | Matrix, q: Tensor, scale: float) -> Tensor:
-        """Compute XXᵀ·q / scale² of the centred rows X, in float32 [N, b], in one pass over x."""
+        """Compute XXᵀ·q / scale² of the centred rows X, in q's dtype [N, b], in one pass over x."""
         product = torch.zeros_like(q)
         for block, _ in _centred_columns(x, self._length):
-            centred = block.float()  # centred before: a mean far above the deviation would drown it in float32
+            centred = block.to(q.dtype)  # centred before: a mean far above the deviation would drown it in float32
             product.addmm_(centred, centred.mT @ q / scale / scale)
         self.passes_ += 1
         return product

@@ -237,6 +237,15 @@ def filled(shape: tuple[int, int], blocks: Callable[[], Iterator[Tensor]], devic
     return x
 
 
+def wait_for_stream(device: torch.device) -> None:
+    """Wait until this thread's stream has done what it was given, so that other threads may read what it has made.
+
+    Streams of a GPU wait for nobody. A CPU has none.
+    """
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 class Stored:
     """Standardised rows of a matrix in storage, of which nothing is read before the first row is asked for.
 
@@ -244,7 +253,7 @@ class Stored:
     as a whole, or, where it is too large for that, each minibatch is read as it comes: the numbers are the same.
 
     Args:
-        read: Reads the rows of these indices, int64[n] -> float32[n, F].
+        read: Reads the rows of these indices, int64[n] -> float32[n, F], an array or a tensor on the device.
         shape: (N, F).
         train_rows: Row indices to learn mean and scale from, int64[n], on the device.
         hold: Returns the matrix as a whole, given its shape and a function that yields its standardised blocks of
@@ -256,7 +265,7 @@ class Stored:
 
     def __init__(
         self,
-        read: Callable[[np.ndarray], np.ndarray],
+        read: Callable[[np.ndarray], np.ndarray | Tensor],
         shape: tuple[int, int],
         train_rows: Tensor,
         hold: Hold | None,
@@ -266,7 +275,8 @@ class Stored:
         self.shape, self.train_rows = (1, *shape), train_rows
         self.device = train_rows.device
         self._length = rows_at_once(shape[1], numbers_at_once)
-        self._lock = threading.Lock()  # one thread reads, and the others then find the matrix held
+        self._lock = threading.Lock()  # one thread reads, and the others then find the matrix held, and complete
+        self._is_ready = False
 
     def rows(self, rows: Tensor) -> Tensor:
         """Return standardised rows, int64[..., n] -> float32[..., n, F]."""
@@ -276,8 +286,11 @@ class Stored:
     def ready(self) -> Tensor | None:
         """Read ahead what every row needs: the matrix as a whole if it is to be held, else mean and scale."""
         with self._lock:
-            if self._held is None:
-                self._mean_and_scale  # noqa: B018
+            if not self._is_ready:
+                if self._held is None:
+                    self._mean_and_scale  # noqa: B018
+                wait_for_stream(self.device)
+                self._is_ready = True
             return self._held
 
     @cached_property
@@ -303,7 +316,7 @@ class Stored:
         return scaled(self._raw(rows.flatten()), *self._mean_and_scale).view(*rows.shape, -1)
 
     def _raw(self, rows: Tensor) -> Tensor:
-        return torch.from_numpy(self.read(rows.cpu().numpy())).to(self.device)
+        return torch.as_tensor(self.read(rows.cpu().numpy())).to(self.device)
 
 
 def gather(x: Tensor | Stored, source: Tensor, rows: Tensor) -> Tensor:
