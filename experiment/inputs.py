@@ -29,6 +29,7 @@ from experiment.samples import Samples
 from experiment.settings import AUTOENCODER_PARAMETERS, Settings, memory_of
 from experiment.units import Unit, Units
 from representations import FEATURES, RANKING, REPRESENTATIONS
+from training.columns import Held, without_constant
 from training.pca import PCA, num_components
 from training.stacks import Split, Stored, filled, standardise
 
@@ -208,7 +209,7 @@ class Inputs:
         self.learned = Learned(description, self.weights, self.split)
         self.modules = Modules(description, self.pairs, device, mapped=in_worker)
         self._kept_sources = 1 if in_worker else 2
-        self._read_sources: dict[Source, torch.Tensor | Stored] = {}  # the latest ones
+        self._read_sources: dict[Source, torch.Tensor | Stored | Held] = {}  # the latest ones
         self._reading = threading.Lock()
         _in_use.setdefault((description.digest, device), self)
 
@@ -289,7 +290,7 @@ class Inputs:
         units = self.pairs if FEATURES[name].unit == "pair" else self.depths
         return torch.from_numpy(self.extracted.load(name)[:, units]).to(self.device)
 
-    def read(self, source: Source) -> torch.Tensor | Stored:
+    def read(self, source: Source) -> torch.Tensor | Stored | Held:
         """Return what classifiers read, standardised, float32[S, N, F]; the latest sources are kept."""
         with self._reading:
             if source not in self._read_sources:
@@ -298,7 +299,7 @@ class Inputs:
                 self._read_sources[source] = self._read(source)
             return self._read_sources[source]
 
-    def _read(self, source: Source) -> torch.Tensor | Stored:
+    def _read(self, source: Source) -> torch.Tensor | Stored | Held:
         made = REPRESENTATIONS[source.name].made
         if source.name in NETWORKS:
             return self.modules.read(NETWORKS[source.name].reads)
@@ -312,7 +313,7 @@ class Inputs:
             x = torch.from_numpy(np.concatenate(self.learned.encoded(source.name), axis=1))
         else:
             x = self.features(source.name).flatten(1)
-        return standardise(x.to(self.device), self.split.train)[None]
+        return without_constant(standardise(x.to(self.device), self.split.train)[None])
 
     def release(self) -> None:
         """Give back the memory of all that was read; it is read again where it is asked for."""
