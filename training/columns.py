@@ -26,6 +26,11 @@ class Held(NamedTuple):
     x: Tensor | Stored
     columns: Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the inputs."""
+        return self.x.nbytes
+
 
 def without_constant(x: Tensor) -> Held:
     """Leave out the columns of standardised inputs float[S, N, F] that are 0 in all rows of all sources."""
