@@ -30,6 +30,7 @@ from experiment.samples import Samples
 from experiment.settings import AUTOENCODER_PARAMETERS, Settings, memory_of
 from experiment.units import Unit, Units
 from representations import FEATURES, RANKING, REPRESENTATIONS
+from training.columns import Held, without_constant
 from training.pca import PCA, num_components
 from training.stacks import Split, Stored, filled, standardise, wait_for_stream
 
@@ -296,11 +297,11 @@ class Inputs:
         units = self.pairs if FEATURES[name].unit == "pair" else self.depths
         return torch.from_numpy(self.extracted.load(name)[:, units]).to(self.device)
 
-    def read(self, source: Source) -> torch.Tensor | Stored:
+    def read(self, source: Source) -> torch.Tensor | Stored | Held:
         """Return what classifiers read, standardised, float32[S, N, F]; the latest sources are kept."""
         return self._sources.get(source, partial(self._read, source))
 
-    def _read(self, source: Source) -> torch.Tensor | Stored:
+    def _read(self, source: Source) -> torch.Tensor | Stored | Held:
         made = REPRESENTATIONS[source.name].made
         if source.name in NETWORKS:
             return self.modules.read(NETWORKS[source.name].reads)
@@ -314,7 +315,7 @@ class Inputs:
             x = torch.from_numpy(np.concatenate(self.learned.encoded(source.name), axis=1))
         else:
             x = self.features(source.name).flatten(1)
-        return standardise(x.to(self.device), self.split.train)[None]
+        return without_constant(standardise(x.to(self.device), self.split.train)[None])
 
     def release(self) -> None:
         """Give back the memory of all that was read, where no unit is at work; it is read again if asked for."""

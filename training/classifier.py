@@ -9,13 +9,14 @@ V and T validation and test rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from training.columns import Held, without_masked
 from training.stacks import (
     NUMBERS_AT_ONCE,
     Minibatches,
@@ -50,33 +51,54 @@ class Models:
         return Models(self.source[index], self.run[index], None if self.live is None else self.live[index])
 
 
-def initial_weights(models: Models, features: int, widths: tuple[int, ...], seed: int, like: Tensor) -> dict:
+def initial_weights(
+    models: Models,
+    features: int,
+    widths: tuple[int, ...],
+    seed: int,
+    like: Tensor,
+    columns: Tensor | None = None,
+) -> dict[str, Tensor]:
     """Draw the initial parameters of a stack: torch's default for a linear layer, U(-1/sqrt(in), 1/sqrt(in)).
 
     ``in`` of the first layer is the number of *live* inputs, and feature j takes the j-th draw of its own stream: a
     masked input and a left-out column then give the same model, whose hidden layers do not depend on the width.
+    Numbers are drawn on the device, which holds the draw of one run beside the parameters.
+
+    Args:
+        models: The runs and live columns, of all inputs.
+        features: F.
+        widths: Of the layers, the output layer too.
+        seed: Of all streams.
+        like: Has the device and the type of the parameters.
+        columns: Inputs that are not left out, K of them, bool[F]; None: all. See `training.columns`.
 
     Returns:
-        ``weight0`` float[M, F, H], ``bias0`` float[M, 1, H], and so on up to the output layer.
+        ``weight0`` float[M, K, H], ``bias0`` float[M, 1, H], and so on up to the output layer.
     """
+    how = {"device": like.device, "dtype": like.dtype}
     runs, position = torch.unique(models.run, return_inverse=True)
-    live = models.live if models.live is not None else torch.ones(len(models.run), features, dtype=torch.bool)
-    live = live.to(like.device, like.dtype)
-    drawn: dict[str, list[Tensor]] = {}
-    for run in runs.tolist():
-        first, hidden = stream(seed, run, "first layer"), stream(seed, run, "hidden init")
+    params: dict[str, Tensor] = {}
+    for number, run in enumerate(runs.tolist()):
+        first, hidden = (stream(seed, run, purpose, device=like.device) for purpose in ("first layer", "hidden init"))
+        members = (position == number).nonzero().squeeze(1).to(like.device)
         for layer, (fan_in, fan_out) in enumerate(zip((features, *widths), widths, strict=False)):
-            generator, scale = (first, 1.0) if layer == 0 else (hidden, fan_in**-0.5)
-            for name, shape, source in (
-                (f"weight{layer}", (fan_in, fan_out), generator),
-                (f"bias{layer}", (1, fan_out), hidden),
+            for name, generator, rows in (
+                (f"weight{layer}", hidden if layer else first, fan_in),
+                (f"bias{layer}", hidden, 1),
             ):
-                draw = torch.rand(shape, generator=source, dtype=like.dtype) * 2 - 1
-                drawn.setdefault(name, []).append(draw * scale)
-    params = {name: torch.stack(draws).to(like.device)[position] for name, draws in drawn.items()}
+                draw = torch.empty(rows, fan_out, **how).uniform_(-1, 1, generator=generator)
+                if layer:
+                    draw *= fan_in**-0.5
+                elif name == "weight0" and columns is not None:
+                    draw = draw[columns]
+                if name not in params:
+                    params[name] = torch.empty(len(position), *draw.shape, **how)
+                params[name][members] = draw
+    live = torch.ones(len(position), features, **how) if models.live is None else models.live.to(**how)
     scale = live.sum(1).rsqrt()[:, None, None]  # (M, 1, 1)
-    params["weight0"] = params["weight0"] * (live[:, :, None] * scale)
-    params["bias0"] = params["bias0"] * scale
+    params["weight0"] *= (live if columns is None else live[:, columns])[:, :, None] * scale
+    params["bias0"] *= scale
     return params
 
 
@@ -99,7 +121,7 @@ class ClassifierStack:
     """M multilayer perceptrons on rows of shared inputs: hidden ReLU layers with dropout, softmax, cross-entropy.
 
     Args:
-        x: Standardised inputs, float[S, N, F], or `Stored`.
+        x: Standardised inputs, float[S, N, K], or `Stored`.
         y: Class of each sample, int64[N].
         split: Train and validation rows; the test rows are not read.
         models: The inputs and the run of each model.
@@ -108,7 +130,8 @@ class ClassifierStack:
         hidden: Widths of the hidden layers, all equal.
         dropout: Probability of dropping a hidden activation.
         batch_size: Rows in a minibatch; the last one of an epoch may be smaller.
-        few_columns: Columns of a weight gradient below which its transpose is computed, and copied.
+        columns: Those of the F inputs that are columns of x, bool[F]; None: all. See `training.columns`.
+        few_columns: Columns of a weight gradient below which a CPU computes its transpose, and copies it.
     """
 
     def __init__(
@@ -123,14 +146,19 @@ class ClassifierStack:
         hidden: tuple[int, ...] = HIDDEN,
         dropout: float = DROPOUT,
         batch_size: int = 32,
+        columns: Tensor | None = None,
         few_columns: int = FEW_COLUMNS,
     ):
         self.x, self.y, self.split = x, y, split
-        self.models, self.num_classes = models, num_classes
-        self.seed = seed
+        self.num_classes, self.seed = num_classes, seed
         self.hidden, self.dropout = hidden, dropout
-        self.batch_size, self.few_columns = batch_size, few_columns
-        self.params = initial_weights(models, x.shape[2], (*hidden, num_classes), seed, like=x)
+        self.batch_size = batch_size
+        self.few_columns = few_columns if x.device.type == "cpu" else 0
+        features = x.shape[2] if columns is None else len(columns)
+        self.params = initial_weights(models, features, (*hidden, num_classes), seed, x, columns)
+        if columns is not None and models.live is not None:
+            models = replace(models, live=models.live[:, columns.to(models.live.device)])
+        self.models = models
         self.buffers: dict[str, Tensor] = {}
         self.generators: tuple[torch.Generator, ...] = ()
         self._place()
@@ -255,35 +283,42 @@ def attribution(
     source: Tensor,
     rows: Tensor,
     block: int,
+    columns: Tensor | None = None,
     numbers_at_once: int = NUMBERS_AT_ONCE,
 ) -> Tensor:
     """Compute how much each block of inputs moves the score of the predicted class: gradient times input, summed.
 
     ``mean over rows of |sum over the block of x_j · d score / d x_j|`` (gradient x input: Shrikumar et al., 2016), in
-    evaluation mode. Masked inputs have weight 0, and so no share.
+    evaluation mode. Masked inputs have weight 0, and so no share; nor have inputs that are left out.
 
     Args:
         params: Of the stack, see `logits`.
-        x: Standardised inputs, float[S, N, F], or `Stored`.
+        x: Standardised inputs, float[S, N, K], or `Stored`.
         source: Of each model, int64[M].
         rows: Row indices, int64[n].
         block: Consecutive inputs that belong together; F is a multiple of it.
+        columns: Those of the F inputs that are columns of x, bool[F]; None: all.
         numbers_at_once: Numbers of the inputs or of a layer to work on at a time.
 
     Returns:
         float[M, F / block].
     """
-    total = 0.0
-    length = rows_at_once(len(source) * max(x.shape[2], params["weight0"].shape[2]), numbers_at_once)
+    total, features = 0.0, x.shape[2] if columns is None else len(columns)
+    length = rows_at_once(len(source) * max(features, params["weight0"].shape[2]), numbers_at_once)
     for part in rows.split(length):
-        inputs = gather(x, source, part[None]).requires_grad_()  # (M, n, F)
+        inputs = gather(x, source, part[None]).requires_grad_()  # (M, n, K)
         (gradient,) = torch.autograd.grad(logits(params, inputs).amax(2).sum(), inputs)
-        total = total + (gradient * inputs).detach().unflatten(2, (-1, block)).sum(3).abs().sum(1)
+        product = (gradient * inputs).detach()
+        if columns is not None:
+            whole = product.new_zeros(*product.shape[:2], features)
+            whole[:, :, columns] = product
+            product = whole
+        total = total + product.unflatten(2, (-1, block)).sum(3).abs().sum(1)
     return total / len(rows)
 
 
 def train_classifiers(
-    x: Tensor | Stored,
+    x: Tensor | Stored | Held,
     y: Tensor,
     split: Split,
     models: Models,
@@ -297,7 +332,8 @@ def train_classifiers(
     """Train a stack of classifiers and return what each of them predicts.
 
     Args:
-        x: Standardised inputs on the training device, float[S, N, F], or `Stored`.
+        x: Standardised inputs on the training device, float[S, N, F], `Stored`, or `Held` in part. Columns that no
+            model sees are left out.
         y: Class of each sample, same device, int64[N].
         split: Rows to train on, to stop early by, and to test on; same device.
         models: The inputs and the run of each model.
@@ -313,7 +349,8 @@ def train_classifiers(
         ``validation_loss`` float64[M] at the best epoch; with ``block``, ``attribution`` float32[M, F / block].
     """
     hidden = schedule.hidden or HIDDEN
-    network = {"hidden": hidden, "dropout": dropout, "batch_size": schedule.batch_size}
+    x, columns = without_masked(x, models.live)
+    network = {"hidden": hidden, "dropout": dropout, "batch_size": schedule.batch_size, "columns": columns}
     trained = train(ClassifierStack(x, y, split, models, num_classes, seed=seed, **network), schedule)
     arrays = {
         "epochs": trained.epochs.numpy(),
@@ -322,7 +359,7 @@ def train_classifiers(
     }
     arrays |= predictions(trained.state, x, y, split, models.source.to(x.device))
     if block is not None:
-        shares = attribution(trained.state, x, models.source.to(x.device), split.test, block)
+        shares = attribution(trained.state, x, models.source.to(x.device), split.test, block, columns)
         arrays["attribution"] = shares.float().cpu().numpy()
     return arrays
 
