@@ -1,3 +1,5 @@
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -26,7 +28,7 @@ from training.attention import (
     train_attention,
 )
 from training.classifier import Models
-from training.stacks import Schedule, Split, dropout_masks, gather, stream, train
+from training.stacks import Schedule, Split, dropout_masks, gather, random_bits, stream, train
 
 CLASSES, MODULES, HIDDEN = 3, 5, 8
 NARROW = Schedule(max_epochs=4, patience=9, lr=5e-3, weight_decay=0.01, hidden=(HIDDEN,))
@@ -188,8 +190,10 @@ def alone(x, y, split, params, run, live, *, seed, epochs):
         order = torch.randperm(len(split.train), generator=stream(seed, run, "order", epoch))
         dropout, module_dropout = (stream(seed, run, key, epoch) for key in ("dropout", "module dropout"))
         for rows in split.train[order].split(32):
-            masks = dropout_masks(0.2, (MODULES, len(rows), HIDDEN), [dropout], x.dtype)[0]
-            kept = (dropout_masks(0.2, (MODULES, len(rows)), [module_dropout], x.dtype)[0] > 0).T & live
+            bits = random_bits(MODULES * len(rows) * HIDDEN, [dropout]).view(MODULES, len(rows), HIDDEN)
+            masks = dropout_masks(0.2, bits, x.dtype)
+            bits = random_bits(MODULES * len(rows), [module_dropout]).view(MODULES, len(rows))
+            kept = (dropout_masks(0.2, bits, x.dtype) > 0).T & live
             kept[~kept.any(1)] = live
             optimiser.zero_grad()
             loss = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
@@ -225,7 +229,8 @@ def test_gradients_by_hand_are_those_of_autograd(live, rate):
     network = {"hidden": HIDDEN, "dropout": rate, "module_dropout": rate}
     stack = AttentionStack(x, y, split, runs(0, 0, 1, 2, live=live), CLASSES, seed=7, **network)
     seen = 0
-    for rows, kept, dropped in stack.minibatches(1):  # the last minibatch is smaller
+    for size in chain.from_iterable(stack.begin(1)):  # the last minibatch is smaller
+        rows, kept, dropped = stack.minibatch(size)
         params = {name: parameter.clone().requires_grad_() for name, parameter in stack.params.items()}
         tokens = gather(x, stack.source, rows)
         scores = logits(params, tokens, kept, dropped).flatten(0, 1)
@@ -293,7 +298,8 @@ def test_module_dropout_drops_its_share_and_never_all():
     x, y, split = problem(dtype=torch.float32)
     live = masks((), (0, 1, 2), (0, 1, 2, 3))
     stack = AttentionStack(x, y, split, runs(0, 0, 0, live=live), CLASSES, seed=0, hidden=HIDDEN)
-    kept = torch.cat([kept for epoch in range(40) for _, kept, _ in stack.minibatches(epoch)], dim=2)  # (M, P, rows)
+    sizes = chain.from_iterable(chain.from_iterable(map(stack.begin, range(40))))
+    kept = torch.cat([stack.minibatch(size)[1] for size in sizes], dim=2)  # (M, P, rows)
     assert kept.any(1).all() and not (kept & ~live[:, :, None]).any()
     assert kept[0].float().mean() == pytest.approx(0.8, abs=0.01)
     assert kept[2, 4].all()

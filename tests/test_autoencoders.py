@@ -16,7 +16,7 @@ from autoencoders import (
     num_parameters,
     parameter_shapes,
 )
-from training.stacks import Schedule, Split, stream, train
+from training.stacks import Schedule, Split, epoch_order, stream, train
 
 NAMES = ("vae", "contrastive", "denoising")
 # The contrastive one takes as long as the others together.
@@ -139,10 +139,10 @@ def test_every_autoencoder_of_a_stack_trains_as_plain_torch_does(name, dtype, rt
     seen, seen_in_training = [], []
 
     class Recorded(AutoencoderStack):
-        def minibatch_losses(self, epoch):
-            for losses in super().minibatch_losses(epoch):
-                seen_in_training.append(losses.detach())
-                yield losses
+        def minibatch_losses(self, size):
+            losses = super().minibatch_losses(size)
+            seen_in_training.append(losses.detach())
+            return losses
 
         def validation_losses(self):
             seen.append(super().validation_losses())
@@ -152,11 +152,11 @@ def test_every_autoencoder_of_a_stack_trains_as_plain_torch_does(name, dtype, rt
     views = torch.randn((2, 9, x.shape[2]), generator=stream(4, name, "validation views"), dtype=x.dtype)
     for m, model in enumerate(plain):
         optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
-        training = []
+        training, draws = [], Draws(4, name, x)
         for epoch in range(1, epochs + 1):
             model.train()
-            draws = Draws(4, name, epoch, x)
-            batches = draws.order(split.train).split(32)
+            draws.begin(epoch)
+            batches = split.train[epoch_order(split.train, 4, [name], epoch)[0]].split(32)
             assert [len(rows) for rows in batches] == [32, 32, 1]
             for rows in batches[:2]:  # the last one, of a single row, is left out
                 optimiser.zero_grad()

@@ -1,6 +1,6 @@
 import copy
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from training.classifier import (
     scored,
     train_classifiers,
 )
-from training.stacks import Schedule, Split, Stored, dropout_masks, filled, standardise, stream, train
+from training.stacks import Schedule, Split, Stored, dropout_masks, filled, random_bits, standardise, stream, train
 
 CLASSES, HIDDEN = 4, (16, 16, 16)
 
@@ -63,8 +63,8 @@ def alone(x, y, split, params, run, *, seed, epochs, dropout, batch_size=32):
         order = torch.randperm(len(split.train), generator=stream(seed, run, "order", epoch))
         generator = stream(seed, run, "dropout", epoch)
         for rows in split.train[order].split(batch_size):
-            shape = (len(HIDDEN), len(rows), HIDDEN[0])
-            masks = dropout_masks(dropout, shape, [generator], x.dtype)[0]
+            bits = random_bits(len(HIDDEN) * HIDDEN[0] * len(rows), [generator]).view(len(HIDDEN), len(rows), HIDDEN[0])
+            masks = dropout_masks(dropout, bits, x.dtype)
             optimiser.zero_grad()
             functional.cross_entropy(forward(x[rows], masks), y[rows]).backward()
             optimiser.step()
@@ -99,7 +99,8 @@ def test_gradients_by_hand_are_those_of_autograd(dropout, few):
     network = {"hidden": HIDDEN, "dropout": dropout, "few_columns": few}
     stack = ClassifierStack(x, y, split, grid(3, 2), CLASSES, seed=7, **network)
     seen = 0
-    for inputs, classes, masks in stack.minibatches(1):  # the last minibatch is smaller
+    for size in chain.from_iterable(stack.begin(1)):  # the last minibatch is smaller
+        inputs, classes, masks = stack.minibatch(size)
         params = {name: p.clone().requires_grad_() for name, p in stack.params.items()}
         scores = logits(params, inputs, masks)
         loss = functional.cross_entropy(scores.flatten(0, 1), classes.flatten(), reduction="sum") / classes.shape[1]

@@ -11,7 +11,7 @@ from representations import projection, update_sketch
 from training.classifier import Models
 from training.kernels import Updates
 from training.projections import Blocks, ProjectionStack, count_parameters, project, train_projections
-from training.stacks import CLIP, Schedule, Split, dropout_masks, stream, train
+from training.stacks import CLIP, Schedule, Split, dropout_masks, random_bits, stream, train
 
 CLASSES, HIDDEN, SIZE = 4, (16, 16), 8
 SHAPES = [(2, 12, 10), (1, 9, 11), (2, 12, 10), (3, 8, 14)]  # the first and the third are one product
@@ -114,7 +114,8 @@ def plain_losses(network, y, split, run, seed, epochs, dropout):
         order = torch.randperm(len(split.train), generator=stream(seed, run, "order", epoch))
         generator = stream(seed, run, "dropout", epoch)
         for rows in split.train[order].split(32):
-            masks = dropout_masks(dropout, (len(HIDDEN), len(rows), HIDDEN[0]), [generator], torch.float64)[0]
+            bits = random_bits(len(HIDDEN) * HIDDEN[0] * len(rows), [generator]).view(len(HIDDEN), len(rows), HIDDEN[0])
+            masks = dropout_masks(dropout, bits, torch.float64)
             optimiser.zero_grad()
             functional.cross_entropy(network(rows, masks), y[rows]).backward()
             optimiser.step()

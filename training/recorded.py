@@ -13,6 +13,7 @@ from contextlib import suppress
 import torch
 
 capturing = threading.Lock()  # held while a thread records: a process records one step at a time
+of_thread = threading.local()  # ``graph``: the last one that a thread recorded
 
 
 class Recorded:
@@ -31,7 +32,7 @@ class Recorded:
 
     def __init__(self, function: Callable[[], None], device: torch.device, generators: Sequence[torch.Generator] = ()):
         self.function, self.generators = function, generators
-        self.records = device.type == "cuda"
+        self.records = is_recorded(device)
         self.begun = False
         self._repeat: Callable[[], None] | None = None
 
@@ -42,20 +43,34 @@ class Recorded:
             self.function()
             return
         if self._repeat is None:
-            self._repeat = record(self.function, self.generators)
+            try:
+                self._repeat = record(self.function, self.generators)
+            except torch.OutOfMemoryError:  # memory that is kept for reuse cannot be given back during a recording
+                self.records = False
+                self.function()
+                return
         self._repeat()
+
+
+def is_recorded(device: torch.device) -> bool:
+    """Return whether steps on a device are recorded."""
+    return device.type == "cuda"
 
 
 def record(function: Callable[[], None], generators: Sequence[torch.Generator]) -> Callable[[], None]:
     """Record a function as a CUDA graph on this thread's stream, which must not be the default one; return its replay.
 
-    Other threads may go on meanwhile, but must not wait for the whole device: see `capturing`.
+    Other threads may go on meanwhile, but must not wait for the whole device: see `capturing`. The recordings of a
+    thread share the memory of what lives within a step only, so they must not be repeated by two threads at once. The
+    last graph is kept for the sake of that memory: given back, it would not be found again before the device is full,
+    and while a thread records nothing can be given back.
     """
     graph = torch.cuda.CUDAGraph()
     for generator in generators:
         graph.register_generator_state(generator)
+    last = getattr(of_thread, "graph", None)
     with capturing:
-        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_begin(None if last is None else last.pool(), capture_error_mode="thread_local")
         try:
             function()
         except BaseException:
@@ -63,4 +78,6 @@ def record(function: Callable[[], None], generators: Sequence[torch.Generator]) 
                 graph.capture_end()
             raise
         graph.capture_end()
+        of_thread.graph = graph  # the last one may end here, so under the lock
+        del last
     return graph.replay

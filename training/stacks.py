@@ -18,6 +18,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -29,9 +30,12 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
 from training.memory import is_out_of_memory
-from training.recorded import Recorded
+from training.recorded import Recorded, capturing
 
 NUMBERS_AT_ONCE = 2**24  # worked on at a time where there may be many: 64 MiB in float32
+DRAWN_AT_ONCE = 2**22  # random numbers of 16 bits that a GPU draws at a time for each run: 8 MiB
+CPU = torch.device("cpu")
+VALIDATION = "validation"  # a step that is recorded beside those of minibatches
 CLIP = 10.0  # standardised inputs beyond ten standard deviations are outliers of a heavy tail, not information
 
 
@@ -51,8 +55,8 @@ def seed_of(*key: object) -> int:
 def stream(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a torch generator seeded by its key; see `seed_of`.
 
-    Numbers from a CPU generator are the same whatever device trains; those drawn at every step (dropout, noise) come
-    from the device itself, which would else wait for them.
+    Numbers from a CPU generator are the same whatever device trains. Initial parameters, dropout and noise come from
+    the device itself, which would else wait for them: a CPU and a GPU train other models, as other seeds would.
     """
     return torch.Generator(device).manual_seed(seed_of(*key) % 2**64)
 
@@ -91,11 +95,17 @@ def dropout_masks(rate: float, bits: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.le(bits, kept - 1 - 2**15, out=masks).mul_(2**16 / kept)
 
 
+def drawn_at_once(device: torch.device) -> int:
+    """Return how many random numbers of a run to draw at a time: on a CPU a minibatch's, which stay in its caches."""
+    return 1 if device.type == "cpu" else DRAWN_AT_ONCE
+
+
 class Minibatches:
     """The minibatches of an epoch: rows and random bits of each, in tensors that stay where they are.
 
     A step asks for the `next` one, which it finds by a counter on the device; so a step can be repeated from a
-    recording (see `training.recorded`). What a run draws does not depend on how many minibatches are drawn at a time.
+    recording (see `training.recorded`). A GPU draws several at a time, as many whatever runs there are, since its
+    numbers depend on that; a CPU's do not.
 
     Args:
         train_rows: Row indices, int64[n], on the device.
@@ -111,9 +121,8 @@ class Minibatches:
         self.train_rows, self.seed, self.runs, self.bits = train_rows, seed, runs, bits
         count, device = len(train_rows), train_rows.device
         self.sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
-        # On a CPU one at a time, which stays in its caches.
-        numbers = len(runs) * sum(of(self.sizes[0]) for of in bits.values())
-        self.at_once = 1 if device.type == "cpu" else min(len(self.sizes), rows_at_once(max(1, numbers)))
+        numbers = max([1, *(of(self.sizes[0]) for of in bits.values())])
+        self.at_once = min(len(self.sizes), rows_at_once(numbers, drawn_at_once(device)))
         self.place = torch.zeros(1, dtype=torch.int64, device=device)
         self.rows = train_rows.new_empty(len(runs), self.at_once, self.sizes[0])
         self.words = {  # of 64 bits
@@ -170,9 +179,12 @@ class Split:
         return Split(self.train.to(device), self.validation.to(device), self.test.to(device))
 
 
-def rows_at_once(numbers_in_a_row: int, numbers_at_once: int = NUMBERS_AT_ONCE) -> int:
-    """Return the number of rows to work on at a time, so that copies of them stay small."""
-    return max(1, numbers_at_once // numbers_in_a_row)
+def rows_at_once(numbers_in_a_row: int, numbers_at_once: int = NUMBERS_AT_ONCE, device: torch.device = CPU) -> int:
+    """Return the number of rows to work on at a time, so that copies of them stay small; four times as many on a GPU.
+
+    A GPU has the memory, and its kernels take time to start.
+    """
+    return max(1, (1 if device.type == "cpu" else 4) * numbers_at_once // numbers_in_a_row)
 
 
 def standardise(x: Tensor, train_rows: Tensor, numbers_at_once: int = NUMBERS_AT_ONCE) -> Tensor:
@@ -186,7 +198,7 @@ def standardise(x: Tensor, train_rows: Tensor, numbers_at_once: int = NUMBERS_AT
     Returns:
         A new tensor, float32[..., N, F].
     """
-    length = rows_at_once(x.numel() // x.shape[-2], numbers_at_once)
+    length = rows_at_once(x.numel() // x.shape[-2], numbers_at_once, x.device)
     return scaled(x, *mean_and_scale(x[..., rows, :] for rows in train_rows.split(length)))
 
 
@@ -470,11 +482,12 @@ class Trained:
         all_in_order = torch.equal(model, torch.arange(len(self.epochs)))
         device = next(iter(self.state.values())).device
         here, there = position.to(device), model.to(device)
-        for name, tensor in (network.params | network.buffers).items():
-            if all_in_order:  # the common case in the first epochs, without the copy that indexing makes
-                self.state[name].copy_(tensor.detach())
-            elif len(position):
-                self.state[name][there] = tensor.detach()[here]
+        tensors = {name: tensor.detach() for name, tensor in (network.params | network.buffers).items()}
+        if all_in_order:  # the common case in the first epochs, without the copy that indexing makes
+            torch._foreach_copy_([self.state[name] for name in tensors], list(tensors.values()))
+        elif len(position):
+            for name, tensor in tensors.items():
+                self.state[name][there] = tensor[here]
         self.best_loss[model] = losses[improved]
         self.best_epoch[model] = epoch
         self.epochs[models] = epoch
@@ -501,12 +514,13 @@ def train(network, schedule: Schedule) -> Trained:
     best epoch is copied then and there, never referenced. A GPU records steps, anew where models leave or rates change.
 
     Args:
-        network: An object with ``params`` and ``buffers`` (dicts of tensors [M, ...]); ``begin(epoch)`` (draws an
-            epoch, a part at a time, and yields the rows of each minibatch of the part); ``gradients(size)`` (returns
-            gradients of the training losses of the next minibatch, which has so many rows, a tensor for each of
-            ``params``, which the next may write over; it is recorded, see `Recorded`); ``generators`` (of the device,
-            from which that draws); ``validation_losses()`` ([M]); and ``take(index)`` (keeps the models at these
-            positions, in this order).
+        network: An object with ``x`` (its inputs; a `Stored` that is not held keeps steps from being recorded);
+            ``params`` and ``buffers`` (dicts of tensors [M, ...]); ``begin(epoch)`` (draws an epoch, a part at a time,
+            and yields the rows of each minibatch of the part); ``gradients(size)`` (returns gradients of the training
+            losses of the next minibatch, which has so many rows, a tensor for each of ``params``, which the next may
+            write over; it is recorded, see `Recorded`); ``generators`` (of the device, from which that draws);
+            ``validation_losses()`` ([M]; recorded too); and ``take(index)`` (keeps the models at these positions, in
+            this order).
         schedule: Epochs, patience, learning rate and its decay.
 
     Raises:
@@ -514,25 +528,24 @@ def train(network, schedule: Schedule) -> Trained:
     """
     trained = Trained.begin(network)
     models = torch.arange(len(trained.epochs))  # the model at each position of the network
-    steps = _Steps(network, schedule)
     plateau = Plateau(len(models), schedule.lr, schedule.lr_patience, schedule.lr_factor)
-    for epoch in range(1, schedule.max_epochs + 1):
-        steps.take_epoch(epoch, plateau.rates)
-        with torch.no_grad():
-            losses = network.validation_losses().double().cpu()
-        if not torch.isfinite(losses).all():
-            raise FloatingPointError(f"training diverged: a validation loss of epoch {epoch} is not finite")
-        trained.update(network, models, losses, epoch)
-        plateau.update(losses)
+    with closing(_Steps(network, schedule)) as steps:
+        for epoch in range(1, schedule.max_epochs + 1):
+            steps.take_epoch(epoch, plateau.rates)
+            losses = steps.validation_losses()
+            if not torch.isfinite(losses).all():
+                raise FloatingPointError(f"training diverged: a validation loss of epoch {epoch} is not finite")
+            trained.update(network, models, losses, epoch)
+            plateau.update(losses)
 
-        going = (epoch - trained.best_epoch[models] < schedule.patience).nonzero().squeeze(1)
-        if len(going) == 0:
-            break
-        order = going[torch.argsort(plateau.rates[going], stable=True)]  # equal rates are neighbours: see `Adam`
-        if not torch.equal(order, torch.arange(len(models))):
-            models = models[order]
-            for part in (network, steps, plateau):
-                part.take(order)
+            going = (epoch - trained.best_epoch[models] < schedule.patience).nonzero().squeeze(1)
+            if len(going) == 0:
+                break
+            order = going[torch.argsort(plateau.rates[going], stable=True)]  # equal rates are neighbours: see `Adam`
+            if not torch.equal(order, torch.arange(len(models))):
+                models = models[order]
+                for part in (network, steps, plateau):
+                    part.take(order)
     return trained
 
 
@@ -541,28 +554,57 @@ class _Steps:
 
     def __init__(self, network, schedule: Schedule):
         self.network, self.optimiser = network, Adam(network.params, schedule.weight_decay)
-        self.device = next(iter(network.params.values())).device
+        like = next(iter(network.params.values()))
+        self.losses = like.detach().new_empty(len(like))  # of the validation
+        # What is read from storage at each step cannot be recorded.
+        self.stored = isinstance(network.x, Stored) and network.x.ready() is None
         self.done, self.rates = 0, None
-        self.recorded: dict[int, Recorded] = {}
+        self.recorded: dict[int | str, Recorded] = {}  # by the rows of a minibatch, and `VALIDATION`
 
     def take_epoch(self, epoch: int, rates: Tensor) -> None:
         """Make the steps of an epoch at these rates, float64[M]."""
         if self.rates is None or not torch.equal(self.rates, rates):
             self.rates = rates.clone()
-            self.recorded.clear()
+            self._forget([name for name in self.recorded if name != VALIDATION])
             self.optimiser.begin(rates, self.done)
         for sizes in self.network.begin(epoch):
             for size in sizes:
-                if size not in self.recorded:
-                    step = partial(self._step, size)
-                    self.recorded[size] = Recorded(step, self.device, self.network.generators)
-                self.recorded[size]()
+                self._repeat(size, partial(self._step, size), self.network.generators)
             self.done += len(sizes)
+
+    def validation_losses(self) -> Tensor:
+        """Return the validation losses of the models, float64[M] on the CPU."""
+        if len(self.losses) != len(self.rates):
+            self.losses = self.losses.new_empty(len(self.rates))
+        self._repeat(VALIDATION, self._validate)
+        return self.losses.double().cpu()
 
     def _step(self, size: int) -> None:
         self.optimiser.step(self.network.params, self.network.gradients(size))
 
+    @torch.no_grad()
+    def _validate(self) -> None:
+        self.losses.copy_(self.network.validation_losses())
+
+    def _repeat(self, name: int | str, function: Callable[[], None], generators: Sequence = ()) -> None:
+        """Do a step, recorded under a name."""
+        if name not in self.recorded:
+            self.recorded[name] = Recorded(function, self.losses.device, generators)
+            self.recorded[name].records &= not self.stored
+        self.recorded[name]()
+
+    def _forget(self, names: Iterable[int | str]) -> None:
+        """Drop recordings; not while another thread makes one, which registers with what these register with."""
+        with capturing:
+            for name in names:
+                del self.recorded[name]
+
     def take(self, index: Tensor) -> None:
         """Keep the models at these positions, in this order."""
         self.optimiser.take(index)
-        self.rates = None  # what is recorded knows the models
+        self.rates = None
+        self.close()
+
+    def close(self) -> None:
+        """Drop all recordings; they refer to these steps, which would else stay with all their tensors."""
+        self._forget(list(self.recorded))
