@@ -1,6 +1,6 @@
 """A collection in the shape of Stable Diffusion 1.5 LoRAs, drawn at random: for timing, and for what can be planted.
 
-    python benchmarks/sd15_zoo.py N OUT [--seed 0]
+    python benchmarks/sd15_zoo.py N OUT [--seed 0] [--workers 1]
 
 Rank-one LoRAs of the query and value projections of all 32 attentions (Rombach et al., 2022): 64 modules, 128
 matrices, 99,648 numbers, 0.4 MB a file, as ``OUT/<class>/<number>.safetensors`` in float32, ten classes in turn.
@@ -23,7 +23,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -109,14 +110,27 @@ def draw(number: int, seed: int = 0) -> dict[str, np.ndarray]:
     return {name: values[places[name]].reshape(shape) for name, shape in SHAPES.items()}
 
 
-def write_zoo(out: Path, count: int, seed: int = 0) -> None:
-    """Write ``count`` LoRAs below ``out``, which must be empty or not there: else FileExistsError."""
+def write_lora(number: int, out: Path, seed: int) -> None:
+    """Write LoRA ``number`` below ``out``, in the folder of its class."""
+    save_file(draw(number, seed), out / str(number % CLASSES) / f"{number:06}.safetensors")
+
+
+def write_zoo(out: Path, count: int, seed: int = 0, workers: int = 1) -> None:
+    """Write ``count`` LoRAs below ``out`` by so many processes.
+
+    The folder must be empty or not there: else FileExistsError.
+    """
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; name another folder, or remove it")
     for concept in range(min(count, CLASSES)):
         (out / str(concept)).mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        save_file(draw(number, seed), out / str(number % CLASSES) / f"{number:06}.safetensors")
+    write = partial(write_lora, out=out, seed=seed)
+    if workers == 1:
+        for number in range(count):
+            write(number)
+        return
+    with get_context("fork").Pool(workers) as pool:  # workers have what is imported here
+        pool.map(write, range(count), chunksize=20)
 
 
 def main() -> None:
@@ -125,10 +139,11 @@ def main() -> None:
     parser.add_argument("count", metavar="N", type=int, help="number of LoRAs, 0.4 MB each")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must be empty or not there")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other LoRAs and directions (0)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that write (1)")
     args = parser.parse_args()
     start = time.perf_counter()
     try:
-        write_zoo(args.out, args.count, args.seed)
+        write_zoo(args.out, args.count, args.seed, args.workers)
     except FileExistsError as error:
         sys.exit(f"error: {error}")
     seconds = time.perf_counter() - start

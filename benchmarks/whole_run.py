@@ -6,8 +6,12 @@
 
 Other flags go to the experiment, written with ``=``: ``--quick``, ``--device=cpu``, ``--num-runs=3``, and
 ``--controls=basic`` for the analysis and the classifiers trained for it, left out by default. It runs in a
-fresh output folder, so nothing is reused. Peak host memory (Linux) is the larger of this process's peak and of the sum
-over it and its workers, sampled every five seconds, with pages of mapped files that the system could drop.
+fresh output folder, so nothing is reused, unless ``--output-dir=`` names another. Peak host memory (Linux) is the larger
+of this process's peak and of the sum over it and its workers, sampled every five seconds, with pages of mapped files
+that the system could drop. Device peaks are of the first GPU: of tensors, and below the table of all that is held.
+
+A second table lists the units of work that threads of this process did, as all are on a GPU: seconds of a label are
+summed over its units, which run beside each other; "from" and "to" are seconds after the start.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from sd15_zoo import write_zoo
 import ablation_experiment
 from experiment.flags import BUILT_IN_SIZES
 from experiment.settings import count_cores
+from experiment.units import Outcome, Unit
 from loras import digits_zoo
 
 SAMPLE_SECONDS = 5.0
@@ -102,15 +107,64 @@ class Metered(ablation_experiment.Stopwatch):
         return "\n".join([*lines, f"{'the rest':<14}{rest:>9.1f}{rest / total:>8.1%}", f"{'total':<14}{total:>9.1f}"])
 
 
+class TimedUnits:
+    """The seconds of all units that threads of this process do, by label.
+
+    Replaces `Unit.attempt` while it is entered.
+    """
+
+    def __init__(self):
+        self.spans: dict[str, list[tuple[float, float]]] = {}  # (begin, end) of each, seconds after the start
+        self.threads: set[int] = set()
+        self.start, self.lock, self.attempt = time.perf_counter(), threading.Lock(), Unit.attempt
+
+    def __enter__(self) -> TimedUnits:
+        """Begin."""
+
+        def attempt(unit: Unit, device: torch.device) -> Outcome:
+            begin = time.perf_counter()
+            try:
+                return self.attempt(unit, device)
+            finally:
+                with self.lock:
+                    span = begin - self.start, time.perf_counter() - self.start
+                    self.spans.setdefault(unit.label, []).append(span)
+                    self.threads.add(threading.get_ident())
+
+        Unit.attempt = attempt
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End."""
+        Unit.attempt = self.attempt
+
+    def table(self) -> str:
+        """Format the labels, those that took longest first; empty where no unit was done here."""
+        lines = [f"{'units':<44}{'count':>6}{'seconds':>9}{'longest':>9}{'from':>8}{'to':>8}"]
+        totals = {label: sum(end - begin for begin, end in spans) for label, spans in self.spans.items()}
+        for label in sorted(totals, key=totals.get, reverse=True):
+            begins, ends = zip(*self.spans[label], strict=True)
+            longest = max(end - begin for begin, end in self.spans[label])
+            figures = f"{totals[label]:>9.1f}{longest:>9.1f}{min(begins):>8.1f}{max(ends):>8.1f}"
+            lines.append(f"{label[:43]:<44}{len(begins):>6}{figures}")
+        total = sum(totals.values())
+        lines.append(f"{'all':<44}{sum(map(len, self.spans.values())):>6}{total:>9.1f}, {len(self.threads)} threads")
+        return "\n".join(lines) if totals else ""
+
+
 def measured(arguments: list[str]) -> float:
     """Run the experiment, print its table of phases, and return its seconds."""
     print(f"$ python ablation_experiment.py {' '.join(arguments)}", flush=True)
     start = time.perf_counter()
-    code = ablation_experiment.main(arguments)
+    with TimedUnits() as units:
+        code = ablation_experiment.main(arguments)
     total = time.perf_counter() - start
     if code not in (0, 3):
         sys.exit(code)
-    print(f"\n{Metered.latest.table(total)}\n", flush=True)
+    print(f"\n{Metered.latest.table(total)}", flush=True)
+    if torch.cuda.is_available():
+        print(f"most device memory held: {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB in the last phase")
+    print(f"\n{units.table()}\n", flush=True)
     return total
 
 
@@ -133,7 +187,7 @@ def main() -> None:
         if args.count:
             dataset = str(Path(folder, "zoo"))
             start = time.perf_counter()
-            write_zoo(Path(dataset), args.count)
+            write_zoo(Path(dataset), args.count, workers=count_cores())
             print(f"{args.count} LoRAs written in {time.perf_counter() - start:.0f} s")
         elif dataset in BUILT_IN_SIZES and not Path("data", dataset).is_dir():
             digits_zoo.build(Path("data/built-in-digits", dataset), BUILT_IN_SIZES[dataset])
