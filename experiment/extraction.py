@@ -33,8 +33,6 @@ from representations import FEATURES, RANKING, UPDATES
 if TYPE_CHECKING:  # scipy is imported where it is called, with scikit-learn
     from scipy.sparse import csr_matrix
 
-    from experiment.resident import Raw
-
 CHUNK_NUMBERS = 2**22  # weights worked on at once, 16 MiB
 SHARD_NUMBERS = 2**24  # features and packed weights of files, held and then written together: 64 MiB
 PASS_THREADS = 8  # threads at most, each with a shard in memory
@@ -83,20 +81,25 @@ class Extracted:
         return f"{self.fingerprint}/{name}-{self.suffix}"
 
     def factor_reader(
-        self, collection: Collection, weights: Raw | None = None
+        self, collection: Collection, read_packed: Callable[..., np.ndarray | torch.Tensor] | None = None
     ) -> Callable[[int, np.ndarray | None], tuple[torch.Tensor, ...]]:
         """Return a reader of updates: from a module's position and row indices int64[n] (None: all) to their factors.
 
-        They are read from ``weights``, where given, and then not to be written to. They are down float32[n, r, in],
-        up float32[n, out, r] and scale float32[n]. Where ranks differ, r is the largest, and missing rows and columns
-        are 0. ``WEIGHTS`` and ``UPDATES`` are to have been extracted.
+        These are down float32[n, r, in], up float32[n, out, r] and scale float32[n]. Where ranks differ, r is the
+        largest, and missing rows and columns are 0. ``WEIGHTS`` and ``UPDATES`` are to have been extracted.
+
+        Args:
+            collection: The LoRAs.
+            read_packed: Reads the packed weights, as `Shards.read` does; what it returns is not written to. None: from
+                where they are stored.
         """
-        packed, scales, layout = weights or self.weights(), self.load(UPDATES)[..., 2].copy(), collection.packed_layout
+        scales, layout = self.load(UPDATES)[..., 2].copy(), collection.packed_layout
+        read_packed = read_packed or self.weights().read
         shapes, columns = [layer.shape for layer in layout.layers], layout.columns
 
         def read(module: int, rows: np.ndarray | None = None) -> tuple[torch.Tensor, ...]:
             pair = 2 * module, 2 * module + 1  # in the network's order a module's up follows its down
-            flat = (torch.as_tensor(packed.read(rows, columns[layer])) for layer in pair)
+            flat = (torch.as_tensor(read_packed(rows, columns[layer])) for layer in pair)
             down, up = (x.unflatten(1, shapes[layer]) for x, layer in zip(flat, pair, strict=True))
             return down, up, torch.from_numpy(scales[slice(None) if rows is None else rows, module])
 

@@ -213,8 +213,8 @@ class Inputs:
         wait_for_stream(device)
         self.raw = Raw(self.weights.packed, device)
         self.learned = Learned(description, self.weights, self.split, self.raw)
-        whole = None if self.weights.sketched else self.raw
-        self.modules = Modules(description, self.pairs, device, mapped=in_worker, raw=whole)
+        read_packed = None if self.weights.sketched else self.raw.read
+        self.modules = Modules(description, self.pairs, device, mapped=in_worker, read_packed=read_packed)
         kept = 1 if in_worker and device.type == "cpu" else KEPT_SOURCES[device.type]
         self._sources = Latest(device, kept, SOURCES_SHARE * memory_of(device))
         self._flat_weights = Once(self._store_flat_weights, device)

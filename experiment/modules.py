@@ -8,6 +8,7 @@ Shape letters: N LoRAs, P modules, r rank, W numbers of all factors.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import cached_property, partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ import torch
 from data import Collection
 from experiment import networks, store
 from experiment.networks import Module
-from experiment.resident import Once, Raw
+from experiment.resident import Once
 from experiment.samples import Samples
 from experiment.units import Unit
 from representations import FEATURES, UPDATES
@@ -40,7 +41,7 @@ class Modules:
         pairs: Positions of the P modules among those of the files, int64[P].
         device: Where they are computed.
         mapped: Whether what workers share is mapped, as workers do, or read.
-        raw: The weights; None: they are read from where they are stored.
+        read_packed: Reads the packed weights, see `Extracted.factor_reader`.
 
     Threads share them, see `experiment.resident`.
     """
@@ -51,10 +52,10 @@ class Modules:
         pairs: np.ndarray,
         device: torch.device,
         mapped: bool = False,
-        raw: Raw | None = None,
+        read_packed: Callable[..., np.ndarray | torch.Tensor] | None = None,
     ):
         self.description, self.pairs, self.device = description, pairs.tolist(), device
-        self.mapped, self.raw = mapped, raw
+        self.mapped, self.read_packed = mapped, read_packed
         self.samples, self.rows = description.samples, description.rows
         self.extracted, self.units, self.seed = description.extracted, description.units, description.settings.seed
         self._kernels: dict[str, UpdateKernels] = {}
@@ -82,7 +83,8 @@ class Modules:
         return self._kernels_of(UNLABELLED, None, Limits(kept=0, exact=EXACT, landmarks=LANDMARKS))
 
     def _kernels_of(self, name: str, labels: np.ndarray | None, limits: Limits) -> UpdateKernels:
-        read, pairs = self.extracted.factor_reader(self.samples, self.raw), self.pairs  # no reference to this object
+        pairs = self.pairs
+        read = self.extracted.factor_reader(self.samples, self.read_packed)  # no reference to this object
         return UpdateKernels(
             lambda p, rows: read(pairs[p], rows),
             len(pairs),
@@ -163,7 +165,7 @@ class Modules:
 
         What is told of a module does not depend on how its update is factorised, nor on its size; zero updates are 0.
         """
-        read = self.extracted.factor_reader(self.samples, self.raw)
+        read = self.extracted.factor_reader(self.samples, self.read_packed)
         width = sum(module.numbers for module in self.shapes)
         factors = torch.zeros(self.samples.count, width, device=self.device)
         end = 0

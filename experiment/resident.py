@@ -1,4 +1,4 @@
-"""What the threads of a device share: values that one of them makes once, and raw weights that stay on a GPU.
+"""Values that the threads of a device share, each made by one of them, and raw weights that stay on a GPU.
 
 Each thread of a GPU has a stream of its own, and streams wait for nobody. Hence two rules:
 

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "training": set(),
     "analysis": set(),
     "report": set(),
-    "representations": set(),
+    "representations": {"training"},
     "data": {"loras"},
     "autoencoders": {"training"},
     "experiment": {"data", "representations", "autoencoders", "loras", "training", "analysis"},

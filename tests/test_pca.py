@@ -80,6 +80,17 @@ def test_of_many_rows_explains_what_an_exact_one_does(kind, shape):
     assert torch.equal(again.transform(rows), pca.transform(x)) and rows.largest <= sizes["numbers_at_once"]
 
 
+@pytest.mark.parametrize("kind", ["noise", "strong"])
+def test_a_gpus_products_in_float64_find_the_same(kind):
+    x, k = spectrum(kind, 300, 420) + 2, 5
+    single = PCA(k, gram_side=100).fit(x)
+    double = PCA(k, gram_side=100, products=torch.float64).fit(x)
+    assert double.passes_ == single.passes_
+    close(double.explained_variance_, single.explained_variance_, rtol=1e-5)
+    assert not torch.equal(double.components_, single.components_)
+    close(double.explained_variance_.sum(), PCA(k).fit(x).explained_variance_.sum(), rtol=1e-3)
+
+
 @pytest.mark.parametrize("shape", [(30, 80), (80, 30)])
 def test_of_few_rows_or_columns_is_exact_for_row_blocks_too(shape):
     x = gaussian(*shape)

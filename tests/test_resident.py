@@ -11,9 +11,18 @@ import torch
 from making import write_collection
 from test_ablation_experiment import run
 
-from experiment import resident, store
-from experiment.inputs import StoredRows
+from data import index_collection
+from experiment import inputs, resident, store
+from experiment.arrays import WEIGHTS
+from experiment.engine import Engine
+from experiment.extraction import extract
+from experiment.flags import parse_arguments
+from experiment.inputs import Source, StoredRows
+from experiment.phases import Experiment, split_collection
 from experiment.resident import Latest, Once, Raw
+from experiment.settings import resolve
+from training import stacks
+from training.stacks import Stored, filled
 
 CPU, SLOW = torch.device("cpu"), pytest.mark.slow
 
@@ -175,6 +184,66 @@ def test_a_cpu_reads_what_it_needs_and_a_gpu_keeps_at_most_a_quarter_of_its_memo
     assert resident.RAW_SHARE == {"cpu": 0.0, "cuda": 0.25}
 
 
+# -- inputs of several threads -----------------------------------------------------------------------------------------
+
+SOURCES = [Source(name) for name in ("stats", "flat_vec", "coupling", "update_sketch")]
+
+
+@pytest.fixture
+def opened(tmp_path, monkeypatch):
+    """Inputs as the threads of a GPU share them, on a CPU."""
+    monkeypatch.setattr(inputs, "KEPT_SOURCES", {"cpu": 5})
+    collection = index_collection(write_collection(tmp_path / "small", classes=2, per_class=6))
+    settings = resolve(parse_arguments(["--quick", "--device=cpu"]))
+    kept, rows = np.ones(len(collection.layers), bool), split_collection(collection, settings.seed)
+    extracted = extract(collection, ["stats", "coupling", "update_sketch", WEIGHTS], tmp_path, CPU)
+    return Experiment(settings, collection, kept, rows, extracted, Engine([CPU]), lambda *_: None).inputs
+
+
+def test_four_threads_at_work_on_four_representations_read_each_once(opened, monkeypatch):
+    read, real = [], opened._read
+    monkeypatch.setattr(opened, "_read", lambda source: read.append(source.name) or real(source))
+    begin = threading.Barrier(4)
+
+    def work(number):
+        begin.wait()
+        ours = [SOURCES[(number + i) % 4] for i in range(20)]
+        return {source.name: id(opened.read(source)) for source in ours}
+
+    with ThreadPoolExecutor(4) as threads:
+        first, *others = threads.map(work, range(4))
+    assert all(other == first for other in others)
+    assert sorted(read) == sorted(source.name for source in SOURCES)
+    opened.release()
+    assert {source.name: id(opened.read(source)) for source in SOURCES}.keys() == first.keys() and len(read) == 8
+
+
+def test_reading_a_source_holds_up_no_thread_whose_source_is_there(opened, monkeypatch):
+    there, real, may_end = opened.read(SOURCES[0]), opened._read, threading.Event()
+    monkeypatch.setattr(opened, "_read", lambda source: may_end.wait(10) and real(source))
+    with ThreadPoolExecutor(1) as threads:
+        slow = threads.submit(opened.read, SOURCES[2])
+        assert opened.read(SOURCES[0]) is there and not slow.done()
+        may_end.set()
+        assert slow.result().shape[1] == len(there[0])
+
+
+def test_stored_rows_are_complete_before_a_second_thread_gets_them(monkeypatch):
+    """A source may be a tensor on the device, of which a minibatch is a part."""
+    waits = []
+    monkeypatch.setattr(stacks, "wait_for_stream", waits.append)
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    held = Stored(lambda rows: x[rows], (20, 3), torch.arange(10), partial(filled, device=CPU))
+    with ThreadPoolExecutor(4) as threads:
+        ready = list(threads.map(lambda _: held.ready(), range(4)))
+    assert waits == [CPU] and len({id(matrix) for matrix in ready}) == 1
+    rows, streamed = torch.tensor([[3, 15]]), Stored(lambda rows: x[rows], (20, 3), torch.arange(10), None)
+    assert streamed.ready() is None and streamed.ready() is None and waits == [CPU, CPU]
+    assert torch.equal(held.rows(rows), streamed.rows(rows))
+
+
+# -- the whole experiment ----------------------------------------------------------------------------------------------
+
 KEYS = ("layer_ranking", "baseline_results", "ablation_results")
 OF_WEIGHTS = "flat_vec,pca,vae,update_kernel"
 
@@ -188,7 +257,7 @@ OF_WEIGHTS = "flat_vec,pca,vae,update_kernel"
 )
 def test_an_experiment_on_weights_that_stay_has_the_same_numbers(one_core, tmp_path, monkeypatch, flags):
     root = write_collection(tmp_path / "small", classes=2, per_class=6, modules=3)
-    flags, held, filled = ("--top-k=1", "--quick", *flags), [], resident.filled
+    flags, held = ("--top-k=1", "--quick", *flags), []
     expected = run(tmp_path, root, *flags, out="stored")
     monkeypatch.setitem(resident.RAW_SHARE, "cpu", 1.0)
     monkeypatch.setattr(resident, "filled", lambda *args: held.append(0) or filled(*args))
