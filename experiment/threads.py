@@ -11,12 +11,13 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from training.recorded import capturing
 from training.stacks import start_thread
 
 _of_thread = threading.local()  # device and stream that this thread is prepared for
@@ -28,8 +29,9 @@ def call_on(device: torch.device, function: Callable[[], object]) -> object:
     Also where the function fails its stream is done when this returns.
     """
     if getattr(_of_thread, "device", None) != device:
-        start_thread(device)
-        _of_thread.stream = set_own_stream(device)
+        with capturing:
+            start_thread(device)
+            _of_thread.stream = set_own_stream(device)
         _of_thread.device = device
     try:
         return function()
@@ -39,11 +41,16 @@ def call_on(device: torch.device, function: Callable[[], object]) -> object:
 
 
 def set_own_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """Make a stream of a GPU, and have this thread work on it from now on; None on a CPU, which has none."""
+    """Make a stream of a GPU, and have this thread work on it from now on; None on a CPU, which has none.
+
+    What cuBLAS needs is made too, while no other thread records.
+    """
     if device.type != "cuda":
         return None
     stream = torch.cuda.Stream(device)
     torch.cuda.set_stream(stream)
+    with suppress(RuntimeError):  # where there is no memory now, the first product makes it
+        torch.cuda.current_blas_handle()
     return stream
 
 

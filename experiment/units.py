@@ -6,7 +6,6 @@ not fit the memory is trained in smaller ones and stays one unit.
 
 from __future__ import annotations
 
-import gc
 import os
 import socket
 import threading
@@ -26,7 +25,7 @@ from experiment import store
 from experiment.settings import UsageError, have_repeatable_products
 from experiment.threads import call_on, permits_of
 from training.memory import is_out_of_memory
-from training.recorded import capturing
+from training.recorded import release_memory
 
 PROGRAM = ("autoencoders", "data", "representations", "experiment", "loras", "training")  # of which workers run
 LOSSES = 3  # of workers at a unit, after which it is given up
@@ -226,7 +225,7 @@ def _within_memory(compute: Callable[[list], dict], stack: list, device: torch.d
     with suppress(OutOfMemory), permits.beside_others():
         return _computed(compute, stack, len(stack))
     with permits.alone():
-        _release_memory()
+        release_memory()
         return _in_parts(compute, stack)
 
 
@@ -247,7 +246,7 @@ def _in_parts(compute: Callable[[list], dict], stack: list) -> dict[str, np.ndar
         except OutOfMemory:
             if len(part) == 1:
                 raise
-        _release_memory()  # here, and not while the exception still holds what was allocated
+        release_memory()  # here, and not while the exception still holds what was allocated
         at_once = len(part) // 2
     return {name: np.concatenate([arrays[name] for arrays in parts]) for name in parts[0]}
 
@@ -255,10 +254,3 @@ def _in_parts(compute: Callable[[list], dict], stack: list) -> dict[str, np.ndar
 def _computed(compute: Callable[[list], dict], part: list, at_once: int) -> dict[str, np.ndarray]:
     with one_memory_error():
         return compute(part) | {"stack": np.full(len(part), at_once)}
-
-
-def _release_memory() -> None:
-    """Give back what nothing refers to any more, but in circles, and what torch keeps of a GPU's memory for later."""
-    gc.collect()
-    with capturing:
-        torch.cuda.empty_cache()

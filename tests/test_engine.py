@@ -194,6 +194,16 @@ def test_a_stream_is_done_before_an_error_is_told(streams):
     engine.close()
 
 
+def test_a_worker_of_a_cluster_has_a_stream_for_its_gpu(tmp_path, streams, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "chosen by the user")
+    task = partial(finish_elsewhere, notes=tmp_path, kind="cuda", program=program_digest())
+    assert not any(outcome.failure for _, outcome in (task(unit(tmp_path, name)) for name in "ab"))
+    assert [(stream.device.type, stream.synchronised) for stream in streams] == [("cuda", 2)]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == "chosen by the user"
+    threads.call_on(CPU, lambda: None)  # this thread is one of a CPU again
+
+
 def test_support_vector_machines_beside_a_gpu_hold_up_nobody_and_are_told_as_they_come(tmp_path, streams):
     """Each waits for one of the other kind, and outcomes are written before the slowest has ended."""
     gpu = torch.device("cuda", 0)
@@ -242,7 +252,7 @@ def test_a_fault_beside_a_gpu_ends_the_job_while_others_are_at_work(tmp_path, st
 
 
 def test_a_unit_that_is_out_of_memory_beside_others_is_done_again_alone(tmp_path, streams):
-    """Several of them, and some support vector machines; no stack is smaller for what was beside it; only what never fits is."""
+    """Several of them, some of support vector machines: no stack is smaller for what was beside it."""
     at_work, most, lock, first = [], [], threading.Lock(), threading.Barrier(4, timeout=30)
 
     def compute(device, stack, name, alone_only, fits=9):

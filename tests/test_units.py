@@ -7,6 +7,7 @@ import torch
 from experiment import store
 from experiment.plans import TrainingError
 from experiment.units import LARGE, OutOfMemory, Unit, Units, one_memory_error
+from training import recorded
 from training.memory import is_out_of_memory
 
 ARRAYS = {"a": np.arange(6.0).reshape(2, 3), "b": np.array([True, False])}
@@ -76,6 +77,26 @@ def test_other_errors_stay_what_they_are(error):
 def test_an_error_of_ours_that_quotes_the_allocator_stays_itself():
     with pytest.raises(TrainingError), one_memory_error():
         raise TrainingError("out of memory with one model at a time: DefaultCPUAllocator: CUDA error: out of memory")
+
+
+class BrokenOff:
+    """A recording whose end fails too, as after an error inside it."""
+
+    def capture_begin(self, *_, **__):
+        pass
+
+    def capture_end(self):
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+def test_want_of_memory_inside_a_recording_is_told_and_not_how_that_ended(monkeypatch):
+    def step():
+        raise torch.OutOfMemoryError("Tried to allocate a lot.")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", BrokenOff)
+    with pytest.raises(OutOfMemory, match="a lot"), one_memory_error():
+        recorded.record(step, [])
+    assert not recorded.capturing.locked()
 
 
 def test_a_stack_that_does_not_fit_is_trained_in_halves_and_stays_one_unit(tmp_path):

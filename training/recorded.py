@@ -6,6 +6,7 @@ Starting some hundred small kernels from Python takes longer than most of them t
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -81,3 +82,10 @@ def record(function: Callable[[], None], generators: Sequence[torch.Generator]) 
         of_thread.graph = graph  # the last one may end here, so under the lock
         del last
     return graph.replay
+
+
+def release_memory() -> None:
+    """Give back what nothing refers to any more, but in circles, and what torch keeps of a GPU's memory for later."""
+    with capturing:
+        gc.collect()
+        torch.cuda.empty_cache()
