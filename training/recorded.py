@@ -13,8 +13,10 @@ from contextlib import suppress
 
 import torch
 
+from training.memory import is_out_of_memory
+
 capturing = threading.Lock()  # held while a thread records: a process records one step at a time
-of_thread = threading.local()  # ``graph``: the last one that a thread recorded
+_last: dict[int, torch.cuda.CUDAGraph] = {}  # by thread, the last one that it recorded
 
 
 class Recorded:
@@ -46,11 +48,11 @@ class Recorded:
         if self._repeat is None:
             try:
                 self._repeat = record(self.function, self.generators)
-            except torch.OutOfMemoryError:  # memory that is kept for reuse cannot be given back during a recording
+            except RuntimeError as error:  # memory that is kept for reuse cannot be given back during a recording
+                if not is_out_of_memory(error):
+                    raise
                 self.records = False
-                self.function()
-                return
-        self._repeat()
+        (self._repeat or self.function)()
 
 
 def is_recorded(device: torch.device) -> bool:
@@ -69,8 +71,8 @@ def record(function: Callable[[], None], generators: Sequence[torch.Generator]) 
     graph = torch.cuda.CUDAGraph()
     for generator in generators:
         graph.register_generator_state(generator)
-    last = getattr(of_thread, "graph", None)
     with capturing:
+        last = _last.get(threading.get_ident())
         graph.capture_begin(None if last is None else last.pool(), capture_error_mode="thread_local")
         try:
             function()
@@ -79,13 +81,14 @@ def record(function: Callable[[], None], generators: Sequence[torch.Generator]) 
                 graph.capture_end()
             raise
         graph.capture_end()
-        of_thread.graph = graph  # the last one may end here, so under the lock
+        _last[threading.get_ident()] = graph  # the one before may end here, so under the lock
         del last
     return graph.replay
 
 
 def release_memory() -> None:
-    """Give back what nothing refers to any more, but in circles, and what torch keeps of a GPU's memory for later."""
+    """Give back a GPU's memory: of last graphs, of what refers to itself in circles, and what torch keeps for later."""
     with capturing:
+        _last.clear()
         gc.collect()
         torch.cuda.empty_cache()
