@@ -221,7 +221,9 @@ class Draws:
 
     def __init__(self, seed: int, name: str, like: Tensor):
         self.seed, self.name, self.like = seed, name, like
-        self.generators = {purpose: torch.Generator(like.device) for purpose in ("noise", "latent", "dropout")}
+        self.generators = {
+            purpose: stream(seed, name, purpose, device=like.device) for purpose in ("noise", "latent", "dropout")
+        }
 
     def begin(self, epoch: int) -> None:
         """Begin the streams of an epoch."""
@@ -338,18 +340,19 @@ class AutoencoderStack:
     def _draw_parameters(self) -> None:
         """Draw the initial parameters, the same for all models, and set batch norm's running statistics."""
         x, models = self.x, len(self.x)
-        generator = stream(self.seed, self.name, "init")
+        generator = stream(self.seed, self.name, "init", device=x.device)
         shapes = parameter_shapes(self.name, x.shape[2], self.hidden)
         self.params: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
         for key, shape in shapes.items():
             layer, part = key.split(".")
             if part in ("scale", "shift"):
-                value = torch.full(shape, float(part == "scale"), dtype=x.dtype)
+                value = x.new_full(shape, float(part == "scale"))
             else:  # torch's default for a linear layer
                 fan_in = shapes[f"{layer}.weight"][0]
-                value = (torch.rand(shape, generator=generator, dtype=x.dtype) * 2 - 1) * fan_in**-0.5
-            self.params[key] = value.to(x.device).repeat(models, 1, 1).requires_grad_()
+                value = torch.rand(shape, generator=generator, dtype=x.dtype, device=x.device)
+                value = (value * 2 - 1) * fan_in**-0.5
+            self.params[key] = value.repeat(models, 1, 1).requires_grad_()
             if part == "scale":
                 self.buffers[f"{layer}.mean"] = x.new_zeros(models, *shape)
                 self.buffers[f"{layer}.variance"] = x.new_ones(models, *shape)
@@ -357,8 +360,9 @@ class AutoencoderStack:
     def _fixed_noise(self) -> Tensor:
         """Draw the noise of the validation rows, float[views, V, in]."""
         shape = (self.kind.views, len(self.split.validation), self.x.shape[2])
-        generator = stream(self.seed, self.name, "validation views")
-        return self.kind.noise * torch.randn(shape, generator=generator, dtype=self.x.dtype).to(self.x.device)
+        device = self.x.device
+        generator = stream(self.seed, self.name, "validation views", device=device)
+        return self.kind.noise * torch.randn(shape, generator=generator, dtype=self.x.dtype, device=device)
 
     def take(self, index: Tensor) -> None:
         """Keep the models at these positions, in this order."""

@@ -26,11 +26,19 @@ class OneDevice(TorchDispatchMode):
     """Fails at an operation that takes tensors of two devices where a GPU would.
 
     Allowed are copies, indices on the CPU into what lies on the device, and numbers (of no dimension) on the CPU, but
-    not in the fused Adam, whose kernel reads the count of steps where the weights are.
+    not in the fused Adam, whose kernel reads the count of steps where the weights are. Within what is ``recorded`` all
+    tensors are on the device: it waits for no copy.
     """
+
+    recorded = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, looked_at = kwargs or {}, (args, kwargs)
+        if self.recorded:
+            result = func(*args, **kwargs)
+            devices = {leaf.device for leaf in tree_leaves((looked_at, result)) if isinstance(leaf, Tensor)}
+            assert devices <= {META}, f"{func} takes tensors of {devices} within a recording"
+            return result
         if func is ops.copy_.default or (func is ops.index.Tensor and args[0].device == META):
             looked_at = ()
         leaves = [leaf for leaf in tree_leaves(looked_at) if isinstance(leaf, Tensor)]

@@ -165,12 +165,14 @@ def initial_parameters(
     """
     fan_in = {"norm_bias0": 1, "embedding": NORM_HIDDEN, "class_bias": hidden}
     runs, position = torch.unique(models.run, return_inverse=True)
+    position = position.to(like.device)
+    how = {"device": like.device, "dtype": like.dtype}
     params = {}
     for name, shape in parameter_shapes(modules, num_classes, hidden).items():
         scale = fan_in.get(name, shape[-2]) ** -0.5
-        generators = [stream(seed, run, "attention init", name) for run in runs.tolist()]
-        draws = [torch.rand(shape, generator=generator, dtype=like.dtype) * 2 - 1 for generator in generators]
-        params[name] = (torch.stack(draws) * scale).to(like.device)[position]
+        generators = [stream(seed, run, "attention init", name, device=like.device) for run in runs.tolist()]
+        draws = torch.stack([torch.rand(shape, generator=generator, **how) for generator in generators])
+        params[name] = draws.mul_(2).sub_(1).mul_(scale)[position]
     return params
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -72,8 +73,11 @@ def record(function: Callable[[], None], generators: Sequence[torch.Generator]) 
         graph.capture_begin(None if last is None else last.pool(), capture_error_mode="thread_local")
         try:
             function()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # of a recording that broke off; the first error says why
+                graph.capture_end()
+            raise
+        graph.capture_end()
         of_thread.graph = graph  # the last one may end here, so under the lock
         del last
     return graph.replay

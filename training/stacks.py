@@ -248,6 +248,15 @@ def filled(shape: tuple[int, int], blocks: Callable[[], Iterator[Tensor]], devic
     return x
 
 
+def wait_for_stream(device: torch.device) -> None:
+    """Wait until this thread's stream has done what it was given, so that other threads may read what it has made.
+
+    Streams of a GPU wait for nobody. A CPU has none.
+    """
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 class Stored:
     """Standardised rows of a matrix in storage, of which nothing is read before the first row is asked for.
 
@@ -277,7 +286,7 @@ class Stored:
         self.shape, self.train_rows = (1, *shape), train_rows
         self.device = train_rows.device
         self._length = rows_at_once(shape[1], numbers_at_once)
-        self._lock = threading.Lock()  # one thread reads, and the others then find the matrix held
+        self._lock = threading.Lock()  # one thread reads, and the others then find the matrix held, and complete
         self._is_ready = False
 
     def rows(self, rows: Tensor) -> Tensor:
@@ -291,8 +300,7 @@ class Stored:
             if not self._is_ready:
                 if self._held is None:
                     self._mean_and_scale  # noqa: B018
-                if self.device.type == "cuda":  # the other threads have streams of their own
-                    torch.cuda.current_stream(self.device).synchronize()
+                wait_for_stream(self.device)
                 self._is_ready = True
             return self._held
 
