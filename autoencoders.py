@@ -239,8 +239,8 @@ class Draws:
         """Draw zeros at a rate, else 1 / (1 - rate); None for rate 0."""
         if not rate:
             return None
-        bits = random_bits(math.prod(shape), [self.generators["dropout"]]).view(shape)
-        return dropout_masks(rate, bits, self.like.dtype)
+        bits = random_bits(math.prod(shape), [self.generators["dropout"]], self.like.device)
+        return dropout_masks(rate, bits.view(shape), self.like.dtype)
 
 
 class StackedLinear(torch.autograd.Function):
@@ -479,7 +479,8 @@ def fit_transform(name: str, x: Tensor, split: Split, *, schedule: Schedule, see
     stack.params = {key: trained.state[key] for key in stack.params}
     stack.buffers = {key: trained.state[key] for key in stack.buffers}
     with torch.no_grad():
-        length = rows_at_once(len(x) * max(x.shape[2], *(schedule.hidden or AUTOENCODERS[name].hidden)))
+        widest = max(x.shape[2], *(schedule.hidden or AUTOENCODERS[name].hidden))
+        length = rows_at_once(len(x) * widest, device=x.device)
         features = torch.cat([stack.encode(part) for part in x.split(length, dim=1)], dim=1)
     return {
         "features": features.float().cpu().numpy(),

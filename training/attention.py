@@ -242,7 +242,7 @@ def predict_logits(
 def _block_length(params: dict[str, Tensor], numbers_at_once: int) -> int:
     """Return how many rows to work on at a time."""
     models, modules, _, hidden = params["token_weight"].shape
-    return rows_at_once(models * modules * max(TOKEN, 2 * hidden), numbers_at_once)
+    return rows_at_once(models * modules * max(TOKEN, 2 * hidden), numbers_at_once, params["token_weight"].device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -572,7 +572,7 @@ def deletion(
     models, modules, _, hidden = params["token_weight"].shape
     widest = max(TOKEN, 2 * hidden, len(kept), params["class_bias"].shape[2])
     blocks = []
-    for part in rows.split(rows_at_once(models * modules * widest, numbers_at_once)):
+    for part in rows.split(rows_at_once(models * modules * widest, numbers_at_once, x.device)):
         vectors = hidden_vectors(params, gather(x, source, part[None]))  # (M, P, n, H)
         added = (vectors @ params["class_weight"][:, None]).transpose(1, 2)  # (M, n, P, C)
         scores = gate_scores(params, vectors).transpose(1, 2)[:, None]  # (M, 1, n, P)
