@@ -128,7 +128,10 @@ def contrastive_loss(stack: AutoencoderStack, clean: Tensor, noise: Tensor | Non
     z = stack.linear("latent", stack.encode_hidden(views, draws))  # (M, 2B, D)
     projected = stack.linear("head1", stack.block("head0", z, draws))  # (M, 2B, HEAD)
     error = (stack.decode(z, draws) - clean.repeat(1, 2, 1)).square().mean((1, 2))
-    return error + nt_xent(projected)
+    count = projected.shape[1]
+    if count not in stack.pairs:
+        stack.pairs[count] = pairs_of_views(count, projected.device)
+    return error + nt_xent(projected, *stack.pairs[count])
 
 
 def denoising_loss(stack: AutoencoderStack, clean: Tensor, noise: Tensor | None, draws: Draws | None) -> Tensor:
@@ -138,7 +141,13 @@ def denoising_loss(stack: AutoencoderStack, clean: Tensor, noise: Tensor | None,
     return (stack.decode(z, draws) - clean).square().mean((1, 2))
 
 
-def nt_xent(projected: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+def pairs_of_views(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return which of 2B views are the same, bool[2B, 2B], and which view each is paired with, int64[2B]."""
+    partner = torch.arange(count, device=device).roll(count // 2)
+    return torch.eye(count, dtype=torch.bool, device=device), partner
+
+
+def nt_xent(projected: Tensor, itself: Tensor, partner: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """Compute the normalised temperature-scaled cross-entropy between two views (SimCLR; Chen et al., 2020).
 
     The mean over all 2B views i of ``-log(exp(s_ij / t) / sum_{k != i} exp(s_ik / t))``, with s the cosine similarity
@@ -146,6 +155,8 @@ def nt_xent(projected: Tensor, temperature: float = TEMPERATURE) -> Tensor:
 
     Args:
         projected: First views of B samples, then their second views in the same order, float[M, 2B, d].
+        itself: Which views are the same; see `pairs_of_views`.
+        partner: The other view of the same sample.
         temperature: t, dimensionless.
 
     Returns:
@@ -153,11 +164,8 @@ def nt_xent(projected: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """
     views = functional.normalize(projected, dim=2)
     similarity = views @ views.mT / temperature  # (M, 2B, 2B)
-    count = views.shape[1]
-    itself = torch.eye(count, dtype=torch.bool, device=views.device)
-    partner = torch.arange(count, device=views.device).roll(count // 2)
     scores = similarity.masked_fill(itself, -torch.inf).log_softmax(2)
-    return -scores[:, torch.arange(count, device=views.device), partner].mean(1)
+    return -scores.gather(2, partner[:, None].expand(len(scores), -1, 1)).squeeze(2).mean(1)
 
 
 AUTOENCODERS: dict[str, Autoencoder] = {
@@ -221,7 +229,9 @@ class Draws:
 
     def __init__(self, seed: int, name: str, like: Tensor):
         self.seed, self.name, self.like = seed, name, like
-        self.generators = {purpose: torch.Generator(like.device) for purpose in ("noise", "latent", "dropout")}
+        self.generators = {
+            purpose: stream(seed, name, purpose, device=like.device) for purpose in ("noise", "latent", "dropout")
+        }
 
     def begin(self, epoch: int) -> None:
         """Begin the streams of an epoch."""
@@ -237,8 +247,8 @@ class Draws:
         """Draw zeros at a rate, else 1 / (1 - rate); None for rate 0."""
         if not rate:
             return None
-        bits = random_bits(math.prod(shape), [self.generators["dropout"]]).view(shape)
-        return dropout_masks(rate, bits, self.like.dtype)
+        bits = random_bits(math.prod(shape), [self.generators["dropout"]], self.like.device)
+        return dropout_masks(rate, bits.view(shape), self.like.dtype)
 
 
 class StackedLinear(torch.autograd.Function):
@@ -272,8 +282,11 @@ class HiddenBlock(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, scale, shift, mask: Tensor | None, gradient: Tensor):
-        """Map ``x`` float[M, B, in] with ``mask`` float[B, out]; return the output, batch mean and variance."""
+    def forward(ctx, x, weight, bias, scale, shift, mask: Tensor | None, gradient: Tensor, zero: Tensor):
+        """Map ``x`` float[M, B, in] with ``mask`` float[B, out]; return the output, batch mean and variance.
+
+        ``gradient`` and ``zero`` are memory for the gradient of the weight, and that of the bias.
+        """
         normal = torch.baddbmm(bias, x, weight)  # (M, B, out)
         mean = normal.mean(1, keepdim=True)
         normal -= mean
@@ -284,15 +297,16 @@ class HiddenBlock(torch.autograd.Function):
         if mask is not None:
             out *= mask
         ctx.save_for_backward(x, weight, normal, inverse, scale, out)
-        ctx.mask, ctx.gradient = mask, gradient
+        ctx.mask, ctx.gradient, ctx.zero = mask, gradient, zero
         ctx.mark_non_differentiable(mean, variance)
+        ctx.set_materialize_grads(False)  # no zeros in place of their gradients
         return out, mean, variance
 
     @staticmethod
     def backward(ctx, above: Tensor, *_):
         """Return gradients of x (where it has one), weight, bias, scale and shift."""
         x, weight, normal, inverse, scale, out = ctx.saved_tensors
-        error = above * out.sign()  # (M, B, out)
+        error = torch.ops.aten.threshold_backward(above, out, 0)  # (M, B, out)
         if ctx.mask is not None:
             error *= ctx.mask
         for_shift, for_scale = error.sum(1, keepdim=True), (error * normal).sum(1, keepdim=True)  # (M, 1, out)
@@ -300,7 +314,7 @@ class HiddenBlock(torch.autograd.Function):
         error.sub_(for_shift / rows).addcmul_(normal, for_scale / -rows).mul_(scale * inverse)
         below = torch.bmm(error, weight.mT) if ctx.needs_input_grad[0] else None
         torch.bmm(x.mT, error, out=ctx.gradient)
-        return below, ctx.gradient, torch.zeros_like(for_shift), for_scale, for_shift, None, None
+        return below, ctx.gradient, ctx.zero, for_scale, for_shift, None, None, None
 
 
 class AutoencoderStack:
@@ -331,6 +345,8 @@ class AutoencoderStack:
         self.draws = Draws(seed, name, x)
         self.generators = tuple(self.draws.generators.values())
         self.minibatches = Minibatches(split.train, batch_size, seed, [name], {})
+        self.batch_statistics: list[tuple[Tensor, Tensor, float]] = []  # running one, of this minibatch times a factor
+        self.pairs: dict[int, tuple[Tensor, Tensor]] = {}  # by the number of views, see `pairs_of_views`
         self._draw_parameters()
         self.validation_noise = self._fixed_noise() if self.kind.validation_noise else None
         self._place()
@@ -338,18 +354,19 @@ class AutoencoderStack:
     def _draw_parameters(self) -> None:
         """Draw the initial parameters, the same for all models, and set batch norm's running statistics."""
         x, models = self.x, len(self.x)
-        generator = stream(self.seed, self.name, "init")
+        generator = stream(self.seed, self.name, "init", device=x.device)
         shapes = parameter_shapes(self.name, x.shape[2], self.hidden)
         self.params: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
         for key, shape in shapes.items():
             layer, part = key.split(".")
             if part in ("scale", "shift"):
-                value = torch.full(shape, float(part == "scale"), dtype=x.dtype)
+                value = x.new_full(shape, float(part == "scale"))
             else:  # torch's default for a linear layer
                 fan_in = shapes[f"{layer}.weight"][0]
-                value = (torch.rand(shape, generator=generator, dtype=x.dtype) * 2 - 1) * fan_in**-0.5
-            self.params[key] = value.to(x.device).repeat(models, 1, 1).requires_grad_()
+                value = torch.rand(shape, generator=generator, dtype=x.dtype, device=x.device)
+                value = (value * 2 - 1) * fan_in**-0.5
+            self.params[key] = value.repeat(models, 1, 1).requires_grad_()
             if part == "scale":
                 self.buffers[f"{layer}.mean"] = x.new_zeros(models, *shape)
                 self.buffers[f"{layer}.variance"] = x.new_ones(models, *shape)
@@ -357,8 +374,9 @@ class AutoencoderStack:
     def _fixed_noise(self) -> Tensor:
         """Draw the noise of the validation rows, float[views, V, in]."""
         shape = (self.kind.views, len(self.split.validation), self.x.shape[2])
-        generator = stream(self.seed, self.name, "validation views")
-        return self.kind.noise * torch.randn(shape, generator=generator, dtype=self.x.dtype).to(self.x.device)
+        device = self.x.device
+        generator = stream(self.seed, self.name, "validation views", device=device)
+        return self.kind.noise * torch.randn(shape, generator=generator, dtype=self.x.dtype, device=device)
 
     def take(self, index: Tensor) -> None:
         """Keep the models at these positions, in this order."""
@@ -369,9 +387,9 @@ class AutoencoderStack:
         self._place()
 
     def _place(self) -> None:
-        """Make room for the gradients of the matrices."""
-        matrices = [key for key in self.params if key.endswith((".weight", ".skip"))]
-        self.kept_gradients = {key: torch.empty_like(self.params[key]) for key in matrices}
+        """Make room for the gradients of the matrices, and for those of biases before a batch norm, which stay 0."""
+        keys = [key for key in self.params if key.endswith((".weight", ".skip", ".bias"))]
+        self.kept_gradients = {key: torch.zeros_like(self.params[key]) for key in keys}
 
     # -- the network -------------------------------------------------------------------------------------
 
@@ -394,10 +412,9 @@ class AutoencoderStack:
         else:
             rows = x.shape[1]
             mask = draws.dropout_mask(dropout, rows, weight.shape[2])
-            kept = self.kept_gradients[f"{layer}.weight"]
-            out, batch_mean, batch_variance = HiddenBlock.apply(x, weight, bias, scale, shift, mask, kept)
-            mean.lerp_(batch_mean, NORM_MOMENTUM)
-            variance.lerp_(batch_variance * (rows / (rows - 1)), NORM_MOMENTUM)
+            kept = self.kept_gradients[f"{layer}.weight"], self.kept_gradients[f"{layer}.bias"]
+            out, batch_mean, batch_variance = HiddenBlock.apply(x, weight, bias, scale, shift, mask, *kept)
+            self.batch_statistics += [(mean, batch_mean, 1.0), (variance, batch_variance, rows / (rows - 1))]
         skip = f"{layer}.skip"
         return StackedLinear.apply(x, self.params[skip], out, self.kept_gradients[skip]) if skip in self.params else out
 
@@ -434,7 +451,11 @@ class AutoencoderStack:
         noise = None
         if self.kind.views:
             noise = self.kind.noise * self.draws.normal("noise", self.kind.views, *clean.shape[1:])  # (views, B, in)
-        return self.kind.loss(self, clean, noise, self.draws)
+        losses = self.kind.loss(self, clean, noise, self.draws)
+        running, statistics, factors = (list(column) for column in zip(*self.batch_statistics, strict=True))
+        torch._foreach_lerp_(running, torch._foreach_mul(statistics, factors), NORM_MOMENTUM)
+        self.batch_statistics.clear()
+        return losses
 
     def validation_losses(self) -> Tensor:
         """Return losses [M] over the validation rows, clean or with fixed noise."""
@@ -475,7 +496,8 @@ def fit_transform(name: str, x: Tensor, split: Split, *, schedule: Schedule, see
     stack.params = {key: trained.state[key] for key in stack.params}
     stack.buffers = {key: trained.state[key] for key in stack.buffers}
     with torch.no_grad():
-        length = rows_at_once(len(x) * max(x.shape[2], *(schedule.hidden or AUTOENCODERS[name].hidden)))
+        widest = max(x.shape[2], *(schedule.hidden or AUTOENCODERS[name].hidden))
+        length = rows_at_once(len(x) * widest, device=x.device)
         features = torch.cat([stack.encode(part) for part in x.split(length, dim=1)], dim=1)
     return {
         "features": features.float().cpu().numpy(),

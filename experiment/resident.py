@@ -22,6 +22,7 @@ from torch import Tensor
 
 from experiment import store
 from experiment.settings import memory_of
+from training.memory import is_out_of_memory
 from training.stacks import filled, wait_for_stream
 
 # Of a device's memory that raw weights may take: with the standardised ones beside them half of a GPU, and units of its
@@ -121,7 +122,9 @@ class Raw:
             return None
         try:
             return filled(self.shape, lambda: map(torch.from_numpy, self._stored.get().blocks()), self.device)
-        except torch.OutOfMemoryError:  # others may use the device too
+        except (MemoryError, RuntimeError) as error:  # others may use the device too
+            if not is_out_of_memory(error):
+                raise
             return None
 
     def read(self, rows: np.ndarray | None = None, columns: slice | np.ndarray | None = None) -> Tensor:

@@ -165,12 +165,14 @@ def initial_parameters(
     """
     fan_in = {"norm_bias0": 1, "embedding": NORM_HIDDEN, "class_bias": hidden}
     runs, position = torch.unique(models.run, return_inverse=True)
+    position = position.to(like.device)
+    how = {"device": like.device, "dtype": like.dtype}
     params = {}
     for name, shape in parameter_shapes(modules, num_classes, hidden).items():
         scale = fan_in.get(name, shape[-2]) ** -0.5
-        generators = [stream(seed, run, "attention init", name) for run in runs.tolist()]
-        draws = [torch.rand(shape, generator=generator, dtype=like.dtype) * 2 - 1 for generator in generators]
-        params[name] = (torch.stack(draws) * scale).to(like.device)[position]
+        generators = [stream(seed, run, "attention init", name, device=like.device) for run in runs.tolist()]
+        draws = torch.stack([torch.rand(shape, generator=generator, **how) for generator in generators])
+        params[name] = draws.mul_(2).sub_(1).mul_(scale)[position]
     return params
 
 
@@ -240,7 +242,7 @@ def predict_logits(
 def _block_length(params: dict[str, Tensor], numbers_at_once: int) -> int:
     """Return how many rows to work on at a time."""
     models, modules, _, hidden = params["token_weight"].shape
-    return rows_at_once(models * modules * max(TOKEN, 2 * hidden), numbers_at_once)
+    return rows_at_once(models * modules * max(TOKEN, 2 * hidden), numbers_at_once, params["token_weight"].device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -570,7 +572,7 @@ def deletion(
     models, modules, _, hidden = params["token_weight"].shape
     widest = max(TOKEN, 2 * hidden, len(kept), params["class_bias"].shape[2])
     blocks = []
-    for part in rows.split(rows_at_once(models * modules * widest, numbers_at_once)):
+    for part in rows.split(rows_at_once(models * modules * widest, numbers_at_once, x.device)):
         vectors = hidden_vectors(params, gather(x, source, part[None]))  # (M, P, n, H)
         added = (vectors @ params["class_weight"][:, None]).transpose(1, 2)  # (M, n, P, C)
         scores = gate_scores(params, vectors).transpose(1, 2)[:, None]  # (M, 1, n, P)

@@ -94,7 +94,9 @@ def project(x: Tensor, rows: Tensor, groups: list[Group], projections: dict[str,
         for column, row in zip(left[1:], right[1:], strict=True):
             block = torch.addcmul(block, column, row)  # (M, G, k, k, B)
         blocks.append(normalised(block.flatten(2, 3)))
-    joined = torch.cat(blocks, 1)[:, _positions(groups)]  # (M, P, k², B)
+    joined = torch.cat(blocks, 1)  # (M, P, k², B)
+    if len(groups) > 1:
+        joined = joined.index_select(1, torch.cat([group.modules for group in groups]).argsort())
     return joined.permute(0, 3, 1, 2).flatten(2)
 
 
@@ -103,12 +105,6 @@ def normalised(blocks: Tensor) -> Tensor:
     square = blocks.square().mean(-2, keepdim=True)
     seen = square > 0
     return blocks * torch.where(seen, torch.where(seen, square, 1).rsqrt(), 0)
-
-
-def _positions(groups: list[Group]) -> Tensor | slice:
-    """Return where the modules stand among those of all groups, one after the other."""
-    order = torch.cat([group.modules for group in groups])
-    return order.argsort() if len(groups) > 1 else slice(None)
 
 
 class Blocks:
@@ -140,13 +136,13 @@ class Blocks:
         self.x, self.device, self.dtype = x, x.device, x.dtype
         self.groups = group_modules(shapes, x.device)
         self.start = {}
-        for number, group in enumerate(self.groups):
+        for number, group in enumerate(group_modules(shapes)):
             for side, matrices in zip("PQ", start, strict=True):
                 stacked = torch.stack([matrices[module].mT for module in group.modules.tolist()])
                 self.start[f"{side}{number}"] = stacked.to(x.device, x.dtype)[None]
         self.columns = start[0][0].shape[1] ** 2
         self.shape = (1, x.shape[1], len(shapes) * self.columns)
-        self.length = rows_at_once(max(x.shape[2], self.shape[2]), numbers_at_once)
+        self.length = rows_at_once(max(x.shape[2], self.shape[2]), numbers_at_once, x.device)
         self.mean, self.scale = mean_and_scale(
             project(x, rows[None], self.groups, self.start)[0] for rows in train_rows.split(self.length)
         )

@@ -72,9 +72,9 @@ def epoch_order(train_rows: Tensor, seed: int, runs: Iterable[int], epoch: int) 
     return torch.stack(drawn).to(train_rows.device)
 
 
-def random_bits(count: int, generators: Sequence[torch.Generator]) -> Tensor:
-    """Draw 16 random bits ``count`` times from each generator, int16[generators, count]."""
-    bits = torch.empty(len(generators), -(-count // 4), dtype=torch.int64, device=generators[0].device)
+def random_bits(count: int, generators: Sequence[torch.Generator], device: torch.device = CPU) -> Tensor:
+    """Draw 16 random bits ``count`` times from each generator of a device, int16[generators, count]."""
+    bits = torch.empty(len(generators), -(-count // 4), dtype=torch.int64, device=device)
     for row, generator in zip(bits, generators, strict=True):
         row.random_(-(2**63), None, generator=generator)
     return bits.view(torch.int16)[:, :count]
