@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sd15_zoo import MODULES, SHAPES
 
@@ -296,7 +296,8 @@ def program_cases(samples: int = 1000) -> dict[str, Case]:
     return cases
 
 
-STEP_HEADER = f"{'network, inputs x models':<28}{'as it is':>9}{'recorded':>9}{'of a copy':>10}{'drawing':>9}{'epoch':>9}{'GiB':>6}"
+COLUMNS = ("as it is", "recorded", "of a copy", "drawing", "epoch", "GiB")
+STEP_HEADER = f"{'network, inputs x models':<28}{''.join(f'{column:>10}' for column in COLUMNS)}"
 
 
 def step_line(label: str, case: Case, device: torch.device, copied: float, epochs: int) -> str:
@@ -338,7 +339,7 @@ def step_line(label: str, case: Case, device: torch.device, copied: float, epoch
     schedule = Schedule(epochs, epochs + 1, weight_decay=case.weight_decay)
     epoch = 1e3 * seconds(lambda: train(network, schedule), device, times=1, warm=0) / epochs
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-    return f"{label:<28}{plain:>9.3f}{recorded:>9.3f}{share:>10.0%}{drawing:>9.2f}{epoch:>9.1f}{peak:>6.1f}"
+    return f"{label:<28}{plain:>10.3f}{recorded:>10.3f}{share:>10.0%}{drawing:>10.2f}{epoch:>10.1f}{peak:>10.1f}"
 
 
 def steps(bench: Bench) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gpu_networks import Bench, Case, drawn, small_cases, synchronise
 from sd15_zoo import MODULES, draw

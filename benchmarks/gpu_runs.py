@@ -1,4 +1,4 @@
-"""Whole programs on a GPU: the ranking, the experiment, that it repeats itself, and that it continues: parts of gpu.py."""
+"""Whole programs on a GPU: ranking, experiment, its repetition and continuation: sections of benchmarks/gpu.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gpu_networks import Bench
 from sd15_zoo import write_zoo
@@ -27,6 +27,7 @@ FIFTEEN = (
     *("info_theoretic", "ensemble", "vae", "contrastive", "denoising", "update_sketch", "update_kernel"),
 )
 VARYING = {"environment", "timing"}  # sections of results.json that differ from run to run
+MINIATURE = ["--quick", "--layers=mid_block"]  # 8 of the 128 layers
 TAIL = 15  # lines of a log that are printed where a program failed
 
 
@@ -131,7 +132,9 @@ def results_in(output: Path) -> dict:
 def whole(bench: Bench, count: int, names: tuple[str, ...], log: str, output: Path) -> tuple[str, dict]:
     """Run the experiment under benchmarks/whole_run.py, print its tables; return its figure and the results."""
     flags = [f"--dataset={zoo(bench, count)}", f"--output-dir={output}", f"--representations={','.join(names)}"]
-    text = run(bench, "benchmarks/whole_run.py", flags + ["--quick"] * bench.small, log)
+    if bench.small:
+        flags += MINIATURE
+    text = run(bench, "benchmarks/whole_run.py", flags, log)
     print(text[text.rindex("\nphase") :].strip(), flush=True)
     return text.strip().splitlines()[-1].removeprefix("figure: "), results_in(output)
 
@@ -187,7 +190,7 @@ def different_files(first: Path, second: Path) -> list[str]:
 def experiment_flags(bench: Bench, output: Path) -> list[str]:
     """Return the flags of the runs that are compared."""
     flags = [f"--dataset={zoo(bench, 60 if bench.small else 100)}", "--quick", f"--output-dir={output}"]
-    return [*flags, "--representations=stats,update_sketch,vae"] if bench.small else flags
+    return [*flags, *MINIATURE, "--representations=stats,update_sketch,vae"] if bench.small else flags
 
 
 def finished_units(output: Path) -> int:

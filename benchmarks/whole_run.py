@@ -6,12 +6,12 @@
 
 Other flags go to the experiment, written with ``=``: ``--quick``, ``--device=cpu``, ``--num-runs=3``, and
 ``--controls=basic`` for the analysis and the classifiers trained for it, left out by default. It runs in a
-fresh output folder, so nothing is reused, unless ``--output-dir=`` names another. Peak host memory (Linux) is the larger
-of this process's peak and of the sum over it and its workers, sampled every five seconds, with pages of mapped files
-that the system could drop. Device peaks are of the first GPU: of tensors, and below the table of all that is held.
+fresh output folder, so nothing is reused, unless ``--output-dir=`` names another. Peak host memory (Linux) is the
+larger of this process's peak and of the sum over it and its workers, sampled every five seconds, with pages of mapped
+files that the system could drop. Device peaks are those of tensors on the first GPU.
 
 A second table lists the units of work that threads of this process did, as all are on a GPU: seconds of a label are
-summed over its units, which run beside each other; "from" and "to" are seconds after the start.
+summed over its units, which may run beside each other; "from" and "to" are seconds after the start.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from experiment.units import Outcome, Unit
 from loras import digits_zoo
 
 SAMPLE_SECONDS = 5.0
+LABELS = 20  # of units that are listed
 
 
 def resident() -> int:
@@ -142,7 +143,7 @@ class TimedUnits:
         """Format the labels, those that took longest first; empty where no unit was done here."""
         lines = [f"{'units':<44}{'count':>6}{'seconds':>9}{'longest':>9}{'from':>8}{'to':>8}"]
         totals = {label: sum(end - begin for begin, end in spans) for label, spans in self.spans.items()}
-        for label in sorted(totals, key=totals.get, reverse=True):
+        for label in sorted(totals, key=totals.get, reverse=True)[:LABELS]:
             begins, ends = zip(*self.spans[label], strict=True)
             longest = max(end - begin for begin, end in self.spans[label])
             figures = f"{totals[label]:>9.1f}{longest:>9.1f}{min(begins):>8.1f}{max(ends):>8.1f}"
