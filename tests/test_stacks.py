@@ -73,7 +73,7 @@ def test_plateau_is_torchs_reduce_lr_on_plateau(epochs, patience):
         torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.5, patience=patience) for optimiser in optimisers
     ]
     for losses in epochs:
-        plateau.update(torch.tensor(losses, dtype=torch.float64))
+        plateau.update(torch.tensor(losses, dtype=torch.float64), torch.ones(3, dtype=torch.bool))
         for scheduler, loss in zip(schedulers, losses, strict=True):
             scheduler.step(loss)
         assert plateau.rates.tolist() == [optimiser.param_groups[0]["lr"] for optimiser in optimisers]

@@ -29,12 +29,14 @@ from torch.nn import functional
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
+from training import recorded
 from training.memory import is_out_of_memory
 from training.recorded import Recorded, capturing
 
 NUMBERS_AT_ONCE = 2**24  # worked on at a time where there may be many: 64 MiB in float32
 DRAWN_AT_ONCE = 2**22  # random numbers of 16 bits that a GPU draws at a time for each run: 8 MiB
 CPU = torch.device("cpu")
+RECORDING = 6  # steps of a whole stack that an epoch without some models must save, to be recorded anew
 VALIDATION = "validation"  # a step that is recorded beside those of minibatches
 CLIP = 10.0  # standardised inputs beyond ten standard deviations are outliers of a heavy tail, not information
 
@@ -434,14 +436,14 @@ class Plateau:
         self.bad_epochs = torch.zeros(models, dtype=torch.int64)
         self.patience, self.factor = patience, factor
 
-    def update(self, losses: Tensor) -> None:
-        """Take in the validation losses of an epoch, float64[M]."""
+    def update(self, losses: Tensor, going: Tensor) -> None:
+        """Take in the validation losses of an epoch, float64[M]; only models that are ``going``, bool[M], count."""
         if self.patience is None:
             return
         better = losses < self.best * (1 - 1e-4)
         self.best = torch.where(better, losses, self.best)
         self.bad_epochs = torch.where(better, 0, self.bad_epochs + 1)
-        reduced = torch.where(self.bad_epochs > self.patience, self.rates * self.factor, self.rates)
+        reduced = torch.where(going & (self.bad_epochs > self.patience), self.rates * self.factor, self.rates)
         self.bad_epochs[self.bad_epochs > self.patience] = 0
         # torch leaves a rate alone once a reduction would change it by no more than 1e-8.
         self.rates = torch.where(self.rates - reduced > 1e-8, reduced, self.rates)
@@ -472,12 +474,12 @@ class Trained:
         epochs = torch.zeros(len(next(iter(state.values()))), dtype=torch.int64)
         return cls(state, epochs, epochs.clone(), torch.full(epochs.shape, math.inf, dtype=torch.float64))
 
-    def update(self, network, models: Tensor, losses: Tensor, epoch: int) -> None:
+    def update(self, network, models: Tensor, losses: Tensor, epoch: int, going: Tensor) -> None:
         """Take in an epoch's losses float64[len(models)], and copy the state of the models whose loss is their lowest.
 
-        ``models`` int64 says which model stands at each position of the network.
+        ``models`` int64 says which model stands at each position of the network, and ``going`` bool which count.
         """
-        improved = losses < self.best_loss[models]
+        improved = going & (losses < self.best_loss[models])
         position, model = improved.nonzero().squeeze(1), models[improved]
         all_in_order = torch.equal(model, torch.arange(len(self.epochs)))
         device = next(iter(self.state.values())).device
@@ -490,7 +492,7 @@ class Trained:
                 self.state[name][there] = tensor[here]
         self.best_loss[model] = losses[improved]
         self.best_epoch[model] = epoch
-        self.epochs[models] = epoch
+        self.epochs[models[going]] = epoch
 
 
 def start_thread(device: torch.device) -> None:
@@ -511,7 +513,8 @@ def train(network, schedule: Schedule) -> Trained:
     """Train a stack until each model has stopped early or ``max_epochs`` is reached.
 
     A model stops after ``patience`` epochs without any improvement of its validation loss; its state at the
-    best epoch is copied then and there, never referenced. A GPU records steps, anew where models leave or rates change.
+    best epoch is copied then and there, never referenced. It leaves the stack: on a CPU at once, on a GPU, which records
+    steps, and anew where models leave or rates change, as soon as an epoch without it saves what recording takes.
 
     Args:
         network: An object with ``x`` (its inputs; a `Stored` that is not held keeps steps from being recorded);
@@ -529,21 +532,24 @@ def train(network, schedule: Schedule) -> Trained:
     trained = Trained.begin(network)
     models = torch.arange(len(trained.epochs))  # the model at each position of the network
     plateau = Plateau(len(models), schedule.lr, schedule.lr_patience, schedule.lr_factor)
+    going = torch.ones(len(models), dtype=torch.bool)  # at each position: its model has not stopped
     with closing(_Steps(network, schedule)) as steps:
         for epoch in range(1, schedule.max_epochs + 1):
             steps.take_epoch(epoch, plateau.rates)
             losses = steps.validation_losses()
-            if not torch.isfinite(losses).all():
+            if not torch.isfinite(losses[going]).all():
                 raise FloatingPointError(f"training diverged: a validation loss of epoch {epoch} is not finite")
-            trained.update(network, models, losses, epoch)
-            plateau.update(losses)
+            trained.update(network, models, losses, epoch, going)
+            plateau.update(losses, going)
 
-            going = (epoch - trained.best_epoch[models] < schedule.patience).nonzero().squeeze(1)
-            if len(going) == 0:
+            going &= epoch - trained.best_epoch[models] < schedule.patience
+            if not going.any():
                 break
-            order = going[torch.argsort(plateau.rates[going], stable=True)]  # equal rates are neighbours: see `Adam`
+            stay = going if steps.may_leave(int((~going).sum()), plateau.rates) else torch.ones_like(going)
+            stay = stay.nonzero().squeeze(1)
+            order = stay[torch.argsort(plateau.rates[stay], stable=True)]  # equal rates are neighbours: see `Adam`
             if not torch.equal(order, torch.arange(len(models))):
-                models = models[order]
+                models, going = models[order], going[order]
                 for part in (network, steps, plateau):
                     part.take(order)
     return trained
@@ -558,7 +564,7 @@ class _Steps:
         self.losses = like.detach().new_empty(len(like))  # of the validation
         # What is read from storage at each step cannot be recorded.
         self.stored = isinstance(network.x, Stored) and network.x.ready() is None
-        self.done, self.rates = 0, None
+        self.done, self.in_epoch, self.rates = 0, 0, None
         self.recorded: dict[int | str, Recorded] = {}  # by the rows of a minibatch, and `VALIDATION`
 
     def take_epoch(self, epoch: int, rates: Tensor) -> None:
@@ -567,10 +573,22 @@ class _Steps:
             self.rates = rates.clone()
             self._forget([name for name in self.recorded if name != VALIDATION])
             self.optimiser.begin(rates, self.done)
+        self.in_epoch = -self.done
         for sizes in self.network.begin(epoch):
             for size in sizes:
                 self._repeat(size, partial(self._step, size), self.network.generators)
             self.done += len(sizes)
+        self.in_epoch += self.done
+
+    def may_leave(self, stopped: int, rates: Tensor) -> bool:
+        """Return whether to have so many models leave that have stopped, before an epoch at these rates.
+
+        A GPU goes on with them, and with what it has recorded, while an epoch without them would save fewer steps than
+        `RECORDING`; where rates change it records anew in any case.
+        """
+        if not recorded.is_recorded(self.losses.device) or self.stored or not torch.equal(self.rates, rates):
+            return True
+        return stopped * self.in_epoch >= RECORDING * len(self.losses)
 
     def validation_losses(self) -> Tensor:
         """Return the validation losses of the models, float64[M] on the CPU."""
