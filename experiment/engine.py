@@ -86,14 +86,18 @@ class Engine:
         """Return how many units are done at once; of a cluster, by the workers that it has now."""
         return self.threads if self.cluster is None else sum(self.cluster.ncores().values())
 
-    def do(self, units: Sequence[Unit]) -> Iterator[str]:
+    def do(self, units: Sequence[Unit], begun: Sequence[Unit] | None = None) -> Iterator[str]:
         """Do what is not finished; yield for each unit in order, as soon as it is, "" or why it failed.
+
+        Args:
+            units: The units.
+            begun: The same in the order in which they are begun; None: that order.
 
         Raises:
             Exception: Whatever a unit raised, but for its failures.
         """
         failures = {unit.path: "" for unit in units if store.is_whole(unit.path)}
-        missing = {unit.path: unit for unit in units if unit.path not in failures}
+        missing = {unit.path: unit for unit in begun or units if unit.path not in failures}
         with closing(self._outcomes(list(missing.values()))) as outcomes:
             for unit in units:
                 while unit.path not in failures:
