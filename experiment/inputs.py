@@ -209,7 +209,7 @@ class Inputs:
         self.learned = Learned(description, self.weights, self.split)
         self.modules = Modules(description, self.pairs, device, mapped=in_worker)
         self._kept_sources = 1 if in_worker else 2
-        self._read_sources: dict[Source, torch.Tensor | Stored | Held] = {}  # the latest ones
+        self._read_sources: dict[Source, torch.Tensor | Stored] = {}  # the latest ones
         self._reading = threading.Lock()
         _in_use.setdefault((description.digest, device), self)
 
