@@ -41,6 +41,7 @@ def test_constant_columns_are_those_that_are_0_in_all_sources():
         held = without_constant(x)
         assert (~held.columns).nonzero().squeeze(1).tolist() == constant
         assert torch.equal(held.x, x[:, :, held.columns]) and held.x.is_contiguous()
+        assert held.shape == x.shape and held.nbytes == held.x.nbytes < x.nbytes
     assert not (x[1:] == 0).all((0, 1))[6] and (x[0] == 0).all(0)[6]
 
 

@@ -273,7 +273,7 @@ def predict_logits(
     Dead columns need no mask here: their first-layer weights are 0 from the start and never move. The rows go through
     in slices of ``numbers_at_once``, so that the copies of a wide input stay small.
     """
-    length = rows_at_once(len(source) * max(x.shape[2], params["weight0"].shape[2]), numbers_at_once)
+    length = rows_at_once(len(source) * max(x.shape[2], params["weight0"].shape[2]), numbers_at_once, x.device)
     return torch.cat([logits(params, gather(x, source, part[None])) for part in rows.split(length)], dim=1)
 
 
@@ -304,7 +304,7 @@ def attribution(
         float[M, F / block].
     """
     total, features = 0.0, x.shape[2] if columns is None else len(columns)
-    length = rows_at_once(len(source) * max(features, params["weight0"].shape[2]), numbers_at_once)
+    length = rows_at_once(len(source) * max(features, params["weight0"].shape[2]), numbers_at_once, x.device)
     for part in rows.split(length):
         inputs = gather(x, source, part[None]).requires_grad_()  # (M, n, K)
         (gradient,) = torch.autograd.grad(logits(params, inputs).amax(2).sum(), inputs)

@@ -27,8 +27,14 @@ class Held(NamedTuple):
     columns: Tensor | None = None
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of all inputs, (S, N, F)."""
+        sources, samples, held = self.x.shape
+        return sources, samples, held if self.columns is None else len(self.columns)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the inputs."""
+        """Bytes of the inputs held."""
         return self.x.nbytes
 
 

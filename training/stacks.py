@@ -513,8 +513,8 @@ def train(network, schedule: Schedule) -> Trained:
     """Train a stack until each model has stopped early or ``max_epochs`` is reached.
 
     A model stops after ``patience`` epochs without any improvement of its validation loss; its state at the
-    best epoch is copied then and there, never referenced. It leaves the stack: on a CPU at once, on a GPU, which records
-    steps, and anew where models leave or rates change, as soon as an epoch without it saves what recording takes.
+    best epoch is copied then and there, never referenced. It leaves the stack: on a CPU at once, on a GPU, which
+    records steps, and anew where models leave or rates change, when an epoch without it saves what recording takes.
 
     Args:
         network: An object with ``x`` (its inputs; a `Stored` that is not held keeps steps from being recorded);
