@@ -38,11 +38,11 @@ THREADS = 4
 
 
 def differs_by(reference: torch.Tensor, values: torch.Tensor, scale: torch.Tensor | float | None = None) -> float:
-    """Return the largest difference, over the largest magnitude of the reference or a scale that is given."""
+    """Return the largest difference over the reference's largest magnitude, or a given scale; infinite for NaN."""
     reference, values = reference.detach().cpu().double(), values.detach().cpu().double()
     scale = reference.abs().max() if scale is None else torch.as_tensor(scale, dtype=torch.float64)
     difference = (reference - values).abs()
-    share = torch.where(difference > 0, difference / scale.clamp(min=torch.finfo(torch.float64).tiny), 0)
+    share = torch.where(difference == 0, 0, difference / scale.clamp(min=torch.finfo(torch.float64).tiny))
     return share.max().item() if share.isfinite().all() else float("inf")
 
 
