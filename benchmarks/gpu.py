@@ -161,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         sys.stdout = Tee(sys.stdout, out / "gpu.txt")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as the program: the same bits with several streams
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
     summary = {}
     with tempfile.TemporaryDirectory(prefix="gpu-") as scratch:

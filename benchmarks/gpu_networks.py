@@ -92,7 +92,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def ceilings(bench: Bench) -> str:
-    """Measure what the machine can do at best."""
+    """Measure the machine's best."""
     device = bench.device
     print(f"python {sys.version.split()[0]}, torch {torch.__version__}")
     if not bench.small:
@@ -272,7 +272,11 @@ def program_cases(samples: int = 1000) -> dict[str, Case]:
     """Return the stacks that the program trains on a GPU, of 1,000 SD1.5 LoRAs."""
     layers, runs = len(SHAPES), RUNS_IN_STACK["cuda"]
     in_stack = min(runs * layers, STACK_PARAMETERS["cuda"] // 534_538)
-    cases = {"ranking": Case(partial(classifiers, samples=samples, features=7, sources=layers, models=in_stack))}
+    cases = {
+        f"ranking 7 x {in_stack}": Case(
+            partial(classifiers, samples=samples, features=7, sources=layers, models=in_stack)
+        )
+    }
     for label, features, models in (
         ("stats", 896, runs),
         ("update_sketch", 4096, runs),
@@ -297,14 +301,31 @@ def program_cases(samples: int = 1000) -> dict[str, Case]:
 
 
 COLUMNS = ("as it is", "recorded", "of a copy", "drawing", "epoch", "GiB")
-STEP_HEADER = f"{'network, inputs x models':<28}{''.join(f'{column:>10}' for column in COLUMNS)}"
 
 
-def step_line(label: str, case: Case, device: torch.device, copied: float, epochs: int) -> str:
-    """Measure milliseconds of a step of a whole minibatch, of drawing an epoch, and of an epoch of `train`.
+def make_step(network, optimiser: Adam, size: int) -> None:
+    """Make the step of a minibatch of so many rows."""
+    optimiser.step(network.params, network.gradients(size))
+
+
+def step_milliseconds(network, function: Callable[[], None], count: int, device: torch.device) -> float:
+    """Measure a step, of so many in an epoch that is drawn before."""
+    durations = []
+    for _ in range(4):
+        next(network.begin(1))
+        synchronise(device)
+        start = time.perf_counter()
+        for _ in range(count):
+            function()
+        synchronise(device)
+        durations.append((time.perf_counter() - start) / count)
+    return 1e3 * statistics.median(durations[1:])
+
+
+def step_figures(case: Case, device: torch.device, copied: float, epochs: int) -> dict[str, str]:
+    """Measure a stack: milliseconds of a step of a whole minibatch, of drawing an epoch, and of an epoch of `train`.
 
     Args:
-        label: Of the line.
         case: The stack.
         device: Trains it.
         copied: Bytes a second of a large copy.
@@ -316,50 +337,47 @@ def step_line(label: str, case: Case, device: torch.device, copied: float, epoch
     optimiser.begin(torch.full((models,), 1e-3, dtype=torch.float64), 0)
     sizes = next(network.begin(1))
     count = sizes.count(sizes[0])
-
-    def step() -> None:
-        optimiser.step(network.params, network.gradients(sizes[0]))
-
-    def steps(function: Callable[[], None]) -> float:
-        durations = []
-        for _ in range(4):
-            next(network.begin(1))
-            synchronise(device)
-            start = time.perf_counter()
-            for _ in range(count):
-                function()
-            synchronise(device)
-            durations.append((time.perf_counter() - start) / count)
-        return 1e3 * statistics.median(durations[1:])
-
-    plain, recorded = steps(step), steps(Recorded(step, device, network.generators))
+    step = partial(make_step, network, optimiser, sizes[0])
+    recording = Recorded(step, device, network.generators)
+    plain, recorded = (step_milliseconds(network, function, count, device) for function in (step, recording))
+    is_recorded = recording.records or device.type == "cpu"
+    del step, recording, optimiser  # memory, for the training
     parameters = sum(parameter.numel() for parameter in network.params.values())
     share = 4 * FLOATS_MOVED * parameters / (recorded / 1e3) / copied
     drawing = 1e3 * seconds(lambda: list(network.begin(1)), device, times=3, warm=1)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     schedule = Schedule(epochs, epochs + 1, weight_decay=case.weight_decay)
     epoch = 1e3 * seconds(lambda: train(network, schedule), device, times=1, warm=0) / epochs
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-    return f"{label:<28}{plain:>10.3f}{recorded:>10.3f}{share:>10.0%}{drawing:>10.2f}{epoch:>10.1f}{peak:>10.1f}"
+    said = f"{recorded:.3f}" if is_recorded else "no memory"
+    return dict(
+        zip(
+            COLUMNS,
+            (f"{plain:.3f}", said, f"{share:.0%}", f"{drawing:.2f}", f"{epoch:.1f}", f"{peak:.1f}"),
+            strict=True,
+        )
+    )
 
 
 def steps(bench: Bench) -> str:
     """Measure the steps of every stack of the program, and print a table in milliseconds."""
     device, copied = bench.device, copy_bandwidth(bench.device)
-    print(f"{STEP_HEADER}  (ms; peak memory)", flush=True)
+    print(f"{'ms; network, inputs x models':<28}{''.join(f'{column:>10}' for column in COLUMNS)}", flush=True)
     cases = small_cases(fixed=False) if bench.small else program_cases()
-    first = ""
+    summary = []
     for label, case in cases.items():
         if bench.left() < 5:
             print("no time for more")
             break
         try:
-            line = step_line(label, case, device, copied, 2 if bench.small else 10)
+            figures = step_figures(case, device, copied, 2 if bench.small else 10)
+            line = "".join(f"{figures[column]:>10}" for column in COLUMNS)
+            summary.append(f"{label} {figures['recorded']} ({figures['of a copy']})")
         except Exception as error:  # an out of memory, say: the others are measured all the same
-            line = f"{label:<28}{type(error).__name__}: {str(error)[:200]}"
-        print(line, flush=True)
-        first = first or " ".join(line.split())
+            line = f" {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        print(f"{label:<28}{line}", flush=True)
         gc.collect()
         if not bench.small:
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-    return first
+    return f"ms recorded (of a copy): {', '.join(summary[:2])}; {len(summary)} of {len(cases)} stacks measured"

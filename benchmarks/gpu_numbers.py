@@ -38,11 +38,11 @@ THREADS = 4
 
 
 def differs_by(reference: torch.Tensor, values: torch.Tensor, scale: torch.Tensor | float | None = None) -> float:
-    """Return the largest difference, over the largest magnitude of the reference or a scale that is given."""
+    """Return the largest difference over the reference's largest magnitude, or a given scale; infinite for NaN."""
     reference, values = reference.detach().cpu().double(), values.detach().cpu().double()
     scale = reference.abs().max() if scale is None else torch.as_tensor(scale, dtype=torch.float64)
     difference = (reference - values).abs()
-    share = torch.where(difference > 0, difference / scale.clamp(min=torch.finfo(torch.float64).tiny), 0)
+    share = torch.where(difference == 0, 0, difference / scale.clamp(min=torch.finfo(torch.float64).tiny))
     return share.max().item() if share.isfinite().all() else float("inf")
 
 
@@ -113,6 +113,7 @@ def compare_training(case: Case, device: torch.device) -> tuple[dict[str, float]
     state = state_of(reference)
     ours = all_gradients(reference, state)
     with_tf32 = worst_gradient(ours, all_gradients(network, state))
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         results = {"gradients": worst_gradient(ours, all_gradients(network, state))}
@@ -121,7 +122,7 @@ def compare_training(case: Case, device: torch.device) -> tuple[dict[str, float]
         changes = (updated(stack, state, case.weight_decay, ours) for stack in (reference, network))
         results["update"] = max(differs_by(a, b) for a, b in zip(*changes, strict=True))
     finally:
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision(precision)
     return results, with_tf32
 
 
@@ -294,9 +295,11 @@ def differences(reference: dict[str, torch.Tensor], result: dict[str, torch.Tens
 
 def begin_thread(device: torch.device) -> None:
     """Prepare this thread as the program's: with a stream of its own, as a recording is not made on the default one."""
-    start_thread(device)
-    if device.type == "cuda" and torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
-        torch.cuda.set_stream(torch.cuda.Stream(device))
+    with training.recorded.capturing:
+        start_thread(device)
+        if device.type == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream(device))
+            torch.cuda.current_blas_handle()
 
 
 def in_threads(work: dict[str, Job], device: torch.device, alone: dict[str, dict], rounds: int) -> list[str]:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -28,6 +29,8 @@ FIFTEEN = (
 )
 VARYING = {"environment", "timing"}  # sections of results.json that differ from run to run
 MINIATURE = ["--quick", "--layers=mid_block"]  # 8 of the 128 layers
+GOODBYE = 4.0  # seconds that a program has to end when its time is up
+PHASES = "phase  "  # begins the tables of whole_run.py
 TAIL = 15  # lines of a log that are printed where a program failed
 
 
@@ -50,21 +53,26 @@ def run(bench: Bench, script: str, arguments: list[str], log: str) -> str:
     """Run a script of the project on the device; return what it printed.
 
     Raises:
-        RunError: It failed, or the section's time ran out; the last lines are printed.
+        RunError: It failed, or the section's time ran out; the last lines are printed, from its tables on.
     """
     process, path = start(bench, script, arguments, log)
-    begun, before = time.monotonic(), path.stat().st_size
+    begun, fault = time.monotonic(), ""
     try:
-        code = process.wait(max(1.0, bench.left() - 5))
-        fault = "" if code in (0, 3) else f"ended with exit code {code}"
+        code = process.wait(max(1.0, bench.left() - 2 * GOODBYE))
+        if code not in (0, 3):
+            fault = f"ended with exit code {code}"
     except subprocess.TimeoutExpired:
         fault = f"did not end in {time.monotonic() - begun:.0f} s"
+        process.terminate()  # whole_run.py then prints its tables
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GOODBYE)
         process.kill()
         process.wait()
-    printed = path.read_bytes()
-    text = printed[printed.rfind(b"\n$ python", 0, max(before, 1)) + 1 :].decode(errors="replace")
+    text = path.read_text(errors="replace")
+    text = text[text.rfind("$ python") :]  # of this run
     if fault:
-        print("\n".join(text.splitlines()[-TAIL:]), flush=True)
+        tables = text.rfind(f"\n{PHASES}")
+        print(text[tables:].strip() if tables >= 0 else "\n".join(text.splitlines()[-TAIL:]), flush=True)
         raise RunError(f"{script} {fault}")
     return text
 
@@ -93,7 +101,7 @@ def ranking(bench: Bench) -> str:
     if bench.small:
         sizes = ["--layers=4", "--runs=1", "--repeats=1", "--textbook=2", "--epochs=2"]
     lines = run(bench, "benchmarks/ranking.py", sizes, "ranking").strip().splitlines()
-    print("\n".join(lines[-3:]), flush=True)
+    print("\n".join(lines[:1] + lines[-3:-1]), flush=True)
     return f"{lines[-1]}; {lines[-2]}"
 
 
@@ -135,7 +143,7 @@ def whole(bench: Bench, count: int, names: tuple[str, ...], log: str, output: Pa
     if bench.small:
         flags += MINIATURE
     text = run(bench, "benchmarks/whole_run.py", flags, log)
-    print(text[text.rindex("\nphase") :].strip(), flush=True)
+    print(text[text.rindex(f"\n{PHASES}") :].strip(), flush=True)
     return text.strip().splitlines()[-1].removeprefix("figure: "), results_in(output)
 
 

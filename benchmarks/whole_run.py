@@ -11,7 +11,8 @@ larger of this process's peak and of the sum over it and its workers, sampled ev
 files that the system could drop. Device peaks are those of tensors on the first GPU.
 
 A second table lists the units of work that threads of this process did, as all are on a GPU: seconds of a label are
-summed over its units, which may run beside each other; "from" and "to" are seconds after the start.
+summed over its units, which may run beside each other; "from" and "to" are seconds after the start. Ended by SIGTERM
+it prints both tables as far as it came.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import sys
 import tempfile
 import threading
@@ -70,13 +72,14 @@ def forget_peaks() -> None:
 class Metered(ablation_experiment.Stopwatch):
     """The experiment's stopwatch, which also records the peak memory of each phase."""
 
-    latest: Metered
+    latest: Metered | None = None
 
     def __init__(self):
         super().__init__()
         Metered.latest = self
         self.host, self.device = dict.fromkeys(self.PHASES, 0), dict.fromkeys(self.PHASES, 0)  # peaks, bytes
         self.current: str | None = None  # phase
+        self.begun = 0.0  # when that began
         threading.Thread(target=self._sample, daemon=True).start()
 
     def _sample(self) -> None:
@@ -90,7 +93,7 @@ class Metered(ablation_experiment.Stopwatch):
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of the body to a phase, and take in its peaks."""
         forget_peaks()
-        self.current = name
+        self.current, self.begun = name, time.perf_counter()
         with super().phase(name):
             yield
         self.current = None
@@ -99,7 +102,9 @@ class Metered(ablation_experiment.Stopwatch):
             self.device[name] = max(self.device[name], torch.cuda.max_memory_allocated())
 
     def table(self, total: float) -> str:
-        """Format seconds, share and peaks by phase."""
+        """Format seconds, share and peaks by phase; one that has not ended counts as far as it came."""
+        if self.current is not None:
+            self.seconds[self.current] += time.perf_counter() - self.begun
         lines = [f"{'phase':<14}{'seconds':>9}{'share':>8}{'host peak':>12}{'device peak':>13}"]
         for name in self.PHASES:
             share, host, device = self.seconds[name] / total, self.host[name] / 2**30, self.device[name] / 2**30
@@ -154,18 +159,21 @@ class TimedUnits:
 
 
 def measured(arguments: list[str]) -> float:
-    """Run the experiment, print its table of phases, and return its seconds."""
+    """Run the experiment, print its tables, also where it is ended before, and return its seconds."""
     print(f"$ python ablation_experiment.py {' '.join(arguments)}", flush=True)
     start = time.perf_counter()
-    with TimedUnits() as units:
-        code = ablation_experiment.main(arguments)
-    total = time.perf_counter() - start
+    try:
+        with TimedUnits() as units:
+            code = ablation_experiment.main(arguments)
+    finally:
+        total = time.perf_counter() - start
+        if Metered.latest is not None:  # it came so far
+            print(f"\n{Metered.latest.table(total)}", flush=True)
+        if torch.cuda.is_available():
+            print(f"device memory held at most in the last phase: {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB")
+        print(f"\n{units.table()}\n", flush=True)
     if code not in (0, 3):
         sys.exit(code)
-    print(f"\n{Metered.latest.table(total)}", flush=True)
-    if torch.cuda.is_available():
-        print(f"most device memory held: {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB in the last phase")
-    print(f"\n{units.table()}\n", flush=True)
     return total
 
 
@@ -179,6 +187,7 @@ def main() -> None:
     args, rest = parser.parse_known_args()
     if (args.count is None) == (args.dataset is None):
         parser.error("give either a number of LoRAs to write or a --dataset")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     ablation_experiment.Stopwatch = Metered
     cpu = f"CPU only, {count_cores()} workers"
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu

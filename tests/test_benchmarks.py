@@ -1,9 +1,13 @@
 """The benchmarks' own parts: the collection in Stable Diffusion 1.5's shapes, features compared, truth simulated."""
 
 import importlib.util
+import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -361,3 +365,151 @@ def test_the_bar_is_two_points_at_a_tenth_of_the_time(cell, ours, theirs, holds)
     scores = [peers.Score("a", False, *values) for values in ours] + [peers.Score("b", True, *v) for v in theirs]
     said, kept = peers.kept_bar(cell, scores)
     assert kept == holds and (("MISSED" in said or "below" in said) != holds)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# On a GPU: what a CPU can show of benchmarks/gpu.py
+# ----------------------------------------------------------------------------------------------------------------------
+
+gpu_networks = module_of("gpu_networks")
+gpu_numbers = module_of("gpu_numbers")
+gpu_runs = module_of("gpu_runs")
+gpu = module_of("gpu")
+whole_run = module_of("whole_run")
+CPU = torch.device("cpu")
+
+
+def test_a_zoo_written_by_several_processes_is_the_same(tmp_path):
+    for workers in (1, 3):
+        zoo.write_zoo(tmp_path / str(workers), 25, workers=workers)
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "3") and len(files_of(tmp_path / "1")) == 25
+
+
+def test_without_a_gpu_nothing_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "count_gpus", lambda: 0)
+    assert gpu.main([]) is None
+    assert capsys.readouterr().out.startswith("There is no GPU here")
+
+
+def test_numbers_of_the_cpu_are_its_own_and_others_are_called_wrong(monkeypatch, capsys, tmp_path):
+    cases = gpu_networks.small_cases(fixed=True)
+    assert len(cases) == 4 + len(gpu_networks.autoencoders.AUTOENCODERS)
+    few = {name: cases[name] for name in ("vae", "projections")}
+    monkeypatch.setattr(gpu_numbers, "small_cases", lambda fixed: few)
+    monkeypatch.setattr(gpu_numbers, "PCA_WAYS", {"PCA by rows": gpu_numbers.PCA_WAYS["PCA by rows"]})
+    before = torch.get_float32_matmul_precision()
+    assert gpu_numbers.numbers(gpu_networks.Bench(CPU, tmp_path)).startswith("all within")
+    assert torch.get_float32_matmul_precision() == before
+    monkeypatch.setattr(gpu_numbers, "compare_training", lambda case, device: ({"gradients": 2e-4}, 0.0))
+    monkeypatch.setattr(gpu_numbers, "compare_features", lambda *_: {"stats": math.nan})
+    said = gpu_numbers.numbers(gpu_networks.Bench(CPU, tmp_path))
+    assert said.startswith("WRONG: vae") and "gradients" in said and said.count("stats") == 2 and "PCA" not in said
+
+
+@pytest.mark.parametrize(
+    ("theirs", "share"),
+    [([1.0, -4.0], 0), ([1.0, -4.4], 0.1), ([1.0, math.nan], math.inf)],
+)
+def test_a_difference_counts_by_the_largest_number(theirs, share):
+    assert gpu_numbers.differs_by(torch.tensor([1.0, -4.0]), torch.tensor(theirs)) == pytest.approx(share, abs=1e-6)
+
+
+def test_a_step_that_is_not_recorded_is_done_by_its_function(tmp_path):
+    case, stacks = gpu_networks.small_cases(fixed=False)["classifier, masked"], gpu_numbers.training.stacks
+    before = stacks.Recorded
+    with gpu_numbers.not_recorded(), gpu_numbers.counted_recordings() as count:
+        plain = gpu_numbers.trained(case, CPU)
+    assert stacks.Recorded is before and count == [0]
+    assert len(set(plain["epochs"].tolist())) > 1  # models leave at different epochs
+    assert gpu_numbers.differences(plain, gpu_numbers.trained(case, CPU)) == []
+
+
+def test_what_threads_get_wrong_is_named(capsys):
+    calls = iter(range(10**6))
+    work = {
+        "right": lambda device: {"x": torch.zeros(2)},
+        "wrong": lambda device: {"x": torch.tensor([0.0, next(calls)])},
+        "broken": lambda device: 1 / 0,
+    }
+    alone = {name: {"x": torch.zeros(2)} for name in work}
+    faults = gpu_numbers.in_threads(work, CPU, alone, rounds=2)
+    names = [fault.split(": ")[0].rsplit(", ", 1)[1] for fault in faults]
+    assert names.count("broken") == 8 and names.count("wrong") == 7 and "right" not in names  # once it gives 0
+    assert "ZeroDivisionError" in capsys.readouterr().out
+
+
+def fails(bench):
+    raise ValueError("of a mistake")
+
+
+def hangs(bench):
+    threading.Event().wait(60)
+
+
+@pytest.mark.parametrize(
+    ("run", "limit", "said"),
+    [
+        (lambda bench: "a figure", 60, "a figure"),
+        (fails, 60, "FAILED: ValueError: of a mistake"),
+        (hangs, 0.2, "FAILED: ended without a word, exit code 1"),
+        (lambda bench: os.kill(os.getpid(), signal.SIGKILL), 60, "FAILED: ended without a word, exit code -9"),
+    ],
+    ids=["ends", "fails", "hangs", "crashes"],
+)
+def test_a_section_takes_nothing_from_the_next(tmp_path, run, limit, said):
+    section = gpu.Section(run, limit, on_device=False)
+    assert gpu.isolated(section, gpu_networks.Bench(CPU, tmp_path), limit) == said
+
+
+def test_the_fifteen_and_the_others_are_all_representations():
+    assert len(gpu_runs.FIFTEEN) == 15 and set(gpu_runs.FIFTEEN) < set(gpu_runs.REPRESENTATIONS)
+    stacks = gpu_networks.program_cases()
+    assert len(stacks) == 14 and all(case.make.func.__name__ for case in stacks.values())
+
+
+def test_files_differ_but_for_environment_and_timing(tmp_path):
+    for name, more in (("a", {"timing": 1}), ("b", {"timing": 2}), ("c", {"x": 2})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({"x": 1} | more))
+        (tmp_path / name / "results.txt").write_text("the same")
+    assert gpu_runs.different_files(tmp_path / "a", tmp_path / "b") == []
+    (tmp_path / "b" / "more").touch()
+    assert gpu_runs.different_files(tmp_path / "a", tmp_path / "b") == ["more"]
+    assert gpu_runs.different_files(tmp_path / "a", tmp_path / "c") == ["results.json"]
+
+
+def test_accuracies_are_compared_in_standard_errors():
+    def results(mean, std):
+        entry = {"stats": {"test_accuracy": {"mean": mean, "std": std, "runs": [mean] * 8}}}
+        sizes = {"split_sizes": {"test": 200}}
+        return {"dataset": sizes, "ablation_results": {}, "baseline_results": entry}
+
+    table, compared, beyond = gpu_runs.accuracies(results(0.5, 0.02), results(0.53, 0.02))
+    assert (
+        (compared, beyond) == (1, 1)
+        and "(-3.0 SE)" in table
+        and table.splitlines()[1].split()[:3] == ["stats", "-", "50.00"]
+    )
+    assert gpu_runs.accuracies(results(0.5, 0.0), results(0.504, 0.0))[1:] == (1, 0)
+    assert gpu_runs.accuracies(results(0.5, 0.0), None)[1:] == (0, 0)
+
+
+def test_units_are_timed_by_label(monkeypatch):
+    monkeypatch.setattr(whole_run.Unit, "attempt", lambda unit, device: unit.label)
+    before = whole_run.Unit.attempt
+    with whole_run.TimedUnits() as units:
+        for label in ("ranking", "ranking", "pca"):
+            assert whole_run.Unit(Path("x"), None, None, [0], label).attempt(CPU) == label
+    assert whole_run.Unit.attempt is before
+    counts = {line.split()[0]: line.split()[1] for line in units.table().splitlines()}
+    assert counts == {"units": "count", "ranking": "2", "pca": "1", "all": "3"}
+
+
+@pytest.mark.slow
+def test_every_section_runs_in_miniature(tmp_path):
+    command = [sys.executable, FOLDER / "gpu.py", "--device=cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OUT": str(tmp_path)})
+    summary = done.stdout.split("== summary")[1]
+    assert [line.split()[0] for line in summary.splitlines()[1:]] == list(gpu.SECTIONS), done.stderr
+    assert "FAILED" not in summary and "WRONG" not in summary and "no time" not in summary, done.stdout
+    assert (tmp_path / "gpu.txt").read_text() == done.stdout
