@@ -10,6 +10,7 @@
     steps       milliseconds of a step of each stack of the program, recorded and not
     ranking     against the textbook loop
     whole1k     the experiment on 1,000 SD1.5 LoRAs by phase and unit
+    others1k    the representations that are not among the fifteen, in the same folders
     same        --quick twice: the same bytes
     continued   killed and continued: the same bytes
     whole10k    the experiment on 10,000
@@ -74,6 +75,7 @@ SECTIONS = {
     "steps": Section(gpu_networks.steps, 120),
     "ranking": Section(gpu_runs.ranking, 90, on_device=False),
     "whole1k": Section(gpu_runs.whole1k, 300, on_device=False),
+    "others1k": Section(gpu_runs.others, 120, on_device=False),
     "same": Section(gpu_runs.same, 120, on_device=False),
     "continued": Section(gpu_runs.continued, 150, on_device=False),
     "whole10k": Section(gpu_runs.whole10k, 560, on_device=False),

@@ -76,13 +76,13 @@ def all_gradients(network, state: State) -> list[list[torch.Tensor]]:
 
 
 def worst_gradient(reference: list[list[torch.Tensor]], values: list[list[torch.Tensor]]) -> float:
-    """Return the largest difference of gradients, each as a share of the largest number of its tensor.
+    """Return the largest difference of gradients, ``||a - b|| / ||a||`` of each tensor.
 
-    A tensor that is nothing but rounding counts by the largest gradient of all.
+    A tensor of less than a hundredth of the largest, such as rounding, counts as a share of that hundredth.
     """
-    largest = max(gradient.abs().max().item() for gradients in reference for gradient in gradients)
+    largest = max(gradient.norm().item() for gradients in reference for gradient in gradients)
     return max(
-        differs_by(a, b, max(a.abs().max().item(), 1e-3 * largest))
+        (a - b).norm().item() / max(a.norm().item(), 0.01 * largest)
         for gradients in zip(reference, values, strict=True)
         for a, b in zip(*gradients, strict=True)
     )
@@ -109,13 +109,14 @@ def compare_training(case: Case, device: torch.device) -> tuple[dict[str, float]
         The differences of gradients, validation losses and updates, as shares of the largest number; and that of
         gradients with TF32.
     """
-    reference, network = case.make(CPU), case.make(device)
-    state = state_of(reference)
-    ours = all_gradients(reference, state)
-    with_tf32 = worst_gradient(ours, all_gradients(network, state))
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
+        reference, network = case.make(CPU), case.make(device)
+        if getattr(reference, "validation_noise", None) is not None:  # it is drawn on each device
+            network.validation_noise = reference.validation_noise.to(device)
+        state = state_of(reference)
+        ours = all_gradients(reference, state)
         results = {"gradients": worst_gradient(ours, all_gradients(network, state))}
         with torch.no_grad():  # with the running statistics of the epoch
             results["validation loss"] = differs_by(reference.validation_losses(), network.validation_losses())
@@ -123,7 +124,7 @@ def compare_training(case: Case, device: torch.device) -> tuple[dict[str, float]
         results["update"] = max(differs_by(a, b) for a, b in zip(*changes, strict=True))
     finally:
         torch.set_float32_matmul_precision(precision)
-    return results, with_tf32
+    return results, worst_gradient(ours, all_gradients(network, state))
 
 
 def lora_factors(count: int, rank: int = 1) -> dict[tuple[int, int], tuple[list[str], torch.Tensor, torch.Tensor]]:

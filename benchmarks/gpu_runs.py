@@ -148,7 +148,7 @@ def whole(bench: Bench, count: int, names: tuple[str, ...], log: str, output: Pa
 
 
 def whole_of(bench: Bench, count: int) -> str:
-    """Run the fifteen representations, compare their accuracies, then run the others beside them."""
+    """Run the fifteen representations, and compare their accuracies."""
     output = bench.scratch / f"whole{count}"
     figure, results = whole(bench, count, FIFTEEN, f"whole{count}", output)
     reference = json.loads(bench.against.read_text()) if bench.against else None
@@ -157,15 +157,16 @@ def whole_of(bench: Bench, count: int) -> str:
     if bench.out:
         (bench.out / f"whole{count}.json").write_text(json.dumps(results))
     line = f"{count:,} LoRAs, {len(results['baseline_results'])} representations: {figure}"
-    line += f", {beyond} of {compared} accuracies beyond 2 SE of the reference" if compared else ""
-    others = tuple(name for name in REPRESENTATIONS if name not in FIFTEEN)
-    print(f"\nand in the same folders {', '.join(others)}:", flush=True)
-    try:
-        further, results = whole(bench, count, others, f"whole{count}-others", output)
-    except RunError as error:
-        return f"{line}; the {len(others)} others: {error}"
+    return line + (f", {beyond} of {compared} accuracies beyond 2 SE of the reference" if compared else "")
+
+
+def others(bench: Bench) -> str:
+    """Run the other representations beside the fifteen, on the same 1,000 LoRAs and in the same folders."""
+    count = 60 if bench.small else 1000
+    names = tuple(name for name in REPRESENTATIONS if name not in FIFTEEN)
+    figure, results = whole(bench, count, names, f"others{count}", bench.scratch / f"whole{count}")
     print(accuracies(results, None)[0], flush=True)
-    return f"{line}; the {len(others)} others beside them: {further}"
+    return f"{count:,} LoRAs, {', '.join(names)}: {figure}"
 
 
 def whole1k(bench: Bench) -> str:

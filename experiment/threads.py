@@ -43,7 +43,7 @@ def call_on(device: torch.device, function: Callable[[], object]) -> object:
 def set_own_stream(device: torch.device) -> torch.cuda.Stream | None:
     """Make a stream of a GPU, and have this thread work on it from now on; None on a CPU, which has none.
 
-    What cuBLAS needs is made too, while no other thread records.
+    What cuBLAS and linear algebra need is made too, while no other thread records.
     """
     if device.type != "cuda":
         return None
@@ -51,13 +51,15 @@ def set_own_stream(device: torch.device) -> torch.cuda.Stream | None:
     torch.cuda.set_stream(stream)
     with suppress(RuntimeError):  # where there is no memory now, the first product makes it
         torch.cuda.current_blas_handle()
+    # torch loads its library of linear algebra at the first call, and fails where two threads make it at once.
+    torch.linalg.eigh(torch.eye(2, device=device))
     return stream
 
 
 class Threads:
     """Threads that last, begun when there is work for them.
 
-    They are daemons: a process that ends by an error does not wait for what they are at.
+    They are daemons: a process that ends by an error does not wait for what they are at, but on a GPU (see `close`).
 
     Args:
         devices: The device of each.
@@ -66,23 +68,30 @@ class Threads:
     def __init__(self, devices: Sequence[torch.device]):
         self.devices = devices
         self._calls: queue.SimpleQueue[Callable[[torch.device], None] | None] = queue.SimpleQueue()
-        self._begun = 0
+        self._begun: list[threading.Thread] = []
 
     def begin(self, count: int) -> None:
         """Begin as many threads as that, or all that there are to be."""
-        for device in self.devices[self._begun : count]:
-            threading.Thread(target=_serve, args=(self._calls, device), daemon=True).start()
-            self._begun += 1
+        for device in self.devices[len(self._begun) : count]:
+            thread = threading.Thread(target=_serve, args=(self._calls, device), daemon=True)
+            thread.start()
+            self._begun.append(thread)
 
     def put(self, call: Callable[[torch.device], None]) -> None:
         """Have a thread call this with its device, after what was put before."""
         self._calls.put(call)
 
     def close(self) -> None:
-        """Have all threads end when they have done what was put."""
-        for _ in range(self._begun):
+        """Have all threads end when they have done what was put, and wait for those of a GPU.
+
+        A process that ends while one of its threads is inside of CUDA's libraries ends by SIGABRT.
+        """
+        for _ in self._begun:
             self._calls.put(None)
-        self._begun = 0
+        for thread, device in zip(self._begun, self.devices, strict=False):
+            if device.type == "cuda":
+                thread.join()
+        self._begun = []
 
 
 def _serve(calls: queue.SimpleQueue, device: torch.device) -> None:

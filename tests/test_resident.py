@@ -225,7 +225,7 @@ def test_reading_a_source_holds_up_no_thread_whose_source_is_there(opened, monke
         slow = threads.submit(opened.read, SOURCES[2])
         assert opened.read(SOURCES[0]) is there and not slow.done()
         may_end.set()
-        assert slow.result().shape[1] == len(there[0])
+        assert slow.result().shape[1] == there.shape[1]
 
 
 def test_stored_rows_are_complete_before_a_second_thread_gets_them(monkeypatch):
