@@ -398,8 +398,7 @@ class _Pass:
         arrays = allocate(self.collection, names, len(rows))
         contents: list[str] = []
         findings: list[tuple[str, str, bool]] = []
-        numbers = CHUNK_NUMBERS * (CHUNKS_ON_GPU if device.type == "cuda" else 1)
-        per_chunk = max(1, numbers // max(file.layout.width for file in self.collection.files))
+        per_chunk = _files_at_once(self.collection, device)
         for start in range(rows.start, rows.stop, per_chunk):
             files, weights, scales = [], [], []
             first = len(contents)
@@ -427,6 +426,12 @@ class _Pass:
                 digests[name] = store.save_array(path, array[: len(contents)])
         document = {"contents": contents, "findings": findings, "arrays": digests}
         store.write_document(self._document(rows), document, f"{self.identity} {self.suffix} {rows.start}")
+
+
+def _files_at_once(collection: Collection, device: torch.device) -> int:
+    """Return how many files of a shard to work on at a time."""
+    numbers = CHUNK_NUMBERS * (CHUNKS_ON_GPU if device.type == "cuda" else 1)
+    return max(1, numbers // max(file.layout.width for file in collection.files))
 
 
 def _is_whole(weight_pass: _Pass, extracted: Extracted, name: str) -> bool:

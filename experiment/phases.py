@@ -186,12 +186,8 @@ class Experiment:
             condition: "baseline", "ablation" or "grouped", for the progress bar and predictions.npz.
         """
         plans = {name: self.plan(name, removed, condition) for name in names}
-        # Those of many units fill up the end: on a GPU most are one unit, and beside a last one that has many steps
-        # nothing would be at work.
-        begun = sorted(plans.values(), key=lambda plan: len(plan.todo))
-        outcomes = self.engine.do(
-            *([unit for plan in order for unit in plan.todo] for order in (plans.values(), begun))
-        )
+        orders = plans.values(), sorted(plans.values(), key=lambda plan: len(plan.todo))  # many units fill up the end
+        outcomes = self.engine.do(*([unit for plan in plans for unit in plan.todo] for plans in orders))
         for name, plan in plans.items():
             reasons = set()
             for done in range(1, len(plan.todo) + 1):
