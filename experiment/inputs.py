@@ -217,7 +217,7 @@ class Inputs:
         self.modules = Modules(description, self.pairs, device, mapped=in_worker, read_packed=read_packed)
         kept = 1 if in_worker and device.type == "cpu" else KEPT_SOURCES[device.type]
         self._sources = Latest(device, kept, SOURCES_SHARE * memory_of(device))
-        self._flat_weights = Once(self._store_flat_weights, device)
+        self._flat_weights = Once(device)
         _in_use.setdefault((description.digest, device), self)
 
     # -- which columns are of which layers ----------------------------------------------------------------------------
@@ -308,7 +308,7 @@ class Inputs:
         if source.each_layer:
             return standardise(self.features(source.name).transpose(0, 1).contiguous(), self.split.train)  # (L, N, F)
         if made == "flat":
-            return self._flat_weights.get()
+            return self._flat_weights.get(self._store_flat_weights)
         if made == "pca":
             x = torch.from_numpy(self.learned.scores(source.fitted_to))
         elif made == "autoencoder":
@@ -345,7 +345,7 @@ class Inputs:
     def prepare(self, source: Source) -> None:
         """Write what the workers of a machine share of a source, if it is large and not there."""
         if REPRESENTATIONS[source.name].made == "flat":
-            self._flat_weights.get().ready()
+            self._flat_weights.get(self._store_flat_weights).ready()
         elif source.name in NETWORKS:
             self.modules.prepare(NETWORKS[source.name].reads)
 

@@ -43,11 +43,11 @@ def test_a_value_is_made_once_for_all_threads_and_complete_before_they_get_it(wa
         made.append(0)
         return torch.ones(3)
 
-    once = Once(make, CPU)
+    once = Once(CPU)
 
     def get(_):
         begin.wait()
-        value = once.get()
+        value = once.get(make)
         return value, len(waits)
 
     with ThreadPoolExecutor(8) as threads:
@@ -55,7 +55,7 @@ def test_a_value_is_made_once_for_all_threads_and_complete_before_they_get_it(wa
     assert len(made) == 1 and waits == [CPU] and {seen for _, seen in values} == {1}
     assert len({id(value) for value, _ in values}) == 1 and once.nbytes == 12
     once.clear()
-    assert once.nbytes == 0 and once.get() is not values[0][0] and len(made) == 2
+    assert once.nbytes == 0 and once.get(make) is not values[0][0] and len(made) == 2
 
 
 def test_what_failed_is_tried_again_and_nothing_is_a_value_too():
@@ -66,10 +66,10 @@ def test_what_failed_is_tried_again_and_nothing_is_a_value_too():
         if result:
             raise result
 
-    once = Once(make, CPU)
+    once = Once(CPU)
     with pytest.raises(MemoryError):
-        once.get()
-    assert once.get() is None and once.get() is None
+        once.get(make)
+    assert once.get(make) is None and once.get(make) is None
 
 
 def test_who_makes_a_value_holds_up_nobody_whose_value_is_there():
