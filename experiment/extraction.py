@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # scipy is imported where it is called, with scikit-learn
     from scipy.sparse import csr_matrix
 
 CHUNK_NUMBERS = 2**22  # weights worked on at once, 16 MiB
-CHUNKS_ON_GPU = 4  # of these at once: as many as a shard has, since kernels take longer to start than for fewer
+CHUNKS_ON_GPU = 4  # of these at once, a whole shard: kernels on fewer numbers take longer to start than to run
 SHARD_NUMBERS = 2**24  # features and packed weights of files, held and then written together: 64 MiB
 PASS_THREADS = 8  # threads at most, each with a shard in memory
 PASS_BYTES = 24  # that a thread holds for each weight of a LoRA, where one makes a shard
@@ -398,8 +398,7 @@ class _Pass:
         arrays = allocate(self.collection, names, len(rows))
         contents: list[str] = []
         findings: list[tuple[str, str, bool]] = []
-        numbers = CHUNK_NUMBERS * (CHUNKS_ON_GPU if device.type == "cuda" else 1)
-        per_chunk = max(1, numbers // max(file.layout.width for file in self.collection.files))
+        per_chunk = max(1, _chunk_numbers(device) // max(file.layout.width for file in self.collection.files))
         for start in range(rows.start, rows.stop, per_chunk):
             files, weights, scales = [], [], []
             first = len(contents)
@@ -427,6 +426,10 @@ class _Pass:
                 digests[name] = store.save_array(path, array[: len(contents)])
         document = {"contents": contents, "findings": findings, "arrays": digests}
         store.write_document(self._document(rows), document, f"{self.identity} {self.suffix} {rows.start}")
+
+
+def _chunk_numbers(device: torch.device) -> int:
+    return CHUNK_NUMBERS * (CHUNKS_ON_GPU if device.type == "cuda" else 1)
 
 
 def _is_whole(weight_pass: _Pass, extracted: Extracted, name: str) -> bool:

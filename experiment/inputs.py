@@ -27,7 +27,7 @@ from experiment.modules import Modules, whole_pairs
 from experiment.networks import NETWORKS
 from experiment.resident import Latest, Once, Raw
 from experiment.samples import Samples
-from experiment.settings import AUTOENCODER_PARAMETERS, Settings, memory_of
+from experiment.settings import AUTOENCODER_PARAMETERS, STREAMS, Settings, memory_of
 from experiment.units import Unit, Units
 from representations import FEATURES, RANKING, REPRESENTATIONS
 from training.columns import Held, without_constant
@@ -36,7 +36,7 @@ from training.stacks import Split, Stored, filled, standardise, wait_for_stream
 
 MEMORY_SHARE = 0.6  # of the device's memory that resident weights may take
 DISK_SHARE = 0.5  # of the free space that they may take in a file
-KEPT_SOURCES = {"cpu": 2, "cuda": 5}  # the latest ones: those of four threads that share a GPU, and one more
+KEPT_SOURCES = {"cpu": 2, "cuda": STREAMS + 1}  # the latest ones: those of threads that share a GPU, and one more
 SOURCES_SHARE = 0.2  # of the device's memory that those before the latest may take
 PCA_COMPONENTS = 100
 

@@ -186,12 +186,7 @@ class Experiment:
             condition: "baseline", "ablation" or "grouped", for the progress bar and predictions.npz.
         """
         plans = {name: self.plan(name, removed, condition) for name in names}
-        # Those of many units fill up the end: on a GPU most are one unit, and beside a last one that has many steps
-        # nothing would be at work.
-        begun = sorted(plans.values(), key=lambda plan: len(plan.todo))
-        outcomes = self.engine.do(
-            *([unit for plan in order for unit in plan.todo] for order in (plans.values(), begun))
-        )
+        outcomes = self.engine.do([unit for plan in plans.values() for unit in plan.todo], _to_begin(plans.values()))
         for name, plan in plans.items():
             reasons = set()
             for done in range(1, len(plan.todo) + 1):
@@ -284,6 +279,14 @@ def on_permuted_labels(experiment: Experiment, count: int, purpose: str) -> Iter
         pairs = zip(collection.files, y.tolist(), strict=True)
         files = tuple(replace(file, label=collection.classes[c]) for file, c in pairs)
         yield experiment.again(replace(collection, files=files), experiment.rows, 1)
+
+
+def _to_begin(plans: Iterable[Plan]) -> list[Unit]:
+    """Return the units of plans in the order in which to begin them: those of plans of many units last.
+
+    So these fill up the end: on a GPU most plans are one unit, and beside a last one of many steps it would idle.
+    """
+    return [unit for plan in sorted(plans, key=lambda plan: len(plan.todo)) for unit in plan.todo]
 
 
 def _common_key(

@@ -66,7 +66,7 @@ class Once:
 
 
 class Latest:
-    """The values asked for last, each made by one thread, while others go on with those that are there.
+    """A cache of the values asked for last (LRU), each made by one thread, while others go on with what is there.
 
     Args:
         device: Where their tensors lie.
