@@ -1,12 +1,12 @@
 """Values that the threads of a device share, each made by one of them, and raw weights that stay on a GPU.
 
-Each thread of a GPU has a stream of its own, and streams wait for nobody. Hence two rules:
+Each thread of a GPU has a stream of its own, and streams do not wait for each other. Hence two rules:
 
 1. What one thread makes and others read is complete before they get it: the maker waits for its stream (`Once`).
-2. Memory of a tensor that nobody refers to any more is written to again at once by the stream that made it. So what is
-   shared is dropped where no unit is at work (``release``), or stays referred to by the units that read it (evicted
-   by `Latest`): a unit ends with copies of its results to the host, which wait for its stream, and what one that fails
-   may still be reading decides nothing.
+2. The stream that made a tensor may write to its memory as soon as no Python object refers to it. So what is shared is
+   dropped where no unit is at work (``release``), or stays referred to by the units that read it (evicted by
+   `Latest`): a unit ends with copies of its results to the host, which wait for its stream; one that fails may read
+   what was written since, but its numbers are not used.
 """
 
 from __future__ import annotations

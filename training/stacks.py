@@ -264,7 +264,7 @@ def filled(shape: tuple[int, int], blocks: Callable[[], Iterator[Tensor]], devic
 def wait_for_stream(device: torch.device) -> None:
     """Wait until this thread's stream has done what it was given, so that other threads may read what it has made.
 
-    Streams of a GPU wait for nobody. A CPU has none.
+    Streams of a GPU do not wait for each other. A CPU has none.
     """
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
