@@ -1,7 +1,9 @@
 """What threads share: made once, complete, without waiting for what others make; and weights that stay on a device."""
 
+import gc
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -226,6 +228,19 @@ def test_reading_a_source_holds_up_no_thread_whose_source_is_there(opened, monke
         assert opened.read(SOURCES[0]) is there and not slow.done()
         may_end.set()
         assert slow.result().shape[1] == there.shape[1]
+
+
+def test_inputs_that_nobody_needs_are_gone_at_once_with_all_that_they_have_read(opened, monkeypatch):
+    monkeypatch.setitem(resident.RAW_SHARE, "cpu", 1.0)
+    ours = inputs.Inputs(opened.description, CPU)
+    read = [ours.read(source) for source in SOURCES]
+    seen = [weakref.ref(part) for part in (ours, ours.raw, ours.modules, read[1], read[1].ready(), read[2].x)]
+    gc.disable()
+    try:
+        del ours, read
+        assert [reference() for reference in seen] == [None] * 6
+    finally:
+        gc.enable()
 
 
 def test_stored_rows_are_complete_before_a_second_thread_gets_them(monkeypatch):
