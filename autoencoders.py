@@ -142,7 +142,7 @@ def denoising_loss(stack: AutoencoderStack, clean: Tensor, noise: Tensor | None,
 
 
 def pairs_of_views(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return which of 2B views are the same, bool[2B, 2B], and which view each is paired with, int64[2B]."""
+    """Return, of 2B views, the pairs of a view and itself, bool[2B, 2B], and each view's partner, int64[2B]."""
     partner = torch.arange(count, device=device).roll(count // 2)
     return torch.eye(count, dtype=torch.bool, device=device), partner
 
@@ -155,8 +155,8 @@ def nt_xent(projected: Tensor, itself: Tensor, partner: Tensor, temperature: flo
 
     Args:
         projected: First views of B samples, then their second views in the same order, float[M, 2B, d].
-        itself: Which views are the same; see `pairs_of_views`.
-        partner: The other view of the same sample.
+        itself: Pairs of a view and itself, bool[2B, 2B]; see `pairs_of_views`.
+        partner: The other view of the same sample, int64[2B].
         temperature: t, dimensionless.
 
     Returns:
@@ -345,7 +345,7 @@ class AutoencoderStack:
         self.draws = Draws(seed, name, x)
         self.generators = tuple(self.draws.generators.values())
         self.minibatches = Minibatches(split.train, batch_size, seed, [name], {})
-        self.batch_statistics: list[tuple[Tensor, Tensor, float]] = []  # running one, of this minibatch times a factor
+        self.batch_statistics: list[tuple[Tensor, Tensor, float]] = []  # each: running, the minibatch's, its factor
         self.pairs: dict[int, tuple[Tensor, Tensor]] = {}  # by the number of views, see `pairs_of_views`
         self._draw_parameters()
         self.validation_noise = self._fixed_noise() if self.kind.validation_noise else None
@@ -387,7 +387,7 @@ class AutoencoderStack:
         self._place()
 
     def _place(self) -> None:
-        """Make room for the gradients of the matrices, and for those of biases before a batch norm, which stay 0."""
+        """Make room for the gradients of matrices, and zeros for those of biases before a batch norm."""
         keys = [key for key in self.params if key.endswith((".weight", ".skip", ".bias"))]
         self.kept_gradients = {key: torch.zeros_like(self.params[key]) for key in keys}
 

@@ -46,6 +46,8 @@ import gpu_numbers
 import gpu_runs
 from gpu_networks import Bench
 
+from experiment.settings import have_repeatable_products
+
 TOTAL_SECONDS = 600
 GRACE = 5.0  # seconds after its limit in which a section may still end by itself
 LINES = 25  # of a traceback
@@ -163,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         sys.stdout = Tee(sys.stdout, out / "gpu.txt")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as the program: the same bits with several streams
+    have_repeatable_products()
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
     summary = {}
     with tempfile.TemporaryDirectory(prefix="gpu-") as scratch:

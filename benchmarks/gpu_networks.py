@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from ranking import PARAMETERS
 from sd15_zoo import MODULES, SHAPES
 
 import autoencoders
@@ -126,13 +127,9 @@ def ceilings(bench: Bench) -> str:
 
 def split_of(samples: int, device: torch.device) -> Split:
     """Return 70 % of rows to train on, 10 % to validate, 20 % to test."""
-    rows = torch.arange(samples)
-    return Split(*(part.contiguous() for part in rows.split_with_sizes(_parts(samples)))).to(device)
-
-
-def _parts(samples: int) -> list[int]:
     train_rows, validation = samples * 7 // 10, samples // 10
-    return [train_rows, validation, samples - train_rows - validation]
+    sizes = [train_rows, validation, samples - train_rows - validation]
+    return Split(*torch.arange(samples).split(sizes)).to(device)
 
 
 def drawn(*shape: int, device: torch.device, seed: int = 0) -> torch.Tensor:
@@ -271,7 +268,7 @@ def autoencoders_in_stack(name: str, width: int, samples: int) -> int:
 def program_cases(samples: int = 1000) -> dict[str, Case]:
     """Return the stacks that the program trains on a GPU, of 1,000 SD1.5 LoRAs."""
     layers, runs = len(SHAPES), RUNS_IN_STACK["cuda"]
-    in_stack = min(runs * layers, STACK_PARAMETERS["cuda"] // 534_538)
+    in_stack = min(runs * layers, STACK_PARAMETERS["cuda"] // PARAMETERS)
     cases = {
         f"ranking 7 x {in_stack}": Case(
             partial(classifiers, samples=samples, features=7, sources=layers, models=in_stack)

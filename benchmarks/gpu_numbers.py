@@ -22,6 +22,7 @@ from sd15_zoo import MODULES, draw
 
 import training.recorded
 import training.stacks
+from experiment.threads import set_own_stream
 from representations import FEATURES, matrix_features, pair_features
 from training.kernels import KERNELS, UpdateKernels
 from training.pca import PCA
@@ -298,9 +299,7 @@ def begin_thread(device: torch.device) -> None:
     """Prepare this thread as the program's: with a stream of its own, as a recording is not made on the default one."""
     with training.recorded.capturing:
         start_thread(device)
-        if device.type == "cuda":
-            torch.cuda.set_stream(torch.cuda.Stream(device))
-            torch.cuda.current_blas_handle()
+        set_own_stream(device)
 
 
 def in_threads(work: dict[str, Job], device: torch.device, alone: dict[str, dict], rounds: int) -> list[str]:

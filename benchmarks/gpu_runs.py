@@ -29,7 +29,7 @@ FIFTEEN = (
 )
 VARYING = {"environment", "timing"}  # sections of results.json that differ from run to run
 MINIATURE = ["--quick", "--layers=mid_block"]  # 8 of the 128 layers
-GOODBYE = 4.0  # seconds that a program has to end when its time is up
+END_SECONDS = 4.0  # that a program has to end when its time is up
 PHASES = "phase  "  # begins the tables of whole_run.py
 TAIL = 15  # lines of a log that are printed where a program failed
 
@@ -58,14 +58,14 @@ def run(bench: Bench, script: str, arguments: list[str], log: str) -> str:
     process, path = start(bench, script, arguments, log)
     begun, fault = time.monotonic(), ""
     try:
-        code = process.wait(max(1.0, bench.left() - 2 * GOODBYE))
+        code = process.wait(max(1.0, bench.left() - 2 * END_SECONDS))
         if code not in (0, 3):
             fault = f"ended with exit code {code}"
     except subprocess.TimeoutExpired:
         fault = f"did not end in {time.monotonic() - begun:.0f} s"
         process.terminate()  # whole_run.py then prints its tables
         with suppress(subprocess.TimeoutExpired):
-            process.wait(GOODBYE)
+            process.wait(END_SECONDS)
         process.kill()
         process.wait()
     text = path.read_text(errors="replace")

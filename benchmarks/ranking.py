@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from experiment.settings import STACK_PARAMETERS, count_cores
+from experiment.threads import set_own_stream
 from training.classifier import DROPOUT, HIDDEN, ClassifierStack, Models
 from training.stacks import Schedule, Split, start_thread, train
 
@@ -124,7 +125,7 @@ def main() -> None:
     device = torch.device(args.device)
     if device.type == "cuda":
         start_thread(device)  # TF32 for all
-        torch.cuda.set_stream(torch.cuda.Stream(device))  # on the default one no step can be recorded
+        set_own_stream(device)  # on the default one no step can be recorded
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(args.layers, SAMPLES, FEATURES, generator=generator).to(device)
     y = torch.randint(0, CLASSES, (SAMPLES,), generator=generator).to(device)

@@ -36,7 +36,7 @@ from experiment.units import LOSSES, Outcome, Unit, finish, finish_elsewhere, no
 
 warnings.filterwarnings("ignore", r"\d+ tasks (have been|which were) ", UserWarning)  # of joblib, beside an error
 
-BESIDE = 12  # threads beside those that train, at most, of a kind: with them no GPU has more than its 32 streams
+OTHER_THREADS = 12  # of each kind that does not train, at most: with them no GPU has more than its 32 streams
 
 
 class Engine:
@@ -62,10 +62,10 @@ class Engine:
         self.folder: Path | None = None
         self._processes = 0  # as many as there have been units at once
         self._killed = killed_for_memory()
-        # Those that train, that read weights, and that use what the main process keeps on its device.
+        # Those that train, those that read weights, and those that use what the main process keeps on its device.
         self._trainers = Threads(list(islice(cycle(devices), self.threads)))
-        self._readers = Threads(list(islice(cycle(devices), BESIDE)))
-        self._keepers = Threads(BESIDE * [devices[0]])
+        self._readers = Threads(list(islice(cycle(devices), OTHER_THREADS)))
+        self._keepers = Threads(OTHER_THREADS * [devices[0]])
 
     def begin(self, cache: Path, owner: str = "alone") -> None:
         """Make the folder of this run; see `store.make_run_folder`."""
@@ -91,7 +91,7 @@ class Engine:
 
         Args:
             units: The units.
-            begun: The same in the order in which they are begun; None: that order.
+            begun: The same units in the order in which to begin them; None: the order of ``units``.
 
         Raises:
             Exception: Whatever a unit raised, but for its failures.
@@ -123,8 +123,8 @@ class Engine:
             if self.devices[0].type == "cpu":
                 yield from outcomes_of(Work(self._trainers, finish_here, in_main + others, self.threads))
                 return
-            machines = Work(self._keepers, finish_here, in_main, max(1, self.cores - self.threads))
-            yield from outcomes_of(machines, Work(self._trainers, finish_here, others, self.threads))
+            svms = Work(self._keepers, finish_here, in_main, max(1, self.cores - self.threads))
+            yield from outcomes_of(svms, Work(self._trainers, finish_here, others, self.threads))
             return
         task = partial(finish_elsewhere, notes=self.folder, kind=self.devices[0].type, program=program_digest())
         work = self._finish_in_processes if self.cluster is None else partial(finish_on, self.cluster)
@@ -134,7 +134,7 @@ class Engine:
             yield from outcomes
 
     def map(self, function: Callable, items: Sequence, threads: int) -> Iterator:
-        """Yield what ``function(item, device=...)`` gives in so many threads, at most `BESIDE`, in any order."""
+        """Yield what ``function(item, device=...)`` gives in so many threads, at most `OTHER_THREADS`, in any order."""
         return outcomes_of(Work(self._readers, function, items, threads))
 
     def call(self, function: Callable[[], object]) -> object:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # scipy is imported where it is called, with scikit-learn
     from scipy.sparse import csr_matrix
 
 CHUNK_NUMBERS = 2**22  # weights worked on at once, 16 MiB
-CHUNKS_ON_GPU = 4  # of these at once: as many as a shard has, since kernels take longer to start than for fewer
+CHUNKS_ON_GPU = 4  # of these at once, a whole shard: kernels on fewer numbers take longer to start than to run
 SHARD_NUMBERS = 2**24  # features and packed weights of files, held and then written together: 64 MiB
 PASS_THREADS = 8  # threads at most, each with a shard in memory
 PASS_BYTES = 24  # that a thread holds for each weight of a LoRA, where one makes a shard

@@ -27,7 +27,7 @@ from experiment.modules import Modules, whole_pairs
 from experiment.networks import NETWORKS
 from experiment.resident import Latest, Once, Raw
 from experiment.samples import Samples
-from experiment.settings import AUTOENCODER_PARAMETERS, Settings, memory_of
+from experiment.settings import AUTOENCODER_PARAMETERS, STREAMS, Settings, memory_of
 from experiment.units import Unit, Units
 from representations import FEATURES, RANKING, REPRESENTATIONS
 from training.columns import Held, without_constant
@@ -36,7 +36,7 @@ from training.stacks import Split, Stored, filled, standardise, wait_for_stream
 
 MEMORY_SHARE = 0.6  # of the device's memory that resident weights may take
 DISK_SHARE = 0.5  # of the free space that they may take in a file
-KEPT_SOURCES = {"cpu": 2, "cuda": 5}  # the latest ones: those of four threads that share a GPU, and one more
+KEPT_SOURCES = {"cpu": 2, "cuda": STREAMS + 1}  # the latest ones: those of threads that share a GPU, and one more
 SOURCES_SHARE = 0.2  # of the device's memory that those before the latest may take
 PCA_COMPONENTS = 100
 
@@ -217,7 +217,7 @@ class Inputs:
         self.modules = Modules(description, self.pairs, device, mapped=in_worker, read_packed=read_packed)
         kept = 1 if in_worker and device.type == "cpu" else KEPT_SOURCES[device.type]
         self._sources = Latest(device, kept, SOURCES_SHARE * memory_of(device))
-        self._flat_weights = Once(self._store_flat_weights, device)
+        self._flat_weights = Once(device)
         _in_use.setdefault((description.digest, device), self)
 
     # -- which columns are of which layers ----------------------------------------------------------------------------
@@ -308,7 +308,7 @@ class Inputs:
         if source.each_layer:
             return standardise(self.features(source.name).transpose(0, 1).contiguous(), self.split.train)  # (L, N, F)
         if made == "flat":
-            return self._flat_weights.get()
+            return self._flat_weights.get(self._store_flat_weights)
         if made == "pca":
             x = torch.from_numpy(self.learned.scores(source.fitted_to))
         elif made == "autoencoder":
@@ -345,7 +345,7 @@ class Inputs:
     def prepare(self, source: Source) -> None:
         """Write what the workers of a machine share of a source, if it is large and not there."""
         if REPRESENTATIONS[source.name].made == "flat":
-            self._flat_weights.get().ready()
+            self._flat_weights.get(self._store_flat_weights).ready()
         elif source.name in NETWORKS:
             self.modules.prepare(NETWORKS[source.name].reads)
 

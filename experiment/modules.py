@@ -59,7 +59,7 @@ class Modules:
         self.samples, self.rows = description.samples, description.rows
         self.extracted, self.units, self.seed = description.extracted, description.units, description.settings.seed
         self._kernels: dict[str, UpdateKernels] = {}
-        self._read = {what: Once(partial(self._open, what), device) for what in ("tokens", "factors")}
+        self._read = {what: Once(device) for what in ("tokens", "factors")}
         self._lock = threading.Lock()
 
     @property
@@ -99,7 +99,7 @@ class Modules:
 
     def read(self, what: str) -> torch.Tensor:
         """Return "tokens" or "factors", which are held for all networks that read them."""
-        return self._read[what].get()
+        return self._read[what].get(partial(self._open, what))
 
     def prepare(self, what: str) -> None:
         """Write what the workers of a machine share, if it is not there; it is mapped to see that, and not kept."""

@@ -282,6 +282,14 @@ def on_permuted_labels(experiment: Experiment, count: int, purpose: str) -> Iter
         yield experiment.again(replace(collection, files=files), experiment.rows, 1)
 
 
+def _to_begin(plans: Iterable[Plan]) -> list[Unit]:
+    """Return the units of plans in the order in which to begin them: those of plans of many units last.
+
+    So these fill up the end: on a GPU most plans are one unit, and beside a last one of many steps it would idle.
+    """
+    return [unit for plan in sorted(plans, key=lambda plan: len(plan.todo)) for unit in plan.todo]
+
+
 def _common_key(
     settings: Settings, collection: Collection, selected: np.ndarray, rows: dict[str, np.ndarray], extracted: Extracted
 ) -> dict:

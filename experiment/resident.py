@@ -1,12 +1,12 @@
 """Values that the threads of a device share, each made by one of them, and raw weights that stay on a GPU.
 
-Each thread of a GPU has a stream of its own, and streams wait for nobody. Hence two rules:
+Each thread of a GPU has a stream of its own, and streams do not wait for each other. Hence two rules:
 
 1. What one thread makes and others read is complete before they get it: the maker waits for its stream (`Once`).
-2. Memory of a tensor that nobody refers to any more is written to again at once by the stream that made it. So what is
-   shared is dropped where no unit is at work (``release``), or stays referred to by the units that read it (evicted
-   by `Latest`): a unit ends with copies of its results to the host, which wait for its stream, and what one that fails
-   may still be reading decides nothing.
+2. The stream that made a tensor may write to its memory as soon as no Python object refers to it. So what is shared is
+   dropped where no unit is at work (``release``), or stays referred to by the units that read it (evicted by
+   `Latest`): a unit ends with copies of its results to the host, which wait for its stream; one that fails may read
+   what was written since, but its numbers are not used.
 """
 
 from __future__ import annotations
@@ -33,21 +33,23 @@ RAW_SHARE = {"cpu": 0.0, "cuda": 0.25}
 class Once:
     """A value that the first thread to ask for it makes, while others that ask wait; one that failed is tried again.
 
+    It is told at each `get` how to make it: were that kept, an owner whose method makes it would be part of a cycle,
+    and stay on the device, with all that was read, until Python looks for cycles.
+
     Args:
-        make: Makes it.
         device: Where its tensors lie.
     """
 
-    def __init__(self, make: Callable[[], Any], device: torch.device):
-        self.make, self.device = make, device
+    def __init__(self, device: torch.device):
+        self.device = device
         self._lock = threading.Lock()
         self._made: list[Any] = []
 
-    def get(self) -> Any:
-        """Return the value."""
+    def get(self, make: Callable[[], Any]) -> Any:
+        """Return the value, made if it is not there."""
         with self._lock:
             if not self._made:
-                value = self.make()
+                value = make()
                 wait_for_stream(self.device)
                 self._made.append(value)
             return self._made[0]
@@ -64,7 +66,7 @@ class Once:
 
 
 class Latest:
-    """The values asked for last, each made by one thread, while others go on with those that are there.
+    """A cache of the values asked for last (LRU), each made by one thread, while others go on with what is there.
 
     Args:
         device: Where their tensors lie.
@@ -80,11 +82,11 @@ class Latest:
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Return the value of a key, made if it is not kept."""
         with self._lock:
-            once = self._values.pop(key, None) or Once(make, self.device)
+            once = self._values.pop(key, None) or Once(self.device)
             while self._values and (len(self._values) >= self.kept or self._nbytes() > self.memory):
                 del self._values[next(iter(self._values))]
             self._values[key] = once
-        return once.get()
+        return once.get(make)
 
     def _nbytes(self) -> int:
         return sum(once.nbytes for once in self._values.values())
@@ -109,19 +111,22 @@ class Raw:
 
     def __init__(self, packed: Callable[[], store.Shards], device: torch.device, share: float | None = None):
         self.device, self.share = device, RAW_SHARE[device.type] if share is None else share
-        self._stored = Once(packed, device)
-        self._held = Once(self._hold, device)
+        self._packed = packed
+        self._stored, self._held = Once(device), Once(device)
 
     @property
     def shape(self) -> tuple[int, int]:
         """N and W."""
-        return self._stored.get().shape
+        return self._open().shape
+
+    def _open(self) -> store.Shards:
+        return self._stored.get(self._packed)
 
     def _hold(self) -> Tensor | None:
         if not self.share or 4 * math.prod(self.shape) > self.share * memory_of(self.device):
             return None
         try:
-            return filled(self.shape, lambda: map(torch.from_numpy, self._stored.get().blocks()), self.device)
+            return filled(self.shape, lambda: map(torch.from_numpy, self._open().blocks()), self.device)
         except (MemoryError, RuntimeError) as error:  # others may use the device too
             if not is_out_of_memory(error):
                 raise
@@ -129,9 +134,9 @@ class Raw:
 
     def read(self, rows: np.ndarray | None = None, columns: slice | np.ndarray | None = None) -> Tensor:
         """Return rows and columns as `store.Shards.read` does, float32[n, w], perhaps a view: not to be written to."""
-        x = self._held.get()
+        x = self._held.get(self._hold)
         if x is None:
-            return torch.from_numpy(self._stored.get().read(rows, columns)).to(self.device)
+            return torch.from_numpy(self._open().read(rows, columns)).to(self.device)
         if isinstance(columns, slice):
             x = x[:, columns]
         if rows is not None:

@@ -17,7 +17,7 @@ from training import attention, projections
 from training.classifier import DROPOUT, HIDDEN
 from training.stacks import Schedule
 
-# Parameters in a stack: of 4 classifiers of one layer for a CPU, near whose caches they stay; of 131 for a GPU, so that
+# Parameters in a stack: of 4 classifiers of one layer for a CPU, near whose caches they stay; of 130 for a GPU, so that
 # its threads, and several GPUs, have a share of the ranking.
 STACK_PARAMETERS = {"cpu": 2_200_000, "cuda": 70_000_000}
 # Of 4 to 12 autoencoders for a CPU: enough stacks to keep its threads busy to the end.

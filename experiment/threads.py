@@ -1,8 +1,8 @@
 """Threads of this process that work: each on one device, and on a GPU on a stream of its own.
 
-Several threads share a GPU, whose small kernels run side by side. Streams wait for nobody: what a thread has computed
-is handed on when its stream is done. On the default stream no step could be recorded, see `training.recorded`. torch
-has 32 streams for a GPU, which it gives out in turn.
+Several threads share a GPU, whose small kernels run side by side. Streams do not wait for each other: what a thread has
+computed is handed on when its stream is done. On the default stream no step could be recorded, see `training.recorded`.
+torch has 32 streams for a GPU, which it gives out in turn.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def set_own_stream(device: torch.device) -> torch.cuda.Stream | None:
 class Threads:
     """Threads that last, begun when there is work for them.
 
-    They are daemons: a process that ends by an error does not wait for what they are at, but on a GPU (see `close`).
+    They are daemons: a process that ends by an error does not wait for what they are at, as it would for the threads
+    of `concurrent.futures`; on a GPU `close` waits.
 
     Args:
         devices: The device of each.
@@ -112,7 +113,7 @@ class Work:
 
 
 def outcomes_of(*works: Work) -> Iterator:
-    """Yield what the functions give, in any order, as soon as it is there; who no longer listens stops the rest.
+    """Yield what the functions give, in any order, as soon as it is there; closing the generator stops the rest.
 
     Raises:
         BaseException: Whatever a function raised; of what is left nothing is begun.
@@ -153,9 +154,9 @@ def _next(work: Work, items: deque, outcomes: queue.SimpleQueue, device: torch.d
 
 
 class Permits:
-    """Permits to work on a device: many at once, or one alone.
+    """Permits to work on a device, many at once or one alone: a readers-writer lock that prefers writers.
 
-    Who waits to be alone goes before who comes later. A permit is taken before any lock, and by nobody who has one.
+    A thread takes its permit before any lock, and never a second one.
     """
 
     def __init__(self):

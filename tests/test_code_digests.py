@@ -50,12 +50,7 @@ SETTINGS = "experiment/settings"  # what flags mean: the key has seed, device, s
 THREADS = "experiment/threads"  # who computes, as the engine
 LEFT_OUT = {
     "features": LEFT_OUT_OF_ALL,
-    "classifier of stats": {
-        *LEFT_OUT_OF_ALL,
-        SETTINGS,
-        THREADS,
-        "autoencoders",
-    },  # it reads nothing that they have learned
+    "classifier of stats": {*LEFT_OUT_OF_ALL, SETTINGS, THREADS, "autoencoders"},  # it reads nothing learned by them
     "classifier of vae": {*LEFT_OUT_OF_ALL, SETTINGS, THREADS},
     "autoencoder": {*LEFT_OUT_OF_ALL, SETTINGS, THREADS},
     "results": set(),

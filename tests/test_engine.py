@@ -274,8 +274,8 @@ def test_a_unit_that_is_out_of_memory_beside_others_is_done_again_alone(tmp_path
     engine, units = Engine([torch.device("cuda", 0)], cores=8), []
     for i in range(8):
         how = {"name": i, "alone_only": i in (1, 2), "fits": 2 if i == 3 else 9}
-        one = unit(tmp_path, str(i), partial(compute, **how), in_main=i % 2 == 0)
-        units.append(replace(one, stack=list(range(4))))
+        small = unit(tmp_path, str(i), partial(compute, **how), in_main=i % 2 == 0)
+        units.append(replace(small, stack=list(range(4))))
     assert list(engine.do(units)) == [""] * 8
     sizes = [arrays(unit)["stack"] for unit in units]
     assert sizes == [[4] * 4] * 3 + [[2] * 4] + [[4] * 4] * 4

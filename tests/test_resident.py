@@ -1,7 +1,9 @@
 """What threads share: made once, complete, without waiting for what others make; and weights that stay on a device."""
 
+import gc
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -43,11 +45,11 @@ def test_a_value_is_made_once_for_all_threads_and_complete_before_they_get_it(wa
         made.append(0)
         return torch.ones(3)
 
-    once = Once(make, CPU)
+    once = Once(CPU)
 
     def get(_):
         begin.wait()
-        value = once.get()
+        value = once.get(make)
         return value, len(waits)
 
     with ThreadPoolExecutor(8) as threads:
@@ -55,7 +57,7 @@ def test_a_value_is_made_once_for_all_threads_and_complete_before_they_get_it(wa
     assert len(made) == 1 and waits == [CPU] and {seen for _, seen in values} == {1}
     assert len({id(value) for value, _ in values}) == 1 and once.nbytes == 12
     once.clear()
-    assert once.nbytes == 0 and once.get() is not values[0][0] and len(made) == 2
+    assert once.nbytes == 0 and once.get(make) is not values[0][0] and len(made) == 2
 
 
 def test_what_failed_is_tried_again_and_nothing_is_a_value_too():
@@ -66,10 +68,10 @@ def test_what_failed_is_tried_again_and_nothing_is_a_value_too():
         if result:
             raise result
 
-    once = Once(make, CPU)
+    once = Once(CPU)
     with pytest.raises(MemoryError):
-        once.get()
-    assert once.get() is None and once.get() is None
+        once.get(make)
+    assert once.get(make) is None and once.get(make) is None
 
 
 def test_who_makes_a_value_holds_up_nobody_whose_value_is_there():
@@ -226,6 +228,19 @@ def test_reading_a_source_holds_up_no_thread_whose_source_is_there(opened, monke
         assert opened.read(SOURCES[0]) is there and not slow.done()
         may_end.set()
         assert slow.result().shape[1] == there.shape[1]
+
+
+def test_inputs_that_nobody_needs_are_gone_at_once_with_all_that_they_have_read(opened, monkeypatch):
+    monkeypatch.setitem(resident.RAW_SHARE, "cpu", 1.0)
+    ours = inputs.Inputs(opened.description, CPU)
+    read = [ours.read(source) for source in SOURCES]
+    seen = [weakref.ref(part) for part in (ours, ours.raw, ours.modules, read[1], read[1].ready(), read[2].x)]
+    gc.disable()
+    try:
+        del ours, read
+        assert [reference() for reference in seen] == [None] * 6
+    finally:
+        gc.enable()
 
 
 def test_stored_rows_are_complete_before_a_second_thread_gets_them(monkeypatch):

@@ -96,9 +96,9 @@ KERNELS = {"update_kernel": Kernel(views=1, sized=True), "update_views": Kernel(
 class Updates:
     """Updates as ``norm · up · down``: rows of down are orthonormal, and up · down has norm 1, or 0 for a zero update.
 
-    Columns of up are orthogonal where asked for: then the singular values of up · down are their norms. Where a column
+    Columns of up are orthogonal where asked for: then the singular values of up · down are their norms. So products in
+    float32 are exact to rounding relative to the norms of the two updates, whatever their factors were. Where a column
     of up is 0, a GPU may leave a row of down shorter than 1, or 0 (see `training.exact.gram_schmidt`).
-    So products in float32 are exact to rounding relative to the norms of the two updates, whatever their factors were.
 
     ``down`` [n, k, in], ``up`` [n, out, k], k = min(r, in), and ``norm`` float64[n].
     """

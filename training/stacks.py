@@ -3,7 +3,8 @@
 A stack holds M networks of one architecture. Every parameter is one tensor with a leading model axis,
 ``[M, in, out]``, so a training step of the whole stack is a handful of batched products. The models stay
 independent: losses are summed over models (an average would rescale gradients), and each model has its own
-learning rate, early stopping and best weights. A model that has stopped leaves the stack.
+learning rate, early stopping and best weights. A model that has stopped leaves the stack, on a GPU once that saves
+time: see `train`.
 
 Randomness belongs to the *run*, not to the model: in run r every model starts from the same hidden weights and sees
 the same minibatches and dropout masks, each from a generator of its own (`stream`). So a model's result does not
@@ -68,7 +69,7 @@ def numpy_stream(*key: object) -> np.random.Generator:
     return np.random.default_rng(seed_of(*key))
 
 
-def epoch_order(train_rows: Tensor, seed: int, runs: Iterable[int], epoch: int) -> Tensor:
+def epoch_order(train_rows: Tensor, seed: int, runs: Iterable[int | str], epoch: int) -> Tensor:
     """Draw the order in which each run sees the train rows in an epoch, positions int64[R, n] on their device."""
     drawn = [torch.randperm(len(train_rows), generator=stream(seed, run, "order", epoch)) for run in runs]
     return torch.stack(drawn).to(train_rows.device)
@@ -113,27 +114,36 @@ class Minibatches:
         train_rows: Row indices, int64[n], on the device.
         batch_size: Rows in a minibatch, B; the last one of an epoch may be smaller.
         seed: Of all streams.
-        runs: The R runs, each with an order and bits of its own.
-        bits: By purpose, how many times 16 bits each minibatch takes, given its rows.
+        runs: The R runs, or what else keys streams, each with an order and bits of its own.
+        bits: By purpose, how many times 16 bits a minibatch takes, given the number of its rows.
     """
 
     def __init__(
-        self, train_rows: Tensor, batch_size: int, seed: int, runs: Sequence[int], bits: dict[str, Callable[[int], int]]
+        self,
+        train_rows: Tensor,
+        batch_size: int,
+        seed: int,
+        runs: Sequence[int | str],
+        bits: dict[str, Callable[[int], int]],
     ):
         self.train_rows, self.seed, self.runs, self.bits = train_rows, seed, runs, bits
         count, device = len(train_rows), train_rows.device
         self.sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
-        numbers = max([1, *(of(self.sizes[0]) for of in bits.values())])
+        numbers = max([1, *(count_bits(self.sizes[0]) for count_bits in bits.values())])
         self.at_once = min(len(self.sizes), rows_at_once(numbers, drawn_at_once(device)))
         self.place = torch.zeros(1, dtype=torch.int64, device=device)
         self.rows = train_rows.new_empty(len(runs), self.at_once, self.sizes[0])
         self.words = {  # of 64 bits
-            purpose: train_rows.new_empty(len(runs), self.at_once, -(-of(self.sizes[0]) // 4))
-            for purpose, of in bits.items()
+            purpose: train_rows.new_empty(len(runs), self.at_once, self._count_words(purpose, self.sizes[0]))
+            for purpose in bits
         }
 
+    def _count_words(self, purpose: str, size: int) -> int:
+        """Return how many words hold the bits of a minibatch of so many rows."""
+        return -(-self.bits[purpose](size) // 4)
+
     def begin(self, epoch: int) -> Iterator[list[int]]:
-        """Draw an epoch, as many minibatches at a time as there is room for; yield the rows of each of these."""
+        """Draw an epoch, as many minibatches at a time as there is room for; yield how many rows each of these has."""
         device, start = self.train_rows.device, 0
         order = self.train_rows[epoch_order(self.train_rows, self.seed, self.runs, epoch)]  # (R, n)
         generators = {
@@ -145,7 +155,7 @@ class Minibatches:
             end = start + sum(sizes)
             self.rows.flatten(1)[:, : end - start] = order[:, start:end]
             for purpose, words in self.words.items():
-                used = sum(-(-self.bits[purpose](size) // 4) for size in sizes)
+                used = sum(self._count_words(purpose, size) for size in sizes)
                 for row, generator in zip(words.flatten(1), generators[purpose], strict=True):
                     row[:used].random_(-(2**63), None, generator=generator)
             self.place.zero_()
@@ -254,7 +264,7 @@ def filled(shape: tuple[int, int], blocks: Callable[[], Iterator[Tensor]], devic
 def wait_for_stream(device: torch.device) -> None:
     """Wait until this thread's stream has done what it was given, so that other threads may read what it has made.
 
-    Streams of a GPU wait for nobody. A CPU has none.
+    Streams of a GPU do not wait for each other. A CPU has none.
     """
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
@@ -483,13 +493,13 @@ class Trained:
         position, model = improved.nonzero().squeeze(1), models[improved]
         all_in_order = torch.equal(model, torch.arange(len(self.epochs)))
         device = next(iter(self.state.values())).device
-        here, there = position.to(device), model.to(device)
+        taken, written = position.to(device), model.to(device)
         tensors = {name: tensor.detach() for name, tensor in (network.params | network.buffers).items()}
         if all_in_order:  # the common case in the first epochs, without the copy that indexing makes
             torch._foreach_copy_([self.state[name] for name in tensors], list(tensors.values()))
         elif len(position):
             for name, tensor in tensors.items():
-                self.state[name][there] = tensor[here]
+                self.state[name][written] = tensor[taken]
         self.best_loss[model] = losses[improved]
         self.best_epoch[model] = epoch
         self.epochs[models[going]] = epoch
@@ -519,9 +529,9 @@ def train(network, schedule: Schedule) -> Trained:
     Args:
         network: An object with ``x`` (its inputs; a `Stored` that is not held keeps steps from being recorded);
             ``params`` and ``buffers`` (dicts of tensors [M, ...]); ``begin(epoch)`` (draws an epoch, a part at a time,
-            and yields the rows of each minibatch of the part); ``gradients(size)`` (returns gradients of the training
-            losses of the next minibatch, which has so many rows, a tensor for each of ``params``, which the next may
-            write over; it is recorded, see `Recorded`); ``generators`` (of the device, from which that draws);
+            and yields the numbers of rows of the part's minibatches); ``gradients(size)`` (returns gradients of the
+            training losses of the next minibatch, of so many rows, for each of ``params`` a tensor that the next call
+            may write over; it is recorded, see `Recorded`); ``generators`` (of the device, from which that draws);
             ``validation_losses()`` ([M]; recorded too); and ``take(index)`` (keeps the models at these positions, in
             this order).
         schedule: Epochs, patience, learning rate and its decay.
@@ -535,7 +545,7 @@ def train(network, schedule: Schedule) -> Trained:
     going = torch.ones(len(models), dtype=torch.bool)  # at each position: its model has not stopped
     with closing(_Steps(network, schedule)) as steps:
         for epoch in range(1, schedule.max_epochs + 1):
-            steps.take_epoch(epoch, plateau.rates)
+            steps.make_epoch(epoch, plateau.rates)
             losses = steps.validation_losses()
             if not torch.isfinite(losses[going]).all():
                 raise FloatingPointError(f"training diverged: a validation loss of epoch {epoch} is not finite")
@@ -567,18 +577,18 @@ class _Steps:
         self.done, self.in_epoch, self.rates = 0, 0, None
         self.recorded: dict[int | str, Recorded] = {}  # by the rows of a minibatch, and `VALIDATION`
 
-    def take_epoch(self, epoch: int, rates: Tensor) -> None:
+    def make_epoch(self, epoch: int, rates: Tensor) -> None:
         """Make the steps of an epoch at these rates, float64[M]."""
         if self.rates is None or not torch.equal(self.rates, rates):
             self.rates = rates.clone()
             self._forget([name for name in self.recorded if name != VALIDATION])
             self.optimiser.begin(rates, self.done)
-        self.in_epoch = -self.done
+        before = self.done
         for sizes in self.network.begin(epoch):
             for size in sizes:
                 self._repeat(size, partial(self._step, size), self.network.generators)
             self.done += len(sizes)
-        self.in_epoch += self.done
+        self.in_epoch = self.done - before
 
     def may_leave(self, stopped: int, rates: Tensor) -> bool:
         """Return whether to have so many models leave that have stopped, before an epoch at these rates.
@@ -592,8 +602,6 @@ class _Steps:
 
     def validation_losses(self) -> Tensor:
         """Return the validation losses of the models, float64[M] on the CPU."""
-        if len(self.losses) != len(self.rates):
-            self.losses = self.losses.new_empty(len(self.rates))
         self._repeat(VALIDATION, self._validate)
         return self.losses.double().cpu()
 
@@ -606,9 +614,11 @@ class _Steps:
 
     def _repeat(self, name: int | str, function: Callable[[], None], generators: Sequence = ()) -> None:
         """Do a step, recorded under a name."""
+        if self.stored:
+            function()
+            return
         if name not in self.recorded:
             self.recorded[name] = Recorded(function, self.losses.device, generators)
-            self.recorded[name].records &= not self.stored
         self.recorded[name]()
 
     def _forget(self, names: Iterable[int | str]) -> None:
@@ -620,6 +630,7 @@ class _Steps:
     def take(self, index: Tensor) -> None:
         """Keep the models at these positions, in this order."""
         self.optimiser.take(index)
+        self.losses = self.losses.new_empty(len(index))
         self.rates = None
         self.close()
 
