@@ -446,6 +446,7 @@ class AutoencoderStack:
 
     def minibatch_losses(self, size: int) -> Tensor:
         """Return training losses [M] of the next minibatch."""
+        self.batch_statistics.clear()  # of a recording that broke off
         rows, _ = self.minibatches.next(size)  # (1, B)
         clean = gather(self.x, self.model, rows)  # (M, B, in)
         noise = None

@@ -73,8 +73,11 @@ class Engine:
 
     def close(self) -> None:
         """Remove the folder of this run, leave the cluster, and have threads end when they are done."""
-        for threads in (self._trainers, self._readers, self._keepers):
+        all_threads = self._trainers, self._readers, self._keepers
+        for threads in all_threads:
             threads.close()
+        for threads in all_threads:
+            threads.wait()
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
             with suppress(OSError):  # another run is at work there

@@ -37,6 +37,7 @@ CHUNK_NUMBERS = 2**22  # weights worked on at once, 16 MiB
 CHUNKS_ON_GPU = 4  # of these at once, a whole shard: kernels on fewer numbers take longer to start than to run
 SHARD_NUMBERS = 2**24  # features and packed weights of files, held and then written together: 64 MiB
 PASS_THREADS = 8  # threads at most, each with a shard in memory
+GPU_BYTES = 2**31  # that a thread may take on a GPU
 PASS_BYTES = 24  # that a thread holds for each weight of a LoRA, where one makes a shard
 CHECKED = (RANKING, UPDATES, DIGESTS)  # the arrays that a check of the collection looks at
 
@@ -179,8 +180,10 @@ def _read(
             for done, layer in enumerate(layers, 1):
                 weight_pass.projections.append(sketching(layer))
                 progress("projections of sketches", done, len(layers))
-        # A GPU waits for them.
-        threads = min(engine.threads, PASS_THREADS) if weight_pass.device.type == "cpu" else PASS_THREADS
+        threads = min(engine.threads, PASS_THREADS)
+        if weight_pass.device.type == "cuda":  # which waits for them
+            total = torch.cuda.get_device_properties(weight_pass.device).total_memory
+            threads = min(PASS_THREADS, total // GPU_BYTES)
         held = PASS_BYTES * weight_pass.collection.packed_layout.width
         threads = max(1, min(threads, memory // held))
         for done, _ in enumerate(engine.map(partial(weight_pass.run, names=missing), unread, threads), 1):

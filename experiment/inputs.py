@@ -178,6 +178,14 @@ class Description:
                 inputs = _latest[device] = _in_use[key] = Inputs(self, device, in_worker=True)
             return inputs
 
+    def forget(self, device: torch.device) -> None:
+        """Give back what inputs of this process, of any description, hold on a device where no unit is at work."""
+        with _opening:
+            opened = list(_in_use.values())
+        for inputs in opened:
+            if inputs.device == device:
+                inputs.forget()
+
     def shared(self, name: str) -> Path | None:
         """Return the file of an array that the workers of a machine share."""
         return self.folder and self.folder / f"{name}-{self.digest}.npy"
@@ -317,12 +325,17 @@ class Inputs:
             x = self.features(source.name).flatten(1)
         return without_constant(standardise(x.to(self.device), self.split.train)[None])
 
-    def release(self) -> None:
-        """Give back the memory of all that was read, where no unit is at work; it is read again if asked for."""
+    def forget(self) -> None:
+        """Give back the device's memory of what was read, where no unit is at work; it is read again if asked for."""
         for part in (self._sources, self._flat_weights):
             part.clear()
         for part in (self.raw, self.modules):
-            part.release()
+            part.forget()
+
+    def release(self) -> None:
+        """Give back all memory, where no unit is at work."""
+        self.forget()
+        self.modules.release()
         _latest.clear()  # those of further GPUs
 
     def _store_flat_weights(self) -> Stored:

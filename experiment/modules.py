@@ -119,10 +119,13 @@ class Modules:
     def _make(self, what: str) -> torch.Tensor:
         return self.tokens() if what == "tokens" else self.factors()
 
-    def release(self) -> None:
-        """Give back the memory of kernels, tokens and factors, where no unit is at work; they are made again."""
+    def forget(self) -> None:
+        """Give back the memory of tokens and factors, where no unit is at work; they are made again."""
         for once in self._read.values():
             once.clear()
+
+    def release(self) -> None:
+        """Give back the memory of kernels, likewise."""
         with self._lock:
             self._kernels.clear()
             self.__dict__.pop("unlabelled", None)  # a cached property

@@ -143,7 +143,7 @@ class Raw:
             x = x.index_select(0, torch.as_tensor(rows).to(self.device))
         return x.index_select(1, torch.as_tensor(columns).to(self.device)) if isinstance(columns, np.ndarray) else x
 
-    def release(self) -> None:
+    def forget(self) -> None:
         """Give back the memory, where no unit is at work; it is read again where it is asked for."""
         self._held.clear()
         self._stored.clear()

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -51,16 +51,21 @@ def set_own_stream(device: torch.device) -> torch.cuda.Stream | None:
     torch.cuda.set_stream(stream)
     with suppress(RuntimeError):  # where there is no memory now, the first product makes it
         torch.cuda.current_blas_handle()
-    # torch loads its library of linear algebra at the first call, and fails where two threads make it at once.
-    torch.linalg.eigh(torch.eye(2, device=device))
+        _load_linear_algebra(device)
     return stream
+
+
+@cache
+def _load_linear_algebra(device: torch.device) -> None:
+    """Have torch load its library, as it does at the first call, and fails to where two threads make that at once."""
+    torch.linalg.eigh(torch.eye(2, device=device))
 
 
 class Threads:
     """Threads that last, begun when there is work for them.
 
     They are daemons: a process that ends by an error does not wait for what they are at, as it would for the threads
-    of `concurrent.futures`; on a GPU `close` waits.
+    of `concurrent.futures`; on a GPU `wait` does.
 
     Args:
         devices: The device of each.
@@ -83,12 +88,18 @@ class Threads:
         self._calls.put(call)
 
     def close(self) -> None:
-        """Have all threads end when they have done what was put, and wait for those of a GPU.
+        """Have all threads end when they are done with what they are at."""
+        with suppress(queue.Empty):
+            while True:  # what nobody waits for any more
+                self._calls.get_nowait()
+        for _ in self._begun:
+            self._calls.put(None)
+
+    def wait(self) -> None:
+        """Wait for the threads of GPUs, which have been told to end.
 
         A process that ends while one of its threads is inside of CUDA's libraries ends by SIGABRT.
         """
-        for _ in self._begun:
-            self._calls.put(None)
         for thread, device in zip(self._begun, self.devices, strict=False):
             if device.type == "cuda":
                 thread.join()
@@ -122,7 +133,7 @@ def outcomes_of(*works: Work) -> Iterator:
     left = [deque(work.items) for work in works]
     try:
         for work, items in zip(works, left, strict=True):
-            at_once = min(work.at_once, len(items))
+            at_once = min(work.at_once, len(items), len(work.threads.devices))
             work.threads.begin(at_once)
             for _ in range(at_once):
                 work.threads.put(partial(_next, work, items, outcomes))

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -68,6 +68,9 @@ class Openable(Protocol):
     def open(self, device: torch.device) -> object:
         """Return what `Unit.compute` reads, on a device."""
 
+    def forget(self, device: torch.device) -> None:
+        """Give back what is kept on a device where no unit is at work; it is read again where it is asked for."""
+
 
 # From opened inputs and models of the stack to arrays whose first axis is the models.
 Compute = Callable[[object, list], dict[str, np.ndarray]]
@@ -95,8 +98,12 @@ class Unit:
 
     def attempt(self, device: torch.device) -> Outcome:
         """Compute the arrays on a device; it fails where training diverges, or by others of `FAILURES`."""
+
+        def compute(part: list) -> dict[str, np.ndarray]:
+            return self.compute(self.description.open(device), part)
+
         try:
-            arrays = _within_memory(lambda part: self.compute(self.description.open(device), part), self.stack, device)
+            arrays = _within_memory(compute, self.stack, device, partial(self.description.forget, device))
         except FAULTS:
             raise
         except OutOfMemory as error:
@@ -213,11 +220,13 @@ class Units:
         return min((size for size, planned in sizes if size < planned), default=None)
 
 
-def _within_memory(compute: Callable[[list], dict], stack: list, device: torch.device) -> dict[str, np.ndarray]:
+def _within_memory(
+    compute: Callable[[list], dict], stack: list, device: torch.device, forget: Callable[[], None]
+) -> dict[str, np.ndarray]:
     """Return the arrays of a stack, trained in smaller ones if need be.
 
-    Where memory runs out beside others on a GPU, the stack is done again with nothing beside it: what happened to be at
-    work there decides no size.
+    Where memory runs out beside others on a GPU, the stack is done again with nothing beside it, and nothing kept there
+    that others have read: what happened to be at work, or was before, decides no size.
     """
     if device.type == "cpu":
         return _in_parts(compute, stack)
@@ -225,6 +234,7 @@ def _within_memory(compute: Callable[[list], dict], stack: list, device: torch.d
     with suppress(OutOfMemory), permits.beside_others():
         return _computed(compute, stack, len(stack))
     with permits.alone():
+        forget()
         release_memory()
         return _in_parts(compute, stack)
 

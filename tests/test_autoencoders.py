@@ -295,3 +295,18 @@ def test_validation_batches_never_hold_a_single_row():
         batches = autoencoders._batches(rows, 32)
         sizes = [part.stop - part.start for part in batches]
         assert sum(sizes) == rows and min(sizes) > 1 and max(sizes) <= 48
+
+
+def test_batch_statistics_of_a_step_that_broke_off_are_forgotten(monkeypatch):
+    """A recording may break off where memory runs out; the step is then done without."""
+    x, split = weights()
+    stack = AutoencoderStack("denoising", x, split, 0)
+    size, updated = next(stack.begin(1))[0], []
+    monkeypatch.setattr(stack, "decode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        stack.minibatch_losses(size)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda running, *_: updated.extend(running))
+    next(stack.begin(2))
+    stack.minibatch_losses(size)
+    assert sorted(map(id, updated)) == sorted(map(id, stack.buffers.values()))

@@ -234,6 +234,9 @@ class Opened:
     def open(self, device):
         return device
 
+    def forget(self, device):
+        pass
+
 
 @pytest.mark.parametrize(
     "error",

@@ -167,7 +167,7 @@ def test_weights_are_read_once_by_all_threads_until_they_are_released(stored, mo
         for part in threads.map(lambda i: raw.read(np.array([i]), slice(2, 8)), range(8)):
             assert part.shape == (1, 6)
     assert len(passes) == 1
-    raw.release()
+    raw.forget()
     np.testing.assert_array_equal(raw.read(), x)
     assert len(passes) == 2
 

@@ -21,6 +21,9 @@ class Opened:
     def open(self, device):
         return device
 
+    def forget(self, device):
+        pass
+
 
 def test_a_unit_is_found_by_its_key_whatever_the_order(tmp_path):
     units = Units(tmp_path)

@@ -19,6 +19,9 @@ class Nothing:
     def open(self, device):
         return device
 
+    def forget(self, device):
+        pass
+
 
 class Fault(Exception):
     """Something that no unit expects."""

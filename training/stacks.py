@@ -19,7 +19,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -253,7 +253,9 @@ Hold = Callable[[tuple[int, int], Callable[[], Iterator[Tensor]]], Tensor]
 
 def filled(shape: tuple[int, int], blocks: Callable[[], Iterator[Tensor]], device: torch.device) -> Tensor:
     """Return a matrix on a device, filled with blocks of rows."""
-    x = torch.empty(shape, device=device)
+    # While a thread records, torch does not look for memory among what it keeps for later.
+    with capturing if device.type == "cuda" else nullcontext():
+        x = torch.empty(shape, device=device)
     start = 0
     for block in blocks():
         x[start : start + len(block)] = block
