@@ -103,13 +103,14 @@ class Metered(ablation_experiment.Stopwatch):
 
     def table(self, total: float) -> str:
         """Format seconds, share and peaks by phase; one that has not ended counts as far as it came."""
+        seconds = dict(self.seconds)
         if self.current is not None:
-            self.seconds[self.current] += time.perf_counter() - self.begun
+            seconds[self.current] += time.perf_counter() - self.begun
         lines = [f"{'phase':<14}{'seconds':>9}{'share':>8}{'host peak':>12}{'device peak':>13}"]
         for name in self.PHASES:
-            share, host, device = self.seconds[name] / total, self.host[name] / 2**30, self.device[name] / 2**30
-            lines.append(f"{name:<14}{self.seconds[name]:>9.1f}{share:>8.1%}{host:>8.2f} GiB{device:>9.2f} GiB")
-        rest = total - sum(self.seconds.values())
+            share, host, device = seconds[name] / total, self.host[name] / 2**30, self.device[name] / 2**30
+            lines.append(f"{name:<14}{seconds[name]:>9.1f}{share:>8.1%}{host:>8.2f} GiB{device:>9.2f} GiB")
+        rest = total - sum(seconds.values())
         return "\n".join([*lines, f"{'the rest':<14}{rest:>9.1f}{rest / total:>8.1%}", f"{'total':<14}{total:>9.1f}"])
 
 

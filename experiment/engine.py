@@ -4,8 +4,8 @@ On a CPU worker processes of joblib do them (loky), one thread each; on GPUs thr
 GPU; with ``--scheduler`` the workers of a Dask cluster. The numbers are the same whoever works. The main process alone
 writes unit files (but for large ones), prints and counts.
 
-Support vector machines are fitted on CPUs by threads of this process. Beside GPUs they are as many as cores allow, and
-compute kernels on the first GPU.
+Support vector machines are fitted on CPUs by threads of this process. Beside GPUs these are as many as cores allow, at
+most `OTHER_THREADS`, and compute kernels on the first GPU.
 
 A worker notes the unit that it begins in a file, which it removes when that is done. The notes of lost workers stay:
 their units are done again, with fewer beside them, at last alone, and a unit with three notes is given up.

@@ -127,7 +127,7 @@ def outcomes_of(*works: Work) -> Iterator:
     """Yield what the functions give, in any order, as soon as it is there; closing the generator stops the rest.
 
     Raises:
-        BaseException: Whatever a function raised; of what is left nothing is begun.
+        BaseException: Whatever a function raised; items that are not begun by then are dropped.
     """
     outcomes: queue.SimpleQueue[tuple[object, BaseException | None]] = queue.SimpleQueue()
     left = [deque(work.items) for work in works]

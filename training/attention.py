@@ -383,11 +383,11 @@ class AttentionStack:
         self.runs, position = torch.unique(self.models.run, return_inverse=True)
         self.position, self.source = position.to(device), self.models.source.to(device)
         self.live = None if live is None or live.all() else live.to(device)  # (M, P)
-        bits = {}
+        modules, hidden, bits = self.modules, self.hidden, {}  # no reference to this object: that would be a cycle
         if self.dropout:
-            bits["dropout"] = lambda rows: rows * self.modules * self.hidden
+            bits["dropout"] = lambda rows: rows * modules * hidden
         if self.module_dropout:
-            bits["module dropout"] = lambda rows: rows * self.modules
+            bits["module dropout"] = lambda rows: rows * modules
         self.minibatches = Minibatches(self.split.train, self.batch_size, self.seed, self.runs.tolist(), bits)
 
     def take(self, index: Tensor) -> None:
