@@ -68,7 +68,7 @@ class Speed:
     @classmethod
     def measure(cls, device: torch.device) -> Speed:
         """Time a product and a copy as large as those of a stack there, in some hundredths of a second."""
-        models, count, calls = (4, 2**24, 1) if device.type == "cpu" else (128, 2**26, 10)
+        models, count, calls = (4, 2**24, 1) if device.type == "cpu" else (128, 2**25, 10)
         x, w = torch.ones(models, 32, 512, device=device), torch.ones(models, 512, 512, device=device)
         numbers = torch.ones(count, device=device)
         into = torch.empty_like(numbers)
@@ -178,7 +178,7 @@ class Estimates:
         """Return the cost of the pass over the weights, in bytes copied, that gives all features."""
         copied = PASS_COPIES[self.device.type] * self.count * self.all_weights
         if self.settings.sketch_flat:  # a projection is drawn in some hundredths of a second, one after the other
-            copied += 6e8 * len(self.widths)
+            copied += 6e5 * PASS_COPIES[self.device.type] * len(self.widths)
         shards = math.ceil(self.count * self.all_weights / SHARD_NUMBERS)
         return Estimate(0, PASS_BYTES * self.all_weights, 0, copied, shards)
 
