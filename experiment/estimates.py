@@ -1,7 +1,8 @@
 """Estimates, before anything is trained: parameters, memory and time of each representation, and what cannot fit.
 
 Memory and parameters follow from shapes alone. Time is operations over the speed of one core or GPU, which a product
-and a copy of a moment show; how many epochs a network takes is a guess, so times are about right and decide nothing.
+and a copy of a moment show, on a GPU also the kernels of all steps; how many epochs a network takes is a guess, so
+times are about right and decide nothing.
 
 Shape letters: N LoRAs, F inputs of a classifier, W weights of a LoRA.
 """
@@ -11,6 +12,8 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,18 +28,24 @@ from experiment.extraction import PASS_BYTES, SHARD_NUMBERS, bytes_to_pack
 from experiment.inputs import PCA_COMPONENTS
 from experiment.modules import module_shapes, whole_pairs
 from experiment.networks import NETWORKS
-from experiment.settings import RUNS_IN_STACK, STACK_PARAMETERS, Settings, memory_of
+from experiment.settings import AUTOENCODER_PARAMETERS, RUNS_IN_STACK, STACK_PARAMETERS, Settings, memory_of
 from representations import RANKING, REPRESENTATIONS
 from training.kernels import KERNELS, Limits
 from training.pca import GRAM_SIDE, NUMBERS_AT_ONCE, num_components
-from training.stacks import Schedule
+from training.stacks import Schedule, wait_for_stream
 
 PASS_SHARE = 0.5  # of memory, that the pass over the weights may take
 SHARE = 0.8  # of memory, and of free space on disk, that may be taken
 # Parameters of one representation's autoencoders that a CPU trains unless told to: above, hours.
 AUTOENCODER_LIMIT = 2**31
 UNIT_SECONDS = 0.04  # that a unit takes however small it is: it is laid out, its few epochs are stepped, it is written
-START_SECONDS = 2.5  # until processes of workers have begun
+START_SECONDS = 2.5  # until processes of workers have begun, or the libraries of a GPU
+LEARNED_STEPS = 30  # that a network takes at least until it is at its best, however few an epoch has
+# Kernels of a step, and seconds that one takes on a GPU however little it does, in recorded steps: on an H100 a step of
+# small classifiers takes 0.28 ms, of autoencoders 0.8 to 1.2. Units side by side on a GPU do not make that less.
+PERCEPTRON_KERNELS, NETWORK_KERNELS = 70, 200
+KERNEL_SECONDS = 4e-6
+PASS_COPIES = {"cpu": 1_000, "cuda": 100_000}  # bytes that could be copied while the pass is at one weight
 SMALL_SECONDS = 60  # a plan that takes less is said in one line
 COPIES = 5  # in which a parameter is held: itself, its gradient, two moments, the best so far
 GIB = 2**30
@@ -44,32 +53,41 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed of one worker: operations of products with 32 rows, and bytes copied, each in a second."""
+    """The speed of one core or GPU.
+
+    Attributes:
+        operations: Of products with 32 rows, in a second.
+        copied: Bytes in a second.
+        kernel: Seconds that a kernel of a step takes beside these; 0 on a CPU.
+    """
 
     operations: float
     copied: float
+    kernel: float = 0.0
 
     @classmethod
     def measure(cls, device: torch.device) -> Speed:
-        """Time a product and a copy, in some hundredths of a second."""
-        x, w = torch.ones(4, 32, 512, device=device), torch.ones(4, 512, 512, device=device)
-        numbers = torch.ones(2**24, device=device)
+        """Time a product and a copy as large as those of a stack there, in some hundredths of a second."""
+        models, count, calls = (4, 2**24, 1) if device.type == "cpu" else (128, 2**25, 10)
+        x, w = torch.ones(models, 32, 512, device=device), torch.ones(models, 512, 512, device=device)
+        numbers = torch.ones(count, device=device)
         into = torch.empty_like(numbers)
-        product = _seconds(lambda: torch.bmm(x, w), device)
-        copy = _seconds(lambda: into.copy_(numbers), device)
-        return cls(2 * x.numel() * 512 / product, 2 * 4 * numbers.numel() / copy)
+        product = _seconds(lambda: torch.bmm(x, w), device, calls)
+        copy = _seconds(lambda: into.copy_(numbers), device, calls)
+        kernel = 0.0 if device.type == "cpu" else KERNEL_SECONDS
+        return cls(2 * x.numel() * 512 / product, 2 * 4 * count / copy, kernel)
 
 
-def _seconds(function, device: torch.device, times: int = 5) -> float:
-    """Return the seconds of one call, the shortest of several."""
+def _seconds(function: Callable[[], object], device: torch.device, calls: int, times: int = 5) -> float:
+    """Return the seconds of a call, on average over some without a wait between them; the shortest of several times."""
     shortest = math.inf
     for _ in range(times):
         start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
+        for _ in range(calls):
+            function()
+        wait_for_stream(device)
         shortest = min(shortest, time.perf_counter() - start)
-    return shortest
+    return shortest / calls
 
 
 @dataclass(frozen=True)
@@ -82,6 +100,7 @@ class Estimate:
         operations: Operations of products.
         copied: Bytes read or written.
         units: Units of work, which workers share.
+        kernels: Of all steps.
     """
 
     parameters: int
@@ -89,10 +108,12 @@ class Estimate:
     operations: float
     copied: float
     units: int
+    kernels: int = 0
 
     def seconds(self, speed: Speed, workers: int) -> float:
-        """Return how long so many workers take."""
-        alone = self.operations / speed.operations + self.copied / speed.copied + UNIT_SECONDS * self.units
+        """Return how long so many cores or GPUs take."""
+        alone = self.operations / speed.operations + self.copied / speed.copied + self.kernels * speed.kernel
+        alone += UNIT_SECONDS * self.units
         return alone / max(1, min(workers, self.units))
 
     def then(self, other: Estimate) -> Estimate:
@@ -103,6 +124,7 @@ class Estimate:
             self.operations + other.operations,
             self.copied + other.copied,
             max(self.units, other.units),
+            self.kernels + other.kernels,
         )
 
 
@@ -150,38 +172,56 @@ class Estimates:
     def ranking(self) -> Estimate:
         """Return the cost of the ranking."""
         columns = len(REPRESENTATIONS[RANKING].feature_names)
-        return self._classifier(columns, models=self.settings.num_runs * len(self.widths))
+        return self._classifier(columns, ranked=self.settings.num_runs * len(self.widths))
 
     def reading(self) -> Estimate:
-        """Return the cost of the pass over the weights, in bytes copied: a thousand a number give all features."""
-        copied = 1000 * self.count * self.all_weights
+        """Return the cost of the pass over the weights, in bytes copied, that gives all features."""
+        copied = PASS_COPIES[self.device.type] * self.count * self.all_weights
         if self.settings.sketch_flat:  # a projection is drawn in some hundredths of a second, one after the other
-            copied += 6e8 * len(self.widths)
+            copied += 6e5 * PASS_COPIES[self.device.type] * len(self.widths)
         shards = math.ceil(self.count * self.all_weights / SHARD_NUMBERS)
         return Estimate(0, PASS_BYTES * self.all_weights, 0, copied, shards)
 
     # -- by kind ------------------------------------------------------------------------------------------------------
 
-    def _classifier(self, columns: int, models: int | None = None, held: bool = True) -> Estimate:
-        """Return the cost of multilayer perceptrons on so many columns, held in memory or read by minibatches."""
+    def _classifier(self, columns: int, held: bool = True, ranked: int = 0) -> Estimate:
+        """Return the cost of multilayer perceptrons on so many columns, held in memory or read by minibatches.
+
+        They are those of a representation with and without the top layers, or as many as are to be ``ranked``.
+        """
         schedule = self.settings.classifier
         parameters = sum((a + 1) * b for a, b in pairwise((columns, *schedule.hidden, self.num_classes)))
-        models = models or 2 * self.settings.num_runs  # with and without the top layers
-        at_once = max(1, min(STACK_PARAMETERS[self.device.type] // parameters, RUNS_IN_STACK[self.device.type]))
+        at_once, units = self._stacks(parameters, ranked)
+        models, epochs = ranked or 2 * self.settings.num_runs, self._epochs(schedule)
         inputs = 2 * 4 * columns * (self.count if held else 3 * schedule.batch_size)
-        trained = self._trained(parameters, models, schedule, schedule.patience + 5)
-        return Estimate(parameters, inputs + 4 * COPIES * parameters * at_once, *trained, models)
+        memory = inputs + 4 * COPIES * parameters * at_once
+        kernels = units * epochs * self._steps(schedule) * PERCEPTRON_KERNELS
+        return Estimate(parameters, memory, *self._trained(parameters, models, schedule, epochs), units, kernels)
+
+    def _stacks(self, parameters: int, ranked: int = 0) -> tuple[int, int]:
+        """Return how many models of so many parameters are in a stack, and how many stacks there are; see above."""
+        device, runs = self.device.type, self.settings.num_runs
+        at_once = min(STACK_PARAMETERS[device] // parameters, ranked or min(runs, RUNS_IN_STACK[device]))
+        at_once = max(1, at_once)
+        return at_once, math.ceil(ranked / at_once) if ranked else 2 * math.ceil(runs / at_once)
+
+    def _steps(self, schedule: Schedule) -> int:
+        """Return the steps of an epoch."""
+        return math.ceil(self.train / schedule.batch_size)
+
+    def _epochs(self, schedule: Schedule) -> int:
+        """Return about how many epochs a network trains that learns fast, of few LoRAs more than of many."""
+        best = max(5, math.ceil(LEARNED_STEPS / self._steps(schedule)))
+        return min(schedule.max_epochs, schedule.patience + best)
 
     def _trained(self, parameters: int, models: int, schedule: Schedule, epochs: int) -> tuple[float, float]:
-        """Return operations and bytes of training models for so many epochs, at most those of the schedule.
+        """Return operations and bytes of training models for so many epochs.
 
         Forward and backward take six operations a row, Adam moves 28 bytes a step; the best state is copied, and all
         is drawn and laid out once.
         """
-        epochs = min(schedule.max_epochs, epochs)
-        steps = math.ceil(self.train / schedule.batch_size)
         operations = 2 * epochs * (3 * self.train + self.held_out) * parameters
-        copied = (epochs * (28 * steps + 8) + 64) * parameters
+        copied = (epochs * (28 * self._steps(schedule) + 8) + 64) * parameters
         return models * operations, models * copied
 
     def autoencoders(self, name: str) -> Estimate:
@@ -189,8 +229,13 @@ class Estimates:
         schedule = self.settings.autoencoder
         each = [autoencoders.num_parameters(name, width, schedule.hidden) for width in self.widths]
         widest = 4 * (COPIES * max(each) + 3 * self.count * max(self.widths))
-        trained = self._trained(sum(each), 1, schedule, 2 * schedule.patience)
-        return Estimate(sum(each), widest, *trained, len(each))
+        epochs = min(schedule.max_epochs, 2 * schedule.patience)
+        units = sum(
+            math.ceil(layers * parameters / AUTOENCODER_PARAMETERS[self.device.type])
+            for parameters, layers in Counter(each).items()
+        )
+        kernels = units * epochs * self._steps(schedule) * NETWORK_KERNELS
+        return Estimate(sum(each), widest, *self._trained(sum(each), 1, schedule, epochs), units, kernels)
 
     def _pca(self) -> Estimate:
         """Return the cost of components, fitted twice: a Gram matrix, or a dozen products; float64 counts twice."""
@@ -224,11 +269,12 @@ class Estimates:
         columns = len(REPRESENTATIONS[name].feature_names) * self.pairs if of_tokens else numbers
         made = self._kernels(views=3) if of_tokens else Estimate(0, 0, 0, 100 * self.count * numbers, 1)
         made = replace(made, memory=12 * self.count * self._largest_module, units=self.pairs)
-        epochs = min(schedule.max_epochs, schedule.patience + 5)
+        (_, units), epochs = self._stacks(parameters), self._epochs(schedule)
         operations, copied = self._trained(parameters, runs, schedule, epochs)
         copied += runs * epochs * 3 * 4 * self.count * columns
+        kernels = units * epochs * self._steps(schedule) * NETWORK_KERNELS
         memory = 4 * self.count * columns + 4 * COPIES * parameters
-        return made.then(Estimate(parameters, memory, operations, copied, runs))
+        return made.then(Estimate(parameters, memory, operations, copied, units, kernels))
 
     @property
     def _largest_module(self) -> int:
@@ -349,16 +395,17 @@ def lines(
     Args:
         estimates: Of the experiment.
         names: The representations.
-        speed: Of a worker.
+        speed: Of a core or GPU.
         workers: Workers at once.
         streams: Workers that share a GPU, and its speed.
         memory: Bytes of the device; None: those that it has.
     """
+    on_cpu = estimates.device.type == "cpu"
     memory = memory_of(estimates.device) if memory is None else memory
     steps = {"reading weights": estimates.reading(), "ranking": estimates.ranking()}
     steps |= {name: estimates.of(name) for name in names}
     seconds = {name: estimate.seconds(speed, workers // streams) for name, estimate in steps.items()}
-    total = sum(seconds.values()) + (START_SECONDS if workers > 1 and estimates.device.type == "cpu" else 0)
+    total = sum(seconds.values()) + (START_SECONDS if workers > 1 or not on_cpu else 0)
     shown = [f"{'estimate':<10}{duration(max(1, total))} on this machine, but for controls and further splits"]
     if total >= SMALL_SECONDS:
         shown.append(f"{'':<10}{'step':<16} {'parameters':>14} {'memory':>10}  time")
@@ -366,7 +413,6 @@ def lines(
             parameters = in_words(estimate.parameters) if estimate.parameters else "-"
             row = f"{name:<16} {parameters:>14} {sized(estimate.memory):>10}  {duration(seconds[name])}"
             shown.append(f"{'':<10}{row}")
-    on_cpu = estimates.device.type == "cpu"
     at_once = workers if on_cpu else streams
     together = max(min(at_once, estimate.units) * estimate.memory for estimate in steps.values())
     if at_once > 1 and together > SHARE * memory:

@@ -23,7 +23,7 @@ from experiment import store
 from experiment.signals import ENDING, end_at_signals
 
 ROOT = Path(ablation_experiment.__file__).parent
-FLAGS = ("--top-k=1", "--quick", "--num-runs=2", "--device=cpu", "--representations=stats,pca,coupling,vae,flat_vec")
+FLAGS = ("--top-k=1", "--quick", "--num-runs=1", "--device=cpu", "--representations=stats,pca,coupling,vae,flat_vec")
 KINDS = ("passes/*/*.json", "*/units/classifier-*", "*/units/autoencoder-*", "*/units/pca-*")
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
 SCRIPT = ROOT / "ablation_experiment.py"
@@ -215,9 +215,10 @@ def at_work(out: Path) -> set[int]:
 def test_a_run_goes_on_where_a_worker_is_killed_and_gives_the_same_as_one_core(processes, tmp_path):
     """With inputs so large that torch itself would share them among threads."""
     root = write_collection(tmp_path / "small", classes=2, per_class=20, modules=4, width=128)
-    assert started(processes, root, tmp_path / "one").wait() == 0
+    flags = ("--num-runs=2", "--representations=vae,flat_vec")
+    assert started(processes, root, tmp_path / "one", *flags).wait() == 0
     out = tmp_path / "two"
-    run = started(processes, root, out, cores=2)
+    run = started(processes, root, out, *flags, cores=2)
     until(lambda: finished_work(out) and at_work(out) & set(workers(run.pid)))
     began = {*workers(run.pid), *children(run.pid)}
     os.kill(min(at_work(out) & set(workers(run.pid))), signal.SIGKILL)
