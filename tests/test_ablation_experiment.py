@@ -360,7 +360,7 @@ def test_a_lost_page_is_made_again_and_nothing_is_trained(analysed, planted, tmp
     assert page.read_bytes() == (folder / "report.html").read_bytes()
 
 
-def test_what_is_told_beside_the_weights_is_part_of_the_results(tmp_path, capsys):
+def test_what_is_told_beside_the_weights_is_part_of_the_results(tmp_path, capsys, no_figures):
     root = tmp_path / "planted"
     planted_collection(root, per_class=15, modules=2, informative=(1,))
     flags = ("--top-k=1", "--quick", "--controls=basic", "--representations=stats", "--num-runs=1")
@@ -373,7 +373,7 @@ def test_what_is_told_beside_the_weights_is_part_of_the_results(tmp_path, capsys
     assert "Nothing to do" in capsys.readouterr().out
 
 
-def test_shuffled_labels_can_be_trained_without_other_controls(planted, tmp_path):
+def test_shuffled_labels_can_be_trained_without_other_controls(planted, tmp_path, no_figures):
     results = run(
         tmp_path, planted[0], "--top-k=3", "--quick", "--representations=stats", "--null-shuffles=2", networks=NARROW
     )
@@ -943,7 +943,11 @@ def test_a_log_file_gets_plain_lines_also_where_the_script_is_a_link(tmp_path):
     link.symlink_to(ablation_experiment.__file__)
     command = [sys.executable, link, "--dataset", root, "--output-dir", tmp_path / "out"]
     done = subprocess.run(
-        [*map(str, command), "--top-k=1", *QUICK], capture_output=True, text=True, cwd=tmp_path, timeout=300
+        [*map(str, command), "--top-k=1", "--num-runs=1", *QUICK],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == "" and "\r" not in done.stdout
