@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=1, help="rank of the LoRAs (1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = torch.device("cuda", 0) if args.device == "cuda" else torch.device(args.device)
     loras = draw(args.samples, args.rank)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, numpy {np.__version__}, scipy {scipy.__version__}, {machine}")

@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="alternations; the medians count (5)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = torch.device("cuda", 0) if args.device == "cuda" else torch.device(args.device)
     if device.type == "cuda":
         start_thread(device)  # TF32 for all
         set_own_stream(device)  # on the default one no step can be recorded

@@ -22,7 +22,7 @@ from experiment import store
 from experiment.engine import Engine
 from experiment.inputs import Inputs, Source
 from experiment.networks import NETWORKS
-from experiment.settings import STACK_PARAMETERS, Settings
+from experiment.settings import STACK_PARAMETERS, Settings, count_cores
 from experiment.units import OutOfMemory, Unit, Units, one_memory_error
 from representations import REPRESENTATIONS
 from training import kernels
@@ -238,7 +238,8 @@ def _fit_kernels(
     inputs: Inputs, stack: list[int], name: str, kept: np.ndarray, y: np.ndarray, num_classes: int
 ) -> dict[str, np.ndarray]:
     """Fit a support vector machine to each choice of pairs at these positions of ``kept`` bool[K, P]."""
-    return kernels.classify_each(inputs.modules.kernels(name), kept[stack], y, inputs.rows, num_classes)
+    threads = 1 if inputs.device.type == "cpu" else count_cores()  # beside a GPU most cores are idle
+    return kernels.classify_each(inputs.modules.kernels(name), kept[stack], y, inputs.rows, num_classes, threads)
 
 
 def _stacks(count: int, at_once: int) -> list[list[int]]:

@@ -600,9 +600,22 @@ def test_hopeless_labels_converge_at_every_c(c):
     """Many rows of few dimensions, at random labels: the slowest of all."""
     generator = np.random.default_rng(0)
     w, y = generator.normal(size=(300, 3)), generator.integers(4, size=300)
-    for model, x in ((SVC(kernel="precomputed", C=c), w @ w.T / 3), (LinearSVC(C=c, dual=False), w / 3**0.5)):
-        kernels._fit(model.set_params(max_iter=kernels.ITERATIONS), x, y)
-        assert np.max(model.n_iter_) < kernels.ITERATIONS / 10
+    for precomputed, x in ((True, w @ w.T / 3), (False, w / 3**0.5)):
+        model = kernels._make_svm(precomputed, kernels.ITERATIONS, 1, c)
+        kernels._fit(model, x, y, c)
+        machines = [model] if precomputed else model.estimators_
+        assert max(np.max(machine.n_iter_) for machine in machines) < kernels.ITERATIONS / 10
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_features_are_classified_as_by_scikit_learns_linear_svc(threads):
+    modules, y = planted()
+    rows = split(90)
+    (x,) = kernels_of(modules, rows, limits=Limits(exact=0, landmarks=40)).inputs(np.ones((1, 4), bool))
+    result = classify(x, y, rows, 3, precomputed=False, threads=threads)
+    expected = LinearSVC(dual=False, C=result["c"][0]).fit(x[rows["train"]], y[rows["train"]])
+    held_out = np.concatenate([rows["validation"], rows["test"]])
+    np.testing.assert_array_equal(result["predicted"][0], expected.predict(x[held_out]))
 
 
 def test_centring_is_scikit_learns():

@@ -25,10 +25,12 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from joblib import parallel_config
 from torch import Tensor
 
 from training.classifier import scored
@@ -36,7 +38,8 @@ from training.exact import eigenvectors, exact_dtype, qr
 from training.stacks import numpy_stream
 
 if TYPE_CHECKING:  # scikit-learn is imported where it is called: workers that only train networks start a second sooner
-    from sklearn.svm import SVC, LinearSVC
+    from sklearn.multiclass import OneVsRestClassifier
+    from sklearn.svm import SVC
 
 GRID = (0.01, 0.1, 1.0, 10.0, 100.0)  # values of C, of a kernel with mean diagonal 1
 ITERATIONS = 10**7  # of an SVM before it counts as not converged; thousands are usual
@@ -463,6 +466,7 @@ def classify(
     num_classes: int,
     precomputed: bool = True,
     iterations: int = ITERATIONS,
+    threads: int = 1,
 ) -> dict[str, np.ndarray]:
     """Train an SVM (Cortes & Vapnik, 1995), C chosen on validation rows, the smallest of those that do equally well.
 
@@ -475,6 +479,7 @@ def classify(
         num_classes: C.
         precomputed: Whether x is a kernel.
         iterations: Iterations after which an SVM counts as not converged.
+        threads: Threads that fit the classes of features, each against the rest.
 
     Returns:
         ``predicted`` int32[1, V + T] of the validation rows, then the test rows; ``train_accuracy``, ``train_f1`` and
@@ -486,8 +491,9 @@ def classify(
     train = rows["train"]
     held_out = np.concatenate([rows["validation"], rows["test"]])
     if x[train].any():
-        model = _best_svm(x, y, rows, precomputed, iterations)
-        chosen, fitted, predicted = model.C, model.predict(x[train]), model.predict(x[held_out])
+        make = partial(_make_svm, precomputed, iterations, threads)
+        model, chosen = _best_svm(make, x, y, rows)
+        fitted, predicted = model.predict(x[train]), model.predict(x[held_out])
     else:
         largest = np.bincount(y[train]).argmax()
         chosen, fitted, predicted = GRID[0], np.full(len(train), largest), np.full(len(held_out), largest)
@@ -500,46 +506,58 @@ def classify(
     }
 
 
-def _best_svm(
-    x: np.ndarray, y: np.ndarray, rows: Mapping[str, np.ndarray], precomputed: bool, iterations: int
-) -> SVC | LinearSVC:
-    """Return the SVM of the smallest C with the best validation accuracy.
-
-    On a kernel scikit-learn's `SVC`, an SVM for each pair of classes; on features its `LinearSVC`, an SVM for each
-    class against the rest.
-    """
+def _make_svm(precomputed: bool, iterations: int, threads: int, c: float) -> SVC | OneVsRestClassifier:
+    """Return an SVM of this C: on a kernel one for each pair of classes, on features one for each against the rest."""
+    from sklearn.multiclass import OneVsRestClassifier
     from sklearn.svm import SVC, LinearSVC
 
+    if precomputed:
+        return SVC(kernel="precomputed", C=c, max_iter=iterations)
+    return OneVsRestClassifier(LinearSVC(dual=False, C=c, max_iter=iterations), n_jobs=threads)
+
+
+def _best_svm(
+    make: Callable[[float], SVC | OneVsRestClassifier], x: np.ndarray, y: np.ndarray, rows: Mapping[str, np.ndarray]
+) -> tuple[SVC | OneVsRestClassifier, float]:
+    """Return the SVM of the smallest C with the best validation accuracy, and C."""
     inputs, truth = x[rows["train"]], y[rows["train"]]
     validation = x[rows["validation"]]
-    best, best_accuracy = None, -1.0
+    best, chosen, best_accuracy = None, GRID[0], -1.0
     for c in GRID:
-        model = SVC(kernel="precomputed") if precomputed else LinearSVC(dual=False)
-        _fit(model.set_params(C=c, max_iter=iterations), inputs, truth)
+        model = make(c)
+        _fit(model, inputs, truth, c)
         accuracy = float((model.predict(validation) == y[rows["validation"]]).mean())
         if accuracy > best_accuracy:
-            best, best_accuracy = model, accuracy
+            best, chosen, best_accuracy = model, c, accuracy
         # A larger C cannot be chosen, or trains the same SVM, as C holds no coefficient back.
-        if best_accuracy == 1 or (precomputed and np.abs(model.dual_coef_).max() < c):
+        if best_accuracy == 1 or (hasattr(model, "dual_coef_") and np.abs(model.dual_coef_).max() < c):
             break
-    return best
+    return best, chosen
 
 
-def _fit(model: SVC | LinearSVC, x: np.ndarray, y: np.ndarray) -> None:
+def _fit(model: SVC | OneVsRestClassifier, x: np.ndarray, y: np.ndarray, c: float) -> None:
     """Fit an SVM, and refuse one that stopped before it had converged."""
-    model.fit(x, y)
-    stopped = model.fit_status_ if hasattr(model, "fit_status_") else model.n_iter_ >= model.max_iter
-    if stopped:
-        iterations = f"after {np.max(model.n_iter_)} iterations at C = {model.C:g}"
-        raise FloatingPointError(f"a support vector machine has not converged {iterations}")
+    with parallel_config("threading"):
+        model.fit(x, y)
+    for machine in getattr(model, "estimators_", [model]):
+        stopped = machine.fit_status_ if hasattr(machine, "fit_status_") else machine.n_iter_ >= machine.max_iter
+        if stopped:
+            iterations = f"after {np.max(machine.n_iter_)} iterations at C = {c:g}"
+            raise FloatingPointError(f"a support vector machine has not converged {iterations}")
 
 
 def classify_each(
-    kernels: UpdateKernels, kept: np.ndarray, y: np.ndarray, rows: Mapping[str, np.ndarray], num_classes: int
+    kernels: UpdateKernels,
+    kept: np.ndarray,
+    y: np.ndarray,
+    rows: Mapping[str, np.ndarray],
+    num_classes: int,
+    threads: int = 1,
 ) -> dict[str, np.ndarray]:
     """Call `classify` for each of the conditions ``kept`` bool[K, P], and join its arrays: K in place of 1.
 
     The rows of ``train`` are to be those of the kernels.
     """
-    results = [classify(x, y, rows, num_classes, kernels.precomputed) for x in kernels.inputs(kept)]
+    how = {"precomputed": kernels.precomputed, "threads": threads}
+    results = [classify(x, y, rows, num_classes, **how) for x in kernels.inputs(kept)]
     return {name: np.concatenate([result[name] for result in results]) for name in results[0]}
