@@ -159,6 +159,7 @@ def _next(work: Work, items: deque, outcomes: queue.SimpleQueue, device: torch.d
     try:
         outcomes.put((call_on(device, partial(work.function, item, device=device)), None))
     except BaseException as error:
+        items.clear()
         outcomes.put((None, error))
     if items:
         work.threads.put(partial(_next, work, items, outcomes))
