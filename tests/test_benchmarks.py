@@ -116,6 +116,7 @@ def test_the_wide_zoo_has_the_modules_of_the_networks(tmp_path, kind, modules, n
     assert len(layers) - len(weights) == (modules if kind == "sdxl" else 0)  # alphas
 
 
+@pytest.mark.slow
 def test_features_are_those_of_the_plain_way_and_the_last_line_is_the_ratio():
     command = [sys.executable, FOLDER / "features.py", "--samples=1", "--repeats=1", "--device=cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -137,6 +137,7 @@ def test_a_cluster_gives_the_same_bytes_as_one_core_and_its_first_worker_may_com
     assert units[0] == units[1] and not list(tmp_path.glob("many/.cache/*/runs"))
 
 
+@pytest.mark.slow
 def test_workers_come_and_go(cluster, engine, tmp_path):
     """A second one comes while the first is at work, then one is killed at a unit, which the other does."""
     if not cluster.processes[1:]:

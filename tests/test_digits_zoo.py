@@ -182,6 +182,7 @@ def test_stacked_training_equals_one_lora_alone(small, base):
             torch.testing.assert_close(up[row], alone[module, "up"], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_on_its_own_images_and_moves_every_factor(base):
     images, labels = zoo.load_images()
     groups = zoo.image_groups(labels, 0)

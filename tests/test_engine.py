@@ -393,7 +393,8 @@ def test_no_worker_outlives_a_process_that_is_killed(tmp_path):
 
 
 @linux
-@pytest.mark.parametrize("number", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 10])
 def test_no_worker_outlives_a_process_that_is_killed_while_workers_import(tmp_path, number):
     draw = random.Random(0)
     for i in range(number):

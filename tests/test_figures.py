@@ -344,11 +344,16 @@ def test_without_an_analysis_there_is_no_figure(results, absent):
     [
         ("robustness", {"ablation_curves"}),
         ("representations", {"representations"}),
-        ("concepts", {"concept_layer_map"}),
-        ("layer_information", {"layer_clusters"}),
-        ("rank_structure", {"rank_structure"}),
-        ("attention", {"attention"}),
-        ("collection_map", {"collection_map"}),
+        *(
+            pytest.param(section, {figure}, marks=pytest.mark.slow)
+            for section, figure in (
+                ("concepts", "concept_layer_map"),
+                ("layer_information", "layer_clusters"),
+                ("rank_structure", "rank_structure"),
+                ("attention", "attention"),
+                ("collection_map", "collection_map"),
+            )
+        ),
     ],
 )
 def test_a_missing_section_leaves_out_its_figure_and_only_that(results, section, gone):
@@ -616,6 +621,7 @@ def test_no_text_lies_on_another_or_leaves_the_figure_which_stays_small(monkeypa
             assert not len(hit), (name, told[i].get_text(), [told[i + 1 + j].get_text() for j in hit])
 
 
+@pytest.mark.slow
 def test_the_oddest_names_make_valid_files():
     files = figures.draw(results_of(**EXTREMES["one role, no blocks"]))
     assert len(files) == 2 * len(NAMES)

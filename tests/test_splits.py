@@ -10,7 +10,7 @@ SIZES = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=75)
 @given(sizes=SIZES, seed=st.integers(0, 2**32), shuffled=st.randoms(use_true_random=False))
 def test_split_has_its_sizes_and_every_class(sizes, seed, shuffled):
     y = np.repeat(np.arange(len(sizes)), sizes).tolist()
@@ -63,7 +63,7 @@ def check_group_split(y, groups, rows):
         assert (np.bincount(y[part], minlength=y.max() + 1) >= 1).all() and (np.diff(part) > 0).all()
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(
     sizes=st.lists(st.lists(st.integers(1, 9), min_size=3, max_size=14), min_size=2, max_size=7),
     seed=st.integers(0, 2**32),

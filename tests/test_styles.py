@@ -89,6 +89,7 @@ def test_features_do_not_depend_on_the_style(in_every_style, tmp_path):
             np.testing.assert_array_equal(found[style].load(name), expected, err_msg=f"{name}, {style}")
 
 
+@pytest.mark.slow
 def test_top_layers_are_the_same_apart_from_the_shown_names(in_every_style, tmp_path):
     flags = ("--top-k=5", "--quick", "--num-runs=1", "--representations=stats,update_sketch", "--device=cpu")
     found, shown = {}, {}
@@ -143,6 +144,7 @@ def test_the_update_is_the_same_at_any_rank(mixed, tmp_path):
     assert not np.allclose(padded.load("stats"), even.load("stats"), rtol=0.1)
 
 
+@pytest.mark.slow
 def test_flattened_weights_are_left_out_with_the_reason_and_the_rest_goes_on(mixed, tmp_path, capsys):
     folder = tmp_path / "out"
     arguments = ["--dataset", str(mixed[0]), "--output-dir", str(folder), "--device=cpu", "--top-k=3", "--quick"]
