@@ -153,7 +153,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the sections and print the summary."""
+    """Run the sections and print the summary; exit with 1 where one failed, or has found numbers that are wrong."""
     args = parse_arguments(arguments)
     begun = time.monotonic()
     warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)  # of BLAS's idle threads
@@ -182,6 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n== summary (at {time.monotonic() - begun:.0f} s)")
         for name, line in summary.items():
             print(f"{name:<10} {line}", flush=True)
+    if any(line.startswith(("FAILED", "WRONG")) for line in summary.values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

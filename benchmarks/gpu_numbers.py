@@ -341,6 +341,8 @@ def recorded(bench: Bench) -> str:
         with not_recorded():
             different = differences(job(device), alone[name])
         wrong += [f"{name}, recorded and not"] * bool(different)
+        if name in trainings and not (count[0] or bench.small):
+            wrong.append(f"{name}, never recorded")
         said = f"DIFFERENT: {', '.join(different)}" if different else "the same bits"
         if name in trainings:
             epochs = alone[name]["epochs"].tolist()

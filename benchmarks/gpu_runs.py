@@ -41,7 +41,8 @@ class RunError(RuntimeError):
 def start(bench: Bench, script: str, arguments: list[str], log: str) -> tuple[subprocess.Popen, Path]:
     """Start a script of the project on the device; return it and the file of all that it prints."""
     path = (bench.out or bench.scratch) / f"{log}.txt"
-    command = [sys.executable, str(ROOT / script), *arguments, f"--device={bench.device.type}"]
+    device = f"--device={bench.device}"  # one GPU, also where there are several
+    command = [sys.executable, str(ROOT / script), *arguments, device]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
     with path.open("a") as file:
         file.write(f"$ python {script} {' '.join(command[2:])}\n")
