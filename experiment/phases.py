@@ -186,8 +186,8 @@ class Experiment:
             condition: "baseline", "ablation" or "grouped", for the progress bar and predictions.npz.
         """
         plans = {name: self.plan(name, removed, condition) for name in names}
-        orders = plans.values(), sorted(plans.values(), key=lambda plan: len(plan.todo))  # many units fill up the end
-        outcomes = self.engine.do(*([unit for plan in plans for unit in plan.todo] for plans in orders))
+        todo = [unit for plan in plans.values() for unit in plan.todo]
+        outcomes = self.engine.do(todo, _to_begin(plans.values()))
         for name, plan in plans.items():
             reasons = set()
             for done in range(1, len(plan.todo) + 1):
