@@ -58,6 +58,20 @@ def arrays(unit):
 # -- what is done ---------------------------------------------------------------------------------------------------
 
 
+def test_units_are_begun_in_an_order_of_their_own_and_told_in_theirs(tmp_path):
+    begun = []
+
+    def compute(device, stack, name):
+        begun.append(name)
+        return {"models": np.array(stack)}
+
+    units = [unit(tmp_path, str(i), partial(compute, name=i)) for i in range(4)]
+    engine = Engine([CPU], 1)
+    told = [unit.path.exists() and reason for unit, reason in zip(units, engine.do(units, units[::-1]), strict=True)]
+    engine.close()
+    assert begun == [3, 2, 1, 0] and told == [""] * 4
+
+
 @each_way
 def test_each_unit_is_done_once_and_told_in_order(engine, cores, tmp_path):
     sleeps = [partial(working.worked, seconds=0.02 * (i % 3)) for i in range(12)]

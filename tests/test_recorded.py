@@ -205,3 +205,30 @@ def test_a_device_too_full_to_record_goes_on_without(monkeypatch):
     monkeypatch.setattr(recorded, "record", full)
     trained = train(classifiers(), SCHEDULE)
     assert tried and all(torch.equal(trained.state[name], tensor) for name, tensor in expected.state.items())
+
+
+def test_a_model_that_has_stopped_stays_while_recording_anew_takes_longer(monkeypatch):
+    rates = torch.full((4,), 1e-3, dtype=torch.float64)
+    left = {}
+    for taped in (False, True):
+        if taped:
+            use_tape(monkeypatch)
+        steps = stacks._Steps(classifiers(), SCHEDULE)
+        steps.make_epoch(1, rates)  # of three steps
+        monkeypatch.setattr(stacks, "RECORDING", 2)
+        left[taped] = [steps.may_leave(stopped, rates) for stopped in (1, 2, 3)], steps.may_leave(1, rates / 2)
+        steps.close()
+    assert left == {False: ([True] * 3, True), True: ([False, False, True], True)}
+
+
+@pytest.mark.parametrize("recording", [0, 1_000])
+def test_who_has_stopped_and_stays_changes_nothing(monkeypatch, recording):
+    constant = Schedule(max_epochs=60, patience=2, lr=0.02)
+    expected = train(classifiers(), constant)
+    assert len(expected.epochs.unique()) > 1
+    use_tape(monkeypatch)
+    monkeypatch.setattr(stacks, "RECORDING", recording)
+    trained = train(classifiers(), constant)
+    assert torch.equal(trained.epochs, expected.epochs) and torch.equal(trained.best_epoch, expected.best_epoch)
+    for name, tensor in expected.state.items():  # one model's products are rounded otherwise than four models'
+        torch.testing.assert_close(trained.state[name], tensor, rtol=1e-6, atol=1e-6)
