@@ -143,13 +143,18 @@ _PROJECTIONS = {  # name -> ends of modules; the first that matches counts
     "q": r"to_q|q_proj|add_q_proj|[qQ]|query|q_lin|wq",
     "k": r"to_k|k_proj|add_k_proj|[kK]|key|k_lin|wk",
     "v": r"to_v|v_proj|add_v_proj|[vV]|value|v_lin|wv",
+    "o": r"self_attn_o_proj",  # the words that those use who train language models
+    "mlp gate": r"mlp_gate_proj",
+    "mlp gate, up": r"mlp_gate_up_proj",
+    "mlp up": r"mlp_up_proj",
+    "mlp down": r"mlp_down_proj",
     "out": r"to_out(?:_0)?|to_add_out|out_proj|o_proj|[oO]|out_lin|attn\d?_(?:proj|c_proj|out)|proj_lora[12]?"
     r"|attention_(?:output_)?dense|attn_dense|attention_wo",
     "ff gate": r"gate_proj|w1|wi_0",
     "ff gate, in": r"gate_(?:and_)?up_proj",
-    "ff in": r"ff(?:_context)?_(?:net_0_proj|linear_in)|ffn?_0|mlp_(?:0|net_0_proj|fc1)|fc1|up_proj|w3|wi(?:_1)?|c_fc"
+    "ff in": r"ffn?(?:_context)?_(?:net_0_proj|linear_in)|ffn?_0|mlp_(?:0|net_0_proj|fc1)|fc1|up_proj|w3|wi(?:_1)?|c_fc"
     r"|proj_mlp|lin1|intermediate_dense|dense_h_to_4h",
-    "ff out": r"ff(?:_context)?_(?:net_2|linear_out)|ffn?_2|mlp_(?:2|net_2|fc2|c_proj)|fc2|down_proj|w2|wo|output_dense"
+    "ff out": r"ffn?(?:_context)?_(?:net_2|linear_out)|ffn?_2|mlp_(?:2|net_2|fc2|c_proj)|fc2|down_proj|w2|wo|output_dense"
     r"|dense_4h_to_h|lin2",
     "in": r"in_proj",
     "proj in": r"proj_in",
@@ -173,7 +178,7 @@ def projection_of(module: str) -> str:
 
     Example:
         >>> projection_of("transformer_blocks_0_attn_to_out_0"), projection_of("layers_0_mlp_gate_proj")
-        ('out', 'ff gate')
+        ('out', 'mlp gate')
     """
     name = next((name for name, ends in _ENDS.items() if ends.search(module)), "")
     return f"context {name}" if name and _CONTEXT.search(module) else name

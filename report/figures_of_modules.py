@@ -39,7 +39,8 @@ from report.drawing import (
     width_of,
     write_numbers,
 )
-from report.modules import full_names, is_settled, short_names
+from report.modules import is_settled
+from report.names import full_names, short_names
 from report.wording import bounds, counted, percent, signed
 
 NAMED_MODULES = 40  # under the bars, at most: of more the highest are numbered

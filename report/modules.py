@@ -7,9 +7,9 @@ are no answers to the five questions.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from report.names import full_names
 from report.wording import bounds, counted, listed, number, percent
 
 NAMED = 3  # modules, blocks or groups of classes in a sentence, at most
@@ -50,54 +50,6 @@ def module_lines(results: dict) -> list[str]:
         names = full_names(analysis)
         lines += [_panel(panel, names) for panel in section["panels"]]
     return lines
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Names of modules
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _places(analysis: dict) -> dict[str, dict]:
-    """Return block, attention and projection of each module by its canonical id, in the network's order."""
-    layers, attended = analysis.get("layers") or {"records": []}, analysis.get("attention") or {"modules": []}
-    places: dict[str, dict] = {}
-    for record in (*layers["records"], *attended["modules"]):
-        place = places.setdefault(record["module"], {"block": None, "projection": None, "kind": None})
-        place["block"] = record.get("block") or place["block"]
-        place["projection"] = record.get("projection") or place["projection"]
-        if "layer" in record:  # in records of modules "attention" is a share
-            place["kind"] = record.get("attention")
-    return places
-
-
-def short_names(analysis: dict) -> dict[str, str]:
-    """Return names of modules within their blocks, such as ``attn2 k``: attention and projection, by canonical id.
-
-    Those of a block that would be the same are numbered by depth. A module of unknown projection has its id.
-    """
-    places = _places(analysis)
-    names = {
-        module: f"{place['kind'] or ''} {place['projection']}".strip() if place["projection"] else module
-        for module, place in places.items()
-    }
-    times, seen = Counter((places[module]["block"], name) for module, name in names.items()), Counter()
-    for module, name in names.items():
-        key = (places[module]["block"], name)
-        seen[key] += 1
-        if times[key] > 1:
-            names[module] = f"{name} ({seen[key]})"
-    return names
-
-
-def full_names(analysis: dict) -> dict[str, str]:
-    """Return the short names with their block in front, where both are known, by canonical id; no two are the same."""
-    places = _places(analysis)
-    names = {
-        module: f"{places[module]['block'] or ''} {name}".strip() if places[module]["projection"] else name
-        for module, name in short_names(analysis).items()
-    }
-    times = Counter(names.values())
-    return {module: name if times[name] == 1 else module for module, name in names.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

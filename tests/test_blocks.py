@@ -243,13 +243,18 @@ def test_modules_beside_the_blocks_are_no_part_with_blocks():
                 "resblocks.0.attn.in_proj attention.Wqkv"),
         ("qkv, ff in", "single_transformer_blocks.0.attn.to_qkv_mlp_proj"),
         ("in", "layers.0.mixer.in_proj mamba.in_proj"),
-        ("out", "attn1.to_out.0 self_attn.o_proj self_attn.out_proj SelfAttention.o img_attn.proj attn.c_proj "
+        ("o", "self_attn.o_proj"),
+        ("mlp gate", "mlp.gate_proj"),
+        ("mlp up", "mlp.up_proj"),
+        ("mlp down", "mlp.down_proj"),
+        ("mlp gate, up", "mlp.gate_up_proj"),
+        ("out", "attn1.to_out.0 attention.o_proj self_attn.out_proj SelfAttention.o img_attn.proj attn.c_proj "
                 "attention.output.dense attention.dense self_attn.dense proj_lora1"),
-        ("ff in", "ff.net.0.proj mlp.fc1 mlp.up_proj img_mlp.0 DenseReluDense.wi_1 ffn.0 intermediate.dense mlp.c_fc "
+        ("ff in", "ff.net.0.proj mlp.fc1 ffn.net.0.proj img_mlp.0 DenseReluDense.wi_1 ffn.0 intermediate.dense mlp.c_fc "
                   "img_mlp.net.0.proj ff.linear_in"),
-        ("ff gate, in", "mlp.gate_up_proj"),
-        ("ff gate", "mlp.gate_proj DenseReluDense.wi_0 experts.0.w1"),
-        ("ff out", "ff.net.2 mlp.fc2 mlp.down_proj img_mlp.2 DenseReluDense.wo ffn.2 output.dense mlp.c_proj "
+        ("ff gate, in", "gate_up_proj"),
+        ("ff gate", "DenseReluDense.wi_0 experts.0.w1"),
+        ("ff out", "ff.net.2 mlp.fc2 ffn.net.2 img_mlp.2 DenseReluDense.wo ffn.2 output.dense mlp.c_proj "
                    "img_mlp.net.2 ff.linear_out"),
         ("proj in", "attentions.0.proj_in"),
         ("proj out", "attentions.0.proj_out"),

@@ -22,6 +22,7 @@ from analysis.collection_map import collection_map
 from analysis.evidence import Evidence, Predictions
 from analysis.questions import Controls, analyse, plain
 from analysis.removal_plan import Order, plan_controls
+from loras.blocks import attention_of, blocks_of, projection_of
 from loras.lora_files import Layer
 from report import drawing, figures, wording
 
@@ -42,8 +43,9 @@ def estimate(value):
     return {"accuracy": value, "interval": bounds(value)}
 
 
-def layers_section(layers, classes, roles, blocks, generator):
+def layers_section(layers, classes, roles, blocks, generator, modules=None):
     chance, records = 1 / classes, []
+    block_of = dict(zip(modules, blocks_of(tuple(modules)), strict=True)) if modules else {}
     for depth in range(layers):
         module, role = depth // len(roles), roles[depth % len(roles)]
         accuracy = float(chance + (1 - chance) * generator.beta(2, 6) * (1 + depth % 2) / 2)
@@ -62,6 +64,10 @@ def layers_section(layers, classes, roles, blocks, generator):
                 "above_chance": accuracy > chance + 0.1,
             }
         )
+        if modules:
+            module = modules[module]
+            records[-1] |= {"layer": f"{module}.{role}.weight", "module": module, "block": block_of[module] or None}
+            records[-1] |= {"projection": projection_of(module) or None, "attention": attention_of(module) or None}
     groups = {}
     for role in roles[:layers]:
         mean = float(np.mean([record["accuracy"] for record in records if record["role"] == role]))
@@ -173,25 +179,32 @@ def rank_section(modules, names, answerable, generator):
     }
 
 
-def modules_sections(modules, names, blocks):
+def modules_sections(records, names):
     """Sections of attention and of the map, of planted modules; there are up to four panels."""
+    of_module = {record["module"]: record for record in records}
+    modules = list(of_module)
     evidence = planting.evidence_of(layers=2, classes=len(names), each=8, tested=4)
     evidence = replace(evidence, classes=list(names), resamples=50, permutations=50)
     attended = planting.attended_of(len(names), evidence.truth, modules, planted=tuple(range(0, len(modules), 7)))
-    places = [f"blocks_{i * blocks // len(modules)}" if blocks else "" for i in range(len(modules))]
+    places = [record["block"] or "" for record in of_module.values()]
+    projections = [record["projection"] or "" for record in of_module.values()]
     distances = {"all": 6.0} | dict(zip(modules[:3], (3.0, 1.0, 0.0), strict=False))
     mapped = planting.mapped_of(evidence.y, evidence.rows["train"], distances)
-    sections = attention(evidence, replace(attended, blocks=places)), collection_map(evidence, mapped)
+    sections = attention(evidence, replace(attended, blocks=places, projections=projections)), collection_map(evidence, mapped)
     return dict(zip(("attention", "collection_map"), map(plain, sections), strict=True))
 
 
 def results_of(
     layers=12, names=("cat", "dog", "house", "tree"), told=("stats", "ensemble"), robust=("stats",), *,
-    top_k=3, roles=("down", "up"), blocks=4, answerable=True, quick=False, draws=20,
+    top_k=3, roles=("down", "up"), blocks=4, answerable=True, quick=False, draws=20, modules=None,
 ):  # fmt: skip
-    """Results with an analysis of this shape; numbers are random, and only what the pictures read is there."""
+    """Results with an analysis of this shape; numbers are random, and only what the pictures read is there.
+
+    Of ``modules``, canonical ids of a network, the layers are named as in files.
+    """
+    layers = len(modules) * len(roles) if modules else layers
     generator, classes = np.random.default_rng(0), len(names)
-    section = layers_section(layers, classes, roles, blocks, generator)
+    section = layers_section(layers, classes, roles, blocks, generator, modules)
     records = section["records"]
     ranking = sorted(records, key=lambda record: -record["accuracy"])
     tree = hierarchy.linkage(generator.random((layers, 3)), "average")
@@ -227,7 +240,7 @@ def results_of(
             "baseline": {name: [accuracy[name]] * classes for name in told},
             "drop": {name: [dropped[name]] * classes for name in told},
         },
-        **modules_sections(list(dict.fromkeys(record["module"] for record in records)), names, blocks),
+        **modules_sections(records, names),
     }
     runs = {name: {"test_accuracy": {"mean": value, "runs": [value] * 3}} for name, value in accuracy.items()}
     ablated = {name: {"test_accuracy": {"mean": accuracy[name] - dropped[name]}} for name in told}

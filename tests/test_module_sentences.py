@@ -24,7 +24,8 @@ from report.figures_of_modules import (
 from report.figures_of_modules import (
     attention as attention_figure,
 )
-from report.modules import _tau_by_chance, full_names, short_names
+from report.modules import _tau_by_chance
+from report.names import full_names, short_names
 from report.text import render_text
 
 
