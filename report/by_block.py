@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from report.names import full_names
+
 MOST_LAYERS = 300  # that figures show each
 MOST_BLOCKS = 100  # that they show else; of more, neighbours are taken together
 FEWEST = 4  # layers without a block that are taken together, at least: two modules
@@ -77,7 +79,9 @@ def in_blocks(results: dict) -> dict:
 
     A record is of the layers of one factor. Its accuracy is their mean, its interval from the lowest to the highest, it
     has the name of the best ranked of them, and knows something of the concept where one of them does. Attention is
-    summed over the modules of a block, what concepts explain is the mean. ``num_layers_shown`` is L.
+    summed over the modules of a block, what concepts explain is the mean. ``num_layers_shown`` is L, ``members_shown``
+    has the positions of the layers of each record, ``top_shown`` the records of the top layers, each at its block, and
+    ``names_shown`` the names of all modules.
     """
     analysis, rank_of = results["analysis"], {name: rank for rank, name in enumerate(results["top_layers"])}
     records = analysis["layers"]["records"]
@@ -97,7 +101,16 @@ def in_blocks(results: dict) -> dict:
         sections["rank_structure"] = structure | {"modules": _explained(structure["modules"], blocks, place_of)}
     if attention := analysis.get("attention"):
         sections["attention"] = _attention(attention, blocks, place_of)
-    return results | {"analysis": analysis | sections, "num_layers_shown": len(records), "blocks_shown": blocks}
+    number_of = {layer: number for number, block in enumerate(blocks) for layer in block.members}
+    top = [record | {"depth": number_of[i]} for i, record in enumerate(records) if record["layer"] in rank_of]
+    return results | {
+        "analysis": analysis | sections,
+        "num_layers_shown": len(records),
+        "members_shown": members,
+        "top_shown": top,
+        "names_shown": full_names(analysis),
+        "blocks_shown": blocks,
+    }
 
 
 def _of_layers(records: Sequence[dict], number: int, block: Block, rank_of: dict[str, int]) -> dict:

@@ -36,6 +36,7 @@ from matplotlib.textpath import text_to_path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from report.names import shortened
 from report.wording import wrapped
 
 WIDTH, DPI = 7.2, 150  # inches, as wide as a page of two columns; dots per inch
@@ -170,13 +171,7 @@ def _drawable() -> frozenset[int]:
 def cut(name: str, inches: float, size: float = SIZE) -> str:
     """Return a name on one line, its middle left out where it is too long; □ for what the font has no letter for."""
     name = "".join(letter if ord(letter) in _drawable() else "□" for letter in " ".join(str(name).split()))
-    kept, whole, width = len(name), name, width_of(name, size)
-    if width > 2 * inches:
-        kept = int(len(name) * 2 * inches / width)  # still too long, but near it
-    while kept > 2 and width_of(name, size) > inches:
-        kept -= 1
-        name = f"{whole[: kept - kept // 3]}…{whole[len(whole) - kept // 3 :]}"
-    return name
+    return shortened(name, lambda text: width_of(text, size) <= inches)
 
 
 def cut_labels(names: Sequence[str], inches: float, size: float) -> list[str]:
@@ -231,6 +226,22 @@ def mark_blocks(ax: Axes, blocks: Sequence[str | None], inches: float, named: bo
     top.spines["top"].set_visible(False)
 
 
+def head_blocks(ax: Axes, blocks: Sequence[str | None], inches: float) -> None:
+    """Mark blocks with their whole names above axes of so many inches, if all fit, else with numbers in short."""
+    runs = [(block, len(list(members))) for block, members in groupby(blocks)]
+    column = inches / len(blocks)
+    fit = all(not block or width_of(block, SMALL) + 0.06 <= column * count for block, count in runs)
+    mark_blocks(ax, blocks, inches, named=not fit)
+    if not fit:
+        return
+    ends = np.cumsum([count for _, count in runs])
+    heads = [(end - (count + 1) / 2, block) for end, (block, count) in zip(ends, runs, strict=True) if block]
+    top = ax.secondary_xaxis("top")
+    top.set_xticks([x for x, _ in heads], [block for _, block in heads], fontsize=SMALL, color=SOFT)
+    top.tick_params(length=0, pad=1)
+    top.spines["top"].set_visible(False)
+
+
 def _block_labels(runs: Sequence[tuple[str | None, int, int]], inches: float) -> dict[float, str]:
     """Return the names of blocks that there is room for, by position, where a layer takes so many inches.
 
@@ -270,7 +281,7 @@ def _kind_and_number(block: str | None) -> tuple[str, str]:
     return re.fullmatch(r"(.*?)(\d*)", block or "", re.DOTALL).groups()
 
 
-def place(ax: Axes, points: Sequence, texts: Sequence[str], size: float, beside: bool) -> None:
+def place(ax: Axes, points: Sequence, texts: Sequence[str], size: float, beside: bool, gap: float = 0.07) -> list[str]:
     """Write texts above or beside the first points, in this order, but none that would lie on another text or point.
 
     Args:
@@ -279,24 +290,35 @@ def place(ax: Axes, points: Sequence, texts: Sequence[str], size: float, beside:
         texts: Texts of the first points.
         size: Size of the font.
         beside: Whether to try right, left, above and below; else only above.
+        gap: Inches between a point and a text beside it.
+
+    Returns:
+        The texts that are written.
     """
     axes = ax.get_window_extent().extents / DPI  # in inches, as all that follows
     centres = ax.transData.transform(np.asarray(points, float).reshape(-1, 2)) / DPI
     taken = [(x - 0.05, y - 0.05, x + 0.05, y + 0.05) for x, y in centres]
-    height = 1.15 * size / 72
+    height, written = 1.15 * size / 72, []
     for (x, y), point, text in zip(centres, points, texts, strict=False):
         width = width_of(text, size)
-        corners = [(-width / 2, 0.06)]
-        if beside:
-            corners = [(0.07, -height / 2), (-0.07 - width, -height / 2), *corners, (-width / 2, -0.06 - height)]
-        for dx, dy in corners:
+        for dx, dy in _corners(width, height, gap if beside else None):
             box = (x + dx, y + dy, x + dx + width, y + dy + height)
             if _inside(box, axes) and not any(_overlap(box, other) for other in taken):
                 offset = ((dx + width / 2) * 72, (dy + height / 2) * 72)
                 centred = {"textcoords": "offset points", "ha": "center", "va": "center"}
                 ax.annotate(text, point, offset, fontsize=size, **centred).set_in_layout(False)
                 taken.append(box)
+                written.append(text)
                 break
+    return written
+
+
+def _corners(width: float, height: float, gap: float | None) -> list[tuple[float, float]]:
+    """Return where the lower left corner of a text may be, from its point, the best first; without a gap only above."""
+    if gap is None:
+        return [(-width / 2, 0.06)]
+    above = [(-width / 2, gap - 0.01), (-gap, gap - 0.01), (gap - width, gap - 0.01)]  # also near edges
+    return [(gap, -height / 2), (-gap - width, -height / 2), *above, (-width / 2, 0.01 - gap - height)]
 
 
 def _inside(box: Sequence[float], outer: Sequence[float]) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from report.by_block import MOST_LAYERS, in_blocks
@@ -28,8 +27,6 @@ from report.drawing import (
     GREY,
     GROUND,
     INK,
-    MARKERS,
-    ON_CELLS,
     ORANGE,
     PALE,
     SIZE,
@@ -37,13 +34,17 @@ from report.drawing import (
     WIDTH,
     cut,
     cut_labels,
-    map_legend,
     mark_blocks,
     new_figure,
     place,
     saved,
     set_height,
-    write_numbers,
+)
+from report.figures_of_layers import (
+    concept_layer_map,
+    concept_layer_map_finding,
+    layer_importance,
+    layer_importance_finding,
 )
 from report.figures_of_modules import (
     attention,
@@ -147,105 +148,6 @@ def finished_figures(results: dict, finding_of: dict[str, str] | None = None) ->
 
 def _num_layers(results: dict) -> int:
     return len((results["analysis"].get("layers") or {"records": ()})["records"])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. Which layers predict?
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _layer_importance_finding(results: dict) -> str:
-    section = results["analysis"]["layers"]
-    known, above, total = section["num_above_null"], section["num_above_chance"], len(section["records"])
-    finding = f"{above or 'None'} of {total} layers {'predict' if above > 1 else 'predicts'} above chance"
-    if known > above:
-        verb = "knows" if known == 1 else "know"
-        finding = (
-            f"{known} of {total} layers {verb} something of the concept, {above or 'none'} more than guessing does"
-        )
-    roles = sorted(section["groups"]["role"].items(), key=lambda item: -item[1]["mean"])
-    if len(roles) != 2:
-        return finding
-    (high, first), (low, second) = roles
-    reached = f"{percent(first['mean'])} and {percent(second['mean'])} %"
-    compared = f"{high} factors reach more than {low} ({reached})"
-    if not section["better_role"]:
-        compared = f"{high} and {low} factors reach {reached} on average"
-    return f"{finding}; {compared}"
-
-
-def _layer_importance(results: dict, figure: Figure) -> None:
-    section = results["analysis"]["layers"]
-    records, rank_of = section["records"], {name: rank for rank, name in enumerate(results["top_layers"], 1)}
-    roles = list(dict.fromkeys(record["role"] for record in records))
-    set_height(figure, 1.3 + 1.7 * len(roles))
-    axes = figure.subplots(len(roles), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    highest = max(min(1, section["needed"]), *(record["interval"][1] for record in records))
-    axes[0].set_ylim(0, 115 * highest + 2)  # room for ranks above the intervals
-    blocks = list({record["depth"]: record["block"] for record in records}.values())
-    for ax, role in zip(axes, roles, strict=True):
-        mark_blocks(ax, blocks, WIDTH - 0.7, named=ax is axes[0])
-        _layers_of_role(ax, section, role, rank_of)
-    axes[0].set_yticks([tick for tick in axes[0].get_yticks() if tick <= min(100, axes[0].get_ylim()[1])])
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    depth = section["depth"]
-    correlation = f"; Spearman correlation of blocks {correlation_text(depth)}" if not depth["why"] else ""
-    place_of = "block" if "num_layers_shown" in results else "layer"
-    axes[-1].set_xlabel(f"depth: position of the {place_of} in the network{correlation}")
-    handles = _layer_legend(section, len(rank_of), results.get("num_layers_shown"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
-    figure.get_layout_engine().execute(figure)
-    for ax, role in zip(axes, roles, strict=True):
-        members = [record for record in records if record["role"] == role]
-        members.sort(key=lambda record: rank_of.get(record["layer"], math.inf))
-        points = [(record["depth"], 100 * record["interval"][1]) for record in members]
-        ranks = [str(rank_of[record["layer"]]) for record in members if record["layer"] in rank_of]
-        place(ax, points, ranks, SMALL, beside=False)
-
-
-def _layers_of_role(ax: Axes, section: dict, role: str, rank_of: dict[str, int]) -> None:
-    """Draw accuracies of the layers of a role by depth, over the band of permuted labels."""
-    records = [record for record in section["records"] if record["role"] == role]
-    size = float(np.clip(5.5 - len(section["records"]) / 120, 2.2, 5))
-    depth, marker = np.array([record["depth"] for record in records]), MARKERS.get(role, "o")
-    low, high = (100 * bound for bound in section["null_band"])
-    ax.axhspan(low, high, fc=PALE, ec=FAINT, hatch="////", lw=0, zorder=0.5)
-    ax.axhline(100 * section["chance"], color=INK, lw=0.8)
-    ax.axhline(100 * section["needed"], color=INK, lw=0.8, ls=(0, (4, 2)))
-    intervals = 100 * np.array([record["interval"] for record in records])
-    ax.vlines(depth, *intervals.T, color=BLUE, lw=float(np.clip(60 / len(records), 0.5, 1)), alpha=0.75)
-    accuracy = 100 * np.array([record["accuracy"] for record in records])
-    above = np.array([record["above_null"] for record in records])
-    ax.plot(depth[above], accuracy[above], marker, color=BLUE, ms=size, mec=INK, mew=0.4)
-    ax.plot(depth[~above], accuracy[~above], marker, color=GROUND, ms=size, mec=INK, mew=0.6)
-    top = np.array([record["layer"] in rank_of for record in records])
-    ax.plot(depth[top], accuracy[top], "o", color="none", mec=INK, mew=1, ms=size + 4.5)
-    group = section["groups"]["role"][role]
-    ax.set_title(f"{role} factors: mean {percent(group['mean'])} % ({bounds(group['interval'])})")
-    ax.set_ylabel("accuracy, %")
-
-
-def _layer_legend(section: dict, top_k: int, layers: int | None) -> list:
-    """Return what marks mean; ``layers`` is their number where blocks are shown."""
-    above, total = section["num_above_null"], layers or len(section["records"])
-    known = f"knows something ({above}), with 95 % interval"
-    unknown, top = f"not distinguishable from chance ({total - above})", f"top {top_k}, with its rank"
-    if layers:
-        known, unknown = "a layer of the block knows something", "none does"
-        top = f"with a layer of the top {top_k}, and its rank"
-    limit = f"needed among {total}: {percent(section['needed'])} %"
-    if section["needed"] > 1:
-        limit = f"needed among {total}: more than 100 %"
-    marker = {"marker": "^", "ls": "none", "mec": INK, "ms": 5}
-    return [
-        Line2D([], [], color=BLUE, **marker, label=known),
-        Line2D([], [], color=GROUND, **marker, label=unknown),
-        *([Line2D([], [], color=BLUE, lw=1, label="lowest to highest layer of the block")] if layers else []),
-        Line2D([], [], ls="none", marker="o", color="none", mec=INK, ms=9, label=top),
-        Line2D([], [], color=INK, lw=0.8, label=f"chance, {percent(section['chance'])} %"),
-        Patch(fc=PALE, ec=FAINT, hatch="////", lw=0, label="95 % of permuted labels"),
-        Line2D([], [], color=INK, lw=0.8, ls=(0, (4, 2)), label=limit),
-    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -425,89 +327,6 @@ def _representations(results: dict, figure: Figure) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Concepts by layer
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _concept_layer_map_finding(results: dict) -> str:
-    section = results["analysis"]["concepts"]
-    best = np.array(section["recall"], float).max(0)  # (C,), NaN of a concept without a test LoRA
-    high, low = int(np.nanargmax(best)), int(np.nanargmin(best))
-    if best[high] == best[low]:
-        return f"The best single layer for each concept recognises {percent(best[high])} % of it"
-    names = [cut(section["classes"][c], 1.8) for c in (high, low)]
-    return (
-        f"Single layers recognise {names[0]} best (up to {percent(best[high])} % of it) "
-        f"and {names[1]} worst (up to {percent(best[low])} %)"
-    )
-
-
-def _concept_layer_map(results: dict, figure: Figure) -> None:
-    analysis = results["analysis"]
-    section, records = analysis["concepts"], analysis["layers"]["records"]
-    recall = 100 * np.array(section["recall"], float).T  # (C, L)
-    clusters = (analysis.get("layer_information") or {}).get("concept_clusters")
-    cluster = np.array(clusters["of_class"] if clusters else np.zeros(len(recall)))
-    order = np.lexsort((-recall.mean(1), cluster))
-    order = order[~np.isnan(recall[order]).any(1)]  # without a test LoRA there is nothing to show
-    height = min(0.24, 9 / len(order))  # of a row, in inches
-    set_height(figure, 1.05 + height * len(order))
-    roles: dict[str, list[int]] = {}
-    for layer, record in enumerate(records):
-        roles.setdefault(record["role"], []).append(layer)
-    widths = [4.7 * len(members) / len(records) for members in roles.values()]
-    compared = analysis.get("representations")
-    compared = compared and compared["conditions"]["baseline"]["best"]
-    if compared:
-        widths.append(0.9)
-    axes = figure.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0]
-    looks = {"cmap": "YlGnBu", "vmin": 0, "vmax": max(20, 20 * math.ceil(recall[order].max() / 20)), "aspect": "auto"}
-    for ax, (role, members), width in zip(axes, roles.items(), widths, strict=False):
-        _recall_by_layer(ax, results, members, recall[np.ix_(order, members)], looks, (height, width))
-        ax.set_title(f"{role} factors")
-    if compared:
-        _recall_with_all_layers(axes[-1], results, order, looks, height)
-    for ax in axes:
-        ax.hlines(np.flatnonzero(np.diff(cluster[order])) + 0.5, *ax.get_xlim(), color=ON_CELLS[0], lw=0.8)
-        ax.tick_params(length=0)
-    step = math.ceil(0.1 / height)  # of more classes than there is room for names, every second is named, or fewer
-    size = min(SIZE, 55 * height)
-    labels = cut_labels([section["classes"][c] for c in order], 1.4, size)
-    axes[0].set_yticks(range(0, len(order), step), labels[::step], fontsize=size)
-    figure.legend(handles=map_legend(axes[0].images[0], "recall"), loc="outside lower center", ncols=6)
-
-
-def _recall_by_layer(
-    ax: Axes, results: dict, members: Sequence[int], recall: np.ndarray, looks: dict, size: tuple[float, float]
-) -> None:
-    """Draw recall of concepts from single layers, float[C, members], in rows and axes of this height and width."""
-    height, width = size
-    records = [results["analysis"]["layers"]["records"][layer] for layer in members]
-    ax.imshow(recall, **looks, interpolation="nearest")
-    write_numbers(ax, recall, looks["vmax"], height, width / len(members))
-    mark_blocks(ax, [record["block"] for record in records], width)
-    top = set(results["top_layers"])
-    marked = [x for x, record in enumerate(records) if record["layer"] in top]
-    if marked:
-        ax.plot(marked, np.full(len(marked), len(recall) - 0.5), "^", color=INK, ms=4, clip_on=False)
-    ax.set_xticks([])
-    noun = "blocks by depth, means of layers" if "num_layers_shown" in results else "layers by depth"
-    ax.set_xlabel(f"{noun} (▲ top {len(top)})")
-
-
-def _recall_with_all_layers(ax: Axes, results: dict, order: np.ndarray, looks: dict, height: float) -> None:
-    """Draw recall by the best representation, with all layers and without the top k."""
-    analysis = results["analysis"]
-    section, best = analysis["concepts"], analysis["representations"]["conditions"]["baseline"]["best"]
-    whole, drop = (100 * np.array(section[key][best], float) for key in ("baseline", "drop"))
-    both = np.stack([whole, whole - drop], axis=1)[order]
-    ax.imshow(both, **looks, interpolation="nearest")
-    write_numbers(ax, both, looks["vmax"], height, 0.4)
-    ax.set_xticks([0, 1], ["all", f"no top {results['config']['top_k']}"], fontsize=SMALL)
-    ax.set_title(cut(best, 0.85, SMALL), fontsize=SMALL)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # 5. Does rank structure matter?
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -585,13 +404,13 @@ def _modules(results: dict, ax: Axes) -> None:
 
 # fmt: off
 FIGURES = (
-    FigureRow("layer_importance", "layers", ("layers",), _layer_importance_finding, _layer_importance,
+    FigureRow("layer_importance", "layers", ("layers",), layer_importance_finding, layer_importance,
               "Accuracy of each layer alone by its depth in the network, against chance", True),
     FigureRow("ablation_curves", "robustness", ("layers", "robustness"), _ablation_curves_finding, _ablation_curves,
               "Accuracy as layers are removed, in three orders"),
     FigureRow("representations", "representations", ("layers", "representations"), _representations_finding,
               _representations, "Accuracy of each representation with all layers and without the top ones"),
-    FigureRow("concept_layer_map", "concepts", ("layers", "concepts"), _concept_layer_map_finding, _concept_layer_map,
+    FigureRow("concept_layer_map", "concepts", ("layers", "concepts"), concept_layer_map_finding, concept_layer_map,
               "Recall of each concept from each layer alone", True),
     FigureRow("layer_clusters", "information", ("layers", "layer_information"), layer_clusters_finding,
               layer_clusters, "Layers by the similarity of their features", True),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import groupby
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,12 +24,12 @@ from report.drawing import (
     ORANGE,
     SIZE,
     SMALL,
-    SOFT,
     WIDTH,
     cut,
     cut_labels,
     draw_kinds,
     draw_tree,
+    head_blocks,
     kinds_of,
     map_legend,
     mark_blocks,
@@ -205,7 +204,7 @@ def attention(results: dict, figure: Figure) -> None:
     bars, cells = figure.subplots(2, 1, sharex=True, height_ratios=[1.1, height * len(classes)])
     _attention_bars(bars, modules)
     blocks = [record["block"] for record in modules]
-    _head_blocks(bars, blocks, width)
+    head_blocks(bars, blocks, width)
     image = _contributions(cells, classes, section["runs"], height, width)
     mark_blocks(cells, blocks, width, named=False)
     top = set(results["top_layers"])
@@ -224,22 +223,6 @@ def attention(results: dict, figure: Figure) -> None:
         figure.get_layout_engine().execute(figure)
         points = [(x, 100 * modules[x]["attention"]) for x in _highest(modules)]
         place(bars, points, [str(i + 1) for i in range(len(points))], SMALL, beside=False)
-
-
-def _head_blocks(ax: Axes, blocks: Sequence[str | None], inches: float) -> None:
-    """Mark blocks with their whole names above axes of so many inches, if all fit, else with numbers in short."""
-    runs = [(block, len(list(members))) for block, members in groupby(blocks)]
-    column = inches / len(blocks)
-    fit = all(not block or width_of(block, SMALL) + 0.06 <= column * count for block, count in runs)
-    mark_blocks(ax, blocks, inches, named=not fit)
-    if not fit:
-        return
-    ends = np.cumsum([count for _, count in runs])
-    heads = [(end - (count + 1) / 2, block) for end, (block, count) in zip(ends, runs, strict=True) if block]
-    top = ax.secondary_xaxis("top")
-    top.set_xticks([x for x, _ in heads], [block for _, block in heads], fontsize=SMALL, color=SOFT)
-    top.tick_params(length=0, pad=1)
-    top.spines["top"].set_visible(False)
 
 
 def _highest(modules: Sequence[dict]) -> list[int]:

@@ -77,7 +77,9 @@ def short_names(analysis: dict) -> dict[str, str]:
 
     A module of unknown projection has its id.
     """
-    return {module: f"{f'.{number} ' if number else ''}{name}" for module, (_, number, name) in _within(analysis).items()}
+    return {
+        module: f"{f'.{number} ' if number else ''}{name}" for module, (_, number, name) in _within(analysis).items()
+    }
 
 
 def full_names(analysis: dict) -> dict[str, str]:
@@ -90,7 +92,7 @@ def full_names(analysis: dict) -> dict[str, str]:
 
 
 def layer_names(analysis: dict) -> dict[str, str]:
-    """Return names of layers, that of the module and its factor, such as ``IN07.3 attn2 k, up``, by the layer's name."""
+    """Return names of layers, that of the module and its factor, such as ``IN07.3 attn2 k, up``, by their own."""
     modules = full_names(analysis)
     records = (analysis.get("layers") or {"records": []})["records"]
     return _all_different({record["layer"]: f"{modules[record['module']]}, {record['role']}" for record in records})
