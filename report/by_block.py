@@ -80,8 +80,8 @@ def in_blocks(results: dict) -> dict:
     A record is of the layers of one factor. Its accuracy is their mean, its interval from the lowest to the highest, it
     has the name of the best ranked of them, and knows something of the concept where one of them does. Attention is
     summed over the modules of a block, what concepts explain is the mean. ``num_layers_shown`` is L, ``members_shown``
-    has the positions of the layers of each record, ``top_shown`` the records of the top layers, each at its block, and
-    ``names_shown`` the names of all modules.
+    has the positions of the layers of each record, ``top_shown`` the records of the top layers, each at its block,
+    ``records_of_layers`` those of all layers, and ``names_shown`` the names of all modules.
     """
     analysis, rank_of = results["analysis"], {name: rank for rank, name in enumerate(results["top_layers"])}
     records = analysis["layers"]["records"]
@@ -108,6 +108,7 @@ def in_blocks(results: dict) -> dict:
         "num_layers_shown": len(records),
         "members_shown": members,
         "top_shown": top,
+        "records_of_layers": records,
         "names_shown": full_names(analysis),
         "blocks_shown": blocks,
     }

@@ -219,25 +219,22 @@ def mark_blocks(ax: Axes, blocks: Sequence[str | None], inches: float, named: bo
         ax.vlines(edges, 0, 1, transform=ax.get_xaxis_transform(), color=FAINT, lw=0.5, zorder=layer)
     if not named:
         return
-    label_of = _block_labels(runs, inches / len(blocks))
-    top = ax.secondary_xaxis("top")
-    top.set_xticks(list(label_of), list(label_of.values()), fontsize=SMALL, color=SOFT)
-    top.tick_params(length=0, pad=1)
-    top.spines["top"].set_visible(False)
+    _write_above(ax, _block_labels(runs, inches / len(blocks)))
 
 
-def head_blocks(ax: Axes, blocks: Sequence[str | None], inches: float) -> None:
+def head_blocks(ax: Axes, blocks: Sequence[str | None], inches: float, lines: bool = True) -> None:
     """Mark blocks with their whole names above axes of so many inches, if all fit, else with numbers in short."""
-    runs = [(block, len(list(members))) for block, members in groupby(blocks)]
-    column = inches / len(blocks)
-    fit = all(not block or width_of(block, SMALL) + 0.06 <= column * count for block, count in runs)
-    mark_blocks(ax, blocks, inches, named=not fit)
-    if not fit:
-        return
-    ends = np.cumsum([count for _, count in runs])
-    heads = [(end - (count + 1) / 2, block) for end, (block, count) in zip(ends, runs, strict=True) if block]
+    runs, column = _runs(blocks), inches / len(blocks)
+    fit = all(not block or width_of(block, SMALL) + 0.06 <= column * (last + 1 - first) for block, first, last in runs)
+    if lines:
+        mark_blocks(ax, blocks, inches, named=False)
+    labels = {(first + last) / 2: block for block, first, last in runs if block}
+    _write_above(ax, labels if fit else _block_labels(runs, column))
+
+
+def _write_above(ax: Axes, labels: dict[float, str]) -> None:
     top = ax.secondary_xaxis("top")
-    top.set_xticks([x for x, _ in heads], [block for _, block in heads], fontsize=SMALL, color=SOFT)
+    top.set_xticks(list(labels), list(labels.values()), fontsize=SMALL, color=SOFT)
     top.tick_params(length=0, pad=1)
     top.spines["top"].set_visible(False)
 
@@ -318,7 +315,10 @@ def _corners(width: float, height: float, gap: float | None) -> list[tuple[float
     if gap is None:
         return [(-width / 2, 0.06)]
     above = [(-width / 2, gap - 0.01), (-gap, gap - 0.01), (gap - width, gap - 0.01)]  # also near edges
-    return [(gap, -height / 2), (-gap - width, -height / 2), *above, (-width / 2, 0.01 - gap - height)]
+    slanting = [(0.7 * gap, 0.7 * gap), (-0.7 * gap - width, 0.7 * gap)]
+    slanting += [(x, -0.7 * gap - height) for x, _ in slanting]
+    beside = [(gap, -height / 2), (-gap - width, -height / 2)]
+    return [*beside, *above, (-width / 2, 0.01 - gap - height), *slanting]
 
 
 def _inside(box: Sequence[float], outer: Sequence[float]) -> bool:

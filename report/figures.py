@@ -43,6 +43,8 @@ from report.drawing import (
 from report.figures_of_layers import (
     concept_layer_map,
     concept_layer_map_finding,
+    layer_clusters,
+    layer_clusters_finding,
     layer_importance,
     layer_importance_finding,
 )
@@ -51,8 +53,6 @@ from report.figures_of_modules import (
     attention_finding,
     collection_map,
     collection_map_finding,
-    layer_clusters,
-    layer_clusters_finding,
 )
 from report.wording import (
     NO_OTHERS,

@@ -1,4 +1,4 @@
-"""The figures of layers: how well each predicts alone, and which concepts it recognises; figures.py has their rows.
+"""The figures of layers: how well each predicts alone, which concepts it recognises, and how alike they are.
 
 Shape letters: L layers in the network's order, C classes.
 """
@@ -6,8 +6,9 @@ Shape letters: L layers in the network's order, C classes.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import squareform
 
 from report.by_block import blocks_of
 from report.by_class import Rows
@@ -32,6 +35,7 @@ from report.drawing import (
     cut,
     cut_labels,
     head_blocks,
+    in_lines,
     map_legend,
     mark_blocks,
     place,
@@ -39,15 +43,20 @@ from report.drawing import (
     width_of,
     write_numbers,
 )
-from report.names import full_names, short_names
-from report.wording import bounds, correlation_text, percent
+from report.names import full_names, layer_names, short_names
+from report.wording import bounds, correlation_text, counted, percent
 
 MOST_INTERVALS = 100  # layers of a network that have an interval each: of more the top ones have, the others a band
 FEW = 20  # layers that know something, up to which these have an interval each in any network
 NAMED_MODULES = 40  # below the axis, at most
 NAME = 1.6  # inches of a layer's name at most
-MOST_LISTED = 24  # names below the figure, where there is no room beside the marks
-LEGEND_ROW = 0.15  # inches
+MOST_BESIDE = 10  # top layers whose names stand beside their marks, where all have room
+MOST_LISTED = 24  # names below the axis else
+LINE = 0.15  # inches of a line of these
+CLUSTERS = 8  # that are described, the largest
+SIMILARITIES = 6  # in the legend
+MOST_LINES = 120  # between blocks of a matrix
+SIDE = 5.2  # inches of a matrix with the names beside it
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The accuracy of each layer
@@ -95,33 +104,38 @@ def layer_importance(results: dict, figure: Figure) -> None:
     head_blocks(axes[0], blocks, WIDTH - 0.7)
     axes[0].set_yticks([tick for tick in axes[0].get_yticks() if tick <= min(100, axes[0].get_ylim()[1])])
     _name_axis(axes[-1], results, names)
-    _finish(figure, axes, results, sorted(top, key=lambda record: rank_of[record["layer"]]))
+    figure.legend(handles=_layer_legend(results), loc="outside lower center", ncols=3)
+    _name_top(figure, axes, results, sorted(top, key=lambda record: rank_of[record["layer"]]))
 
 
-def _finish(figure: Figure, axes: Sequence[Axes], results: dict, top: Sequence[dict]) -> None:
-    """Write the names of the top layers beside their marks; where one has no room ranks, and names in the legend."""
+def _name_top(figure: Figure, axes: Sequence[Axes], results: dict, top: Sequence[dict]) -> None:
+    """Write the names of the top layers beside their marks; where one has no room ranks, and names below the axis."""
     names = results.get("names_shown") or full_names(results["analysis"])
-    labels = cut_labels([names[record["module"]] for record in top], NAME, SMALL)
-    labels = [f"{rank}: {label}" for rank, label in enumerate(labels, 1)]
-    ranks, entries = [str(rank) for rank in range(1, len(top) + 1)], _layer_legend(results)
-    roles = list(dict.fromkeys(record["role"] for record in results["analysis"]["layers"]["records"]))
-    for beside in (True, False):
-        listed = [] if beside else [Line2D([], [], ls="none", label=label) for label in labels[:MOST_LISTED]]
-        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * math.ceil(len(listed) / 3))
-        legend = figure.legend(handles=[*entries, *listed], loc="outside lower center", ncols=3)
-        figure.get_layout_engine().execute(figure)
-        written = []
-        for ax, role in zip(axes, roles, strict=True):
-            members = [i for i, record in enumerate(top) if record["role"] == role]
-            marks = [(top[i]["depth"], 100 * top[i]["accuracy"]) for i in members]
-            texts = [(labels if beside else ranks)[i] for i in members]
-            written += place(ax, [*marks, *_drawn(results, role)], texts, SMALL, beside=True, gap=0.1)
-        if len(written) == len(top):
-            return
-        if beside:
-            legend.remove()
-            for text in [text for ax in axes for text in ax.texts]:
-                text.remove()
+    modules = list(dict.fromkeys(record["module"] for record in top))
+    cut_name = dict(zip(modules, cut_labels([names[module] for module in modules], NAME, SMALL), strict=True))
+    labels = [f"{rank}: {cut_name[record['module']]}" for rank, record in enumerate(top, 1)]
+    if len(labels) <= MOST_BESIDE and _written(figure, axes, results, top, labels) == len(top):
+        return
+    for text in [text for ax in axes for text in ax.texts]:
+        text.remove()
+    more = [f"and {len(labels) - MOST_LISTED} more"] if len(labels) > MOST_LISTED else []
+    listed = [f"{label} ({record['role']})" for label, record in zip(labels, top, strict=True)]
+    lines = in_lines("top: " + ", ".join([*listed[:MOST_LISTED], *more]), figure.get_figwidth() - 1, SIZE)
+    axes[-1].set_xlabel(f"{axes[-1].get_xlabel()}\n{lines}")
+    figure.set_figheight(figure.get_figheight() + LINE * (1 + lines.count("\n")))
+    _written(figure, axes, results, top, [str(rank) for rank in range(1, len(top) + 1)])
+
+
+def _written(figure: Figure, axes: Sequence[Axes], results: dict, top: Sequence[dict], texts: Sequence[str]) -> int:
+    """Lay the figure out, write texts beside the marks of the top layers, and return for how many there is room."""
+    figure.get_layout_engine().execute(figure)
+    roles, count = list(dict.fromkeys(record["role"] for record in results["analysis"]["layers"]["records"])), 0
+    for ax, role in zip(axes, roles, strict=True):
+        members = [i for i, record in enumerate(top) if record["role"] == role]
+        marks = [(top[i]["depth"], 100 * top[i]["accuracy"]) for i in members]
+        points = [*marks, *_drawn(results, role)]
+        count += len(place(ax, points, [texts[i] for i in members], SMALL, beside=True, gap=0.1))
+    return count
 
 
 def _drawn(results: dict, role: str) -> Iterator[tuple[float, float]]:
@@ -189,7 +203,11 @@ def _layers_of_role(ax: Axes, results: dict, role: str, top: Sequence[dict]) -> 
     if not single.all():
         ax.fill_between(*_band(section, role), color=BLUE, alpha=0.25, lw=0, zorder=1)
     size = float(np.clip(5.5 - len(section["records"]) / 120, 2.2, 5))
-    looks = {"size": size, "marker": MARKERS.get(role, "o"), "width": float(np.clip(60 / len(records), 0.5, 1))}
+    looks = {
+        "size": size,
+        "marker": MARKERS.get(role, "o"),
+        "width": float(np.clip(60 / max(1, single.sum()), 0.5, 1.2)),
+    }
     _points(ax, [record for record, alone in zip(records, single, strict=True) if not alone], looks, intervals=False)
     _points(ax, [record for record, alone in zip(records, single, strict=True) if alone], looks, intervals=True)
     if "num_layers_shown" in results:
@@ -347,3 +365,133 @@ def _recall_with_all_layers(ax: Axes, results: dict, rows: Rows, looks: dict, he
     write_numbers(ax, both, looks["vmax"], height, 0.4)
     ax.set_xticks([0, 1], ["all", f"no top {results['config']['top_k']}"], fontsize=SMALL)
     ax.set_title(cut(best, 0.85, SMALL), fontsize=SMALL)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Clusters of layers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def layer_clusters_finding(results: dict) -> str | None:
+    """Return how many clusters the layers form, and what the top ones know together; None for a single layer."""
+    section = results["analysis"]["layer_information"]
+    clusters, union, k = section["clusters"], section["union"], len(section["kappa"]["top_k"])
+    if not clusters["linkage"]:
+        return None
+    total, below = len(clusters["order"]), f"(1 - CKA below {clusters['threshold']:g})"
+    finding = f"{total} layers form {counted(clusters['count'], 'cluster')} of similar features {below}"
+    if clusters["count"] == total:
+        finding = f"No two of {total} layers have similar features {below}"
+    if k < 2:
+        return finding
+    crossed = results["analysis"].get("cross_fitted") or {"union": None}
+    known = f"{percent(union['any_of_top_k'])} % of LoRAs, the first alone on {percent(union['best_alone'])} %"
+    if crossed["union"]:  # where the layers are not chosen by the LoRAs that they are measured on
+        known = (
+            f"{percent(crossed['union']['accuracy'])} % of LoRAs (on shuffled labels "
+            f"{percent(crossed['union']['by_chance'])} %), the first alone on {percent(crossed['first']['accuracy'])} %"
+        )
+    return f"{finding}; at least one of the top {k} is right on {known}"
+
+
+def layer_clusters(results: dict, figure: Figure) -> None:
+    """Draw how similar every two layers are, by factor and then in the network's order, beside the largest clusters.
+
+    Of blocks means are shown. The similarity is that of the tree (average linkage): of all layers that are first joined
+    where the two are, and so at least ``1 - threshold`` in the same cluster, and only there.
+    """
+    records = results["analysis"]["layers"]["records"]
+    roles = list(dict.fromkeys(record["role"] for record in records))
+    order = sorted(range(len(records)), key=lambda i: roles.index(records[i]["role"]))
+    shown = _similarity(results)[np.ix_(order, order)]
+    ordered = [records[i] for i in order]
+    names = _rows_of_layers(results, ordered)
+    room = max((width_of(name, SMALL) for name in names), default=0.0)
+    set_height(figure, SIDE - room + 0.7)
+    ax, beside = figure.subplots(1, 2, width_ratios=[SIDE - room, WIDTH - SIDE - 0.2])
+    image = ax.imshow(shown, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    edges = np.flatnonzero([a["role"] != b["role"] for a, b in pairwise(ordered)]) + 0.5
+    _mark_factors(ax, ordered, edges, SIDE - room)
+    if names:
+        ax.set_yticks(range(len(names)), names, fontsize=SMALL, rotation=0)
+    top = set(results["top_layers"])
+    marked = [i for i, record in enumerate(ordered) if record["layer"] in top]
+    ax.plot(marked, np.full(len(marked), len(ordered) - 0.5), "^", color=INK, ms=4, clip_on=False)
+    noun = "blocks" if "num_layers_shown" in results else "layers"
+    ax.set_xlabel(
+        f"{noun} in the network's order (▲ {'with a layer of the ' if noun == 'blocks' else ''}top {len(top)})"
+    )
+    _write_clusters(beside, results)
+    steps = [
+        Patch(fc=image.cmap(step), ec=INK, lw=0.5, label=f"{step:.1f}") for step in np.linspace(0, 1, SIMILARITIES)
+    ]
+    steps[-1].set_label("1.0 similarity (CKA, by average linkage)")
+    figure.legend(handles=steps, loc="outside lower center", ncols=SIMILARITIES)
+
+
+def _similarity(results: dict) -> np.ndarray:
+    """Return the similarity of every two layers by the tree, or its means over the layers of blocks, float64[., .]."""
+    clusters = results["analysis"]["layer_information"]["clusters"]
+    similar = 1 - squareform(hierarchy.cophenet(np.array(clusters["linkage"], float)))
+    groups = results.get("members_shown")
+    if not groups:
+        return similar
+    inside = np.zeros((len(groups), len(similar)))
+    for row, members in zip(inside, groups, strict=True):
+        row[members] = 1
+    sums, count = inside @ similar @ inside.T, inside.sum(1)
+    pairs = np.outer(count, count)
+    alone = np.diag_indices(len(groups))  # of a block with itself: every two of its layers
+    several = count > 1
+    sums[alone] = np.where(several, sums[alone] - count, 1)
+    pairs[alone] = np.where(several, count * (count - 1), 1)
+    return sums / pairs
+
+
+def _rows_of_layers(results: dict, ordered: Sequence[dict]) -> list[str]:
+    """Return the names of few layers, and none of many."""
+    if len(ordered) > NAMED_MODULES or "num_layers_shown" in results:
+        return []
+    names = layer_names(results["analysis"])
+    return cut_labels([names[record["layer"]] for record in ordered], 1.5, SMALL)
+
+
+def _mark_factors(ax: Axes, ordered: Sequence[dict], edges: np.ndarray, side: float) -> None:
+    """Draw lines between the blocks, in both directions, and between the factors, and name these."""
+    blocks = [record["block"] for record in ordered]
+    places = [(record["role"], record["block"]) for record in ordered]
+    lines = np.flatnonzero([a != b for a, b in pairwise(places)]) + 0.5
+    if len(lines) <= MOST_LINES:
+        ax.vlines(lines, -0.5, len(ordered) - 0.5, color=GROUND, lw=0.4)
+        ax.hlines(lines, -0.5, len(ordered) - 0.5, color=GROUND, lw=0.4)
+    ax.vlines(edges, -0.5, len(ordered) - 0.5, color=INK, lw=1)
+    ax.hlines(edges, -0.5, len(ordered) - 0.5, color=INK, lw=1)
+    head_blocks(ax, blocks, side, lines=False)
+    ends = [-0.5, *edges, len(ordered) - 0.5]
+    middles = [(low + high) / 2 for low, high in pairwise(ends)]
+    ax.set_xticks([])
+    ax.set_yticks(middles, [f"{ordered[int(middle)]['role']} factors" for middle in middles], rotation=90, va="center")
+    ax.tick_params(length=0)
+
+
+def _write_clusters(ax: Axes, results: dict) -> None:
+    """Write the largest clusters, with the factors and projections that most of their layers are."""
+    clusters = results["analysis"]["layer_information"]["clusters"]
+    cluster_of = np.array(clusters["of_layer"])
+    sizes = np.bincount(cluster_of)
+    largest = [int(cluster) for cluster in np.argsort(-sizes, kind="stable") if sizes[cluster] > 1][:CLUSTERS]
+    lines = [f"a cluster: similarity of at least {1 - clusters['threshold']:g}", ""]
+    records = results.get("records_of_layers") or results["analysis"]["layers"]["records"]
+    for cluster in largest:
+        members = [records[layer] for layer in np.flatnonzero(cluster_of == cluster)]
+        shares = []
+        for field in ("role", "projection", "block"):
+            common, times = Counter(record[field] for record in members).most_common(1)[0]
+            if common:
+                shares.append(f"{100 * times / len(members):.0f} % {cut(common, 0.6, SMALL)}")
+        lines += [counted(len(members), "layer"), f"  {', '.join(shares)}"]
+    left = clusters["count"] - len(largest)
+    if left:
+        lines.append(f"{counted(left, 'more cluster')}")
+    ax.text(0, 1, "\n".join(lines), va="top", transform=ax.transAxes, fontsize=SMALL, linespacing=1.25)
+    ax.set_axis_off()

@@ -1,4 +1,4 @@
-"""The figures of clusters of layers, attention over modules and the collection; figures.py has their rows in its table.
+"""The figures of attention over modules and of the collection; figures.py has their rows in its table.
 
 Shape letters: P modules in the network's order, C classes.
 """
@@ -14,24 +14,18 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from report.drawing import (
     BLUE,
     GROUND,
     INK,
-    MARKERS,
     ORANGE,
     SIZE,
     SMALL,
     WIDTH,
     cut,
     cut_labels,
-    draw_kinds,
-    draw_tree,
     head_blocks,
-    kinds_of,
-    map_legend,
     mark_blocks,
     place,
     set_height,
@@ -59,100 +53,6 @@ FILLINGS = (  # colour, filled half or all, and colour of the other half
 )
 MARKS = len(SHAPES) * len(FILLINGS)
 LEGEND_ROW = 0.14  # inches
-CLUSTERS = 12  # of layers that have a row, the largest
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Clusters of layers
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def layer_clusters_finding(results: dict) -> str | None:
-    """Return how many clusters the layers form, and what the top ones know together; None for a single layer."""
-    section = results["analysis"]["layer_information"]
-    clusters, union, k = section["clusters"], section["union"], len(section["kappa"]["top_k"])
-    if not clusters["linkage"]:
-        return None
-    total, below = len(clusters["order"]), f"(1 - CKA below {clusters['threshold']:g})"
-    finding = f"{total} layers form {counted(clusters['count'], 'cluster')} of similar features {below}"
-    if clusters["count"] == total:
-        finding = f"No two of {total} layers have similar features {below}"
-    if k < 2:
-        return finding
-    crossed = results["analysis"].get("cross_fitted") or {"union": None}
-    known = f"{percent(union['any_of_top_k'])} % of LoRAs, the first alone on {percent(union['best_alone'])} %"
-    if crossed["union"]:  # where the layers are not chosen by the LoRAs that they are measured on
-        known = (
-            f"{percent(crossed['union']['accuracy'])} % of LoRAs (on shuffled labels "
-            f"{percent(crossed['union']['by_chance'])} %), the first alone on {percent(crossed['first']['accuracy'])} %"
-        )
-    return f"{finding}; at least one of the top {k} is right on {known}"
-
-
-def layer_clusters(results: dict, figure: Figure) -> None:
-    """Draw the tree of the layers by the distance of their features, above what and where they are."""
-    if "num_layers_shown" in results:
-        _clusters_of_blocks(results, figure)
-        return
-    records = results["analysis"]["layers"]["records"]
-    clusters = results["analysis"]["layer_information"]["clusters"]
-    ordered = [records[layer] for layer in clusters["order"]]
-    kinds = kinds_of(ordered)
-    set_height(figure, 4.1 + 0.13 * len(kinds))
-    tree, rows, depth = figure.subplots(3, 1, sharex=True, height_ratios=[2.0, 0.13 * len(kinds) + 0.05, 1.0])
-    draw_tree(tree, clusters["linkage"], clusters["order"], clusters["threshold"])
-    tree.set_ylabel("distance, 1 - CKA")
-    tree.set_title("bold: links within a cluster; dashed: the distance at which clusters are cut")
-    draw_kinds(rows, kinds)
-    _depths(depth, ordered, set(results["top_layers"]))
-    legend = figure.legend(*depth.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    for handle in legend.legend_handles:
-        handle.set_markersize(5)
-
-
-def _depths(ax: Axes, ordered: Sequence[dict], top: set[str]) -> None:
-    """Draw the depth of each layer, the top layers in rings."""
-    size = float(np.clip(250 / len(ordered), 1.5, 4.5))
-    depth = np.array([record["depth"] for record in ordered])
-    roles = np.array([record["role"] for record in ordered])
-    for role in dict.fromkeys(roles[np.argsort(depth)].tolist()):
-        positions, color = np.flatnonzero(roles == role), {"down": GROUND, "up": BLUE}.get(role, ORANGE)
-        looks = {"color": color, "mec": INK, "mew": 0.5, "ms": size, "label": role}
-        ax.plot(positions, depth[positions], MARKERS.get(role, "o"), **looks)
-    ringed = np.flatnonzero([record["layer"] in top for record in ordered])
-    ring = {"color": "none", "mec": INK, "mew": 1, "ms": size + 4, "label": f"top {len(top)}"}
-    ax.plot(ringed, depth[ringed], "o", **ring)
-    ax.set_ylabel("depth")
-    ax.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
-    ax.set_xlim(-0.5 - 0.01 * len(ordered), 1.01 * len(ordered) - 0.5)
-    ax.set_xticks([])
-    ax.set_xlabel(f"{len(ordered)} layers, similar ones side by side")
-    ax.margins(y=0.12)
-
-
-def _clusters_of_blocks(results: dict, figure: Figure) -> None:
-    """Draw which share of the layers of each block is in each cluster of similar features, the largest clusters."""
-    blocks, section = results["blocks_shown"], results["analysis"]["layer_information"]["clusters"]
-    cluster_of = np.array(section["of_layer"])
-    sizes = np.bincount(cluster_of)
-    largest = np.argsort(-sizes, kind="stable")[: min(CLUSTERS, section["count"])]
-    members = [cluster_of[list(block.members)] for block in blocks]
-    shares = np.array([[100 * (of_block == cluster).mean() for of_block in members] for cluster in largest])
-    labels = [f"{cluster}: {counted(int(sizes[cluster]), 'layer')}" for cluster in largest.tolist()]
-    if section["count"] > len(largest):
-        shares = np.vstack([shares, 100 - shares.sum(0)])
-        labels.append(f"{section['count'] - len(largest)} others")
-    set_height(figure, 1.1 + 0.24 * len(shares))
-    ax = figure.subplots()
-    image = ax.imshow(shares, cmap="YlGnBu", vmin=0, vmax=100, aspect="auto", interpolation="nearest")
-    write_numbers(ax, shares, 100, 0.24, (WIDTH - 1.7) / len(blocks))
-    mark_blocks(ax, [block.name for block in blocks], WIDTH - 1.7)
-    ax.set_yticks(range(len(labels)), labels, fontsize=SMALL)
-    ax.set_xticks([])
-    ax.tick_params(length=0)
-    ax.set_ylabel("cluster")
-    ax.set_xlabel("blocks by depth")
-    figure.legend(handles=map_legend(image, "of the block's layers"), loc="outside lower center", ncols=6)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def _within(analysis: dict) -> dict[str, tuple[str | None, str, str]]:
     """Return of each module its block, the number of its transformer in it or "", and its name there.
 
     Modules of a block that would be called the same have the numbers in front that their ids differ in, or behind them
-    their number by depth where these differ in other ways.
+    their number by depth where these differ in other ways. Outside of all blocks they have their ids.
     """
     places = _places(analysis)
     kinds, alike = defaultdict(set), defaultdict(list)
@@ -52,7 +52,11 @@ def _within(analysis: dict) -> dict[str, tuple[str | None, str, str]]:
     for (block, name), modules in alike.items():
         numbers = _numbers_of(modules) if len(modules) > 1 else [""]
         for i, module in enumerate(modules, 1):
-            named[module] = (block, numbers[i - 1], name) if numbers else (block, "", f"{name} ({i})")
+            number = numbers[i - 1] if numbers else ""
+            if number and not block:  # a number of nothing
+                named[module] = (block, "", module)
+            else:
+                named[module] = (block, number, name if numbers else f"{name} ({i})")
     return {module: named[module] for module in places}
 
 
@@ -86,7 +90,7 @@ def full_names(analysis: dict) -> dict[str, str]:
     """Return names of modules with their block in front, where both are known, by canonical id; all are different."""
     names = {}
     for module, (block, number, name) in _within(analysis).items():
-        place = f"{block or ''}{f'.{number}' if number and block else number}"
+        place = f"{block}.{number}" if number else block or ""
         names[module] = name if name.startswith(module) else f"{place} {name}".strip()
     return _all_different(names)
 
