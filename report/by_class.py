@@ -26,12 +26,13 @@ class Rows:
     last: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, scores: Sequence[float], order: Sequence[int] | None = None) -> Rows:
+    def of(cls, scores: Sequence[float], order: Sequence[int] | None = None, most: int = MOST_CLASSES) -> Rows:
         """Choose the rows of classes by their scores, the highest first.
 
         Args:
             scores: The score of each class, float[C]; NaN for classes that have nothing to show, which have no row.
             order: Order of classes where each has a row; else that of the scores.
+            most: Classes that have a row each, at most.
 
         Example:
             >>> Rows.of([0.5, float("nan"), 0.7])
@@ -39,7 +40,7 @@ class Rows:
         """
         scores = np.asarray(scores, float)
         by_score = [c for c in np.argsort(-scores, kind="stable").tolist() if not np.isnan(scores[c])]
-        if len(by_score) <= MOST_CLASSES:
+        if len(by_score) <= most:
             shown = by_score if order is None else [c for c in order if not np.isnan(scores[c])]
             return cls(tuple(map(int, shown)))
         ends = by_score[:NAMED_CLASSES], by_score[-NAMED_CLASSES:]

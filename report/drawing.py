@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from itertools import groupby
 
 import numpy as np
 from matplotlib import style
@@ -258,7 +257,7 @@ def _block_labels(runs: Sequence[tuple[str | None, int, int]], inches: float) ->
             label_of[centre] = label
         return free
 
-    kinds = [list(members) for kind, members in groupby(runs, lambda run: _kind_and_number(run[0])[0]) if kind]
+    kinds = [members for members in _of_one_kind(runs) if _kind_and_number(members[0][0])[0]]
     firsts = [
         next((i for i, run in enumerate(members) if added(run, cut(run[0], 1.2, SMALL))), len(members))
         for members in kinds
@@ -271,6 +270,20 @@ def _block_labels(runs: Sequence[tuple[str | None, int, int]], inches: float) ->
         for run, number in numbers[(first // step + 1) * step :: step]:
             added(run, number)
     return dict(sorted(label_of.items()))
+
+
+def _of_one_kind(runs: Sequence[tuple]) -> list[list[tuple]]:
+    """Return neighbours that differ in their number alone; where numbers begin anew, so do they."""
+    kinds: list[list[tuple]] = []
+    for run in runs:
+        kind, number = _kind_and_number(run[0])
+        if kinds and _kind_and_number(kinds[-1][-1][0])[0] == kind:
+            last = _kind_and_number(kinds[-1][-1][0])[1]
+            if int(number or 0) >= int(last or 0):
+                kinds[-1].append(run)
+                continue
+        kinds.append([run])
+    return kinds
 
 
 def _kind_and_number(block: str | None) -> tuple[str, str]:

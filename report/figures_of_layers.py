@@ -487,9 +487,10 @@ def _write_clusters(ax: Axes, results: dict) -> None:
         shares = []
         for field in ("role", "projection", "block"):
             common, times = Counter(record[field] for record in members).most_common(1)[0]
-            if common:
-                shares.append(f"{100 * times / len(members):.0f} % {cut(common, 0.6, SMALL)}")
-        lines += [counted(len(members), "layer"), f"  {', '.join(shares)}"]
+            if common and 2 * times > len(members):
+                share = "all" if times == len(members) else f"{100 * times / len(members):.0f} %"
+                shares.append(f"{share} {cut(common, 0.6, SMALL)}")
+        lines += [counted(len(members), "layer"), f"  {', '.join(shares) or 'of any kind'}"]
     left = clusters["count"] - len(largest)
     if left:
         lines.append(f"{counted(left, 'more cluster')}")

@@ -14,11 +14,15 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from scipy.spatial.distance import cdist
 
+from report.by_class import Rows
 from report.drawing import (
     BLUE,
+    GREY,
     GROUND,
     INK,
+    ON_CELLS,
     ORANGE,
     SIZE,
     SMALL,
@@ -40,6 +44,7 @@ NAMED_MODULES = 40  # under the bars, at most: of more the highest are numbered
 NUMBERED = 5
 ARROW = {"ls": "none", "marker": "^", "mfc": GROUND, "mec": INK, "ms": 4, "mew": 0.6}  # of an interval that is cut
 FEW = 5  # test LoRAs of a concept, below which its contributions are marked
+LEAST_ADDED = 1e-9  # logits, below which nothing is
 LEAST_SHOWN = 0.1  # of the largest contribution, below which cells have no number
 NAMED_POINTS = 12  # concepts that are named in a plane at most
 # Concept i has shape i % 11 and filling i % 5, which no two of 55 share: each also differs without colour.
@@ -51,7 +56,8 @@ FILLINGS = (  # colour, filled half or all, and colour of the other half
     (BLUE, "left", GROUND),
     (INK, "bottom", GROUND),
 )
-MARKS = len(SHAPES) * len(FILLINGS)
+MARKED = 30  # classes that have a mark each
+OTHER = {"marker": ".", "mfc": GREY, "mec": GREY}  # of the others
 LEGEND_ROW = 0.14  # inches
 
 
@@ -87,42 +93,52 @@ def attention(results: dict, figure: Figure) -> None:
     """Draw the attention of each module as bars, above what it adds to the own class of the LoRAs of each class."""
     analysis = results["analysis"]
     section, modules = analysis["attention"], analysis["attention"]["modules"]
-    classes = [record for record in section["classes"] if record["contribution"]]
-    added = np.array([record["contribution"] for record in classes])  # (C, P)
-    classes = [classes[c] for c in np.lexsort((-added.max(1), added.argmax(1)))]  # of the same module together
+    rows = _rows_of_classes(section["classes"])
+    added = np.array([record["contribution"] or [np.nan] * len(modules) for record in section["classes"]])
+    added = rows.values(added)  # (rows, P)
     names = []
     if len(modules) <= NAMED_MODULES:
         short = short_names(analysis)
         names = [cut(short[record["module"]], 0.9, SMALL) for record in modules]
     room = max((width_of(name, SMALL) for name in names), default=0.0)
-    height = min(max(0.24, 0.7 / len(classes)), 9 / len(classes))  # of a row, in inches
+    height = max(0.24 if len(rows) < 30 else 0.2, 0.7 / len(rows))  # of a row, in inches
     width = WIDTH - 1.9  # of the axes
     entries = _attention_entries(section)
     if not names:
         entries += _numbered(analysis)
-    set_height(figure, 2.3 + 0.16 * math.ceil((len(entries) + 7) / 3) + room + height * len(classes))
-    bars, cells = figure.subplots(2, 1, sharex=True, height_ratios=[1.1, height * len(classes)])
+    set_height(figure, 2.3 + 0.16 * math.ceil((len(entries) + 7) / 3) + room + height * len(rows))
+    bars, cells = figure.subplots(2, 1, sharex=True, height_ratios=[1.1, height * len(rows)])
     _attention_bars(bars, modules)
     blocks = [record["block"] for record in modules]
     head_blocks(bars, blocks, width)
-    image = _contributions(cells, classes, section["runs"], height, width)
+    image = _contributions(cells, section, rows, added, height, width)
     mark_blocks(cells, blocks, width, named=False)
     top = set(results["top_layers"])
     of_top = {record["module"] for record in analysis["layers"]["records"] if record["layer"] in top}
     marked = [x for x, record in enumerate(modules) if record["module"] in of_top]
     if marked:
-        cells.plot(marked, np.full(len(marked), len(classes) - 0.5), "^", color=INK, ms=4, clip_on=False)
+        cells.plot(marked, np.full(len(marked), len(rows) - 0.5), "^", color=INK, ms=4, clip_on=False)
     cells.set_xticks(range(len(names)), names, rotation=90, fontsize=SMALL)
     cells.tick_params(axis="x", length=0, pad=5)
     noun = "blocks" if "num_layers_shown" in results else "modules"
     cells.set_xlabel(f"{noun} by depth (▲ {noun} of the top {len(top)})")
     figure.legend(
-        handles=[*entries, *_contribution_entries(classes, image)], loc="outside lower center", ncols=3, fontsize=SMALL
+        handles=[*entries, *_contribution_entries(section, rows, image)],
+        loc="outside lower center",
+        ncols=3,
+        fontsize=SMALL,
     )
     if not names:
         figure.get_layout_engine().execute(figure)
         points = [(x, 100 * modules[x]["attention"]) for x in _highest(modules)]
         place(bars, points, [str(i + 1) for i in range(len(points))], SMALL, beside=False)
+
+
+def _rows_of_classes(classes: Sequence[dict]) -> Rows:
+    """Return the classes to show: those of the same module together; of many those that most, and least, is added to."""
+    most = [max(record["contribution"]) if record["contribution"] else math.nan for record in classes]
+    strongest = [int(np.argmax(record["contribution"])) if record["contribution"] else 0 for record in classes]
+    return Rows.of(most, np.lexsort((-np.array(most), strongest)))
 
 
 def _highest(modules: Sequence[dict]) -> list[int]:
@@ -161,22 +177,23 @@ def _attention_bars(ax: Axes, modules: Sequence[dict]) -> None:
     ax.tick_params(axis="x", length=0, labelbottom=False)
 
 
-def _contributions(ax: Axes, classes: Sequence[dict], runs: int, height: float, width: float) -> AxesImage:
-    """Draw what each module adds to each class, mean of so many runs, in rows and columns of so many inches."""
-    added = np.array([record["contribution"] for record in classes])  # (C, P)
-    largest = max(float(added.max()), 1e-9)
+def _contributions(ax: Axes, section: dict, rows: Rows, added: np.ndarray, height: float, width: float) -> AxesImage:
+    """Draw what each module adds to each class, float[rows, P], means of runs, in rows and columns of so many inches."""
+    largest = max(float(added.max()), LEAST_ADDED)
     image = ax.imshow(added, cmap="YlGnBu", vmin=0, vmax=largest, aspect="auto", interpolation="nearest")
     column = width / added.shape[1]
     digits = int(np.clip(1 - math.floor(math.log10(largest)), 0, 3))
     shown = np.where(added < LEAST_SHOWN * largest, np.nan, added)
     write_numbers(ax, shown, largest, height, column, digits)
-    step, size = math.ceil(0.1 / height), min(SIZE, 55 * height)
-    labels = cut_labels([record["class"] for record in classes], 1.4, size)
+    classes = [section["classes"][c] for c in rows.named]
+    labels = cut_labels([record["class"] for record in classes], 1.4, SIZE)
     labels = [f"{'* ' if record['loras'] < FEW else ''}{label}" for label, record in zip(labels, classes, strict=True)]
-    ax.set_yticks(range(0, len(classes), step), labels[::step], fontsize=size)
+    ax.set_yticks(range(len(rows)), rows.labels(labels), fontsize=SIZE)
+    ax.hlines(rows.edges, *ax.get_xlim(), color=ON_CELLS[0], lw=0.8)
     ax.tick_params(length=0)
-    ax.set_ylabel("concept\n(rows by their\nstrongest module)", fontsize=SMALL)
-    means = f"means of {counted(runs, 'run')}; intervals are in results.json"
+    by = "first and last by\ntheir strongest module" if rows.others else "rows by their\nstrongest module"
+    ax.set_ylabel(f"concept\n({by})", fontsize=SMALL)
+    means = f"means of {counted(section['runs'], 'run')}; intervals are in results.json"
     ax.set_title(f"Contribution: added to the score (logit) of the own class, less the mean over classes\n({means})")
     return image
 
@@ -204,13 +221,14 @@ def _numbered(analysis: dict) -> list[Line2D]:
     return [Line2D([], [], ls="none", label=label) for label in labels]
 
 
-def _contribution_entries(classes: Sequence[dict], image: AxesImage) -> list:
+def _contribution_entries(section: dict, rows: Rows, image: AxesImage) -> list:
     """Return what colours of the cells mean."""
-    steps = np.linspace(0, image.norm.vmax, 4)
+    most = image.norm.vmax
+    steps = np.linspace(0, most, 4) if most > LEAST_ADDED else [0]
     cells = [Patch(fc=image.cmap(image.norm(step)), ec=INK, lw=0.5, label=f"{step:.2g}") for step in steps]
+    cells[-1].set_label(f"{most:.2g} added")
     cells[0].set_label("adds 0 or less")
-    cells[-1].set_label(f"{steps[-1]:.2g} added")
-    if any(record["loras"] < FEW for record in classes):
+    if any(section["classes"][c]["loras"] < FEW for c in rows.named):
         cells.append(Line2D([], [], ls="none", label=f"* fewer than {FEW} test LoRAs"))
     return cells
 
@@ -242,28 +260,53 @@ def _subject(panel: dict, names: dict[str, str], inches: float) -> str:
 def collection_map(results: dict, figure: Figure) -> None:
     """Draw the LoRAs in the plane of each kernel, train LoRAs faint."""
     section = results["analysis"]["collection_map"]
-    classes, panels = section["classes"], section["panels"]
+    panels = section["panels"]
     columns = min(2, len(panels))
-    rows, entries = math.ceil(len(panels) / columns), min(len(classes), MARKS)
-    across = min(5, max(2, entries))
-    set_height(figure, 0.5 + 2.7 * rows + LEGEND_ROW * math.ceil((entries + 2) / across))
+    rows, marked = math.ceil(len(panels) / columns), _marked(section)
+    across = min(5, max(2, len(marked)))
+    set_height(figure, 0.5 + 2.7 * rows + LEGEND_ROW * math.ceil((len(marked) + 2) / across))
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
     names_of_modules = full_names(results["analysis"])
     for ax, panel in zip(axes, panels, strict=False):
-        _plane(ax, section, panel, names_of_modules)
-    names = cut_labels(classes[:entries], WIDTH / across - 0.45, SMALL)
-    looks = {"ls": "none", "ms": 4.5, "mew": 0.6}
-    handles = [Line2D([], [], **_mark(c), **looks, label=name) for c, name in enumerate(names)]
-    if len(classes) > MARKS:
-        handles.append(Line2D([], [], ls="none", label=f"marks repeat for {len(classes) - MARKS} others"))
-    faint = {"marker": "o", "ls": "none", "mfc": INK, "mec": INK, "ms": 3, "mew": 0.2, "alpha": 0.3}
-    handles.append(Line2D([], [], **faint, label="faint: train LoRAs"))
+        _plane(ax, section, panel, names_of_modules, marked)
+    handles = _plane_entries(section, marked, across)
     figure.legend(handles=handles, loc="outside lower center", ncols=across, fontsize=SMALL, handletextpad=0.3)
     figure.get_layout_engine().execute(figure)
     for ax, panel in zip(axes, panels, strict=False):
         _name_distinct(ax, section, panel)
+
+
+def _marked(section: dict) -> list[int]:
+    """Return the classes that have a mark of their own: all, or those at both ends.
+
+    The ends are of the share of their test LoRAs that lie nearest to the mean of their own train LoRAs in the first plane.
+    """
+    labels, tested = np.array(section["labels"]), np.array(section["parts"]) == "test"
+    if len(section["classes"]) <= MARKED:
+        return list(range(len(section["classes"])))
+    points = np.array(section["panels"][0]["points"], float).reshape(-1, 2)
+    means = np.full((len(section["classes"]), 2), np.inf)
+    for label in np.unique(labels[~tested]).tolist():
+        means[label] = points[(labels == label) & ~tested].mean(0)
+    nearest = cdist(points[tested], means).argmin(1) if np.isfinite(means).any() else labels[tested]
+    right = np.bincount(labels[tested], nearest == labels[tested], len(means))
+    count = np.bincount(labels[tested], minlength=len(means))
+    shares = [right[c] / count[c] if count[c] else math.nan for c in range(len(means))]
+    return Rows.of(shares, most=MARKED).named
+
+
+def _plane_entries(section: dict, marked: Sequence[int], across: int) -> list[Line2D]:
+    """Return what points mean."""
+    names = cut_labels([section["classes"][c] for c in marked], WIDTH / across - 0.45, SMALL)
+    looks = {"ls": "none", "ms": 4.5, "mew": 0.6}
+    handles = [Line2D([], [], **_mark(i), **looks, label=name) for i, name in enumerate(names)]
+    others = len(section["classes"]) - len(marked)
+    if others:
+        handles.append(Line2D([], [], **OTHER, ls="none", ms=3, label=f"{others} others"))
+    faint = {"marker": "o", "ls": "none", "mfc": INK, "mec": INK, "ms": 3, "mew": 0.2, "alpha": 0.3}
+    return [*handles, Line2D([], [], **faint, label="faint: train LoRAs")]
 
 
 def _mark(label: int) -> dict:
@@ -273,13 +316,14 @@ def _mark(label: int) -> dict:
     return {"marker": shape, "mfc": color, "fillstyle": half, "markerfacecoloralt": other, "mec": INK}
 
 
-def _plane(ax: Axes, section: dict, panel: dict, names: dict[str, str]) -> None:
-    """Draw the LoRAs of a panel, those of each class in its mark, under the name of its module."""
+def _plane(ax: Axes, section: dict, panel: dict, names: dict[str, str], marked: Sequence[int]) -> None:
+    """Draw the LoRAs of a panel, those of each marked class in its mark, under the name of its module."""
     points, labels = np.array(panel["points"], float).reshape(-1, 2), np.array(section["labels"])
     tested = np.array(section["parts"]) == "test"
     size = float(np.clip(40 / math.sqrt(max(1, tested.sum())), 2.6, 5))
-    for label in np.unique(labels).tolist():
-        mark = {"ls": "none", **_mark(label)}
+    mark_of = {label: _mark(i) for i, label in enumerate(marked)}
+    for label in sorted(np.unique(labels).tolist(), key=lambda label: label in mark_of):
+        mark = {"ls": "none", **mark_of.get(label, OTHER)}
         train, test = points[(labels == label) & ~tested], points[(labels == label) & tested]
         ax.plot(*train.T, **mark, ms=0.6 * size, mew=0.2, alpha=0.3, zorder=1)
         ax.plot(*test.T, **mark, ms=size, mew=0.5, zorder=2)
