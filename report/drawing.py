@@ -1,4 +1,4 @@
-"""The parts of figures: style, colours, text that fits, blocks and trees of layers, and files.
+"""The parts of figures: style, colours, text that fits, blocks of layers, and files.
 
 Groups are distinguished by marker, line style, hatch or lightness, so that figures can be printed in black and white;
 the colours are close to Okabe and Ito's, which the colour-blind distinguish.
@@ -26,7 +26,6 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.image import AxesImage
@@ -56,6 +55,7 @@ ON_DARK = {  # colour of a figure -> the same on a dark screen; others, as those
 ON_CELLS = ("#000000", "#fafafa")  # text on light and on dark cells of a map, the same on every screen
 STYLE = {
     "axes.edgecolor": INK,
+    "axes.formatter.useoffset": False,
     "axes.grid": False,
     "axes.labelcolor": INK,
     "axes.linewidth": 0.6,
@@ -369,55 +369,3 @@ def map_legend(image: AxesImage, noun: str) -> list[Patch]:
     patches = [Patch(fc=image.cmap(image.norm(step)), ec=INK, lw=0.5, label=f"{step:.0f} %") for step in steps]
     patches[-1].set_label(f"{most:.0f} % {noun}" if most >= 100 else f"{most:.0f} % {noun} or more")
     return patches
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Trees and kinds of layers
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def tree_lines(linkage: Sequence, order: Sequence[int]) -> np.ndarray:
-    """Return the links of scipy's linkage as lines of four points over the leaves in this order, float[L - 1, 4, 2].
-
-    Not scipy's dendrogram, which calls itself for each link and so fails on a chain of more than a thousand layers.
-    """
-    top_of = {leaf: (float(x), 0.0) for x, leaf in enumerate(order)}
-    links = np.empty((len(linkage), 4, 2))
-    for i, (first, second, height, _) in enumerate(linkage):
-        (left, left_height), (right, right_height) = sorted((top_of[int(first)], top_of[int(second)]))
-        links[i] = [(left, left_height), (left, height), (right, height), (right, right_height)]
-        top_of[len(order) + i] = ((left + right) / 2, height)
-    return links
-
-
-def draw_tree(ax: Axes, linkage: Sequence, order: Sequence[int], threshold: float) -> None:
-    """Draw the links of scipy's linkage, those below a distance in bold, and the distance."""
-    links = tree_lines(linkage, order)
-    below = links[:, 1, 1] < threshold
-    ax.add_collection(LineCollection(links[~below], color=GREY, lw=0.7))
-    ax.add_collection(LineCollection(links[below], color=INK, lw=float(np.clip(120 / len(order), 0.4, 1.2))))
-    ax.axhline(threshold, color=ORANGE, lw=1, ls=(0, (4, 2)))
-    ax.set_ylim(0, 1.03 * max(links[..., 1].max(), threshold))
-
-
-def kinds_of(records: Sequence[dict]) -> list[tuple[str, np.ndarray]]:
-    """Return roles, kinds of attention and projections, of each the 8 most frequent, and a mask of their layers."""
-    rows = []
-    for field in ("role", "attention", "projection"):
-        values = [record[field] for record in records]
-        common = {value for value, _ in Counter(value for value in values if value).most_common(8)}
-        present = dict.fromkeys(record[field] for record in sorted(records, key=lambda record: record["depth"]))
-        rows += [(kind, np.array([value == kind for value in values])) for kind in present if kind in common]
-    return rows
-
-
-def draw_kinds(ax: Axes, kinds: Sequence[tuple[str, np.ndarray]]) -> None:
-    """Draw a row for each kind of layer of `kinds_of`, in it a bar for each of its layers."""
-    layers = len(kinds[0][1])
-    half = 0.4 if layers < 150 else 0.5  # bars touch where they are many
-    for y, (_, members) in enumerate(kinds):
-        ax.broken_barh([(x - half, 2 * half) for x in np.flatnonzero(members)], (y - 0.38, 0.76), fc=INK, ec="none")
-    ax.hlines(np.arange(len(kinds)) + 0.5, -0.5, layers - 0.5, color=FAINT, lw=0.5)
-    ax.set_yticks(range(len(kinds)), cut_labels([name for name, _ in kinds], 1.0, SMALL), fontsize=SMALL)
-    ax.set_ylim(len(kinds) - 0.5, -0.5)
-    ax.tick_params(length=0)

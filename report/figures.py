@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from report.by_block import MOST_LAYERS, in_blocks
 from report.drawing import (
@@ -34,7 +34,7 @@ from report.drawing import (
     WIDTH,
     cut,
     cut_labels,
-    mark_blocks,
+    head_blocks,
     new_figure,
     place,
     saved,
@@ -54,6 +54,7 @@ from report.figures_of_modules import (
     collection_map,
     collection_map_finding,
 )
+from report.names import full_names
 from report.wording import (
     NO_OTHERS,
     bounds,
@@ -69,6 +70,8 @@ from report.wording import (
 )
 
 NAMED = 2  # representations that a finding names at most; of more it says how many
+NAMED_MODULES = 5  # of which concepts explain most, that are named
+LEAST_ROOM = 0.1  # of values, beside the marks of those that are all but the same
 NAMED_POINTS = 12  # concepts that are named in a cloud of points at most
 CHANCE = {"color": GREY, "lw": 0.9, "ls": (0, (6, 2, 1, 2))}  # the line at chance
 
@@ -357,19 +360,32 @@ def _rank_structure(results: dict, figure: Figure) -> None:
         ax = figure.add_subplot(grid[0, column], sharey=first)
         first = first or ax
         x = scale * np.array([record[key] for record in classes], float)  # NaN, not drawn, without a test LoRA
-        ax.plot(x, measured, "o", color=BLUE, mec=INK, mew=0.5, ms=4.5)
+        size = float(np.clip(40 / math.sqrt(len(x)), 2.5, 4.5))
+        ax.plot(x, measured, "o", color=BLUE, mec=INK, mew=0.5, ms=size)
         correlation = section["complexity"][f"spearman_{key}"]
         measured_text = correlation_text(correlation) if correlation else "not measured"
         ax.set_title(f"Spearman correlation {measured_text}")
         ax.set_xlabel(label)
-        ax.margins(0.12)
+        ax.set_xlim(*((-8, 108) if key == "recall" else _limits(x)))
         scatters.append((ax, x))
     first.set_ylabel(f"{section['tested']}, mean")
+    first.set_ylim(*_limits(measured))
     _modules(results, figure.add_subplot(grid[1, :]))
     labels, middle = cut_labels([record["class"] for record in classes], 0.9, SMALL), np.median(measured)
     order = sorted(range(len(classes)), key=lambda c: (-abs(measured[c] - middle), c))  # the extremes are named first
     for ax, x in scatters:
         place(ax, [(x[c], measured[c]) for c in order], [labels[c] for c in order[:NAMED_POINTS]], SMALL, beside=True)
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """Return limits of an axis around values; of values that are all but the same those of their size, not of noise."""
+    known = np.asarray(values, float)
+    known = known[np.isfinite(known)]
+    if not len(known):
+        return 0, 1
+    low, high = float(known.min()), float(known.max())
+    room = max(0.12 * (high - low), LEAST_ROOM * max(abs(low), abs(high)))
+    return (low - room, high + room) if room else (-0.08, 1.08)
 
 
 def _modules(results: dict, ax: Axes) -> None:
@@ -386,20 +402,23 @@ def _modules(results: dict, ax: Axes) -> None:
     label = f"{'a module ' if in_blocks else ''}differs by concept (FDR {100 * alpha:.0f} %): {differs.sum()}"
     ax.plot(positions[differs], explained[differs], "o", color=BLUE, **looks, label=label)
     ax.plot(positions[~differs], explained[~differs], "o", color=GROUND, **looks, label=f"does not: {(~differs).sum()}")
-    ax.set_ylim(0, max(1, 1.2 * explained.max()))
+    highest = max(1, 1.2 * explained.max())
+    ax.set_ylim(-0.04 * highest, highest)
     ax.set_xlim(-0.5 - 0.01 * len(modules), 1.01 * len(modules) - 0.5)
     ax.set_ylabel("explained by\nconcept, % (ε²)")
-    ax.set_xlabel("blocks by depth, means of modules" if in_blocks else "modules by depth")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    mark_blocks(ax, [record.get("block") for record in places], WIDTH - 0.7)
+    ax.set_xlabel("blocks in the network's order, means of modules" if in_blocks else "modules in the network's order")
+    blocks = [record.get("block") for record in places]
+    head_blocks(ax, blocks, WIDTH - 0.7)
+    ax.xaxis.set_major_locator(NullLocator() if all(blocks) else MaxNLocator(integer=True, min_n_ticks=1))
     figure = ax.get_figure()
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     most = sorted(range(len(modules)), key=lambda i: (-explained[i], i))
-    words = ("block", "attention", "projection")
-    names = [" ".join(filter(None, map(places[i].get, words))) for i in most[:5]]
-    texts = [cut(name or modules[i]["module"], 1.2) for i, name in zip(most, names, strict=False)]
+    names = full_names(results["analysis"])
+    texts = cut_labels(
+        [names.get(modules[i]["module"], modules[i]["module"]) for i in most[:NAMED_MODULES]], 1.2, SMALL
+    )
     figure.get_layout_engine().execute(figure)
-    place(ax, [(i, explained[i]) for i in most], texts, SMALL, beside=False)
+    place(ax, [(i, explained[i]) for i in most], texts, SMALL, beside=True)
 
 
 # fmt: off

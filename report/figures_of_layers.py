@@ -111,9 +111,8 @@ def layer_importance(results: dict, figure: Figure) -> None:
 def _name_top(figure: Figure, axes: Sequence[Axes], results: dict, top: Sequence[dict]) -> None:
     """Write the names of the top layers beside their marks; where one has no room ranks, and names below the axis."""
     names = results.get("names_shown") or full_names(results["analysis"])
-    modules = list(dict.fromkeys(record["module"] for record in top))
-    cut_name = dict(zip(modules, cut_labels([names[module] for module in modules], NAME, SMALL), strict=True))
-    labels = [f"{rank}: {cut_name[record['module']]}" for rank, record in enumerate(top, 1)]
+    labels = _cut_alike([names[record["module"]] for record in top], NAME)
+    labels = [f"{rank}: {label}" for rank, label in enumerate(labels, 1)]
     if len(labels) <= MOST_BESIDE and _written(figure, axes, results, top, labels) == len(top):
         return
     for text in [text for ax in axes for text in ax.texts]:
@@ -155,8 +154,15 @@ def _names_below(results: dict) -> dict[float, str]:
     if "num_layers_shown" in results or len(depths) > NAMED_MODULES:
         return {}
     short = short_names(results["analysis"])
-    labels = cut_labels([short[module] for module in depths], 0.9, SMALL)
+    labels = _cut_alike([short[module] for module in depths], 0.9)
     return {sum(of_module) / len(of_module): label for of_module, label in zip(depths.values(), labels, strict=True)}
+
+
+def _cut_alike(names: Sequence[str], inches: float) -> list[str]:
+    """Return names cut to a width, the same ones alike."""
+    different = list(dict.fromkeys(names))
+    label_of = dict(zip(different, cut_labels(different, inches, SMALL), strict=True))
+    return [label_of[name] for name in names]
 
 
 def _name_axis(ax: Axes, results: dict, names: dict[float, str]) -> None:
@@ -464,8 +470,9 @@ def _mark_factors(ax: Axes, ordered: Sequence[dict], edges: np.ndarray, side: fl
     if len(lines) <= MOST_LINES:
         ax.vlines(lines, -0.5, len(ordered) - 0.5, color=GROUND, lw=0.4)
         ax.hlines(lines, -0.5, len(ordered) - 0.5, color=GROUND, lw=0.4)
-    ax.vlines(edges, -0.5, len(ordered) - 0.5, color=INK, lw=1)
-    ax.hlines(edges, -0.5, len(ordered) - 0.5, color=INK, lw=1)
+    for color, width in ((GROUND, 2.5), (INK, 1)):  # to be seen on any cell
+        ax.vlines(edges, -0.5, len(ordered) - 0.5, color=color, lw=width)
+        ax.hlines(edges, -0.5, len(ordered) - 0.5, color=color, lw=width)
     head_blocks(ax, blocks, side, lines=False)
     ends = [-0.5, *edges, len(ordered) - 0.5]
     middles = [(low + high) / 2 for low, high in pairwise(ends)]

@@ -57,6 +57,7 @@ FILLINGS = (  # colour, filled half or all, and colour of the other half
     (INK, "bottom", GROUND),
 )
 MARKED = 30  # classes that have a mark each
+ENDS = "first the concepts of which most test LoRAs lie nearest to their own mean in the first plane, last the fewest"
 OTHER = {"marker": ".", "mfc": GREY, "mec": GREY}  # of the others
 LEGEND_ROW = 0.14  # inches
 
@@ -131,11 +132,17 @@ def attention(results: dict, figure: Figure) -> None:
     if not names:
         figure.get_layout_engine().execute(figure)
         points = [(x, 100 * modules[x]["attention"]) for x in _highest(modules)]
-        place(bars, points, [str(i + 1) for i in range(len(points))], SMALL, beside=False)
+        lines = [
+            (x, 100 * end)
+            for x, record in enumerate(modules)
+            for end in np.linspace(*(record["interval"] or (0, 0)), 12).tolist()
+        ]
+        texts = [str(i + 1) for i in range(len(points))]
+        place(bars, [*points, *lines], texts, SMALL, beside=True)
 
 
 def _rows_of_classes(classes: Sequence[dict]) -> Rows:
-    """Return the classes to show: those of the same module together; of many those that most, and least, is added to."""
+    """Return the rows of classes: those of the same module together; of many both ends of what is added to them."""
     most = [max(record["contribution"]) if record["contribution"] else math.nan for record in classes]
     strongest = [int(np.argmax(record["contribution"])) if record["contribution"] else 0 for record in classes]
     return Rows.of(most, np.lexsort((-np.array(most), strongest)))
@@ -178,7 +185,7 @@ def _attention_bars(ax: Axes, modules: Sequence[dict]) -> None:
 
 
 def _contributions(ax: Axes, section: dict, rows: Rows, added: np.ndarray, height: float, width: float) -> AxesImage:
-    """Draw what each module adds to each class, float[rows, P], means of runs, in rows and columns of so many inches."""
+    """Draw what each module adds to each class, float[rows, P], in rows of this height and axes of this width."""
     largest = max(float(added.max()), LEAST_ADDED)
     image = ax.imshow(added, cmap="YlGnBu", vmin=0, vmax=largest, aspect="auto", interpolation="nearest")
     column = width / added.shape[1]
@@ -264,7 +271,7 @@ def collection_map(results: dict, figure: Figure) -> None:
     columns = min(2, len(panels))
     rows, marked = math.ceil(len(panels) / columns), _marked(section)
     across = min(5, max(2, len(marked)))
-    set_height(figure, 0.5 + 2.7 * rows + LEGEND_ROW * math.ceil((len(marked) + 2) / across))
+    set_height(figure, 0.5 + 2.7 * rows + LEGEND_ROW * (1 + math.ceil((len(marked) + 2) / across)))
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
@@ -272,7 +279,15 @@ def collection_map(results: dict, figure: Figure) -> None:
     for ax, panel in zip(axes, panels, strict=False):
         _plane(ax, section, panel, names_of_modules, marked)
     handles = _plane_entries(section, marked, across)
-    figure.legend(handles=handles, loc="outside lower center", ncols=across, fontsize=SMALL, handletextpad=0.3)
+    figure.legend(
+        handles=handles,
+        title=ENDS if len(marked) < len(section["classes"]) else None,
+        loc="outside lower center",
+        ncols=across,
+        fontsize=SMALL,
+        title_fontsize=SMALL,
+        handletextpad=0.3,
+    )
     figure.get_layout_engine().execute(figure)
     for ax, panel in zip(axes, panels, strict=False):
         _name_distinct(ax, section, panel)
@@ -281,7 +296,7 @@ def collection_map(results: dict, figure: Figure) -> None:
 def _marked(section: dict) -> list[int]:
     """Return the classes that have a mark of their own: all, or those at both ends.
 
-    The ends are of the share of their test LoRAs that lie nearest to the mean of their own train LoRAs in the first plane.
+    The ends of the share of their test LoRAs that lie nearest to the mean of their own train LoRAs in the first plane.
     """
     labels, tested = np.array(section["labels"]), np.array(section["parts"]) == "test"
     if len(section["classes"]) <= MARKED:
