@@ -154,8 +154,8 @@ _PROJECTIONS = {  # name -> ends of modules; the first that matches counts
     "ff gate, in": r"gate_(?:and_)?up_proj",
     "ff in": r"ffn?(?:_context)?_(?:net_0_proj|linear_in)|ffn?_0|mlp_(?:0|net_0_proj|fc1)|fc1|up_proj|w3|wi(?:_1)?|c_fc"
     r"|proj_mlp|lin1|intermediate_dense|dense_h_to_4h",
-    "ff out": r"ffn?(?:_context)?_(?:net_2|linear_out)|ffn?_2|mlp_(?:2|net_2|fc2|c_proj)|fc2|down_proj|w2|wo|output_dense"
-    r"|dense_4h_to_h|lin2",
+    "ff out": r"ffn?(?:_context)?_(?:net_2|linear_out)|ffn?_2|mlp_(?:2|net_2|fc2|c_proj)|fc2|down_proj|w2|wo"
+    r"|output_dense|dense_4h_to_h|lin2",
     "in": r"in_proj",
     "proj in": r"proj_in",
     "proj out": r"proj_out",

@@ -317,7 +317,7 @@ def place(ax: Axes, points: Sequence, texts: Sequence[str], size: float, beside:
                 offset = ((dx + width / 2) * 72, (dy + height / 2) * 72)
                 centred = {"textcoords": "offset points", "ha": "center", "va": "center"}
                 ax.annotate(text, point, offset, fontsize=size, **centred).set_in_layout(False)
-                taken.append(box)
+                taken.append((box[0] - 0.04, box[1], box[2] + 0.04, box[3]))
                 written.append(text)
                 break
     return written

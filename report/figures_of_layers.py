@@ -357,7 +357,7 @@ def _recall_by_layer(
     if marked:
         ax.plot(marked, np.full(len(marked), len(recall) - 0.5), "^", color=INK, ms=4, clip_on=False)
     ax.set_xticks([])
-    noun = "blocks by depth, means of layers" if "num_layers_shown" in results else "layers by depth"
+    noun = "means of blocks" if "num_layers_shown" in results else "layers in order"
     ax.set_xlabel(f"{noun} (▲ top {len(top)})")
 
 

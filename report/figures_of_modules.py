@@ -271,7 +271,12 @@ def collection_map(results: dict, figure: Figure) -> None:
     columns = min(2, len(panels))
     rows, marked = math.ceil(len(panels) / columns), _marked(section)
     across = min(5, max(2, len(marked)))
-    set_height(figure, 0.5 + 2.7 * rows + LEGEND_ROW * (1 + math.ceil((len(marked) + 2) / across)))
+    set_height(
+        figure,
+        0.5
+        + 2.7 * rows
+        + LEGEND_ROW * (math.ceil((len(marked) + 2) / across) + (len(marked) < len(section["classes"]))),
+    )
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes[len(panels) :]:
         ax.set_visible(False)

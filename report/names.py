@@ -139,7 +139,7 @@ def shortened(name: str, fits: Callable[[str], bool]) -> str:
 
 def _without_middle(name: str, kept: int) -> str:
     """Return the first two thirds and the last third of so many letters."""
-    return f"{name[: kept - kept // 3]}…{name[len(name) - kept // 3 :]}"
+    return f"{name[: kept - kept // 3].rstrip()}…{name[len(name) - kept // 3 :].lstrip()}"
 
 
 def _most(count: int, fits: Callable[[int], bool]) -> int:
@@ -156,6 +156,11 @@ def _between_parts(name: str, marks: str, fits: Callable[[str], bool]) -> str:
     ends = [match.start() for match in re.finditer(marks, name)][:MOST_PARTS]
     starts = [match.end() for match in re.finditer(marks, name)][-MOST_PARTS:]
     pairs = [(head, tail) for head in ends for tail in starts if 0 < head < tail < len(name)]
-    pairs.sort(key=lambda pair: (pair[1] - pair[0], pair[1]))  # the least left out, of equals the longer end
+    pairs.sort(key=lambda pair: _weight(pair[0], len(name) - pair[1]), reverse=True)
     texts = (f"{name[:head]}…{name[tail:]}" for head, tail in pairs if tail - head > 1)
     return next((text for text in texts if fits(text)), "")
+
+
+def _weight(head: int, tail: int) -> int:
+    """Return how good it is to keep so many letters of both ends: the more the better, and of both rather than one."""
+    return head + tail + min(head, tail)

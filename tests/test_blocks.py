@@ -250,8 +250,8 @@ def test_modules_beside_the_blocks_are_no_part_with_blocks():
         ("mlp gate, up", "mlp.gate_up_proj"),
         ("out", "attn1.to_out.0 attention.o_proj self_attn.out_proj SelfAttention.o img_attn.proj attn.c_proj "
                 "attention.output.dense attention.dense self_attn.dense proj_lora1"),
-        ("ff in", "ff.net.0.proj mlp.fc1 ffn.net.0.proj img_mlp.0 DenseReluDense.wi_1 ffn.0 intermediate.dense mlp.c_fc "
-                  "img_mlp.net.0.proj ff.linear_in"),
+        ("ff in", "ff.net.0.proj mlp.fc1 ffn.net.0.proj img_mlp.0 DenseReluDense.wi_1 ffn.0 "
+                  "intermediate.dense mlp.c_fc img_mlp.net.0.proj ff.linear_in"),
         ("ff gate, in", "gate_up_proj"),
         ("ff gate", "DenseReluDense.wi_0 experts.0.w1"),
         ("ff out", "ff.net.2 mlp.fc2 ffn.net.2 img_mlp.2 DenseReluDense.wo ffn.2 output.dense mlp.c_proj "

@@ -10,6 +10,8 @@ from test_figures import results_of
 
 from report import figures, page, text
 from report.by_block import MOST_BLOCKS, MOST_LAYERS, blocks_of, in_blocks
+from report.figures_of_layers import _similarity
+from report.names import full_names
 
 NAMES = [f"concept {i}" for i in range(12)]
 
@@ -76,6 +78,28 @@ def test_a_top_layer_is_that_of_its_block(results):
     top = in_blocks(results)
     layers = {record["layer"] for record in top["analysis"]["layers"]["records"]}
     assert results["top_layers"][0] in layers
+
+
+def test_top_layers_stand_at_their_blocks_with_their_own_accuracy_and_name(results):
+    shown, names = in_blocks(results), full_names(results["analysis"])
+    records = {record["layer"]: record for record in results["analysis"]["layers"]["records"]}
+    assert {record["layer"] for record in shown["top_shown"]} == {*results["top_layers"]}
+    for record in shown["top_shown"]:
+        own = records[record["layer"]]
+        assert record["accuracy"] == own["accuracy"]
+        assert shown["blocks_shown"][record["depth"]].name == own["block"]
+        assert shown["names_shown"][record["module"]] == names[own["module"]]
+
+
+def test_similarity_of_blocks_is_the_mean_of_that_of_their_layers(results):
+    shown = in_blocks(results)
+    whole = _similarity(results)
+    means = _similarity(shown)
+    first, second = shown["members_shown"][:2]
+    assert means[0, 1] == pytest.approx(whole[np.ix_(first, second)].mean())
+    others = ~np.eye(len(first), dtype=bool)  # of a layer with itself nothing is told
+    assert means[0, 0] == pytest.approx(whole[np.ix_(first, first)][others].mean())
+    assert means.shape == (40, 40) and np.allclose(means, means.T)
 
 
 def test_the_title_says_that_blocks_are_shown_and_the_finding_is_of_the_layers(results):

@@ -1,22 +1,12 @@
-"""What figures are made of: text that fits, trees, colours that can be seen in the light and in the dark."""
+"""What figures are made of: text that fits, colours that can be seen in the light and in the dark."""
 
 import re
 
 import matplotlib
 import numpy as np
 import pytest
-from scipy.cluster import hierarchy
 
 from report import drawing
-
-
-def test_the_tree_is_scipys():
-    linkage = hierarchy.linkage(np.random.default_rng(0).random((40, 3)), "average")
-    told = hierarchy.dendrogram(linkage, no_plot=True)
-    links = drawing.tree_lines(linkage.tolist(), told["leaves"])
-    ours = np.concatenate([10 * links[..., 0] + 5, links[..., 1]], axis=1)
-    scipys = np.concatenate([told["icoord"], told["dcoord"]], axis=1)
-    assert ours[np.lexsort(ours.T)] == pytest.approx(scipys[np.lexsort(scipys.T)])
 
 
 def test_names_are_cut_in_the_middle_and_told_apart():

@@ -12,8 +12,10 @@ import numpy as np
 import planting
 import pytest
 from matplotlib import colormaps, style
+from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
+from networks_of_loras import NETWORKS
 from PIL import Image
 from scipy.cluster import hierarchy
 
@@ -25,6 +27,8 @@ from analysis.removal_plan import Order, plan_controls
 from loras.blocks import attention_of, blocks_of, projection_of
 from loras.lora_files import Layer
 from report import drawing, figures, wording
+from report.by_class import Rows
+from report.names import layer_names
 
 pytestmark = pytest.mark.filterwarnings("error")
 NAMES = [
@@ -190,7 +194,10 @@ def modules_sections(records, names):
     projections = [record["projection"] or "" for record in of_module.values()]
     distances = {"all": 6.0} | dict(zip(modules[:3], (3.0, 1.0, 0.0), strict=False))
     mapped = planting.mapped_of(evidence.y, evidence.rows["train"], distances)
-    sections = attention(evidence, replace(attended, blocks=places, projections=projections)), collection_map(evidence, mapped)
+    sections = (
+        attention(evidence, replace(attended, blocks=places, projections=projections)),
+        collection_map(evidence, mapped),
+    )
     return dict(zip(("attention", "collection_map"), map(plain, sections), strict=True))
 
 
@@ -312,7 +319,7 @@ def test_all_colours_of_svgs_but_those_of_maps_have_one_for_the_dark(drawn, name
     colors = set(
         re.findall(r"(?:fill|stroke)(?:: |=\")(#[0-9a-f]{6})", drawn[f"{name}.svg"].decode().split("</style>")[1])
     )
-    count = {"concept_layer_map": 6, "attention": 4}.get(name, 0)  # colours of the legend
+    count = {"concept_layer_map": 6, "layer_clusters": 6, "attention": 4}.get(name, 0)  # colours of the legend
     steps = {to_hex(color) for color in colormaps["YlGnBu"](np.linspace(0, 1, count))}
     assert drawing.INK in colors and colors - steps <= {*drawing.ON_DARK, *drawing.ON_CELLS}
 
@@ -520,7 +527,7 @@ def test_of_few_test_loras_no_accuracy_is_enough(needed, shown):
     results["analysis"]["layers"]["needed"] = needed
     figure = drawn_figures(results)["layer_importance"]
     assert [text for entry in figure.legends[0].get_texts() if (text := entry.get_text()).endswith(shown)]
-    assert figure.axes[0].get_ylim()[1] < 120 and max(figure.axes[0].get_yticks()) <= 100
+    assert figure.axes[0].get_ylim()[1] < 130 and max(figure.axes[0].get_yticks()) <= 100
 
 
 def test_what_the_top_layers_know_together_is_of_layers_that_others_chose():
@@ -542,7 +549,7 @@ def test_runs_are_told_where_the_accuracies_are_of_more():
 def test_the_recall_of_the_figure_is_that_of_who_is_named(results):
     results = copy.deepcopy(only(results, "rank_structure"))
     axes = drawn_figures(results)["rank_structure"].axes[1]
-    assert axes.get_xlabel().startswith("recall by a_very_long") and "…" in axes.get_xlabel()
+    assert axes.get_xlabel() == "recall by a_very…representation, %"
     results["analysis"]["rank_structure"]["complexity"]["recall_by"] = None
     assert drawn_figures(results)["rank_structure"].axes[1].get_xlabel() == "recall by the best single layer, %"
 
@@ -583,6 +590,189 @@ def test_what_is_drawn_is_what_was_found(results):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Layers by name
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def texts_of(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def intervals_of(axes):
+    """The number of bars from the lower to the upper bound."""
+    bars = (lines for lines in axes.collections if isinstance(lines, LineCollection) and lines.get_alpha())
+    return sum(len(lines.get_segments()) for lines in bars)
+
+
+def bands_of(axes):
+    return sum(isinstance(band, PolyCollection) for band in axes.collections)
+
+
+def test_top_layers_are_named_beside_their_marks_and_modules_below():
+    results = only(results_of(modules=NETWORKS["SD 1.5, cross"][:8], top_k=3), "layers")
+    figure, names = drawn_figures(results)["layer_importance"], layer_names(results["analysis"])
+    written = [text for axes in figure.axes for text in texts_of(axes)]
+    expected = [f"{i}: {names[layer].split(',')[0]}" for i, layer in enumerate(results["top_layers"], 1)]
+    assert sorted(written) == expected
+    below = [label.get_text() for label in figure.axes[1].get_xticklabels()]
+    assert below == [f"attn2 {x}" for x in ("q", "k", "v", "out")] * 2
+    (above,) = figure.axes[0].child_axes
+    assert [label.get_text() for label in above.get_xticklabels()] == ["IN01", "IN02"]
+
+
+def test_without_room_for_their_names_top_layers_have_ranks_and_are_named_below():
+    results = only(results_of(modules=NETWORKS["SD 1.5, cross"], top_k=30), "layers")
+    figure = drawn_figures(results)["layer_importance"]
+    written = {text for axes in figure.axes for text in texts_of(axes)}
+    assert written <= {str(rank) for rank in range(1, 31)} and len(written) > 20
+    label, names = figure.axes[1].get_xlabel().replace("\n", " "), layer_names(results["analysis"])
+    first = names[results["top_layers"][0]].replace(", ", " (") + ")"
+    assert f"top: 1: {first}, 2: " in label and label.endswith("and 6 more")
+
+
+@pytest.mark.parametrize(("layers", "known", "bars", "bands"), [(100, 30, 100, 0), (102, 30, 3, 2), (102, 20, 22, 2)])
+def test_of_many_layers_only_those_that_stand_out_have_an_interval(layers, known, bars, bands):
+    results = only(results_of(layers, blocks=10), "layers")
+    section, top = results["analysis"]["layers"], results["top_layers"]
+    section["num_above_null"] = known
+    for i, record in enumerate(section["records"]):
+        record["above_null"] = record["layer"] == top[0] or (i < 25 and record["layer"] not in top)
+    known_ones = {record["layer"] for record in section["records"] if record["above_null"]}
+    expected = len({*known_ones, *top}) if bars == 22 else bars
+    figure = drawn_figures(results)["layer_importance"]
+    assert sum(map(intervals_of, figure.axes)) == expected
+    assert sum(map(bands_of, figure.axes)) == bands
+
+
+def test_the_band_is_from_the_lowest_to_the_highest_bound_of_a_block():
+    results = only(results_of(120, blocks=4), "layers")
+    down = drawn_figures(results)["layer_importance"].axes[0]
+    (band,) = (band for band in down.collections if isinstance(band, PolyCollection))
+    corners = band.get_paths()[0].vertices
+    for number in range(4):
+        inside = [r for r in results["analysis"]["layers"]["records"] if r["block"] == f"block {number}"]
+        ends = np.array([record["interval"] for record in inside if record["role"] == "down"])
+        over = corners[(corners[:, 0] > inside[1]["depth"]) & (corners[:, 0] < inside[-2]["depth"])]
+        assert (over[:, 1].min(), over[:, 1].max()) == pytest.approx((100 * ends.min(), 100 * ends.max()))
+
+
+def test_clusters_are_a_matrix_of_factors_in_the_networks_order(results):
+    section = copy.deepcopy(only(results_of(4, blocks=2), "layers", "layer_information"))
+    clusters = section["analysis"]["layer_information"]["clusters"]
+    # down 0 and down 2 are joined at 0.1, up 1 and up 3 at 0.2, both at 0.7
+    clusters |= {"linkage": [[0, 2, 0.1, 2], [1, 3, 0.2, 2], [4, 5, 0.7, 4]], "of_layer": [1, 2, 1, 2], "count": 2}
+    figure = drawn_figures(section)["layer_clusters"]
+    image = np.asarray(figure.axes[0].images[0].get_array())
+    expected = [[1, 0.9, 0.3, 0.3], [0.9, 1, 0.3, 0.3], [0.3, 0.3, 1, 0.8], [0.3, 0.3, 0.8, 1]]
+    assert image == pytest.approx(np.array(expected))
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert [label.split(", ")[1] for label in labels] == ["down", "down", "up", "up"]
+    assert "2 layers\n  all down" in texts_of(figure.axes[1])[0]
+    assert drawn_figures(results)["layer_clusters"].axes[0].images[0].get_array().shape == (12, 12)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Two classes and two hundred
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def of_classes(count):
+    return only(
+        results_of(8, [f"concept {i}" for i in range(count)]),
+        "layers", "concepts", "representations", "attention", "collection_map",
+    )  # fmt: skip
+
+
+def rows_of(axes):
+    return [label.get_text().removeprefix("* ") for label in axes.get_yticklabels()]
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(40, marks=pytest.mark.slow)])
+def test_each_of_a_few_classes_has_a_row(count):
+    drawn = drawn_figures(of_classes(count))
+    for axes in (drawn["concept_layer_map"].axes[0], drawn["attention"].axes[1]):
+        assert sorted(rows_of(axes)) == sorted(f"concept {i}" for i in range(count))
+
+
+def test_of_many_classes_both_ends_are_named_and_the_others_are_a_mean():
+    results = of_classes(200)
+    drawn, recall = drawn_figures(results), np.array(results["analysis"]["concepts"]["recall"])
+    order = [f"concept {i}" for i in np.argsort(-recall.max(0), kind="stable")]
+    axes = drawn["concept_layer_map"].axes[0]
+    assert rows_of(axes) == [*order[:12], "mean of 176 others", *order[-12:]]
+    middle = np.argsort(-recall.max(0), kind="stable")[12:-12]
+    image = np.asarray(axes.images[0].get_array())
+    assert image[12] == pytest.approx(100 * recall[::2, middle].mean(1))
+    low, high = (wording.percent(value) for value in (recall.max(0)[middle].min(), recall.max(0)[middle].max()))
+    assert f"others' best {low} to {high} %" in axes.get_ylabel()
+    assert len(rows_of(drawn["attention"].axes[1])) == 25
+    entries = [text.get_text() for text in drawn["collection_map"].legends[0].get_texts()]
+    assert len(entries) == 26 and entries[-2] == "176 others"
+    assert all(max(axes.bbox.size) < 1300 for figure in drawn.values() for axes in figure.axes)
+
+
+def test_rows_of_classes_by_hand():
+    assert Rows.of([0.5, float("nan"), 0.7]) == Rows((2, 0))
+    assert Rows.of([0.5, float("nan"), 0.7], order=[0, 1, 2]) == Rows((0, 2))
+    many = Rows.of(np.arange(50.0))
+    assert (many.first[0], len(many.first), len(many.others), many.last[-1], len(many)) == (49, 12, 26, 0, 25)
+    assert many.values(np.arange(50.0)[:, None])[12, 0] == pytest.approx(np.arange(12, 38).mean())
+    assert many.labels(list("abcdefghijklmnopqrstuvwx"))[11:14] == ["l", "mean of 26 others", "m"]
+    assert many.edges == [11.5, 12.5]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Constants
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def of_constants(value, modules):
+    """Results all of whose numbers are the same."""
+    results = results_of(names=("cat", "dog"), modules=modules, top_k=1)
+    analysis = results["analysis"]
+    for record in (*analysis["layers"]["records"], *analysis["layers"]["groups"]["role"].values()):
+        record |= {"accuracy": value, "mean": value, "interval": [value, value]}
+    analysis["layers"] |= {"null_band": [value, value], "needed": value, "chance": value}
+    analysis["concepts"]["recall"] = np.full_like(analysis["concepts"]["recall"], value).tolist()
+    for i, record in enumerate(analysis["rank_structure"]["complexity"]["by_class"]):
+        record |= {"effective_rank": value * (4 + 1e-9 * i), "spread": value, "recall": value}
+    for record in analysis["rank_structure"]["modules"]:
+        record["effect"] = value
+    for curve in analysis["robustness"]["stats"]["curves"].values():
+        curve |= {"removed": [0], "accuracy": [value], "low": [value], "high": [value]}
+    for panel in analysis["collection_map"]["panels"]:
+        panel |= {"points": np.zeros_like(panel["points"]).tolist(), "explained": [0.0, 0.0]}
+    modules = analysis["attention"]["modules"]
+    for record in modules:
+        record |= {"attention": 1 / len(modules), "interval": None, "contribution": 0.0}
+    for record in analysis["attention"]["classes"]:
+        record["contribution"] = [0.0] * len(modules)
+    return results
+
+
+@pytest.mark.parametrize(("value", "count"), [(0.0, 1), (1.0, 8)])
+def test_axes_of_constants_are_those_of_their_size(value, count):
+    drawn = drawn_figures(of_constants(value, NETWORKS["SD 1.5, cross"][:count]))
+    for name, figure in drawn.items():
+        for axes in figure.axes:
+            for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+                assert not axis.get_offset_text().get_text(), name
+                ticks = [t for t in axis.get_ticklocs() if min(limits) <= t <= max(limits)]
+                written = [text for text in axis.get_major_formatter().format_ticks(ticks) if text]
+                assert not [text for text in written if re.fullmatch(r"-.*|[0-9.]{7,}", text)], (name, written)
+            assert axes.get_ylim()[0] != axes.get_ylim()[1]
+    limits = drawn["layer_importance"].axes[0].get_ylim()
+    assert limits[0] == 0 and limits[1] <= 127
+
+
+def test_a_class_that_nothing_is_known_of_has_no_row():
+    results = of_classes(3)
+    for record in results["analysis"]["concepts"]["recall"]:
+        record[:] = [None, None, None]
+    assert "concept_layer_map" not in figures.findings(results)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Extremes
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -597,6 +787,10 @@ EXTREMES = {
     "each layer": {"layers": 300, "names": LONG, "top_k": 20, "blocks": 57},
     "blocks of SDXL": {"layers": 1444, "names": LONG, "top_k": 20, "blocks": 25},
     "neighbours": {"layers": 1444, "names": LONG, "blocks": 0},
+    "SDXL": {"modules": NETWORKS["SDXL"], "names": LONG, "top_k": 10},
+    "language model": {"modules": NETWORKS["LLM"], "names": LONG, "top_k": 5},
+    "encoder and UNet": {"modules": NETWORKS["SD 1.5 and text"], "names": LONG[:2], "top_k": 10},
+    "200 classes": {"modules": NETWORKS["small LLM"], "names": [f"{name} {i}" for i in range(5) for name in LONG]},
     "more blocks than room": {"layers": 1444, "names": LONG, "top_k": 20, "blocks": 361},
 }  # fmt: skip
 
