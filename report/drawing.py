@@ -1,44 +1,34 @@
-"""The parts of figures: style, colours, text that fits, blocks of layers, and files.
+"""The parts of figures: styles, text that fits, blocks and trees of layers.
 
 Groups are distinguished by marker, line style, hatch or lightness, so that figures can be printed in black and white;
-the colours are close to Okabe and Ito's, which the colour-blind distinguish.
-
-An SVG holds its colours for dark screens too, as a style sheet with a media query that recolours what ``ON_DARK``
-lists. Viewers that know no media queries, and every PNG, show it dark on white.
-
-Text in the SVGs is drawn as outlines, not as text: an SVG carries no font, another font's letters are wider or
-narrower than those that the layout was made for, and labels would then overlap. The text of a figure can be searched
-in the title that each file holds, and in the report.
+the colours are close to Okabe and Ito's, which the colour-blind distinguish. rendering.py makes files of figures.
 """
 
 from __future__ import annotations
 
-import io
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 
 import numpy as np
-from matplotlib import style
+from matplotlib import style as matplotlib_style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.image import AxesImage
+from matplotlib.legend import Legend
 from matplotlib.patches import Patch
-from matplotlib.textpath import text_to_path
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from matplotlib.text import Text
 
+from report.fonts import BOX, FONT, families_of, family_of, quietly, shown, width_of
 from report.names import shortened
 from report.wording import wrapped
 
-WIDTH, DPI = 7.2, 150  # inches, as wide as a page of two columns; dots per inch
-FONT, SIZE, SMALL, TITLE = "DejaVu Sans", 8, 6.5, 9.5  # the font comes with matplotlib; sizes in points
+WIDTH, COLUMN = 6.9, 3.3  # inches, of two columns and of one column of a paper
+DPI = 300  # dots per inch of a PNG
+SIZE, SMALL, TITLE = 8, 7, 9.5  # points
 GROUND, INK = "#ffffff", "#1a1a1a"
 BLUE, ORANGE, GREY = "#0072b2", "#cc7a00", "#868686"  # in print: dark, light, middle
 SOFT, FAINT, PALE = "#505050", "#bdbdbd", "#e4e4e4"  # minor text, minor lines, areas
@@ -72,7 +62,8 @@ STYLE = {
     "legend.fontsize": SMALL + 0.5,
     "legend.frameon": False,
     "lines.linewidth": 1.2,
-    "svg.fonttype": "path",
+    "pdf.fonttype": 42,  # text, and the letters that it needs as a font
+    "svg.fonttype": "none",  # text
     "text.color": INK,
     "text.parse_math": False,  # names may hold a $
     "xtick.color": INK,
@@ -82,7 +73,19 @@ STYLE = {
     "ytick.labelsize": SMALL + 0.5,
     "ytick.major.width": 0.6,
 }
+STYLES = {  # --figure-style -> settings beside those above
+    "report": {},
+    "paper": {  # on the ground of the paper
+        "axes.facecolor": "none",
+        "axes.linewidth": 0.5,
+        "figure.facecolor": "none",
+        "lines.linewidth": 1,
+        "xtick.major.width": 0.5,
+        "ytick.major.width": 0.5,
+    },
+}
 MARKERS = {"down": "v", "up": "^"}  # of layers, by role
+LEGEND_ROW = 0.15  # inches
 STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)  # of the blocks that are named, where not all are
 _LOCK = threading.Lock()  # matplotlib's settings are those of all threads
 
@@ -92,56 +95,89 @@ _LOCK = threading.Lock()  # matplotlib's settings are those of all threads
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class _Figure(Figure):
+    """A figure whose legend has no more columns than there is room for."""
+
+    def legend(self, *args: object, ncols: int = 1, **options: object) -> Legend:
+        """Add a legend of at most so many columns; rows that this adds make the figure higher."""
+        legend, rows = super().legend(*args, ncols=ncols, **options), 0
+        renderer, entries = FigureCanvasAgg(self).get_renderer(), len(legend.get_texts())
+        while ncols > 1 and legend.get_window_extent(renderer).width > self.bbox.width:
+            legend.remove()
+            rows -= -(-entries // ncols)
+            ncols -= 1
+            rows += -(-entries // ncols)
+            legend = super().legend(*args, ncols=ncols, **options)
+        self.set_figheight(self.get_figheight() + LEGEND_ROW * rows)
+        return legend
+
+
 @contextmanager
-def new_figure(name: str, title: str) -> Iterator[Figure]:
+def new_figure(
+    name: str, title: str, letters: Iterable[str] = (), style: str = "report", width: float = WIDTH
+) -> Iterator[Figure]:
     """Yield a figure under its title, to be drawn on and saved while matplotlib's settings are ours.
 
     Args:
         name: Seed of the identifiers in the SVG.
-        title: Text above, which is wrapped to the width of the figure.
+        title: Text above, which is wrapped to the width of the figure; not where the style is that of a paper.
+        letters: Letters that names in it have, in any script: fonts that have them are added.
+        style: Name of one of ``STYLES``.
+        width: Width in inches.
     """
-    with _LOCK, style.context(STYLE | {"svg.hashsalt": name}, after_reset=True):
-        figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
-        figure.suptitle(in_lines(title), x=0.01, ha="left", fontsize=TITLE)
+    settings = STYLE | STYLES[style] | {"svg.hashsalt": name, "font.family": list(families_of({*letters, *title}))}
+    with _LOCK, quietly(), matplotlib_style.context(settings, after_reset=True):
+        figure = _Figure(figsize=(width, 4.0), layout="constrained")
+        if style == "report":
+            figure.suptitle(in_lines(title, width - 0.2), x=0.01, ha="left", fontsize=TITLE)
         yield figure
 
 
 def set_height(figure: Figure, inches: float) -> None:
     """Set a figure's height, to which that of its title is added."""
-    figure.set_figheight(inches + 0.18 * (1 + figure.get_suptitle().count("\n")))
+    title = figure.get_suptitle()
+    figure.set_figheight(inches + (0.18 * (1 + title.count("\n")) if title else 0))
 
 
-def saved(figure: Figure, kind: str, title: str) -> bytes:
-    """Return the finished file, without date and version, so that equal figures are equal bytes."""
-    return _png(figure, title) if kind == "png" else _svg(figure, title)
+def lay_out(figure: Figure) -> None:
+    """Decide where everything is, for all files of a figure; what is too wide above or below axes is broken into lines.
+
+    Titles are, and stacked where they stood side by side, in a figure of one column.
+    """
+    engine = figure.get_layout_engine()
+    engine.execute(figure)
+    box_of = {ax: ax.get_window_extent() for ax in figure.axes}
+    changed = [_wrap(ax.xaxis.label, box.width / figure.dpi) for ax, box in box_of.items()]
+    if figure.get_figwidth() < WIDTH:
+        titles_of = {ax: list(filter(None, map(ax.get_title, ("left", "center", "right")))) for ax in box_of}
+        for ax, box in box_of.items():
+            beside = [other.x0 for of, other in box_of.items() if titles_of[of] and other.x0 >= box.x1]
+            _stack_titles(ax, titles_of[ax], (min(beside, default=figure.bbox.width) - box.x0) / figure.dpi - 0.05)
+            changed.append(bool(titles_of[ax]))
+    if any(changed):
+        engine.execute(figure)
+    figure.set_layout_engine("none")
 
 
-def _png(figure: Figure, title: str) -> bytes:
-    canvas, texts, buffer = FigureCanvasAgg(figure), PngInfo(), io.BytesIO()
-    canvas.draw()
-    texts.add_itxt("Title", title)
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    image = image.quantize(256, dither=Image.Dither.NONE)  # a palette, which makes a third of the bytes
-    image.save(buffer, "PNG", dpi=(DPI, DPI), pnginfo=texts, optimize=True)
-    return buffer.getvalue()
+def _stack_titles(ax: Axes, titles: Sequence[str], inches: float) -> None:
+    texts = [text for text in ax.get_children() if isinstance(text, Text) and text.get_text() in titles]
+    for text in texts[1:]:
+        text.set_text("")
+    for text in texts[:1]:
+        text.set(text="\n".join(titles), x=0, ha="left")
+        _wrap(text, inches)
 
 
-def _svg(figure: Figure, title: str) -> bytes:
-    buffer = io.BytesIO()
-    metadata = {"Title": title, "Date": None, "Creator": None}
-    FigureCanvasSVG(figure).print_figure(buffer, format="svg", metadata=metadata)
-    return buffer.getvalue().replace(
-        b"</style>", f"\n{_dark_style()}</style>".encode(), 1
-    )  # at the end of matplotlib's
+def _wrap(text: Text, inches: float) -> bool:
+    """Break a text into lines no wider than that; return whether it has changed."""
+    before = text.get_text()
+    text.set_text("\n".join(in_lines(line, inches, text.get_fontsize()) for line in before.split("\n")))
+    return text.get_text() != before
 
 
-def _dark_style() -> str:
-    """Return CSS for dark screens: colours stand in style attributes, those of patterns in fill."""
-    rules = []
-    for light, dark in ON_DARK.items():
-        rules += [f'[style*="{name}: {light}"] {{{name}: {dark} !important}}' for name in ("fill", "stroke")]
-        rules.append(f'[fill="{light}"] {{fill: {dark}}}')
-    return "\n".join(["@media screen and (prefers-color-scheme: dark) {", *rules, "}\n"])
+def _share_of_width(ax: Axes) -> float:
+    """Return the width of the figure as a share of that which figures are laid out for."""
+    return ax.get_figure().get_figwidth() / WIDTH
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -149,45 +185,27 @@ def _dark_style() -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def width_of(text: str, size: float) -> float:
-    """Return the width of a text in inches, as the sum of its letters."""
-    return size * sum(map(_advance, text))
-
-
-@cache
-def _advance(letter: str) -> float:
-    """Return the width that a letter takes, in inches at 1 point."""
-    font = FontProperties(family=FONT, size=100)
-    alone, between = (text_to_path.get_text_width_height_descent(f"n{x}n", font, False)[0] for x in ("", letter))
-    return (between - alone) / 7200
-
-
-@cache
-def _drawable() -> frozenset[int]:
-    return frozenset(get_font(findfont(FontProperties(family=FONT))).get_charmap())
-
-
 def cut(name: str, inches: float, size: float = SIZE) -> str:
-    """Return a name on one line, its middle left out where it is too long; □ for what the font has no letter for."""
-    name = "".join(letter if ord(letter) in _drawable() else "□" for letter in " ".join(str(name).split()))
-    return shortened(name, lambda text: width_of(text, size) <= inches)
+    """Return a name on one line, its middle left out where it is too long."""
+    return shortened(shown(name), lambda text: width_of(text, size) <= inches)
 
 
 def cut_labels(names: Sequence[str], inches: float, size: float) -> list[str]:
-    """Return names cut to a width; those that would then look alike get their number in front."""
+    """Return names cut to a width; those that would then look alike, also as boxes, get their number in front."""
     labels = [cut(name, inches, size) for name in names]
-    times = Counter(labels)
+    looks = ["".join(letter if family_of(letter) else BOX for letter in label) for label in labels]
+    times = Counter(looks)
     for i, name in enumerate(names):
-        if times[labels[i]] > 1:
+        if times[looks[i]] > 1:
             labels[i] = cut(f"{i + 1}: {name}", inches, size)
     return labels
 
 
 def in_lines(text: str, inches: float = WIDTH - 0.2, size: float = TITLE) -> str:
-    """Return a text in lines no wider than so many inches."""
-    for width in range(140, 20, -4):
+    """Return a text in lines no wider than so many inches, where its words are not."""
+    for width in range(140, 8, -4):
         lines = wrapped(text, width)
-        if max(width_of(line, size) for line in lines) <= inches:
+        if max((width_of(line, size) for line in lines), default=0) <= inches:
             break
     return "\n".join(lines)
 
@@ -209,10 +227,10 @@ def mark_blocks(ax: Axes, blocks: Sequence[str | None], inches: float, named: bo
     Args:
         ax: The axes.
         blocks: The block of each layer.
-        inches: Width of the axes, which has room for as many names.
+        inches: Width of the axes in a figure of two columns, which has room for as many names.
         named: Whether to write names.
     """
-    runs = _runs(blocks)
+    runs, inches = _runs(blocks), inches * _share_of_width(ax)
     if len(runs) <= 80:
         edges, layer = [first - 0.5 for _, first, _ in runs[1:]], 2 if ax.images else 0
         ax.vlines(edges, 0, 1, transform=ax.get_xaxis_transform(), color=FAINT, lw=0.5, zorder=layer)
@@ -343,8 +361,11 @@ def _overlap(box: Sequence[float], other: Sequence[float]) -> bool:
 
 
 def write_numbers(ax: Axes, values: np.ndarray, largest: float, height: float, width: float, digits: int = 0) -> bool:
-    """Write the numbers in the cells of a map but NaN; return whether cells of so many inches have room for them."""
-    if height < 0.12 or width < 0.25:
+    """Write the numbers in the cells of a map but NaN; return whether cells of so many inches have room for them.
+
+    The width is that in a figure of two columns.
+    """
+    if height < 0.12 or width * _share_of_width(ax) < 0.25:
         return False
     for (row, column), value in np.ndenumerate(values):
         if np.isnan(value):

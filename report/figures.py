@@ -1,4 +1,4 @@
-"""The figures of the results, each as PNG (150 dpi) and SVG: the finding above it, its drawing, its place on the page.
+"""The figures of the results, each as PNG, SVG and PDF: the finding above it, its drawing, its place on the page.
 
 A new figure is a row of ``FIGURES`` at the end, and the functions that it names. Nothing but the content of
 results.json is read, and the same content gives the same bytes.
@@ -23,6 +23,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from report.by_block import MOST_LAYERS, in_blocks
 from report.drawing import (
     BLUE,
+    COLUMN,
     FAINT,
     GREY,
     GROUND,
@@ -35,9 +36,9 @@ from report.drawing import (
     cut,
     cut_labels,
     head_blocks,
+    lay_out,
     new_figure,
     place,
-    saved,
     set_height,
 )
 from report.figures_of_layers import (
@@ -54,7 +55,9 @@ from report.figures_of_modules import (
     collection_map,
     collection_map_finding,
 )
+from report.fonts import letters_in
 from report.names import full_names
+from report.rendering import KINDS, for_page, is_readable, saved
 from report.wording import (
     NO_OTHERS,
     bounds,
@@ -69,6 +72,9 @@ from report.wording import (
     whole_percent,
 )
 
+WIDTHS = {"report": {"": WIDTH}, "paper": {"": WIDTH, "_column": COLUMN}}  # by style: inches by the end of a name
+PAGE, DARK = "page/", "_dark"
+SVG_LIMIT = 300_000  # bytes of an SVG on the page, so that it can be sent
 NAMED = 2  # representations that a finding names at most; of more it says how many
 NAMED_MODULES = 5  # of which concepts explain most, that are named
 LEAST_ROOM = 0.1  # of values, beside the marks of those that are all but the same
@@ -105,7 +111,7 @@ def draw(
     finding_of: dict[str, str] | None = None,
     attempt: Callable[[str, Callable], object] = lambda _, draw: draw(),
 ) -> dict[str, bytes]:
-    """Draw all figures that the results have the data for.
+    """Draw all figures that the results have the data for, in the style that they name.
 
     Args:
         results: The content of results.json; it is not changed.
@@ -113,17 +119,31 @@ def draw(
         attempt: Of a figure's name and a function that draws it: calls that, and notes where it fails.
 
     Returns:
-        Content by file name, such as ``layer_importance.png`` and ``layer_importance.svg``; empty without an analysis.
+        Content by file name, such as ``layer_importance.png``; empty without an analysis. A figure of a paper that
+        can be read in one column is there again, such as ``layer_importance_column.pdf``. Names that begin with
+        ``PAGE`` are no files: the page has them in place of an SVG that is too large for it.
     """
     files: dict[str, bytes] = {}
+    style = style_of(results)
 
     def draw_one(name: str, finding: str) -> None:
-        for _, _, figure in finished_figures(results, {name: finding}):
-            files.update({f"{name}.{kind}": saved(figure, kind, finding) for kind in ("png", "svg")})
+        for suffix, width in WIDTHS[style].items():
+            for _, _, figure in finished_figures(results, {name: finding}, width):
+                if suffix and not is_readable(figure):
+                    continue
+                files.update({f"{name}{suffix}.{kind}": saved(figure, kind, finding) for kind in KINDS})
+                if not suffix and len(files[f"{name}.svg"]) > SVG_LIMIT:
+                    files[f"{PAGE}{name}.png"] = for_page(figure, finding)
+                    files[f"{PAGE}{name}{DARK}.png"] = for_page(figure, finding, dark=True)
 
     for name, finding in (findings(results) if finding_of is None else finding_of).items():
         attempt(name, partial(draw_one, name, finding))
     return files
+
+
+def style_of(results: dict) -> str:
+    """Return the style that figures are asked for in."""
+    return results.get("figures", {}).get("style", "report")
 
 
 def findings(results: dict) -> dict[str, str]:
@@ -133,19 +153,21 @@ def findings(results: dict) -> dict[str, str]:
     return {name: sentence for name, sentence in sentences.items() if sentence}
 
 
-def finished_figures(results: dict, finding_of: dict[str, str] | None = None) -> Iterator[tuple[str, str, Figure]]:
+def finished_figures(
+    results: dict, finding_of: dict[str, str] | None = None, width: float = WIDTH
+) -> Iterator[tuple[str, str, Figure]]:
     """Yield name, finding and figure of all that can be drawn; a figure must be saved before the next is asked for."""
-    finding_of = findings(results) if finding_of is None else finding_of
+    finding_of, letters = findings(results) if finding_of is None else finding_of, letters_in(results["analysis"])
     for row in FIGURES:
         if row.name not in finding_of:
             continue
         shown, title = results, finding_of[row.name]
         if row.of_layers and (layers := _num_layers(results)) > MOST_LAYERS:
             shown, title = in_blocks(results), f"{title} [blocks are shown, of {layers:,} layers]"
-        with new_figure(row.name, title + (" [a --quick run]" if results["config"]["quick"] else "")) as figure:
+        title += " [a --quick run]" if results["config"]["quick"] else ""
+        with new_figure(row.name, title, letters, style_of(results), width) as figure:
             row.draw(shown, figure)
-            figure.get_layout_engine().execute(figure)
-            figure.set_layout_engine("none")  # the layout is done, and both files have the same
+            lay_out(figure)
             yield row.name, finding_of[row.name], figure
 
 

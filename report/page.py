@@ -15,13 +15,12 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from report.cautions import NO_CONTROLS
-from report.figures import FIGURES
+from report.figures import DARK, FIGURES, PAGE, style_of
 from report.modules import module_lines
 from report.sentences import QUESTIONS, VERDICTS, concept_lines
 from report.text import MODULES_HEADING, Content, content_of, not_run, run_facts
 from report.wording import kept_together
 
-SVG_LIMIT = 300_000  # bytes above which the smaller of SVG and PNG is taken, so that the page can be sent
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 SECTIONS = {  # anchor -> heading; that of modules is left out where nothing was made of them
     "answers": "Short answers",
@@ -78,7 +77,7 @@ def _sections(results: dict, content: Content, drawn: dict[str, bytes]) -> list[
     if not results.get("analysis"):
         lines = {anchor: [NO_CONTROLS] for anchor in (*(question.anchor for question in QUESTIONS), "concepts")}
     bullets = {"controls": content.checks or [NO_CONTROLS]}
-    figures = list(_figures(content.findings, drawn))
+    figures = list(_figures(content.findings, drawn, style_of(results) == "report"))
     return [
         {
             "anchor": anchor,
@@ -94,24 +93,40 @@ def _sections(results: dict, content: Content, drawn: dict[str, bytes]) -> list[
     ]
 
 
-def _figures(finding_of: dict[str, str], drawn: dict[str, bytes]) -> Iterator[dict]:
-    """Yield the figures that are there, each with its finding as the text for those who do not see it."""
+def _figures(finding_of: dict[str, str], drawn: dict[str, bytes], titled: bool) -> Iterator[dict]:
+    """Yield the figures that are there, each with its finding as the text for those who do not see it.
+
+    Below figures of a paper, which have no titles, the finding is there for everybody.
+    """
     for row in FIGURES:
-        if source := _inlined(row.name, drawn):
-            finding = f" {finding_of[row.name]}." if row.name in finding_of else ""
-            yield {"section": row.section, "shows": row.shows, "alt": f"{row.shows}.{finding}", "source": source}
+        source, dark = _inlined(row.name, drawn)
+        if source:
+            alt = shows = f"{row.shows}."
+            if row.name in finding_of:
+                alt = f"{shows} {finding_of[row.name]}."
+            yield {
+                "section": row.section,
+                "shows": shows if titled else alt,
+                "alt": alt,
+                "source": source,
+                "dark": dark,
+            }
 
 
-def _inlined(name: str, drawn: dict[str, bytes]) -> str:
-    """Return a figure as data: URL: SVG, which is sharp at any size, unless it is large and a PNG is smaller."""
-    files = {"image/svg+xml": drawn.get(f"{name}.svg"), "image/png": drawn.get(f"{name}.png")}
-    files = {kind: content for kind, content in files.items() if content}
-    if not files:
-        return ""
-    kind = next(iter(files))
-    if len(files[kind]) > SVG_LIMIT:
-        kind = min(files, key=lambda either: len(files[either]))
-    return f"data:{kind};base64,{base64.b64encode(files[kind]).decode()}"
+def _inlined(name: str, drawn: dict[str, bytes]) -> tuple[str, str]:
+    """Return a figure as data: URL, and one for dark screens, empty where the first is for these too.
+
+    It is an SVG, which is sharp at any size, unless that is too large: then there are PNGs of the size of a screen.
+    """
+    svg, png = drawn.get(f"{name}.svg"), drawn.get(f"{name}.png")
+    small, dark = drawn.get(f"{PAGE}{name}.png"), drawn.get(f"{PAGE}{name}{DARK}.png")
+    if small and len(small) < len(svg or b""):
+        return _url("png", small), _url("png", dark)
+    return (_url("svg+xml", svg) if svg else _url("png", png)), ""
+
+
+def _url(kind: str, content: bytes | None) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}" if content else ""
 
 
 def _undated(values: dict) -> dict:

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from result_making import CLASS_NAMES, made, without_pairs
 
-from report import cautions, drawing, figures, page, sentences, tables, text
+from report import cautions, drawing, figures, page, rendering, sentences, tables, text
 
-VOID = {"meta", "img", "link", "br", "hr", "input"}
+VOID = {"meta", "img", "link", "br", "hr", "input", "source"}
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 3"><rect width="4" height="3" fill="#08c"/></svg>'
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYPhfDwACggF/qvb0gQAAAABJRU5ErkJggg=="
@@ -174,17 +174,29 @@ def test_any_picture_may_be_missing():
     assert sources == ["data:image/png;base64," + base64.b64encode(PNG).decode()]
 
 
-def test_a_large_svg_gives_way_to_a_smaller_png():
-    large = SVG + b" " * page.SVG_LIMIT
+def test_a_large_svg_gives_way_to_smaller_pngs_for_light_and_dark_screens():
+    name, large = "rank_structure", SVG + b" " * 1000
+    small = {f"{figures.PAGE}{name}.png": PNG, f"{figures.PAGE}{name}{figures.DARK}.png": PNG + b"dark"}
     for files, kind in (
-        ({"rank_structure.svg": SVG, "rank_structure.png": PNG}, "svg+xml"),
-        ({"rank_structure.svg": large, "rank_structure.png": PNG}, "png"),
-        ({"rank_structure.svg": large, "rank_structure.png": large + large}, "svg+xml"),
-        ({"rank_structure.svg": large}, "svg+xml"),
+        ({f"{name}.svg": SVG, f"{name}.png": PNG}, "svg+xml"),
+        ({f"{name}.svg": large, f"{name}.png": PNG, **small}, "png"),
+        ({f"{name}.svg": SVG, **dict.fromkeys(small, large)}, "svg+xml"),
+        ({f"{name}.svg": large}, "svg+xml"),
     ):
-        (image,) = Reader(page.render_page(made(), files)).of("img")
+        reader = Reader(page.render_page(made(), files))
+        (image,) = reader.of("img")
         head, body = image["src"].split(",")
         assert head == f"data:image/{kind};base64" and base64.b64decode(body) in files.values()
+        dark = [(source["media"], base64.b64decode(source["srcset"].split(",")[1])) for source in reader.of("source")]
+        assert dark == ([("screen and (prefers-color-scheme: dark)", PNG + b"dark")] if kind == "png" else [])
+
+
+def test_below_figures_of_a_paper_stands_what_their_titles_said():
+    results = made()
+    finding = figures.findings(results)["layer_importance"]
+    assert finding not in Reader(page.render_page(results, ALL)).text["layers"]
+    results["figures"] = {"style": "paper"}
+    assert f"against chance. {finding}." in Reader(page.render_page(results, ALL)).text["layers"]
 
 
 # -- in a browser ---------------------------------------------------------------------------------------
@@ -222,7 +234,7 @@ def test_figures_have_the_ground_of_the_page_in_the_light_and_in_the_dark(tmp_pa
     """Of a page that is nothing but a figure, the picture is taken under both schemes."""
     with drawing.new_figure("test", "A title") as figure:
         figure.subplots()
-        content = page.render_page(made(), {"layer_importance.svg": drawing.saved(figure, "svg", "A title")})
+        content = page.render_page(made(), {"layer_importance.svg": rendering.saved(figure, "svg", "A title")})
     image = re.search(rb'<img alt[^>]*src="(data:[^"]*)"', content)[1].decode()
     style = content.decode().split("<style>")[1].split("</style>")[0]
     path, picture = tmp_path / "figure.html", tmp_path / "picture.png"

@@ -1,0 +1,118 @@
+"""Figures -> files: PNG, SVG and PDF, without date and version, so that equal figures are equal bytes.
+
+Text stays text, in SVG and PDF: it can be searched, copied, and edited. A PDF holds the letters that it needs. An SVG
+names families: DejaVu Sans, for which the layout is made, and Verdana, whose letters are as wide; those of other
+sans-serif fonts are narrower, so that nothing comes to lie on anything.
+
+An SVG holds its colours for dark screens too, as a style sheet with a media query that recolours what ``ON_DARK``
+lists. Viewers that know no media queries, every PDF and every PNG show it dark on white.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+
+import numpy as np
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import to_hex, to_rgba, to_rgba_array
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from report.drawing import DPI, GROUND, ON_DARK
+
+SCREEN_DPI = 150  # dots per inch of a PNG on the page
+SLACK = 0.02  # inches by which boxes of texts may touch, as no letter fills its box
+RECOLOURED = (
+    *("color", "markeredgecolor", "markerfacecolor", "markerfacecoloralt"),
+    *("facecolor", "edgecolor", "hatchcolor"),
+)
+KINDS = ("png", "svg", "pdf")
+FAMILIES = re.compile(rb"""(<text style="[^"]*font-family: 'DejaVu Sans')([^";]*)""")  # a < of a name is escaped
+
+
+def saved(figure: Figure, kind: str, title: str) -> bytes:
+    """Return the content of a file, of one of ``KINDS``, of a figure that is laid out."""
+    return {"png": png, "svg": _svg, "pdf": _pdf}[kind](figure, title)
+
+
+def png(figure: Figure, title: str, dpi: float = DPI) -> bytes:
+    """Return a PNG with a palette, which makes a third of the bytes."""
+    figure.set_dpi(dpi)
+    canvas, texts, buffer = FigureCanvasAgg(figure), PngInfo(), io.BytesIO()
+    canvas.draw()
+    texts.add_itxt("Title", title)
+    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba()))
+    image = Image.new("RGB", drawn.size, GROUND)
+    image.paste(drawn, mask=drawn.getchannel("A"))
+    image = image.quantize(256, dither=Image.Dither.NONE)
+    image.save(buffer, "PNG", dpi=(dpi, dpi), pnginfo=texts, optimize=True)
+    return buffer.getvalue()
+
+
+def for_page(figure: Figure, title: str, dark: bool = False) -> bytes:
+    """Return a PNG for a screen, light or dark; a figure once dark stays so."""
+    if dark:
+        _darken(figure)
+    return png(figure, title, SCREEN_DPI)
+
+
+def _darken(figure: Figure) -> None:
+    """Recolour what is on a figure as a style sheet recolours an SVG."""
+    figure.set_facecolor(GROUND)
+    for artist in figure.findobj():
+        for part in RECOLOURED:
+            change, now = getattr(artist, f"set_{part}", None), getattr(artist, f"get_{part}", None)
+            if change and now:
+                change(_on_dark(now()))
+
+
+def _on_dark(colors: object) -> object:
+    """Return a colour, or a list of them, as on a dark screen."""
+    found = [to_rgba(ON_DARK.get(to_hex(color), color), color[3]) for color in to_rgba_array(colors)]
+    return found if np.ndim(colors) == 2 else (*found, "none")[0]
+
+
+def is_readable(figure: Figure) -> bool:
+    """Return whether all texts of a figure that is laid out lie in it, and none on another one."""
+    figure.draw_without_rendering()  # which puts legends and ticks in their places
+    renderer, hidden = FigureCanvasAgg(figure).get_renderer(), set()
+    for axis in figure.findobj(Axis):
+        low, high = sorted(axis.get_view_interval())
+        ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+        hidden |= {label for tick in ticks if not low <= tick.get_loc() <= high for label in (tick.label1, tick.label2)}
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    boxes = np.array([text.get_window_extent(renderer).extents for text in texts if text not in hidden])
+    low, high = boxes[:, :2] + SLACK * figure.dpi, boxes[:, 2:] - SLACK * figure.dpi  # of the space around letters
+    inside = (low >= 0).all() and (high <= (figure.bbox.width, figure.bbox.height)).all()
+    crossed = ((low[:, None] < high) & (low < high[:, None])).all(-1)
+    return bool(inside and crossed.sum() == len(boxes))  # each with itself
+
+
+def _pdf(figure: Figure, title: str) -> bytes:
+    buffer = io.BytesIO()
+    metadata = {"Title": title, "CreationDate": None, "Creator": None, "Producer": None}
+    FigureCanvasPdf(figure).print_pdf(buffer, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _svg(figure: Figure, title: str) -> bytes:
+    buffer = io.BytesIO()
+    metadata = {"Title": title, "Date": None, "Creator": None}
+    FigureCanvasSVG(figure).print_svg(buffer, metadata=metadata)
+    content = FAMILIES.sub(rb"\1, Verdana\2, sans-serif", buffer.getvalue())
+    return content.replace(b"</style>", f"\n{_dark_style()}</style>".encode(), 1)  # at the end of matplotlib's
+
+
+def _dark_style() -> str:
+    """Return CSS for dark screens: colours stand in style attributes, those of patterns in fill."""
+    rules = []
+    for light, dark in ON_DARK.items():
+        rules += [f'[style*="{name}: {light}"] {{{name}: {dark} !important}}' for name in ("fill", "stroke")]
+        rules.append(f'[fill="{light}"] {{fill: {dark}}}')
+    return "\n".join(["@media screen and (prefers-color-scheme: dark) {", *rules, "}\n"])
