@@ -61,14 +61,21 @@ def best_on_validation(evidence: Evidence, condition: str, names: Sequence[str])
 
     What is chosen on test rows looks better on them than it is.
     """
+    return max(names, key=lambda name: _on_validation(evidence, condition, name), default=None)  # the first of equals
+
+
+def _on_validation(evidence: Evidence, condition: str, name: str) -> tuple[float, float]:
+    """Return accuracy and macro-F1 on validation LoRAs, means over runs, rounded so that equal ones are equal."""
     truth, size = evidence.y[evidence.rows["validation"]], len(evidence.classes)
+    predicted = evidence.validation_predictions(condition, name)
+    hits, weights = (predicted == truth).mean(0), f1_weights(predicted[None], truth, size)[0]
+    return round(hits.mean(), 12), round((hits * weights[truth]).mean(), 12)
 
-    def score(name: str) -> tuple[float, float]:
-        predicted = evidence.validation_predictions(condition, name)
-        hits, weights = (predicted == truth).mean(0), f1_weights(predicted[None], truth, size)[0]
-        return round(hits.mean(), 12), round((hits * weights[truth]).mean(), 12)
 
-    return max(names, key=score, default=None)  # the first of equal ones
+def _tied_on_validation(evidence: Evidence, condition: str, names: Sequence[str], chosen: str) -> list[str]:
+    """Return the other representations of the same validation accuracy, over which macro-F1 or the order decides."""
+    accuracy = {name: _on_validation(evidence, condition, name)[0] for name in names}
+    return [name for name in names if name != chosen and accuracy[name] == accuracy[chosen]]
 
 
 def _condition(evidence: Evidence, condition: str, correct: dict[str, np.ndarray]) -> dict:
@@ -97,6 +104,7 @@ def _condition(evidence: Evidence, condition: str, correct: dict[str, np.ndarray
     with_best = [record for record in comparisons if record["a"] == best]
     return {
         "chosen": chosen,
+        "tied_on_validation": _tied_on_validation(evidence, condition, names, chosen),
         "best": best,
         "best_by_test": None if best is None else max(names, key=by_name.get),
         "best_above_chance": best is not None and bool(test.above_chance[names.index(best)]),
@@ -197,7 +205,7 @@ def norms(statistics: np.ndarray, updates: np.ndarray) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def grouped_split(evidence: Evidence, unused: Sequence[str], grouped: tuple | None) -> dict:
+def grouped_split(evidence: Evidence, unused: Sequence[str], grouped: tuple | None, tried: bool = True) -> dict:
     """Return the accuracy on a split that keeps groups together, where the experiment's own did not; else None.
 
     The representation may know the groups rather than the concept, where it is above permuted labels on the
@@ -208,7 +216,8 @@ def grouped_split(evidence: Evidence, unused: Sequence[str], grouped: tuple | No
     missing = dict.fromkeys(("column", "representation", "random_split", "grouped_split", "interval", "chance"))
     result = {"unused": list(unused), **missing, "may_be_groups": None}
     if grouped is None:
-        return result | {"why": "these groups allow no split, or all that was run is fitted to the split"}
+        why = "these groups allow no split, or all that was run is fitted to the split"
+        return result | {"why": why if tried else "no other split was tried (--controls=none)"}
     column, name, truth, groups, predicted = grouped
     correct = predicted == truth
     draws = Draws(groups, evidence.resamples, evidence.seed)

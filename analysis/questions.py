@@ -193,7 +193,10 @@ def _other_sections(material: Material, sections: dict, attempt: Attempt) -> dic
     answers = {  # what there is to answer from, and who answers
         "attribution": (controls.attributed, lambda given: attribution(evidence, *given, accuracy)),
         "cheap": (controls.cheap, lambda _: cheap_explanations(*cheap) | {"compared_with": material.best}),
-        "groups": (controls.unused, lambda given: grouped_split(evidence, given, controls.grouped)),
+        "groups": (
+            controls.unused,
+            lambda given: grouped_split(evidence, given, controls.grouped, controls.level != "none"),
+        ),
         "null_shuffles": (controls.shuffled, partial(null_shuffles, evidence)),
         "attention": (controls.attended, partial(attention, evidence)),
         "collection_map": (controls.mapped, partial(collection_map, evidence)),
