@@ -160,7 +160,7 @@ def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> i
         results = conclude(target, experiment, results, watch)
     missing = [*plan.not_run, *results["not_done"]]
     left_out = f"; not run, and results.txt says why: {', '.join(missing)}" if missing else ""
-    written = f"Written to {target}: {', '.join(RESULT_FILES)} ({results['timing']['total']:.0f} s){left_out}"
+    written = f"Written to {target} ({results['timing']['total']:.0f} s){left_out}"
     say("\n".join(text.end_lines(results, target, written)))
     return 3 if missing else 0
 

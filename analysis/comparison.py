@@ -25,7 +25,7 @@ LEARNED, FIXED = "update_learned", ("update_frozen", "update_sketch")  # project
 CHALLENGED, CHALLENGERS = "stats", ("ensemble", "spectral")  # the third hypothesis is about these by name
 # Asked for by name, whatever is best: the third hypothesis, and the worth of learning projections.
 ASKED = [(name, CHALLENGED) for name in CHALLENGERS] + [(LEARNED, name) for name in FIXED]
-ITERATIONS = 2000  # of a logistic regression
+ITERATIONS, TREES = 2000, 300  # of a logistic regression, and of a random forest
 CHEAP_ROWS = 10_000  # train rows that a cheap explanation is fitted on at most
 LEAST_SHUFFLES = 19  # of which the best of 20 has p = 0.05; fewer decide nothing
 
@@ -177,7 +177,7 @@ def _best_of_two(evidence: Evidence, features: np.ndarray) -> tuple[str, np.ndar
     scored = []
     for name, classifier in (
         ("logistic regression", LogisticRegression(max_iter=ITERATIONS)),
-        ("random forest", RandomForestClassifier(300, random_state=evidence.seed % 2**32)),
+        ("random forest", RandomForestClassifier(TREES, random_state=evidence.seed % 2**32)),
     ):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)

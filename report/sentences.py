@@ -373,8 +373,8 @@ def _none_best(results: dict) -> Iterator[str]:
     them = "it" if len(others) == 1 else "them"
     yield (
         f"None is best: the first by validation accuracy, {chosen}{_tied(section)}, is indistinguishable from chance "
-        f"({chance} %) with all layers: it {reached} and {needed}. Distinguishable from chance {_are(len(others))} {listed(others)}, but "
-        f"validation does not choose {them}."
+        f"({chance} %) with all layers: it {reached} and {needed}. Distinguishable from chance {_are(len(others))} "
+        f"{listed(others)}, but validation does not choose {them}."
     )
 
 
@@ -391,8 +391,8 @@ def _best_reached(results: dict) -> str:
     section, chance = compared["conditions"]["baseline"], percent(results["chance"]["accuracy"])
     best = section["best"]
     chosen = "Best by validation accuracy is" if len(accuracy) > 1 else "The only representation that was run is"
-    line = f"{chosen} {best}{_tied(section)}: {percent(accuracy[best])} % ({bounds(section['intervals'][best])}) of the test LoRAs"
-    line += f", where chance is {chance} %"
+    line = f"{chosen} {best}{_tied(section)}: {percent(accuracy[best])} % ({bounds(section['intervals'][best])})"
+    line += f" of the test LoRAs, where chance is {chance} %"
     if not section["best_above_chance"]:
         line += (
             f"; it is distinguishable from chance ({p_text(section['p_family'][best])}), but not shown to be right "

@@ -124,12 +124,9 @@ def short_lines(results: dict, answered: Sequence[Answer]) -> list[str]:
     """
     if not answered:
         return []
-    level, of_quick = (
-        f"{100 * results['analysis']['level']:.0f} %",
-        " of a --quick run" if results["config"]["quick"] else "",
-    )
-    lines = ["", f"Short answers{of_quick} (in brackets: {level} intervals over the test LoRAs)"]
-    lines.append("-" * len(lines[-1]))
+    of_quick = " of a --quick run" if results["config"]["quick"] else ""
+    title = f"Short answers{of_quick} {_brackets(results)}"
+    lines = ["", title, "-" * len(title)]
     for position, answer in enumerate(answered, 1):
         lines += [f"{position}. {answer.question}", *wrapped(" ".join(answer.sentences[:2]), WIDTH, "   ", "   ")]
     lines.append("Hypotheses")
@@ -280,8 +277,7 @@ def answer_lines(results: dict, answered: Sequence[Answer]) -> list[str]:
     """Return the five answers and hypotheses in lines; none without an analysis."""
     if not answered:
         return []
-    level = results["analysis"]["level"]
-    title = f"Short answers (in brackets: {100 * level:.0f} % intervals over the test LoRAs)"
+    title = f"Short answers {_brackets(results)}"
     lines = [title, "-" * len(title)]
     for position, answer in enumerate(answered, 1):
         lines.append(f"{position}. {answer.question}")
@@ -289,6 +285,10 @@ def answer_lines(results: dict, answered: Sequence[Answer]) -> list[str]:
         for sentence in (*answer.sentences, hypothesis):
             lines += wrapped(sentence, WIDTH, "   ", "   ")
     return lines
+
+
+def _brackets(results: dict) -> str:
+    return f"(in brackets: {100 * results['analysis']['level']:.0f} % intervals over the test LoRAs)"
 
 
 def _caution_lines(results: dict, cautions: Sequence[str]) -> list[str]:
