@@ -64,7 +64,7 @@ PROGRAM = (  # of which results are; tests and benchmarks are no part of it
     *("ablation_experiment", "autoencoders", "data", "representations"),
     *("analysis", "experiment", "loras", "report", "training"),
 )
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -124,7 +124,8 @@ def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> i
     """Do what `run` does, with workers."""
     progress = Progress()
     cache = (args.cache_dir or args.output_dir / ".cache").absolute()  # workers may have begun in another folder
-    say(text.settings_lines(settings.config(), environment(settings, engine), args.output_dir))
+    fitted = any(REPRESENTATIONS[name].made == "autoencoder" for name in settings.representations)
+    say(text.settings_lines(settings.config(), environment(settings, engine), args.output_dir, fitted))
     if engine.cluster is not None:
         say(f"cluster   workers at {args.scheduler}: {engine.count_workers()} now; others may come, and leave")
     name, folder = locate(args.dataset, args.data_dir, progress)
@@ -142,8 +143,10 @@ def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> i
         for line in text.notice_lines(plan.header):
             say(line)
         if finished := finished_results(target, plan.header):
-            say(f"\nNothing to do: {target} holds the results of these settings on these files.")
-            return 3 if finished["not run"] else 0
+            done = f"Nothing to do: {target} holds the results of these settings on these files."
+            lines = [*text.short_lines(finished, text.answers(finished)), *text.end_lines(finished, target, done)]
+            say("\n".join(lines))
+            return 3 if finished["representations_not_run"] else 0
         # What the run will read: damaged, it is computed again now, where that can still be done.
         known = collection, plan.needed, cache, settings.device, engine, progress, args.skip_bad
         extracted = replace(extract(*known, thorough=True), checked=extracted.checked)
@@ -157,8 +160,8 @@ def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> i
         results = conclude(target, experiment, results, watch)
     missing = [*plan.not_run, *results["not_done"]]
     left_out = f"; not run, and results.txt says why: {', '.join(missing)}" if missing else ""
-    files = ", ".join(files_of(results))
-    say(f"\nWritten to {target}: {files} ({results['timing']['total']:.0f} s){left_out}")
+    written = f"Written to {target} ({results['timing']['total']:.0f} s){left_out}"
+    say("\n".join(text.end_lines(results, target, written)))
     return 3 if missing else 0
 
 
@@ -167,11 +170,10 @@ def conclude(target: Path, experiment: Experiment, results: dict, watch: Stopwat
 
     So a run that ends in its analysis leaves the results of its phases; the same command then goes on.
     """
-    parts = {"analysis": analyse} if experiment.settings.is_analysed else {}
-    parts |= {"splits": more_splits} if experiment.settings.splits > 1 else {}
+    parts = {"analysis": analyse} | ({"splits": more_splits} if experiment.settings.splits > 1 else {})
     results |= {"analysis": None, "splits": None, "not_done": dict.fromkeys(parts, UNFINISHED)}
     results["config"]["stack"]["smaller"] = experiment.planner.smaller_stacks
-    if parts and written_before(target, results) is None:
+    if written_before(target, results) is None:
         write_results(target, experiment, results | {"timing": watch.timing()})
     results["not_done"] = {}
     for part, do in parts.items():
@@ -349,7 +351,7 @@ def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndar
             "group_column": collection.group_column,
             "num_groups": None if collection.groups is None else int(collection.groups.max()) + 1,
             "samples": store.digest(samples),  # the fingerprint is of contents, and knows no groups
-            "metadata": store.digest(collection.columns) if settings.is_analysed else None,
+            "metadata": store.digest(collection.columns),
             "ignored": dict(collection.ignored),
             "skipped": collection.skipped_records,
             "not_trained_on": [],
@@ -366,7 +368,7 @@ def run_phases(experiment: Experiment, chosen: list[str], not_run: dict[str, str
     with watch.phase("ranking"):
         ranking = experiment.rank()
     for rank, record in enumerate(ranking[: settings.top_k], 1):
-        say(text.layer_row(rank, record))
+        say(text.layer_row(rank, record, settings.num_runs))
     top = [record["layer"] for record in ranking[: settings.top_k]]
     removed = [depth for depth, layer in enumerate(layers) if layer.name in top]
     for name, reason in without_units(experiment, chosen, removed).items():
@@ -420,20 +422,16 @@ def without_units(experiment: Experiment, names: list[str], removed: list[int]) 
     return dict.fromkeys(emptied(experiment, names, removed), reason)
 
 
-def analyse(experiment: Experiment, results: dict, watch: Stopwatch) -> dict | None:
-    """Analyse what the numbers of the phases mean, beside controls; None where not asked for."""
-    if not experiment.settings.is_analysed:
-        return None
+def analyse(experiment: Experiment, results: dict, watch: Stopwatch) -> dict:
+    """Analyse what the numbers of the phases mean, beside controls where these are asked for."""
     from experiment import controls  # takes half a second, with what it analyses by, as do figures below
 
     with watch.phase("analysis"):
         return controls.analyse(experiment, run_both_ways(results), say)
 
 
-def more_splits(experiment: Experiment, results: dict, watch: Stopwatch) -> dict | None:
-    """Repeat the phases on other splits; None where none are asked for."""
-    if experiment.settings.splits == 1:
-        return None
+def more_splits(experiment: Experiment, results: dict, watch: Stopwatch) -> dict:
+    """Repeat the phases on other splits."""
     from experiment.repeated import repeat
 
     with watch.phase("splits"):
@@ -446,10 +444,10 @@ def run_both_ways(results: dict) -> list[str]:
 
 
 def finished_results(target: Path, header: dict) -> dict | None:
-    """Return what results in a folder have ``not run``; None if they are not whole, or of other inputs or program."""
+    """Return the results in a folder; None if they are not whole, or of other inputs or program."""
     results = written_before(target, header)
-    whole = results and not results["not_done"] and all((target / name).exists() for name in files_of(results))
-    return {"not run": results["representations_not_run"]} if whole else None
+    whole = results and not results["not_done"] and all((target / name).exists() for name in RESULT_FILES)
+    return results if whole else None
 
 
 def written_before(target: Path, header: dict) -> dict | None:
@@ -504,34 +502,17 @@ def report_page(_: Experiment, results: dict, content: Content, drawn: dict[str,
     return page.render_page(results, drawn, content)
 
 
-@dataclass(frozen=True)
-class ResultFile:
-    """A file of the results.
-
-    Attributes:
-        written: Returns the content, of the experiment, its results, their sentences, and their figures by file name.
-        always: Whether it is also written without an analysis.
-    """
-
-    written: Callable[[Experiment, dict, Content, dict[str, bytes]], bytes]
-    always: bool = True
-
-
-RESULT_FILES = {
-    "top_layers.json": ResultFile(top_layers),
-    "results.txt": ResultFile(text_page),
-    "report.html": ResultFile(report_page, always=False),
-    "samples.csv": ResultFile(samples),
-    "predictions.npz": ResultFile(lambda experiment, *_: store.packed_arrays(experiment.predictions.arrays())),
+# Of the experiment, its results, their sentences, and their figures by file name.
+RESULT_FILES: dict[str, Callable[[Experiment, dict, Content, dict[str, bytes]], bytes]] = {
+    "top_layers.json": top_layers,
+    "results.txt": text_page,
+    "report.html": report_page,
+    "samples.csv": samples,
+    "predictions.npz": lambda experiment, *_: store.packed_arrays(experiment.predictions.arrays()),
     # The last, so that the others are there when it is.
-    "results.json": ResultFile(lambda _, results, *__: building.canonical_json(results, indent=2)),
+    "results.json": lambda _, results, *__: building.canonical_json(results, indent=2),
 }
 FIGURE_FOLDER = "figures"
-
-
-def files_of(results: dict) -> list[str]:
-    """Return the names of all files that belong to results, but for the figures."""
-    return [name for name, file in RESULT_FILES.items() if file.always or results.get("analysis")]
 
 
 def write_results(target: Path, experiment: Experiment, results: dict, shown: bool = False) -> None:
@@ -545,20 +526,26 @@ def write_results(target: Path, experiment: Experiment, results: dict, shown: bo
         results: Its results; figures that cannot be drawn are added to ``not_done``.
         shown: Whether the answers are printed too.
     """
-    before, drawn = written_before(target, results), {}
+    before = written_before(target, results)
     content = text.content_of(results)
     if shown and content.answers:
-        say("\n".join(text.answer_lines(results, content.answers)))
-    if results["analysis"]:
-        from report import figures
-
-        drawn = figures.draw(results, content.findings, partial(attempt_figure, results["not_done"]))
+        say("\n".join(text.short_lines(results, content.answers)))
+    drawn = drawn_figures(results, content)
     contents = {f"{FIGURE_FOLDER}/{name}": picture for name, picture in drawn.items()}
-    for name in files_of(results):
-        contents[name] = RESULT_FILES[name].written(experiment, results, content, drawn)
+    for name, written in RESULT_FILES.items():
+        contents[name] = written(experiment, results, content, drawn)
     earlier = {path.relative_to(target).as_posix() for path in (target / FIGURE_FOLDER).glob("[!.]*")}
     earlier |= {name for name in RESULT_FILES if (target / name).exists()}
     store.replace_all(target, contents, sorted(earlier - contents.keys()), keep=not (before and before["not_done"]))
+
+
+def drawn_figures(results: dict, content: Content) -> dict[str, bytes]:
+    """Return the figures that can be drawn, by file name; others are added to ``not_done`` of the results."""
+    if not content.findings:
+        return {}
+    from report import figures
+
+    return figures.draw(results, content.findings, partial(attempt_figure, results["not_done"]))
 
 
 def attempt_figure(not_done: dict[str, str], name: str, draw: Callable[[], None]) -> None:

@@ -25,7 +25,7 @@ LEARNED, FIXED = "update_learned", ("update_frozen", "update_sketch")  # project
 CHALLENGED, CHALLENGERS = "stats", ("ensemble", "spectral")  # the third hypothesis is about these by name
 # Asked for by name, whatever is best: the third hypothesis, and the worth of learning projections.
 ASKED = [(name, CHALLENGED) for name in CHALLENGERS] + [(LEARNED, name) for name in FIXED]
-ITERATIONS = 2000  # of a logistic regression
+ITERATIONS, TREES = 2000, 300  # of a logistic regression, and of a random forest
 CHEAP_ROWS = 10_000  # train rows that a cheap explanation is fitted on at most
 LEAST_SHUFFLES = 19  # of which the best of 20 has p = 0.05; fewer decide nothing
 
@@ -61,14 +61,21 @@ def best_on_validation(evidence: Evidence, condition: str, names: Sequence[str])
 
     What is chosen on test rows looks better on them than it is.
     """
+    return max(names, key=lambda name: _on_validation(evidence, condition, name), default=None)  # the first of equals
+
+
+def _on_validation(evidence: Evidence, condition: str, name: str) -> tuple[float, float]:
+    """Return accuracy and macro-F1 on validation LoRAs, means over runs, rounded so that equal ones are equal."""
     truth, size = evidence.y[evidence.rows["validation"]], len(evidence.classes)
+    predicted = evidence.validation_predictions(condition, name)
+    hits, weights = (predicted == truth).mean(0), f1_weights(predicted[None], truth, size)[0]
+    return round(hits.mean(), 12), round((hits * weights[truth]).mean(), 12)
 
-    def score(name: str) -> tuple[float, float]:
-        predicted = evidence.validation_predictions(condition, name)
-        hits, weights = (predicted == truth).mean(0), f1_weights(predicted[None], truth, size)[0]
-        return round(hits.mean(), 12), round((hits * weights[truth]).mean(), 12)
 
-    return max(names, key=score, default=None)  # the first of equal ones
+def _tied_on_validation(evidence: Evidence, condition: str, names: Sequence[str], chosen: str) -> list[str]:
+    """Return the other representations of the same validation accuracy, over which macro-F1 or the order decides."""
+    accuracy = {name: _on_validation(evidence, condition, name)[0] for name in names}
+    return [name for name in names if name != chosen and accuracy[name] == accuracy[chosen]]
 
 
 def _condition(evidence: Evidence, condition: str, correct: dict[str, np.ndarray]) -> dict:
@@ -97,6 +104,7 @@ def _condition(evidence: Evidence, condition: str, correct: dict[str, np.ndarray
     with_best = [record for record in comparisons if record["a"] == best]
     return {
         "chosen": chosen,
+        "tied_on_validation": _tied_on_validation(evidence, condition, names, chosen),
         "best": best,
         "best_by_test": None if best is None else max(names, key=by_name.get),
         "best_above_chance": best is not None and bool(test.above_chance[names.index(best)]),
@@ -169,7 +177,7 @@ def _best_of_two(evidence: Evidence, features: np.ndarray) -> tuple[str, np.ndar
     scored = []
     for name, classifier in (
         ("logistic regression", LogisticRegression(max_iter=ITERATIONS)),
-        ("random forest", RandomForestClassifier(300, random_state=evidence.seed % 2**32)),
+        ("random forest", RandomForestClassifier(TREES, random_state=evidence.seed % 2**32)),
     ):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)
@@ -197,7 +205,7 @@ def norms(statistics: np.ndarray, updates: np.ndarray) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def grouped_split(evidence: Evidence, unused: Sequence[str], grouped: tuple | None) -> dict:
+def grouped_split(evidence: Evidence, unused: Sequence[str], grouped: tuple | None, tried: bool = True) -> dict:
     """Return the accuracy on a split that keeps groups together, where the experiment's own did not; else None.
 
     The representation may know the groups rather than the concept, where it is above permuted labels on the
@@ -208,7 +216,8 @@ def grouped_split(evidence: Evidence, unused: Sequence[str], grouped: tuple | No
     missing = dict.fromkeys(("column", "representation", "random_split", "grouped_split", "interval", "chance"))
     result = {"unused": list(unused), **missing, "may_be_groups": None}
     if grouped is None:
-        return result | {"why": "these groups allow no split, or all that was run is fitted to the split"}
+        why = "these groups allow no split, or all that was run is fitted to the split"
+        return result | {"why": why if tried else "no other split was tried (--controls=none)"}
     column, name, truth, groups, predicted = grouped
     correct = predicted == truth
     draws = Draws(groups, evidence.resamples, evidence.seed)

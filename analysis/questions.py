@@ -189,11 +189,11 @@ def _other_sections(material: Material, sections: dict, attempt: Attempt) -> dic
             added = attempt("conditional importance", partial(conditional_importance, evidence, conditions, predicted))
             result |= {"conditional": added} if added else {}
     accuracy = np.array([record["accuracy"] for record in sections["layers"]["records"]])
-    cheap = (evidence, controls.cheap, material.best_predicted, attempt)
+    cheap, tried = (evidence, controls.cheap, material.best_predicted, attempt), controls.level != "none"
     answers = {  # what there is to answer from, and who answers
         "attribution": (controls.attributed, lambda given: attribution(evidence, *given, accuracy)),
         "cheap": (controls.cheap, lambda _: cheap_explanations(*cheap) | {"compared_with": material.best}),
-        "groups": (controls.unused, lambda given: grouped_split(evidence, given, controls.grouped)),
+        "groups": (controls.unused, lambda given: grouped_split(evidence, given, controls.grouped, tried)),
         "null_shuffles": (controls.shuffled, partial(null_shuffles, evidence)),
         "attention": (controls.attended, partial(attention, evidence)),
         "collection_map": (controls.mapped, partial(collection_map, evidence)),

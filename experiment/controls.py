@@ -56,21 +56,18 @@ EXTENTS = {
 DRAWS, ORDERS = {"kept kernels": 200, "else": 39}, {"kept kernels": 5, "else": 1}
 
 
-def analyse(experiment: Experiment, names: Sequence[str], say: Callable[[str], None]) -> dict | None:
+def analyse(experiment: Experiment, names: Sequence[str], say: Callable[[str], None]) -> dict:
     """Return `analysis` of results.json, whatever is trained for it trained.
-
-    None where none is asked for.
 
     Args:
         experiment: All phases done.
         names: Representations that were run with and without the top layers.
         say: Prints a line.
     """
-    if not experiment.settings.is_analysed:
-        return None
-    say("\nControls, and what the numbers mean")
-    level, evidence, attempts = experiment.settings.controls, evidence_of(experiment), Attempts(say)
-    columns = attempts("columns of groups", lambda: group_columns(experiment)) if level != "none" else {}
+    controlled = experiment.settings.controls != "none"
+    say("\nControls, and what the numbers mean" if controlled else "\nWhat the numbers mean")
+    evidence, attempts = evidence_of(experiment), Attempts(say)
+    columns = attempts("columns of groups", lambda: group_columns(experiment))
     trained = _train(experiment, evidence, names, columns or {}, attempts)
     statistics, updates = (_loaded(experiment, name) for name in (RANKING, UPDATES))
     cheap = {
@@ -133,15 +130,15 @@ def _train(
         conditions=conditions,
         attributed=(RANKING, attributions[RANKING]) if RANKING in attributions else None,
         unused=list(columns),
-        grouped=attempt("grouped split", lambda: grouped(experiment, evidence, names, columns)),
+        grouped=attempt("grouped split", lambda: grouped(experiment, evidence, names, columns)) if controlled else None,
         shuffled=attempt("null shuffles", lambda: shuffled(experiment, shuffles)) if shuffles else None,
         cross_fitted=attempt(
             "removal of layers that other test LoRAs choose",
             lambda: cross_fitted(experiment, evidence, names, level, conditions.get(RANKING)),
         )
         or TrainedSets(),
-        attended=attempt("attention", lambda: attended(experiment, names, level == "all")) if controlled else None,
-        mapped=attempt("map of the collection", lambda: mapped(experiment, names, order)) or () if controlled else (),
+        attended=attempt("attention", lambda: attended(experiment, names, level == "all")),
+        mapped=attempt("map of the collection", lambda: mapped(experiment, names, order)) or (),
     )
     for name, reason in controls.cross_fitted.not_run.items():
         attempt.say(f"controls: {name} without what each fold chose not run: {reason}")

@@ -72,11 +72,6 @@ class Settings:
         """The device of the main process."""
         return self.devices[0]
 
-    @property
-    def is_analysed(self) -> bool:
-        """The need of an analysis: controls or shuffled labels are asked for."""
-        return self.controls != "none" or self.null_shuffles > 0
-
     def config(self) -> dict:
         """Return what results.json keeps of the settings: all that decides the numbers, no path and no machine."""
         return {

@@ -10,6 +10,7 @@ from report.wording import (
     capital,
     classifier_name,
     correlation_text,
+    counted,
     listed,
     needed_text,
     p_text,
@@ -32,7 +33,10 @@ CHEAP = {  # of analysis.cheap: in words
     "recipe": "the facts of the trainer's file (its recipe)",
 }
 UNFINISHED = "the run ended before it was done, and the same command goes on with it"
-NO_CONTROLS = "No controls were run, so what the differences mean is open; --controls=basic compares them with chance."
+NOT_TRAINED = (
+    "was trained to compare with (--controls=none): --controls=basic removes other layers, and those that other test "
+    "LoRAs choose."
+)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -46,7 +50,7 @@ def warnings(results: dict) -> list[str]:
     lines = [_quick(config)] if config["quick"] else []
     lines += missing(results)
     if not analysis:
-        return lines if missing(results) else [*lines, NO_CONTROLS]
+        return lines
     for written in (_alternatives, _few, _chosen_on_test, _layers_at_chance, _not_run):
         lines += written(results)
     return lines
@@ -92,9 +96,9 @@ def _layers_at_chance(results: dict) -> Iterator[str]:
 
 
 def _quick(config: dict) -> str:
-    classifier, autoencoder = config["classifier"], config["autoencoder"]
+    runs, classifier, autoencoder = counted(config["num_runs"], "run"), config["classifier"], config["autoencoder"]
     return (
-        f"All accuracies here, and everything derived from them, rest on --quick ({config['num_runs']} runs, at most "
+        f"All accuracies here, and everything derived from them, rest on --quick ({runs}, at most "
         f"{classifier['max_epochs']} classifier and {autoencoder['max_epochs']} autoencoder epochs): not for "
         "reporting. Effective ranks, norms and clusters of layers do not depend on it."
     )
@@ -110,7 +114,7 @@ def _chosen_on_test(results: dict) -> Iterator[str]:
         beside = f"numbers where other test LoRAs choose are not known ({crossed['why']})"
         beside += "; --rank-by=val chooses on the validation LoRAs"
     elif not crossed["drops"]:
-        beside = "--controls=basic adds numbers where other test LoRAs choose, and --rank-by=val chooses on the "
+        beside = "--controls=basic adds drops where other test LoRAs choose, and --rank-by=val chooses on the "
         beside += "validation LoRAs"
     yield (
         f"{capital(top_layers(k))} {verb} chosen by the same test LoRAs that the ordinary accuracies and drops are "
@@ -150,6 +154,12 @@ def _unused_groups(analysis: dict) -> Iterator[str]:
         return
     name, noun = groups["representation"], "column" if len(groups["unused"]) == 1 else "columns"
     unused = f"Groups were not used, although the {noun} {listed(groups['unused'])} may name some."
+    if name is None and analysis["controls"] == "none":
+        yield (
+            f"{unused} What is predicted may be these and not the concept: --controls=basic tries a split that keeps "
+            f"them together. {use_of(groups['unused'][0])}"
+        )
+        return
     if name is None:
         why = analysis["controls_not_run"].get("grouped split", groups["why"])
         yield sentence(f"{unused} No split that keeps them together could be tried: {why}")
@@ -160,11 +170,11 @@ def _unused_groups(analysis: dict) -> Iterator[str]:
     yield (
         f"{unused} On a split that keeps the groups of {groups['column']} together {name} reaches "
         f"{percent(groups['grouped_split'])} % ({bounds(groups['interval'])}; chance {percent(groups['chance'])} %), "
-        f"on this one {percent(groups['random_split'])} %.{meaning} {_use_of(groups['column'])}"
+        f"on this one {percent(groups['random_split'])} %.{meaning} {use_of(groups['column'])}"
     )
 
 
-def _use_of(column: str) -> str:
+def use_of(column: str) -> str:
     """Return how groups of a column are used; those of a header's field are to be written into a table first."""
     if column.startswith("header: "):
         return "A table (--labels) with that field as a column, and --group-column, use it."
@@ -214,6 +224,9 @@ def checks(results: dict) -> list[str]:
         f"{len(layers['records'])} {needed_text(layers['needed'])}.",
         *_cheap_accuracies(analysis["cheap"]),
     ]
+    if analysis["controls"] == "none":
+        only = "Nothing but the ranking on shuffled labels" if analysis["null_shuffles"] else "Nothing"
+        lines.insert(0, f"{only} {NOT_TRAINED}")
     if gradients := analysis["attribution"]:
         rho = None if gradients["spearman"] is None else gradients | {"r": gradients["spearman"]}
         k, same = results["config"]["top_k"], gradients["same_top_k"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from report.cautions import NO_CONTROLS
+from report.cautions import missing
 from report.figures import DARK, FIGURES, PAGE, style_of
 from report.modules import module_lines
 from report.sentences import QUESTIONS, VERDICTS, concept_lines
@@ -75,8 +75,8 @@ def _sections(results: dict, content: Content, drawn: dict[str, bytes]) -> list[
     lines = {anchor: answer.sentences for anchor, answer in answer_of.items()}
     lines["concepts"], lines["modules"] = concept_lines(results), module_lines(results)
     if not results.get("analysis"):
-        lines = {anchor: [NO_CONTROLS] for anchor in (*(question.anchor for question in QUESTIONS), "concepts")}
-    bullets = {"controls": content.checks or [NO_CONTROLS]}
+        lines = {anchor: missing(results) for anchor in (*(question.anchor for question in QUESTIONS), "concepts")}
+    bullets = {"controls": content.checks or missing(results)}
     figures = list(_figures(content.findings, drawn, style_of(results) == "report"))
     return [
         {

@@ -316,15 +316,17 @@ def _concentration(name: str, section: dict) -> Iterator[str]:
 
 
 def _no_verdict(results: dict) -> Iterator[str]:
-    """Yield why there is no verdict, and the effect of the removal on the best representation."""
+    """Yield the effect of the removal on the best representation and on that of the ranking, and why no verdict."""
     analysis = results["analysis"]
+    compared, k = analysis["representations"], results["config"]["top_k"]
+    if compared and (best := compared["conditions"]["baseline"]["best"]):
+        drops = compared["drops"]
+        parts = [f"{name} {change_text(drops[name])}" for name in dict.fromkeys((best, RANKED_BY)) if name in drops]
+        yield f"Without {top_layers(k)} {listed(parts)}."
     if failed := [name for name in analysis["controls_not_run"] if name not in BEYOND_REMOVAL]:
         yield f"No verdict: the controls of {listed(failed)}, on which it would rest, could not be run."
     else:
-        yield "No verdict: no representation was trained with other layers removed, to compare it with."
-    compared, k = analysis["representations"], results["config"]["top_k"]
-    if compared and (best := compared["conditions"]["baseline"]["best"]):
-        yield f"Without {top_layers(k)} {best} {change_text(compared['drops'][best])}."
+        yield "No verdict: no other layers were removed to compare that with; --controls=basic does it."
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -365,15 +367,22 @@ def _none_best(results: dict) -> Iterator[str]:
     if not others:
         yield (
             f"None of {len(accuracy)} representations is distinguishable from chance ({chance} %) with all layers, so "
-            f"none is best. The first by validation accuracy, {chosen}, {reached} and {needed}."
+            f"none is best. The first by validation accuracy, {chosen}{_tied(section)}, {reached} and {needed}."
         )
         return
     them = "it" if len(others) == 1 else "them"
     yield (
-        f"None is best: the first by validation accuracy, {chosen}, is indistinguishable from chance ({chance} %) with "
-        f"all layers: it {reached} and {needed}. Distinguishable from chance {_are(len(others))} {listed(others)}, but "
-        f"validation does not choose {them}."
+        f"None is best: the first by validation accuracy, {chosen}{_tied(section)}, is indistinguishable from chance "
+        f"({chance} %) with all layers: it {reached} and {needed}. Distinguishable from chance {_are(len(others))} "
+        f"{listed(others)}, but validation does not choose {them}."
     )
+
+
+def _tied(section: dict) -> str:
+    """Return which others have the validation accuracy of the chosen one, behind its name; a few are named."""
+    if not (tied := section["tied_on_validation"]):
+        return ""
+    return f" (equal there: {listed(tied) if len(tied) < MANY else f'{len(tied)} others'})"
 
 
 def _best_reached(results: dict) -> str:
@@ -382,8 +391,8 @@ def _best_reached(results: dict) -> str:
     section, chance = compared["conditions"]["baseline"], percent(results["chance"]["accuracy"])
     best = section["best"]
     chosen = "Best by validation accuracy is" if len(accuracy) > 1 else "The only representation that was run is"
-    line = f"{chosen} {best}: {percent(accuracy[best])} % ({bounds(section['intervals'][best])}) of the test LoRAs"
-    line += f", where chance is {chance} %"
+    line = f"{chosen} {best}{_tied(section)}: {percent(accuracy[best])} % ({bounds(section['intervals'][best])})"
+    line += f" of the test LoRAs, where chance is {chance} %"
     if not section["best_above_chance"]:
         line += (
             f"; it is distinguishable from chance ({p_text(section['p_family'][best])}), but not shown to be right "
@@ -450,7 +459,8 @@ def _without_top(results: dict) -> Iterator[str]:
     analysis, k = results["analysis"], results["config"]["top_k"]
     compared, best = analysis["representations"], analysis["representations"]["conditions"]["baseline"]["best"]
     drops, left = compared["drops"], _accuracies(results, "ablation")
-    yield f"Without {top_layers(k)} {best} {change_text(drops[best])}{_crossed_drop(results, best)}."
+    if analysis["robustness"]:  # else the second answer says it
+        yield f"Without {top_layers(k)} {best} {change_text(drops[best])}{_crossed_drop(results, best)}."
     if len(drops) > 1:
         losses, crossed = len(compared["significant_losses"]), analysis["cross_fitted"]["drops"]
         lost = sum(drop["significant"] and drop["drop_cf"] > 0 for drop in crossed.values())
@@ -466,11 +476,11 @@ def _without_top(results: dict) -> Iterator[str]:
         known = section["above_null"]
         yield (
             f"Without {top_layers(k)} {listed(known)} {_are(len(known))} distinguishable from chance, but the first by "
-            f"validation accuracy, {section['chosen']}, is not."
+            f"validation accuracy, {section['chosen']}{_tied(section)}, is not."
         )
     elif len(drops) > 1:
         yield (
-            f"Without {top_layers(k)} the best by validation accuracy is {section['best']}, with "
+            f"Without {top_layers(k)} the best by validation accuracy is {section['best']}{_tied(section)}, with "
             f"{percent(left[section['best']])} % ({bounds(section['intervals'][section['best']])})."
         )
 

@@ -13,6 +13,7 @@ from report.wording import (
     capital,
     counted,
     left_text,
+    mean_text,
     metric,
     number,
     p_cell,
@@ -104,7 +105,7 @@ def _ranking_table(results: dict) -> Table:
     rows = [
         [
             str(rank),
-            f"{percent(record['accuracy'])} ± {percent(record['accuracy_std'])}",
+            mean_text(record["accuracy"], record["accuracy_std"], config["num_runs"]).strip(),
             percent(record["val_accuracy"]),
             record["role"],
             record["block"] or "",

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from report.cautions import NO_CONTROLS, checks, missing, warnings
+from report.cautions import checks, missing, use_of, warnings
 from report.modules import module_lines
 from report.sentences import VERDICTS, Answer, answers, over_splits
 from report.tables import SHARES, SKETCH_NOTE, Table, tables
-from report.wording import capital, counted, metric, signed, top_layers, wrapped
+from report.wording import capital, counted, listed, mean_text, metric, signed, top_layers, wrapped
 
 # Validation rows below which the results say how little early stopping rests on. It stands here, not in analysis/, as
 # results without an analysis need it too.
@@ -20,6 +21,7 @@ RESULT_HEADER = f"{'representation':<15} {'features':>8} {'test accuracy':>13}  
 SKETCHED = "sketched"  # behind the row of a representation that reads sketches of the weights
 WIDTH = 118  # of a line of results.txt
 MODULES_HEADING = "Modules, and the collection in the plane"
+OUTCOMES = ("confirmed", "refuted", "undecided", "not answerable")  # of hypotheses
 WORD_WIDTH = 40  # of a name in a column of results.txt that is not the last
 
 
@@ -57,17 +59,28 @@ def content_of(results: dict) -> Content:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def settings_lines(config: dict, environment: dict, output_dir: object) -> str:
-    """Return the resolved settings and the device."""
-    shown = ", ".join(f"{key} {config[key]}" for key in ("top_k", "num_runs", "rank_by", "splits", "seed", "quick"))
+def settings_lines(config: dict, environment: dict, output_dir: object, with_autoencoders: bool = True) -> str:
+    """Return the resolved settings and the device; of flags and trainings that are not asked for, nothing.
+
+    Args:
+        config: As results.json holds it.
+        environment: Likewise.
+        output_dir: Folder of results.
+        with_autoencoders: Whether any of the representations is an autoencoder.
+    """
+    shown = ", ".join(f"{key} {config[key]}" for key in ("top_k", "num_runs", "rank_by", "seed", "controls"))
+    asked = {"splits": config["splits"] > 1, "null_shuffles": config["null_shuffles"], "quick": config["quick"]}
+    shown += "".join(f", {key} {config[key]}" for key, is_asked in asked.items() if is_asked)
     classifier, autoencoder = config["classifier"], config["autoencoder"]
+    epochs = f"at most {classifier['max_epochs']} epochs, patience {classifier['patience']}"
+    if with_autoencoders:
+        epochs += f"; autoencoders {autoencoder['max_epochs']} and {autoencoder['patience']}"
     workers = f", {environment['workers']} workers" if environment["workers"] > 1 else ""
     job = f", job {environment['job']}" if environment["job"] else ""
     return "\n".join(
         [
             f"settings  {shown}, output_dir {output_dir}",
-            f"          at most {classifier['max_epochs']} epochs, patience {classifier['patience']}; autoencoders "
-            f"{autoencoder['max_epochs']} and {autoencoder['patience']}",
+            f"          {epochs}",
             f"device    {environment['device']}{workers}, on {environment['host']}{job}",
         ]
     )
@@ -91,9 +104,9 @@ def not_run_line(representation: str, reason: str) -> str:
     return f"{representation:<15} not run: {reason}"
 
 
-def layer_row(rank: int, record: dict) -> str:
-    """Return one aligned row of the layer ranking, accuracies in percent."""
-    accuracy = f"{100 * record['accuracy']:>6.1f} ± {100 * record['accuracy_std']:<4.1f}"
+def layer_row(rank: int, record: dict, runs: int) -> str:
+    """Return one aligned row of the layer ranking, accuracies in percent; means of so many runs."""
+    accuracy = mean_text(record["accuracy"], record["accuracy_std"], runs)
     place = f"{record['role']:4}  {record['block'] or '':<12}"
     return f"{rank:>4}  {accuracy}  {100 * record['val_accuracy']:>10.1f}  {place}  {record['layer']}"
 
@@ -102,6 +115,67 @@ def result_row(name: str, entry: dict) -> str:
     """Return one aligned row of a representation's metrics, in percent."""
     row = f"{name:<15} {entry['num_features']:>8} {metric(entry['test_accuracy'])}  {metric(entry['test_f1'])}"
     return row.rstrip() + (f"  {SKETCHED}" if entry.get("sketched") else "")
+
+
+def short_lines(results: dict, answered: Sequence[Answer]) -> list[str]:
+    """Return the beginning of each answer and the outcomes of the hypotheses, a screen of at most 40 lines.
+
+    None without an analysis. All sentences stand in results.txt and report.html.
+    """
+    if not answered:
+        return []
+    of_quick = " of a --quick run" if results["config"]["quick"] else ""
+    title = f"Short answers{of_quick} {_brackets(results)}"
+    lines = ["", title, "-" * len(title)]
+    for position, answer in enumerate(answered, 1):
+        lines += [f"{position}. {answer.question}", *wrapped(" ".join(answer.sentences[:2]), WIDTH, "   ", "   ")]
+    lines.append("Hypotheses")
+    for outcome in OUTCOMES:
+        if names := [answer.hypothesis for answer in answered if answer.outcome == outcome]:
+            lines += wrapped(f"{outcome}: {'; '.join(names)}", WIDTH, "   ", "   ")
+    if count := len(warnings(results)):
+        lines.append(f"{counted(count, 'caution')} and the other sentences stand in results.txt and report.html.")
+    return lines
+
+
+def next_step(results: dict) -> str:
+    """Return the step that serves best after these results, from their content."""
+    config, analysis = results["config"], results.get("analysis")
+    groups = analysis and analysis["groups"]
+    is_built_in = results["dataset"]["source"] == "built-in digits"
+    again, compared = "the same command", analysis and analysis["representations"]
+    if results["not_done"]:
+        return f"{again} again does what is missing: {listed(list(results['not_done']))}"
+    if is_built_in:
+        return "python data.py inspect PATH looks at LoRAs of your own"
+    if groups and groups["may_be_groups"]:
+        return f"keep the groups together that may be what is predicted. {use_of(groups['column'])}"
+    if config["quick"]:
+        controls = ", and removes other layers to compare with" if config["controls"] == "none" else ""
+        return f"{again} without --quick trains in more runs and epochs{controls}"
+    if config["controls"] == "none":
+        return (
+            f"{again} with --controls=basic removes other layers to compare with; what is trained is not trained again"
+        )
+    if compared and not compared["conditions"]["baseline"]["above_null"]:
+        return "more LoRAs of each class, or other labels (--labels, --label-column): none are told apart by these"
+    if config["splits"] == 1:
+        more = ", and more LoRAs decide more" if _is_open(analysis) else ""
+        return f"{again} with --splits=5 shows how far the answers depend on the split{more}"
+    if _is_open(analysis):
+        return "more LoRAs of each class: with these some answers are undecided"
+    return "docs/method.md says what each number means, for a report of them"
+
+
+def _is_open(analysis: dict) -> bool:
+    """Return whether there are few test LoRAs, or a verdict or hypothesis is undecided."""
+    decided = [*analysis["hypotheses"], *({"outcome": part["verdict"]} for part in analysis["robustness"].values())]
+    return analysis["few_test_loras"] or any(record["outcome"] == "undecided" for record in decided)
+
+
+def end_lines(results: dict, folder: Path, first: str) -> list[str]:
+    """Return the last lines of a run: ``first``, the path of the page, and the next step."""
+    return ["", first, f"  {folder / 'report.html'}", f"next: {next_step(results)}"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -203,8 +277,7 @@ def answer_lines(results: dict, answered: Sequence[Answer]) -> list[str]:
     """Return the five answers and hypotheses in lines; none without an analysis."""
     if not answered:
         return []
-    level = results["analysis"]["level"]
-    title = f"Short answers (in brackets: {100 * level:.0f} % intervals over the test LoRAs)"
+    title = f"Short answers {_brackets(results)}"
     lines = [title, "-" * len(title)]
     for position, answer in enumerate(answered, 1):
         lines.append(f"{position}. {answer.question}")
@@ -214,10 +287,14 @@ def answer_lines(results: dict, answered: Sequence[Answer]) -> list[str]:
     return lines
 
 
+def _brackets(results: dict) -> str:
+    return f"(in brackets: {100 * results['analysis']['level']:.0f} % intervals over the test LoRAs)"
+
+
 def _caution_lines(results: dict, cautions: Sequence[str]) -> list[str]:
-    """Return the warnings; without an analysis only that there was none, as the head already says --quick."""
+    """Return the warnings; without an analysis only why there is none, as the head already says --quick."""
     if not results.get("analysis"):
-        return [line for words in missing(results) or [NO_CONTROLS] for line in wrapped(words, WIDTH)]
+        return [line for words in missing(results) for line in wrapped(words, WIDTH)]
     if not cautions:
         return []
     return ["Cautions", "--------", *_bullets(cautions)]
@@ -235,7 +312,7 @@ def _layers(results: dict, ranking_table: Table) -> list[str]:
         shown = _table_lines(ranking_table, ("rank", "test accuracy", "95 % interval", "p", "validation", "block"))
     else:
         rows, more = ranking[: ranking_table.shown], config["top_k"] - ranking_table.shown
-        shown = [LAYER_HEADER, *(layer_row(rank, record) for rank, record in enumerate(rows, 1))]
+        shown = [LAYER_HEADER, *(layer_row(rank, record, config["num_runs"]) for rank, record in enumerate(rows, 1))]
         shown += [f"({more} more of the top in results.json)"] if more > 0 else []
     return [
         f"1. Which layers predict? Each of {len(ranking)} alone, on 7 statistics, ranked by {chosen_by}",
@@ -349,8 +426,10 @@ def _notes(results: dict) -> list[str]:
     lines = [
         "Accuracies and macro-F1 in percent, on the test LoRAs; changes in points. ± is the sample standard deviation",
         f"over {config['num_runs']} runs, which differ in initial weights, minibatch order and dropout. The split and",
-        "the fitted autoencoders are the same in all runs.",
+        "the fitted autoencoders are the same in all runs. Where there is no ±, nothing differs between runs.",
     ]
+    if config["num_runs"] == 1:
+        lines = ["Accuracies and macro-F1 in percent, on the test LoRAs, of a single run; changes in points."]
     if config["rank_by"] == "test" and not results.get("analysis"):  # else a warning says so
         lines.append(
             "The top layers were chosen on the same test LoRAs that the tables report; --rank-by=val avoids that."

@@ -137,9 +137,15 @@ def runs_text(results: dict, name: str) -> str:
     return f"{runs} of the {total} runs" if runs < total else ""
 
 
+def mean_text(mean: float, std: float, runs: int) -> str:
+    """Return a mean and the deviation over runs in percent, 13 characters wide; of one run there is no deviation."""
+    deviation = f" ± {100 * std:<4.1f}" if runs > 1 else " " * 7
+    return f"{100 * mean:>6.1f}{deviation}"
+
+
 def metric(values: dict) -> str:
     """Return mean and deviation in percent, 13 characters wide."""
-    return f"{100 * values['mean']:>6.1f} ± {100 * values['std']:<4.1f}"
+    return mean_text(values["mean"], values["std"], len(values["runs"]))
 
 
 def counted(count: int, noun: str) -> str:
