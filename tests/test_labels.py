@@ -225,13 +225,16 @@ def test_a_name_through_a_link_out_of_the_collection_is_no_file_of_it(tmp_path):
     assert finding.startswith(f"{path}: line 8: a label for a missing file: no weight file 'link/x.safetensors' in ")
 
 
+OTHER_NAMES = f"no column file_name (nor {', '.join(label_tables.FILE_COLUMNS)})"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
         ("csv", b"", "no label: holds no row"),
         ("csv", b"file_name,label\n", "no label: holds no row"),
-        ("csv", b"path,label\n0.safetensors,a\n", "no column file_name, but path, label"),
-        ("csv", b"file;label\n0.safetensors;a\n", "no column file_name, but file;label"),
+        ("csv", b"photo,label\n0.safetensors,a\n", "no column file_name (nor filename, file, filepath, path, name, "),
+        ("csv", b"photo;label\n0.safetensors;a\n", OTHER_NAMES + ", but photo, label. Call the column that names "),
         ("csv", b"file_name,a\xe2\x80\xaeb\n0.safetensors,a\n", "a column's name 'a\\u202eb' is not printable text"),
         ("csv", b"file_name,label\n0.safetensors,a,b\n", "line 2: not readable (3 cells under 2 columns)"),
         ("csv", b"file_name,label\n0.safetensors\n", "line 2: not readable (1 cells under 2 columns)"),
@@ -240,7 +243,7 @@ def test_a_name_through_a_link_out_of_the_collection_is_no_file_of_it(tmp_path):
         (
             "csv",
             "file_name,label\n0.safetensors,Bär\n".encode("cp1252"),
-            "not UTF-8: byte 0xe4 in line 2, in Windows-1252 '0.safetensors,Bär'. Save it as UTF-8 (in",
+            "not UTF-8: byte 0xe4 in line 2, in CP1252 'Bär', CP1251 'Bдr'",
         ),
         ("csv", b"\xff\xfef\0i\0l", "not readable as UTF-16"),
         (
@@ -302,7 +305,7 @@ def test_tables_are_bounded_plain_files(tmp_path, monkeypatch):
     assert findings(tmp_path) == [f"{path}: not a plain file. Remove it."]
     assert findings(tmp_path, labels=tmp_path / "no.csv")[0].startswith(f"{tmp_path / 'no.csv'}: no such file")
     other = tmp_path / "0.safetensors"
-    assert findings(tmp_path, labels=other)[0].startswith(f"{other}: neither .csv nor .jsonl")
+    assert findings(tmp_path, labels=other)[0].startswith(f"{other}: neither .csv, .tsv nor .jsonl")
 
 
 def test_metadata_json_is_bounded_and_a_plain_file(tmp_path):
@@ -373,15 +376,74 @@ def no_such_field(root):
 
 def no_row_for_a_file(root):
     path = table(flat_collection(root) / "metadata.csv", ["file_name", "label", "x"], *rows_of(5, cats_and_dogs, str))
-    tried = f"no row with label for it in {path.name}; the columns there are: label, x"
+    tried = f"no row for it in {path.name}; the columns there are: label, x"
     return [], f"{root / '5.safetensors'}: no label: {tried}. Label it or leave it out."
 
 
 def an_empty_cell(root):
     rows = [*rows_of(5, cats_and_dogs), ("5.safetensors", " ")]
-    table(flat_collection(root) / "metadata.csv", ["file_name", "label"], *rows)
-    tried = "no row with label for it in metadata.csv; the columns there are: label"
-    return [], f"{root / '5.safetensors'}: no label: {tried}. Label it or leave it out."
+    path = table(flat_collection(root) / "metadata.csv", ["file_name", "label"], *rows)
+    return [], f"{path}: line 7: label is empty. Fill it in, or --skip-bad leaves these LoRAs out."
+
+
+def empty_cells(root):
+    rows = [*rows_of(2, cats_and_dogs), *((f"{i}.safetensors", "") for i in (2, 3, 5)), ("4.safetensors", "cat")]
+    path = table(flat_collection(root) / "metadata.csv", ["file_name", "label"], *rows)
+    return [], f"{path}: lines 4 to 6: label is empty. Fill it in, or --skip-bad leaves these LoRAs out."
+
+
+def a_list_in_a_cell(root):
+    rows = [*rows_of(5, cats_and_dogs), ("5.safetensors", ["cat"])]
+    path = table(flat_collection(root) / "metadata.jsonl", ["file_name", "label"], *rows)
+    words = "label is neither a text nor a number. Write one, or --skip-bad leaves these LoRAs out."
+    return [], f"{path}: line 6: {words}"
+
+
+def no_folder_and_no_table(root):
+    flat_collection(root, 60)
+    fault = "none of its 60 LoRAs lies in <class>/ or <class>/<lora>/, or has a metadata.json beside it"
+    table_words = "the line file_name,label and one such as 0.safetensors,anime for each LoRA"
+    mend = f"Label them in a table (--labels FILE): {table_words}. `python data.py label {root}` writes it, to fill in."
+    return [], f"{root}: no label: {fault}. {mend}"
+
+
+def no_field_and_nothing_to_choose(root):
+    write_collection(root)
+    fault = "no metadata.json beside a weight file has concept; there is no metadata.json with fields"
+    example = f"class_0/0000/{FILE_NAME},anime"
+    table_words = f"the line file_name,label and one such as {example} for each LoRA"
+    mend = f"Label them in a table (--labels FILE): {table_words}. `python data.py label {root}` writes it, to fill in."
+    return ["--label-column=concept"], f"{root}: no label: {fault}. {mend}"
+
+
+def no_column_beside_the_files(root):
+    path = table(flat_collection(root) / "metadata.csv", ["file_name"], *rows_of(6))
+    fault = "no column category_label or label; there is none but that of the files"
+    return [], f"{path}: no label: {fault}. Add a column label."
+
+
+def several_columns_and_a_likely_one(root):
+    path = table(flat_collection(root) / "metadata.csv", ["path", "size", "Class"], *rows_of(6, str, cats_and_dogs))
+    choices = "the columns there are: size (6 values), Class (2 values), and path, which names the files"
+    fault = f"no column category_label or label; {choices}"
+    return [], f"{path}: no label: {fault}. --label-column=Class takes that one."
+
+
+def a_name_of_two(root):
+    write_lora(root / "a.safetensors", lora(1))
+    write_lora(root / "a" / "1.safetensors", lora(1))
+    path = table(root / "metadata.csv", ["file_name", "label"], ("a", "cat"), ("a/", "dog"))
+    return [], f"{path}: line 2: 'a' may be a.safetensors and a/. Write which."
+
+
+def each_lora_in_a_folder(root):
+    for i in range(6):
+        write_lora(root / f"{i}" / FILE_NAME, lora(1, seed=i))
+    return [], (
+        f"{root}: labels from the folder names give as many labels as LoRAs (6): looks like an id; no other column "
+        "would make classes. Choose labels that repeat. Where folders are no concepts, "
+        f"`python data.py label {root}` writes a table for --labels, to fill in."
+    )
 
 
 def no_such_column(root):
@@ -418,7 +480,9 @@ def a_label_for_each_lora_and_nothing_else(root):
 def one_class(root):
     write_collection(root, classes=1)
     message = "labels from the folder names give fewer than two classes (class_0: 3). At least two concepts are needed."
-    return [], f"{root}: {message}"
+    command = f"python data.py label {root}"
+    mend = f"Where folders are no concepts, `{command}` writes a table for --labels, to fill in."
+    return [], f"{root}: {message} {mend}"
 
 
 def a_class_of_two(root):
@@ -450,7 +514,7 @@ def no_group_column(root):
     table(flat_collection(root) / "metadata.csv", ["file_name", "label"], *rows_of(6, cats_and_dogs))
     return ["--group-column=owner"], (
         f"{root}: no group: no column owner in metadata.csv, and no metadata.json beside a weight file has owner; "
-        "there is no metadata.json with fields. Choose one with --group-column."
+        "there is no metadata.json with fields. Add it, or leave out --group-column."
     )
 
 
@@ -466,6 +530,14 @@ BAD_LABELS = [
     no_such_field,
     no_row_for_a_file,
     an_empty_cell,
+    empty_cells,
+    a_list_in_a_cell,
+    no_folder_and_no_table,
+    no_field_and_nothing_to_choose,
+    no_column_beside_the_files,
+    several_columns_and_a_likely_one,
+    a_name_of_two,
+    each_lora_in_a_folder,
     no_such_column,
     a_label_for_a_missing_file,
     a_label_for_each_lora,
@@ -768,7 +840,8 @@ def test_the_values_beside_the_weights_by_file(tmp_path):
         beside = root / path
         fields = {"steps": 10 * i, "artist": f"a{i % 2}", "tags": ["x"], "caption": 201 * "y", "note": None}
         (beside.parent / "metadata.json").write_text(json.dumps(fields))
-    named = table(tmp_path / "labels.csv", ["file_name", "label", "steps"], *[[path, "c", 7] for path in paths[:3]])
+    path = table(tmp_path / "labels.csv", ["file_name", "label", "steps"], *[[path, "c", 7] for path in paths[:3]])
+    named = label_tables.open_table(path, set(paths))
     values = labels.values_by_file(root, paths, None, Counter())
     assert list(values) == ["artist", "steps"] and values["steps"] == {p: str(10 * i) for i, p in enumerate(paths)}
     values = labels.values_by_file(root, paths, named, Counter())
