@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     except LabelError as error:
         print("\n".join(f"error: {finding}" for finding in error.findings), file=sys.stderr)
     except OSError as error:
-        print(f"error: {plain(building.fault_of(error))}. Name another place with --out.", file=sys.stderr)
+        print(f"error: {plain(building.fault_of(error))}. Mend that, and start again.", file=sys.stderr)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
@@ -76,8 +76,8 @@ def write_table(root: Path, out: Path | None = None) -> list[str]:
         out: The table, csv or tsv; None: labels.csv in the folder.
 
     Raises:
-        LabelError: There is no LoRA, the table is there already, or cannot be called so.
-        OSError: It cannot be written.
+        LabelError: There is no LoRA; the table is there already, cannot be called so, or cannot be written.
+        OSError: The folder cannot be read.
     """
     out = root / DEFAULT_NAME if out is None else out
     _check_out(root, out)
@@ -95,7 +95,10 @@ def write_table(root: Path, out: Path | None = None) -> list[str]:
     text = io.StringIO()
     csv.writer(text, delimiter=DELIMITERS[out.suffix.lower()], lineterminator="\n").writerows([columns, *cells])
     _check_out(root, out)  # it may have been written meanwhile
-    building.write_atomically(out, text.getvalue().encode("utf-8-sig"))
+    try:
+        building.write_atomically(out, text.getvalue().encode("utf-8-sig"))
+    except OSError as error:
+        raise LabelError(f"{out}: cannot be written ({error.strerror}). Name another place with --out.") from error
     lines = [f"{out}: {_loras(len(rows))}, {_filled_words(len(labels), len(rows), source)}"]
     if hints_there := sum(map(bool, hints.values())):
         lines.append(f"hints:   {HINT} has what the headers of {hints_there} say of their training; it is no label")
@@ -112,7 +115,8 @@ def _check_out(root: Path, out: Path) -> None:
     if out.suffix.lower() not in DELIMITERS:
         raise LabelError(f"--out {out}: neither .csv nor .tsv. Name the table so.")
     if os.path.lexists(out):
-        raise LabelError(f"{out}: is there already, and is not overwritten. Fill it in, or name another with --out.")
+        mend = f"Fill it in for --labels={shlex.quote(os.fspath(out))}, or name another with --out."
+        raise LabelError(f"{out}: is there already, and is not overwritten. {mend}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -126,11 +130,14 @@ def rows_of(choice: Choice) -> tuple[list[Row], list[str]]:
     A LoRA with checkpoints has one row, under the name of its folder, which is right for every --step.
     """
     known = KnownNames(choice)
-    named = []
-    for lora, chosen in choice.groups.items():
-        if len(chosen) == 1:
-            left_out = (path for path, of_lora in choice.left_out.items() if of_lora == lora)
-            named.append((lora, Row(lora, chosen, (*chosen, *left_out))))
+    left_out = defaultdict(list)
+    for path, lora in choice.left_out.items():
+        left_out[lora].append(path)
+    named = [
+        (f"{lora}/", Row(lora, chosen, (*chosen, *left_out[lora])))
+        for lora, chosen in choice.groups.items()
+        if len(chosen) == 1
+    ]
     whole = {path for _, row in named for path in row.read}
     named += [(path, Row(path, (path,), (path,))) for path in choice.paths if path not in whole]
     rows, unnamed = [], []
@@ -144,8 +151,9 @@ def rows_of(choice: Choice) -> tuple[list[Row], list[str]]:
 
 
 def _cell(name: str, files: tuple[str, ...], known: KnownNames) -> str | None:
-    """Return a cell that names files, no spreadsheet computes, and is read back as them; None where there is none."""
-    for cell in (name, f"{name}/", f"./{name}"):
+    """Return a cell that names files, that no spreadsheet changes, and that is read back as them; None for no such."""
+    has_letter = re.search(r"[^\W\d_]", name)  # else it may be taken for a number or a date
+    for cell in [name, f"./{name}"] if has_letter else [f"./{name}"]:
         is_sound = not names.fault(cell) and names.spreadsheet_cell(cell) == cell and not leads_elsewhere(cell)
         if is_sound and not known.several(cell, None) and known.files(cell, None) == files:
             return cell

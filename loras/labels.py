@@ -24,6 +24,7 @@ from loras.label_names import KnownNames, leads_elsewhere, names_of_files
 from loras.label_tables import (
     FILE_NAME,
     STEP,
+    SUFFIXES,
     LabelError,
     Table,
     column_key,
@@ -210,7 +211,9 @@ def _no_column(table: Table, name: str) -> LabelError:
     if not table.columns:
         mend = "there is none but that of the files. Add a column label."
         return LabelError(f"{table.path}: no label: no column {name}; {mend}")
-    choices = f"the columns there are: {counted(column_values(table.path.parent, [], table))}"
+    values = column_values(table.path.parent, [], table)
+    listed = {column: values.get(column, Counter()) for column in table.columns if column != HINT}
+    choices = f"the columns there are: {counted(listed)}"
     meant = [column for column in table.columns if column_key(column) in (column_key(name), *LIKELY_COLUMNS)]
     if table.file_column != FILE_NAME:
         choices += f", and {plain(table.file_column)}, which names the files"
@@ -346,15 +349,20 @@ def _label_by_metadata_or_folder(result: Labels, root: Path, beside: _Beside, co
         return
     choices = _list_fields(root, list(beside.fields))
     if result.source == FOLDERS and not result.label:
-        fault = f"none of its {len(missing)} LoRAs lies in <class>/ or <class>/<lora>/"
-        fault += f"; {choices}: --label-column=NAME takes one" if choices else f", or has a {METADATA_NAME} beside it"
+        fault = f"of {len(missing)} LoRAs in it none lies in <class>/ or <class>/<lora>/"
+        fault += f"; {choices}: --label-column=NAME takes one" if choices else f", and {NO_FIELDS}"
         raise LabelError(f"{root}: no label: {fault}. {by_table(root, missing)}")
     reason = f"no label: {tried}; {choices or NO_FIELDS}. Label it or leave it out."
     result.findings += [Finding((path,), reason) for path in missing]
 
 
 def by_table(root: Path, paths: Sequence[str]) -> str:
-    """Return how LoRAs are labelled by a table, in two sentences."""
+    """Return how LoRAs are labelled by a table, in sentences; a table that already lies in their folder is named."""
+    files = os.listdir(root) if paths else []
+    there = sorted(name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith("."))
+    if there:
+        flag = f"--labels={shlex.quote(os.path.join(root, there[0]))}"
+        return f"`{flag}` takes labels from that table; `{label_command(root)} --out FILE` writes another, to fill in."
     example = next((path for path in paths if re.fullmatch(r"[\w./-]{1,60}", path)), "lora_01.safetensors")
     words = f"Label them in a table (--labels FILE): the line file_name,label and one such as {example},anime for each"
     return f"{words} LoRA. `{label_command(root)}` writes it, to fill in."

@@ -164,6 +164,100 @@ def test_tables_as_spreadsheets_write_them(tmp_path, case, encoding):
     assert [file.label for file in collection.files] == ["x", "y"] and collection.label_column == "label"
 
 
+@pytest.mark.parametrize("column", ["Filename", "FILE", "path", "File Path", "name", "LoRA", "lora-name", "model"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_column_of_files_by_another_name(tmp_path, column, separator):
+    flat_collection(tmp_path)
+    rows = [[column, "Label", "artist"], *([f"{i}", cats_and_dogs(i), "x"] for i in range(6))]  # without suffix
+    (tmp_path / "metadata.csv").write_text("\n".join(map(separator.join, rows)))
+    collection = index_collection(tmp_path)
+    assert [file.label for file in collection.files] == ["dog", "cat"] * 3 and collection.label_column == "Label"
+    assert collection.columns == {"Label": dict(zip(PATHS, ["dog", "cat"] * 3, strict=True)), "artist": ALL_X}
+
+
+PATHS = [f"{i}.safetensors" for i in range(6)]
+ALL_X = dict.fromkeys(PATHS, "x")
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "expected"),
+    [
+        (["name", "path", "label"], lambda i: (f"style {i}", f"{i}.safetensors", "x"), "path"),
+        (["path", "name", "label"], lambda i: (f"/home/me/{i}.png", f"{i}", "x"), "name"),
+        (["name", "lora", "label"], lambda i: (f"{i}", f"{i}", "x"), "name"),  # the first of those that name files
+        (["model", "file name", "label"], lambda i: ("sd15", f"{i}", "x"), "file name"),
+        (["path", "File_Name", "label"], lambda i: (f"{5 - i}", f"{i}", "x"), "file_name"),  # which goes before all
+        (["name", "model"], lambda i: (f"{i}", "x"), "name"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_of_several_columns_the_one_that_names_files(tmp_path, columns, row, expected, suffix):
+    table(flat_collection(tmp_path) / f"metadata.{suffix}", columns, *map(row, range(6)))
+    collection = index_collection(tmp_path)
+    assert collection.table.file_column == expected and collection.class_counts == {"x": 6}
+
+
+def test_a_column_that_is_asked_for_names_no_files(tmp_path):
+    table(flat_collection(tmp_path) / "metadata.csv", ["model", "name"], *[("ab"[i % 2], f"{i}") for i in range(6)])
+    assert index_collection(tmp_path, label_column="model").class_counts == {"a": 3, "b": 3}
+    table(tmp_path / "metadata.csv", ["name", "label"], *[(f"{i}", "x") for i in range(6)])
+    (finding,) = findings(tmp_path, label_column="name")
+    assert finding.endswith(
+        "the columns there are: label (1 value), and name, which names the files. Choose one with --label-column."
+    )
+
+
+def test_names_without_suffix_and_of_files_elsewhere(tmp_path):
+    """A name that is a path, or a folder, is that; without its folder it is no name, but the error has the path."""
+    for path in ("v1.5.safetensors", "a/x.SAFETENSORS", "b/x.safetensors", "b/y/1.safetensors"):
+        write_lora(tmp_path / path, lora(1))
+    path = table(
+        tmp_path / "metadata.csv", ["name", "label"], ("v1.5", "1"), ("a\\x", "2"), ("./b/x", "3"), ("b/y", "4")
+    )
+    labels = {file.path: file.label for file in index_collection(tmp_path).files}
+    assert labels == {"a/x.SAFETENSORS": "2", "b/x.safetensors": "3", "b/y/1.safetensors": "4", "v1.5.safetensors": "1"}
+    table(path, ["name", "label"], ("v1.5", "1"), ("x", "2"), ("b/x", "3"), ("b/y", "4"))
+    assert findings(tmp_path)[0].endswith(
+        "Write its path, if it is a/x.SAFETENSORS, or b/x.safetensors; else remove the row."
+    )
+    write_lora(tmp_path / "v1.5.Safetensors", lora(1))
+    assert findings(tmp_path)[0] == f"{path}: line 2: 'v1.5' may be v1.5.Safetensors and v1.5.safetensors. Write which."
+
+
+def test_a_tsv_is_read_and_a_workbook_refused(tmp_path):
+    root = flat_collection(tmp_path / "zoo")
+    (tmp_path / "mine.tsv").write_text("\n".join(["lora\tnote, long", *(f"{i}\t{i % 2}" for i in range(6))]))
+    assert index_collection(root, labels=tmp_path / "mine.tsv").class_counts == {"0": 3, "1": 3}
+    for name, kind in (
+        ("mine.xlsx", "a workbook, which is not read"),
+        ("mine.csv", "a workbook (xlsx, ods) or another"),
+    ):
+        (tmp_path / name).write_bytes(b"PK\x03\x04" + bytes(9))
+        (finding,) = findings(root, labels=tmp_path / name)
+        assert finding.startswith(f"{tmp_path / name}: {kind}")
+        assert finding.endswith(". Save it as CSV UTF-8, and give that.")
+
+
+@pytest.mark.parametrize(
+    ("label", "encoding", "name"),
+    [
+        ("Bär", "latin-1", "CP1252"),
+        ("アニメ", "shift-jis", "CP932"),
+        ("动漫风格", "gbk", "GB18030"),
+        ("만화", "euc-kr", "CP949"),
+        ("аниме", "cp1251", "CP1251"),
+    ],
+)
+def test_a_table_of_another_encoding_says_how_it_reads_in_some(tmp_path, label, encoding, name):
+    path = flat_collection(tmp_path, 1) / "metadata.csv"
+    path.write_bytes(f"file_name;label\n0.safetensors;{label}\n".encode(encoding))
+    (finding,) = findings(tmp_path)
+    assert finding.startswith(f"{path}: not UTF-8: byte 0x") and f"{name} '{label}'" in finding
+    assert "Save it as UTF-8 (in a spreadsheet: CSV UTF-8; elsewhere: `iconv -f C" in finding.replace("-f G", "-f C")
+    path.write_bytes("file_name,label\n0.safetensors,a".encode("utf-16-be"))
+    assert f"`iconv -f UTF-16BE -t UTF-8 {path} > FILE`" in findings(tmp_path)[0]
+
+
 def test_jsonl_as_windows_writes_it(tmp_path):
     flat_collection(tmp_path, 2)
     rows = ['{"file_name": ".\\\\0.safetensors", "label": "ä"}', "", '{"file_name": "1.safetensors", "label": "b"}']
@@ -401,10 +495,17 @@ def a_list_in_a_cell(root):
 
 def no_folder_and_no_table(root):
     flat_collection(root, 60)
-    fault = "none of its 60 LoRAs lies in <class>/ or <class>/<lora>/, or has a metadata.json beside it"
+    fault = "of 60 LoRAs in it none lies in <class>/ or <class>/<lora>/, and there is no metadata.json with fields"
     table_words = "the line file_name,label and one such as 0.safetensors,anime for each LoRA"
     mend = f"Label them in a table (--labels FILE): {table_words}. `python data.py label {root}` writes it, to fill in."
     return [], f"{root}: no label: {fault}. {mend}"
+
+
+def no_folder_and_a_table_that_no_flag_names(root):
+    path = table(flat_collection(root) / "my labels.csv", ["file_name", "label"], *rows_of(6, cats_and_dogs))
+    fault = "of 6 LoRAs in it none lies in <class>/ or <class>/<lora>/, and there is no metadata.json with fields"
+    other = f"`python data.py label {root} --out FILE` writes another, to fill in"
+    return [], f"{root}: no label: {fault}. `--labels='{path}'` takes labels from that table; {other}."
 
 
 def no_field_and_nothing_to_choose(root):
@@ -533,6 +634,7 @@ BAD_LABELS = [
     empty_cells,
     a_list_in_a_cell,
     no_folder_and_no_table,
+    no_folder_and_a_table_that_no_flag_names,
     no_field_and_nothing_to_choose,
     no_column_beside_the_files,
     several_columns_and_a_likely_one,
@@ -584,6 +686,61 @@ def test_flags_of_labels_and_layers_are_refused_in_one_line(tmp_path, capsys, fl
     error = capsys.readouterr().err
     assert error.startswith(f"error: {words}") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Labels that may be one
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["anime", "Anime", " anime", "ANIME ", "animes"], [[" anime", "ANIME ", "Anime", "anime"]]),
+        (
+            ["line art", "line_art", "Line-Art", "line  art", "lineart"],
+            [["Line-Art", "line  art", "line art", "line_art"]],
+        ),
+        (["-1", "1", "1.0", "+1", "01"], []),  # numbers are what they are
+        (["1-2", "1 2"], [["1 2", "1-2"]]),
+        (["straße", "STRASSE", "Strasse"], [["STRASSE", "Strasse", "straße"]]),
+        (["e\u0301", "é", "ｅ́"], [["e\u0301", "é", "ｅ\u0301"]]),
+        (["ｱﾆﾒ", "アニメ", "动漫"], [["アニメ", "ｱﾆﾒ"]]),
+        (["a–b", "a-b", "a—b"], [["a-b", "a–b", "a—b"]]),
+        (["", " ", "_", "-"], [["", " "]]),
+        (["c++", "c", "C#", "c#"], [["C#", "c#"]]),
+        ([], []),
+    ],
+)
+def test_labels_that_differ_only_in_how_they_are_written(given, expected):
+    assert labels.near_duplicates([*given, *given]) == expected
+
+
+def test_similar_labels_are_classes_of_their_own_with_a_notice(tmp_path):
+    rows = [
+        (path, label) for path, label in zip(PATHS, ["anime", "Anime", " anime", "anime", "dog", "dog"], strict=True)
+    ]
+    path = table(flat_collection(tmp_path) / "metadata.csv", ["file_name", "label"], *rows)
+    collection = index_collection(tmp_path)
+    assert collection.classes == [" anime", "Anime", "anime", "dog"]  # nothing is changed silently
+    (notice,) = (notice for notice in collection.notices if notice.kind == "similar labels")
+    assert notice.message == (
+        "labels that differ only in case, blanks or hyphens are read as classes of their own: ' anime' (1), 'Anime' "
+        "(1), 'anime' (2). If they are one concept, write it in one way (label in metadata.csv)."
+    )
+    assert notice.files == ("1.safetensors", "2.safetensors") and notice.groups == (tuple(PATHS[:4]),)
+    (finding,) = findings(tmp_path, strict=True)
+    assert finding == f"{tmp_path / '1.safetensors'} and 1 more: {notice.message}"
+    assert index_collection(tmp_path, strict=True, skip_bad=True).class_counts == {"anime": 2, "dog": 2}
+    table(path, ["file_name", "label"], *rows_of(6, cats_and_dogs))
+    assert not index_collection(tmp_path).notices
+
+
+def test_many_similar_labels_are_one_notice_of_bounded_length(tmp_path):
+    rows = [(f"{i}.safetensors", "ab"[i % 2] * 250 + f"{i // 4}" + "xX"[i // 2 % 2]) for i in range(80)]
+    table(flat_collection(tmp_path, 80) / "metadata.csv", ["file_name", "label"], *rows)
+    (notice,) = index_collection(tmp_path).notices
+    assert len(notice.groups) == 40 and "; and 34 more such sets. If" in notice.message and len(notice.message) < 1500
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -791,7 +948,7 @@ NETWORKS = Networks(classifier=(16, 16, 16))
 def test_results_tell_labels_groups_and_what_was_left_out(tmp_path, capsys):
     root = metadata_collection(tmp_path / "zoo", 24)
     for i in range(24):
-        (root / f"{i:02}" / "metadata.json").write_text(json.dumps({"kind": i % 2, "owner": f"o{i // 3}"}))
+        (root / f"{i:02}" / "metadata.json").write_text(json.dumps({"kind": "Aa"[i % 2], "owner": f"o{i // 3}"}))
     (root / "03" / FILE_NAME).write_bytes(b"<!DOCTYPE html>")
     flags = ["--dataset", str(root), "--output-dir", str(tmp_path / "out"), "--top-k=1", "--quick", "--device=cpu"]
     flags += ["--representations=stats", "--label-column=kind", "--group-column=owner", "--skip-bad"]
@@ -800,11 +957,14 @@ def test_results_tell_labels_groups_and_what_was_left_out(tmp_path, capsys):
     assert "skipped   1 left out, as --skip-bad asks" in out and "8 groups by owner, each in one part" in out
     folder = tmp_path / "out" / "ablation_zoo"
     dataset = json.loads((folder / "results.json").read_text())["dataset"]
-    assert dataset["label_source"] == "kind in metadata.json" and dataset["classes"] == ["0", "1"]
+    assert dataset["label_source"] == "kind in metadata.json" and dataset["classes"] == ["A", "a"]
+    assert [finding["kind"] for finding in dataset["findings"]] == ["similar labels"]
+    assert "note      labels that differ only in case" in out
     assert (dataset["label_column"], dataset["group_column"], dataset["num_groups"]) == ("kind", "owner", 8)
     ((path, reason),) = ((entry["path"], entry["reason"]) for entry in dataset["skipped"])
     assert path == f"03/{FILE_NAME}" and reason.startswith("a web page saved as weights")
     text = (folder / "results.txt").read_text()
+    assert "labels that differ only in case, blanks or hyphens are read as classes" in text
     assert "1 file left out" in text and "8 groups by owner" in text
     rows = list(csv.DictReader((folder / "samples.csv").open()))
     assert list(rows[0]) == ["file", "label", "split", "group"] and len(rows) == 23
@@ -815,7 +975,7 @@ def test_results_tell_labels_groups_and_what_was_left_out(tmp_path, capsys):
     assert "Nothing to do" in capsys.readouterr().out
     # The same contents and labels in other groups are another split, and other results.
     for i in range(24):
-        (root / f"{i:02}" / "metadata.json").write_text(json.dumps({"kind": i % 2, "owner": f"o{i % 12 // 2}"}))
+        (root / f"{i:02}" / "metadata.json").write_text(json.dumps({"kind": "Aa"[i % 2], "owner": f"o{i % 12 // 2}"}))
     assert main(flags, NETWORKS) == 0
     assert "Nothing to do" not in capsys.readouterr().out
 
