@@ -437,6 +437,7 @@ def check_classes(collection: Collection) -> None:
         fault += labelling.instead_of(collection.label_source, collection.root)
     elif min(counts.values()) < 3:
         fault = f"a class with fewer than three LoRAs ({_rarest(counts)}). Train, validation and test need one each."
+        fault += labelling.may_be_one(counts)
     else:
         _check_groups(collection)
         return

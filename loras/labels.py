@@ -558,6 +558,12 @@ def _spelling(label: str) -> str:
     return _BETWEEN.sub(" ", text.strip())
 
 
+def may_be_one(labels: Iterable[str]) -> str:
+    """Return that the first labels that differ only in how they are written may be one: a sentence, or nothing."""
+    groups = near_duplicates(labels)
+    return f" {' and '.join(repr(label[:40]) for label in groups[0][:MAX_GROUPS])} may be one label." if groups else ""
+
+
 def similar_labels(files: Sequence[LabelledFile], source: str) -> list[Notice]:
     """Return the notice of labels that differ only in how they are written; its files have the rarer spellings.
 

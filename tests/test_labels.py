@@ -596,6 +596,15 @@ def a_class_of_two(root):
     )
 
 
+def a_class_of_two_in_two_spellings(root):
+    rows = zip(PATHS, ["cat", "Cat", "cat", "dog", "dog", "dog"], strict=True)
+    table(flat_collection(root) / "metadata.csv", ["file_name", "label"], *rows)
+    return [], (
+        f"{root}: labels from label in metadata.csv give a class with fewer than three LoRAs (Cat: 1, cat: 2, dog: 3). "
+        "Train, validation and test need one each. 'Cat' and 'cat' may be one label."
+    )
+
+
 def no_group_beside(root):
     metadata_collection(root)
     path = root / "03" / FILE_NAME
@@ -646,6 +655,7 @@ BAD_LABELS = [
     a_label_for_each_lora_and_nothing_else,
     one_class,
     a_class_of_two,
+    a_class_of_two_in_two_spellings,
     no_group_beside,
     no_group_in_a_row,
     no_group_column,
