@@ -2,8 +2,9 @@
 
     python data.py inspect PATH [--json]     shows what a folder holds, and checks the weights
     python data.py import SOURCE OUT         makes a folder of a published collection, see loras/published.py
+    python data.py label PATH [--out FILE]   writes a table of labels to fill in, see loras/label_writing.py
 
-Both work from any folder, and through a link to this file. Indexing reads safetensors headers only, and finds every
+All work from any folder, and through a link to this file. Indexing reads safetensors headers only, and finds every
 fault and notice that a header can show. An experiment reads the weights in one pass (experiment/extraction.py);
 training/splits.py chooses train, validation and test rows.
 
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loras import checkpoints, layer_sets, lora_files, names
+from loras import checkpoints, label_writing, layer_sets, lora_files, names
 from loras import inspection as inspecting
 from loras import labels as labelling
 from loras.building import Progress
@@ -100,7 +101,7 @@ class Collection:
     ignored: Counter = field(default_factory=Counter)
     label_column: str | None = None
     group_column: str | None = None
-    table: Path | None = None
+    table: labelling.Table | None = None
     skipped: tuple[tuple[str, str], ...] = ()
     notices: tuple[Notice, ...] = ()
     together: bool = False
@@ -264,7 +265,8 @@ def index_collection(
     collection = _collection(name or root.resolve().name, root, _less(files, bad), labelled, left_out_layers)
     collection = replace(collection, ignored=collection.ignored + ignored, group_column=group_column)
     collection = without(collection, [(path, finding.reason) for finding in bad for path in finding.files])
-    return _with_choices(noted(collection, header_notices(collection.files), strict, skip_bad))
+    notices = [*labelling.similar_labels(collection.files, labelled.source), *header_notices(collection.files)]
+    return _with_choices(noted(collection, notices, strict, skip_bad))
 
 
 def _collection(
@@ -429,10 +431,13 @@ def check_classes(collection: Collection) -> None:
     counts = collection.class_counts
     if len(counts) < 2:
         fault = f"fewer than two classes ({_rarest(counts)}). At least two concepts are needed."
+        fault += labelling.instead_of(collection.label_source, collection.root)
     elif len(counts) == len(collection.files):
         fault = f"as many labels as LoRAs ({len(counts)}): looks like an id; {_columns_for_classes(collection)}"
+        fault += labelling.instead_of(collection.label_source, collection.root)
     elif min(counts.values()) < 3:
         fault = f"a class with fewer than three LoRAs ({_rarest(counts)}). Train, validation and test need one each."
+        fault += labelling.may_be_one(counts)
     else:
         _check_groups(collection)
         return
@@ -577,6 +582,8 @@ def main(arguments: list[str] | None = None) -> int:
         from loras import published  # needs libraries that nothing else does
 
         return published.run(args)
+    if args.command == "label":
+        return label_writing.run(args)
     try:
         inspect(args)
         sys.stdout.flush()

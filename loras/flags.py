@@ -14,7 +14,12 @@ OF_INDEX = ("labels", "label_column", "group_column", "step", "common_layers", "
 
 def add_collection_flags(add: Callable) -> None:
     """Add the flags; ``add`` is a parser's ``add_argument``."""
-    add("--labels", type=Path, metavar="FILE", help="csv or jsonl with the columns file_name and label (none)")
+    add(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="csv, tsv or jsonl with the columns file_name and label; `python data.py label PATH` writes one (none)",
+    )
     add(
         "--label-column",
         metavar="NAME",
@@ -66,7 +71,7 @@ def _step(text: str) -> str:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the flags of ``inspect`` and ``import``."""
+    """Parse the flags of ``inspect``, ``import`` and ``label``."""
     parser = argparse.ArgumentParser(description="Look at a folder of LoRAs before an experiment, or make one.")
     commands = parser.add_subparsers(dest="command", required=True)
     look = commands.add_parser("inspect", help="show what a folder of LoRAs holds, and check their weights")
@@ -96,4 +101,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     publish.add_argument("--subset", help="of a data set of the hub that has several (none)")
     publish.add_argument("--split", help="of a data set of the hub that has several (the only one)")
+    label = commands.add_parser("label", help="write a table of the LoRAs in a folder, to fill in their labels")
+    label.add_argument("path", type=Path, help="folder of LoRAs")
+    label.add_argument("--out", type=Path, metavar="FILE", help="the table, csv or tsv (labels.csv in the folder)")
     return parser.parse_args(arguments)

@@ -12,11 +12,10 @@ import json
 import os
 import re
 import stat
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TextIO
-
-from loras.names import plain
 
 MAX_JSON_BYTES = 2**20
 MAX_DEPTH = 100  # of lists and objects in each other
@@ -24,8 +23,18 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _WRITTEN_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
+# Of tables that are not UTF-8, as iconv names them: where bytes above 127 stand alone among letters, and where in runs.
+ALONE = ("CP1252", "CP1251", "CP932", "GB18030", "CP949")
+IN_RUNS = ("CP932", "GB18030", "CP949", "CP1251", "CP1252")
+MAX_READINGS = 3  # encodings in a message
+
+
 class EncodingError(ValueError):
-    """Bytes that are no text in an encoding that is read."""
+    """Bytes that are no text in an encoding that is read; ``encodings`` are those in which they may be."""
+
+    def __init__(self, message: str, encodings: Sequence[str] = ()):
+        super().__init__(message)
+        self.encodings = encodings
 
 
 class NoObjectError(ValueError):
@@ -68,28 +77,41 @@ def open_text(data: bytes) -> TextIO:
     try:
         while part := file.read(2**20):
             if "\0" in part:
-                raise EncodingError("holds NUL bytes: UTF-16 without a byte order mark, or no text")
+                wide = [name for start, name in ((1, "UTF-16LE"), (0, "UTF-16BE")) if data[start:200:2].count(0) > 25]
+                raise EncodingError("holds NUL bytes: UTF-16 without a byte order mark, or no text", wide)
     except UnicodeDecodeError as error:
-        raise EncodingError(_other_encoding(data, encoding, error)) from error
+        raise _other_encoding(data, encoding, error) from error
     file.seek(0)
     return file
 
 
-def _other_encoding(data: bytes, encoding: str, error: UnicodeDecodeError) -> str:
-    """Describe the first byte that is not text of an encoding."""
+def _other_encoding(data: bytes, encoding: str, error: UnicodeDecodeError) -> EncodingError:
+    """Describe the first byte that is not text of an encoding, and what it reads as in those that it may be in."""
     if encoding == "utf-16":
-        return f"not readable as UTF-16, as which it begins ({error.reason})"
+        return EncodingError(f"not readable as UTF-16, as which it begins ({error.reason})")
     for number, line in enumerate(data.splitlines(), 1):
         try:
             line.decode("utf-8")
         except UnicodeDecodeError as fault:
+            readings = _readings(line)
+            words = ", ".join(f"{name} '{text}'" for name, text in readings.items())
             byte = f"byte 0x{line[fault.start]:02x} in line {number}"
-            try:
-                meant = f", in Windows-1252 '{plain(line.decode('cp1252')[:40])}'"
-            except UnicodeDecodeError:
-                meant = ""
-            return f"not UTF-8: {byte}{meant}"
-    return "not UTF-8"
+            return EncodingError(f"not UTF-8: {byte}" + (f", in {words}" if words else ""), list(readings))
+    return EncodingError("not UTF-8")
+
+
+def _readings(line: bytes) -> dict[str, str]:
+    """Return the first cell of a line that is not ASCII, by the encodings in which the line is printable text."""
+    readings = {}
+    for name in IN_RUNS if re.search(rb"[\x80-\xff]{2}", line) else ALONE:
+        try:
+            text = line.decode(name)
+        except UnicodeDecodeError:
+            continue
+        cell = next((cell for cell in re.split(r'[,;\t"]', text) if not cell.isascii()), "")
+        if cell.isprintable():
+            readings[name] = cell[:40]
+    return dict(list(readings.items())[:MAX_READINGS])
 
 
 def read_object(path: Path | str, most: int = MAX_JSON_BYTES) -> dict:

@@ -370,7 +370,7 @@ def test_a_table_may_name_a_checkpoint(tmp_path, named):
     table(root, [f"{lora}/{named},{lora[:3]}" for lora in LORAS])
     assert read(root, step="100") == [f"checkpoint-100/{PEFT}"]
     (finding, *_) = faults = refused(root)  # --step final takes others, which have no row
-    assert len(faults) == 6 and finding.startswith(f"{root}/cat/00/{PEFT}: no label: no row with label for it in ")
+    assert len(faults) == 6 and finding.startswith(f"{root}/cat/00/{PEFT}: no label: no row for it in ")
     assert finding.endswith("Label it, or its folder cat/00, or choose another --step.")
 
 

@@ -79,17 +79,21 @@ def sound_rows(draw: random.Random) -> list[dict]:
         [["cat", "dog"], ["Größe 1", "日本", "a, b"], ["1", "2"], ["'quoted'", 'say "x"'], ["01", "1.0"]]
     )
     path_of = draw.choice(
-        [str, str, lambda path: f"./{path}", lambda path: path.replace("/", "\\"), lambda path: path.replace("/", "//")]
+        [
+            *(str, str, lambda path: f"./{path}", lambda path: path.replace("/", "\\")),
+            *(lambda path: path.replace("/", "//"), lambda path: path.removesuffix(".safetensors")),
+        ]
     )
+    names = draw.choice(["file_name", "file_name", "file_name", "Path", "File Name", "lora"])
     if draw.random() < 0.2:  # a LoRA's folder stands for its file
         path_of = lambda path: str(Path(path).parent) if "pytorch" in path else path  # noqa: E731
-    rows = [{"file_name": path_of(path), label: labels[i % len(labels)]} for i, path in enumerate(FILES)]
+    rows = [{names: path_of(path), label: labels[i % len(labels)]} for i, path in enumerate(FILES)]
     if draw.random() < 0.5:
         for i, row in enumerate(rows):
             row["artist"] = f"artist {i // 2}"
             row["caption"] = draw.choice(["a photo", 'a "photo",\nof two lines', "y" * 500])
     if label == "concept":
-        rows = [{"file_name": row["file_name"], "concept": row["concept"]} for row in rows]
+        rows = [{names: row[names], "concept": row["concept"]} for row in rows]
     draw.shuffle(rows)
     return rows
 
@@ -100,10 +104,11 @@ def spoil_rows(draw: random.Random, rows: list[dict], values: bool) -> None:
     columns = list(row) or [""]
     odd = draw.choice([*ODD_TEXTS, *ODD_VALUES] if values else ODD_TEXTS)
     kind = draw.randrange(8)
+    names = next((name for name in columns if name in ("Path", "File Name", "lora")), "file_name")
     if kind == 0:
         row[draw.choice(columns)] = odd
     elif kind == 1:
-        row["file_name"] = draw.choice([*ODD_PATHS, other.get("file_name"), odd])
+        row[names] = draw.choice([*ODD_PATHS, other.get(names), odd])
     elif kind == 2:
         rows.insert(draw.randrange(len(rows)), dict(other))
     elif kind == 3:
@@ -131,7 +136,7 @@ def as_csv(draw: random.Random, rows: list[dict], sound: bool) -> str:
     ends = draw.choice(["\n", "\r\n", "\r"])
     quoting = draw.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
     writer = csv.writer(
-        text, lineterminator=ends, quoting=quoting, delimiter="," if sound else draw.choice(",,,,,,,,,;\t|")
+        text, lineterminator=ends, quoting=quoting, delimiter=draw.choice(",,,,,,,;\t" if sound else ",,,,,,,,,;\t|")
     )
     cells = [columns, *([row.get(name, "") for name in columns] for row in rows)]
     if draw.random() < 0.2:  # a data frame's row numbers
@@ -222,7 +227,7 @@ class Refused(Exception):
 
 
 def slow_rows(name: str, contents: bytes) -> list[dict]:
-    """The rows of UTF-8, or UTF-16 that says so, its cells separated by whatever makes file_name one."""
+    """The rows of UTF-8, or UTF-16 that says so, its cells separated by whatever makes the name of the files one."""
     try:
         text = contents.decode("utf-16" if contents[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         if name.endswith(".jsonl"):
@@ -231,9 +236,9 @@ def slow_rows(name: str, contents: bytes) -> list[dict]:
                 raise Refused("not objects")
             return [escaped(row) for row in rows]
         firsts = {cut: next(csv.reader(io.StringIO(text, newline=""), delimiter=cut), []) for cut in ",;\t"}
-        separator = next(
-            (cut for cut, first in firsts.items() if "file_name" in (name.strip().lower() for name in first)), ","
-        )
+        tests = (lambda name: name.strip().lower() == "file_name", lambda name: slow_key(name) in FILE_KEYS)
+        cuts = [cut for test in tests for cut, first in firsts.items() if any(map(test, first))]
+        separator = [*cuts, ","][0]
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         header, *lines = list(rows) or [[]]
     except (ValueError, RecursionError, csv.Error) as error:
@@ -277,13 +282,32 @@ def slow_path(name: object) -> str | None:
     path = "/".join(parts)
     if path in FILES:
         return path
+    if f"{path}.safetensors" in FILES:
+        return f"{path}.safetensors"
     inside = [file for file in FILES if file.startswith(f"{path}/")]  # the folder of one LoRA
     return inside[0] if len(inside) == 1 else None
 
 
-def named(row: dict) -> dict:
-    """A row in which file_name, in whatever case it is there first, has that name."""
-    alike = next((name for name in row if name.strip().lower() == "file_name"), None)
+FILE_KEYS = ["filename", "file", "filepath", "path", "name", "lora", "loraname", "model", "modelname"]
+
+
+def slow_key(name: str) -> str:
+    return "".join(letter for letter in name.casefold() if not letter.isspace() and letter not in "-_")
+
+
+def all_named(rows: list[dict]) -> list[dict]:
+    """Rows in which the column of the files is called file_name: in any case, or else by the first other name."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    if any(name.strip().lower() == "file_name" for name in columns):
+        return [named(row, "file_name") for row in rows]
+    others = [name for key in FILE_KEYS for name in columns if slow_key(name) == key]
+    assert len(others) < 2, "the grammar has one"
+    return [named(row, others[0]) for row in rows] if others else rows
+
+
+def named(row: dict, column: str) -> dict:
+    """A row in which a column, in whatever case it is there first, is called file_name."""
+    alike = column if column in row else next((name for name in row if name.strip().lower() == column.lower()), None)
     if alike is None or "file_name" in row:
         return row
     return {"file_name" if name == alike else name: value for name, value in row.items()}
@@ -291,7 +315,7 @@ def named(row: dict) -> dict:
 
 def slow_values(made: Table) -> tuple[dict, str]:
     """Each file's texts by column, and the column of the label."""
-    rows = [named(row) for row in slow_rows(made.name, made.contents)]
+    rows = all_named(slow_rows(made.name, made.contents))
     columns = {name for row in rows for name in row} - {"file_name"}
     if not all(name.isprintable() and len(name) < 256 for name in columns):
         raise Refused("a column whose name is none")

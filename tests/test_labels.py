@@ -164,6 +164,100 @@ def test_tables_as_spreadsheets_write_them(tmp_path, case, encoding):
     assert [file.label for file in collection.files] == ["x", "y"] and collection.label_column == "label"
 
 
+@pytest.mark.parametrize("column", ["Filename", "FILE", "path", "File Path", "name", "LoRA", "lora-name", "model"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_column_of_files_by_another_name(tmp_path, column, separator):
+    flat_collection(tmp_path)
+    rows = [[column, "Label", "artist"], *([f"{i}", cats_and_dogs(i), "x"] for i in range(6))]  # without suffix
+    (tmp_path / "metadata.csv").write_text("\n".join(map(separator.join, rows)))
+    collection = index_collection(tmp_path)
+    assert [file.label for file in collection.files] == ["dog", "cat"] * 3 and collection.label_column == "Label"
+    assert collection.columns == {"Label": dict(zip(PATHS, ["dog", "cat"] * 3, strict=True)), "artist": ALL_X}
+
+
+PATHS = [f"{i}.safetensors" for i in range(6)]
+ALL_X = dict.fromkeys(PATHS, "x")
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "expected"),
+    [
+        (["name", "path", "label"], lambda i: (f"style {i}", f"{i}.safetensors", "x"), "path"),
+        (["path", "name", "label"], lambda i: (f"/home/me/{i}.png", f"{i}", "x"), "name"),
+        (["name", "lora", "label"], lambda i: (f"{i}", f"{i}", "x"), "name"),  # the first of those that name files
+        (["model", "file name", "label"], lambda i: ("sd15", f"{i}", "x"), "file name"),
+        (["path", "File_Name", "label"], lambda i: (f"{5 - i}", f"{i}", "x"), "file_name"),  # which goes before all
+        (["name", "model"], lambda i: (f"{i}", "x"), "name"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_of_several_columns_the_one_that_names_files(tmp_path, columns, row, expected, suffix):
+    table(flat_collection(tmp_path) / f"metadata.{suffix}", columns, *map(row, range(6)))
+    collection = index_collection(tmp_path)
+    assert collection.table.file_column == expected and collection.class_counts == {"x": 6}
+
+
+def test_a_column_that_is_asked_for_names_no_files(tmp_path):
+    table(flat_collection(tmp_path) / "metadata.csv", ["model", "name"], *[("ab"[i % 2], f"{i}") for i in range(6)])
+    assert index_collection(tmp_path, label_column="model").class_counts == {"a": 3, "b": 3}
+    table(tmp_path / "metadata.csv", ["name", "label"], *[(f"{i}", "x") for i in range(6)])
+    (finding,) = findings(tmp_path, label_column="name")
+    assert finding.endswith(
+        "the columns there are: label (1 value), and name, which names the files. Choose one with --label-column."
+    )
+
+
+def test_names_without_suffix_and_of_files_elsewhere(tmp_path):
+    """A name that is a path, or a folder, is that; without its folder it is no name, but the error has the path."""
+    for path in ("v1.5.safetensors", "a/x.SAFETENSORS", "b/x.safetensors", "b/y/1.safetensors"):
+        write_lora(tmp_path / path, lora(1))
+    path = table(
+        tmp_path / "metadata.csv", ["name", "label"], ("v1.5", "1"), ("a\\x", "2"), ("./b/x", "3"), ("b/y", "4")
+    )
+    labels = {file.path: file.label for file in index_collection(tmp_path).files}
+    assert labels == {"a/x.SAFETENSORS": "2", "b/x.safetensors": "3", "b/y/1.safetensors": "4", "v1.5.safetensors": "1"}
+    table(path, ["name", "label"], ("v1.5", "1"), ("x", "2"), ("b/x", "3"), ("b/y", "4"))
+    assert findings(tmp_path)[0].endswith(
+        "Write its path, if it is a/x.SAFETENSORS, or b/x.safetensors; else remove the row."
+    )
+    write_lora(tmp_path / "v1.5.Safetensors", lora(1))
+    assert findings(tmp_path)[0] == f"{path}: line 2: 'v1.5' may be v1.5.Safetensors and v1.5.safetensors. Write which."
+
+
+def test_a_tsv_is_read_and_a_workbook_refused(tmp_path):
+    root = flat_collection(tmp_path / "zoo")
+    (tmp_path / "mine.tsv").write_text("\n".join(["lora\tnote, long", *(f"{i}\t{i % 2}" for i in range(6))]))
+    assert index_collection(root, labels=tmp_path / "mine.tsv").class_counts == {"0": 3, "1": 3}
+    for name, kind in (
+        ("mine.xlsx", "a workbook, which is not read"),
+        ("mine.csv", "a workbook (xlsx, ods) or another"),
+    ):
+        (tmp_path / name).write_bytes(b"PK\x03\x04" + bytes(9))
+        (finding,) = findings(root, labels=tmp_path / name)
+        assert finding.startswith(f"{tmp_path / name}: {kind}")
+        assert finding.endswith(". Save it as CSV UTF-8, and give that.")
+
+
+@pytest.mark.parametrize(
+    ("label", "encoding", "name"),
+    [
+        ("Bär", "latin-1", "CP1252"),
+        ("アニメ", "shift-jis", "CP932"),
+        ("动漫风格", "gbk", "GB18030"),
+        ("만화", "euc-kr", "CP949"),
+        ("аниме", "cp1251", "CP1251"),
+    ],
+)
+def test_a_table_of_another_encoding_says_how_it_reads_in_some(tmp_path, label, encoding, name):
+    path = flat_collection(tmp_path, 1) / "metadata.csv"
+    path.write_bytes(f"file_name;label\n0.safetensors;{label}\n".encode(encoding))
+    (finding,) = findings(tmp_path)
+    assert finding.startswith(f"{path}: not UTF-8: byte 0x") and f"{name} '{label}'" in finding
+    assert "Save it as UTF-8 (in a spreadsheet: CSV UTF-8; elsewhere: `iconv -f C" in finding.replace("-f G", "-f C")
+    path.write_bytes("file_name,label\n0.safetensors,a".encode("utf-16-be"))
+    assert f"`iconv -f UTF-16BE -t UTF-8 {path} > FILE`" in findings(tmp_path)[0]
+
+
 def test_jsonl_as_windows_writes_it(tmp_path):
     flat_collection(tmp_path, 2)
     rows = ['{"file_name": ".\\\\0.safetensors", "label": "ä"}', "", '{"file_name": "1.safetensors", "label": "b"}']
@@ -225,13 +319,16 @@ def test_a_name_through_a_link_out_of_the_collection_is_no_file_of_it(tmp_path):
     assert finding.startswith(f"{path}: line 8: a label for a missing file: no weight file 'link/x.safetensors' in ")
 
 
+OTHER_NAMES = f"no column file_name (nor {', '.join(label_tables.FILE_COLUMNS)})"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
         ("csv", b"", "no label: holds no row"),
         ("csv", b"file_name,label\n", "no label: holds no row"),
-        ("csv", b"path,label\n0.safetensors,a\n", "no column file_name, but path, label"),
-        ("csv", b"file;label\n0.safetensors;a\n", "no column file_name, but file;label"),
+        ("csv", b"photo,label\n0.safetensors,a\n", "no column file_name (nor filename, file, filepath, path, name, "),
+        ("csv", b"photo;label\n0.safetensors;a\n", OTHER_NAMES + ", but photo, label. Call the column that names "),
         ("csv", b"file_name,a\xe2\x80\xaeb\n0.safetensors,a\n", "a column's name 'a\\u202eb' is not printable text"),
         ("csv", b"file_name,label\n0.safetensors,a,b\n", "line 2: not readable (3 cells under 2 columns)"),
         ("csv", b"file_name,label\n0.safetensors\n", "line 2: not readable (1 cells under 2 columns)"),
@@ -240,7 +337,7 @@ def test_a_name_through_a_link_out_of_the_collection_is_no_file_of_it(tmp_path):
         (
             "csv",
             "file_name,label\n0.safetensors,Bär\n".encode("cp1252"),
-            "not UTF-8: byte 0xe4 in line 2, in Windows-1252 '0.safetensors,Bär'. Save it as UTF-8 (in",
+            "not UTF-8: byte 0xe4 in line 2, in CP1252 'Bär', CP1251 'Bдr'",
         ),
         ("csv", b"\xff\xfef\0i\0l", "not readable as UTF-16"),
         (
@@ -302,7 +399,7 @@ def test_tables_are_bounded_plain_files(tmp_path, monkeypatch):
     assert findings(tmp_path) == [f"{path}: not a plain file. Remove it."]
     assert findings(tmp_path, labels=tmp_path / "no.csv")[0].startswith(f"{tmp_path / 'no.csv'}: no such file")
     other = tmp_path / "0.safetensors"
-    assert findings(tmp_path, labels=other)[0].startswith(f"{other}: neither .csv nor .jsonl")
+    assert findings(tmp_path, labels=other)[0].startswith(f"{other}: neither .csv, .tsv nor .jsonl")
 
 
 def test_metadata_json_is_bounded_and_a_plain_file(tmp_path):
@@ -373,15 +470,81 @@ def no_such_field(root):
 
 def no_row_for_a_file(root):
     path = table(flat_collection(root) / "metadata.csv", ["file_name", "label", "x"], *rows_of(5, cats_and_dogs, str))
-    tried = f"no row with label for it in {path.name}; the columns there are: label, x"
+    tried = f"no row for it in {path.name}; the columns there are: label, x"
     return [], f"{root / '5.safetensors'}: no label: {tried}. Label it or leave it out."
 
 
 def an_empty_cell(root):
     rows = [*rows_of(5, cats_and_dogs), ("5.safetensors", " ")]
-    table(flat_collection(root) / "metadata.csv", ["file_name", "label"], *rows)
-    tried = "no row with label for it in metadata.csv; the columns there are: label"
-    return [], f"{root / '5.safetensors'}: no label: {tried}. Label it or leave it out."
+    path = table(flat_collection(root) / "metadata.csv", ["file_name", "label"], *rows)
+    return [], f"{path}: line 7: label is empty. Fill it in, or --skip-bad leaves these LoRAs out."
+
+
+def empty_cells(root):
+    rows = [*rows_of(2, cats_and_dogs), *((f"{i}.safetensors", "") for i in (2, 3, 5)), ("4.safetensors", "cat")]
+    path = table(flat_collection(root) / "metadata.csv", ["file_name", "label"], *rows)
+    return [], f"{path}: lines 4 to 6: label is empty. Fill it in, or --skip-bad leaves these LoRAs out."
+
+
+def a_list_in_a_cell(root):
+    rows = [*rows_of(5, cats_and_dogs), ("5.safetensors", ["cat"])]
+    path = table(flat_collection(root) / "metadata.jsonl", ["file_name", "label"], *rows)
+    words = "label is neither a text nor a number. Write one, or --skip-bad leaves these LoRAs out."
+    return [], f"{path}: line 6: {words}"
+
+
+def no_folder_and_no_table(root):
+    flat_collection(root, 60)
+    fault = "of 60 LoRAs in it none lies in <class>/ or <class>/<lora>/, and there is no metadata.json with fields"
+    table_words = "the line file_name,label and one such as 0.safetensors,anime for each LoRA"
+    mend = f"Label them in a table (--labels FILE): {table_words}. `python data.py label {root}` writes it, to fill in."
+    return [], f"{root}: no label: {fault}. {mend}"
+
+
+def no_folder_and_a_table_that_no_flag_names(root):
+    path = table(flat_collection(root) / "my labels.csv", ["file_name", "label"], *rows_of(6, cats_and_dogs))
+    fault = "of 6 LoRAs in it none lies in <class>/ or <class>/<lora>/, and there is no metadata.json with fields"
+    other = f"`python data.py label {root} --out FILE` writes another, to fill in"
+    return [], f"{root}: no label: {fault}. `--labels='{path}'` takes labels from that table; {other}."
+
+
+def no_field_and_nothing_to_choose(root):
+    write_collection(root)
+    fault = "no metadata.json beside a weight file has concept; there is no metadata.json with fields"
+    example = f"class_0/0000/{FILE_NAME},anime"
+    table_words = f"the line file_name,label and one such as {example} for each LoRA"
+    mend = f"Label them in a table (--labels FILE): {table_words}. `python data.py label {root}` writes it, to fill in."
+    return ["--label-column=concept"], f"{root}: no label: {fault}. {mend}"
+
+
+def no_column_beside_the_files(root):
+    path = table(flat_collection(root) / "metadata.csv", ["file_name"], *rows_of(6))
+    fault = "no column category_label or label; there is none but that of the files"
+    return [], f"{path}: no label: {fault}. Add a column label."
+
+
+def several_columns_and_a_likely_one(root):
+    path = table(flat_collection(root) / "metadata.csv", ["path", "size", "Class"], *rows_of(6, str, cats_and_dogs))
+    choices = "the columns there are: size (6 values), Class (2 values), and path, which names the files"
+    fault = f"no column category_label or label; {choices}"
+    return [], f"{path}: no label: {fault}. --label-column=Class takes that one."
+
+
+def a_name_of_two(root):
+    write_lora(root / "a.safetensors", lora(1))
+    write_lora(root / "a" / "1.safetensors", lora(1))
+    path = table(root / "metadata.csv", ["file_name", "label"], ("a", "cat"), ("a/", "dog"))
+    return [], f"{path}: line 2: 'a' may be a.safetensors and a/. Write which."
+
+
+def each_lora_in_a_folder(root):
+    for i in range(6):
+        write_lora(root / f"{i}" / FILE_NAME, lora(1, seed=i))
+    return [], (
+        f"{root}: labels from the folder names give as many labels as LoRAs (6): looks like an id; no other column "
+        "would make classes. Choose labels that repeat. Where folders are no concepts, "
+        f"`python data.py label {root}` writes a table for --labels, to fill in."
+    )
 
 
 def no_such_column(root):
@@ -418,7 +581,9 @@ def a_label_for_each_lora_and_nothing_else(root):
 def one_class(root):
     write_collection(root, classes=1)
     message = "labels from the folder names give fewer than two classes (class_0: 3). At least two concepts are needed."
-    return [], f"{root}: {message}"
+    command = f"python data.py label {root}"
+    mend = f"Where folders are no concepts, `{command}` writes a table for --labels, to fill in."
+    return [], f"{root}: {message} {mend}"
 
 
 def a_class_of_two(root):
@@ -428,6 +593,15 @@ def a_class_of_two(root):
     return [], (
         f"{root}: labels from the folder names give a class with fewer than three LoRAs (class_1: 2, class_0: 4). "
         "Train, validation and test need one each."
+    )
+
+
+def a_class_of_two_in_two_spellings(root):
+    rows = zip(PATHS, ["cat", "Cat", "cat", "dog", "dog", "dog"], strict=True)
+    table(flat_collection(root) / "metadata.csv", ["file_name", "label"], *rows)
+    return [], (
+        f"{root}: labels from label in metadata.csv give a class with fewer than three LoRAs (Cat: 1, cat: 2, dog: 3). "
+        "Train, validation and test need one each. 'Cat' and 'cat' may be one label."
     )
 
 
@@ -450,7 +624,7 @@ def no_group_column(root):
     table(flat_collection(root) / "metadata.csv", ["file_name", "label"], *rows_of(6, cats_and_dogs))
     return ["--group-column=owner"], (
         f"{root}: no group: no column owner in metadata.csv, and no metadata.json beside a weight file has owner; "
-        "there is no metadata.json with fields. Choose one with --group-column."
+        "there is no metadata.json with fields. Add it, or leave out --group-column."
     )
 
 
@@ -466,12 +640,22 @@ BAD_LABELS = [
     no_such_field,
     no_row_for_a_file,
     an_empty_cell,
+    empty_cells,
+    a_list_in_a_cell,
+    no_folder_and_no_table,
+    no_folder_and_a_table_that_no_flag_names,
+    no_field_and_nothing_to_choose,
+    no_column_beside_the_files,
+    several_columns_and_a_likely_one,
+    a_name_of_two,
+    each_lora_in_a_folder,
     no_such_column,
     a_label_for_a_missing_file,
     a_label_for_each_lora,
     a_label_for_each_lora_and_nothing_else,
     one_class,
     a_class_of_two,
+    a_class_of_two_in_two_spellings,
     no_group_beside,
     no_group_in_a_row,
     no_group_column,
@@ -512,6 +696,61 @@ def test_flags_of_labels_and_layers_are_refused_in_one_line(tmp_path, capsys, fl
     error = capsys.readouterr().err
     assert error.startswith(f"error: {words}") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Labels that may be one
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["anime", "Anime", " anime", "ANIME ", "animes"], [[" anime", "ANIME ", "Anime", "anime"]]),
+        (
+            ["line art", "line_art", "Line-Art", "line  art", "lineart"],
+            [["Line-Art", "line  art", "line art", "line_art"]],
+        ),
+        (["-1", "1", "1.0", "+1", "01"], []),  # numbers are what they are
+        (["1-2", "1 2"], [["1 2", "1-2"]]),
+        (["straße", "STRASSE", "Strasse"], [["STRASSE", "Strasse", "straße"]]),
+        (["e\u0301", "é", "ｅ́"], [["e\u0301", "é", "ｅ\u0301"]]),
+        (["ｱﾆﾒ", "アニメ", "动漫"], [["アニメ", "ｱﾆﾒ"]]),
+        (["a–b", "a-b", "a—b"], [["a-b", "a–b", "a—b"]]),
+        (["", " ", "_", "-"], [["", " "]]),
+        (["c++", "c", "C#", "c#"], [["C#", "c#"]]),
+        ([], []),
+    ],
+)
+def test_labels_that_differ_only_in_how_they_are_written(given, expected):
+    assert labels.near_duplicates([*given, *given]) == expected
+
+
+def test_similar_labels_are_classes_of_their_own_with_a_notice(tmp_path):
+    rows = [
+        (path, label) for path, label in zip(PATHS, ["anime", "Anime", " anime", "anime", "dog", "dog"], strict=True)
+    ]
+    path = table(flat_collection(tmp_path) / "metadata.csv", ["file_name", "label"], *rows)
+    collection = index_collection(tmp_path)
+    assert collection.classes == [" anime", "Anime", "anime", "dog"]  # nothing is changed silently
+    (notice,) = (notice for notice in collection.notices if notice.kind == "similar labels")
+    assert notice.message == (
+        "labels that differ only in case, blanks or hyphens are read as classes of their own: ' anime' (1), 'Anime' "
+        "(1), 'anime' (2). If they are one concept, write it in one way (label in metadata.csv)."
+    )
+    assert notice.files == ("1.safetensors", "2.safetensors") and notice.groups == (tuple(PATHS[:4]),)
+    (finding,) = findings(tmp_path, strict=True)
+    assert finding == f"{tmp_path / '1.safetensors'} and 1 more: {notice.message}"
+    assert index_collection(tmp_path, strict=True, skip_bad=True).class_counts == {"anime": 2, "dog": 2}
+    table(path, ["file_name", "label"], *rows_of(6, cats_and_dogs))
+    assert not index_collection(tmp_path).notices
+
+
+def test_many_similar_labels_are_one_notice_of_bounded_length(tmp_path):
+    rows = [(f"{i}.safetensors", "ab"[i % 2] * 250 + f"{i // 4}" + "xX"[i // 2 % 2]) for i in range(80)]
+    table(flat_collection(tmp_path, 80) / "metadata.csv", ["file_name", "label"], *rows)
+    (notice,) = index_collection(tmp_path).notices
+    assert len(notice.groups) == 40 and "; and 34 more such sets. If" in notice.message and len(notice.message) < 1500
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -719,7 +958,7 @@ NETWORKS = Networks(classifier=(16, 16, 16))
 def test_results_tell_labels_groups_and_what_was_left_out(tmp_path, capsys):
     root = metadata_collection(tmp_path / "zoo", 24)
     for i in range(24):
-        (root / f"{i:02}" / "metadata.json").write_text(json.dumps({"kind": i % 2, "owner": f"o{i // 3}"}))
+        (root / f"{i:02}" / "metadata.json").write_text(json.dumps({"kind": "Aa"[i % 2], "owner": f"o{i // 3}"}))
     (root / "03" / FILE_NAME).write_bytes(b"<!DOCTYPE html>")
     flags = ["--dataset", str(root), "--output-dir", str(tmp_path / "out"), "--top-k=1", "--quick", "--device=cpu"]
     flags += ["--representations=stats", "--label-column=kind", "--group-column=owner", "--skip-bad"]
@@ -728,11 +967,14 @@ def test_results_tell_labels_groups_and_what_was_left_out(tmp_path, capsys):
     assert "skipped   1 left out, as --skip-bad asks" in out and "8 groups by owner, each in one part" in out
     folder = tmp_path / "out" / "ablation_zoo"
     dataset = json.loads((folder / "results.json").read_text())["dataset"]
-    assert dataset["label_source"] == "kind in metadata.json" and dataset["classes"] == ["0", "1"]
+    assert dataset["label_source"] == "kind in metadata.json" and dataset["classes"] == ["A", "a"]
+    assert [finding["kind"] for finding in dataset["findings"]] == ["similar labels"]
+    assert "note      labels that differ only in case" in out
     assert (dataset["label_column"], dataset["group_column"], dataset["num_groups"]) == ("kind", "owner", 8)
     ((path, reason),) = ((entry["path"], entry["reason"]) for entry in dataset["skipped"])
     assert path == f"03/{FILE_NAME}" and reason.startswith("a web page saved as weights")
     text = (folder / "results.txt").read_text()
+    assert "labels that differ only in case, blanks or hyphens are read as classes" in text
     assert "1 file left out" in text and "8 groups by owner" in text
     rows = list(csv.DictReader((folder / "samples.csv").open()))
     assert list(rows[0]) == ["file", "label", "split", "group"] and len(rows) == 23
@@ -743,7 +985,7 @@ def test_results_tell_labels_groups_and_what_was_left_out(tmp_path, capsys):
     assert "Nothing to do" in capsys.readouterr().out
     # The same contents and labels in other groups are another split, and other results.
     for i in range(24):
-        (root / f"{i:02}" / "metadata.json").write_text(json.dumps({"kind": i % 2, "owner": f"o{i % 12 // 2}"}))
+        (root / f"{i:02}" / "metadata.json").write_text(json.dumps({"kind": "Aa"[i % 2], "owner": f"o{i % 12 // 2}"}))
     assert main(flags, NETWORKS) == 0
     assert "Nothing to do" not in capsys.readouterr().out
 
@@ -768,7 +1010,8 @@ def test_the_values_beside_the_weights_by_file(tmp_path):
         beside = root / path
         fields = {"steps": 10 * i, "artist": f"a{i % 2}", "tags": ["x"], "caption": 201 * "y", "note": None}
         (beside.parent / "metadata.json").write_text(json.dumps(fields))
-    named = table(tmp_path / "labels.csv", ["file_name", "label", "steps"], *[[path, "c", 7] for path in paths[:3]])
+    path = table(tmp_path / "labels.csv", ["file_name", "label", "steps"], *[[path, "c", 7] for path in paths[:3]])
+    named = label_tables.open_table(path, set(paths))
     values = labels.values_by_file(root, paths, None, Counter())
     assert list(values) == ["artist", "steps"] and values["steps"] == {p: str(10 * i) for i, p in enumerate(paths)}
     values = labels.values_by_file(root, paths, named, Counter())

@@ -57,7 +57,7 @@ SPOILED = {
     "deep objects": (contents(b'{"a":' * 10**5), "nested too deeply"),
     "101 lists": (contents(b'{"a":' + b"[" * 101 + b"]" * 101 + b"}"), "nested too deeply"),
     "a huge integer": (contents(b'{"a": 1' + b"0" * 5000 + b"}"), "Exceeds the limit (4300 digits)"),
-    "Windows-1252": (contents('{"a": "ä"}'.encode("cp1252")), "not UTF-8: byte 0xe4 in line 1, in Windows-1252"),
+    "Windows-1252": (contents('{"a": "ä"}'.encode("cp1252")), "not UTF-8: byte 0xe4 in line 1, in CP1252 'ä'"),
     "UTF-16 without a mark": (contents(WHOLE.decode().encode("utf-16-le")), "holds NUL bytes: UTF-16 without"),
     "half a file": (contents(WHOLE[:-1]), "Expecting ',' delimiter"),
 }
