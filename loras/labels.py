@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -462,3 +463,11 @@ def _text(value: object) -> str | None:
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return json.dumps(value)
     return None
+
+
+def near_duplicates(labels: Iterable[str]) -> list[list[str]]:
+    """Return the groups of labels that differ only in case, blanks, or the Unicode form of their letters."""
+    groups = defaultdict(list)
+    for label in labels:
+        groups["".join(unicodedata.normalize("NFKC", label).casefold().split())].append(label)
+    return [group for group in groups.values() if len(group) > 1]

@@ -250,14 +250,8 @@ def test_controls_by_groups_of_a_column_keep_copies_together(zoo, tmp_path):
     copy_lora(zoo, (0, 1), (0, 2))
     collection = index_collection(zoo)
     collection = keep_together(collection, [[1, 2]])
-
-    class Experiment:
-        """As much of an experiment as is asked for groups."""
-
-    experiment = Experiment()
-    experiment.collection = collection
-    assert list(controls.group_columns(experiment)) == ["group"]
-    by_group = controls.grouped_by(collection, "group", controls.group_columns(experiment)["group"])
+    assert list(checks.group_columns(collection)) == ["group"]
+    by_group = controls.grouped_by(collection, "group", checks.group_columns(collection)["group"])
     assert [file.group for file in by_group.files[:6]] == ["a0"] * 4 + ["a2"] * 2
 
 
