@@ -128,7 +128,7 @@ def check_by_weights(
 
     Returns:
         ``notices``, and ``groups`` of rows that are to be on one side of the split; or why the collection is refused:
-        ``findings`` of files that can be left out, or ``faults``.
+        ``findings`` of files that can be left out, or ``faults``, beside which ``notices`` say where groups come from.
     """
     paths, labels = [file.path for file in collection.files], [file.label for file in collection.files]
     if findings := copies.contradictions(paths, labels, twins):
@@ -140,6 +140,7 @@ def check_by_weights(
     notices = weight_notices(paths, labels, collection.modules, norms, select_layers(collection, layers))
     notices += copies.twin_notices(paths, labels, twins, epochs, keep_twins, strict)
     groups = [] if keep_twins else copies.joined(len(paths), [*twins, *epochs])
+    records = [asdict(notice) for notice in notices]
     try:
         left = noted(collection, notices, strict, skip_bad)
         if left.skipped != collection.skipped:
@@ -149,8 +150,8 @@ def check_by_weights(
             check_classes(grouped)
             split_collection(grouped, seed)
     except CollectionError as error:
-        return {"faults": error.findings}
-    return {"notices": [asdict(notice) for notice in notices], "groups": groups}
+        return {"faults": error.findings, "notices": [] if strict else records}
+    return {"notices": records, "groups": groups}
 
 
 def apply(collection: Collection, checked: dict) -> Collection:

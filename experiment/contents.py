@@ -1,4 +1,4 @@
-"""What a folder of LoRAs holds, and what an experiment on it takes: as a JSON object, and as lines.
+"""Contents of a folder of LoRAs, and the cost of an experiment on it: as a JSON object, and as lines.
 
 Shape letters: N LoRAs, L layers.
 """
@@ -157,7 +157,7 @@ def costs_of(settings: Settings, choice: Choice, workers: int) -> dict:
 
 
 def content_lines(path: str, contents: dict, everything: bool = False) -> list[str]:
-    """Return what `contents_of` says; ``everything``: each layer and class."""
+    """Return what `contents_of` says of a folder; ``everything``: each layer and class."""
     count, kept = len(contents["layers"]), len(contents["layers_selected"])
     selected = f", {kept} of them chosen by --layers" if kept < count else ""
     lines = [
@@ -230,8 +230,8 @@ def _ranks(records: list[dict]) -> str:
 
 def _scales(records: list[dict]) -> str:
     shown = [
-        f"{record['scale']:g} ({record['source']}, {_counted(record['modules'], 'module')} of "
-        f"{_counted(record['files'], 'LoRA')})"
+        f"{'not readable' if record['scale'] is None else format(record['scale'], 'g')} ({record['source']}, "
+        f"{_counted(record['modules'], 'module')} of {_counted(record['files'], 'LoRA')})"
         for record in records
     ]
     return ", ".join(_first(shown, MAX_LISTED))

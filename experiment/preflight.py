@@ -24,7 +24,7 @@ import data
 from data import Collection, CollectionError, check_classes, index_as_asked, without
 from experiment import checks, contents
 from experiment.datasets import locate
-from experiment.flags import parse_arguments
+from experiment.flags import NAMED_DATASETS, parse_arguments
 from experiment.phases import split_collection
 from experiment.settings import Settings, UsageError, count_cores, resolve
 from loras import inspection as inspecting
@@ -84,7 +84,8 @@ class Preflight:
             name, folder = locate(args.path, args.data_dir, progress, train=False)
         except UsageError as error:
             self._refuse([str(error).removeprefix("--dataset ")])
-            self._finish({}, [])
+            if args.json:
+                self._finish({}, [])
             return
         collection = self._index(name, folder, progress)
         if collection is None or self.refused:
@@ -95,7 +96,8 @@ class Preflight:
         collection = by_header = self._with_scales(collection, progress)
         shown, lines = self._describe(settings, collection), [NOT_CHECKED]
         if not args.json:
-            text = contents.content_lines(args.path, shown, args.all) + contents.cost_lines(shown)
+            place = f"{args.path}, which is {folder}" if args.path in NAMED_DATASETS else args.path
+            text = contents.content_lines(place, shown, args.all) + contents.cost_lines(shown)
             text += contents.near_duplicate_line(shown["near_duplicates"])
             _print(text + contents.notice_lines(shown["notices"]))
         self._check_task(settings, collection)
@@ -204,10 +206,8 @@ class Preflight:
             self.skippable = True
             self._refuse(lines)
             return collection
-        if "notices" in outcome:
-            return checks.apply(rest, outcome)
-        self._refuse(outcome["faults"] if whole else [])
-        return rest
+        self._refuse(outcome.get("faults", []) if whole else [])
+        return checks.apply(rest, {"groups": []} | outcome)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

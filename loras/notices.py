@@ -41,12 +41,13 @@ def grouped(lines: Sequence[str]) -> list[str]:
     """
     places: dict[str, list[str]] = defaultdict(list)
     for line in dict.fromkeys(lines):
-        place, _, reason = line.partition(": ")
-        places[reason].append(place)
+        end = line.find(".safetensors: ")  # a path may hold a colon too
+        start = line.find(": ", max(0, end))
+        places[line[start:] if start > 0 else ""].append(line[:start] if start > 0 else line)
     shown = []
     for reason, same in places.items():
         more = f" and {len(same) - 1} more" if len(same) > 1 else ""
-        shown += [f"{same[0]}{more}: {reason}"] if reason else same
+        shown += [f"{same[0]}{more}{reason}"] if reason else same
     return shown
 
 
