@@ -12,6 +12,7 @@ import data
 from ablation_experiment import main
 from data import CollectionError, index_collection
 from experiment import extraction
+from loras import layer_sets
 
 IDS = [name.replace(".", "_") for name in module_names(4)]
 CPU = torch.device("cpu")
@@ -118,6 +119,24 @@ def test_features_of_all_layers_and_of_the_common_ones_are_never_confused(tmp_pa
     np.testing.assert_array_equal(few.load(extraction.RANKING), whole.load(extraction.RANKING)[:, :2])
     again = extraction.extract(everything, names, tmp_path / "cache", CPU)
     assert again.fingerprint == whole.fingerprint and again.load(extraction.RANKING).shape[1] == 6
+
+
+@pytest.mark.parametrize(
+    ("pattern", "modules"),
+    [
+        ("!attentions.1", [0, 2, 3]),
+        ("!*attentions.1*", [0, 2, 3]),
+        ("attentions.1,attentions.2, !attentions.2", [1]),
+        ("!attentions.0,*.attn1.*,!attentions.3", [1, 2]),
+    ],
+)
+def test_a_pattern_may_say_what_to_leave_out(tmp_path, pattern, modules):
+    layers = index_collection(mixed(tmp_path, ({0, 1, 2, 3},), each=3)).layers
+    selected = layer_sets.matching(layers, pattern)
+    assert [IDS.index(layer.module) for layer, kept in zip(layers[::2], selected[::2], strict=True) if kept] == modules
+    for none, words in (("!attn7", "'!attn7' matches none"), ("!attentions", "leaves none of 8 layers")):
+        with pytest.raises(ValueError, match=words):
+            layer_sets.matching(layers, none)
 
 
 def test_inspect_and_the_experiment_say_what_was_left_out(tmp_path, capsys):
