@@ -45,8 +45,7 @@ from experiment.datasets import is_built_in, locate
 from experiment.engine import Engine
 from experiment.extraction import CHECKED, Extracted, extract
 from experiment.flags import parse_arguments
-from experiment.modules import left_by_default
-from experiment.phases import UNITS, Experiment, emptied, split_collection, without_oversized
+from experiment.phases import UNITS, Experiment, emptied, without_oversized
 from experiment.plans import TrainingError
 from experiment.settings import Networks, Settings, UsageError, count_cores, memory_of, resolve
 from experiment.units import FAILURES, FAULTS, OutOfMemory, one_memory_error, reason_of
@@ -258,23 +257,12 @@ def make_plan(settings: Settings, collection: Collection, engine: Engine, cache:
         UsageError: More layers are to be removed than there are.
         CollectionError: The labels or groups make no classification task.
     """
-    data.check_classes(collection)
-    rows = split_collection(collection, settings.seed)
-    selected = data.select_layers(collection, settings.layers)
-    if settings.top_k >= selected.sum():
-        matching = f" that match {settings.layers}" if settings.layers else ""
-        raise UsageError(f"--top-k {settings.top_k}: these LoRAs have {selected.sum()} layers{matching}. Give fewer.")
-    flat = [name for name in settings.representations if REPRESENTATIONS[name].made in FLAT]
-    not_run = {name: collection.mixed_ranks for name in flat if collection.mixed_ranks}
-    left_out = left_by_default(collection, selected, settings.device) if settings.all_representations else {}
-    chosen = [name for name in settings.representations if name not in not_run | left_out]
-    costs = estimates.Estimates(settings, collection, selected, rows)
-    not_run |= estimates.unfit(costs, chosen)
-    not_run |= estimates.without_room(settings, collection, [name for name in chosen if name not in not_run], cache)
-    chosen = [name for name in chosen if name not in not_run]
+    rows, selected = checks.check_task(collection, settings)
+    choice = checks.choose_representations(settings, collection, selected, rows, cache)
+    chosen, not_run, left_out, costs = choice.chosen, choice.not_run, choice.left_out, choice.costs
     needed = {*CHECKED, *(name for name in chosen if REPRESENTATIONS[name].made == "computed")}
     needed |= {WEIGHTS for name in chosen if estimates.reads_packed(name, settings.sketch_flat)}
-    needed |= {SKETCHES for name in chosen if name in flat and settings.sketch_flat}
+    needed |= {SKETCHES for name in chosen if REPRESENTATIONS[name].made in FLAT and settings.sketch_flat}
     header = describe(settings, collection, rows, selected) | {"environment": environment(settings, engine)}
     header["config"]["left_out"] = left_out
     say(text.collection_lines(header, len(chosen)))

@@ -1,6 +1,6 @@
 """A folder of LoRA files -> a collection of labelled LoRAs with the same layers.
 
-    python data.py inspect PATH [--json]     shows what a folder holds, and checks the weights
+    python data.py inspect PATH [flags]      says what an experiment on a folder would do, see experiment/preflight.py
     python data.py import SOURCE OUT         makes a folder of a published collection, see loras/published.py
     python data.py label PATH [--out FILE]   writes a table of labels to fill in, see loras/label_writing.py
 
@@ -13,11 +13,16 @@ Shape letters: N LoRAs, L layers, P modules (pairs of a down and an up).
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":  # only hands over, before imports that take a second and more: see `main`
+    from experiment.command import main
+
+    sys.exit(main())
+
 import argparse
-import json
 import math
 import os
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,18 +31,18 @@ from pathlib import Path
 
 import numpy as np
 
-from loras import checkpoints, label_writing, layer_sets, lora_files, names
+from loras import checkpoints, layer_sets, lora_files, names
 from loras import inspection as inspecting
 from loras import labels as labelling
 from loras.building import Progress
 from loras.checkpoints import Choice
 from loras.copies import common_names
-from loras.flags import OF_INDEX, parse_arguments
+from loras.flags import OF_INDEX
 from loras.layer_sets import and_more, layer_differences
 from loras.lora_files import Header, Layer, Layout, LoraFileError, by_layout, file_stat
 from loras.names import plain
-from loras.notices import Finding, Notice, unreadable
-from loras.recipe import header_notices, scale_records
+from loras.notices import Finding, Notice, grouped, unreadable
+from loras.recipe import header_notices
 from loras.scales import ScaleCount, count_scales
 from loras.weight_files import find_weight_files
 
@@ -55,8 +60,9 @@ class CollectionError(ValueError):
         self.findings, self.files = findings, files
 
     def shown(self) -> str:
-        """Return the first findings as lines for standard error, and the number of the others."""
-        shown, rest = self.findings[:MAX_FINDINGS], len(self.findings) - MAX_FINDINGS
+        """Return the first findings as lines for standard error, equal ones as one, and the number of the others."""
+        lines = grouped(self.findings)
+        shown, rest = lines[:MAX_FINDINGS], len(lines) - MAX_FINDINGS
         return "\n".join(
             f"error: {plain(line)}" for line in shown + ([f"and {rest} more like these."] if rest > 0 else [])
         )
@@ -493,157 +499,28 @@ def select_layers(collection: Collection, pattern: str | None) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# python data.py inspect
+# Command line
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def inspection(collection: Collection, layers: str | None = None) -> dict:
-    """Return what ``inspect --json`` prints; ``layers`` is a pattern, see `select_layers`."""
-    dtypes: Counter = Counter()
-    for positions in by_layout(file.layout for file in collection.files):
-        for layer in collection.files[positions[0]].layout.layers:
-            dtypes[layer.dtype] += len(positions)
-    paths = [file.path for file in collection.files]
-    columns = labelling.column_values(collection.root, paths, collection.table)
-    return {
-        "num_samples": len(collection.files),
-        "classes": collection.class_counts,
-        "layers": [
-            {"name": layer.name, "module": layer.module, "role": layer.role, "shape": list(layer.shape)}
-            for layer in collection.layers
-        ],
-        "layers_selected": np.flatnonzero(select_layers(collection, layers)).tolist(),
-        "dtypes": dict(dtypes),
-        "scales": scale_records([file.scales for file in collection.files]),
-        "common_layers": collection.common_layers,
-        "step": collection.choice.step,
-        "label_source": collection.label_source,
-        "label_column": collection.label_column,
-        "group_column": collection.group_column,
-        "num_groups": None if collection.groups is None else len(np.unique(collection.groups)),
-        "columns": {name: len(values) for name, values in columns.items()},
-        "products": len(collection.files[0].layout.ranks),
-        "mixed_ranks": bool(collection.mixed_ranks),
-        "ignored": dict(collection.ignored),
-        "skipped": collection.skipped_records,
-        "notices": _records(collection),
-    }
-
-
-def _with_scales(collection: Collection, progress: Progress, skip_bad: bool) -> Collection:
-    """Return the collection with the scales of alpha tensors read.
-
-    Raises:
-        CollectionError: Alphas cannot be used; with ``skip_bad`` their files are left out.
-    """
-    files, faults = inspecting.with_scales(collection.root, progress.track(collection.files, "scales"))
-    return _less_faulty(replace(collection, files=tuple(files)), faults, skip_bad)
-
-
-def _with_weights_checked(
-    collection: Collection, progress: Progress, strict: bool, skip_bad: bool, layers: str | None
-) -> Collection:
-    """Return the collection with what its weights show added to its notices; each file is read once.
-
-    Raises:
-        CollectionError: Weights are not finite, or of copies with several labels; with ``skip_bad`` these files are
-            left out. With ``strict`` also for what is otherwise a notice.
-    """
-    root = collection.root
-    checked, faults = inspecting.check_files(root, progress.track(collection.files, "weights"))
-    collection = _less_faulty(collection, faults, skip_bad)
-    twins, faults = inspecting.twins_of(root, collection.files, checked)
-    if faults:
-        collection = _less_faulty(collection, faults, skip_bad)
-        twins, _ = inspecting.twins_of(root, collection.files, checked)
-    selected = select_layers(collection, layers)
-    notices = inspecting.notices_of_weights(collection.files, checked, twins, strict, selected)
-    return noted(collection, notices, strict, skip_bad)
-
-
-def _less_faulty(collection: Collection, faults: list[Finding], skip_bad: bool) -> Collection:
-    """Refuse a collection with faulty files, or leave them out."""
-    if faults and not skip_bad:
-        raise CollectionError([finding.line(collection.root) for finding in faults])
-    reasons = [(path, finding.reason) for finding in faults for path in finding.files]
-    return without(collection, reasons) if reasons else collection
-
-
 def index_as_asked(args: argparse.Namespace, root: Path, name: str | None, progress: Progress) -> Collection:
-    """Index a folder as the flags of `add_collection_flags` describe it; see `index_collection`."""
-    return index_collection(root, name, progress.track, **{flag: getattr(args, flag) for flag in OF_INDEX})
+    """Index a folder as the flags of `add_collection_flags` describe it; see `index_collection`.
+
+    With --skip-bad files are left out too whose alphas cannot be used, which no header shows.
+    """
+    collection = index_collection(root, name, progress.track, **{flag: getattr(args, flag) for flag in OF_INDEX})
+    if not args.skip_bad:
+        return collection
+    faults = inspecting.with_scales(root, collection.files)[1]
+    return without(collection, [(path, finding.reason) for finding in faults for path in finding.files])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line of this module: 0 done, 2 refused, 130 interrupted."""
-    names.escape_output()
-    args = parse_arguments(arguments)
-    if args.command == "import":
-        from loras import published  # needs libraries that nothing else does
+    """Run the command line of this module; see `experiment.command`.
 
-        return published.run(args)
-    if args.command == "label":
-        return label_writing.run(args)
-    try:
-        inspect(args)
-        sys.stdout.flush()
-    except CollectionError as error:
-        print(error.shown(), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # whoever reads has seen enough; nothing is to be flushed to it at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (LoraFileError, OSError) as error:  # files have changed while they were looked at
-        print(f"error: {args.path}: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def inspect(args: argparse.Namespace) -> None:
-    """Print what a folder holds: what headers show at once, then what the weights do.
-
-    Raises:
-        CollectionError: It cannot be used.
+    As a program this file hands over to that before anything else, so that its classes are there once, as those of the
+    module ``data``, which the experiment imports.
     """
-    progress = Progress(log=sys.stderr)
-    collection = index_as_asked(args, args.path, None, progress)
-    collection = _with_scales(collection, progress, args.skip_bad)
-    contents = inspection(collection, args.layers)
-    if not args.json:
-        lines = inspecting.content_lines(args.path, contents)
-        print("\n".join(lines + inspecting.notice_lines(contents["notices"])), flush=True)
-    by_header = collection
-    if not args.headers_only:
-        collection = _with_weights_checked(collection, progress, args.strict, args.skip_bad, args.layers)
-    if args.json:
-        contents = contents if collection.files == by_header.files else inspection(collection, args.layers)
-        contents |= {"notices": _records(collection), "weights_checked": not args.headers_only}
-        all_letters = "utf" in (sys.stdout.encoding or "").lower()
-        print(json.dumps(contents, indent=2, ensure_ascii=not all_letters))
-        return
-    skipped = collection.skipped_records[len(by_header.skipped) :]
-    notices = _records(collection)[len(by_header.notices) :]
-    first = inspecting.NOT_CHECKED if args.headers_only else inspecting.CHECKED
-    lines = [first, *inspecting.skipped_lines(skipped), *inspecting.notice_lines(notices)]
-    if skipped:
-        lines.append(inspecting.left_line(collection.class_counts))
-    print("\n".join(lines + _refusal(collection)))
+    from experiment.command import main as run
 
-
-def _refusal(collection: Collection) -> list[str]:
-    """Return why the experiment would refuse the labels, which other flags may mend; empty where it would not."""
-    try:
-        check_classes(collection)
-    except CollectionError as error:
-        return [f"note: the experiment refuses this: {plain(finding)}" for finding in error.findings]
-    return []
-
-
-def _records(collection: Collection) -> list[dict]:
-    return [notice.record() for notice in collection.notices]
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run(arguments)

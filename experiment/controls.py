@@ -19,11 +19,12 @@ from analysis.evidence import Evidence
 from analysis.questions import Controls
 from analysis.removal_plan import Conditions, Order, plan_controls
 from data import Collection, CollectionError, check_classes, keep_together
+from experiment.checks import group_columns
 from experiment.phases import Experiment, emptied, on_permuted_labels, split_collection
 from experiment.plans import TrainingError
 from experiment.readings import attended, mapped
 from experiment.units import FAILURES, FAULTS, one_memory_error, reason_of
-from loras.recipe import header_columns, recipe_columns
+from loras.recipe import recipe_columns
 from representations import FEATURES, MAPPED, RANKING, REPRESENTATIONS, UPDATES
 
 RECIPE_WIDTH = 300  # values of recipe fields that a cheap explanation reads at most
@@ -67,7 +68,7 @@ def analyse(experiment: Experiment, names: Sequence[str], say: Callable[[str], N
     controlled = experiment.settings.controls != "none"
     say("\nControls, and what the numbers mean" if controlled else "\nWhat the numbers mean")
     evidence, attempts = evidence_of(experiment), Attempts(say)
-    columns = attempts("columns of groups", lambda: group_columns(experiment))
+    columns = attempts("columns of groups", lambda: group_columns(experiment.collection))
     trained = _train(experiment, evidence, names, columns or {}, attempts)
     statistics, updates = (_loaded(experiment, name) for name in (RANKING, UPDATES))
     cheap = {
@@ -427,27 +428,6 @@ def _number(text: str | None) -> float | None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def group_columns(experiment: Experiment) -> dict[str, dict[str, str]]:
-    """Return columns and header fields that look like groups which no split keeps together, with each file's value.
-
-    Each file has a value, and most share it with another; either the column is called a group, or all LoRAs of one
-    value are of one class while classes have several values, as of the artists or sets of images of a concept.
-    """
-    collection = experiment.collection
-    if collection.group_column is not None:
-        return {}
-    columns = {}
-    for name, values_by_file in (collection.columns | header_columns(collection.files)).items():
-        if name == collection.label_column or len(values_by_file) < len(collection.files):
-            continue
-        values, group = np.unique([values_by_file[file.path] for file in collection.files], return_inverse=True)
-        pairs = len(np.unique(np.stack([group, collection.y]), axis=1).T)
-        nested = pairs == len(values) > len(collection.classes)
-        if 2 * len(values) <= len(group) and len(values) > 1 and (nested or "group" in name.lower()):
-            columns[name] = values_by_file
-    return columns
-
-
 def grouped(experiment: Experiment, evidence: Evidence, names: Sequence[str], columns: dict) -> tuple | None:
     """Evaluate the best representation of which nothing is fitted to the split, on one that keeps groups together.
 
@@ -457,7 +437,7 @@ def grouped(experiment: Experiment, evidence: Evidence, names: Sequence[str], co
         experiment: The one that knew no groups.
         evidence: What it left.
         names: The representations that were run.
-        columns: Of `group_columns`; the first that allows a split is taken.
+        columns: Of `checks.group_columns`; the first that allows a split is taken.
 
     Returns:
         The column, the representation, and truth, groups and predictions of the test LoRAs of that split; None where no

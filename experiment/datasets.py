@@ -15,13 +15,14 @@ from loras.names import plain
 BUILT_IN = Path("data") / "built-in-digits"  # holds the collections that are trained here
 
 
-def locate(name: str, data_dir: Path | None, progress: Progress) -> tuple[str, Path]:
+def locate(name: str, data_dir: Path | None, progress: Progress, train: bool = True) -> tuple[str, Path]:
     """Return name and folder of a collection; train the built-in one if it is to be used and not there.
 
     Args:
         name: What --dataset says: a folder, or one of ``NAMED_DATASETS``.
         data_dir: The parent of folders of these names; None: data, where the digits may take their place.
         progress: Shows the training.
+        train: Whether the digits are trained; else they are refused where they are not there.
 
     Raises:
         UsageError: There is no such collection, and none is trained in its place.
@@ -46,9 +47,12 @@ def locate(name: str, data_dir: Path | None, progress: Progress) -> tuple[str, P
     built_in, count = BUILT_IN / name, BUILT_IN_SIZES[name]
     if not built_in.is_dir():
         seconds, size = digits_zoo.estimate(count)
+        cost = f"about {seconds / 60:.1f} minutes on two CPU cores, {size / 2**20:.0f} MiB on disk"
+        if not train:
+            trains = f"`python ablation_experiment.py --dataset={name} --quick` trains the built-in digits ({cost})"
+            raise UsageError(f"{folder}: no such folder, and no {built_in}. {trains} and runs on them; {mend}.")
         print(
-            f"There is no {folder}: training the built-in digits, {count} LoRAs, into {built_in}, once "
-            f"(about {seconds / 60:.1f} minutes on two CPU cores, {size / 2**20:.0f} MiB on disk)",
+            f"There is no {folder}: training the built-in digits, {count} LoRAs, into {built_in}, once ({cost})",
             flush=True,
         )
     try:

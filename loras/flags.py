@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from loras import checkpoints
+from loras.command_line import Parser, whole_number
 
 # Those that indexing takes by the same names; --layers chooses among the layers that were indexed.
 OF_INDEX = ("labels", "label_column", "group_column", "step", "common_layers", "skip_bad", "strict")
@@ -59,35 +59,53 @@ def add_collection_flags(add: Callable) -> None:
     add(
         "--layers",
         metavar="PATTERN",
-        help="only layers whose name or canonical module matches: attn2, '*.to_v.*', or a comma list (all)",
+        help="only layers whose name or canonical module matches: attn2, '*.to_v.*', or a comma list; '!attn2' leaves "
+        "out what matches (all)",
     )
 
 
 def _step(text: str) -> str:
+    from loras import checkpoints  # and numpy, for which --help would wait
+
     try:
         return checkpoints.step_of(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the flags of ``inspect``, ``import`` and ``label``."""
-    parser = argparse.ArgumentParser(description="Look at a folder of LoRAs before an experiment, or make one.")
+def parse_arguments(
+    arguments: list[str] | None = None, add_experiment_flags: Callable[[Parser], None] | None = None
+) -> argparse.Namespace:
+    """Parse the flags of ``inspect``, ``import`` and ``label``.
+
+    Args:
+        arguments: Of the command line.
+        add_experiment_flags: Adds to ``inspect`` all flags of the experiment, of which this folder knows those of
+            `add_collection_flags`; None: it takes these alone.
+    """
+    parser = Parser(description="Look at a folder of LoRAs before an experiment, or make one.")
     commands = parser.add_subparsers(dest="command", required=True)
-    look = commands.add_parser("inspect", help="show what a folder of LoRAs holds, and check their weights")
-    look.add_argument("path", type=Path, help="folder of LoRAs")
+    look = commands.add_parser(
+        "inspect",
+        help="show what a folder of LoRAs holds, and all for which an experiment would refuse it",
+        description="Show what a folder of LoRAs holds, and all for which an experiment would refuse it: exit code 2. "
+        "Nothing is trained or written.",
+        epilog="All other flags of the experiment are taken too, and stand in the command of the last line.",
+    )
+    look.add_argument("path", metavar="FOLDER", help="any folder of LoRAs; or 1k, 10k, 50k, 100k or small")
     look.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    look.add_argument("--all", action="store_true", help="list every layer and every class")
     look.add_argument(
         "--headers-only",
         action="store_true",
         help="do not read the weights: no NaN, copies, epochs, untrained LoRAs or outliers are looked for",
     )
-    add_collection_flags(look.add_argument)
+    (add_experiment_flags or (lambda parser: add_collection_flags(parser.add_argument)))(look)
     publish = commands.add_parser("import", help="turn a published parquet collection into a folder of LoRAs")
     publish.add_argument("source", help="a parquet file, a folder of them, or owner/name of a data set of the hub")
     publish.add_argument("out", type=Path, help="folder to make; it may exist if the same import made it")
     publish.add_argument(
-        "--rank", type=int, help="rank of the LoRAs, where cells are flat lists (the column rank, or 1)"
+        "--rank", type=whole_number, help="rank of the LoRAs, where cells are flat lists (the column rank, or 1)"
     )
     publish.add_argument(
         "--skip-bad", action="store_true", help="leave out rows with NaN or a missing cell, and say how many"

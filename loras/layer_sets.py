@@ -22,6 +22,7 @@ from loras.recipe import IndexedFile
 from loras.scales import count_scales
 
 MAX_NAMED = 3  # modules in a message
+EXCEPT = "!"  # before a pattern of layers to leave out
 REMEDY = "Keep LoRAs of the same layers to a collection, or compare those that all files have: --common-layers."
 
 
@@ -149,22 +150,30 @@ def matching(layers: Sequence[Layer], pattern: str | None) -> np.ndarray:
 
     A pattern with ``*``, ``?`` or ``[`` is to match the whole of a layer's shown name, of its canonical module, or of
     that with its role (``..._attn1_to_v_up``); any other may stand anywhere in one of them. In canonical names a dot is
-    an underscore: ``*.to_v.*`` finds the same layers whatever wrote the files.
+    an underscore: ``*.to_v.*`` finds the same layers whatever wrote the files. A pattern behind ``!`` takes its layers
+    out of those that the others name, or out of all where there are no others, wherever it stands in the list.
 
     Raises:
-        ValueError: A pattern of the list matches no layer.
+        ValueError: A pattern of the list matches no layer, or no layer is left.
     """
     if pattern is None:
         return np.ones(len(layers), bool)
     if not pattern.isprintable():
         raise ValueError("not printable text. Give a part of a layer's name.")
-    selected = np.zeros(len(layers), bool)
-    for single in pattern.split(","):
-        chosen = [_matches(layer, single.strip()) for layer in layers]
+    kept, removed = np.zeros(len(layers), bool), np.zeros(len(layers), bool)
+    patterns = [single.strip() for single in pattern.split(",")]
+    for single in patterns:
+        chosen = [_matches(layer, single.removeprefix(EXCEPT).strip()) for layer in layers]
         if not any(chosen):
             names = ", ".join(layer.name for layer in layers[:3])
-            raise ValueError(f"{single.strip()!r} matches none of {len(layers)} layers. The first ones are {names}.")
-        selected |= chosen
+            raise ValueError(f"{single!r} matches none of {len(layers)} layers. The first ones are {names}.")
+        if single.startswith(EXCEPT):
+            removed |= chosen
+        else:
+            kept |= chosen
+    selected = ~removed & (kept | all(single.startswith(EXCEPT) for single in patterns))
+    if not selected.any():
+        raise ValueError(f"leaves none of {len(layers)} layers. Leave out fewer.")
     return selected
 
 

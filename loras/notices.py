@@ -6,6 +6,8 @@ their owner thinks: copies, scales, untrained LoRAs, and the like. With --strict
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,25 @@ class Finding:
     def line(self, root: Path) -> str:
         """Return the finding as a line ``<path>: what is wrong. What to do.``."""
         return one_line(f"{self.place or root / self.files[0]}: {self.reason}")
+
+
+def grouped(lines: Sequence[str]) -> list[str]:
+    """Return lines ``<path>: what is wrong. What to do.``, of those that say the same of many paths one with the count.
+
+    Example:
+        >>> grouped(["a: no label. Mend it.", "b: a pickle. Convert it.", "c: no label. Mend it."])
+        ['a and 1 more: no label. Mend it.', 'b: a pickle. Convert it.']
+    """
+    places: dict[str, list[str]] = defaultdict(list)
+    for line in dict.fromkeys(lines):
+        end = line.find(".safetensors: ")  # a path may hold a colon too
+        start = line.find(": ", max(0, end))
+        places[line[start:] if start > 0 else ""].append(line[:start] if start > 0 else line)
+    shown = []
+    for reason, same in places.items():
+        more = f" and {len(same) - 1} more" if len(same) > 1 else ""
+        shown += [f"{same[0]}{more}{reason}"] if reason else same
+    return shown
 
 
 def unreadable(error: OSError) -> str:

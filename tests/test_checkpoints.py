@@ -280,7 +280,7 @@ def test_other_values_are_refused(text, tmp_path, capsys):
     with pytest.raises(ValueError, match="is no step: give final, all or a number"):
         step_of(text)
     with pytest.raises(SystemExit) as end:
-        data.main(["inspect", str(tmp_path), f"--step={text}"])
+        data.main(["inspect", str(tmp_path), "--top-k=1", f"--step={text}"])
     assert end.value.code == 2 and "is no step: give final, all or a number" in capsys.readouterr().err
 
 
@@ -303,7 +303,7 @@ def test_epochs_in_the_place_of_loras_are_called_so_by_the_experiment(tmp_path, 
     for label in CLASSES:
         for i in range(6):
             write_lora(tmp_path / "zoo" / label / f"checkpoint-{i}" / PEFT, lora(1, seed=i + 6 * (label == "cat")))
-    assert data.main(["inspect", str(tmp_path / "zoo")]) == 0
+    assert data.main(["inspect", str(tmp_path / "zoo"), "--top-k=1"]) == 2
     assert "note: 12 LoRAs are epochs of 2 trainings (cat/checkpoint-0/" in capsys.readouterr().out
     flags = ["--quick", "--num-runs=1", "--representations=stats", "--device=cpu", "--top-k=1"]
     assert main(["--dataset", str(tmp_path / "zoo"), "--output-dir", str(tmp_path / "out"), *flags], NARROW) == 2
@@ -464,10 +464,10 @@ def test_checkpoints_are_never_on_both_sides_of_the_split(tmp_path, capsys):
 
 def test_inspect_says_what_is_left_out(tmp_path, capsys):
     root = trainers_folders(tmp_path, "checkpoint-100")
-    assert data.main(["inspect", str(root), "--headers-only", "--strict"]) == 0  # nothing is wrong with it
+    assert data.main(["inspect", str(root), "--top-k=1", "--headers-only", "--strict"]) == 0  # nothing is wrong with it
     assert "note: 6 files in the folders of 6 LoRAs are left out (checkpoint-100)" in capsys.readouterr().out
-    assert data.main(["inspect", str(root), "--headers-only", "--json", "--step=all"]) == 0
+    assert data.main(["inspect", str(root), "--top-k=1", "--headers-only", "--json", "--step=all"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["step"], found["num_samples"], found["num_groups"], found["notices"]) == ("all", 12, 6, [])
-    assert data.main(["inspect", str(root), "--headers-only", "--step=all"]) == 0
+    assert data.main(["inspect", str(root), "--top-k=1", "--headers-only", "--step=all"]) == 0
     assert "\ngroups:  6 by LoRA, with its checkpoints\n" in capsys.readouterr().out

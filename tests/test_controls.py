@@ -159,7 +159,7 @@ def test_groups_that_headers_name_are_found(tmp_path):
         tmp_path, lambda c, i: {"ss_session_id": f"{c} {i // 2}", "ss_base": f"base {c}", "ss_steps": i % 2}
     )
     collection = index_collection(tmp_path)
-    columns = controls.group_columns(SimpleNamespace(collection=collection))
+    columns = controls.group_columns(collection)
     assert list(columns) == ["header: ss_session_id"]  # a base is that of a class, and steps are of several
     values = [columns["header: ss_session_id"][file.path] for file in collection.files]
     assert values == [f"{c} {i}" for c in range(2) for i in (0, 0, 1, 1)]
@@ -186,12 +186,12 @@ def test_ranks_are_told_where_they_differ(tmp_path):
 
 
 def test_a_column_whose_values_lie_within_classes_looks_like_groups(planted):
-    assert list(controls.group_columns(planted)) == ["artist"]
+    assert list(controls.group_columns(planted.collection)) == ["artist"]
 
 
 def test_an_unused_group_column_is_split_by_and_the_best_representation_trained_again(planted):
     e = controls.evidence_of(planted)
-    columns = controls.group_columns(planted)
+    columns = controls.group_columns(planted.collection)
     column, best, truth, groups, predicted = controls.grouped(planted, e, NAMES, columns)
     assert column == "artist" and best in NAMES
     assert predicted.shape == (3, len(truth)) and len(np.unique(groups)) == len(truth) / 3
@@ -202,14 +202,14 @@ def test_a_group_column_in_use_is_not_told_of(tmp_path, planted):
     root = planted.collection.root
     flags = ("--top-k=3", "--representations=stats", "--group-column=artist")
     experiment = experiment_on(root, tmp_path / "cache", *flags)
-    assert controls.group_columns(experiment) == {}
+    assert controls.group_columns(experiment.collection) == {}
 
 
 def test_groups_that_allow_no_split_are_told_of_and_not_trained(planted):
     e, files = controls.evidence_of(planted), planted.collection.files
     too_few = {"artist": {file.path: f"{file.label} by one of {i % 2}" for i, file in enumerate(files)}}
     assert controls.grouped(planted, e, NAMES, too_few) is None
-    assert controls.grouped(planted, e, [], controls.group_columns(planted)) is None
+    assert controls.grouped(planted, e, [], controls.group_columns(planted.collection)) is None
     found = grouped_split(e, ["artist"], None)
     assert found["unused"] == ["artist"] and found["representation"] is None and "no split" in found["why"]
 

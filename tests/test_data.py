@@ -187,17 +187,28 @@ def test_an_unusable_adapter_config_is_found_before_the_weights_are_read(tmp_pat
     assert "alpha" in finding
 
 
-def test_at_most_twenty_findings_are_shown_with_the_count_of_the_rest(tmp_path):
-    for path in files_in(write_collection(tmp_path, classes=2, per_class=13)):
-        path.write_bytes(b"")
+def test_at_most_twenty_findings_are_shown_with_the_count_of_the_rest():
+    error = CollectionError([f"{i}.safetensors: fault {i}. Mend it." for i in range(26)])
+    lines = error.shown().splitlines()
+    assert len(lines) == data.MAX_FINDINGS + 1
+    assert all(line.startswith("error: ") for line in lines)
+    assert "6 more" in lines[-1]
+    assert len(CollectionError([f"x: y{i}" for i in range(20)]).shown().splitlines()) == 20
+
+
+def test_what_is_wrong_with_many_files_is_said_once_with_their_number(tmp_path):
+    """Of a flat folder each file lacks a label, for one reason."""
+    for i in range(30):
+        write_lora(tmp_path / f"{i:02}.safetensors", lora(1, seed=i))
+    (tmp_path / "07.safetensors").write_bytes(b"")
+    (tmp_path / "09: x.safetensors").write_bytes(b"1234")
     with pytest.raises(CollectionError) as error:
         index_collection(tmp_path)
-    lines = error.value.shown().splitlines()
-    assert len(error.value.findings) == 26
-    assert len(lines) == data.MAX_FINDINGS + 1
-    assert all(line.startswith(f"error: {tmp_path}") for line in lines[:-1])
-    assert "6 more" in lines[-1]
-    assert len(CollectionError(["x: y"] * 20).shown().splitlines()) == 20
+    labels, empty, short = error.value.shown().splitlines()
+    assert len(error.value.findings) == 33  # those without weights have no label either
+    assert labels.startswith(f"error: {tmp_path}/00.safetensors and 30 more: no label: ")
+    assert empty.startswith(f"error: {tmp_path}/07.safetensors: incomplete download")
+    assert short.startswith(f"error: {tmp_path}/09: x.safetensors: ")
 
 
 def test_files_that_lack_or_add_layers(tmp_path):
@@ -295,7 +306,7 @@ def test_two_classes_of_three_are_enough(tmp_path):
 def test_inspect_as_json(tmp_path, capsys):
     root = write_collection(tmp_path, classes=2, per_class=3)
     write_lora(files_in(root)[0], lora() | {"a.dora_scale": torch.ones(2)})
-    assert data.main(["inspect", str(root), "--json"]) == 0
+    assert data.main(["inspect", str(root), "--top-k=1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["num_samples"] == 6
     assert found["classes"] == {"class_0": 3, "class_1": 3}
@@ -309,13 +320,20 @@ def test_inspect_as_json(tmp_path, capsys):
 
 
 def test_inspect_as_text(tmp_path, capsys):
-    assert data.main(["inspect", str(write_collection(tmp_path, modules=1))]) == 0
+    root = write_collection(tmp_path, modules=1)
+    assert data.main(["inspect", str(root), "--top-k=1"]) == 0
     out = capsys.readouterr().out
-    name = module_names(1)[0]
     assert "6 LoRAs of 2 layers; labels from the folder names" in out
     assert "class_0 (3), class_1 (3)" in out
     assert "F32 (12)" in out
+    assert "\nranks:   2 (6 LoRAs)\n" in out
+    assert "\nnumbers: 32 a LoRA, 192 in all" in out
     assert "ignored: nothing" in out
+    assert "\nblock  layers  out x rank x in  projections\nIN01        2  8x2x8            attn1 q\n" in out
+    name = module_names(1)[0]
+    assert name not in out
+    assert data.main(["inspect", str(root), "--top-k=1", "--all"]) == 0
+    out = capsys.readouterr().out
     assert re.search(rf"\n +0  down +2x8  {re.escape(name)}\.lora\.down\.weight +{name.replace('.', '_')}\n", out)
 
 
@@ -329,7 +347,7 @@ def test_both_commands_work_from_any_folder_and_through_a_link(tmp_path, through
         (elsewhere / "look.py").symlink_to(program)
         program = "look.py"
     for arguments, code, out, error in (
-        (["inspect", "../zoo"], 0, "../zoo: 6 LoRAs of 2 layers", ""),
+        (["inspect", "../zoo", "--top-k=1"], 0, "../zoo: 6 LoRAs of 2 layers", ""),
         (["import", "nowhere.parquet", "made"], 2, "", "error: nowhere.parquet: no such file or folder. "),
     ):
         done = subprocess.run([sys.executable, program, *arguments], capture_output=True, text=True, cwd=elsewhere)
@@ -337,10 +355,10 @@ def test_both_commands_work_from_any_folder_and_through_a_link(tmp_path, through
 
 
 def test_inspect_of_a_faulty_folder(tmp_path, capsys):
-    assert data.main(["inspect", str(tmp_path / "nowhere")]) == 2
+    assert data.main(["inspect", str(tmp_path / "nowhere"), "--top-k=1"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == f"error: {tmp_path / 'nowhere'}: no such folder. Give a folder of LoRAs.\n"
+    assert captured.err.startswith(f"error: {tmp_path / 'nowhere'}: no such folder. Give a folder of LoRAs, or 1k, ")
 
 
 def test_an_interrupted_inspection_says_so(tmp_path, capsys, monkeypatch):
@@ -348,35 +366,35 @@ def test_an_interrupted_inspection_says_so(tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(data, "index_collection", interrupted)
-    assert data.main(["inspect", str(tmp_path)]) == 130
+    assert data.main(["inspect", str(tmp_path), "--top-k=1"]) == 130
     assert capsys.readouterr().err == "\nInterrupted.\n"
 
 
 def test_inspect_counts_scales_with_their_source(tmp_path, capsys):
-    root = write_collection(tmp_path, per_class=2)
+    root = write_collection(tmp_path, per_class=3)
     alphas = {f"{module}.alpha": torch.tensor(float(m)) for m, module in enumerate(module_names(2))}
     write_lora(files_in(root)[0], lora() | alphas)
     (files_in(root)[1].parent / "adapter_config.json").write_text('{"lora_alpha": 8, "r": 2}')
-    assert data.main(["inspect", str(root), "--json", "--headers-only"]) == 0
+    assert data.main(["inspect", str(root), "--top-k=1", "--json", "--headers-only"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["scales"] == [
-        {"scale": 1.0, "source": "none", "modules": 2, "files": 2},
+        {"scale": 1.0, "source": "none", "modules": 2, "files": 4},
         {"scale": 4.0, "source": "adapter_config.json", "modules": 2, "files": 1},
         {"scale": 0.5, "source": "alpha tensors", "modules": 1, "files": 1},
         {"scale": 1.0, "source": "alpha tensors", "modules": 1, "files": 1},
     ]
     assert [(notice["kind"], notice["count"]) for notice in found["notices"]] == [("scales", 2)]
     assert found["weights_checked"] is False
-    assert data.main(["inspect", str(root)]) == 0
+    assert data.main(["inspect", str(root), "--top-k=1"]) == 0
     out = capsys.readouterr().out
-    assert "\nscales:  1 (none, 2 modules of 2 LoRAs), 4 (adapter_config.json, 2 modules of 1 LoRA), 0.5 (" in out
-    assert "\nnote: scales of updates are not stated alike: by nothing in 2 LoRAs (class_1/0000/" in out
+    assert "\nscales:  1 (none, 2 modules of 4 LoRAs), 4 (adapter_config.json, 2 modules of 1 LoRA), 0.5 (" in out
+    assert "\nnote: scales of updates are not stated alike: by nothing in 4 LoRAs (class_0/0002/" in out
 
 
 def test_inspect_of_headers_only_says_what_was_not_checked(tmp_path, capsys):
     write_lora(write_collection(tmp_path) / "class_0" / "0000" / FILE_NAME, spoiled(float("nan")))
-    assert data.main(["inspect", str(tmp_path), "--headers-only"]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
+    assert data.main(["inspect", str(tmp_path), "--top-k=1", "--headers-only"]) == 0
+    *_, last, _ = capsys.readouterr().out.splitlines()
     assert last == "weights: not read; NaN, copies, epochs, untrained LoRAs and outliers were not checked"
 
 
@@ -390,17 +408,17 @@ def spoiled(value: float) -> dict:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_inspect_finds_what_the_run_would_refuse(tmp_path, capsys, value, flags):
-    path = write_lora(write_collection(tmp_path) / "class_0" / "0000" / FILE_NAME, spoiled(value))
-    assert data.main(["inspect", str(tmp_path), *flags]) == 2
+    path = write_lora(write_collection(tmp_path, per_class=4) / "class_0" / "0000" / FILE_NAME, spoiled(value))
+    assert data.main(["inspect", str(tmp_path), "--top-k=1", *flags]) == 2
     name = f"{module_names(2)[1]}.lora.up.weight"
     fault = f"NaN or infinity in 1 tensors, first in {name}. Train again or leave it out."
     assert capsys.readouterr().err == f"error: {path}: {fault}\n"
-    assert data.main(["inspect", str(tmp_path), "--skip-bad", *flags]) == 0
+    assert data.main(["inspect", str(tmp_path), "--top-k=1", "--skip-bad", *flags]) == 0
     captured = capsys.readouterr()
     skipped = {"path": f"class_0/0000/{FILE_NAME}", "reason": fault}
     if flags:
         found = json.loads(captured.out)
-        assert found["skipped"] == [skipped] and found["num_samples"] == 5 and found["weights_checked"]
+        assert found["skipped"] == [skipped] and found["num_samples"] == 7 and found["weights_checked"]
     else:
         assert f"skipped: {skipped['path']}: {fault}" in captured.out.splitlines()
 
@@ -410,7 +428,7 @@ def test_inspect_refuses_an_alpha_that_is_no_number(tmp_path, capsys, alpha):
     module = module_names(1)[0]
     bad = lora() | {f"{module}.alpha": torch.tensor(alpha)}
     path = write_lora(write_collection(tmp_path) / "class_0" / "0000" / FILE_NAME, bad)
-    assert data.main(["inspect", str(tmp_path), "--headers-only"]) == 2
+    assert data.main(["inspect", str(tmp_path), "--top-k=1", "--headers-only"]) == 2
     assert capsys.readouterr().err.startswith(f"error: {path}: alpha of module {module.replace('.', '_')} is ")
 
 
@@ -420,42 +438,23 @@ def test_inspect_reports_copies_and_untrained_loras(tmp_path, capsys):
     write_lora(paths[1], load_file(paths[0]))
     untrained = {key: tensor * (".lora.down." in key) for key, tensor in lora(seed=50).items()}
     write_lora(paths[7], untrained)
-    assert data.main(["inspect", str(root), "--json"]) == 0
+    assert data.main(["inspect", str(root), "--top-k=1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     kinds = {notice["kind"]: notice["files"] for notice in found["notices"]}
     names = [path.relative_to(root).as_posix() for path in paths]
     assert kinds["copies"] == names[:2] and kinds["untrained"] == names[7:]
-    assert data.main(["inspect", str(root), "--strict"]) == 2
+    assert data.main(["inspect", str(root), "--top-k=1", "--strict"]) == 2
     assert {line.split(": ")[1] for line in capsys.readouterr().err.splitlines()} == {str(paths[i]) for i in (1, 7)}
-    assert data.main(["inspect", str(root), "--strict", "--skip-bad", "--json"]) == 0
+    assert data.main(["inspect", str(root), "--top-k=1", "--strict", "--skip-bad", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [record["path"] for record in found["skipped"]] == [names[1], names[7]] and found["notices"] == []
 
 
 def test_inspect_refuses_copies_of_two_classes(tmp_path, capsys):
-    paths = files_in(write_collection(tmp_path))
-    write_lora(paths[3], load_file(paths[0]))
-    assert data.main(["inspect", str(tmp_path)]) == 2
+    paths = files_in(write_collection(tmp_path, per_class=4))
+    write_lora(paths[4], load_file(paths[0]))
+    assert data.main(["inspect", str(tmp_path), "--top-k=1"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(": ")[1] for line in lines] == [str(paths[0]), str(paths[3])]
+    assert [line.split(": ")[1] for line in lines] == [str(paths[0]), str(paths[4])]
     assert all("class_0" in line and "class_1" in line for line in lines)
-    assert data.main(["inspect", str(tmp_path), "--skip-bad"]) == 0
-
-
-def test_whoever_reads_the_inspection_may_stop(tmp_path):
-    write_collection(tmp_path / "zoo", modules=2000, per_class=1, width=2)
-    command = f"{sys.executable} {data.__file__} inspect {tmp_path / 'zoo'} --headers-only | head -n 1"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and "LoRAs of 4000 layers" in done.stdout
-
-
-def test_inspect_says_what_is_left_and_what_the_experiment_refuses(tmp_path, capsys):
-    root = write_collection(tmp_path / "zoo", classes=2, per_class=3)
-    path = root / "class_1" / "0001" / FILE_NAME
-    tensors = load_file(path)
-    next(iter(tensors.values()))[0, 0] = torch.nan
-    save_file(tensors, path)
-    assert data.main(["inspect", str(root), "--skip-bad"]) == 0
-    *_, left, refused = capsys.readouterr().out.splitlines()
-    assert left == "left:    5 LoRAs; classes: class_0 (3), class_1 (2)"
-    assert refused.startswith("note: the experiment refuses this: ") and "(class_1: 2, class_0: 3)" in refused
+    assert data.main(["inspect", str(tmp_path), "--top-k=1", "--skip-bad"]) == 0

@@ -14,12 +14,14 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from limits import peak_of_memory
 from making import write_lora
 
-from data import CollectionError, check_classes, index_collection, inspection
+from data import CollectionError, check_classes, index_collection
+from experiment.contents import contents_of
 
 MOST_SECONDS, MOST_MEMORY = 2.0, 2**30
 FILES = [
@@ -381,7 +383,7 @@ def read(root: Path, made: Table) -> str:
 
 def check_columns(collection, values: dict[str, dict]) -> None:
     """Compare what else the table says of the files with what the slow reader reads."""
-    json.dumps(inspection(collection))
+    json.dumps(contents_of(collection, np.ones(len(collection.layers), bool)))
     used = {file.path for file in collection.files}
     for name, of_files in collection.columns.items():
         assert name.isprintable()

@@ -29,6 +29,9 @@ MAY_IMPORT = {
     "experiment": {"data", "representations", "autoencoders", "loras", "training", "analysis"},
     "ablation_experiment": {"data", "representations", "loras", "training", "experiment", "report"},
 }
+# The one exception: data.py as a program hands over to the command line, which knows the experiment. Only its function
+# ``main`` does, and what runs where the file is the program: nothing that is imported as ``data`` depends on it.
+HANDS_OVER = {"data": "experiment.command"}
 ANY_WORDS = {"what", "how", "whether", "which", "where", "who", "why"}
 FUNCTION_WORDS = ANY_WORDS | {"the", "a", "an", "all", "each", "every", "some", "many", "several"}
 # A file has 600 lines, and room for what the README says one file suffices for: a row and its function.
@@ -73,8 +76,10 @@ def definitions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.AST]
 
 def forbidden_imports(room: str, tree: ast.AST) -> list[str]:
     """Return the lines on which a module of a room imports what its room may not; imports inside functions count."""
-    found = []
+    found, handing_over = [], handed_over(room, tree)
     for node in ast.walk(tree):
+        if node in handing_over:
+            continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -85,6 +90,18 @@ def forbidden_imports(room: str, tree: ast.AST) -> list[str]:
         own = {room} if room in FOLDERS else set()
         found += [f"line {node.lineno}: {room} imports {name}" for name in sorted(imported - own - MAY_IMPORT[room])]
     return found
+
+
+def handed_over(room: str, tree: ast.Module) -> list[ast.AST]:
+    """Return the imports by which a program hands over, see ``HANDS_OVER``."""
+    places = [
+        node
+        for node in tree.body
+        if (isinstance(node, ast.FunctionDef) and node.name == "main")
+        or (isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'")
+    ]
+    imports = [node for place in places for node in ast.walk(place) if isinstance(node, ast.ImportFrom)]
+    return [node for node in imports if node.module == HANDS_OVER.get(room)]
 
 
 def test_every_room_imports_only_what_the_table_allows():
@@ -101,6 +118,11 @@ def test_every_room_imports_only_what_the_table_allows():
         ("report", "from analysis.evidence import ALPHA", 1),
         ("report", "import json\nfrom report import wording", 0),
         ("data", "from loras.labels import Finding\nimport experiment.store", 1),
+        ("data", "def main():\n    from experiment.command import main", 0),
+        ("data", "def main():\n    from experiment.preflight import run", 1),
+        ("data", "def late():\n    from experiment.command import main", 1),
+        ("data", "from experiment.command import main", 1),
+        ("loras", "def main():\n    from experiment.command import main", 1),
         ("loras", "def late():\n    import training", 1),
         ("representations", "import representations", 1),
         ("experiment", "import analysis, autoencoders\nfrom report.text import render_text", 1),

@@ -917,38 +917,40 @@ def test_a_pattern_without_a_layer_is_refused_with_some_that_are_there(tmp_path,
 
 def test_inspect_lists_the_columns_that_could_be_the_label(tmp_path, capsys):
     metadata_collection(tmp_path)
-    assert data.main(["inspect", str(tmp_path)]) == 0
+    assert data.main(["inspect", str(tmp_path), "--top-k=1"]) == 0
     out = capsys.readouterr().out
-    assert "columns: category_label (3), num_images (2), name (12) (number of values; --label-column chooses)" in out
-    assert data.main(["inspect", str(tmp_path), "--label-column=num_images", "--json"]) == 0
+    assert "columns: category_label (3), num_images (2), name (12) (number of values)\n" in out
+    assert "would make classes (--label-column): num_images\n" in out
+    assert data.main(["inspect", str(tmp_path), "--top-k=1", "--label-column=num_images", "--json"]) == 0
     contents = json.loads(capsys.readouterr().out)
     assert contents["columns"] == {"category_label": 3, "num_images": 2, "name": 12}
     assert contents["classes"] == {"4": 6, "5": 6} and contents["label_column"] == "num_images"
     assert contents["group_column"] is None and contents["num_groups"] is None and "groups:" not in out
-    assert data.main(["inspect", str(tmp_path), "--group-column=num_images"]) == 0
-    assert "groups:  2 by num_images" in capsys.readouterr().out
+    assert data.main(["inspect", str(tmp_path), "--top-k=1", "--group-column=num_images"]) == 2
+    captured = capsys.readouterr()
+    assert "groups:  2 by num_images" in captured.out and "fewer than three groups" in captured.err
 
 
 def test_inspect_takes_labels_skip_bad_and_layers(tmp_path, capsys):
-    root = write_collection(tmp_path / "zoo")
+    root = write_collection(tmp_path / "zoo", per_class=4)
     (root / "class_0" / "0001" / FILE_NAME).write_bytes(b"")
     paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.safetensors"))
     mine = table(
         tmp_path / "mine.csv", ["file_name", "concept"], *[(path, f"c{i % 2}") for i, path in enumerate(paths)]
     )
-    flags = ["inspect", str(root), f"--labels={mine}", "--skip-bad", "--layers=attentions.1"]
+    flags = ["inspect", str(root), f"--labels={mine}", "--skip-bad", "--layers=attentions.1", "--top-k=1"]
     assert data.main([*flags, "--json"]) == 0
     contents = json.loads(capsys.readouterr().out)
-    assert contents["label_source"] == "concept in mine.csv" and contents["classes"] == {"c0": 3, "c1": 2}
+    assert contents["label_source"] == "concept in mine.csv" and contents["classes"] == {"c0": 4, "c1": 3}
     assert [entry["path"] for entry in contents["skipped"]] == [f"class_0/0001/{FILE_NAME}"]
     assert contents["layers_selected"] == [2, 3] and len(contents["layers"]) == 4
-    assert data.main(flags) == 0
+    assert data.main([*flags, "--all"]) == 0
     out = capsys.readouterr().out
-    assert "5 LoRAs of 4 layers, 2 of them listed; labels from concept in mine.csv" in out
+    assert "7 LoRAs of 4 layers, 2 of them chosen by --layers; labels from concept in mine.csv" in out
     shown = f"2  down           2x8  {module_names(2)[1]}.lora.down.weight"
     assert shown in out and module_names(2)[0] not in out
     assert f"skipped: class_0/0001/{FILE_NAME}: incomplete download" in out
-    assert data.main(["inspect", str(root), "--skip-bad", "--layers=attn7"]) == 2
+    assert data.main(["inspect", str(root), "--top-k=1", "--skip-bad", "--layers=attn7"]) == 2
     assert capsys.readouterr().err.startswith("error: --layers attn7: 'attn7' matches none of 4 layers.")
 
 

@@ -12,6 +12,7 @@ import data
 from ablation_experiment import main
 from data import CollectionError, index_collection
 from experiment import extraction
+from loras import layer_sets
 
 IDS = [name.replace(".", "_") for name in module_names(4)]
 CPU = torch.device("cpu")
@@ -120,12 +121,32 @@ def test_features_of_all_layers_and_of_the_common_ones_are_never_confused(tmp_pa
     assert again.fingerprint == whole.fingerprint and again.load(extraction.RANKING).shape[1] == 6
 
 
+@pytest.mark.parametrize(
+    ("pattern", "modules"),
+    [
+        ("!attentions.1", [0, 2, 3]),
+        ("!*attentions.1*", [0, 2, 3]),
+        ("attentions.1,attentions.2, !attentions.2", [1]),
+        ("!attentions.0,*.attn1.*,!attentions.3", [1, 2]),
+    ],
+)
+def test_a_pattern_may_say_what_to_leave_out(tmp_path, pattern, modules):
+    layers = index_collection(mixed(tmp_path, ({0, 1, 2, 3},), each=3)).layers
+    selected = layer_sets.matching(layers, pattern)
+    assert [IDS.index(layer.module) for layer, kept in zip(layers[::2], selected[::2], strict=True) if kept] == modules
+    for none, words in (("!attn7", "'!attn7' matches none"), ("!attentions", "leaves none of 8 layers")):
+        with pytest.raises(ValueError, match=words):
+            layer_sets.matching(layers, none)
+
+
 def test_inspect_and_the_experiment_say_what_was_left_out(tmp_path, capsys):
     root = mixed(tmp_path / "zoo")
-    assert data.main(["inspect", str(root), "--headers-only", "--json", "--common-layers", "--strict"]) == 0
+    assert (
+        data.main(["inspect", str(root), "--top-k=1", "--headers-only", "--json", "--common-layers", "--strict"]) == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["common_layers"]["others"][1] == {"module": IDS[3], "files": 4} and len(found["layers"]) == 4
-    assert data.main(["inspect", str(root), "--common-layers"]) == 0
+    assert data.main(["inspect", str(root), "--top-k=1", "--common-layers"]) == 0
     note = (
         f"--common-layers keeps the 4 layers (2 modules) that all 12 LoRAs have and leaves out 2 modules ({IDS[2]} in 8"
     )

@@ -82,13 +82,13 @@ def test_files_of_such_names_are_findings(tmp_path, capsys, name, place):
     root = write_collection(tmp_path)
     path = os.fsdecode(place.format("@").encode().replace(b"@", name))
     write_lora(root / path, lora())
-    assert data.main(["inspect", str(root), "--headers-only"]) == 2
+    assert data.main(["inspect", str(root), "--top-k=1", "--headers-only"]) == 2
     told = capsys.readouterr().err
     assert (
         told == f"error: {tmp_path}/{names.plain(path)}: its name '{names.plain(path)}' is not printable text. "
         "Rename it, or leave it out.\n"
     )
-    assert data.main(["inspect", str(root), "--headers-only", "--skip-bad", "--json"]) == 0
+    assert data.main(["inspect", str(root), "--top-k=1", "--headers-only", "--skip-bad", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["num_samples"] == 6 and [entry["path"] for entry in found["skipped"]] == [names.plain(path)]
 
@@ -97,7 +97,7 @@ def test_files_of_such_names_are_findings(tmp_path, capsys, name, place):
 def test_a_collection_of_such_a_name_is_refused(tmp_path, capsys, name):
     root = write_collection(tmp_path / os.fsdecode(name))
     told = f"error: {names.plain(str(root))}: a name that is not printable text. Rename the folder.\n"
-    assert data.main(["inspect", str(root)]) == 2 and capsys.readouterr().err == told
+    assert data.main(["inspect", str(root), "--top-k=1"]) == 2 and capsys.readouterr().err == told
     arguments = ["--dataset", str(root), "--output-dir", str(tmp_path / "out"), "--device=cpu"]
     assert ablation_experiment.main(arguments, NARROW) == 2 and capsys.readouterr().err == told
     assert not (tmp_path / "out").exists()
@@ -139,7 +139,7 @@ def test_a_screen_without_the_letters_shows_them_escaped(tmp_path, monkeypatch):
     for flags in ([], ["--json"]):
         screen = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, "ascii"))
-        assert data.main(["inspect", str(root), "--headers-only", *flags]) == 0
+        assert data.main(["inspect", str(root), "--top-k=1", "--headers-only", *flags]) == 0
         shown = screen.getvalue()
         assert not flags or json.loads(shown)["classes"] == {"Bär 🐻": 3, "class_1": 3}
         assert flags or b"B\\xe4r \\U0001f43b (3)" in shown

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 import ablation_experiment
 import data
 from loras import building, published
+from loras.flags import parse_arguments
 
 ROOT = Path(__file__).parent.parent
 RANK, WIDTH = 2, 4
@@ -53,7 +54,7 @@ def run(*arguments, limits: published.Limits | None = None) -> int:
     arguments = ["import", *map(str, arguments)]
     if limits is None:
         return data.main(arguments)
-    return published.run(data.parse_arguments(arguments), limits)
+    return published.run(parse_arguments(arguments), limits)
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -102,7 +103,7 @@ def test_rows_become_files_that_the_program_reads(tmp_path, capsys):
     collection = data.index_collection(out)
     assert [layer.name for layer in collection.layers] == LAYERS
     assert collection.class_counts == {"class 0": 4, "class 1": 4}
-    assert data.main(["inspect", str(out)]) == 0
+    assert data.main(["inspect", str(out), "--top-k=1"]) == 0
 
 
 def test_the_experiment_runs_on_it(tmp_path, monkeypatch, capsys):
@@ -530,8 +531,8 @@ def test_a_killed_import_goes_on(tmp_path):
     source = write(tmp_path / "c.parquet", as_table(weights(150)))
     assert run(source, tmp_path / "whole") == 0
     code = (
-        "import sys, data; from loras import published; "
-        "sys.exit(published.run(data.parse_arguments(sys.argv[1:]), published.Limits(batch_rows=8)))"
+        "import sys; from loras import flags, published; "
+        "sys.exit(published.run(flags.parse_arguments(sys.argv[1:]), published.Limits(batch_rows=8)))"
     )
     command = [sys.executable, "-c", code, "import", str(source), str(tmp_path / "out")]
     draw = random.Random(0)

@@ -154,7 +154,7 @@ def test_a_record_of_results_that_is_none_is_no_reason_to_wait(tmp_path):
 def test_folders_in_folders_are_read_to_a_depth(tmp_path, capsys):
     root = write_collection(tmp_path / "zoo")
     (root / "class_0" / "/".join("d" * 100)).mkdir(parents=True)
-    assert data.main(["inspect", str(root), "--headers-only"]) == 0
+    assert data.main(["inspect", str(root), "--top-k=1", "--headers-only"]) == 0
     assert "folders deeper than 32 levels (1)" in capsys.readouterr().out
 
 
