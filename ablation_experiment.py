@@ -13,17 +13,22 @@ Shape letters: N LoRAs, L layers.
 
 from __future__ import annotations
 
-from experiment.signals import end_at_signals
+import sys
 
-if __name__ == "__main__":
-    end_at_signals()  # before the imports, which take seconds
+from experiment.flags import parse_arguments
+from experiment.signals import end_at_signals
+from loras.names import escape_output, spreadsheet_cell
+
+if __name__ == "__main__":  # before the imports that take seconds: how to end, --help, and what is mistyped
+    end_at_signals()
+    escape_output()
+    parse_arguments(sys.argv[1:])
 
 import argparse
 import csv
 import io
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -44,7 +49,6 @@ from experiment.cluster import connect
 from experiment.datasets import is_built_in, locate
 from experiment.engine import Engine
 from experiment.extraction import CHECKED, Extracted, extract
-from experiment.flags import parse_arguments
 from experiment.modules import left_by_default
 from experiment.phases import UNITS, Experiment, emptied, split_collection, without_oversized
 from experiment.plans import TrainingError
@@ -52,7 +56,6 @@ from experiment.settings import Networks, Settings, UsageError, count_cores, mem
 from experiment.units import FAILURES, FAULTS, OutOfMemory, one_memory_error, reason_of
 from loras import building
 from loras.building import Progress
-from loras.names import escape_output, spreadsheet_cell
 from report import text
 from report.cautions import UNFINISHED, missing_line
 from report.text import Content

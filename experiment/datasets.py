@@ -10,6 +10,7 @@ from experiment.flags import BUILT_IN_SIZES, NAMED_DATASETS
 from experiment.settings import UsageError
 from loras import building, digits_zoo
 from loras.building import Progress
+from loras.command_line import suggestion
 from loras.names import plain
 
 BUILT_IN = Path("data") / "built-in-digits"  # holds the collections that are trained here
@@ -30,7 +31,8 @@ def locate(name: str, data_dir: Path | None, progress: Progress) -> tuple[str, P
         shown = f"--dataset {plain(name)}"
         if not os.path.isdir(name):
             fault = "a file, not a folder" if os.path.lexists(name) else "no such folder"
-            raise UsageError(f"{shown}: {fault}. Give a folder of LoRAs, or {', '.join(NAMED_DATASETS)}.")
+            near = suggestion(name, NAMED_DATASETS)
+            raise UsageError(f"{shown}: {fault}.{near} Give a folder of LoRAs, or {', '.join(NAMED_DATASETS)}.")
         begun = digits_zoo.is_built_here(Path(name)) or os.path.lexists(Path(name) / building.IMPORT_NAME)
         if name.rstrip("/").endswith(".partial") and begun:
             raise UsageError(f"{shown}: a half-built collection. Finish it with the command that began it.")

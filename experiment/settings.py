@@ -11,7 +11,9 @@ import joblib
 import torch
 
 from loras import label_tables
+from loras.command_line import suggestion
 from loras.memory import host_memory
+from loras.names import plain
 from representations import REPRESENTATIONS
 from training import attention, projections
 from training.classifier import DROPOUT, HIDDEN
@@ -25,9 +27,6 @@ AUTOENCODER_PARAMETERS = {"cpu": 7_000_000, "cuda": 70_000_000}
 STREAMS = 4  # units at once on a GPU: one alone leaves most of it idle
 QUICK = {"max_epochs": 30, "patience": 5}  # of --quick, of networks that read modules
 RUNS_IN_STACK = {"cpu": 1, "cuda": 10}  # of one representation, so that more runs find the first ones finished
-
-
-LEVELS = ("none", "basic", "all")  # of controls
 
 
 class UsageError(ValueError):
@@ -58,7 +57,7 @@ class Settings:
     representations: tuple[str, ...]
     all_representations: bool  # asked for by no name: the costly ones are left out where they would take long
     layers: str | None  # pattern; see `data.select_layers`
-    controls: str  # one of `LEVELS`
+    controls: str  # one of `flags.LEVELS`
     null_shuffles: int  # rankings to train on shuffled labels
     sketch_flat: bool  # representations of all weights read a sketch of each layer
     keep_twins: bool  # copies and epochs of one training stay where the split puts them
@@ -182,7 +181,9 @@ def resolve_representations(names: str) -> tuple[str, ...]:
     """
     asked = list(REPRESENTATIONS) if names == "all" else [name.strip() for name in names.split(",")]
     if unknown := [name for name in asked if name not in REPRESENTATIONS]:
-        raise UsageError(f"--representations {','.join(unknown)}: not known. Choose from {', '.join(REPRESENTATIONS)}.")
+        near = "".join(suggestion(name, (*REPRESENTATIONS, "all")) for name in unknown)
+        shown = plain(",".join(unknown))
+        raise UsageError(f"--representations {shown}: not known.{near} Choose from {', '.join(REPRESENTATIONS)}.")
     return tuple(name for name in REPRESENTATIONS if name in asked)
 
 

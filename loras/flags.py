@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from loras import checkpoints
+from loras.command_line import Parser, whole_number
 
 # Those that indexing takes by the same names; --layers chooses among the layers that were indexed.
 OF_INDEX = ("labels", "label_column", "group_column", "step", "common_layers", "skip_bad", "strict")
@@ -59,6 +59,8 @@ def add_collection_flags(add: Callable) -> None:
 
 
 def _step(text: str) -> str:
+    from loras import checkpoints  # and numpy, for which --help would wait
+
     try:
         return checkpoints.step_of(text)
     except ValueError as error:
@@ -67,7 +69,7 @@ def _step(text: str) -> str:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the flags of ``inspect`` and ``import``."""
-    parser = argparse.ArgumentParser(description="Look at a folder of LoRAs before an experiment, or make one.")
+    parser = Parser(description="Look at a folder of LoRAs before an experiment, or make one.")
     commands = parser.add_subparsers(dest="command", required=True)
     look = commands.add_parser("inspect", help="show what a folder of LoRAs holds, and check their weights")
     look.add_argument("path", type=Path, help="folder of LoRAs")
@@ -82,7 +84,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     publish.add_argument("source", help="a parquet file, a folder of them, or owner/name of a data set of the hub")
     publish.add_argument("out", type=Path, help="folder to make; it may exist if the same import made it")
     publish.add_argument(
-        "--rank", type=int, help="rank of the LoRAs, where cells are flat lists (the column rank, or 1)"
+        "--rank", type=whole_number, help="rank of the LoRAs, where cells are flat lists (the column rank, or 1)"
     )
     publish.add_argument(
         "--skip-bad", action="store_true", help="leave out rows with NaN or a missing cell, and say how many"
