@@ -55,7 +55,7 @@ from experiment.plans import TrainingError
 from experiment.settings import Networks, Settings, UsageError, count_cores, memory_of, resolve
 from experiment.units import FAILURES, FAULTS, OutOfMemory, one_memory_error, reason_of
 from loras import building
-from loras.building import Progress
+from loras.building import Progress, say
 from report import text
 from report.cautions import UNFINISHED, missing_line
 from report.text import Content
@@ -73,11 +73,6 @@ SCHEMA_VERSION = 6
 # ----------------------------------------------------------------------------------------------------------------------
 # Lines and time on the way
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def say(line: str = "") -> None:
-    """Print a line at once, also into a log file."""
-    print(line, flush=True)
 
 
 class Stopwatch:

@@ -66,6 +66,11 @@ class Speed:
     kernel: float = 0.0
 
     @classmethod
+    def usual(cls, device: torch.device) -> Speed:
+        """Return the speed of a core of a server or of an H100, where only ratios of times matter."""
+        return cls(8e10, 2.5e10) if device.type == "cpu" else cls(4e13, 3e12, KERNEL_SECONDS)
+
+    @classmethod
     def measure(cls, device: torch.device) -> Speed:
         """Time a product and a copy as large as those of a stack there, in some hundredths of a second."""
         models, count, calls = (4, 2**24, 1) if device.type == "cpu" else (128, 2**25, 10)
@@ -127,6 +132,14 @@ class Estimate:
             self.kernels + other.kernels,
         )
 
+    def times(self, factor: float) -> Estimate:
+        """Return the cost of so many times as much of the same, in as much memory."""
+        units, kernels = math.ceil(factor * self.units), math.ceil(factor * self.kernels)
+        return Estimate(self.parameters, self.memory, factor * self.operations, factor * self.copied, units, kernels)
+
+
+NOTHING = Estimate(0, 0, 0.0, 0.0, 0)
+
 
 class Estimates:
     """Estimates of an experiment on a collection.
@@ -150,6 +163,19 @@ class Estimates:
 
     def of(self, name: str) -> Estimate:
         """Return the cost of a representation with and without the top layers, but for the pass over the weights."""
+        return self.fitting(name).then(self.training(name))
+
+    def fitting(self, name: str) -> Estimate:
+        """Return the cost of what is fitted, or computed, before classifiers of a representation are trained."""
+        made = REPRESENTATIONS[name].made
+        if made == "pca":
+            return self._pca()
+        if made == "autoencoder":
+            return self.autoencoders(name)
+        return self._tokens() if made == "trained" and NETWORKS[name].reads == "tokens" else NOTHING
+
+    def training(self, name: str) -> Estimate:
+        """Return the cost of a representation's classifiers with and without the top layers."""
         row = REPRESENTATIONS[name]
         if row.made == "kernel":
             return self._kernels(KERNELS[name].views)
@@ -158,10 +184,9 @@ class Estimates:
         if row.made == "computed":
             return self._classifier(len(row.feature_names) * (len(self.widths) if row.unit == "layer" else self.pairs))
         if row.made == "pca":
-            return self._pca().then(self._classifier(num_components(PCA_COMPONENTS, self.train, sum(self.widths))))
+            return self._classifier(num_components(PCA_COMPONENTS, self.train, sum(self.widths)))
         if row.made == "autoencoder":
-            latent = sum(autoencoders.latent_width(name, width) for width in self.widths)
-            return self.autoencoders(name).then(self._classifier(latent))
+            return self._classifier(sum(autoencoders.latent_width(name, width) for width in self.widths))
         return self._classifier(sum(self.widths), held=False)
 
     @property
@@ -267,14 +292,18 @@ class Estimates:
         parameters = network.parameters(self.modules, self.num_classes, schedule)
         numbers = sum(m.numbers for m in self.modules)
         columns = len(REPRESENTATIONS[name].feature_names) * self.pairs if of_tokens else numbers
-        made = self._kernels(views=3) if of_tokens else Estimate(0, 0, 0, 100 * self.count * numbers, 1)
-        made = replace(made, memory=12 * self.count * self._largest_module, units=self.pairs)
+        largest = 12 * self.count * self._largest_module
+        made = NOTHING if of_tokens else Estimate(0, largest, 0, 100 * self.count * numbers, self.pairs)
         (_, units), epochs = self._stacks(parameters), self._epochs(schedule)
         operations, copied = self._trained(parameters, runs, schedule, epochs)
         copied += runs * epochs * 3 * 4 * self.count * columns
         kernels = units * epochs * self._steps(schedule) * NETWORK_KERNELS
         memory = 4 * self.count * columns + 4 * COPIES * parameters
         return made.then(Estimate(parameters, memory, operations, copied, units, kernels))
+
+    def _tokens(self) -> Estimate:
+        """Return the cost of the tokens of all modules, which their kernels give."""
+        return replace(self._kernels(views=3), memory=12 * self.count * self._largest_module, units=self.pairs)
 
     @property
     def _largest_module(self) -> int:
