@@ -43,7 +43,7 @@ from threadpoolctl import threadpool_limits
 
 import data
 from data import Collection, CollectionError
-from experiment import checks, estimates, store
+from experiment import checks, estimates, forecast, store
 from experiment.arrays import FLAT, SKETCHES, WEIGHTS
 from experiment.cluster import connect
 from experiment.datasets import is_built_in, locate
@@ -277,7 +277,8 @@ def make_plan(settings: Settings, collection: Collection, engine: Engine, cache:
     for name, reason in (not_run | left_out).items():
         say(text.not_run_line(name, reason))
     speed = engine.call(partial(estimates.Speed.measure, settings.device))
-    say("\n".join(estimates.lines(costs, chosen, speed, engine.count_workers(), engine.streams)))
+    packed = estimates.bytes_of_packed(settings, collection, chosen, cache)
+    say("\n".join(forecast.lines(costs, chosen, speed, cache, packed, engine.count_workers(), engine.streams)))
     return CollectionPlan(selected, rows, chosen, not_run, sorted(needed), header)
 
 
