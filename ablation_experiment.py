@@ -46,13 +46,13 @@ from data import Collection, CollectionError
 from experiment import checks, estimates, forecast, store
 from experiment.arrays import FLAT, SKETCHES, WEIGHTS
 from experiment.cluster import connect
-from experiment.datasets import is_built_in, locate
+from experiment.datasets import is_built_in, locate, name_of
 from experiment.engine import Engine
 from experiment.extraction import CHECKED, Extracted, extract
 from experiment.modules import left_by_default
 from experiment.phases import UNITS, Experiment, emptied, split_collection, without_oversized
 from experiment.plans import TrainingError
-from experiment.settings import Networks, Settings, UsageError, count_cores, memory_of, resolve
+from experiment.settings import Networks, Settings, UsageError, check_places, count_cores, memory_of, resolve
 from experiment.units import FAILURES, FAULTS, OutOfMemory, one_memory_error, reason_of
 from loras import building
 from loras.building import Progress, say
@@ -125,12 +125,13 @@ def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> i
     say(text.settings_lines(settings.config(), environment(settings, engine), args.output_dir))
     if engine.cluster is not None:
         say(f"cluster   workers at {args.scheduler}: {engine.count_workers()} now; others may come, and leave")
+    target = args.output_dir / f"ablation_{name_of(args.dataset)}"
+    check_places(target, RESULT_FILES, ("previous", FIGURE_FOLDER))
     name, folder = locate(args.dataset, args.data_dir, progress)
     watch = Stopwatch()
     with watch.phase("index"):
         collection = data.index_as_asked(args, folder, name, progress)
     plan = make_plan(settings, collection, engine, cache)
-    target = args.output_dir / f"ablation_{name}"
     with only_process(target):
         with watch.phase("features"):
             collection, plan, extracted = read_weights(args, settings, (collection, plan), cache, engine, progress)

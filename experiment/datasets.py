@@ -36,7 +36,7 @@ def locate(name: str, data_dir: Path | None, progress: Progress) -> tuple[str, P
         begun = digits_zoo.is_built_here(Path(name)) or os.path.lexists(Path(name) / building.IMPORT_NAME)
         if name.rstrip("/").endswith(".partial") and begun:
             raise UsageError(f"{shown}: a half-built collection. Finish it with the command that began it.")
-        return Path(os.path.abspath(name)).name, Path(name)
+        return name_of(name), Path(name)
     folder = (data_dir or Path("data")) / name
     if folder.is_dir():
         return name, folder
@@ -58,6 +58,11 @@ def locate(name: str, data_dir: Path | None, progress: Progress) -> tuple[str, P
     except FileExistsError as error:
         raise UsageError(str(error)) from error
     return name, built_in
+
+
+def name_of(dataset: str) -> str:
+    """Return the name of what --dataset says, by which its folder of results is called."""
+    return dataset if dataset in NAMED_DATASETS else Path(os.path.abspath(dataset)).name
 
 
 def is_built_in(folder: Path) -> bool:

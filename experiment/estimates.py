@@ -28,7 +28,7 @@ from experiment.extraction import PASS_BYTES, SHARD_NUMBERS, bytes_to_pack
 from experiment.inputs import PCA_COMPONENTS
 from experiment.modules import module_shapes, whole_pairs
 from experiment.networks import NETWORKS
-from experiment.settings import AUTOENCODER_PARAMETERS, RUNS_IN_STACK, STACK_PARAMETERS, Settings, memory_of
+from experiment.settings import AUTOENCODER_PARAMETERS, RUNS_IN_STACK, STACK_PARAMETERS, Settings, memory_of, nearest_of
 from representations import RANKING, REPRESENTATIONS
 from training.kernels import KERNELS, Limits
 from training.pca import GRAM_SIDE, NUMBERS_AT_ONCE, num_components
@@ -401,8 +401,7 @@ def without_room(
     of_weights = [name for name in names if reads_packed(name, settings.sketch_flat)]
     needed = bytes_of_packed(settings, collection, names, cache)
     if free is None:
-        nearest = next(path for path in (cache, *cache.absolute().parents) if path.exists())
-        free = shutil.disk_usage(nearest).free
+        free = shutil.disk_usage(nearest_of(cache)).free
     if needed <= SHARE * free:
         return {}
     reason = f"the weights of all LoRAs, packed, take {sized(needed)}, more than {cache} has to spare"

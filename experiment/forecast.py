@@ -24,7 +24,7 @@ from experiment.estimates import (
     in_words,
     sized,
 )
-from experiment.settings import memory_of
+from experiment.settings import memory_of, nearest_of
 from representations import FEATURES, RANKING, REPRESENTATIONS
 
 SMALL_SECONDS = 60  # a plan that takes less is said in one line
@@ -241,9 +241,8 @@ def lines(
     in_memory, mend = memory_words(
         estimates, steps, workers, streams, memory_of(estimates.device) if memory is None else memory
     )
-    nearest = next(path for path in (cache, *cache.absolute().parents) if path.exists())
     size = disk_bytes(estimates, names, steps, packed, workers if on_cpu else 1)
-    on_disk = f"{sized(size)} of {sized(shutil.disk_usage(nearest).free)} free in {cache}"
+    on_disk = f"{sized(size)} of {sized(shutil.disk_usage(nearest_of(cache)).free)} free in {cache}"
     first = f"{'estimate':<10}{duration(max(1, total))} on this machine"
     if total < SMALL_SECONDS:
         shown = [f"{first}; memory {in_memory}; disk {on_disk}"]

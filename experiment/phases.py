@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +98,7 @@ class Experiment:
         self.settings, self.collection, self.selected = settings, collection, selected
         self.rows, self.extracted = rows, extracted
         self.engine, self.progress = engine, progress
+        self.estimates = Estimates(settings, collection, selected, rows)
         units = Units(extracted.folder / UNITS, _common_key(settings, collection, selected, rows, extracted))
         engine.begin(extracted.folder)
         shared = engine.folder if engine.in_processes and settings.device.type == "cpu" else None
@@ -113,11 +113,6 @@ class Experiment:
     def layers(self) -> list:
         """The L layers that the experiment is about, in the network's order."""
         return self.inputs.layers
-
-    @cached_property
-    def estimates(self) -> Estimates:
-        """The cost of all that is trained."""
-        return Estimates(self.settings, self.collection, self.selected, self.rows)
 
     # -- phase 1 ------------------------------------------------------------------------------------------------------
 
@@ -174,9 +169,9 @@ class Experiment:
         failed: dict[str, str] = {}
         costs = _costs([(self.estimates.fitting(name), units) for name, units in fitted.items()], self.settings)
         work = [(name, unit) for name, units in fitted.items() for unit in units]
-        units = [unit for _, unit in work]
-        begun = sorted(units, key=lambda unit: -costs[unit.path])
-        outcomes = self.engine.do(units, begun, Tally(self.progress, f"fitting {', '.join(fitted)}", costs))
+        begun = sorted((unit for _, unit in work), key=lambda unit: -costs[unit.path])
+        tally = Tally(self.progress, f"fitting {', '.join(fitted)}", costs)
+        outcomes = self.engine.do([unit for _, unit in work], begun, tally)
         for (name, _), reason in zip(work, outcomes, strict=True):
             if reason:
                 failed.setdefault(name, reason)

@@ -116,13 +116,13 @@ def remove_temporaries(folder: Path, age: float = STALE_SECONDS) -> None:
 @contextmanager
 def made(folder: Path) -> Iterator[None]:
     """Make a folder and its parents; afterwards remove those that were made here and are empty."""
-    new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    new = [path for path in (folder, *folder.absolute().parents) if not os.path.exists(path)]
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         yield
     finally:
         for path in new:
-            with suppress(OSError):  # not empty, or already removed
+            with suppress(OSError, ValueError):  # not empty, already removed, or no path that there can be
                 path.rmdir()
 
 
