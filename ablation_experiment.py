@@ -213,8 +213,8 @@ def read_weights(
         except CollectionError as error:
             if not (args.skip_bad and error.files):
                 raise
-            say(f"skipped   {len(error.files)}, found on reading their weights")
-            collection = data.without(collection, error.files)
+            before, collection = len(collection.skipped), data.without(collection, error.files)
+            say(text.skipped_lines(collection.skipped_records[before:], "left out, found on reading the weights"))
             plan = make_plan(settings, collection, engine, cache)
         else:
             collection = checks.apply(collection, extracted.checked)

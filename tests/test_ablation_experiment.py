@@ -831,7 +831,12 @@ def test_skip_bad_leaves_out_files_in_which_the_pass_finds_nan(tmp_path, capsys,
     assert (
         "incomplete download" in skipped[f"class_0/0001/{FILE_NAME}"] and "NaN" in skipped[f"class_1/0002/{FILE_NAME}"]
     )
-    assert "skipped   1, found on reading their weights" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"skipped   1 file left out, found on reading the weights\n{'':<10}class_1/0002/{FILE_NAME}: " in printed
+    assert (
+        f"skipped   1 file left out, as --skip-bad asks; results.json lists them and why\n{'':<10}class_0/0001/"
+        in printed
+    )
     assert run(tmp_path, root, *flags) == results
     assert "Nothing to do" in capsys.readouterr().out
     # Without the flag the same collection is refused, and a disk that fails is no fault of the file.
