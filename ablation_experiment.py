@@ -13,17 +13,22 @@ Shape letters: N LoRAs, L layers.
 
 from __future__ import annotations
 
-from experiment.signals import end_at_signals
+import sys
 
-if __name__ == "__main__":
-    end_at_signals()  # before the imports, which take seconds
+from experiment.flags import parse_arguments
+from experiment.signals import end_at_signals
+from loras.names import escape_output, spreadsheet_cell
+
+if __name__ == "__main__":  # before the imports that take seconds: how to end, --help, and what is mistyped
+    end_at_signals()
+    escape_output()
+    parse_arguments(sys.argv[1:])
 
 import argparse
 import csv
 import io
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -38,20 +43,19 @@ from threadpoolctl import threadpool_limits
 
 import data
 from data import Collection, CollectionError
-from experiment import checks, estimates, store
+from experiment import checks, estimates, forecast, store
 from experiment.arrays import FLAT, SKETCHES, WEIGHTS
 from experiment.cluster import connect
-from experiment.datasets import is_built_in, locate
+from experiment.datasets import is_built_in, locate, name_of
 from experiment.engine import Engine
 from experiment.extraction import CHECKED, Extracted, extract
 from experiment.flags import parse_arguments
 from experiment.phases import UNITS, Experiment, emptied, without_oversized
 from experiment.plans import TrainingError
-from experiment.settings import Networks, Settings, UsageError, count_cores, memory_of, resolve
+from experiment.settings import Networks, Settings, UsageError, check_places, count_cores, memory_of, resolve
 from experiment.units import FAILURES, FAULTS, OutOfMemory, one_memory_error, reason_of
 from loras import building
-from loras.building import Progress
-from loras.names import escape_output, spreadsheet_cell
+from loras.building import Progress, say
 from report import text
 from report.cautions import UNFINISHED, missing_line
 from report.text import Content
@@ -69,11 +73,6 @@ SCHEMA_VERSION = 7
 # ----------------------------------------------------------------------------------------------------------------------
 # Lines and time on the way
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def say(line: str = "") -> None:
-    """Print a line at once, also into a log file."""
-    print(line, flush=True)
 
 
 class Stopwatch:
@@ -127,12 +126,13 @@ def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> i
     say(text.settings_lines(settings.config(), environment(settings, engine), args.output_dir, fitted))
     if engine.cluster is not None:
         say(f"cluster   workers at {args.scheduler}: {engine.count_workers()} now; others may come, and leave")
+    target = args.output_dir / f"ablation_{name_of(args.dataset)}"
+    check_places(target, RESULT_FILES, ("previous", FIGURE_FOLDER))
     name, folder = locate(args.dataset, args.data_dir, progress)
     watch = Stopwatch()
     with watch.phase("index"):
         collection = data.index_as_asked(args, folder, name, progress)
     plan = make_plan(settings, collection, engine, cache)
-    target = args.output_dir / f"ablation_{name}"
     with only_process(target):
         with watch.phase("features"):
             collection, plan, extracted = read_weights(args, settings, (collection, plan), cache, engine, progress)
@@ -215,8 +215,8 @@ def read_weights(
         except CollectionError as error:
             if not (args.skip_bad and error.files):
                 raise
-            say(f"skipped   {len(error.files)}, found on reading their weights")
-            collection = data.without(collection, error.files)
+            before, collection = len(collection.skipped), data.without(collection, error.files)
+            say(text.skipped_lines(collection.skipped_records[before:], "left out, found on reading the weights"))
             plan = make_plan(settings, collection, engine, cache)
         else:
             collection = checks.apply(collection, extracted.checked)
@@ -269,7 +269,8 @@ def make_plan(settings: Settings, collection: Collection, engine: Engine, cache:
     for name, reason in (not_run | left_out).items():
         say(text.not_run_line(name, reason))
     speed = engine.call(partial(estimates.Speed.measure, settings.device))
-    say("\n".join(estimates.lines(costs, chosen, speed, engine.count_workers(), engine.streams)))
+    packed = estimates.bytes_of_packed(settings, collection, chosen, cache)
+    say("\n".join(forecast.lines(costs, chosen, speed, cache, packed, engine.count_workers(), engine.streams)))
     return CollectionPlan(selected, rows, chosen, not_run, sorted(needed), header)
 
 

@@ -405,7 +405,7 @@ def noted(collection: Collection, notices: Sequence[Notice], strict: bool, skip_
     faults = [notice for notice in notices if not (skip_bad and notice.files)]
     if faults:
         raise CollectionError([_finding_of(notice, collection.root).line(collection.root) for notice in faults])
-    reasons = [(path, notice.message) for notice in notices for path in notice.files]
+    reasons = [(path, notice.reason) for notice in notices for path in notice.files]
     return without(collection, reasons) if reasons else collection
 
 

@@ -10,6 +10,7 @@ from experiment.flags import BUILT_IN_SIZES, NAMED_DATASETS
 from experiment.settings import UsageError
 from loras import building, digits_zoo
 from loras.building import Progress
+from loras.command_line import suggestion
 from loras.names import plain
 
 BUILT_IN = Path("data") / "built-in-digits"  # holds the collections that are trained here
@@ -31,11 +32,12 @@ def locate(name: str, data_dir: Path | None, progress: Progress, train: bool = T
         shown = f"--dataset {plain(name)}"
         if not os.path.isdir(name):
             fault = "a file, not a folder" if os.path.lexists(name) else "no such folder"
-            raise UsageError(f"{shown}: {fault}. Give a folder of LoRAs, or {', '.join(NAMED_DATASETS)}.")
+            near = suggestion(name, NAMED_DATASETS)
+            raise UsageError(f"{shown}: {fault}.{near} Give a folder of LoRAs, or {', '.join(NAMED_DATASETS)}.")
         begun = digits_zoo.is_built_here(Path(name)) or os.path.lexists(Path(name) / building.IMPORT_NAME)
         if name.rstrip("/").endswith(".partial") and begun:
             raise UsageError(f"{shown}: a half-built collection. Finish it with the command that began it.")
-        return Path(os.path.abspath(name)).name, Path(name)
+        return name_of(name), Path(name)
     folder = (data_dir or Path("data")) / name
     if folder.is_dir():
         return name, folder
@@ -60,6 +62,11 @@ def locate(name: str, data_dir: Path | None, progress: Progress, train: bool = T
     except FileExistsError as error:
         raise UsageError(str(error)) from error
     return name, built_in
+
+
+def name_of(dataset: str) -> str:
+    """Return the name of what --dataset says, by which its folder of results is called."""
+    return dataset if dataset in NAMED_DATASETS else Path(os.path.abspath(dataset)).name
 
 
 def is_built_in(folder: Path) -> bool:

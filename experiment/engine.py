@@ -33,6 +33,7 @@ from experiment.settings import STREAMS
 from experiment.signals import end_with, killed_for_memory
 from experiment.threads import Threads, Work, outcomes_of
 from experiment.units import LOSSES, Outcome, Unit, finish, finish_elsewhere, notes_of, program_digest
+from loras.building import say
 
 warnings.filterwarnings("ignore", r"\d+ tasks (have been|which were) ", UserWarning)  # of joblib, beside an error
 
@@ -89,12 +90,18 @@ class Engine:
         """Return how many units are done at once; of a cluster, by the workers that it has now."""
         return self.threads if self.cluster is None else sum(self.cluster.ncores().values())
 
-    def do(self, units: Sequence[Unit], begun: Sequence[Unit] | None = None) -> Iterator[str]:
+    def do(
+        self,
+        units: Sequence[Unit],
+        begun: Sequence[Unit] | None = None,
+        done: Callable[[Path], None] = lambda path: None,
+    ) -> Iterator[str]:
         """Do what is not finished; yield for each unit in order, as soon as it is, "" or why it failed.
 
         Args:
             units: The units.
             begun: The same units in the order in which to begin them; None: the order of ``units``.
+            done: Called with the path of each unit when it is done, in whatever order that is.
 
         Raises:
             Exception: Whatever a unit raised, but for its failures.
@@ -107,12 +114,13 @@ class Engine:
                     path, outcome = next(outcomes)
                     if outcome.at_once is not None and outcome.at_once < (count := len(missing[path].stack)):
                         label = missing[path].label
-                        print(f"  {label}: {count} models do not fit the memory: {outcome.at_once} at once", flush=True)
+                        say(f"  {label}: {count} models do not fit the memory: {outcome.at_once} at once")
                     if outcome.arrays is not None:
                         store.save_arrays(path, outcome.arrays)
                     elif not outcome.failure:
                         store.wait_for(path)
                     failures[path] = outcome.failure
+                    done(path)
                 yield failures[unit.path]
 
     def _outcomes(self, units: list[Unit]) -> Iterator[tuple[Path, Outcome]]:
@@ -163,7 +171,7 @@ class Engine:
                 if in_vain == LOSSES:
                     cause = str(error.__cause__ or error).strip().splitlines()[-1]
                     raise OSError(f"{LOSSES} times a worker {loss} before it had begun a unit: {cause}") from error
-                print(f"  a worker {loss}; at work: {' or '.join(lost) or 'no unit'}; that is done again", flush=True)
+                say(f"  a worker {loss}; at work: {' or '.join(lost) or 'no unit'}; that is done again")
                 for path in [path for path in missing if noted[path] >= LOSSES]:
                     yield path, Outcome(failure=f"{missing.pop(path).label}: each of {noted[path]} workers {loss}")
             if missing:

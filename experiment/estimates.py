@@ -28,7 +28,7 @@ from experiment.extraction import PASS_BYTES, SHARD_NUMBERS, bytes_to_pack
 from experiment.inputs import PCA_COMPONENTS
 from experiment.modules import module_shapes, whole_pairs
 from experiment.networks import NETWORKS
-from experiment.settings import AUTOENCODER_PARAMETERS, RUNS_IN_STACK, STACK_PARAMETERS, Settings, memory_of
+from experiment.settings import AUTOENCODER_PARAMETERS, RUNS_IN_STACK, STACK_PARAMETERS, Settings, memory_of, nearest_of
 from representations import RANKING, REPRESENTATIONS
 from training.kernels import KERNELS, Limits
 from training.pca import GRAM_SIDE, NUMBERS_AT_ONCE, num_components
@@ -40,13 +40,15 @@ SHARE = 0.8  # of memory, and of free space on disk, that may be taken
 AUTOENCODER_LIMIT = 2**31
 UNIT_SECONDS = 0.04  # that a unit takes however small it is: it is laid out, its few epochs are stepped, it is written
 START_SECONDS = 2.5  # until processes of workers have begun, or the libraries of a GPU
+# Of products alone, what autoencoders take: they are small, their losses and noise are as large as their rows.
+AUTOENCODER_SHARE = 1.7
 LEARNED_STEPS = 30  # that a network takes at least until it is at its best, however few an epoch has
 # Kernels of a step, and seconds that one takes on a GPU however little it does, in recorded steps: on an H100 a step of
 # small classifiers takes 0.28 ms, of autoencoders 0.8 to 1.2. Units side by side on a GPU do not make that less.
 PERCEPTRON_KERNELS, NETWORK_KERNELS = 70, 200
 KERNEL_SECONDS = 4e-6
 PASS_COPIES = {"cpu": 1_000, "cuda": 100_000}  # bytes that could be copied while the pass is at one weight
-SMALL_SECONDS = 60  # a plan that takes less is said in one line
+MACHINE_COPIES = 400  # bytes that could be copied while a support vector machine is fitted, by numbers of its kernel
 COPIES = 5  # in which a parameter is held: itself, its gradient, two moments, the best so far
 GIB = 2**30
 
@@ -64,6 +66,11 @@ class Speed:
     operations: float
     copied: float
     kernel: float = 0.0
+
+    @classmethod
+    def usual(cls, device: torch.device) -> Speed:
+        """Return the speed of a core of a server or of an H100, where only ratios of times matter."""
+        return cls(8e10, 2.5e10) if device.type == "cpu" else cls(4e13, 3e12, KERNEL_SECONDS)
 
     @classmethod
     def measure(cls, device: torch.device) -> Speed:
@@ -127,6 +134,14 @@ class Estimate:
             self.kernels + other.kernels,
         )
 
+    def times(self, factor: float) -> Estimate:
+        """Return the cost of so many times as much of the same, in as much memory."""
+        units, kernels = math.ceil(factor * self.units), math.ceil(factor * self.kernels)
+        return Estimate(self.parameters, self.memory, factor * self.operations, factor * self.copied, units, kernels)
+
+
+NOTHING = Estimate(0, 0, 0.0, 0.0, 0)
+
 
 class Estimates:
     """Estimates of an experiment on a collection.
@@ -150,19 +165,27 @@ class Estimates:
 
     def of(self, name: str) -> Estimate:
         """Return the cost of a representation with and without the top layers, but for the pass over the weights."""
+        return self.fitting(name).then(self.training(name))
+
+    def fitting(self, name: str) -> Estimate:
+        """Return the cost of what is fitted, or computed, before classifiers of a representation are trained."""
+        made = REPRESENTATIONS[name].made
+        if made == "pca":
+            return self._pca()
+        if made == "autoencoder":
+            return self.autoencoders(name)
+        return self._tokens() if made == "trained" and NETWORKS[name].reads == "tokens" else NOTHING
+
+    def training(self, name: str) -> Estimate:
+        """Return the cost of a representation's classifiers with and without the top layers."""
         row = REPRESENTATIONS[name]
         if row.made == "kernel":
             return self._kernels(KERNELS[name].views)
         if row.made == "trained":
             return self._network(name)
-        if row.made == "computed":
-            return self._classifier(len(row.feature_names) * (len(self.widths) if row.unit == "layer" else self.pairs))
-        if row.made == "pca":
-            return self._pca().then(self._classifier(num_components(PCA_COMPONENTS, self.train, sum(self.widths))))
-        if row.made == "autoencoder":
-            latent = sum(autoencoders.latent_width(name, width) for width in self.widths)
-            return self.autoencoders(name).then(self._classifier(latent))
-        return self._classifier(sum(self.widths), held=False)
+        if row.made == "flat":
+            return self._classifier(sum(self.widths), held=False)
+        return self._classifier(self.columns(name))
 
     @property
     def pairs(self) -> int:
@@ -214,7 +237,7 @@ class Estimates:
         best = max(5, math.ceil(LEARNED_STEPS / self._steps(schedule)))
         return min(schedule.max_epochs, schedule.patience + best)
 
-    def _trained(self, parameters: int, models: int, schedule: Schedule, epochs: int) -> tuple[float, float]:
+    def _trained(self, parameters: int, models: float, schedule: Schedule, epochs: int) -> tuple[float, float]:
         """Return operations and bytes of training models for so many epochs.
 
         Forward and backward take six operations a row, Adam moves 28 bytes a step; the best state is copied, and all
@@ -235,7 +258,8 @@ class Estimates:
             for parameters, layers in Counter(each).items()
         )
         kernels = units * epochs * self._steps(schedule) * NETWORK_KERNELS
-        return Estimate(sum(each), widest, *self._trained(sum(each), 1, schedule, epochs), units, kernels)
+        trained = self._trained(sum(each), AUTOENCODER_SHARE, schedule, epochs)
+        return Estimate(sum(each), widest, *trained, units, kernels)
 
     def _pca(self) -> Estimate:
         """Return the cost of components, fitted twice: a Gram matrix, or a dozen products; float64 counts twice."""
@@ -250,13 +274,10 @@ class Estimates:
 
     def _kernels(self, views: int) -> Estimate:
         """Return the cost of inner products of updates, by pairs of columns, a quarter as fast as large products."""
-        limits = Limits()
-        columns = self.train if self.count <= limits.exact else limits.landmarks
-        operations = sum(8 * m.rank**2 * self.count * columns * (m.inputs + m.outputs) for m in self.modules)
+        kernel = self._kernel_numbers
+        operations = sum(8 * m.rank**2 * kernel * (m.inputs + m.outputs) for m in self.modules)
         copied = 200 * self.count * sum(m.numbers for m in self.modules)
-        kernel = self.count * columns
-        kept = self.pairs * kernel
-        memory = 4 * kept if self.count <= limits.kept and kept <= limits.kept_numbers else 8 * limits.summed
+        memory = 4 * self.pairs * kernel if self.keeps_kernels else 8 * Limits().summed
         memory += 3 * 8 * kernel + 12 * self.count * self._largest_module
         return Estimate(0, memory, operations * (1 + views) / 2, copied, 1)
 
@@ -267,14 +288,51 @@ class Estimates:
         parameters = network.parameters(self.modules, self.num_classes, schedule)
         numbers = sum(m.numbers for m in self.modules)
         columns = len(REPRESENTATIONS[name].feature_names) * self.pairs if of_tokens else numbers
-        made = self._kernels(views=3) if of_tokens else Estimate(0, 0, 0, 100 * self.count * numbers, 1)
-        made = replace(made, memory=12 * self.count * self._largest_module, units=self.pairs)
+        largest = 12 * self.count * self._largest_module
+        made = NOTHING if of_tokens else Estimate(0, largest, 0, 100 * self.count * numbers, self.pairs)
         (_, units), epochs = self._stacks(parameters), self._epochs(schedule)
         operations, copied = self._trained(parameters, runs, schedule, epochs)
         copied += runs * epochs * 3 * 4 * self.count * columns
         kernels = units * epochs * self._steps(schedule) * NETWORK_KERNELS
         memory = 4 * self.count * columns + 4 * COPIES * parameters
         return made.then(Estimate(parameters, memory, operations, copied, units, kernels))
+
+    @property
+    def keeps_kernels(self) -> bool:
+        """The kernels of all modules are kept, so that each choice of modules is a sum of these."""
+        limits, kept = Limits(), self.pairs * self._kernel_numbers
+        return self.count <= limits.kept and kept <= limits.kept_numbers
+
+    @property
+    def _kernel_numbers(self) -> int:
+        limits = Limits()
+        return self.count * (self.train if self.count <= limits.exact else limits.landmarks)
+
+    def machine(self, name: str) -> Estimate:
+        """Return the cost of a support vector machine of a kernel, under one choice of modules."""
+        if not self.keeps_kernels:
+            return replace(self._kernels(KERNELS[name].views), units=1)
+        copied = (4 * self.pairs + MACHINE_COPIES) * self._kernel_numbers
+        return Estimate(0, 4 * self.pairs * self._kernel_numbers, 0, copied, 1)
+
+    def each_unit(self, name: str, models: int) -> Estimate:
+        """Return the cost of so many classifiers, each of one layer or pair of a representation."""
+        return self._classifier(len(REPRESENTATIONS[name].feature_names), ranked=models)
+
+    def columns(self, name: str) -> int:
+        """Return how many numbers of each LoRA the classifiers of a representation read, but for packed weights."""
+        row = REPRESENTATIONS[name]
+        if row.made == "pca":
+            return num_components(PCA_COMPONENTS, self.train, sum(self.widths))
+        if row.made == "autoencoder":
+            return sum(autoencoders.latent_width(name, width) for width in self.widths)
+        if row.made in ("flat", "kernel") or not row.feature_names:
+            return 0
+        return len(row.feature_names) * (len(self.widths) if row.unit == "layer" else self.pairs)
+
+    def _tokens(self) -> Estimate:
+        """Return the cost of the tokens of all modules, which their kernels give."""
+        return replace(self._kernels(views=3), memory=12 * self.count * self._largest_module, units=self.pairs)
 
     @property
     def _largest_module(self) -> int:
@@ -341,14 +399,19 @@ def without_room(
         free: Bytes that are free there; None: as the system says.
     """
     of_weights = [name for name in names if reads_packed(name, settings.sketch_flat)]
-    needed = bytes_to_pack(collection, cache, settings.device) if of_weights else 0
+    needed = bytes_of_packed(settings, collection, names, cache)
     if free is None:
-        nearest = next(path for path in (cache, *cache.absolute().parents) if path.exists())
-        free = shutil.disk_usage(nearest).free
+        free = shutil.disk_usage(nearest_of(cache)).free
     if needed <= SHARE * free:
         return {}
     reason = f"the weights of all LoRAs, packed, take {sized(needed)}, more than {cache} has to spare"
     return dict.fromkeys(of_weights, f"{reason}. Give a --cache-dir with more room")
+
+
+def bytes_of_packed(settings: Settings, collection: Collection, names: list[str], cache: Path) -> int:
+    """Return the bytes of packed weights that representations read and that are not in the cache yet."""
+    needed = any(reads_packed(name, settings.sketch_flat) for name in names)
+    return bytes_to_pack(collection, cache, settings.device) if needed else 0
 
 
 def reads_packed(name: str, sketch_flat: bool) -> bool:
@@ -385,38 +448,3 @@ def duration(seconds: float) -> str:
         return f"about {round(seconds / 60)} minutes"
     hours = seconds / 3600
     return f"about {hours:.1f} hours" if hours < 48 else f"about {round(hours / 24)} days"
-
-
-def lines(
-    estimates: Estimates, names: list[str], speed: Speed, workers: int, streams: int = 1, memory: int | None = None
-) -> list[str]:
-    """Return the plan in lines: its time; for a minute or more also parameters, memory in a worker, time of each step.
-
-    Args:
-        estimates: Of the experiment.
-        names: The representations.
-        speed: Of a core or GPU.
-        workers: Workers at once.
-        streams: Workers that share a GPU, and its speed.
-        memory: Bytes of the device; None: those that it has.
-    """
-    on_cpu = estimates.device.type == "cpu"
-    memory = memory_of(estimates.device) if memory is None else memory
-    steps = {"reading weights": estimates.reading(), "ranking": estimates.ranking()}
-    steps |= {name: estimates.of(name) for name in names}
-    seconds = {name: estimate.seconds(speed, workers // streams) for name, estimate in steps.items()}
-    total = sum(seconds.values()) + (START_SECONDS if workers > 1 or not on_cpu else 0)
-    shown = [f"{'estimate':<10}{duration(max(1, total))} on this machine, but for controls and further splits"]
-    if total >= SMALL_SECONDS:
-        shown.append(f"{'':<10}{'step':<16} {'parameters':>14} {'memory':>10}  time")
-        for name, estimate in steps.items():
-            parameters = in_words(estimate.parameters) if estimate.parameters else "-"
-            row = f"{name:<16} {parameters:>14} {sized(estimate.memory):>10}  {duration(seconds[name])}"
-            shown.append(f"{'':<10}{row}")
-    at_once = workers if on_cpu else streams
-    together = max(min(at_once, estimate.units) * estimate.memory for estimate in steps.values())
-    if at_once > 1 and together > SHARE * memory:
-        said = f"{at_once} workers at once may take {sized(together)}, more than there is"
-        mend = "fewer (OMP_NUM_THREADS) take less" if on_cpu else "what does not fit is done again alone"
-        shown.append(f"{'memory':<10}{said}; {mend}")
-    return shown

@@ -8,8 +8,9 @@ Shape letters: N LoRAs, L layers, F features, R runs, K conditions, V and T vali
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from analysis.evidence import Predictions
 from data import Collection, CollectionError
 from experiment import store
 from experiment.engine import Engine
+from experiment.estimates import Estimate, Estimates, Speed
 from experiment.extraction import Extracted, layer_sizes, update_norms
 from experiment.inputs import Description, Inputs
 from experiment.plans import Plan, Planner, TrainingError
@@ -31,6 +33,8 @@ from representations import RANKING, REPRESENTATIONS, UPDATES
 from training.splits import split_rows
 
 UNITS = "units"  # the folder of finished ones, beside the features
+STAGES = {"ablation": "phase 2", "baseline": "phase 3", "grouped": "split by groups"}  # of progress, by condition
+Progress = Callable[..., None]  # of stage, units done, units in all, and the share of the work; see `building.Progress`
 
 
 def split_collection(collection: Collection, seed: int) -> dict[str, np.ndarray]:
@@ -73,7 +77,7 @@ class Experiment:
         rows: Row indices of ``train``, ``validation`` and ``test``.
         extracted: Features and packed weights of the collection.
         engine: Does the units.
-        progress: Called with stage, steps done, and steps in all.
+        progress: Called with stage, units done, units in all, and the share of the work.
 
     Attributes:
         inputs: What classifiers read.
@@ -89,11 +93,12 @@ class Experiment:
         rows: dict[str, np.ndarray],
         extracted: Extracted,
         engine: Engine,
-        progress: Callable[[str, int, int], None],
+        progress: Progress,
     ):
         self.settings, self.collection, self.selected = settings, collection, selected
         self.rows, self.extracted = rows, extracted
         self.engine, self.progress = engine, progress
+        self.estimates = Estimates(settings, collection, selected, rows)
         units = Units(extracted.folder / UNITS, _common_key(settings, collection, selected, rows, extracted))
         engine.begin(extracted.folder)
         shared = engine.folder if engine.in_processes and settings.device.type == "cpu" else None
@@ -160,13 +165,14 @@ class Experiment:
             names: The representations.
             conditions: Lists of removed layers, under each of which components are fitted.
         """
-        work: list[tuple[str, Unit]] = []
-        for name in names:
-            work += [(name, unit) for unit in self.inputs.fitting_units(name, conditions)]
+        fitted = {name: units for name in names if (units := self.inputs.fitting_units(name, conditions))}
         failed: dict[str, str] = {}
-        outcomes = self.engine.do([unit for _, unit in work])
-        for done, ((name, _), reason) in enumerate(zip(work, outcomes, strict=True), 1):
-            self.progress("fitting what is learned", done, len(work))
+        costs = _costs([(self.estimates.fitting(name), units) for name, units in fitted.items()], self.settings)
+        work = [(name, unit) for name, units in fitted.items() for unit in units]
+        begun = sorted((unit for _, unit in work), key=lambda unit: -costs[unit.path])
+        tally = Tally(self.progress, f"fitting {', '.join(fitted)}", costs)
+        outcomes = self.engine.do([unit for _, unit in work], begun, tally)
+        for (name, _), reason in zip(work, outcomes, strict=True):
             if reason:
                 failed.setdefault(name, reason)
         for name in names:
@@ -183,16 +189,15 @@ class Experiment:
         Args:
             names: The representations; of learned ones, those that `fit` has fitted.
             removed: Positions of the layers that are left out.
-            condition: "baseline", "ablation" or "grouped", for the progress bar and predictions.npz.
+            condition: "baseline", "ablation" or another, for the progress and predictions.npz.
         """
         plans = {name: self.plan(name, removed, condition) for name in names}
+        costs = _costs([(self.estimates.training(name), plan.todo) for name, plan in plans.items()], self.settings)
         todo = [unit for plan in plans.values() for unit in plan.todo]
-        outcomes = self.engine.do(todo, _to_begin(plans.values()))
+        tally = Tally(self.progress, STAGES.get(condition, condition), costs)
+        outcomes = self.engine.do(todo, _to_begin(plans.values(), costs), tally)
         for name, plan in plans.items():
-            reasons = set()
-            for done in range(1, len(plan.todo) + 1):
-                reasons.add(next(outcomes))
-                self.progress(plan.label, done, len(plan.todo))
+            reasons = {next(outcomes) for _ in plan.todo}
             yield name, max(reasons) or self._entry(name, plan, self.inputs.weights.without(removed), condition)
 
     def plan(self, name: str, removed: list[int], condition: str) -> Plan:
@@ -282,12 +287,48 @@ def on_permuted_labels(experiment: Experiment, count: int, purpose: str) -> Iter
         yield experiment.again(replace(collection, files=files), experiment.rows, 1)
 
 
-def _to_begin(plans: Iterable[Plan]) -> list[Unit]:
+class Tally:
+    """The progress of units, by what each is estimated to cost, of those that are still to be done.
+
+    Args:
+        progress: Called with stage, units done, units in all, and the share of the work that is done.
+        stage: The stage.
+        costs: Seconds of each unit by its path, of which only the ratios count.
+    """
+
+    def __init__(self, progress: Progress, stage: str, costs: dict[Path, float]):
+        self.progress, self.stage, self.costs = progress, stage, costs
+        left = [path for path in costs if not store.is_whole(path)]
+        self.done, self.cost, self.whole = len(costs) - len(left), 0.0, sum(costs[path] for path in left)
+
+    def __call__(self, path: Path) -> None:
+        """Count a unit that is done."""
+        self.done += 1
+        self.cost += self.costs[path]
+        self.progress(
+            self.stage, min(self.done, len(self.costs)), len(self.costs), self.cost / max(self.cost, self.whole)
+        )
+
+
+def _costs(work: Iterable[tuple[Estimate, Sequence[Unit]]], settings: Settings) -> dict[Path, float]:
+    """Return about how long each unit takes, by its path, given the estimates of what units do together."""
+    speed = Speed.usual(settings.device)
+    costs = {}
+    for estimate, units in work:
+        costs |= {unit.path: estimate.seconds(speed, 1) / len(units) for unit in units}
+    return costs
+
+
+def _to_begin(plans: Iterable[Plan], costs: dict[Path, float]) -> list[Unit]:
     """Return the units of plans in the order in which to begin them: those of plans of many units last.
 
     So these fill up the end: on a GPU most plans are one unit, and beside a last one of many steps it would idle.
+    Among plans of as many units, as most are on a CPU, those of the largest come first: what is left then takes no
+    longer than what is done has.
     """
-    return [unit for plan in sorted(plans, key=lambda plan: len(plan.todo)) for unit in plan.todo]
+    units_of_plans = [plan.todo for plan in plans if plan.todo]
+    in_order = sorted(units_of_plans, key=lambda units: (len(units), -costs[units[0].path]))
+    return [unit for units in in_order for unit in units]
 
 
 def _common_key(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import joblib
 import torch
 
-from loras import label_tables
+from loras import building, label_tables
 from loras.command_line import suggestion
 from loras.memory import host_memory
 from loras.names import plain
@@ -25,6 +27,7 @@ STACK_PARAMETERS = {"cpu": 2_200_000, "cuda": 70_000_000}
 # Of 4 to 12 autoencoders for a CPU: enough stacks to keep its threads busy to the end.
 AUTOENCODER_PARAMETERS = {"cpu": 7_000_000, "cuda": 70_000_000}
 STREAMS = 4  # units at once on a GPU: one alone leaves most of it idle
+TRIES = 3  # to write into a folder that others make and remove too
 QUICK = {"max_epochs": 30, "patience": 5}  # of --quick, of networks that read modules
 RUNS_IN_STACK = {"cpu": 1, "cuda": 10}  # of one representation, so that more runs find the first ones finished
 
@@ -183,10 +186,52 @@ def resolve_representations(names: str) -> tuple[str, ...]:
 
 
 def check_writable(flag: str, folder: Path) -> None:
-    """Refuse a folder that cannot be made or written to, before any work is done for it."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UsageError(f"{flag} {folder}: {nearest} is not a folder that can be written to. Give another.")
+    """Refuse a folder that cannot be made or written to, before any work is done for it.
+
+    A file is written there and removed, with all folders that were made for it: what the system says of permissions is
+    not the whole truth, to root least of all.
+    """
+    nearest = nearest_of(folder)
+    shown = f"{flag} {plain(os.fspath(folder))}"
+    if not nearest.is_dir():
+        raise UsageError(f"{shown}: {plain(os.fspath(nearest))} is not a folder that can be written to. Give another.")
+    for attempt in range(TRIES):
+        try:
+            with building.made(folder), tempfile.TemporaryFile(dir=folder):
+                return
+        except (OSError, ValueError) as error:
+            # Another run that begins at the same moment may have removed what both had made.
+            if not isinstance(error, FileNotFoundError) or attempt == TRIES - 1:
+                reason = getattr(error, "strerror", None) or error
+                raise UsageError(f"{shown}: nothing can be written there ({reason}). Give another.") from error
+
+
+def nearest_of(path: Path) -> Path:
+    """Return what there is of a path: itself, or the nearest of its parents."""
+    return next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+
+
+def check_places(folder: Path, files: Iterable[str], folders: Iterable[str]) -> None:
+    """Refuse a folder of results whose name cannot be, or that holds something else in the place of one of them.
+
+    Through a link files elsewhere would be moved; and to find it at the end would be late.
+    """
+    try:
+        os.lstat(nearest_of(folder.parent) / f".{folder.name}.lock")  # the longest name
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UsageError(f"--output-dir: {plain(os.fspath(folder))}: {error.strerror}. Give another.") from error
+    for place in (folder, *(folder / name for name in folders)):
+        is_link = place.is_symlink() and place != folder
+        if os.path.lexists(place) and (is_link or not place.is_dir()):
+            fault = "a link" if is_link else "a file"
+            raise UsageError(f"{plain(os.fspath(place))}: {fault} in the place of a folder of results. Remove it.")
+    for place in (folder / name for name in files):
+        if place.is_dir():
+            raise UsageError(f"{plain(os.fspath(place))}: a folder in the place of a file of results. Remove it.")
+    if folder.is_dir():
+        check_writable("--output-dir", folder)
 
 
 def resolve_devices(name: str) -> tuple[torch.device, ...]:

@@ -36,7 +36,9 @@ TEMPORARY = re.compile(r"^\..*\.[0-9a-f]{8}$")  # the name of a file while it is
 STALE_SECONDS = 3600  # a temporary file of this age is no longer being written
 MAX_HOLDER_BYTES = 200  # of the line in a lock file
 MAX_RECORD_BYTES = 2**28  # of a JSON document that this program has written
-LOG_SECONDS = 60  # between lines of progress in a log file
+FIRST_SECONDS, LOG_SECONDS = 10, 60  # until a line of a stage's progress in a log file, and between such lines
+SETTLED_SECONDS = 1.0  # of a stage, in which finished work of an earlier run is reported
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -114,13 +116,13 @@ def remove_temporaries(folder: Path, age: float = STALE_SECONDS) -> None:
 @contextmanager
 def made(folder: Path) -> Iterator[None]:
     """Make a folder and its parents; afterwards remove those that were made here and are empty."""
-    new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    new = [path for path in (folder, *folder.absolute().parents) if not os.path.exists(path)]
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         yield
     finally:
         for path in new:
-            with suppress(OSError):  # not empty, or already removed
+            with suppress(OSError, ValueError):  # not empty, already removed, or no path that there can be
                 path.rmdir()
 
 
@@ -284,7 +286,7 @@ def write_lora(folder: Path, metadata: bytes, weights: bytes) -> None:
 
 
 class Progress:
-    """The progress of a stage: a bar on a terminal, in a log file a plain line about once a minute.
+    """The progress of a stage, and about how long the rest takes: a bar on a terminal, in a log file a line at times.
 
     Args:
         shown: Whether it is shown at all.
@@ -294,25 +296,57 @@ class Progress:
     def __init__(self, shown: bool = True, log: TextIO | None = None):
         self.shown, self.log = shown, log
         self.stage = ""
-        self.bar = None
+        self.bar: tqdm | None = None
         self.last_line = time.monotonic()
+        self._begun, self._due = 0.0, 0.0  # of the stage, and seconds until its next line
+        self._since: tuple[float, float | None] = (0.0, None)  # from when, and which share, its speed is counted
 
-    def __call__(self, stage: str, done: int, total: int | None) -> None:
-        """Show that ``done`` of ``total`` steps of a stage are finished; None: nobody knows how many there are."""
+    def __call__(self, stage: str, done: int, total: int | None, share: float | None = None) -> None:
+        """Show that ``done`` of ``total`` steps of a stage are finished; None: nobody knows how many there are.
+
+        ``share`` is the part of the work that these steps are, in [0, 1]; None: all steps are alike.
+        """
         if not self.shown:
             return
+        now = time.monotonic()
+        if share is None and total:
+            share = done / total
+        if stage != self.stage:
+            self.stage, self._begun, self._due = stage, now, FIRST_SECONDS
+            self._since = now, share
+        elif now - self._begun < SETTLED_SECONDS:  # what is reported at once was there before: it shows no speed
+            self._since = now, share
+        left = self._left(now, share)
         if sys.stderr.isatty():
-            if stage != self.stage:
-                self.stage = stage
-                self.bar = tqdm(total=total, desc=stage, leave=False)
-            self.bar.update(done - self.bar.n)
-            if done == total:
-                self.bar.close()
-                self.stage = ""
-        elif time.monotonic() - self.last_line > LOG_SECONDS:
-            self.last_line = time.monotonic()
+            self._draw(done, total, left)
+        elif done != total and now - self.last_line > self._due:
+            self.last_line, self._due = now, LOG_SECONDS
             count = f"{done}" if total is None else f"{done} of {total}"
-            print(f"  {stage}: {count}", file=self.log, flush=True)
+            print(f"  {stage}: {count}{left and f', {left}'}", file=self.log, flush=True)
+        if done == total:
+            self.stage = ""
+
+    def _left(self, now: float, share: float | None) -> str:
+        """Return about how long the rest takes, in words; empty where nothing shows it."""
+        start, first = self._since
+        if share is None or share <= first or share >= 1 or now <= start:
+            return ""
+        return time_left((now - start) * (1 - share) / (share - first))
+
+    def _draw(self, done: int, total: int | None, left: str) -> None:
+        if self.bar is None or self.bar.desc != self.stage:
+            self._close()
+            how = {"bar_format": BAR} if total else {}
+            self.bar = tqdm(total=total, desc=self.stage, leave=False, **how)
+        self.bar.set_postfix_str(left, refresh=False)
+        self.bar.update(done - self.bar.n)
+        if done == total:
+            self._close()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = None
 
     def track(self, items: Iterable, stage: str) -> Iterator:
         """Yield the items and show how many are done."""
@@ -321,3 +355,20 @@ class Progress:
             self(stage, done, len(items))
             yield item
         self(stage, len(items), len(items))
+
+
+def time_left(seconds: float) -> str:
+    """Return the time that is left, as people say it."""
+    if seconds < 10:
+        return "some seconds left"
+    if seconds < 90:
+        return f"about {10 * round(seconds / 10)} s left"
+    if seconds < 90 * 60:
+        return f"about {round(seconds / 60)} min left"
+    return f"about {seconds / 3600:.1f} h left"
+
+
+def say(line: str = "") -> None:
+    """Print a line at once, also into a log file and above a bar."""
+    with tqdm.external_write_mode():
+        print(line, flush=True)

@@ -6,6 +6,7 @@ their owner thinks: copies, scales, untrained LoRAs, and the like. With --strict
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from loras.names import one_line
 
+# Of some messages, where it is not asked for; data.noted does it.
+ADVICE = re.compile(r"[,;] (as )?--strict --skip-bad (does|leaves them out)")
 MAX_LISTED = 20  # files, or groups of files, of a notice that results.json lists
 
 
@@ -71,6 +74,11 @@ class Notice:
     message: str
     files: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """The message where its files are left out: without the advice to do what has been done."""
+        return ADVICE.sub("", self.message)
 
     def record(self) -> dict:
         """Return the notice as results.json holds it in ``dataset.findings``."""

@@ -22,6 +22,7 @@ SKETCHED = "sketched"  # behind the row of a representation that reads sketches 
 WIDTH = 118  # of a line of results.txt
 MODULES_HEADING = "Modules, and the collection in the plane"
 OUTCOMES = ("confirmed", "refuted", "undecided", "not answerable")  # of hypotheses
+SKIPPED_NAMED, SKIPPED_WIDTH = 10, 240  # files that are skipped, and the width of the line of each
 WORD_WIDTH = 40  # of a name in a column of results.txt that is not the last
 
 
@@ -92,11 +93,23 @@ def collection_lines(header: dict, representations: int) -> str:
     facts = _collection(header)
     facts += [("ignored", f"{pattern} ({count})") for pattern, count in dataset["ignored"].items()]
     if dataset["skipped"]:
-        left_out = f"{len(dataset['skipped'])} left out, as --skip-bad asks; results.json lists them and why"
-        facts.append(("skipped", left_out))
+        facts += skipped_facts(dataset["skipped"], "left out, as --skip-bad asks; results.json lists them and why")
     phases = f"{counted(representations, 'representation')} without the top {top_k}, and with all layers"
     facts.append(("plan", f"rank {dataset['num_layers_selected']} layers; then {phases}"))
     return "\n".join(_aligned(facts))
+
+
+def skipped_facts(skipped: Sequence[dict], outcome: str) -> list[tuple[str, str]]:
+    """Return how many files are skipped, and the first of them with the reason of each."""
+    facts = [("skipped", f"{counted(len(skipped), 'file')} {outcome}")]
+    facts += [("", _cut(f"{entry['path']}: {entry['reason']}", SKIPPED_WIDTH)) for entry in skipped[:SKIPPED_NAMED]]
+    more = len(skipped) - SKIPPED_NAMED
+    return [*facts, ("", f"and {more} more")] if more > 0 else facts
+
+
+def skipped_lines(skipped: Sequence[dict], outcome: str) -> str:
+    """Return the lines on files that are skipped later than the others."""
+    return "\n".join(_aligned(skipped_facts(skipped, outcome)))
 
 
 def not_run_line(representation: str, reason: str) -> str:
@@ -406,8 +419,8 @@ def _table_lines(table: Table, columns: Sequence[str] = ()) -> list[str]:
     return lines + wrapped(table.note, WIDTH)
 
 
-def _cut(word: str) -> str:
-    return word if len(word) <= WORD_WIDTH else f"{word[: WORD_WIDTH - 3]}..."
+def _cut(word: str, width: int = WORD_WIDTH) -> str:
+    return word if len(word) <= width else f"{word[: width - 3]}..."
 
 
 def not_run(results: dict) -> list[dict]:

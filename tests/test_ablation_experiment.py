@@ -831,7 +831,12 @@ def test_skip_bad_leaves_out_files_in_which_the_pass_finds_nan(tmp_path, capsys,
     assert (
         "incomplete download" in skipped[f"class_0/0001/{FILE_NAME}"] and "NaN" in skipped[f"class_1/0002/{FILE_NAME}"]
     )
-    assert "skipped   1, found on reading their weights" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"skipped   1 file left out, found on reading the weights\n{'':<10}class_1/0002/{FILE_NAME}: " in printed
+    assert (
+        f"skipped   1 file left out, as --skip-bad asks; results.json lists them and why\n{'':<10}class_0/0001/"
+        in printed
+    )
     assert run(tmp_path, root, *flags) == results
     assert "Nothing to do" in capsys.readouterr().out
     # Without the flag the same collection is refused, and a disk that fails is no fault of the file.
@@ -955,3 +960,40 @@ def test_a_log_file_gets_plain_lines_also_where_the_script_is_a_link(tmp_path):
     assert [line.split()[0] for line in lines[:6]] == ["settings", "at", "device", "data", "classes", "split"]
     rows = [line for line in lines if line.startswith(("stats ", "vae "))]
     assert len(rows) == 4 and len({line.index("±") for line in rows}) == 1
+
+
+@pytest.mark.parametrize(
+    "place", ["/proc/x", "/proc", "/sys/x", "file/x", "file", "link", "a/b/" + 300 * "x", "a/\0/b"]
+)
+@pytest.mark.parametrize("flag", ["--output-dir", "--cache-dir"])
+def test_a_folder_that_nothing_can_be_written_to_is_refused_and_nothing_is_left_of_it(tmp_path, capsys, flag, place):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    assert main([f"{flag}={tmp_path / place}", f"--dataset={tmp_path}"], NETWORKS) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {flag} ") and error.endswith(" Give another.\n") and error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["previous", "figures", "", "results.json", "report.html"])
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_what_lies_in_the_place_of_results_is_refused_before_the_work(tmp_path, capsys, name, kind):
+    if (kind == "folder") == ("." not in name) or (name, kind) == ("", "link"):
+        return  # as it is to be
+    root, target = write_collection(tmp_path / "small", classes=2, per_class=5), tmp_path / "out" / "ablation_small"
+    place = target / name
+    place.parent.mkdir(parents=True)
+    if kind == "link" and "." in name:
+        return  # which a file replaces
+    {"file": place.touch, "link": lambda: place.symlink_to(tmp_path), "folder": place.mkdir}[kind]()
+    run(tmp_path, root, "--quick", expected=2)
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {place}: a {kind} in the place of a f") and error.count("\n") == 1
+    assert list((tmp_path / "out").rglob("*")) == ([target, place] if name else [target])
+
+
+def test_a_collection_whose_name_leaves_no_room_for_a_folder_of_results_is_refused(tmp_path, capsys):
+    root = write_collection(tmp_path / (248 * "n"), classes=2, per_class=5)
+    run(tmp_path, root, "--quick", expected=2)
+    assert "File name too long. Give another" in capsys.readouterr().err and not (tmp_path / "out").exists()

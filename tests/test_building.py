@@ -256,19 +256,70 @@ def test_what_another_process_has_finished_meanwhile_is_left_alone(tmp_path, con
     assert names_below(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["zoo"]
 
 
-def test_progress_is_lines_in_a_log_and_a_bar_on_a_terminal(monkeypatch, capsys):
-    clock = iter([0.0, 10.0, 70.0, 80.0, 90.0, 140.0, 150.0])
-    with monkeypatch.context() as patch:
-        patch.setattr(building.time, "monotonic", lambda: next(clock))
-        progress = building.Progress()
-        assert list(progress.track("ab", "stage")) == ["a", "b"]
-        progress("later", 7, 9)
-    assert capsys.readouterr().out == "  stage: 1 of 2\n"
-    with monkeypatch.context() as patch:
-        patch.setattr(building.time, "monotonic", iter([0.0, 70.0, 70.0]).__next__)
-        building.Progress()("import", 7, None)  # nobody knows how many rows there are
-    assert capsys.readouterr().out == "  import: 7\n"
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is set; its progress writes to standard output, as into a log file."""
+    now = [0.0]
+    monkeypatch.setattr(building.time, "monotonic", lambda: now[0])
+    return now
+
+
+def lines_of(clock, capsys, calls) -> list[str]:
+    """Return what a progress prints of calls, each after the moment at which it is made."""
+    progress = building.Progress()
+    for clock[0], *call in calls:
+        progress(*call)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_progress_in_a_log_is_a_line_after_some_seconds_then_one_a_minute(clock, capsys):
+    calls = [(float(second), "ranking", second, 640) for second in range(1, 640)]
+    lines = lines_of(clock, capsys, calls)
+    assert lines[0] == "  ranking: 11 of 640, about 10 min left"
+    assert [line.split()[1] for line in lines] == ["11", *(str(11 + 61 * n) for n in range(1, len(lines)))]
+    assert lines[-1].startswith("  ranking: 621 of 640, about 20 s left") and len(lines) == 11
+
+
+def test_the_time_left_is_counted_from_what_this_run_did(clock, capsys):
+    found = [(0.0, "phase 2", done, 100) for done in range(1, 81)]  # of an earlier run, reported at once
+    assert lines_of(clock, capsys, [*found, (61.0, "phase 2", 90, 100)]) == ["  phase 2: 90 of 100, about 60 s left"]
+
+
+def test_the_time_left_goes_by_the_share_of_the_work_where_steps_differ(clock, capsys):
+    calls = [(0.0, "phase 2", 1, 100, 0.0), (90.0, "phase 2", 3, 100, 0.5), (180.0, "phase 2", 50, 100, 0.9)]
+    assert lines_of(clock, capsys, calls) == [
+        "  phase 2: 3 of 100, about 2 min left",
+        "  phase 2: 50 of 100, about 20 s left",
+    ]
+
+
+def test_progress_of_a_stage_that_nobody_knows_the_end_of_is_a_number(clock, capsys):
+    assert lines_of(clock, capsys, [(0.0, "import", 3, None), (70.0, "import", 7, None)]) == ["  import: 7"]
+
+
+def test_a_stage_that_ends_begins_anew_with_the_next_of_its_name(clock, capsys):
+    calls = [(t, "phase 2", done, 2) for t, done in ((0.0, 1), (20.0, 2), (100.0, 1), (102.0, 2))]
+    assert lines_of(clock, capsys, calls) == ["  phase 2: 1 of 2"]
+
+
+def test_progress_on_a_terminal_is_a_bar_with_the_time_left_and_lines_go_above_it(clock, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert list(building.Progress().track("abc", "stage")) == ["a", "b", "c"]
+    progress = building.Progress()
+    assert list(progress.track("abc", "stage")) == ["a", "b", "c"]
+    assert "stage:   0%" in capsys.readouterr().err
+    for clock[0], done in ((0.0, 1), (100.0, 2)):
+        progress("later", done, 4)
+    building.say("a row")
+    progress("next", 1, 3)  # whatever was before has failed
     shown = capsys.readouterr()
-    assert "stage:   0%" in shown.err and shown.out == ""
+    assert "later:  50%" in shown.err and "2/4, about 3 min left" in shown.err and shown.out == "a row\n"
+    assert "next:   0%" in shown.err  # tqdm draws at most ten times a second
+    progress("next", 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(3, "some seconds"), (44, "about 40 s"), (100, "about 2 min"), (5400, "about 1.5 h"), (3e6, "about 833.3 h")],
+)
+def test_the_time_left_is_said_as_people_do(seconds, words):
+    assert building.time_left(seconds) == f"{words} left"

@@ -19,6 +19,7 @@ from data import CollectionError, index_collection, keep_together
 from data import main as data_main
 from experiment import checks, controls, extraction
 from experiment.extraction import CHECKED, extract
+from loras.notices import Notice
 
 CPU = torch.device("cpu")
 FLAGS = ("--top-k=1", "--quick", "--num-runs=1", "--representations=stats", "--device=cpu")
@@ -302,3 +303,14 @@ def test_a_pass_that_was_stopped_goes_on_and_is_checked(zoo, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         checked()
     assert checked()["groups"] == [[1, 2]] and read == [0, 5, 10, 10, 15]
+
+
+def test_what_strict_leaves_out_is_not_told_to_be_left_out():
+    """A reason once ended in the advice to use the flags that it was given for."""
+    for message in (
+        "1 LoRA is untrained (a). Leave such files out, as --strict --skip-bad does.",
+        "1 LoRA is far from the others (a: 9). Look at how such files were made; --strict --skip-bad leaves them out.",
+        "1 LoRA is a copy of another (a = b). Keep one of each, as --strict --skip-bad does: of epochs the last.",
+    ):
+        reason = Notice("kind", message, ("a",)).reason
+        assert "--" not in reason and reason.endswith(".") and message.startswith(reason[:30])

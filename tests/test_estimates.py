@@ -11,7 +11,7 @@ from test_ablation_experiment import NETWORKS, run
 
 import autoencoders
 from data import index_collection
-from experiment import arrays, estimates
+from experiment import arrays, estimates, forecast
 from experiment.arrays import SKETCH_WIDTH, SKETCHES, WEIGHTS, sketched, sketching
 from experiment.estimates import Estimates, Speed, unfit, without_room
 from experiment.extraction import extract
@@ -70,26 +70,68 @@ def test_more_takes_longer_and_more_workers_less(wide):
     assert measured.operations > 1e8 and measured.copied > 1e8
 
 
-def test_the_plan_has_a_line_for_each_step(wide):
-    lines = estimates.lines(of(wide), ["stats", "update_kernel"], Speed(1e6, 1e6), 2)
-    assert lines[0].startswith("estimate  about ") and "on this machine" in lines[0]
-    steps = [line.strip().split("  ")[0] for line in lines[1:]]
-    assert steps == ["step", "reading weights", "ranking", "stats", "update_kernel"]
-    assert all("iB  about " in line for line in lines[2:])
-    (small,) = estimates.lines(of(wide), ["stats", "update_kernel"], Speed(1e10, 1e10), 2)
-    assert re.fullmatch(r"estimate  about \d+ s on this machine, but for controls and further splits", small)
-    many = estimates.lines(of(wide), ["flat_vec"], Speed(1e10, 1e10), 2, memory=2**24)
+def plan(found: Estimates, names: list[str], speed: Speed, **how) -> list[str]:
+    return forecast.lines(found, names, speed, Path("cache"), **how)
+
+
+def test_the_plan_has_a_line_for_each_step_that_is_asked_for(wide):
+    names = ["stats", "pca", "flat_vec", "update_kernel"]
+    slow, lines = Speed(1e6, 1e6), plan(of(wide, "--controls=none"), names, Speed(1e6, 1e6), workers=2)
+    assert re.fullmatch(r"estimate  about [\d.]+ (minutes|hours) on this machine:", lines[0])
+    assert [line[10:27].strip() for line in lines[1:5]] == ["reading weights", "ranking", "fitting", "phases 2 and 3"]
+    assert [line.split()[0] for line in lines[5:]] == ["memory", "disk"]
+    assert lines[5].endswith("iB (ranking, 34.4 thousand parameters)") and lines[6].endswith(" free in cache")
+    more = plan(of(wide, "--controls=basic", "--splits=3"), names, slow)
+    assert [line[10:27].strip() for line in more[5:7]] == ["controls", "2 more splits"] and len(more) <= 12
+    shuffled = plan(of(wide, "--controls=none", "--null-shuffles=2"), ["stats"], slow)
+    assert "shuffled labels" in shuffled[4] and "stats" not in shuffled[4] and "fitting" not in "".join(shuffled)
+
+
+def test_a_plan_of_less_than_a_minute_is_a_line(wide):
+    (small,) = plan(of(wide, "--controls=none"), ["stats", "update_kernel"], Speed(1e10, 1e10), workers=2)
+    amount = r"[\d.,]+ (MiB|GiB|TiB)"
+    memory, disk = rf"memory {amount} of {amount} \(.*\)", rf"disk {amount} of {amount} free in cache"
+    assert re.fullmatch(rf"estimate  about \d+ s on this machine; {memory}; {disk}", small)
+    many = plan(of(wide, "--controls=none"), ["flat_vec"], Speed(1e10, 1e10), workers=2, memory=2**24)
     assert "2 workers at once may take" in many[-1] and "OMP_NUM_THREADS" in many[-1]
 
 
+def test_the_largest_parts_of_a_step_come_first_and_small_ones_together(wide):
+    lines = plan(of(wide, "--controls=none"), list(REPRESENTATIONS), Speed(1e6, 1e6))
+    (phases,) = (line for line in lines if "phases 2 and 3" in line)
+    parts = phases.split(": ")[1].split(", ")
+    assert parts[0].startswith("flat_vec ") and re.match(r"\d+ more ", parts[-1]) and len(parts) <= 6
+    assert all(len(line) < 160 for line in lines)
+
+
+def test_controls_cost_what_they_train(wide):
+    def costs(*flags, names=("stats", "spectral", "update_kernel", "pca")):
+        return forecast.control_costs(of(wide, *flags), names)
+
+    def models(name, cost, found):
+        return cost.operations / (found.training(name).operations / (2 * found.settings.num_runs))
+
+    found = of(wide, "--controls=basic")
+    basic = costs("--controls=basic")
+    assert list(basic) == ["stats", "spectral", "update_kernel", "pca"]
+    assert models("spectral", basic["spectral"], found) == pytest.approx(3 * 5)  # the sets that five folds choose
+    conditions = models("stats", basic["stats"], found) / 3 - 5 - 6
+    units = len(found.widths)
+    assert 5 + 39 <= conditions <= 5 + 39 + 3 * (units + 1) + units
+    assert costs("--controls=all")["stats"].operations > basic["stats"].operations
+    assert list(costs("--controls=basic", names=["pca"])) == ["stats", "pca"]  # by which layers are ranked
+    assert list(costs("--controls=basic", "--rank-by=val")) == ["stats", "update_kernel"]
+    assert costs("--controls=none") == {}
+
+
 def test_threads_that_share_a_gpu_share_its_speed_and_its_memory(wide):
-    found, speed = of(wide), Speed(1e6, 1e6)
+    found, speed = of(wide, "--controls=none"), Speed(1e6, 1e6)
     found.device = torch.device("cuda", 0)  # which is not there
-    two = estimates.lines(found, ["flat_vec"], speed, 2, memory=2**40)
-    assert estimates.lines(found, ["flat_vec"], speed, 8, 4, memory=2**40) == two and "at once" not in two[-1]
+    two = plan(found, ["flat_vec"], speed, workers=2, memory=2**40)[:-2]
+    assert plan(found, ["flat_vec"], speed, workers=8, streams=4, memory=2**40)[:-2] == two
     needed = found.of("flat_vec").memory
-    assert "at once" not in estimates.lines(found, ["flat_vec"], speed, 1, memory=needed)[-1]
-    note = estimates.lines(found, ["flat_vec"], speed, 4, 4, memory=2 * needed)[-1]
+    assert "at once" not in plan(found, ["flat_vec"], speed, workers=1, memory=needed)[-1]
+    note = plan(found, ["flat_vec"], speed, workers=4, streams=4, memory=2 * needed)[-1]
     assert note.startswith("memory    4 workers at once may take ") and note.endswith("done again alone")
 
 
@@ -132,7 +174,7 @@ def test_a_plan_of_small_units_takes_as_long_as_they_take_to_start(wide):
     alone = quick.ranking().seconds(speed, 1) + quick.of("stats").seconds(speed, 1)
     assert alone == pytest.approx(7 * estimates.UNIT_SECONDS, rel=0.1)
     assert quick.reading().seconds(speed, 1) < 0.1
-    one, two = (int(re.search(r"(\d+) s", estimates.lines(quick, ["stats"], speed, n)[0])[1]) for n in (1, 2))
+    one, two = (int(re.search(r"(\d+) s", plan(quick, ["stats"], speed, workers=n)[0])[1]) for n in (1, 2))
     assert one == 1 and two == 3  # processes start
 
 

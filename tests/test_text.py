@@ -120,3 +120,11 @@ def test_many_and_long_names_stay_within_the_page():
     lines = text.render_text(results).splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("Each concept"))
     assert all(len(line) <= 120 and "..." in line for line in lines[at + 2 : at + 7])
+
+
+def test_files_that_are_skipped_are_named_and_of_very_many_the_rest_is_counted():
+    skipped = [{"path": f"a/{i}.safetensors", "reason": "cut short. " + 500 * "x"} for i in range(13)]
+    lines = text.skipped_lines(skipped, "left out").splitlines()
+    assert lines[0] == "skipped   13 files left out" and lines[-1] == "          and 3 more" and len(lines) == 12
+    assert lines[1].startswith("          a/0.safetensors: cut short. ") and max(map(len, lines)) <= 250
+    assert text.skipped_lines(skipped[:1], "left out").count("\n") == 1
