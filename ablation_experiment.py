@@ -54,7 +54,7 @@ from loras import building
 from loras.building import Progress
 from loras.names import escape_output, spreadsheet_cell
 from report import text
-from report.cautions import UNFINISHED, missing_line
+from report.cautions import UNFINISHED, letters_without_font, missing_line
 from report.text import Content
 from report.wording import top_layers as top_layers_text
 from representations import REPRESENTATIONS
@@ -137,13 +137,16 @@ def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> i
         with watch.phase("features"):
             collection, plan, extracted = read_weights(args, settings, (collection, plan), cache, engine, progress)
         plan.header["dataset"]["fingerprint"] = extracted.fingerprint
+        plan.header["figures"] = {"style": args.figure_style, "letters_without_font": ""}
         plan = without_oversized_train(plan, collection, extracted)
         plan.header["dataset"]["findings"] = [notice.record() for notice in collection.notices]
         for line in text.notice_lines(plan.header):
             say(line)
         if finished := finished_results(target, plan.header):
-            say(f"\nNothing to do: {target} holds the results of these settings on these files.")
-            return 3 if finished["not run"] else 0
+            drawn = redraw(target, finished, args.figure_style)
+            done = f"Drawn anew: {target / FIGURE_FOLDER}. Else nothing to do" if drawn else "Nothing to do"
+            say(f"\n{done}: {target} holds the results of these settings on these files.")
+            return 3 if finished["representations_not_run"] or finished["not_done"] else 0
         # What the run will read: damaged, it is computed again now, where that can still be done.
         known = collection, plan.needed, cache, settings.device, engine, progress, args.skip_bad
         extracted = replace(extract(*known, thorough=True), checked=extracted.checked)
@@ -446,10 +449,10 @@ def run_both_ways(results: dict) -> list[str]:
 
 
 def finished_results(target: Path, header: dict) -> dict | None:
-    """Return what results in a folder have ``not run``; None if they are not whole, or of other inputs or program."""
+    """Return the results in a folder; None if they are not whole, or of other inputs or program."""
     results = written_before(target, header)
     whole = results and not results["not_done"] and all((target / name).exists() for name in files_of(results))
-    return {"not run": results["representations_not_run"]} if whole else None
+    return results if whole else None
 
 
 def written_before(target: Path, header: dict) -> dict | None:
@@ -526,6 +529,7 @@ RESULT_FILES = {
     # The last, so that the others are there when it is.
     "results.json": ResultFile(lambda _, results, *__: building.canonical_json(results, indent=2)),
 }
+RENDERED = ("results.txt", "report.html", "results.json")  # of results.json and the figures alone
 FIGURE_FOLDER = "figures"
 
 
@@ -534,31 +538,52 @@ def files_of(results: dict) -> list[str]:
     return [name for name, file in RESULT_FILES.items() if file.always or results.get("analysis")]
 
 
-def write_results(target: Path, experiment: Experiment, results: dict, shown: bool = False) -> None:
+def write_results(target: Path, experiment: Experiment | None, results: dict, shown: bool = False) -> None:
     """Write all result files, results.json last; move what is there of other settings to previous/<n>/ first.
 
     What there is of these settings, with something ``not_done``, they replace.
 
     Args:
         target: The folder.
-        experiment: The experiment.
+        experiment: The experiment; None writes the figures and ``RENDERED`` anew, in place of those that are there.
         results: Its results; figures that cannot be drawn are added to ``not_done``.
         shown: Whether the answers are printed too.
     """
     before, drawn = written_before(target, results), {}
+    if results["analysis"]:
+        from report import figures
+
+        results["figures"]["letters_without_font"] = figures.without_font(results)
+        for line in letters_without_font(results):
+            say(line)
     content = text.content_of(results)
     if shown and content.answers:
         say("\n".join(text.answer_lines(results, content.answers)))
     if results["analysis"]:
-        from report import figures
-
         drawn = figures.draw(results, content.findings, partial(attempt_figure, results["not_done"]))
-    contents = {f"{FIGURE_FOLDER}/{name}": picture for name, picture in drawn.items()}
-    for name in files_of(results):
-        contents[name] = RESULT_FILES[name].written(experiment, results, content, drawn)
+    contents = {f"{FIGURE_FOLDER}/{name}": drawn[name] for name in drawn if "/" not in name}  # others: on the page
     earlier = {path.relative_to(target).as_posix() for path in (target / FIGURE_FOLDER).glob("[!.]*")}
-    earlier |= {name for name in RESULT_FILES if (target / name).exists()}
-    store.replace_all(target, contents, sorted(earlier - contents.keys()), keep=not (before and before["not_done"]))
+    earlier |= {name for name in RESULT_FILES if experiment and (target / name).exists()}
+    for name in files_of(results) if experiment else RENDERED:
+        contents[name] = RESULT_FILES[name].written(experiment, results, content, drawn)
+    keep = bool(experiment) and not (before and before["not_done"])
+    store.replace_all(target, contents, sorted(earlier - contents.keys()), keep)
+
+
+def redraw(target: Path, results: dict, style: str) -> bool:
+    """Draw figures of finished results anew, if they have another style, or boxes for letters that have a font now.
+
+    They, and the files that tell of them, are made from results.json alone. Return whether anything was drawn.
+    """
+    before = results["figures"]
+    if not results["analysis"] or (before["style"] == style and not before["letters_without_font"]):
+        return False
+    from report import figures
+
+    results["figures"] = {"style": style, "letters_without_font": figures.without_font(results)}
+    if results["figures"] != before:
+        write_results(target, None, results)
+    return results["figures"] != before
 
 
 def attempt_figure(not_done: dict[str, str], name: str, draw: Callable[[], None]) -> None:

@@ -47,6 +47,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--output-dir", type=Path, default=Path("ablation-results"), help="folder of results (ablation-results)")
     add("--cache-dir", type=Path, help="folder of finished work, reused by later runs (<output-dir>/.cache)")
     add(
+        "--figure-style",
+        choices=("report", "paper"),
+        default="report",
+        help="figures under a sentence with their finding; or plain ones for a paper, where they can be read also as "
+        "wide as one column. Another style draws finished results anew, and trains nothing (report)",
+    )
+    add(
         "--device",
         default="auto",
         help="auto, cpu, cuda or cuda:N; cuda takes all GPUs that are visible, auto too if there are any (auto)",

@@ -33,15 +33,27 @@ RECOLOURED = (
     *("facecolor", "edgecolor", "hatchcolor"),
 )
 KINDS = ("png", "svg", "pdf")
+PAGE, DARK = "page/", "_dark"  # the beginning and the end of names of pictures that only the page has
+SVG_LIMIT = 300_000  # bytes of an SVG on the page, so that it can be sent
 FAMILIES = re.compile(rb"""(<text style="[^"]*font-family: 'DejaVu Sans')([^";]*)""")  # a < of a name is escaped
+
+
+def files_of(figure: Figure, name: str, title: str) -> dict[str, bytes]:
+    """Return the files of a figure that is laid out, by name, and PNGs for the page where its SVG is large."""
+    files = {f"{name}.{kind}": saved(figure, kind, title) for kind in KINDS}
+    if len(files[f"{name}.svg"]) > SVG_LIMIT:
+        files[f"{PAGE}{name}.png"] = _png(figure, title, SCREEN_DPI)
+        _darken(figure)
+        files[f"{PAGE}{name}{DARK}.png"] = _png(figure, title, SCREEN_DPI)
+    return files
 
 
 def saved(figure: Figure, kind: str, title: str) -> bytes:
     """Return the content of a file, of one of ``KINDS``, of a figure that is laid out."""
-    return {"png": png, "svg": _svg, "pdf": _pdf}[kind](figure, title)
+    return {"png": _png, "svg": _svg, "pdf": _pdf}[kind](figure, title)
 
 
-def png(figure: Figure, title: str, dpi: float = DPI) -> bytes:
+def _png(figure: Figure, title: str, dpi: float = DPI) -> bytes:
     """Return a PNG with a palette, which makes a third of the bytes."""
     figure.set_dpi(dpi)
     canvas, texts, buffer = FigureCanvasAgg(figure), PngInfo(), io.BytesIO()
@@ -53,13 +65,6 @@ def png(figure: Figure, title: str, dpi: float = DPI) -> bytes:
     image = image.quantize(256, dither=Image.Dither.NONE)
     image.save(buffer, "PNG", dpi=(dpi, dpi), pnginfo=texts, optimize=True)
     return buffer.getvalue()
-
-
-def for_page(figure: Figure, title: str, dark: bool = False) -> bytes:
-    """Return a PNG for a screen, light or dark; a figure once dark stays so."""
-    if dark:
-        _darken(figure)
-    return png(figure, title, SCREEN_DPI)
 
 
 def _darken(figure: Figure) -> None:
