@@ -57,7 +57,7 @@ from experiment.units import FAILURES, FAULTS, OutOfMemory, one_memory_error, re
 from loras import building
 from loras.building import Progress, say
 from report import text
-from report.cautions import UNFINISHED, missing_line
+from report.cautions import UNFINISHED, letters_without_font, missing_line
 from report.text import Content
 from report.wording import top_layers as top_layers_text
 from representations import REPRESENTATIONS
@@ -137,15 +137,18 @@ def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> i
         with watch.phase("features"):
             collection, plan, extracted = read_weights(args, settings, (collection, plan), cache, engine, progress)
         plan.header["dataset"]["fingerprint"] = extracted.fingerprint
+        plan.header["figures"] = {"style": args.figure_style, "letters_without_font": ""}
         plan = without_oversized_train(plan, collection, extracted)
         plan.header["dataset"]["findings"] = [notice.record() for notice in collection.notices]
         for line in text.notice_lines(plan.header):
             say(line)
         if finished := finished_results(target, plan.header):
-            done = f"Nothing to do: {target} holds the results of these settings on these files."
+            drawn = redraw(target, finished, args.figure_style)
+            done = f"Drawn anew: {target / FIGURE_FOLDER}. Else nothing to do" if drawn else "Nothing to do"
+            done += f": {target} holds the results of these settings on these files."
             lines = [*text.short_lines(finished, text.answers(finished)), *text.end_lines(finished, target, done)]
             say("\n".join(lines))
-            return 3 if finished["representations_not_run"] else 0
+            return 3 if finished["representations_not_run"] or finished["not_done"] else 0
         # What the run will read: damaged, it is computed again now, where that can still be done.
         known = collection, plan.needed, cache, settings.device, engine, progress, args.skip_bad
         extracted = replace(extract(*known, thorough=True), checked=extracted.checked)
@@ -501,31 +504,55 @@ RESULT_FILES: dict[str, Callable[[Experiment, dict, Content, dict[str, bytes]], 
     # The last, so that the others are there when it is.
     "results.json": lambda _, results, *__: building.canonical_json(results, indent=2),
 }
+RENDERED = ("results.txt", "report.html", "results.json")  # of results.json and the figures alone
 FIGURE_FOLDER = "figures"
 
 
-def write_results(target: Path, experiment: Experiment, results: dict, shown: bool = False) -> None:
+def write_results(target: Path, experiment: Experiment | None, results: dict, shown: bool = False) -> None:
     """Write all result files, results.json last; move what is there of other settings to previous/<n>/ first.
 
     What there is of these settings, with something ``not_done``, they replace.
 
     Args:
         target: The folder.
-        experiment: The experiment.
+        experiment: The experiment; None writes the figures and ``RENDERED`` anew, in place of those that are there.
         results: Its results; figures that cannot be drawn are added to ``not_done``.
         shown: Whether the answers are printed too.
     """
     before = written_before(target, results)
+    if results["analysis"]:
+        from report import figures
+
+        results["figures"]["letters_without_font"] = figures.without_font(results)
+        for line in letters_without_font(results):
+            say(line)
     content = text.content_of(results)
     if shown and content.answers:
         say("\n".join(text.short_lines(results, content.answers)))
     drawn = drawn_figures(results, content)
-    contents = {f"{FIGURE_FOLDER}/{name}": picture for name, picture in drawn.items()}
-    for name, written in RESULT_FILES.items():
-        contents[name] = written(experiment, results, content, drawn)
+    contents = {f"{FIGURE_FOLDER}/{name}": drawn[name] for name in drawn if "/" not in name}  # others: on the page
     earlier = {path.relative_to(target).as_posix() for path in (target / FIGURE_FOLDER).glob("[!.]*")}
-    earlier |= {name for name in RESULT_FILES if (target / name).exists()}
-    store.replace_all(target, contents, sorted(earlier - contents.keys()), keep=not (before and before["not_done"]))
+    earlier |= {name for name in RESULT_FILES if experiment and (target / name).exists()}
+    for name in RESULT_FILES if experiment else RENDERED:
+        contents[name] = RESULT_FILES[name](experiment, results, content, drawn)
+    keep = bool(experiment) and not (before and before["not_done"])
+    store.replace_all(target, contents, sorted(earlier - contents.keys()), keep)
+
+
+def redraw(target: Path, results: dict, style: str) -> bool:
+    """Draw figures of finished results anew, if they have another style, or boxes for letters that have a font now.
+
+    They, and the files that tell of them, are made from results.json alone. Return whether anything was drawn.
+    """
+    before = results["figures"]
+    if not results["analysis"] or (before["style"] == style and not before["letters_without_font"]):
+        return False
+    from report import figures
+
+    results["figures"] = {"style": style, "letters_without_font": figures.without_font(results)}
+    if results["figures"] != before:
+        write_results(target, None, results)
+    return results["figures"] != before
 
 
 def drawn_figures(results: dict, content: Content) -> dict[str, bytes]:

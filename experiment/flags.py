@@ -151,6 +151,13 @@ def _add_machine_flags(group: argparse._ArgumentGroup) -> None:
         help="of finished work, which later runs read instead of doing it again (<output-dir>/.cache)",
     )
     add(
+        "--figure-style",
+        choices=("report", "paper"),
+        default="report",
+        help="figures under a sentence with their finding; or plain ones for a paper, where they can be read also as "
+        "wide as one column. Another style draws finished results anew, and trains nothing (report)",
+    )
+    add(
         "--device",
         default="auto",
         help="auto, cpu, cuda or cuda:N; cuda takes all GPUs that are visible, auto too if there are any (auto)",

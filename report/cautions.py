@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator
 
 from report.wording import (
@@ -32,6 +33,8 @@ CHEAP = {  # of analysis.cheap: in words
     "metadata": "the numbers beside the weights",
     "recipe": "the facts of the trainer's file (its recipe)",
 }
+CJK = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO", "IDEOGRAPHIC", "FULLWIDTH", "HALFWIDTH")  # of Unicode names
+LETTERS = 20  # without a font, that are named
 UNFINISHED = "the run ended before it was done, and the same command goes on with it"
 NOT_TRAINED = (
     "was trained to compare with (--controls=none): --controls=basic removes other layers, and those that other test "
@@ -51,7 +54,7 @@ def warnings(results: dict) -> list[str]:
     lines += missing(results)
     if not analysis:
         return lines
-    for written in (_alternatives, _few, _chosen_on_test, _layers_at_chance, _not_run):
+    for written in (_alternatives, _few, _chosen_on_test, _layers_at_chance, _not_run, letters_without_font):
         lines += written(results)
     return lines
 
@@ -64,6 +67,32 @@ def missing(results: dict) -> list[str]:
 def missing_line(part: str, reason: str) -> str:
     """Return why a part of the results is missing."""
     return sentence(f"{part} missing: {reason}")
+
+
+def letters_without_font(results: dict) -> Iterator[str]:
+    """Yield which letters of names the figures have no font for, and which fonts do."""
+    letters = results.get("figures", {}).get("letters_without_font", "")
+    if letters:
+        shown = f"{letters[:LETTERS]} and {len(letters) - LETTERS} others" if len(letters) > LETTERS else letters
+        yield (
+            f"No font of the machine has {shown}: PNG and PDF figures show boxes in their place, SVG figures and this "
+            f"text show them where they are opened with such a font. Install {listed(to_install(letters))}, and the "
+            "same command draws the figures anew."
+        )
+
+
+def to_install(letters: str) -> list[str]:
+    """Return names of fonts that have the letters: of Noto, which has a free font for each script."""
+    return list(dict.fromkeys(map(_noto, letters)))
+
+
+def _noto(letter: str) -> str:
+    script, category = unicodedata.name(letter, "?").split()[0], unicodedata.category(letter)
+    if script in CJK:
+        return "Noto Sans CJK"
+    if category in ("So", "Sk"):
+        return "Noto Emoji"
+    return f"Noto Sans {script.title()}" if category[0] in "LMN" else "Noto Sans Symbols"
 
 
 def _alternatives(results: dict) -> Iterator[str]:

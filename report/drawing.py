@@ -32,7 +32,7 @@ SIZE, SMALL, TITLE = 8, 7, 9.5  # points
 GROUND, INK = "#ffffff", "#1a1a1a"
 BLUE, ORANGE, GREY = "#0072b2", "#cc7a00", "#868686"  # in print: dark, light, middle
 SOFT, FAINT, PALE = "#505050", "#bdbdbd", "#e4e4e4"  # minor text, minor lines, areas
-ON_DARK = {  # colour of a figure -> the same on a dark screen; others, as those of maps, stay
+ON_DARK = {  # colour of a figure -> the same on a dark screen; rendering.py has those of maps
     GROUND: "#14181d",
     INK: "#e3e8ee",
     BLUE: "#56b4e9",
@@ -42,7 +42,7 @@ ON_DARK = {  # colour of a figure -> the same on a dark screen; others, as those
     FAINT: "#4d5763",
     PALE: "#2b323a",
 }
-ON_CELLS = ("#000000", "#fafafa")  # text on light and on dark cells of a map, the same on every screen
+ON_CELLS = ("#0a0a0a", "#fafafa")  # text on light and on dark cells of a map: on a dark screen the other way round
 STYLE = {
     "axes.edgecolor": INK,
     "axes.formatter.useoffset": False,
@@ -84,6 +84,7 @@ STYLES = {  # --figure-style -> settings beside those above
         "ytick.major.width": 0.5,
     },
 }
+MAP, TURN = "YlGnBu", 0.68  # colours of maps; where black and white contrast alike with them
 MARKERS = {"down": "v", "up": "^"}  # of layers, by role
 LEGEND_ROW = 0.15  # inches
 STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)  # of the blocks that are named, where not all are
@@ -370,7 +371,7 @@ def write_numbers(ax: Axes, values: np.ndarray, largest: float, height: float, w
     for (row, column), value in np.ndenumerate(values):
         if np.isnan(value):
             continue
-        color = ON_CELLS[1] if value > 0.68 * largest else ON_CELLS[0]  # where both contrast alike with YlGnBu
+        color = ON_CELLS[1] if value > TURN * largest else ON_CELLS[0]
         ax.text(
             column,
             row,

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from report import fonts
 from report.by_block import MOST_LAYERS, in_blocks
 from report.drawing import (
     BLUE,
@@ -55,9 +56,8 @@ from report.figures_of_modules import (
     collection_map,
     collection_map_finding,
 )
-from report.fonts import letters_in
 from report.names import full_names
-from report.rendering import KINDS, for_page, is_readable, saved
+from report.rendering import files_of, is_readable
 from report.wording import (
     NO_OTHERS,
     bounds,
@@ -73,8 +73,6 @@ from report.wording import (
 )
 
 WIDTHS = {"report": {"": WIDTH}, "paper": {"": WIDTH, "_column": COLUMN}}  # by style: inches by the end of a name
-PAGE, DARK = "page/", "_dark"
-SVG_LIMIT = 300_000  # bytes of an SVG on the page, so that it can be sent
 NAMED = 2  # representations that a finding names at most; of more it says how many
 NAMED_MODULES = 5  # of which concepts explain most, that are named
 LEAST_ROOM = 0.1  # of values, beside the marks of those that are all but the same
@@ -121,7 +119,7 @@ def draw(
     Returns:
         Content by file name, such as ``layer_importance.png``; empty without an analysis. A figure of a paper that
         can be read in one column is there again, such as ``layer_importance_column.pdf``. Names that begin with
-        ``PAGE`` are no files: the page has them in place of an SVG that is too large for it.
+        ``rendering.PAGE`` are no files: the page has them in place of an SVG that is too large for it.
     """
     files: dict[str, bytes] = {}
     style = style_of(results)
@@ -129,12 +127,8 @@ def draw(
     def draw_one(name: str, finding: str) -> None:
         for suffix, width in WIDTHS[style].items():
             for _, _, figure in finished_figures(results, {name: finding}, width):
-                if suffix and not is_readable(figure):
-                    continue
-                files.update({f"{name}{suffix}.{kind}": saved(figure, kind, finding) for kind in KINDS})
-                if not suffix and len(files[f"{name}.svg"]) > SVG_LIMIT:
-                    files[f"{PAGE}{name}.png"] = for_page(figure, finding)
-                    files[f"{PAGE}{name}{DARK}.png"] = for_page(figure, finding, dark=True)
+                if not suffix or is_readable(figure):
+                    files.update(files_of(figure, f"{name}{suffix}", finding))
 
     for name, finding in (findings(results) if finding_of is None else finding_of).items():
         attempt(name, partial(draw_one, name, finding))
@@ -144,6 +138,11 @@ def draw(
 def style_of(results: dict) -> str:
     """Return the style that figures are asked for in."""
     return results.get("figures", {}).get("style", "report")
+
+
+def without_font(results: dict) -> str:
+    """Return the letters of names and sentences, sorted, that no font of this machine has."""
+    return fonts.without_font(fonts.letters_in(results["analysis"]))
 
 
 def findings(results: dict) -> dict[str, str]:
@@ -157,7 +156,7 @@ def finished_figures(
     results: dict, finding_of: dict[str, str] | None = None, width: float = WIDTH
 ) -> Iterator[tuple[str, str, Figure]]:
     """Yield name, finding and figure of all that can be drawn; a figure must be saved before the next is asked for."""
-    finding_of, letters = findings(results) if finding_of is None else finding_of, letters_in(results["analysis"])
+    finding_of, letters = findings(results) if finding_of is None else finding_of, fonts.letters_in(results["analysis"])
     for row in FIGURES:
         if row.name not in finding_of:
             continue

@@ -32,7 +32,6 @@ NO_LETTERS = re.compile(r"last ?resort|adobe blank|color", re.IGNORECASE)  # box
 JOINERS = "\u200c\u200d"  # between letters, or emoji, that are drawn as one or apart
 BOX = "□"  # for what is no letter, as a control character
 BOX_WIDTH = 1.15  # of the box that matplotlib draws for a letter that no font has, by the size of the font
-CJK = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO", "IDEOGRAPHIC", "FULLWIDTH", "HALFWIDTH")
 
 
 def shown(name: object) -> str:
@@ -66,22 +65,6 @@ def families_of(letters: Iterable[str]) -> tuple[str, ...]:
 def without_font(letters: Iterable[str]) -> str:
     """Return the letters, sorted, that no font of this machine has."""
     return "".join(sorted(letter for letter in set(letters) if family_of(letter) is None and _shown(letter) == letter))
-
-
-def to_install(letters: Iterable[str]) -> list[str]:
-    """Return names of fonts that have the letters: of Noto, which has a free font for each script."""
-    names = [unicodedata.name(letter, "").split() or ["?"] for letter in letters]
-    return list(dict.fromkeys(_noto(name, letter) for name, letter in zip(names, letters, strict=True)))
-
-
-def _noto(words: list[str], letter: str) -> str:
-    if words[0] in CJK:
-        return "Noto Sans CJK"
-    if unicodedata.category(letter) in ("So", "Sk"):
-        return "Noto Emoji"
-    if unicodedata.category(letter)[0] in "LMN":
-        return f"Noto Sans {words[0].title()}"
-    return "Noto Sans Symbols"
 
 
 @cache

@@ -15,8 +15,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from report.cautions import missing
-from report.figures import DARK, FIGURES, PAGE, style_of
+from report.figures import FIGURES, style_of
 from report.modules import module_lines
+from report.rendering import DARK, PAGE
 from report.sentences import QUESTIONS, VERDICTS, concept_lines
 from report.text import MODULES_HEADING, Content, content_of, not_run, run_facts
 from report.wording import kept_together

@@ -4,27 +4,30 @@ Text stays text, in SVG and PDF: it can be searched, copied, and edited. A PDF h
 names families: DejaVu Sans, for which the layout is made, and Verdana, whose letters are as wide; those of other
 sans-serif fonts are narrower, so that nothing comes to lie on anything.
 
-An SVG holds its colours for dark screens too, as a style sheet with a media query that recolours what ``ON_DARK``
-lists. Viewers that know no media queries, every PDF and every PNG show it dark on white.
+An SVG holds its colours for dark screens too, as a style sheet with a media query that recolours what ``ALL_ON_DARK``
+lists, and its images twice. Viewers that know no media queries, every PDF and every PNG show it dark on white.
 """
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.colors import to_hex, to_rgba, to_rgba_array
+from matplotlib.colors import ListedColormap, to_hex, to_rgb, to_rgba, to_rgba_array
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.text import Text
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from report.drawing import DPI, GROUND, ON_DARK
+from report.drawing import DPI, GROUND, MAP, ON_CELLS, ON_DARK, TURN
 
 SCREEN_DPI = 150  # dots per inch of a PNG on the page
 SLACK = 0.02  # inches by which boxes of texts may touch, as no letter fills its box
@@ -33,15 +36,36 @@ RECOLOURED = (
     *("facecolor", "edgecolor", "hatchcolor"),
 )
 KINDS = ("png", "svg", "pdf")
+PAGE, DARK = "page/", "_dark"  # the beginning and the end of names of pictures that only the page has
+SVG_LIMIT = 300_000  # bytes of an SVG on the page, so that it can be sent
+BENT = np.interp(np.linspace(0, 1, 256), [0, TURN, 1], [0, 0.31, 1])  # so that numbers turn where they contrast alike
+MAP_ON_DARK = ListedColormap(colormaps[f"{MAP}_r"](BENT), f"{MAP} on dark")  # the same colours, the low ones dark
+ALL_ON_DARK = {
+    **{"#{:02x}{:02x}{:02x}".format(*colormaps[MAP](i, bytes=True)): to_hex(MAP_ON_DARK(i)) for i in range(256)},
+    **{to_hex(colormaps[MAP](i)): to_hex(MAP_ON_DARK(i)) for i in range(256)},  # images and patches round otherwise
+    **ON_DARK,
+    **dict(zip(ON_CELLS, ON_CELLS[::-1], strict=True)),
+}
+IMAGE = re.compile(rb'(<image xlink:href="data:image/png;base64,)([^"]*)(" id="[^"]*)"([^>]*>)')
 FAMILIES = re.compile(rb"""(<text style="[^"]*font-family: 'DejaVu Sans')([^";]*)""")  # a < of a name is escaped
+
+
+def files_of(figure: Figure, name: str, title: str) -> dict[str, bytes]:
+    """Return the files of a figure that is laid out, by name, and PNGs for the page where its SVG is large."""
+    files = {f"{name}.{kind}": saved(figure, kind, title) for kind in KINDS}
+    if len(files[f"{name}.svg"]) > SVG_LIMIT:
+        files[f"{PAGE}{name}.png"] = _png(figure, title, SCREEN_DPI)
+        _darken(figure)
+        files[f"{PAGE}{name}{DARK}.png"] = _png(figure, title, SCREEN_DPI)
+    return files
 
 
 def saved(figure: Figure, kind: str, title: str) -> bytes:
     """Return the content of a file, of one of ``KINDS``, of a figure that is laid out."""
-    return {"png": png, "svg": _svg, "pdf": _pdf}[kind](figure, title)
+    return {"png": _png, "svg": _svg, "pdf": _pdf}[kind](figure, title)
 
 
-def png(figure: Figure, title: str, dpi: float = DPI) -> bytes:
+def _png(figure: Figure, title: str, dpi: float = DPI) -> bytes:
     """Return a PNG with a palette, which makes a third of the bytes."""
     figure.set_dpi(dpi)
     canvas, texts, buffer = FigureCanvasAgg(figure), PngInfo(), io.BytesIO()
@@ -55,17 +79,13 @@ def png(figure: Figure, title: str, dpi: float = DPI) -> bytes:
     return buffer.getvalue()
 
 
-def for_page(figure: Figure, title: str, dark: bool = False) -> bytes:
-    """Return a PNG for a screen, light or dark; a figure once dark stays so."""
-    if dark:
-        _darken(figure)
-    return png(figure, title, SCREEN_DPI)
-
-
 def _darken(figure: Figure) -> None:
     """Recolour what is on a figure as a style sheet recolours an SVG."""
     figure.set_facecolor(GROUND)
     for artist in figure.findobj():
+        if isinstance(artist, AxesImage):
+            artist.set_cmap(MAP_ON_DARK)
+            continue
         for part in RECOLOURED:
             change, now = getattr(artist, f"set_{part}", None), getattr(artist, f"get_{part}", None)
             if change and now:
@@ -74,7 +94,7 @@ def _darken(figure: Figure) -> None:
 
 def _on_dark(colors: object) -> object:
     """Return a colour, or a list of them, as on a dark screen."""
-    found = [to_rgba(ON_DARK.get(to_hex(color), color), color[3]) for color in to_rgba_array(colors)]
+    found = [to_rgba(ALL_ON_DARK.get(to_hex(color), color), color[3]) for color in to_rgba_array(colors)]
     return found if np.ndim(colors) == 2 else (*found, "none")[0]
 
 
@@ -106,13 +126,29 @@ def _svg(figure: Figure, title: str) -> bytes:
     metadata = {"Title": title, "Date": None, "Creator": None}
     FigureCanvasSVG(figure).print_svg(buffer, metadata=metadata)
     content = FAMILIES.sub(rb"\1, Verdana\2, sans-serif", buffer.getvalue())
-    return content.replace(b"</style>", f"\n{_dark_style()}</style>".encode(), 1)  # at the end of matplotlib's
+    content = IMAGE.sub(_in_light_and_dark, content)
+    return content.replace(b"</style>", f"\n{_dark_style(content.decode())}</style>".encode(), 1)
 
 
-def _dark_style() -> str:
+def _in_light_and_dark(image: re.Match) -> bytes:
+    """Return an image of an SVG twice, for light and for dark screens."""
+    before, encoded, name, after = image.groups()
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGBA")).copy()
+    colors, positions = np.unique(pixels[..., :3].reshape(-1, 3), axis=0, return_inverse=True)
+    changed = [to_rgb(ALL_ON_DARK.get(color, color)) for color in (to_hex(color / 255) for color in colors)]
+    pixels[..., :3] = np.rint(255 * np.array(changed))[positions].reshape(pixels[..., :3].shape)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    dark = b"".join([before, base64.b64encode(buffer.getvalue()), name, b'-dark" class="on-dark"', after])
+    return b"".join([before, encoded, name, b'" class="on-light"', after, dark])
+
+
+def _dark_style(content: str) -> str:
     """Return CSS for dark screens: colours stand in style attributes, those of patterns in fill."""
-    rules = []
-    for light, dark in ON_DARK.items():
-        rules += [f'[style*="{name}: {light}"] {{{name}: {dark} !important}}' for name in ("fill", "stroke")]
-        rules.append(f'[fill="{light}"] {{fill: {dark}}}')
-    return "\n".join(["@media screen and (prefers-color-scheme: dark) {", *rules, "}\n"])
+    rules = [".on-light {display: none}", ".on-dark {display: inline}"]
+    for light, dark in ALL_ON_DARK.items():
+        if light in ON_DARK or light in content:
+            rules += [f'[style*="{name}: {light}"] {{{name}: {dark} !important}}' for name in ("fill", "stroke")]
+            rules.append(f'[fill="{light}"] {{fill: {dark}}}')
+    media = "@media screen and (prefers-color-scheme: dark) {"
+    return "\n".join([".on-dark {display: none}", media, *rules, "}\n"])

@@ -202,16 +202,16 @@ def test_a_figure_that_fails_is_noted_and_costs_no_other(monkeypatch, capsys):
     def drawing(*_):
         return {"one": "first", "two": "second"}
 
-    def finished_figures(_, finding_of):
+    def finished_figures(_, finding_of, width):
         ((name, finding),) = finding_of.items()
         yield name, finding, raising(ValueError("too\nlarge")) if name == "one" else lambda: b"drawn"
 
     monkeypatch.setattr(figures, "findings", drawing)
     monkeypatch.setattr(figures, "finished_figures", finished_figures)
-    monkeypatch.setattr(figures, "saved", lambda figure, *_: figure())
+    monkeypatch.setattr(figures, "files_of", lambda figure, name, _: {f"{name}.png": figure()})
     not_done: dict[str, str] = {}
     drawn = figures.draw({}, attempt=partial(attempt_figure, not_done))
-    assert drawn == {"two.png": b"drawn", "two.svg": b"drawn"} and not_done == {"figure one": "too large"}
+    assert drawn == {"two.png": b"drawn"} and not_done == {"figure one": "too large"}
     assert capsys.readouterr().out == "Figure one missing: too large.\n"
 
 

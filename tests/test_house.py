@@ -381,7 +381,7 @@ def test_the_schema_can_be_read():
     sections = {
         *("schema_version", "dataset", "config", "environment", "chance", "layer_ranking", "top_layers"),
         *("ablation_results", "baseline_results", "representations_not_run", "not_done", "analysis", "splits"),
-        "timing",
+        *("figures", "timing"),
     }
     assert set(documented("results.json").below) == sections
     assert "[]" in documented("top_layers.json").below

@@ -176,7 +176,7 @@ def test_any_picture_may_be_missing():
 
 def test_a_large_svg_gives_way_to_smaller_pngs_for_light_and_dark_screens():
     name, large = "rank_structure", SVG + b" " * 1000
-    small = {f"{figures.PAGE}{name}.png": PNG, f"{figures.PAGE}{name}{figures.DARK}.png": PNG + b"dark"}
+    small = {f"{rendering.PAGE}{name}.png": PNG, f"{rendering.PAGE}{name}{rendering.DARK}.png": PNG + b"dark"}
     for files, kind in (
         ({f"{name}.svg": SVG, f"{name}.png": PNG}, "svg+xml"),
         ({f"{name}.svg": large, f"{name}.png": PNG, **small}, "png"),

@@ -69,7 +69,7 @@ def test_content_that_is_given_is_what_the_files_hold():
     content = replace(content, answers=[first], findings={"layer_importance": "A finding of the caller"})
     assert text.answer_lines(results, content.answers)[2] == "1. A question of the caller?"
     drawn = figures.draw(results, content.findings)
-    assert list(drawn) == ["layer_importance.png", "layer_importance.svg"]
+    assert list(drawn) == [f"layer_importance.{kind}" for kind in ("png", "svg", "pdf")]
     assert b"A finding of the caller" in drawn["layer_importance.svg"]
     assert b"A finding of the caller." in page.render_page(results, drawn, content)
 
