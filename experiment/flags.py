@@ -99,8 +99,9 @@ def add_experiment_flags(add: Callable) -> None:
     add(
         "--controls",
         choices=LEVELS,
-        help="what to compare with. basic: all that needs no training, and for stats in 3 runs 39 random removals, the "
-        "bottom k, the top k alone, curves of at least 12 points; each representation without the layers that other "
+        help="what to train to compare with; what needs no training is always analysed. none: nothing, so that there are "
+        "no verdicts; basic: for stats in 3 runs 39 random removals, the bottom k, the top k alone, curves of at least "
+        "12 points; each representation without the layers that other "
         "test LoRAs choose, in 3 runs; and the best representation without fitting on a split by groups where a "
         "column looks like one; update_kernel and update_views too, with 200 removals, where their "
         "kernels are kept; all: also ensemble and update_sketch, both kernels in any case, every run, 32 points, what "
@@ -116,5 +117,6 @@ def add_experiment_flags(add: Callable) -> None:
     add(
         "--quick",
         action="store_true",
-        help="for trying things out: 3 runs, patience 5, at most 30 epochs of classifiers and 8 of autoencoders",
+        help="for trying things out: 3 runs, patience 5, at most 30 epochs of classifiers and 8 of autoencoders, and "
+        "--controls=none; it is analysed and drawn all the same",
     )
