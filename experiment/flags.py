@@ -84,7 +84,8 @@ def _add_experiment_flags(group: argparse._ArgumentGroup) -> None:
     add(
         "--quick",
         action="store_true",
-        help="for trying things out: 3 runs, patience 5, at most 30 epochs of classifiers and 8 of autoencoders",
+        help="for trying things out: 3 runs, patience 5, at most 30 epochs of classifiers and 8 of autoencoders, and "
+        "--controls=none; it is analysed and drawn all the same",
     )
     add("--top-k", type=whole_number, default=5, metavar="K", help="most predictive layers to remove (5)")
     add("--num-runs", type=whole_number, metavar="R", help="trainings of each classifier (10; 3 with --quick)")
@@ -116,8 +117,8 @@ def _add_comparison_flags(group: argparse._ArgumentGroup) -> None:
     add(
         "--controls",
         choices=LEVELS,
-        help="basic: all that needs no training, and for stats in 3 runs 39 random removals, the "
-        "bottom k, the top k alone, curves of at least 12 points; each representation without the layers that other "
+        help="what to train to compare with; what needs no training is always analysed. none: nothing, so there are no "
+        "verdicts; basic: for stats in 3 runs 39 random removals, the bottom k, the top k alone, curves of at least 12 points; each representation without the layers that other "
         "test LoRAs choose, in 3 runs; and the best representation without fitting on a split by groups where a "
         "column looks like one; update_kernel and update_views too, with 200 removals, where their "
         "kernels are kept; all: also ensemble and update_sketch, both kernels in any case, every run, 32 points, what "

@@ -1,6 +1,9 @@
 """Fixtures of several test files."""
 
+import sys
+
 import pytest
+from making import quick_runs
 
 
 @pytest.fixture
@@ -9,7 +12,11 @@ def one_core(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-@pytest.fixture
-def no_figures(monkeypatch):
-    """Draw nothing, which takes most of the time of a small run with controls."""
-    monkeypatch.setattr("report.figures.draw", lambda *_: {})
+@pytest.fixture(autouse=True)
+def quickly(request):
+    """Let runs of this process end quickly, where the test is not marked as one of whole runs."""
+    if "ablation_experiment" not in sys.modules or request.node.get_closest_marker("whole"):
+        yield
+        return
+    with quick_runs():
+        yield

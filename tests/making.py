@@ -1,9 +1,12 @@
 """LoRA files and collections for tests."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -99,6 +102,24 @@ def planted_collection(
 
 # Hidden layers of another width: the same program, in a fraction of the time.
 NARROW = Networks(classifier=(32, 32, 32), attention=(16,), projection=(32, 32, 32))
+
+
+@contextmanager
+def quick_runs() -> Iterator[None]:
+    """Let runs of this process draw no figures and fit small forests: most of the time of a small one goes there."""
+    import ablation_experiment
+
+    analyse = ablation_experiment.analyse
+
+    def with_small_forests(*arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("analysis.comparison.TREES", 10)
+            return analyse(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablation_experiment, "drawn_figures", lambda *_: {})
+        patch.setattr(ablation_experiment, "analyse", with_small_forests)
+        yield
 
 
 def recorded(stack: type) -> type:

@@ -2,6 +2,7 @@ import csv
 import glob
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from making import FILE_NAME, NARROW, planted_collection, write_collection
+from making import FILE_NAME, NARROW, planted_collection, quick_runs, write_collection
 from safetensors.torch import load_file, save_file
 from test_house import check_schema, undocumented_arrays
 
 import ablation_experiment
 import autoencoders
-from ablation_experiment import files_of, main
+from ablation_experiment import RESULT_FILES, main
 from experiment import extraction, inputs, plans, settings
 from experiment.engine import Engine
 from experiment.settings import Networks
@@ -55,7 +56,8 @@ def planted(tmp_path_factory):
 def everything(planted, tmp_path_factory):
     """All representations on the planted collection, run once for all tests that look at the results."""
     out = tmp_path_factory.mktemp("everything")
-    return out / "out" / "ablation_planted", run(out, planted[0], "--top-k=3", "--quick")
+    with quick_runs():
+        return out / "out" / "ablation_planted", run(out, planted[0], "--top-k=3", "--quick")
 
 
 # -- what the experiment finds --------------------------------------------------------------------------
@@ -193,14 +195,15 @@ def test_layers_without_a_whole_pair_leave_out_what_needs_one(tmp_path):
 
 def test_results_hold_what_the_design_names(everything):
     folder, results = everything
-    assert sorted(path.name for path in folder.iterdir()) == sorted(files_of({}))
+    assert sorted(path.name for path in folder.iterdir()) == sorted(RESULT_FILES)
     assert {"schema_version", "dataset", "config", "layer_ranking", "top_layers", "ablation_results",
             "baseline_results", "environment", "timing", "representations_not_run"} <= results.keys()  # fmt: skip
     assert {"name", "source", "path", "num_samples", "num_classes", "classes", "class_counts", "split_sizes",
             "num_layers", "fingerprint", "skipped"} <= results["dataset"].keys()  # fmt: skip
     assert list(results["timing"]) == [*ablation_experiment.Stopwatch.PHASES, "total"]
     assert list(results["timing"])[:6] == ["index", "features", "ranking", "autoencoders", "ablation", "baseline"]
-    assert results["analysis"] is None and results["config"]["controls"] == "none"  # --quick
+    assert results["analysis"]["controls"] == results["config"]["controls"] == "none"  # --quick
+    assert results["analysis"]["robustness"] == {} and results["not_done"] == {}
     assert results["dataset"]["source"] == "files" and results["config"]["quick"] and results["config"]["num_runs"] == 3
     top = json.loads((folder / "top_layers.json").read_text())
     assert top == results["layer_ranking"][:3] and len(results["layer_ranking"]) == 8
@@ -233,8 +236,8 @@ def test_results_txt_tells_what_was_run_and_chance(everything):
                      "3 of 4 pairs", "18 validation LoRAs", "--rank-by=val"):  # fmt: skip
         assert expected in text
     assert all(f"\n{name} " in text for name in REPRESENTATIONS)
-    assert max(len(line) for line in text.splitlines() if ".lora." not in line) <= 120  # names of layers are never cut
-    assert max(map(len, text.splitlines())) <= 134
+    assert max(len(line) for line in text.splitlines() if "_blocks" not in line) <= 120  # their names are never cut
+    assert max(map(len, text.splitlines())) <= 150
 
 
 def test_results_txt_is_rendered_from_results_json_alone(everything):
@@ -253,7 +256,7 @@ def test_two_runs_with_separate_caches_give_the_same_bytes(everything, planted, 
     folder, _ = everything
     run(tmp_path, planted[0], "--top-k=3", "--quick")
     again = tmp_path / "out" / "ablation_planted"
-    for name in files_of({}):
+    for name in RESULT_FILES:
         first, second = (folder / name).read_bytes(), (again / name).read_bytes()
         if name == "results.json":
             first, second = json.loads(first), json.loads(second)
@@ -310,7 +313,8 @@ def eventful(tmp_path_factory):
         save_file(load_file(path) | {f"{module}.dora_scale": torch.ones(3)}, path)
     (out / "planted" / "class_0" / "bad.safetensors").write_bytes(b"bad")
     flags = ("--top-k=1", "--quick", "--num-runs=1", "--controls=all", "--null-shuffles=1", "--skip-bad")
-    results = run(out, out / "planted", *flags, "--representations=stats,update_kernel", networks=NARROW)
+    with quick_runs():
+        results = run(out, out / "planted", *flags, "--representations=stats,update_kernel", networks=NARROW)
     return out / "out" / "ablation_planted", results
 
 
@@ -330,26 +334,26 @@ def test_figures_and_a_page_lie_beside_the_results(analysed):
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_two_runs_with_controls_give_the_same_bytes(analysed, planted, tmp_path):
     run(tmp_path, planted[0], *ANALYSED, networks=NARROW)
     assert files_in(tmp_path / "out" / "ablation_planted") == files_in(analysed[0])
 
 
+@pytest.mark.whole
 def test_figures_go_to_previous_with_the_results_that_they_are_of(analysed, planted, tmp_path):
     folder, _ = analysed
     shutil.copytree(folder.parent, tmp_path / "out")
     run(tmp_path, planted[0], "--top-k=3", "--quick", "--representations=stats")
     here = tmp_path / "out" / "ablation_planted"
     assert files_in(here / "previous" / "1") == files_in(folder)
-    assert (
-        not (here / "report.html").exists()
-        and not list((here / "figures").glob("*"))
-        and json.loads((here / "results.json").read_text())["analysis"] is None
-    )
+    gone = {"figures/ablation_curves.png", "figures/ablation_curves.svg"}  # nothing is removed without controls
+    assert {name for name in files_in(here) if "previous" not in name} == files_in(folder).keys() - gone
     run(tmp_path, planted[0], *ANALYSED, networks=NARROW)
     assert {name for name in files_in(here) if "previous" not in name} == files_in(folder).keys()
 
 
+@pytest.mark.whole
 def test_a_lost_page_is_made_again_and_nothing_is_trained(analysed, planted, tmp_path, monkeypatch):
     folder, _ = analysed
     shutil.copytree(folder.parent, tmp_path / "out")
@@ -360,7 +364,7 @@ def test_a_lost_page_is_made_again_and_nothing_is_trained(analysed, planted, tmp
     assert page.read_bytes() == (folder / "report.html").read_bytes()
 
 
-def test_what_is_told_beside_the_weights_is_part_of_the_results(tmp_path, capsys, no_figures):
+def test_what_is_told_beside_the_weights_is_part_of_the_results(tmp_path, capsys):
     root = tmp_path / "planted"
     planted_collection(root, per_class=15, modules=2, informative=(1,))
     flags = ("--top-k=1", "--quick", "--controls=basic", "--representations=stats", "--num-runs=1")
@@ -373,7 +377,7 @@ def test_what_is_told_beside_the_weights_is_part_of_the_results(tmp_path, capsys
     assert "Nothing to do" in capsys.readouterr().out
 
 
-def test_shuffled_labels_can_be_trained_without_other_controls(planted, tmp_path, no_figures):
+def test_shuffled_labels_can_be_trained_without_other_controls(planted, tmp_path):
     results = run(
         tmp_path, planted[0], "--top-k=3", "--quick", "--representations=stats", "--null-shuffles=2", networks=NARROW
     )
@@ -402,7 +406,9 @@ def test_a_rerun_does_nothing_and_other_settings_keep_the_old_results(one_core, 
     monkeypatch.setattr(autoencoders, "fit_transform", not_again)
     capsys.readouterr()
     assert run(tmp_path, root, "--top-k=1", *QUICK) == first
-    assert "Nothing to do" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Nothing to do" in said and "Short answers of a --quick run" in said
+    assert said.splitlines()[-2:] == [f"  {folder / 'report.html'}", f"next: {text.next_step(first)}"]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
     # A lost results file is written again from finished units alone.
     (folder / "results.json").unlink()
@@ -413,8 +419,8 @@ def test_a_rerun_does_nothing_and_other_settings_keep_the_old_results(one_core, 
 
     other = run(tmp_path, root, "--top-k=2", *QUICK)
     assert other["config"]["top_k"] == 2
-    kept = json.loads((folder / "previous" / "1" / "results.json").read_text())
-    assert kept["config"]["top_k"] == 1 and not (folder / "previous" / "2").exists()
+    (kept,) = folder.glob("previous/*/results.json")
+    assert json.loads(kept.read_text())["config"]["top_k"] == 1
     assert other["layer_ranking"] == first["layer_ranking"] and other["baseline_results"] == first["baseline_results"]
 
 
@@ -448,14 +454,14 @@ def test_results_of_an_older_schema_or_of_other_code_are_kept_and_written_anew(
     assert section[key] != value
     section[key] = value
     (folder / "results.json").write_text(json.dumps(edited))
-    before = {name: (folder / name).read_bytes() for name in files_of({})}
+    before = {name: (folder / name).read_bytes() for name in RESULT_FILES}
 
     monkeypatch.setattr(plans, "train_classifiers", not_again)
     again = run(tmp_path, root, *flags)
     kept = folder / "previous" / "1"
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*files_of({}), "previous"])
-    assert all((folder / name).read_bytes() == before[name] for name in files_of({}) if name != "results.json")
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*RESULT_FILES, "previous"])
+    assert all((folder / name).read_bytes() == before[name] for name in RESULT_FILES if name != "results.json")
     assert all(again[part] == first[part] for part in first if part not in ("environment", "timing"))
     assert again["environment"]["code"] == first["environment"]["code"]
     run(tmp_path, root, *flags)
@@ -532,7 +538,7 @@ def test_an_interrupted_run_continues_where_it_stopped(one_core, tmp_path, monke
     results = run(tmp_path, root, "--top-k=1", *QUICK)
     units = len(list((tmp_path / "out" / ".cache").rglob("classifier-*.npz")))
     assert len(finished) == units - 2
-    for name in files_of({})[:-1]:
+    for name in list(RESULT_FILES)[:-1]:
         one, other = (tmp_path / out / "ablation_small" / name for out in ("out", "whole"))
         assert one.read_bytes() == other.read_bytes()
     assert results["layer_ranking"] == whole["layer_ranking"]
@@ -959,7 +965,11 @@ def test_a_log_file_gets_plain_lines_also_where_the_script_is_a_link(tmp_path):
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:6]] == ["settings", "at", "device", "data", "classes", "split"]
     rows = [line for line in lines if line.startswith(("stats ", "vae "))]
-    assert len(rows) == 4 and len({line.index("±") for line in rows}) == 1
+    points = {tuple(match.start() for match in re.finditer(r"\.", line)) for line in rows}
+    assert len(rows) == 4 and len(points) == 1 and "±" not in done.stdout  # of one run
+    *_, written, page, step = lines
+    assert written.startswith(f"Written to {tmp_path / 'out' / 'ablation_small'} (") and Path(page.strip()).exists()
+    assert step.startswith("next: ") and 20 < lines.index(written) - lines.index(rows[-1]) < 45
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,25 @@ def test_the_end_of_every_sentence_and_nothing_missing_in_it():
 
 
 @pytest.mark.parametrize("quick", [True, False])
-def test_without_an_analysis_it_is_said_that_there_are_no_controls(quick):
+def test_without_an_analysis_it_is_said_why(quick):
     results = made()
-    results["config"]["quick"], results["analysis"] = quick, None
-    assert warned(results)[-1] == cautions.NO_CONTROLS and len(warned(results)) == 1 + quick
+    results |= {"analysis": None, "not_done": {"analysis": "out of memory"}}
+    results["config"]["quick"] = quick
+    assert warned(results)[-1] == "Analysis missing: out of memory." and len(warned(results)) == 1 + quick
     assert cautions.checks(results) == []
+
+
+def test_where_nothing_further_was_trained_it_is_said_with_the_flag_that_does_it():
+    results = made()
+    assert not checked(results, "--controls=none")
+    results["analysis"] |= {"controls": "none"}
+    results["analysis"]["groups"] |= {"representation": None, "may_be_groups": None, "why": "none was tried"}
+    (line,) = checked(results, "--controls=none")
+    assert line.startswith("Nothing but the ranking on shuffled labels was trained") and "--controls=basic" in line
+    (line,) = warned(results, "may name some")
+    assert "--controls=basic tries a split" in line and "--group-column=artist" in line and "could be tried" not in line
+    results["analysis"]["null_shuffles"] = None
+    assert len(checked(results, "Nothing was trained to compare with")) == 1
 
 
 def test_a_quick_run_is_the_first_warning():

@@ -69,6 +69,10 @@ def test_equal_validation_accuracies_are_ordered_by_macro_f1_then_by_the_table()
     assert (evidence.validated("baseline", "first").mean() == evidence.validated("baseline", "second").mean()) == 1
     assert best_on_validation(evidence, "baseline", ["first", "second", "third"]) == "second"
     assert best_on_validation(evidence, "baseline", ["third", "second"]) == "third"
+    compared = analysed(evidence)["representations"]["conditions"]["baseline"]
+    assert compared["chosen"] == "second" and compared["tied_on_validation"] == ["first", "third"]
+    evidence.predictions.conditions["baseline"]["first"]["predicted"][0, 0] += 1
+    assert analysed(evidence)["representations"]["conditions"]["baseline"]["tied_on_validation"] == ["third"]
     assert best_on_validation(evidence, "baseline", []) is None
 
 

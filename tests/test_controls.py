@@ -220,8 +220,18 @@ def test_rankings_of_shuffled_labels_are_at_chance(planted):
     assert len(np.unique(found, axis=0)) == 3
 
 
-def test_no_controls_no_analysis(planted):
-    assert asked(planted, "none") is None
+def test_without_controls_what_needs_no_training_is_analysed_and_nothing_is_trained(planted, monkeypatch):
+    monkeypatch.setattr(planted.engine, "do", None)
+    found = asked(planted, "none")
+    assert found["controls"] == "none" and found["controls_not_run"] == {}
+    assert {record["depth"] for record in found["layers"]["records"] if record["above_null"]} == {1, 4, 6}
+    assert found["robustness"] == {} and found["attribution"] is None and found["null_shuffles"] is None
+    assert found["cross_fitted"]["drops"] == {} and found["cross_fitted"]["first"]["above_null"]
+    assert found["representations"]["drops"]["stats"]["drop"] > 0.3
+    assert found["groups"]["unused"] == ["artist"] and found["groups"]["column"] is None
+    assert found["groups"]["why"] == "no other split was tried (--controls=none)"
+    assert "norms" in found["cheap"]["as_good"]
+    assert [record["outcome"] for record in found["hypotheses"]][1] == "not answerable"
 
 
 def test_planted_layers_are_found(planted):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from making import NARROW, planted_collection
+from making import NARROW, planted_collection, quick_runs
 
 import ablation_experiment
 from ablation_experiment import attempt_figure, main
@@ -36,9 +36,10 @@ def planted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def phases(planted, tmp_path_factory):
-    """The folder of a run without an analysis."""
+    """The folder of a run without controls."""
     out = tmp_path_factory.mktemp("phases")
-    assert main(["--dataset", str(planted), "--output-dir", str(out), *FLAGS, "--controls=none"], NARROW) == 0
+    with quick_runs():
+        assert main(["--dataset", str(planted), "--output-dir", str(out), *FLAGS, "--controls=none"], NARROW) == 0
     return out
 
 
@@ -116,8 +117,7 @@ def test_the_phases_are_on_disk_before_the_analysis_and_replaced_by_the_whole(
     for part in ("layer_ranking", "top_layers", "baseline_results", "ablation_results"):
         assert begun[part] == results_in(phases)[0][part]
     assert "Analysis missing: the run ended before it was done, and the same command goes on with it." in text
-    assert "--controls=basic compares" not in text
-    assert {path.name for path in target.iterdir()} == {*ablation_experiment.files_of({})}
+    assert {path.name for path in target.iterdir()} == {*ablation_experiment.RESULT_FILES}
     monkeypatch.setattr(ablation_experiment, "analyse", lambda *_: None)
     code, done, text = begin()
     assert code == 0 and done["not_done"] == {} and "Analysis missing" not in text
@@ -129,6 +129,7 @@ def test_the_phases_are_on_disk_before_the_analysis_and_replaced_by_the_whole(
 def test_what_a_run_had_begun_is_kept_beside_results_of_other_settings(begin, monkeypatch, tmp_path):
     monkeypatch.setattr(ablation_experiment, "analyse", raising(KeyboardInterrupt))
     begin()
+    monkeypatch.setattr(ablation_experiment, "analyse", lambda *_: None)
     assert begin("--controls=none")[1]["not_done"] == {}
     kept = tmp_path / "out" / "ablation_planted" / "previous"
     assert [path.name for path in kept.iterdir()] == ["1"]

@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
-from making import write_collection
+from making import quick_runs, write_collection
 from working import alive, children, until, workers
 
 import ablation_experiment
-from ablation_experiment import files_of
+from ablation_experiment import FIGURE_FOLDER, RESULT_FILES
 from experiment import store
 from experiment.signals import ENDING, end_at_signals
 
@@ -54,9 +54,9 @@ def expected(processes, collection, tmp_path_factory):
 class Run:
     """A run in threads of a process that begins with everything imported; its output goes to a pipe."""
 
-    def __init__(self, context, arguments, file_size):
+    def __init__(self, context, arguments, file_size, whole):
         self.output, output = context.Pipe(duplex=False)
-        self.process = context.Process(target=_child, args=(arguments, output, file_size))
+        self.process = context.Process(target=_child, args=(arguments, output, file_size, whole))
         self.process.start()
         output.close()
         self.pid = self.process.pid
@@ -82,8 +82,8 @@ class Run:
         return self.wait()
 
 
-def _child(arguments, output, file_size):
-    """The program as a process of its own runs it."""
+def _child(arguments, output, file_size, whole):
+    """The program as a process of its own runs it, or with little of what takes long beside the training."""
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -91,7 +91,9 @@ def _child(arguments, output, file_size):
     if file_size:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    sys.exit(ablation_experiment.main(arguments))
+    with contextlib.nullcontext() if whole else quick_runs():
+        code = ablation_experiment.main(arguments)
+    sys.exit(code)
 
 
 class Program(Run):
@@ -120,16 +122,16 @@ class Program(Run):
         return self.log.read_text().splitlines()
 
 
-def started(context, collection, out, *flags, cores=1, file_size=0):
+def started(context, collection, out, *flags, cores=1, file_size=0, whole=False):
     out.mkdir(parents=True, exist_ok=True)
     arguments = ["--dataset", str(collection), "--output-dir", str(out), *FLAGS, *flags]
-    return Run(context, arguments, file_size) if cores == 1 else Program(arguments, out.with_suffix(".log"))
+    return Run(context, arguments, file_size, whole) if cores == 1 else Program(arguments, out.with_suffix(".log"))
 
 
 def results_in(out):
     """Return the result files, less what may differ between two runs."""
     folder = out / "ablation_small"
-    found = {name: (folder / name).read_bytes() for name in files_of({})}
+    found = {name: (folder / name).read_bytes() for name in RESULT_FILES}
     results = json.loads(found.pop("results.json"))
     return found | {name: value for name, value in results.items() if name not in ("environment", "timing")}
 
@@ -146,7 +148,7 @@ def finished_work(out):
 def assert_whole(out, expected):
     """Assert that the results are those expected, with nothing beside them, and every finished unit can be read."""
     assert results_in(out) == expected
-    assert sorted(path.name for path in (out / "ablation_small").iterdir()) == sorted(files_of({}))
+    assert {path.name for path in (out / "ablation_small").iterdir()} - {FIGURE_FOLDER} == {*RESULT_FILES}
     for path in finished_work(out):
         assert store.load_arrays(path)
     assert not [path for path in out.iterdir() if path.name.endswith(".lock")]
@@ -204,6 +206,9 @@ def kills_at_random_moments(processes, collection, expected, tmp_path, number, c
 @pytest.mark.slow
 def test_forty_kills_of_runs_and_of_workers_lose_nothing(processes, collection, expected, tmp_path):
     kills_at_random_moments(processes, collection, expected, tmp_path, 10, cores=1)
+    start = time.monotonic()
+    assert started(processes, collection, tmp_path / "whole", whole=True).wait() == 0
+    expected = results_in(tmp_path / "whole"), time.monotonic() - start
     kills_at_random_moments(processes, collection, expected, tmp_path / "workers", 30, cores=2)
 
 
@@ -216,7 +221,7 @@ def test_a_run_goes_on_where_a_worker_is_killed_and_gives_the_same_as_one_core(p
     """With inputs so large that torch itself would share them among threads."""
     root = write_collection(tmp_path / "small", classes=2, per_class=20, modules=4, width=128)
     flags = ("--num-runs=2", "--representations=vae,flat_vec")
-    assert started(processes, root, tmp_path / "one", *flags).wait() == 0
+    assert started(processes, root, tmp_path / "one", *flags, whole=True).wait() == 0
     out = tmp_path / "two"
     run = started(processes, root, out, *flags, cores=2)
     until(lambda: finished_work(out) and at_work(out) & set(workers(run.pid)))

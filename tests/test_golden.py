@@ -26,5 +26,6 @@ def test_the_text_is_as_it_was_read(path):
     results = golden_store.analysed(golden_store.load(path), RESAMPLES)
     content = text.content_of(results)
     assert text.render_text(results, content) == path.with_suffix(".txt").read_text(encoding="utf-8")
+    assert len(text.short_lines(results, content.answers)) <= 40
     shown = page.render_page(results, {}, content).decode().split("</style>")[1]
     assert not re.search(r"\bNone\b(?! of| is best)|\bnan\b", shown)

@@ -379,10 +379,16 @@ def test_without_robustness_there_is_no_verdict_but_the_drop():
     results = made()
     results["analysis"]["robustness"] = {}
     drop = results["analysis"]["representations"]["drops"]["stats"]
-    assert said(results, "robustness").startswith("No verdict: ")
-    assert wording.change_text(drop) in said(results, "robustness")
+    first, second = answer(results, "robustness").sentences
+    assert wording.change_text(drop) in first and second.startswith("No verdict: ") and "--controls=basic" in second
+    assert wording.change_text(drop) not in said(results, "representations")  # it is said once
+    baseline(results)["best"] = "ensemble"
+    drops = results["analysis"]["representations"]["drops"]
+    both = f"ensemble {wording.change_text(drops['ensemble'])} and stats {wording.change_text(drop)}."
+    assert both in next(sentences._no_verdict(results))
+    baseline(results)["best"] = "stats"
     results["analysis"]["controls_not_run"] = {"stats": "training diverged.", "null shuffles": "it diverged"}
-    assert "stats" in answer(results, "robustness").sentences[0] and "null" not in said(results, "robustness")
+    assert "stats" in answer(results, "robustness").sentences[1] and "null" not in said(results, "robustness")
     baseline(results)["best"] = None
     assert len(answer(results, "robustness").sentences) == 1
     results["analysis"]["representations"] = None
@@ -416,6 +422,7 @@ def test_what_fewer_runs_than_the_tables_rest_on_is_told():
 def test_the_best_representation_is_far_ahead_near_others_or_tied():
     results = made()
     section = baseline(results)
+    section["tied_on_validation"] = []
     assert section["best"] == "stats" and section["not_worse"] == [] and section["ties"] == []
     accuracy, interval = results["baseline_results"]["stats"]["test_accuracy"]["mean"], section["intervals"]["stats"]
     first, second, *_ = answer(results, "representations").sentences
@@ -538,6 +545,23 @@ def test_the_drop_where_other_test_loras_choose_stands_beside_the_ordinary_one(d
     assert f"stats {ordinary}." in text and expected not in text
 
 
+def test_ties_on_the_validation_loras_are_named_or_counted_wherever_these_choose():
+    results = made()
+    section = baseline(results)
+    for tied, told in (
+        ([], "stats: "),
+        (["spectral"], "stats (equal there: spectral): "),
+        ([f"r{i}" for i in range(5)], "stats (equal there: r0, r1, r2, r3 and r4): "),
+        ([f"r{i}" for i in range(7)], "stats (equal there: 7 others): "),
+    ):
+        section["tied_on_validation"] = tied
+        assert f"Best by validation accuracy is {told}" in answer(results, "representations").sentences[0]
+    section |= {"best": None, "above_null": ["ensemble"], "tied_on_validation": ["ensemble"]}
+    assert "first by validation accuracy, stats (equal there: ensemble), is ind" in said(results, "representations")
+    section["above_null"] = []
+    assert "first by validation accuracy, stats (equal there: ensemble), reaches" in said(results, "representations")
+
+
 def test_the_best_without_the_top_layers_and_how_many_lose():
     results = made("localized")
     analysis = results["analysis"]["representations"]
@@ -547,7 +571,7 @@ def test_the_best_without_the_top_layers_and_how_many_lose():
     text = said(made(), "representations")
     accuracy = made()["ablation_results"][section["best"]]["test_accuracy"]["mean"]
     reached = f"{wording.percent(accuracy)} % ({wording.bounds(section['intervals']['stats'])})"
-    assert f"{section['best']}, with {reached}" in text
+    assert f"{section['best']} (equal there: {wording.listed(section['tied_on_validation'])}), with {reached}" in text
     left = analysis["conditions"]["ablation"]
     left |= {"best": None, "chosen": "ensemble", "above_null": ["stats", "spectral"]}
     line = answer(results, "representations").sentences[-1]
