@@ -1,13 +1,14 @@
 """The parts of figures: styles, text that fits, blocks and trees of layers.
 
-Groups are distinguished by marker, line style, hatch or lightness, so that figures can be printed in black and white;
-the colours are close to Okabe and Ito's, which the colour-blind distinguish. rendering.py makes files of figures.
+Groups are distinguished by marker, line style or hatch. Their colours, close to Okabe and Ito's, differ in lightness,
+for all kinds of colour vision, so in grey too. rendering.py makes files of figures.
 """
 
 from __future__ import annotations
 
 import re
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,12 +31,12 @@ WIDTH, COLUMN = 6.9, 3.3  # inches, of two columns and of one column of a paper
 DPI = 300  # dots per inch of a PNG
 SIZE, SMALL, TITLE = 8, 7, 9.5  # points
 GROUND, INK = "#ffffff", "#1a1a1a"
-BLUE, ORANGE, GREY = "#0072b2", "#cc7a00", "#868686"  # in print: dark, light, middle
+BLUE, ORANGE, GREY = "#005b96", "#d08000", "#868686"  # in print: dark, light, middle
 SOFT, FAINT, PALE = "#505050", "#bdbdbd", "#e4e4e4"  # minor text, minor lines, areas
 ON_DARK = {  # colour of a figure -> the same on a dark screen; rendering.py has those of maps
     GROUND: "#14181d",
     INK: "#e3e8ee",
-    BLUE: "#56b4e9",
+    BLUE: "#2f86c8",
     ORANGE: "#f0ad3d",
     GREY: "#97a1ac",
     SOFT: "#a9b3be",
@@ -128,6 +129,8 @@ def new_figure(
     """
     settings = STYLE | STYLES[style] | {"svg.hashsalt": name, "font.family": list(families_of({*letters, *title}))}
     with _LOCK, quietly(), matplotlib_style.context(settings, after_reset=True):
+        if width < WIDTH:  # where there is no room: `is_readable` finds it
+            warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)
         figure = _Figure(figsize=(width, 4.0), layout="constrained")
         if style == "report":
             figure.suptitle(in_lines(title, width - 0.2), x=0.01, ha="left", fontsize=TITLE)
