@@ -299,14 +299,6 @@ def cost_lines(costs: dict) -> list[str]:
     return lines
 
 
-def near_duplicate_line(groups: list[list[str]]) -> list[str]:
-    """Return the labels that look alike, in words."""
-    if not groups:
-        return []
-    named = "; ".join(_first([" and ".join(f"'{label}'" for label in group) for group in groups], 4))
-    return [f"note: labels that may be meant as one are classes of their own: {named}. Spell them alike, or leave it."]
-
-
 def skipped_lines(skipped: list[dict[str, str]]) -> list[str]:
     """Return a line for each file left out."""
     return [f"skipped: {entry['path']}: {entry['reason']}" for entry in skipped]

@@ -98,7 +98,6 @@ class Preflight:
         if not args.json:
             place = f"{args.path}, which is {folder}" if args.path in NAMED_DATASETS else args.path
             text = contents.content_lines(place, shown, args.all) + contents.cost_lines(shown)
-            text += contents.near_duplicate_line(shown["near_duplicates"])
             _print(text + contents.notice_lines(shown["notices"]))
         self._check_task(settings, collection)
         if not args.headers_only:
