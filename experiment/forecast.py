@@ -75,8 +75,8 @@ def steps_of(estimates: Estimates, names: Sequence[str]) -> list[Step]:
         Step("phases 2 and 3", training),
     ]
     steps = [Step("reading weights", {"": estimates.reading()}), *phases]
-    if settings.is_analysed:
-        steps.append(Step("controls", control_costs(estimates, names), ANALYSIS_SECONDS))
+    controls = control_costs(estimates, names)
+    steps.append(Step("controls" if controls else "analysis", controls, ANALYSIS_SECONDS))
     if more := settings.splits - 1:
         costs = [cost.times(more) for step in phases for cost in step.costs.values()]
         steps.append(Step(f"{more} more split{'s' * (more > 1)}", {"": _sum(costs)}))
