@@ -197,18 +197,18 @@ def test_at_most_twenty_findings_are_shown_with_the_count_of_the_rest():
 
 
 def test_what_is_wrong_with_many_files_is_said_once_with_their_number(tmp_path):
-    """Of a flat folder each file lacks a label, for one reason."""
-    for i in range(30):
-        write_lora(tmp_path / f"{i:02}.safetensors", lora(1, seed=i))
-    (tmp_path / "07.safetensors").write_bytes(b"")
-    (tmp_path / "09: x.safetensors").write_bytes(b"1234")
+    root = write_collection(tmp_path / "zoo: mine", per_class=15)
+    for path in files_in(root):
+        path.write_bytes(b"")
+    (root / "class_1" / "3: x.safetensors").write_bytes(b"")
+    (root / "class_1" / "4: x.safetensors").write_bytes(b"1234")
     with pytest.raises(CollectionError) as error:
-        index_collection(tmp_path)
-    labels, empty, short = error.value.shown().splitlines()
-    assert len(error.value.findings) == 33  # those without weights have no label either
-    assert labels.startswith(f"error: {tmp_path}/00.safetensors and 30 more: no label: ")
-    assert empty.startswith(f"error: {tmp_path}/07.safetensors: incomplete download")
-    assert short.startswith(f"error: {tmp_path}/09: x.safetensors: ")
+        index_collection(root)
+    empty, short = error.value.shown().splitlines()
+    assert len(error.value.findings) == 32
+    first = root / "class_0" / "0000" / FILE_NAME
+    assert empty.startswith(f"error: {first} and 30 more: incomplete download: has 0 bytes")
+    assert short.startswith(f"error: {root}/class_1/4: x.safetensors: incomplete download: has 4 bytes")
 
 
 def test_files_that_lack_or_add_layers(tmp_path):
