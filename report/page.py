@@ -14,11 +14,11 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from report.cautions import NO_CONTROLS
+from report.cautions import NO_CONTROLS, first_lines
 from report.figures import FIGURES
 from report.modules import module_lines
 from report.sentences import QUESTIONS, VERDICTS, concept_lines
-from report.text import MODULES_HEADING, Content, content_of, not_run, run_facts
+from report.text import BEAR_IN_MIND, MODULES_HEADING, Content, content_of, not_run, run_facts
 from report.wording import kept_together
 
 SVG_LIMIT = 300_000  # bytes above which the smaller of SVG and PNG is taken, so that the page can be sent
@@ -61,7 +61,9 @@ def render_page(results: dict, drawn: dict[str, bytes], content: Content | None 
         sections=_sections(results, content, drawn),
         answers=content.answers,
         level=f"{100 * analysis['level']:.0f}" if analysis else "",
-        cautions=content.warnings,
+        first_lines=first_lines(content.warnings),
+        bear_in_mind=BEAR_IN_MIND,
+        cautions=[caution.text for caution in content.warnings],
         verdicts=VERDICTS if analysis.get("robustness") else {},
         settings={part: list(_flat(_undated(results[part]))) for part in ("config", "dataset", "environment")},
         not_run=not_run(results),

@@ -118,7 +118,7 @@ def test_words_and_numbers_are_those_of_results():
             assert answer.question in shown and f"Hypothesis: {answer.hypothesis}. {answer.outcome}" in shown
             assert answer.evidence in shown and answer.sentences[0] in shown
         assert all(sentence in reader.text[answer.anchor] for sentence in answer.sentences)
-    assert all(warning in reader.text["answers"] for warning in cautions.warnings(results))
+    assert all(warning.text in reader.text["answers"] for warning in cautions.warnings(results))
     assert all(check in reader.text["controls"] for check in cautions.checks(results))
     for table in tables.tables(results).values():
         assert all(cell in reader.text[table.anchor] for row in table.rows for cell in row)
@@ -164,7 +164,7 @@ def test_what_to_bear_in_mind_and_what_was_not_run_is_on_the_first_page():
     results["analysis"] |= {"controls_not_run": {"null shuffles": "it diverged"}}
     text = Reader(page.render_page(results, {})).text
     assert "Null shuffles not run: it diverged." in text["answers"]
-    assert all(warning in text["answers"] for warning in cautions.warnings(results))
+    assert all(warning.text in text["answers"] for warning in cautions.warnings(results))
 
 
 def test_any_picture_may_be_missing():
