@@ -51,6 +51,7 @@ class Table:
         shown: Number of rows that results.txt shows.
         note: Line below it.
         on_page: Number of rows that report.html shows.
+        sortable: Whether the rows of report.html can be put in another order.
     """
 
     anchor: str
@@ -61,6 +62,7 @@ class Table:
     shown: int = 20
     note: str = ""
     on_page: int = MOST_ON_PAGE
+    sortable: bool = True
 
     @property
     def head(self) -> int:
@@ -175,7 +177,7 @@ def _disagreement_table(results: dict) -> Table | None:
         cells[i] = ""
         rows.append([f"{i + 1}. {record['layer']}", *cells])
     title = f"Test LoRAs for which two of the top {k} predict different classes, in percent (kappa)"
-    return Table("information", title, ["layer", *(f"{j + 1}." for j in range(k))], rows)
+    return Table("information", title, ["layer", *(f"{j + 1}." for j in range(k))], rows, sortable=False)
 
 
 def _clusters_table(members: list[dict]) -> Table:
@@ -243,7 +245,14 @@ def _controls_table(results: dict) -> Table | None:
         "where all are equal and 1 where one holds all, more where the others fall below chance. Area: under the "
         "accuracy from all to none, 1 at most."
     )
-    return Table("robustness", "Removing the top, and what else could be removed", ["", *sections], rows, note=note)
+    return Table(
+        "robustness",
+        "Removing the top, and what else could be removed",
+        ["", *sections],
+        rows,
+        note=note,
+        sortable=False,
+    )
 
 
 def _left(estimate: dict) -> str:

@@ -58,6 +58,28 @@ class Reader(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
+def of_many_and_long_names(layers: int = 1444) -> dict:
+    """Results of so many layers whose names, like those of classes and paths, are as long as they come."""
+    results = made()
+    ranking, records = results["layer_ranking"], results["analysis"]["layers"]["records"]
+    stem = "diffusion_model.input_blocks.11.1.transformer_blocks.9.attn2.processor.to_out.0.lora_linear_layer"
+    both = [(of, record) for of, record in zip(ranking, records, strict=True)] * (layers // len(records) + 1)
+    name_of = {}
+    for i in range(layers):
+        name_of[i] = f"{stem}.{'down' if i % 2 else 'up'}.weight_of_layer_{i}"
+    results["layer_ranking"] = [both[i][0] | {"layer": name_of[i]} for i in range(layers)]
+    results["analysis"]["layers"]["records"] = [both[i][1] | {"layer": name_of[i]} for i in range(layers)]
+    names = ["a watercolour of " + "Donaudampfschifffahrtsgesellschaftskapitän" * 3 + f" {c}" for c in range(5)]
+    results["analysis"]["concepts"]["classes"] = names
+    path = "/".join(["a_folder_of_a_researcher.with-many.versions"] * 6) + "/" + "x" * 200
+    results["dataset"] |= {"name": path[-150:], "path": path, "classes": names, "num_layers": layers}
+    results["dataset"]["findings"] = [{"kind": "copies", "message": f"1 LoRA is a copy ({path})", "files": []}]
+    results["environment"]["host"] = "h" * 300
+    results["config"] |= {"quick": True, "keep_twins": True}
+    results["representations_not_run"] = [{"representation": "pca", "reason": path}]
+    return results
+
+
 @pytest.mark.parametrize("analysed", [True, False])
 def test_nesting_is_right_and_every_section_is_there(analysed):
     results = made()
