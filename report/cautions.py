@@ -166,8 +166,10 @@ def _few(results: dict) -> Iterator[Caution]:
         line += f" Among {len(section['records'])} layers, the first {needed_text(section['needed'])}."
     widest = max(high - low for low, high in (record["interval"] for record in section["records"]))
     brief = f"intervals are up to {round(100 * widest)} points wide, so only large differences can be seen"
-    if section["needed"] > 1 - 1e-9:
-        brief = "even 100 % could not be told from chance for a single layer"
+    compared = analysis["representations"]
+    families = {"a layer": section, "a representation": compared and compared["conditions"]["baseline"]}
+    if out_of_reach := [name for name, family in families.items() if family and family["needed"] > 1 - 1e-9]:
+        brief = f"even 100 % of {listed(out_of_reach)} could not be told from chance"
     yield Caution(line, True, f"Only {analysis['units']} {units}", brief)
 
 
@@ -285,13 +287,18 @@ def _degenerate_features(results: dict) -> Iterator[str]:
 def _shuffled(analysis: dict) -> Iterator[str]:
     if not (null := analysis["null_shuffles"]):
         return
+    known, total = analysis["layers"]["num_above_null"], len(analysis["layers"]["records"])
     times = "once" if null["shuffles"] == 1 else f"{null['shuffles']} times"
     if null["p"] is None:
         outcome = "so few shuffles decide nothing"
     elif null["significant"]:
         outcome = f"more than on shuffled labels ({p_text(null['p'])})"
+        if not known:
+            outcome += ", which all runs together do not confirm"
     else:
         outcome = f"indistinguishable from shuffled labels ({p_text(null['p'])})"
+        if known:
+            outcome += f", where all runs together show {known} of {total} layers to be distinguishable from chance"
     yield (
         f"Ranked again on shuffled labels ({times}, one run each), the best layer reaches at most "
         f"{percent(max(null['largest']))} %; with the true ones, in one run, {percent(null['observed'])} %: {outcome}."

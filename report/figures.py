@@ -59,6 +59,7 @@ from report.wording import (
     capital,
     classifier_name,
     correlation_text,
+    first_removed,
     gain_text,
     listed,
     percent,
@@ -269,11 +270,9 @@ def _ablation_curves_finding(results: dict) -> str:
         reached = percent(random["mean"]) if random["draws"] == 1 else bounds((random["min"], random["max"]))
         others = f"without {drawn} {reached} %"
     in_runs = f" in {runs}" if runs else ""
-    most = f"most predictive {section['unit']}"
-    if section["most"] > 1:
-        most = f"{section['most']} {most}s"
+    first, left = first_removed(section["most"], section), percent(section["without_most"]["accuracy"])
     finding = (
-        f"Without the {most} {cut(name, 1.5)} reaches {percent(section['without_most']['accuracy'])} %{in_runs} "
+        f"Without the {first} {cut(name, 1.5)} reaches {left} %{in_runs} "
         f"(with all {percent(section['all']['accuracy'])} %, {others}): {section['verdict']}"
     )
     verdicts = {name: section["verdict"] for name, section in sections.items()}
@@ -382,8 +381,8 @@ def _representations_finding(results: dict) -> str:
     others = f" ({names} not significantly worse)" if similar else ""
     removed = "it" if k == 1 else "them"
     return (
-        f"{best} is best{others}: {reached}; removing {removed} lowers {losses} of {total} representations "
-        "significantly"
+        f"{best} is best by validation{others}: {reached}; removing {removed} lowers {losses} of {total} "
+        "representations significantly"
     )
 
 
@@ -432,13 +431,15 @@ def _representations(results: dict, figure: Figure) -> None:
 def _concept_layer_map_finding(results: dict) -> str:
     section = results["analysis"]["concepts"]
     best = np.array(section["recall"], float).max(0)  # (C,), NaN of a concept without a test LoRA
+    known = results["analysis"]["layers"]["num_above_null"]
+    at_chance = "" if known else ", though none is distinguishable from chance"
     high, low = int(np.nanargmax(best)), int(np.nanargmin(best))
     if best[high] == best[low]:
-        return f"The best single layer for each concept recognises {percent(best[high])} % of it"
+        return f"The best single layer for each concept recognises {percent(best[high])} % of it{at_chance}"
     names = [cut(section["classes"][c], 1.8) for c in (high, low)]
     return (
         f"Single layers recognise {names[0]} best (up to {percent(best[high])} % of it) "
-        f"and {names[1]} worst (up to {percent(best[low])} %)"
+        f"and {names[1]} worst (up to {percent(best[low])} %){at_chance}"
     )
 
 

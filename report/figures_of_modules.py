@@ -40,7 +40,7 @@ from report.drawing import (
     write_numbers,
 )
 from report.modules import full_names, is_settled, short_names
-from report.wording import bounds, counted, percent, signed
+from report.wording import bounds, counted, number, percent, signed
 
 NAMED_MODULES = 40  # under the bars, at most: of more the highest are numbered
 NUMBERED = 5
@@ -73,7 +73,7 @@ def layer_clusters_finding(results: dict) -> str | None:
     clusters, union, k = section["clusters"], section["union"], len(section["kappa"]["top_k"])
     if not clusters["linkage"]:
         return None
-    total, below = len(clusters["order"]), f"(1 - CKA below {clusters['threshold']:g})"
+    total, below = len(clusters["order"]), f"(linear CKA of at least {number(1 - clusters['threshold'])})"
     finding = f"{total} layers form {counted(clusters['count'], 'cluster')} of similar features {below}"
     if clusters["count"] == total:
         finding = f"No two of {total} layers have similar features {below}"
@@ -86,7 +86,8 @@ def layer_clusters_finding(results: dict) -> str | None:
             f"{percent(crossed['union']['accuracy'])} % of LoRAs (on shuffled labels "
             f"{percent(crossed['union']['by_chance'])} %), the first alone on {percent(crossed['first']['accuracy'])} %"
         )
-    return f"{finding}; at least one of the top {k} is right on {known}"
+    chosen = "where other test LoRAs choose, " if crossed["union"] else ""
+    return f"{finding}; {chosen}at least one of the top {k} is right on {known}"
 
 
 def layer_clusters(results: dict, figure: Figure) -> None:

@@ -29,9 +29,11 @@ def different_information(results: dict) -> Iterator[str]:
     """Yield how far layers differ in what they predict and in their features, and what the top ones know together."""
     section, k = results["analysis"]["layer_information"], results["config"]["top_k"]
     clusters, total = section["clusters"], len(results["layer_ranking"])
-    if (known := results["analysis"]["layers"]["num_above_null"]) < 2:
+    layers = results["analysis"]["layers"]
+    if (known := layers["num_above_null"]) < 2:
         alone = "No single layer is" if known == 0 else f"Only 1 of {total} layers is"
-        yield f"Not shown: {alone.lower()} distinguishable from chance, and layers at chance differ by chance."
+        by = " by accuracy" if (layers["num_above_null_f1"] or 0) > known else ""
+        yield f"Not shown: {alone.lower()} distinguishable from chance{by}, and layers at chance differ by chance."
     yield (
         f"Two layers predict different classes for {percent(section['disagreement']['mean'])} % of the test LoRAs on "
         f"average (kappa {number(section['kappa']['mean'])}; 0 is agreement by chance)."
@@ -83,7 +85,7 @@ def rank_matters(results: dict) -> Iterator[str]:
     if not section["answerable"]:
         yield f"{capital(section['why']).rstrip('.')}; the {tested} is tested instead."
     yield (
-        f"The {tested} differs significantly between concepts in {section['num_significant']} of "
+        f"The {tested} differs significantly between concepts in {section['num_significant'] or 'none'} of "
         f"{len(section['modules'])} modules (Kruskal-Wallis, false discovery rate "
         f"{100 * results['analysis']['alpha']:.0f} %)."
     )

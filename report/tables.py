@@ -240,10 +240,10 @@ def _controls_table(results: dict) -> Table | None:
     rows.append(["runs", *(_runs(results, name) for name in sections)])
     rows.append(["verdict", *(section["verdict"] for section in sections.values())])
     note = (
-        "In percent. Top: the most predictive. Share left: of the accuracy above chance; below 0 the accuracy is below "
-        "chance. Concentration: 1 - 2 times the area under that share as the most predictive are removed first, 0 "
-        "where all are equal and 1 where one holds all, more where the others fall below chance. Area: under the "
-        "accuracy from all to none, 1 at most."
+        "In percent. Top: the first in the order of removal, most predictive first. Share left: of the accuracy above "
+        "chance; below 0 the accuracy is below chance. Concentration: 1 - 2 times the area under that share as the "
+        "most predictive are removed first, 0 where all are equal and 1 where one holds all, more where the others "
+        "fall below chance. Area: under the accuracy from all to none, 1 at most."
     )
     return Table(
         "robustness",
