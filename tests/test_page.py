@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import hashlib
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from result_making import CLASS_NAMES, made, without_pairs
 
 from report import cautions, drawing, figures, page, sentences, tables, text
 
-VOID = {"meta", "img", "link", "br", "hr", "input"}
+VOID = {"meta", "img", "link", "br", "hr", "input", "wbr"}
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 3"><rect width="4" height="3" fill="#08c"/></svg>'
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYPhfDwACggF/qvb0gQAAAABJRU5ErkJggg=="
@@ -32,7 +33,7 @@ class Reader(HTMLParser):
         self.open: list[str] = []
         self.elements: list[tuple[str, dict]] = []
         self.text = {"": ""}
-        self.section = ""
+        self.section, self.scripts = "", []
         self.feed(content.decode())
         self.close()
         assert self.open == []
@@ -52,6 +53,9 @@ class Reader(HTMLParser):
         self.section = "" if tag == "section" else self.section
 
     def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+            return
         self.text[self.section] += data.replace("\N{NO-BREAK SPACE}", " ")
 
     def of(self, tag: str) -> list[dict]:
@@ -98,11 +102,11 @@ def test_nesting_is_right_and_every_section_is_there(analysed):
         assert tables.tables(results)["ranking"].rows[-1][-1] in reader.text["layers"]
 
 
-def test_nothing_is_fetched_and_nothing_runs():
+def test_nothing_is_fetched_and_no_other_script_runs():
     content = page.render_page(made(), ALL)
     reader = Reader(content)
     for tag, attributes in reader.elements:
-        assert tag not in ("script", "link", "iframe", "object", "base", "form")
+        assert tag not in ("link", "iframe", "object", "base", "form") and (tag != "script" or not attributes)
         for name, value in attributes.items():
             assert not name.startswith("on")
             if name in ("href", "src", "srcset", "action", "poster", "data"):
@@ -113,6 +117,11 @@ def test_nothing_is_fetched_and_nothing_runs():
     assert "url(" not in style and "@import" not in style and "prefers-color-scheme: dark" in style
     policies = [one["content"] for one in reader.of("meta") if one.get("http-equiv") == "Content-Security-Policy"]
     assert policies == [page.POLICY] and policies[0].startswith("default-src 'none'; img-src data:; style-src")
+    (script,) = reader.scripts
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert re.findall(r"script-src ([^;]*);", policies[0]) == [f"'sha256-{digest}'"]
+    makes_markup = r"innerHTML|outerHTML|insertAdjacent|document\.write|eval|Function\("
+    assert script == page.SCRIPT and not re.search(makes_markup, script)
 
 
 def test_names_are_escaped_and_whole():
@@ -124,7 +133,7 @@ def test_names_are_escaped_and_whole():
     results["representations_not_run"] = [{"representation": "pca", "reason": evil}]
     content = page.render_page(results, ALL)
     reader = Reader(content)
-    assert b"<script" not in content and b"<b>" not in content and len(reader.of("img")) == len(NAMES)
+    assert reader.scripts == [page.SCRIPT] and b"<b>" not in content and len(reader.of("img")) == len(NAMES)
     for name in CLASS_NAMES:
         assert name in reader.text["concepts"] and name in reader.text["settings"]
     assert evil in reader.text["layers"] and evil in reader.text["settings"] and evil in reader.text[""]
@@ -148,6 +157,24 @@ def test_words_and_numbers_are_those_of_results():
     assert all(word in reader.text[""] and fact in reader.text[""] for word, fact in text.run_facts(results))
     for name in ("classifier.max_epochs", "split_sizes.train", "device"):
         assert name in reader.text["settings"]
+
+
+@pytest.mark.parametrize(
+    ("text_of_file", "markup"),
+    [
+        ("a.weight_of/b", "a.<wbr>weight_<wbr>of/<wbr>b"),
+        ("blocks.0.attn2.to_k", "blocks.<wbr>0.<wbr>attn2.<wbr>to_<wbr>k"),
+        ("95.0 ± 5.0, p < 1e-9", "95.0 ± 5.0, p\N{NO-BREAK SPACE}&lt;\N{NO-BREAK SPACE}1e-9"),
+        ("The end. Another", "The end. Another"),
+        ("</script><b>", "&lt;/<wbr>script&gt;&lt;b&gt;"),
+        ('\u202e"\u2066', "\u202e&#34;\u2066"),
+        ("", ""),
+    ],
+)
+def test_long_names_break_at_dots_and_their_text_is_whole(text_of_file, markup):
+    assert page.shown(text_of_file) == markup
+    reader = Reader(f"<p>{page.shown(text_of_file)}</p>".encode())
+    assert reader.text[""] == text_of_file
 
 
 def test_tables_can_be_read_without_seeing_them():
@@ -231,7 +258,7 @@ def test_a_browser_shows_every_section_and_has_no_complaint(tmp_path):
     assert console == []
     reader = Reader(dom.encode())
     assert [section["id"] for section in reader.of("section")] == list(page.SECTIONS)
-    assert len(reader.of("img")) == len(NAMES) and not reader.of("script")
+    assert len(reader.of("img")) == len(NAMES) and reader.scripts == [page.SCRIPT]
     for answer in sentences.answers(results):
         assert all(sentence in reader.text[answer.anchor] for sentence in answer.sentences)
     for name in CLASS_NAMES:
