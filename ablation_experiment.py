@@ -548,7 +548,8 @@ def write_results(target: Path, experiment: Experiment, results: dict, shown: bo
     before, drawn = written_before(target, results), {}
     content = text.content_of(results)
     if shown and content.answers:
-        say("\n".join([*text.bear_in_mind_lines(content.warnings), *text.answer_lines(results, content.answers)]))
+        parts = (text.bear_in_mind_lines(content.warnings), text.answer_lines(results, content.answers))
+        say("\n\n".join("\n".join(lines) for lines in parts if lines))
     if results["analysis"]:
         from report import figures
 

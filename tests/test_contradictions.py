@@ -4,6 +4,7 @@ A rule is a pair of claims: it reads what a reader reads, and holds one against 
 tested too, by texts that contradict themselves.
 """
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -299,7 +300,7 @@ RULES: dict[str, Callable[[Said], str]] = {
 
 @cache
 def recorded(name: str) -> Said:
-    return said(golden_store.analysed(golden_store.load(golden_store.FOLDER / f"{name}.npz"), RESAMPLES))
+    return said(json.loads(golden_store.recorded(name, RESAMPLES)))
 
 
 def made_up() -> dict[str, Callable[[], dict]]:
