@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from report.wording import (
     accuracy_text,
@@ -40,6 +41,34 @@ NOT_TRAINED = (
     "was trained to compare with (--controls=none): --controls=basic removes other layers, and those that other test "
     "LoRAs choose."
 )
+TWINS = {  # of notices on a collection: in a few words, where --keep-twins leaves them on both sides of the split
+    "copies": "copies of LoRAs may be on both sides of the split",
+    "epochs": "epochs of one training may be on both sides of the split",
+}
+LABEL_BY = {  # what the trainer decided and the concept did not, as the end of a line
+    "ranks and shapes": "ranks and shapes alone predict as well",
+    "metadata": "the numbers beside the weights alone predict as well",
+    "recipe": "the trainer's file alone predicts as well",
+}
+NOT_THE_CONCEPT = "What is recognised may not be the concept"
+MOST_PARTS = 3  # of results that are missing, named in a line
+
+
+@dataclass(frozen=True)
+class Caution:
+    """A warning beside the answers, so that nobody takes them for more than they are.
+
+    Attributes:
+        text: The warning, with its numbers.
+        decides: Whether it decides how all else is to be read: then it comes first, in a few words.
+        subject: Of one that decides: the beginning of its line among the first; those of one subject share a line.
+        brief: Likewise: its part of that line.
+    """
+
+    text: str
+    decides: bool = False
+    subject: str = ""
+    brief: str = ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -47,16 +76,54 @@ NOT_TRAINED = (
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def warnings(results: dict) -> list[str]:
-    """Return what belongs beside the answers, so that nobody takes them for more than they are."""
+def warnings(results: dict) -> list[Caution]:
+    """Return what belongs beside the answers, those that decide how they are read first."""
     analysis, config = results.get("analysis"), results["config"]
-    lines = [_quick(config)] if config["quick"] else []
-    lines += missing(results)
-    if not analysis:
-        return lines
-    for written in (_alternatives, _few, _chosen_on_test, _layers_at_chance, _not_run, letters_without_font):
-        lines += written(results)
-    return lines
+    cautions = [*_missing(results), *([_quick(config)] if config["quick"] else [])]
+    if analysis:
+        cautions += _few(results)
+    cautions += [*_twins(results), *_similar_labels(results)]
+    if analysis:
+        for written in (_alternatives, _chosen_on_test, _layers_at_chance):
+            cautions += written(results)
+        cautions += map(Caution, [*_not_run(results), *letters_without_font(results)])
+    return cautions
+
+
+def first_lines(cautions: Sequence[Caution]) -> list[str]:
+    """Return what to know before anything else is read: the warnings that decide, one line for each subject."""
+    parts: dict[str, list[str]] = {}
+    for caution in cautions:
+        if caution.decides:
+            parts.setdefault(caution.subject, []).append(caution.brief)
+    return [f"{subject}: {'; '.join(briefs)}." for subject, briefs in parts.items()]
+
+
+def _missing(results: dict) -> Iterator[Caution]:
+    """Yield what is missing; the first of them names the others."""
+    parts = list(results.get("not_done", {}))
+    brief = f"missing {'is' if len(parts) == 1 else 'are'} {listed(parts)}" if parts else ""
+    if len(parts) > MOST_PARTS:
+        brief = f"missing are {', '.join(parts[:MOST_PARTS])} and {len(parts) - MOST_PARTS} more"
+    for position, line in enumerate(missing(results)):
+        decides = position == 0
+        yield Caution(line, decides, *(("The results are not whole", brief) if decides else ()))
+
+
+def _twins(results: dict) -> Iterator[Caution]:
+    """Yield that copies and epochs of a training may be on both sides of the split, where they are kept there."""
+    if not results["config"].get("keep_twins"):
+        return  # else they are on one side, which a note on the collection says
+    for finding in results["dataset"]["findings"]:
+        if brief := TWINS.get(finding["kind"]):
+            yield Caution(sentence(finding["message"]), True, NOT_THE_CONCEPT, brief)
+
+
+def _similar_labels(results: dict) -> Iterator[Caution]:
+    """Yield that labels differ in nothing but how they are written, as the notice of them says."""
+    for finding in results["dataset"]["findings"]:
+        if finding["kind"] == "similar labels":
+            yield Caution(sentence(finding["message"]), True, NOT_THE_CONCEPT, "some labels differ in spelling alone")
 
 
 def missing(results: dict) -> list[str]:
@@ -95,45 +162,60 @@ def _noto(letter: str) -> str:
     return f"Noto Sans {script.title()}" if category[0] in "LMN" else "Noto Sans Symbols"
 
 
-def _alternatives(results: dict) -> Iterator[str]:
+def _alternatives(results: dict) -> Iterator[Caution]:
     """Yield what else than the weights, or than the concept, the results may be about."""
-    yield from _cheap(results["analysis"])
-    yield from _unused_groups(results["analysis"])
-    yield from _shuffled(results["analysis"])
-
-
-def _few(results: dict) -> Iterator[str]:
     analysis = results["analysis"]
-    if analysis["few_test_loras"]:
-        units = "test LoRAs" if analysis["permuted"] == "LoRAs" else "groups of test LoRAs"
-        line = f"Only {analysis['units']} {units}: intervals are wide, and small effects cannot be seen."
-        if analysis["layers"]["num_above_null"]:  # else the first answer says it
-            count = len(analysis["layers"]["records"])
-            line += f" Among {count} layers, the first {needed_text(analysis['layers']['needed'])}."
-        yield line
+    yield from _cheap(analysis)
+    groups = analysis["groups"]
+    for line in _unused_groups(analysis):
+        if groups["may_be_groups"]:
+            yield Caution(line, True, NOT_THE_CONCEPT, f"it may be the {groups['column']}")
+        else:
+            yield Caution(line)
+    yield from map(Caution, _shuffled(analysis))
 
 
-def _layers_at_chance(results: dict) -> Iterator[str]:
+def _few(results: dict) -> Iterator[Caution]:
+    analysis = results["analysis"]
+    if not analysis["few_test_loras"]:
+        return
+    section, units = analysis["layers"], "test LoRAs" if analysis["permuted"] == "LoRAs" else "groups of test LoRAs"
+    line = f"Only {analysis['units']} {units}: intervals are wide, and small effects cannot be seen."
+    if section["num_above_null"]:  # else the first answer says it
+        line += f" Among {len(section['records'])} layers, the first {needed_text(section['needed'])}."
+    widest = max(high - low for low, high in (record["interval"] for record in section["records"]))
+    brief = f"intervals are up to {round(100 * widest)} points wide, so only large differences can be seen"
+    compared = analysis["representations"]
+    families = {"a layer": section, "a representation": compared and compared["conditions"]["baseline"]}
+    if out_of_reach := [name for name, family in families.items() if family and family["needed"] > 1 - 1e-9]:
+        brief = f"even 100 % of {listed(out_of_reach)} could not be told from chance"
+    yield Caution(line, True, f"Only {analysis['units']} {units}", brief)
+
+
+def _layers_at_chance(results: dict) -> Iterator[Caution]:
     section = results["analysis"]["layers"]
     below, total = len(section["records"]) - section["num_above_null"], len(section["records"])
     if 0 < below < total:
         verb, they = ("is", "it holds") if below == 1 else ("are", "they hold")
-        yield (
+        yield Caution(
             f"{below} of {total} layers {verb} indistinguishable from chance, which does not show that {they} nothing "
             "of the concept."
         )
 
 
-def _quick(config: dict) -> str:
+def _quick(config: dict) -> Caution:
     runs, classifier, autoencoder = counted(config["num_runs"], "run"), config["classifier"], config["autoencoder"]
-    return (
+    return Caution(
         f"All accuracies here, and everything derived from them, rest on --quick ({runs}, at most "
         f"{classifier['max_epochs']} classifier and {autoencoder['max_epochs']} autoencoder epochs): not for "
-        "reporting. Effective ranks, norms and clusters of layers do not depend on it."
+        "reporting. Effective ranks, norms and clusters of layers do not depend on it.",
+        True,
+        "A --quick run",
+        "fewer runs and epochs than the experiment is defined with, not for reporting",
     )
 
 
-def _chosen_on_test(results: dict) -> Iterator[str]:
+def _chosen_on_test(results: dict) -> Iterator[Caution]:
     if results["config"]["rank_by"] != "test":
         return
     k, crossed = results["config"]["top_k"], results["analysis"]["cross_fitted"]
@@ -145,22 +227,28 @@ def _chosen_on_test(results: dict) -> Iterator[str]:
     elif not crossed["drops"]:
         beside = "--controls=basic adds drops where other test LoRAs choose, and --rank-by=val chooses on the "
         beside += "validation LoRAs"
-    yield (
+    yield Caution(
         f"{capital(top_layers(k))} {verb} chosen by the same test LoRAs that the ordinary accuracies and drops are "
         f"measured on, which tends to make both too large: {beside}."
     )
 
 
-def _cheap(analysis: dict) -> Iterator[str]:
+def _cheap(analysis: dict) -> Iterator[Caution]:
+    compared = analysis["representations"]
+    nothing = compared is not None and compared["conditions"]["baseline"]["best"] is None
     for name in (analysis["cheap"] or {}).get("as_good", ()):
         cheap, weights = analysis["cheap"][name], classifier_name(analysis["cheap"]["compared_with"])
         compared = "better" if cheap["weights_worse"] else "not significantly worse"
         basis = "the trainer's file" if name == "recipe" else CHEAP[name]
-        yield (
+        # Where the weights are indistinguishable from chance, there is no prediction to rest on anything.
+        rest = "Whatever is predicted" if nothing else "The prediction"
+        text = (
             f"Cheap explanation: {CHEAP[name]} alone reach {accuracy_text(cheap)}, {compared} than {weights} (whose "
-            f"advantage is {bounds(cheap['advantage_of_weights'])} points). The prediction may rest on {basis} and not "
+            f"advantage is {bounds(cheap['advantage_of_weights'])} points). {rest} may rest on {basis} and not "
             "on the concept."
         )
+        # Norms are of the weights themselves: a concept may show in them.
+        yield Caution(text, True, NOT_THE_CONCEPT, LABEL_BY[name]) if name in LABEL_BY else Caution(text)
 
 
 def _not_run(results: dict) -> Iterator[str]:
@@ -224,13 +312,18 @@ def _degenerate_features(results: dict) -> Iterator[str]:
 def _shuffled(analysis: dict) -> Iterator[str]:
     if not (null := analysis["null_shuffles"]):
         return
+    known, total = analysis["layers"]["num_above_null"], len(analysis["layers"]["records"])
     times = "once" if null["shuffles"] == 1 else f"{null['shuffles']} times"
     if null["p"] is None:
         outcome = "so few shuffles decide nothing"
     elif null["significant"]:
         outcome = f"more than on shuffled labels ({p_text(null['p'])})"
+        if not known:
+            outcome += ", which all runs together do not confirm"
     else:
         outcome = f"indistinguishable from shuffled labels ({p_text(null['p'])})"
+        if known:
+            outcome += f", where all runs together show {known} of {total} layers to be distinguishable from chance"
     yield (
         f"Ranked again on shuffled labels ({times}, one run each), the best layer reaches at most "
         f"{percent(max(null['largest']))} %; with the true ones, in one run, {percent(null['observed'])} %: {outcome}."

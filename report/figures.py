@@ -64,6 +64,7 @@ from report.wording import (
     capital,
     classifier_name,
     correlation_text,
+    first_removed,
     gain_text,
     listed,
     percent,
@@ -195,11 +196,9 @@ def _ablation_curves_finding(results: dict) -> str:
         reached = percent(random["mean"]) if random["draws"] == 1 else bounds((random["min"], random["max"]))
         others = f"without {drawn} {reached} %"
     in_runs = f" in {runs}" if runs else ""
-    most = f"most predictive {section['unit']}"
-    if section["most"] > 1:
-        most = f"{section['most']} {most}s"
+    first, left = first_removed(section["most"], section), percent(section["without_most"]["accuracy"])
     finding = (
-        f"Without the {most} {cut(name, 1.5)} reaches {percent(section['without_most']['accuracy'])} %{in_runs} "
+        f"Without the {first} {cut(name, 1.5)} reaches {left} %{in_runs} "
         f"(with all {percent(section['all']['accuracy'])} %, {others}): {section['verdict']}"
     )
     verdicts = {name: section["verdict"] for name, section in sections.items()}
@@ -308,8 +307,8 @@ def _representations_finding(results: dict) -> str:
     others = f" ({names} not significantly worse)" if similar else ""
     removed = "it" if k == 1 else "them"
     return (
-        f"{best} is best{others}: {reached}; removing {removed} lowers {losses} of {total} representations "
-        "significantly"
+        f"{best} is best by validation{others}: {reached}; removing {removed} lowers {losses} of {total} "
+        "representations significantly"
     )
 
 

@@ -44,7 +44,7 @@ from report.drawing import (
     write_numbers,
 )
 from report.names import full_names, layer_names, short_names
-from report.wording import bounds, correlation_text, counted, percent
+from report.wording import bounds, correlation_text, counted, number, percent
 
 MOST_INTERVALS = 100  # layers of a network that have an interval each: of more the top ones have, the others a band
 FEW = 20  # layers that know something, up to which these have an interval each in any network
@@ -295,13 +295,15 @@ def concept_layer_map_finding(results: dict) -> str | None:
     best = np.array(section["recall"], float).max(0)  # (C,), NaN of a concept without a test LoRA
     if np.isnan(best).all():
         return None
+    known = results["analysis"]["layers"]["num_above_null"]
+    at_chance = "" if known else ", though none is distinguishable from chance"
     high, low = int(np.nanargmax(best)), int(np.nanargmin(best))
     if best[high] == best[low]:
-        return f"The best single layer for each concept recognises {percent(best[high])} % of it"
+        return f"The best single layer for each concept recognises {percent(best[high])} % of it{at_chance}"
     names = cut_labels([section["classes"][c] for c in (high, low)], 1.8, SIZE)
     return (
         f"Single layers recognise {names[0]} best (up to {percent(best[high])} % of it) "
-        f"and {names[1]} worst (up to {percent(best[low])} %)"
+        f"and {names[1]} worst (up to {percent(best[low])} %){at_chance}"
     )
 
 
@@ -384,7 +386,7 @@ def layer_clusters_finding(results: dict) -> str | None:
     clusters, union, k = section["clusters"], section["union"], len(section["kappa"]["top_k"])
     if not clusters["linkage"]:
         return None
-    total, below = len(clusters["order"]), f"(1 - CKA below {clusters['threshold']:g})"
+    total, below = len(clusters["order"]), f"(linear CKA of at least {number(1 - clusters['threshold'])})"
     finding = f"{total} layers form {counted(clusters['count'], 'cluster')} of similar features {below}"
     if clusters["count"] == total:
         finding = f"No two of {total} layers have similar features {below}"
@@ -397,7 +399,8 @@ def layer_clusters_finding(results: dict) -> str | None:
             f"{percent(crossed['union']['accuracy'])} % of LoRAs (on shuffled labels "
             f"{percent(crossed['union']['by_chance'])} %), the first alone on {percent(crossed['first']['accuracy'])} %"
         )
-    return f"{finding}; at least one of the top {k} is right on {known}"
+    chosen = "where other test LoRAs choose, " if crossed["union"] else ""
+    return f"{finding}; {chosen}at least one of the top {k} is right on {known}"
 
 
 def layer_clusters(results: dict, figure: Figure) -> None:

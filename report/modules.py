@@ -22,6 +22,7 @@ CAUTION = (
     "Wiegreffe & Pinter, 2019). How far it matters for the predictions is shown by the contributions and by the "
     "accuracies with modules masked."
 )
+ATTENDING = "update_attention"  # the representation whose classifier gives attention
 MAPPED = "update_views"  # the representation whose kernels LoRAs are drawn by
 PROJECTED = "Components are fitted on train LoRAs; test LoRAs are projected and lie nearer to the centre."
 CHOSEN = (
@@ -72,8 +73,16 @@ def _with_names(analysis: dict) -> dict:
     return section | {"modules": modules, "permuted": permuted}
 
 
+def runs_agree(section: dict) -> bool:
+    """Return whether runs give attention to the same modules, at least in part; a single one has none to agree with."""
+    agreement = section["stability"]["kendall_w"]
+    return section["runs"] == 1 or agreement is None or agreement >= 1 / section["runs"] + BEYOND_RANDOM
+
+
 def is_settled(section: dict, count: int = NAMED) -> bool:
-    """Return whether the interval of one of the first modules excludes the share that it would have evenly."""
+    """Return whether runs agree, and the interval of one of the first modules excludes its even share."""
+    if not runs_agree(section):
+        return False
     even = 1 / len(section["modules"])
     return any(record["interval"] and record["interval"][0] > even for record in most_attended(section, count))
 
@@ -84,12 +93,24 @@ def _of_attention(analysis: dict) -> Iterator[str]:
         yield f"There is only one module to give attention to, {section['modules'][0]['module']}."
         return
     yield CAUTION
+    yield from _at_chance(analysis)
     yield from _over_runs(section)
     yield from _most(section)
     yield from _permuted(section)
     yield from _adding(section)
     yield from _deletion(section)
     yield from _agreement(analysis)
+
+
+def _at_chance(analysis: dict) -> Iterator[str]:
+    """Yield that the classifier whose attention this is predicts nothing, where it is not above chance."""
+    compared = analysis.get("representations")
+    known = compared["conditions"]["baseline"] if compared else {"intervals": ()}
+    if ATTENDING in known["intervals"] and ATTENDING not in known["above_null"]:
+        yield (
+            f"The classifier that gives this attention, {ATTENDING}, is indistinguishable from chance: read nothing "
+            "into its modules."
+        )
 
 
 def _over_runs(section: dict) -> Iterator[str]:
@@ -103,7 +124,7 @@ def _over_runs(section: dict) -> Iterator[str]:
         return
     at_random = 1 / runs
     verb, advice = "agree", ""
-    if agreement < at_random + BEYOND_RANDOM:
+    if not runs_agree(section):
         verb, advice = "do not agree", ": read nothing into single modules"
     elif agreement <= AGREED:
         verb = "partly agree"
@@ -127,11 +148,12 @@ def _most(section: dict) -> Iterator[str]:
         f"spread) of {_tenths(effective['number'])} modules{across} ({alike})."
     )
     names, even = _shares(most_attended(section), "module"), f"evenly each would have {percent(1 / total)} %"
-    yield (
-        f"Most attention is given to {names}; {even}."
-        if is_settled(section)
-        else f"Which module has most is not settled: {even}, which no interval of the first ones excludes: {names}."
-    )
+    if is_settled(section):
+        yield f"Most attention is given to {names}; {even}."
+    elif runs_agree(section):
+        yield f"Which module has most is not settled: {even}, which no interval of the first ones excludes: {names}."
+    else:
+        yield f"Which module has most is not settled, as runs do not agree: on average the first are {names}; {even}."
     sums = [_largest(section[f"{noun}s"], noun) for noun in ("block", "projection") if len(section[f"{noun}s"]) > 1]
     yield from sums
 

@@ -1,28 +1,42 @@
 """results.json and the figures -> report.html, one file that a researcher can send.
 
-The file fetches nothing and runs nothing: figures are data: URLs, the style stands in the head, there is no script,
-and a content security policy forbids all else. All markup stands in page.html, whose variables are escaped; names and
-paths come from files of strangers. Sentences and tables are those of sentences.py and tables.py.
+The file fetches nothing: figures are data: URLs, the style stands in the head. It runs one script, page.js, which sorts
+and filters tables. Threat model: names, paths and messages come from files of strangers, and may hold markup, the end
+of a script, quotes or characters that turn the direction of writing. All markup stands in page.html, whose variables
+are escaped, in no place inside the script or the style; the script reads the text of cells and makes no markup of it.
+Should markup come through all the same, the content security policy of the page forbids any script but page.js, by
+its SHA-256, any attribute that is a handler, and whatever fetches, sends or embeds; what is left is to look wrong.
+Without scripts the page is complete. Sentences and tables are those of sentences.py and tables.py.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
-from report.cautions import missing
+from report.cautions import first_lines, missing
 from report.figures import FIGURES, style_of
 from report.modules import module_lines
 from report.rendering import DARK, PAGE
 from report.sentences import QUESTIONS, VERDICTS, concept_lines
-from report.text import MODULES_HEADING, Content, content_of, not_run, run_facts
+from report.text import BEAR_IN_MIND, MODULES_HEADING, Content, content_of, not_run, run_facts
 from report.wording import kept_together
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
+SCRIPT_DIGEST = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+POLICY = (
+    f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{SCRIPT_DIGEST}'; "
+    "base-uri 'none'; form-action 'none'"
+)
+# Between a dot, slash or underscore and what follows, where a long name may go on in the next line; not inside numbers.
+BREAKS = re.compile(r"(?<=[/\\_])(?=[^\s/\\_])|(?<=[^\W\d]\.)(?=\w)|(?<=\d\.)(?=[^\W\d])")
 SECTIONS = {  # anchor -> heading; that of modules is left out where nothing was made of them
     "answers": "Short answers",
     **{question.anchor: question.text for question in QUESTIONS},
@@ -39,7 +53,14 @@ ENVIRONMENT = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-ENVIRONMENT.filters["kept_together"] = kept_together
+
+
+def shown(text: str) -> Markup:
+    """Return text as markup: escaped, with breaks allowed inside long names and none before a unit."""
+    return Markup("<wbr>").join(map(escape, BREAKS.split(kept_together(text))))
+
+
+ENVIRONMENT.filters["shown"] = shown
 
 
 def render_page(results: dict, drawn: dict[str, bytes], content: Content | None = None) -> bytes:
@@ -57,11 +78,14 @@ def render_page(results: dict, drawn: dict[str, bytes], content: Content | None 
     page = ENVIRONMENT.get_template("page.html").render(
         title=f"LoRA layer ablation: {results['dataset']['name']}",
         policy=POLICY,
+        script=Markup(SCRIPT),
         facts=run_facts(results),
         sections=_sections(results, content, drawn),
         answers=content.answers,
         level=f"{100 * analysis['level']:.0f}" if analysis else "",
-        cautions=content.warnings,
+        first_lines=first_lines(content.warnings),
+        bear_in_mind=BEAR_IN_MIND,
+        cautions=[caution.text for caution in content.warnings],
         verdicts=VERDICTS if analysis.get("robustness") else {},
         settings={part: list(_flat(_undated(results[part]))) for part in ("config", "dataset", "environment")},
         not_run=not_run(results),

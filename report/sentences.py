@@ -5,18 +5,19 @@ Written once for results.txt (text.py) and report.html (page.py). What belongs b
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from report.cautions import BEYOND_REMOVAL
+from report.sentences_of_structure import different_information, rank_matters
 from report.wording import (
     accuracy_text,
     bounds,
     capital,
     change_text,
-    classifier_name,
-    correlation_text,
     counted,
+    first_removed,
     left_text,
     listed,
     needed_text,
@@ -127,6 +128,7 @@ def _evidence(hypothesis: dict, unit: str) -> str:
 
 def _which_layers(results: dict) -> Iterator[str]:
     section, ranking, k = results["analysis"]["layers"], results["layer_ranking"], results["config"]["top_k"]
+    known = section["num_above_null"]
     record_of = {record["layer"]: record for record in section["records"]}
     first = record_of[ranking[0]["layer"]]
     yield _layers_above(results)
@@ -141,10 +143,8 @@ def _which_layers(results: dict) -> Iterator[str]:
     shares = [record_of[record["layer"]]["top_k_share"] for record in ranking[:k]]
     redrawn = " to ".join(dict.fromkeys((percent(min(shares)), percent(max(shares)))))
     top = "the first layer stays first" if k == 1 else f"each of the top {k} stays among the top {k}"
-    yield (
-        f"Stability on this split: {_stability(section, k)}; with the test LoRAs resampled, {top} in {redrawn} % of "
-        "the draws."
-    )
+    subject = "Stability on this split" if known else "Stability on this split, of an order that may be chance"
+    yield f"{subject}: {_stability(section, k)}; with the test LoRAs resampled, {top} in {redrawn} % of the draws."
     yield from over_splits(results)
 
 
@@ -153,15 +153,16 @@ def _layers_above(results: dict) -> str:
     analysis, total = results["analysis"], len(results["layer_ranking"])
     section, largest = analysis["layers"], percent(results["analysis"]["layers"]["chance"])
     known, above = section["num_above_null"], section["num_above_chance"]
-    by_f1 = ""
+    by_f1, by = "", ""
     if (count := section["num_above_null_f1"]) is not None:
         by_f1 = (
             f" By macro-F1, which counts every class alike, {count or 'none'} of {total} {_are(count)} distinguishable "
             "from chance."
         )
+        by = " by accuracy" if count and not known else ""
     if known == 0:
-        needed = needed_text(section["needed"])
-        return f"No single layer is distinguishable from chance ({largest} %); among {total} the first {needed}.{by_f1}"
+        alone = f"No single layer is distinguishable from chance{by} ({largest} %)"
+        return f"{alone}; among {total} the first {needed_text(section['needed'])}.{by_f1}"
     family = f"p < {analysis['alpha']}, corrected for the choice among all layers"
     if above == known:
         return f"{known} of {total} layers {_are(known)} above chance ({largest} %; {family}).{by_f1}"
@@ -179,14 +180,19 @@ def _are(count: int) -> str:
 def _reached(results: dict, first: dict) -> str:
     """Return the accuracy of the first layer on the test LoRAs that chose it, and the honest one beside it."""
     ordinary = f"{accuracy_text(first)[:-1]}, {p_text(first['p_family'])})"
+    any_above = results["analysis"]["layers"]["num_above_null"] > 0
     if results["config"]["rank_by"] != "test":
-        return ordinary
+        alone = ", itself indistinguishable from chance" if any_above and not first["above_null"] else ""
+        return ordinary + alone
     crossed = results["analysis"]["cross_fitted"]
     if crossed["why"]:
         return f"{ordinary} on the test LoRAs that chose it"
     honest = accuracy_text(crossed["first"])
-    if results["analysis"]["layers"]["num_above_null"] and not crossed["first"]["above_null"]:
+    if any_above and not crossed["first"]["above_null"]:
         honest += ", indistinguishable from chance: which layer is first is not settled"
+    elif any_above and crossed["first"]["accuracy"] > results["chance"]["accuracy"]:
+        # It may be less than the first among all layers would need: these LoRAs did not choose among any.
+        honest += f", distinguishable from chance ({p_text(crossed['first']['p'])}, uncorrected)"
     others = "where other test LoRAs choose the first layer, it reaches"
     return f"{ordinary} on the test LoRAs that chose it; {others} {honest}"
 
@@ -246,7 +252,8 @@ def _is_robust(results: dict) -> Iterator[str]:
     yield " ".join(f"{capital(verdict)} by {listed(names)}: {why}." for (verdict, why), names in names_of.items())
     yield from _beats_all(results)
     for name, section in sections.items():
-        yield f"{name}: {_removals(section)}"
+        runs = runs_text(results, name)
+        yield f"{name}{f', in {runs}' if runs else ''}: {_removals(section)}"
         yield from _modules_above(name, section)
         yield from _concentration(name, section)
 
@@ -269,12 +276,15 @@ def _beats_all(results: dict) -> Iterator[str]:
 
 
 def _removals(section: dict) -> str:
-    """Return accuracies with all units, and without some."""
+    """Return accuracies with all units, and without some.
+
+    A single layer alone has been trained before, from other initial weights: this accuracy may be another one.
+    """
     random, unit, total, removed = section["without_random"], section["unit"], section["units"], section["removed"]
     parts = [f"with all {counted(total, unit)} {accuracy_text(section['all'])}"]
-    parts.append(f"without the {_top(removed, unit)} {left_text(section['without_top'])}")
+    parts.append(f"without the {first_removed(removed, section)} {left_text(section['without_top'])}")
     if section["most"] > removed:
-        parts.append(f"without the {_top(section['most'], unit)} {left_text(section['without_most'])}")
+        parts.append(f"without the {first_removed(section['most'], section)} {left_text(section['without_most'])}")
     others = f"there are no {section['most']} others to remove instead"
     drawn = "a random other" if section["most"] == 1 else f"{section['most']} random others"
     if random["draws"] == 1:
@@ -285,11 +295,10 @@ def _removals(section: dict) -> str:
             spread = "all alike"
         others = f"without {drawn} {percent(random['mean'])} % (mean of {random['draws']} draws, {spread})"
     parts.append(others)
-    return f"{', '.join(parts)}; with the {_top(removed, unit)} alone {left_text(section['top_alone'])}."
-
-
-def _top(count: int, unit: str) -> str:
-    return f"most predictive {unit}" if count == 1 else f"{count} most predictive {unit}s"
+    alone = f"with the {first_removed(removed, section)} alone"
+    if unit == "layer" and removed == 1:
+        alone += ", trained again,"
+    return f"{', '.join(parts)}; {alone} {left_text(section['top_alone'])}."
 
 
 def _modules_above(name: str, section: dict) -> Iterator[str]:
@@ -307,7 +316,8 @@ def _concentration(name: str, section: dict) -> Iterator[str]:
         return
     half = f"more than half of the accuracy above chance is left as long as any {unit} is"
     if gone is not None:
-        half = f"half of the accuracy above chance is gone without the {_top(gone, unit)} of {section['units']}"
+        without = f"{first_removed(gone, section)} of {section['units']}"
+        half = f"half of the accuracy above chance is gone without the {without}"
     least = f"least predictive {unit}" if left["removed"] == 1 else f"{left['removed']} least predictive {unit}s"
     yield (
         f"By {name}, {half} (an estimate without an interval); without the {least} the accuracy above chance is "
@@ -367,14 +377,15 @@ def _none_best(results: dict) -> Iterator[str]:
     if not others:
         yield (
             f"None of {len(accuracy)} representations is distinguishable from chance ({chance} %) with all layers, so "
-            f"none is best. The first by validation accuracy, {chosen}{_tied(section)}, {reached} and {needed}."
+            f"none is best. The first by validation accuracy, {chosen}{_tied(section)}, {reached} and {needed}"
+            f"{_alone(results, chosen)}."
         )
         return
     them = "it" if len(others) == 1 else "them"
     yield (
         f"None is best: the first by validation accuracy, {chosen}{_tied(section)}, is indistinguishable from chance "
-        f"({chance} %) with all layers: it {reached} and {needed}. Distinguishable from chance {_are(len(others))} "
-        f"{listed(others)}, but validation does not choose {them}."
+        f"({chance} %) with all layers: it {reached} and {needed}{_alone(results, chosen)}. Distinguishable from "
+        f"chance {_are(len(others))} {listed(others)}, but validation does not choose {them}."
     )
 
 
@@ -383,6 +394,14 @@ def _tied(section: dict) -> str:
     if not (tied := section["tied_on_validation"]):
         return ""
     return f" (equal there: {listed(tied) if len(tied) < MANY else f'{len(tied)} others'})"
+
+
+def _alone(results: dict, name: str) -> str:
+    """Return that a representation would be above chance if it were the only one, as the end of a sentence."""
+    section = results["analysis"]["robustness"].get(name)
+    if not section or section["all"]["p"] >= results["analysis"]["alpha"]:
+        return ""
+    return f" (as the only one it would be, {p_text(section['all']['p'])})"
 
 
 def _best_reached(results: dict) -> str:
@@ -408,13 +427,19 @@ def _compared_with_best(results: dict) -> Iterator[str]:
     """Yield how far the best representation is ahead of the others."""
     section = results["analysis"]["representations"]["conditions"]["baseline"]
     accuracy, best, by_test = _accuracies(results, "baseline"), section["best"], section["best_by_test"]
-    others, not_worse = [name for name in accuracy if name != best], section["not_worse"]
-    worse = [name for name in others if name not in not_worse]
-    if not worse:
-        yield f"Not significantly worse than it {_are(len(others))} {_all_of(others)}."
-    elif not not_worse:
-        yield f"It is significantly better than {_all_of(others)}."
-    else:
+    records = {record["b"]: record for record in section["comparisons"] if record["a"] == best}
+    others = [name for name in accuracy if name != best]
+    better = [name for name, record in records.items() if record["significant"] and record["difference"] < 0]
+    not_worse = [name for name in section["not_worse"] if name not in better]
+    worse = [name for name in others if name not in (*not_worse, *better)]
+    if better:
+        verb = "is" if len(better) == 1 else "are"
+        yield f"On the test LoRAs {_all_of(better)} {verb} significantly better, which validation did not show."
+    if not_worse and not worse:
+        yield f"Not significantly worse than it {_are(len(not_worse))} {_all_of(not_worse)}."
+    elif worse and not not_worse:
+        yield f"It is significantly better than {_all_of(worse)}."
+    elif worse:
         counted_worse = listed(worse) if len(worse) < MANY else f"{len(worse)} of {len(others)} others"
         yield (
             f"It is significantly better than {counted_worse}; not significantly worse than it {_are(len(not_worse))} "
@@ -424,7 +449,6 @@ def _compared_with_best(results: dict) -> Iterator[str]:
         yield f"{listed([best, *section['ties']])} are right on equally many test LoRAs."
     if by_test != best and accuracy[by_test] > accuracy[best]:
         yield f"The highest test accuracy is that of {by_test}, with {percent(accuracy[by_test])} %."
-    records = {record["b"]: record for record in section["comparisons"] if record["a"] == best}
     second = max(others, key=accuracy.get)
     if second not in section["ties"]:
         record = records[second]
@@ -461,6 +485,7 @@ def _without_top(results: dict) -> Iterator[str]:
     drops, left = compared["drops"], _accuracies(results, "ablation")
     if analysis["robustness"]:  # else the second answer says it
         yield f"Without {top_layers(k)} {best} {change_text(drops[best])}{_crossed_drop(results, best)}."
+        yield from _beside_the_verdict(results)
     if len(drops) > 1:
         losses, crossed = len(compared["significant_losses"]), analysis["cross_fitted"]["drops"]
         lost = sum(drop["significant"] and drop["drop_cf"] > 0 for drop in crossed.values())
@@ -485,6 +510,28 @@ def _without_top(results: dict) -> Iterator[str]:
         )
 
 
+def _beside_the_verdict(results: dict) -> Iterator[str]:
+    """Yield how losses by the top layers go together with verdicts that seem to say otherwise."""
+    analysis = results["analysis"]
+    compared, robustness = analysis["representations"], analysis["robustness"]
+    for name, section in robustness.items():
+        loses = name in compared["significant_losses"]
+        if section["verdict"] == "redundant" and loses:
+            yield f"{name} loses significantly, but keeps nine tenths or more of its accuracy above chance (redundant)."
+        if section["verdict"] == "localized" and name in compared["drops"] and not loses:
+            yield f"{name} is localized by a test of its own; here all representations are tested together."
+    if removed := next((section["removed"] for section in robustness.values() if section["unit"] == "module"), 0):
+        layers_of = Counter(record["module"] for record in results["layer_ranking"])
+        top = {record["module"] for record in results["layer_ranking"][: results["config"]["top_k"]]}
+        taken = sum(layers_of[module] == 2 for module in top)  # the down and the up
+        if taken != removed:
+            those = "their first one" if removed == 1 else f"their first {removed}"
+            yield (
+                f"With {top_layers(results['config']['top_k'])} representations of whole modules lose "
+                f"{counted(taken, 'module')}; the removals of question 2 take {those} by validation."
+            )
+
+
 def _crossed_drop(results: dict, name: str) -> str:
     """Return the drop where the removed layers are chosen on other test LoRAs, as the end of a sentence."""
     crossed = results["analysis"]["cross_fitted"]
@@ -506,6 +553,9 @@ def _best_over_splits(results: dict) -> Iterator[str]:
     splits, best = results["splits"], results["analysis"]["representations"]["conditions"]["baseline"]["best"]
     if splits and best in splits["representations"]:
         record, k = splits["representations"][best], results["config"]["top_k"]
+        if splits["best"] != best:
+            first = spread_text(splits["representations"][splits["best"]]["baseline"])
+            yield f"Over {counted(splits['splits'], 'split')} {splits['best']} is best, with {first}."
         yield (
             f"Over {counted(splits['splits'], 'split')} {best} reaches {spread_text(record['baseline'])}, and without "
             f"{top_layers(k)} of each {spread_text(record['ablation'])}; the drop is "
@@ -513,88 +563,12 @@ def _best_over_splits(results: dict) -> Iterator[str]:
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. Do layers carry different information?  5. Does rank structure matter?
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _different_information(results: dict) -> Iterator[str]:
-    section, k = results["analysis"]["layer_information"], results["config"]["top_k"]
-    clusters, total = section["clusters"], len(results["layer_ranking"])
-    if (known := results["analysis"]["layers"]["num_above_null"]) < 2:
-        alone = "No single layer is" if known == 0 else f"Only 1 of {total} layers is"
-        yield f"Not shown: {alone.lower()} distinguishable from chance, and layers at chance differ by chance."
-    yield (
-        f"Two layers predict different classes for {percent(section['disagreement']['mean'])} % of the test LoRAs on "
-        f"average (kappa {number(section['kappa']['mean'])}; 0 is agreement by chance)."
-    )
-    if k > 1:
-        yield from _together(results)
-    similar = f"linear CKA of at least {number(1 - clusters['threshold'])}"
-    if clusters["count"] == total:
-        yield f"No two of {total} layers have similar features ({similar})."
-    else:
-        yield (
-            f"By their features ({similar} within a cluster) the {total} layers form "
-            f"{counted(clusters['count'], 'cluster')}."
-        )
-
-
-def _together(results: dict) -> Iterator[str]:
-    """Yield what the top layers know together that the first does not know alone."""
-    analysis, k = results["analysis"], results["config"]["top_k"]
-    union, crossed = analysis["layer_information"]["union"], analysis["cross_fitted"]
-    yield (
-        f"A vote of the top {k} is right on {percent(union['vote'])} % of the test LoRAs, the first alone on "
-        f"{percent(union['best_alone'])} %: a difference of {signed(union['vote_gain'])} points "
-        f"({bounds(union['vote_interval'])})."
-    )
-    if crossed["why"]:
-        yield f"At least one of the top {k} is right on {percent(union['any_of_top_k'])} %, which chance raises too."
-        return
-    together = crossed["union"]
-    yield (
-        f"Where other test LoRAs choose the layers, the vote is right on {accuracy_text(crossed['vote'])}, the first "
-        f"alone on {accuracy_text(crossed['first'])}, and at least one of the top {k} on {accuracy_text(together)}, "
-        f"against {percent(together['by_chance'])} % on shuffled labels."
-    )
-
-
-def _rank_matters(results: dict) -> Iterator[str]:
-    section = results["analysis"]["rank_structure"]
-    complexity, tested = section["complexity"], section["tested"]
-    if tested is None:
-        yield sentence(section["why"])
-        return
-    if not section["answerable"]:
-        yield f"{capital(section['why']).rstrip('.')}; the {tested} is tested instead."
-    yield (
-        f"The {tested} differs significantly between concepts in {section['num_significant']} of "
-        f"{len(section['modules'])} modules (Kruskal-Wallis, false discovery rate "
-        f"{100 * results['analysis']['alpha']:.0f} %)."
-    )
-    concepts = len(complexity["by_class"])
-    known = sum(record["recall"] is not None for record in complexity["by_class"])
-    if complexity["spearman_spread"] is None and complexity["spearman_recall"] is None:
-        yield (
-            f"Its correlations over the {concepts} concepts, with the spread of their features and with their recall, "
-            "are not measured (too few, or constant)."
-        )
-        return
-    over = "" if known == concepts else f", over the {known} with test LoRAs,"
-    yield (
-        f"Over the {concepts} concepts its Spearman correlation with the spread of a concept's features is "
-        f"{correlation_text(complexity['spearman_spread'])}, with the recall of the concept by "
-        f"{classifier_name(complexity['recall_by'])}{over} {correlation_text(complexity['spearman_recall'])}."
-    )
-
-
 QUESTIONS = (
     Question("layers", "layers", "Which layers predict?", _which_layers, ""),
     Question("robustness", "robustness", "Is prediction robust to removing them?", _is_robust, "%"),
     Question("representations", "representations", "Which representation is best?", _best_representation, "points"),
-    Question("layer_information", "information", "Do layers carry different information?", _different_information, ""),
-    Question("rank_structure", "rank", "Does rank structure matter?", _rank_matters, ""),
+    Question("layer_information", "information", "Do layers carry different information?", different_information, ""),
+    Question("rank_structure", "rank", "Does rank structure matter?", rank_matters, ""),
 )
 
 
@@ -614,9 +588,10 @@ def concept_lines(results: dict) -> list[str]:
         for name, recall in zip(names, zip(*section["recall"], strict=True), strict=True)
         if None not in recall
     }
+    chance = "" if analysis["layers"]["num_above_null"] else ", and though none is distinguishable from chance"
     lines = [
-        "The single layer that recognises a concept best, which the choice by these test LoRAs flatters, recognises "
-        f"{_ends(alone)}."
+        f"The single layer that recognises a concept best, which the choice by these test LoRAs flatters{chance}, "
+        f"recognises {_ends(alone)}."
     ]
     best = compared["conditions"]["baseline"]["best"] if compared else None
     if best:

@@ -52,6 +52,7 @@ class Table:
         shown: Number of rows that results.txt shows.
         note: Line below it.
         on_page: Number of rows that report.html shows.
+        sortable: Whether the rows of report.html can be put in another order.
     """
 
     anchor: str
@@ -62,6 +63,7 @@ class Table:
     shown: int = 20
     note: str = ""
     on_page: int = MOST_ON_PAGE
+    sortable: bool = True
 
     @property
     def head(self) -> int:
@@ -176,7 +178,7 @@ def _disagreement_table(results: dict) -> Table | None:
         cells[i] = ""
         rows.append([f"{i + 1}. {record['layer']}", *cells])
     title = f"Test LoRAs for which two of the top {k} predict different classes, in percent (kappa)"
-    return Table("information", title, ["layer", *(f"{j + 1}." for j in range(k))], rows)
+    return Table("information", title, ["layer", *(f"{j + 1}." for j in range(k))], rows, sortable=False)
 
 
 def _clusters_table(members: list[dict]) -> Table:
@@ -239,12 +241,19 @@ def _controls_table(results: dict) -> Table | None:
     rows.append(["runs", *(_runs(results, name) for name in sections)])
     rows.append(["verdict", *(section["verdict"] for section in sections.values())])
     note = (
-        "In percent. Top: the most predictive. Share left: of the accuracy above chance; below 0 the accuracy is below "
-        "chance. Concentration: 1 - 2 times the area under that share as the most predictive are removed first, 0 "
-        "where all are equal and 1 where one holds all, more where the others fall below chance. Area: under the "
-        "accuracy from all to none, 1 at most."
+        "In percent. Top: the first in the order of removal, most predictive first. Share left: of the accuracy above "
+        "chance; below 0 the accuracy is below chance. Concentration: 1 - 2 times the area under that share as the "
+        "most predictive are removed first, 0 where all are equal and 1 where one holds all, more where the others "
+        "fall below chance. Area: under the accuracy from all to none, 1 at most."
     )
-    return Table("robustness", "Removing the top, and what else could be removed", ["", *sections], rows, note=note)
+    return Table(
+        "robustness",
+        "Removing the top, and what else could be removed",
+        ["", *sections],
+        rows,
+        note=note,
+        sortable=False,
+    )
 
 
 def _left(estimate: dict) -> str:

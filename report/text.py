@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from report.cautions import checks, missing, use_of, warnings
+from report.cautions import Caution, checks, first_lines, missing, use_of, warnings
 from report.modules import module_lines
 from report.sentences import VERDICTS, Answer, answers, over_splits
 from report.tables import SHARES, SKETCH_NOTE, Table, tables
@@ -23,6 +23,7 @@ WIDTH = 118  # of a line of results.txt
 MODULES_HEADING = "Modules, and the collection in the plane"
 OUTCOMES = ("confirmed", "refuted", "undecided", "not answerable")  # of hypotheses
 SKIPPED_NAMED, SKIPPED_WIDTH = 10, 240  # files that are skipped, and the width of the line of each
+BEAR_IN_MIND = "Bear in mind"  # above what decides how the rest is read
 WORD_WIDTH = 40  # of a name in a column of results.txt that is not the last
 
 
@@ -32,14 +33,14 @@ class Content:
 
     Attributes:
         answers: Answers to the five questions; none without an analysis.
-        warnings: Warnings that belong beside them.
+        warnings: Warnings that belong beside them; those that decide how all else is read come first of all.
         checks: Outcome of the controls; none without an analysis.
         tables: Tables by name.
         findings: Findings of the figures that can be drawn, by name.
     """
 
     answers: list[Answer]
-    warnings: list[str]
+    warnings: list[Caution]
     checks: list[str]
     tables: dict[str, Table]
     findings: dict[str, str]
@@ -206,13 +207,15 @@ def render_text(results: dict, content: Content | None = None) -> str:
     content = content or content_of(results)
     sections = (
         _title(results),
+        bear_in_mind_lines(content.warnings),
+        _aligned(run_facts(results)),
         answer_lines(results, content.answers),
         _caution_lines(results, content.warnings),
         _layers(results, content.tables["ranking"]),
         _representations(results),
         _modules(results, content.tables),
         _splits(results, content.tables),
-        _evidence(results, content.tables, [check for check in content.checks if check not in content.warnings]),
+        _evidence(results, content),
         _not_run(results),
         _notes(results),
     )
@@ -280,10 +283,14 @@ def _aligned(facts: Sequence[tuple[str, str]]) -> list[str]:
 
 def _title(results: dict) -> list[str]:
     title = f"LoRA layer ablation: {results['dataset']['name']}"
-    lines = [title, "=" * len(title)]
-    if results["config"]["quick"]:
-        lines.append("A --quick run: fewer runs and epochs than the experiment is defined with. Not for reporting.")
-    return lines + _aligned(run_facts(results))
+    return [title, "=" * len(title)]
+
+
+def bear_in_mind_lines(cautions: Sequence[Caution]) -> list[str]:
+    """Return what decides how the rest is read, a heading and at most four lines; none where nothing does."""
+    if not (lines := first_lines(cautions)):
+        return []
+    return [BEAR_IN_MIND, "-" * len(BEAR_IN_MIND), *_bullets(lines)]
 
 
 def answer_lines(results: dict, answered: Sequence[Answer]) -> list[str]:
@@ -304,13 +311,13 @@ def _brackets(results: dict) -> str:
     return f"(in brackets: {100 * results['analysis']['level']:.0f} % intervals over the test LoRAs)"
 
 
-def _caution_lines(results: dict, cautions: Sequence[str]) -> list[str]:
-    """Return the warnings; without an analysis only why there is none, as the head already says --quick."""
+def _caution_lines(results: dict, cautions: Sequence[Caution]) -> list[str]:
+    """Return the warnings; without an analysis only why there is none, as the first lines say the rest."""
     if not results.get("analysis"):
         return [line for words in missing(results) for line in wrapped(words, WIDTH)]
     if not cautions:
         return []
-    return ["Cautions", "--------", *_bullets(cautions)]
+    return ["Cautions", "--------", *_bullets([caution.text for caution in cautions])]
 
 
 def _bullets(sentences: Sequence[str]) -> list[str]:
@@ -380,9 +387,10 @@ def _titled(table: Table) -> list[str]:
     return [table.title, *_table_lines(table), ""]
 
 
-def _evidence(results: dict, made: dict[str, Table], controls: Sequence[str]) -> list[str]:
+def _evidence(results: dict, content: Content) -> list[str]:
     """Return the tables that only an analysis fills, one below the other, and the outcome of the controls."""
-    lines = []
+    lines, made, warned = [], content.tables, {caution.text for caution in content.warnings}
+    controls = [check for check in content.checks if check not in warned]
     for name in ("differences", "drops", "controls", "blocks", "places", "conditional", "concepts"):
         if name in made:
             lines += _titled(made[name])

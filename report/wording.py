@@ -130,6 +130,14 @@ def top_layers(k: int) -> str:
     return "the top layer" if k == 1 else f"the top {k} layers"
 
 
+def first_removed(count: int, section: dict) -> str:
+    """Return the first units in the order of removal in words; where none is above chance, none is predictive."""
+    unit = section["unit"]
+    if not section["units_above"]:
+        return f"first {unit} of the order" if count == 1 else f"first {count} {unit}s of the order"
+    return f"most predictive {unit}" if count == 1 else f"{count} most predictive {unit}s"
+
+
 def runs_text(results: dict, name: str) -> str:
     """Return ``3 of the 10 runs`` where a representation's controls have fewer runs than its accuracies, else none."""
     entry, runs = results["baseline_results"].get(name), results["analysis"]["robustness"][name]["runs"]

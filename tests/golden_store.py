@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,12 @@ def load(path: Path) -> dict:
         record["block"] = next(layer.block for layer in named if layer.name == record["layer"])
     content["results"]["config"].setdefault("left_out", {})
     return content | {"evidence": replace(content["evidence"], layers=named)}
+
+
+@cache
+def recorded(name: str, resamples: int) -> str:
+    """Return results.json of a recorded experiment, analysed once for all tests, as text that none can change."""
+    return json.dumps(analysed(load(FOLDER / f"{name}.npz"), resamples))
 
 
 def analysed(content: dict, resamples: int) -> dict:

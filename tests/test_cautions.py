@@ -6,11 +6,11 @@ Wording is not tested here, but numbers and which of several sentences is taken.
 import pytest
 from result_making import LAYERS, faults, made, unwrapped, without_pairs
 
-from report import cautions, text, wording
+from report import cautions, page, text, wording
 
 
 def warned(results: dict, word: str = "") -> list[str]:
-    return [line for line in cautions.warnings(results) if word in line]
+    return [caution.text for caution in cautions.warnings(results) if word in caution.text]
 
 
 def checked(results: dict, word: str = "") -> list[str]:
@@ -21,7 +21,7 @@ def test_the_end_of_every_sentence_and_nothing_missing_in_it():
     results = made(answerable=False)
     results["config"]["quick"] = True
     results["analysis"] |= {"few_test_loras": True, "controls_not_run": {"stats": "training diverged."}}
-    lines = cautions.warnings(results) + cautions.checks(results)
+    lines = warned(results) + cautions.checks(results)
     assert all(line.endswith(".") and not line.endswith("..") and not faults(line) for line in lines)
 
 
@@ -53,6 +53,59 @@ def test_a_quick_run_is_the_first_warning():
     results["config"]["quick"] = True
     assert warned(results, "--quick") == warned(results)[:1] and "3 runs" in warned(results)[0]
     assert "30 " in warned(results)[0]  # epochs
+
+
+def first(results: dict) -> list[str]:
+    return cautions.first_lines(cautions.warnings(results))
+
+
+def test_what_decides_how_the_rest_is_read_comes_first_in_at_most_four_lines():
+    results = made("distributed")
+    results["analysis"]["groups"]["may_be_groups"] = False
+    assert first(results) == []  # what is left are lesser cautions
+    results["config"] |= {"quick": True, "keep_twins": True}
+    results["dataset"]["classes"] = ["anime", "cat", "Anime ", "ＡＮＩＭＥ", "dog"]
+    kinds = [{"kind": kind, "message": f"2 LoRAs are {kind}"} for kind in ("copies", "epochs", "outlier")]
+    results["dataset"]["findings"] = kinds
+    results["not_done"] = dict.fromkeys(("figure a", "figure b", "figure c", "figure d"), "out of memory")
+    results["analysis"] |= {"few_test_loras": True, "units": 12}
+    results["analysis"]["groups"]["may_be_groups"] = True
+    cheap = {"accuracy": 0.9, "interval": [0.8, 1.0], "advantage_of_weights": [-0.1, 0.1], "weights_worse": False}
+    names = ["norms", "recipe", "metadata"]
+    results["analysis"]["cheap"] = {"compared_with": "stats", "as_good": names, **dict.fromkeys(names, cheap)}
+    lines = first(results)
+    assert len(lines) == 4 and all(line.endswith(".") and not faults(line) for line in lines)
+    whole, quick, few, concept = lines
+    assert "figure a, figure b, figure c and 1 more" in whole and "--quick" in quick and "12 test LoRAs" in few
+    for part in ("copies", "epochs", "case", "the artist", "trainer's file", "numbers beside the weights"):
+        assert part in concept
+    assert "norms" not in concept  # which are of the weights: that is a lesser caution
+    assert warned(results, '"anime" and "Anime " and "ＡＮＩＭＥ"')
+    deciding = [caution for caution in cautions.warnings(results) if caution.decides]
+    assert len(deciding) == 9 and all(caution.subject and caution.brief for caution in deciding)
+    results["config"]["keep_twins"] = False  # then copies are on one side
+    assert "copies" not in first(results)[-1] and not warned(results, "2 LoRAs are copies")
+
+
+def test_how_wide_intervals_are_is_said_of_few_test_loras_or_that_nothing_can_be_shown():
+    results = made("distributed")
+    results["analysis"]["few_test_loras"], section = True, results["analysis"]["layers"]
+    section["records"][3]["interval"] = [0.1, 0.52]
+    assert "up to 42 points" in first(results)[0]
+    section["needed"] = 1.0
+    assert "even 100 %" in first(results)[0] and "points" not in first(results)[0]
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_what_decides_stands_before_all_else(quick):
+    results = made()
+    results["config"]["quick"], results["analysis"]["groups"]["may_be_groups"] = quick, False
+    results["analysis"]["cheap"]["as_good"] = ["norms"]
+    rendered, html = text.render_text(results), page.render_page(results, {}).decode()
+    assert (f"\n\n{text.BEAR_IN_MIND}\n" in rendered) == (f">{text.BEAR_IN_MIND}</h2>" in html) == quick
+    for line in first(results):
+        assert unwrapped(rendered).index(line) < unwrapped(rendered).index(" data ")
+        assert html.index(line) < html.index('<dl class="run">') < html.index('id="answers"')
 
 
 @pytest.mark.parametrize(("permuted", "noun"), [("LoRAs", "test LoRAs"), ("groups", "groups of test LoRAs")])

@@ -4,6 +4,7 @@ A change of a sentence or a number shows here. Read it as a student outside stat
 `python tests/record_golden.py --texts`.
 """
 
+import json
 import re
 
 import golden_store
@@ -23,7 +24,7 @@ def test_there_is_one_for_each_collection():
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_the_text_is_as_it_was_read(path):
-    results = golden_store.analysed(golden_store.load(path), RESAMPLES)
+    results = json.loads(golden_store.recorded(path.stem, RESAMPLES))
     content = text.content_of(results)
     assert text.render_text(results, content) == path.with_suffix(".txt").read_text(encoding="utf-8")
     assert len(text.short_lines(results, content.answers)) <= 40

@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import hashlib
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from result_making import CLASS_NAMES, made, without_pairs
 
 from report import cautions, drawing, figures, page, rendering, sentences, tables, text
 
-VOID = {"meta", "img", "link", "br", "hr", "input", "source"}
+VOID = {"meta", "img", "link", "br", "hr", "input", "source", "wbr"}
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 3"><rect width="4" height="3" fill="#08c"/></svg>'
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYPhfDwACggF/qvb0gQAAAABJRU5ErkJggg=="
@@ -32,7 +33,7 @@ class Reader(HTMLParser):
         self.open: list[str] = []
         self.elements: list[tuple[str, dict]] = []
         self.text = {"": ""}
-        self.section = ""
+        self.section, self.scripts = "", []
         self.feed(content.decode())
         self.close()
         assert self.open == []
@@ -52,10 +53,35 @@ class Reader(HTMLParser):
         self.section = "" if tag == "section" else self.section
 
     def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+            return
         self.text[self.section] += data.replace("\N{NO-BREAK SPACE}", " ")
 
     def of(self, tag: str) -> list[dict]:
         return [attributes for name, attributes in self.elements if name == tag]
+
+
+def of_many_and_long_names(layers: int = 1444) -> dict:
+    """Results of so many layers whose names, like those of classes and paths, are as long as they come."""
+    results = made()
+    ranking, records = results["layer_ranking"], results["analysis"]["layers"]["records"]
+    stem = "diffusion_model.input_blocks.11.1.transformer_blocks.9.attn2.processor.to_out.0.lora_linear_layer"
+    both = [(of, record) for of, record in zip(ranking, records, strict=True)] * (layers // len(records) + 1)
+    name_of = {}
+    for i in range(layers):
+        name_of[i] = f"{stem}.{'down' if i % 2 else 'up'}.weight_of_layer_{i}"
+    results["layer_ranking"] = [both[i][0] | {"layer": name_of[i]} for i in range(layers)]
+    results["analysis"]["layers"]["records"] = [both[i][1] | {"layer": name_of[i]} for i in range(layers)]
+    names = ["a watercolour of " + "Donaudampfschifffahrtsgesellschaftskapitän" * 3 + f" {c}" for c in range(5)]
+    results["analysis"]["concepts"]["classes"] = names
+    path = "/".join(["a_folder_of_a_researcher.with-many.versions"] * 6) + "/" + "x" * 200
+    results["dataset"] |= {"name": path[-150:], "path": path, "classes": names, "num_layers": layers}
+    results["dataset"]["findings"] = [{"kind": "copies", "message": f"1 LoRA is a copy ({path})", "files": []}]
+    results["environment"]["host"] = "h" * 300
+    results["config"] |= {"quick": True, "keep_twins": True}
+    results["representations_not_run"] = [{"representation": "pca", "reason": path}]
+    return results
 
 
 @pytest.mark.parametrize("analysed", [True, False])
@@ -79,11 +105,11 @@ def test_nesting_is_right_and_every_section_is_there(analysed):
         assert tables.tables(results)["ranking"].rows[-1][-1] in reader.text["layers"]
 
 
-def test_nothing_is_fetched_and_nothing_runs():
+def test_nothing_is_fetched_and_no_other_script_runs():
     content = page.render_page(made(), ALL)
     reader = Reader(content)
     for tag, attributes in reader.elements:
-        assert tag not in ("script", "link", "iframe", "object", "base", "form")
+        assert tag not in ("link", "iframe", "object", "base", "form") and (tag != "script" or not attributes)
         for name, value in attributes.items():
             assert not name.startswith("on")
             if name in ("href", "src", "srcset", "action", "poster", "data"):
@@ -94,6 +120,11 @@ def test_nothing_is_fetched_and_nothing_runs():
     assert "url(" not in style and "@import" not in style and "prefers-color-scheme: dark" in style
     policies = [one["content"] for one in reader.of("meta") if one.get("http-equiv") == "Content-Security-Policy"]
     assert policies == [page.POLICY] and policies[0].startswith("default-src 'none'; img-src data:; style-src")
+    (script,) = reader.scripts
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert re.findall(r"script-src ([^;]*);", policies[0]) == [f"'sha256-{digest}'"]
+    makes_markup = r"innerHTML|outerHTML|insertAdjacent|document\.write|eval|Function\("
+    assert script == page.SCRIPT and not re.search(makes_markup, script)
 
 
 def test_names_are_escaped_and_whole():
@@ -105,7 +136,7 @@ def test_names_are_escaped_and_whole():
     results["representations_not_run"] = [{"representation": "pca", "reason": evil}]
     content = page.render_page(results, ALL)
     reader = Reader(content)
-    assert b"<script" not in content and b"<b>" not in content and len(reader.of("img")) == len(NAMES)
+    assert reader.scripts == [page.SCRIPT] and b"<b>" not in content and len(reader.of("img")) == len(NAMES)
     for name in CLASS_NAMES:
         assert name in reader.text["concepts"] and name in reader.text["settings"]
     assert evil in reader.text["layers"] and evil in reader.text["settings"] and evil in reader.text[""]
@@ -121,7 +152,7 @@ def test_words_and_numbers_are_those_of_results():
             assert answer.question in shown and f"Hypothesis: {answer.hypothesis}. {answer.outcome}" in shown
             assert answer.evidence in shown and answer.sentences[0] in shown
         assert all(sentence in reader.text[answer.anchor] for sentence in answer.sentences)
-    assert all(warning in reader.text["answers"] for warning in cautions.warnings(results))
+    assert all(warning.text in reader.text["answers"] for warning in cautions.warnings(results))
     assert all(check in reader.text["controls"] for check in cautions.checks(results))
     for table in tables.tables(results).values():
         assert all(cell in reader.text[table.anchor] for row in table.rows for cell in row)
@@ -129,6 +160,24 @@ def test_words_and_numbers_are_those_of_results():
     assert all(word in reader.text[""] and fact in reader.text[""] for word, fact in text.run_facts(results))
     for name in ("classifier.max_epochs", "split_sizes.train", "device"):
         assert name in reader.text["settings"]
+
+
+@pytest.mark.parametrize(
+    ("text_of_file", "markup"),
+    [
+        ("a.weight_of/b", "a.<wbr>weight_<wbr>of/<wbr>b"),
+        ("blocks.0.attn2.to_k", "blocks.<wbr>0.<wbr>attn2.<wbr>to_<wbr>k"),
+        ("95.0 ± 5.0, p < 1e-9", "95.0 ± 5.0, p\N{NO-BREAK SPACE}&lt;\N{NO-BREAK SPACE}1e-9"),
+        ("The end. Another", "The end. Another"),
+        ("</script><b>", "&lt;/<wbr>script&gt;&lt;b&gt;"),
+        ('\u202e"\u2066', "\u202e&#34;\u2066"),
+        ("", ""),
+    ],
+)
+def test_long_names_break_at_dots_and_their_text_is_whole(text_of_file, markup):
+    assert page.shown(text_of_file) == markup
+    reader = Reader(f"<p>{page.shown(text_of_file)}</p>".encode())
+    assert reader.text[""] == text_of_file
 
 
 def test_tables_can_be_read_without_seeing_them():
@@ -167,7 +216,7 @@ def test_what_to_bear_in_mind_and_what_was_not_run_is_on_the_first_page():
     results["analysis"] |= {"controls_not_run": {"null shuffles": "it diverged"}}
     text = Reader(page.render_page(results, {})).text
     assert "Null shuffles not run: it diverged." in text["answers"]
-    assert all(warning in text["answers"] for warning in cautions.warnings(results))
+    assert all(warning.text in text["answers"] for warning in cautions.warnings(results))
 
 
 def test_any_picture_may_be_missing():
@@ -224,7 +273,7 @@ def test_a_browser_shows_every_section_and_has_no_complaint(tmp_path):
     assert console == []
     reader = Reader(dom.encode())
     assert [section["id"] for section in reader.of("section")] == list(page.SECTIONS)
-    assert len(reader.of("img")) == len(NAMES) and not reader.of("script")
+    assert len(reader.of("img")) == len(NAMES) and reader.scripts == [page.SCRIPT]
     for answer in sentences.answers(results):
         assert all(sentence in reader.text[answer.anchor] for sentence in answer.sentences)
     for name in CLASS_NAMES:

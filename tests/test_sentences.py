@@ -82,7 +82,9 @@ def test_every_sentence_is_whole_and_has_no_missing_number(shape, change):
         change(results)
     answers = sentences.answers(results)
     written = [line for given in answers for line in (*given.sentences, given.evidence, given.hypothesis + ".")]
-    written += cautions.warnings(results) + cautions.checks(results) + sentences.concept_lines(results)
+    warned = cautions.warnings(results)
+    written += [caution.text for caution in warned] + cautions.first_lines(warned) + cautions.checks(results)
+    written += sentences.concept_lines(results)
     written += modules.module_lines(results)
     assert len(answers) == 5 and all(given.sentences for given in answers)
     for line in written:

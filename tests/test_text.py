@@ -13,7 +13,7 @@ from report import cautions, figures, page, sentences, tables, text
 
 def test_that_the_top_was_chosen_on_the_test_loras_is_on_the_first_page_once():
     results = made()
-    (chosen,) = (line for line in cautions.warnings(results) if line.startswith("The top 2 layers were chosen"))
+    (chosen,) = (one.text for one in cautions.warnings(results) if one.text.startswith("The top 2 layers were chosen"))
     assert unwrapped(text.render_text(results)).count(chosen) == 1
     results["config"]["rank_by"] = "val"
     assert "--rank-by" not in text.render_text(results)
@@ -38,7 +38,7 @@ def test_results_txt_has_the_answers_first_and_short_lines(kind):
     words = unwrapped(rendered)
     for one in sentences.answers(results):
         assert all(sentence in words for sentence in one.sentences) and one.evidence in words
-    assert all(warning in words for warning in cautions.warnings(results))
+    assert all(warning.text in words for warning in cautions.warnings(results))
     assert all(words.count(check) == 1 for check in cautions.checks(results))
     assert f"note      {results['dataset']['findings'][0]['message']}\n" in rendered
 
@@ -63,7 +63,7 @@ def test_content_that_is_made_already_gives_the_same_files(analysed):
 
 def test_content_that_is_given_is_what_the_files_hold():
     results = made()
-    content = replace(text.content_of(results), warnings=["A warning of the caller."])
+    content = replace(text.content_of(results), warnings=[cautions.Caution("A warning of the caller.")])
     assert "- A warning of the caller.\n" in text.render_text(results, content)
     assert b"A warning of the caller." in page.render_page(results, {}, content)
     first = replace(content.answers[0], question="A question of the caller?")
