@@ -79,9 +79,9 @@ def in_blocks(results: dict) -> dict:
 
     A record is of the layers of one factor. Its accuracy is their mean, its interval from the lowest to the highest, it
     has the name of the best ranked of them, and knows something of the concept where one of them does. Attention is
-    summed over the modules of a block, what concepts explain is the mean. ``num_layers_shown`` is L, ``members_shown``
-    has the positions of the layers of each record, ``top_shown`` the records of the top layers, each at its block,
-    ``records_of_layers`` those of all layers, and ``names_shown`` the names of all modules.
+    summed over the modules of a block, what concepts explain is the mean; `best_layer` is the recall by the best layer.
+    ``num_layers_shown`` is L, ``members_shown`` has the positions of the layers of each record, ``top_shown`` the
+    records of the top layers, each at its block, ``records_of_layers`` those of all, ``names_shown`` names of modules.
     """
     analysis, rank_of = results["analysis"], {name: rank for rank, name in enumerate(results["top_layers"])}
     records = analysis["layers"]["records"]
@@ -95,7 +95,8 @@ def in_blocks(results: dict) -> dict:
     sections = {"layers": analysis["layers"] | {"records": shown}}
     if concepts := analysis.get("concepts"):
         recall = np.array(concepts["recall"], float)  # (L, C)
-        sections["concepts"] = concepts | {"recall": [recall[layers].mean(0).tolist() for layers in members]}
+        means = [recall[layers].mean(0).tolist() for layers in members]
+        sections["concepts"] = concepts | {"recall": means, "best_layer": recall.max(0).tolist()}
     place_of = {records[layer]["module"]: i for i, block in enumerate(blocks) for layer in block.members[::-1]}
     if structure := analysis.get("rank_structure"):
         sections["rank_structure"] = structure | {"modules": _explained(structure["modules"], blocks, place_of)}

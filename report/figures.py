@@ -76,7 +76,8 @@ from report.wording import (
 WIDTHS = {"report": {"": WIDTH}, "paper": {"": WIDTH, "_column": COLUMN}}  # by style: inches by the end of a name
 NAMED = 2  # representations that a finding names at most; of more it says how many
 NAMED_MODULES = 5  # of which concepts explain most, that are named
-LEAST_ROOM = 0.1  # of values, beside the marks of those that are all but the same
+ALIKE = 1e-3  # spread of values by their size, below which they are all but the same
+LEAST_ROOM = 0.1  # of that size, beside these
 NAMED_POINTS = 12  # concepts that are named in a cloud of points at most
 CHANCE = {"color": GREY, "lw": 0.9, "ls": (0, (6, 2, 1, 2))}  # the line at chance
 
@@ -404,7 +405,9 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
     if not len(known):
         return 0, 1
     low, high = float(known.min()), float(known.max())
-    room = max(0.12 * (high - low), LEAST_ROOM * max(abs(low), abs(high)))
+    size, room = max(abs(low), abs(high)), 0.12 * (high - low)
+    if high - low < ALIKE * size:
+        room = LEAST_ROOM * size
     return (low - room, high + room) if room else (-0.08, 1.08)
 
 
@@ -438,7 +441,7 @@ def _modules(results: dict, ax: Axes) -> None:
         [names.get(modules[i]["module"], modules[i]["module"]) for i in most[:NAMED_MODULES]], 1.2, SMALL
     )
     figure.get_layout_engine().execute(figure)
-    place(ax, [(i, explained[i]) for i in most], texts, SMALL, beside=True)
+    place(ax, [(i, explained[i]) for i in most], texts, SMALL, beside=True, gap=0.09)
 
 
 # fmt: off

@@ -53,6 +53,7 @@ NAME = 1.6  # inches of a layer's name at most
 MOST_BESIDE = 10  # top layers whose names stand beside their marks, where all have room
 MOST_LISTED = 24  # names below the axis else
 LINE = 0.15  # inches of a line of these
+NO_BREAK = "\u00a0"
 CLUSTERS = 8  # that are described, the largest
 SIMILARITIES = 6  # in the legend
 MOST_LINES = 120  # between blocks of a matrix
@@ -119,7 +120,8 @@ def _name_top(figure: Figure, axes: Sequence[Axes], results: dict, top: Sequence
         text.remove()
     more = [f"and {len(labels) - MOST_LISTED} more"] if len(labels) > MOST_LISTED else []
     listed = [f"{label} ({record['role']})" for label, record in zip(labels, top, strict=True)]
-    lines = in_lines("top: " + ", ".join([*listed[:MOST_LISTED], *more]), figure.get_figwidth() - 1, SIZE)
+    whole = [label.replace(" ", NO_BREAK) for label in listed[:MOST_LISTED]]  # a name stays on its line
+    lines = in_lines("top: " + ", ".join([*whole, *more]), figure.get_figwidth() - 1, SIZE).replace(NO_BREAK, " ")
     axes[-1].set_xlabel(f"{axes[-1].get_xlabel()}\n{lines}")
     figure.set_figheight(figure.get_figheight() + LINE * (1 + lines.count("\n")))
     _written(figure, axes, results, top, [str(rank) for rank in range(1, len(top) + 1)])
@@ -314,7 +316,8 @@ def concept_layer_map(results: dict, figure: Figure) -> None:
     recall = 100 * np.array(section["recall"], float).T  # (C, L)
     clusters = (analysis.get("layer_information") or {}).get("concept_clusters")
     cluster = np.array(clusters["of_class"] if clusters else np.zeros(len(recall)))
-    rows = Rows.of(recall.max(1), np.lexsort((-recall.mean(1), cluster)))  # by the best layer, as the finding is
+    best = 100 * np.array(section["best_layer"]) if "best_layer" in section else recall.max(1)  # as the finding is
+    rows = Rows.of(best, np.lexsort((-recall.mean(1), cluster)))
     height = 0.24 if len(rows) < 30 else 0.2  # of a row, in inches
     set_height(figure, 1.05 + height * len(rows))
     roles: dict[str, list[int]] = {}
@@ -340,8 +343,9 @@ def concept_layer_map(results: dict, figure: Figure) -> None:
     labels = rows.labels(cut_labels([section["classes"][c] for c in rows.named], 1.4, SIZE))
     axes[0].set_yticks(range(len(labels)), labels, fontsize=SIZE)
     if rows.others:
-        low, high = (recall.max(1)[list(rows.others)].min(), recall.max(1)[list(rows.others)].max())
-        axes[0].set_ylabel(f"best and worst by their best layer; others' best {bounds((low / 100, high / 100))} %")
+        others = best[list(rows.others)] / 100
+        around = bounds((others.min(), others.max()))
+        axes[0].set_ylabel(f"best and worst by their best layer; others' best {around} %")
     figure.legend(handles=map_legend(axes[0].images[0], "recall"), loc="outside lower center", ncols=6)
 
 
@@ -501,8 +505,10 @@ def _write_clusters(ax: Axes, results: dict) -> None:
                 share = "all" if times == len(members) else f"{100 * times / len(members):.0f} %"
                 shares.append(f"{share} {cut(common, 0.6, SMALL)}")
         lines += [counted(len(members), "layer"), f"  {', '.join(shares) or 'of any kind'}"]
-    left = clusters["count"] - len(largest)
-    if left:
-        lines.append(f"{counted(left, 'more cluster')}")
+    alone = int((sizes == 1).sum())
+    if left := clusters["count"] - len(largest) - alone:
+        lines.append(counted(left, "more cluster"))
+    if alone:
+        lines.append(f"{counted(alone, 'layer')} in none")
     ax.text(0, 1, "\n".join(lines), va="top", transform=ax.transAxes, fontsize=SMALL, linespacing=1.25)
     ax.set_axis_off()

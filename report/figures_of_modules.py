@@ -198,7 +198,8 @@ def _contributions(ax: Axes, section: dict, rows: Rows, added: np.ndarray, heigh
     ax.set_yticks(range(len(rows)), rows.labels(labels), fontsize=SIZE)
     ax.hlines(rows.edges, *ax.get_xlim(), color=ON_CELLS[0], lw=0.8)
     ax.tick_params(length=0)
-    by = "first and last by\ntheir strongest module" if rows.others else "rows by their\nstrongest module"
+    noun = "block" if "even" in section["modules"][0] else "module"
+    by = f"first and last by\ntheir strongest {noun}" if rows.others else f"rows by their\nstrongest {noun}"
     ax.set_ylabel(f"concept\n({by})", fontsize=SMALL)
     means = f"means of {counted(section['runs'], 'run')}; intervals are in results.json"
     ax.set_title(f"Contribution: added to the score (logit) of the own class, less the mean over classes\n({means})")

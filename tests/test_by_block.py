@@ -62,6 +62,7 @@ def test_numbers_of_blocks_are_those_of_their_layers(results):
     assert record["interval"] == [min(accuracy), max(accuracy)]
     recall = np.array(results["analysis"]["concepts"]["recall"])
     np.testing.assert_allclose(shown["concepts"]["recall"][position], recall[inside].mean(0))
+    np.testing.assert_allclose(shown["concepts"]["best_layer"], recall.max(0))
     modules = results["analysis"]["attention"]["modules"]
     assert sum(module["attention"] for module in shown["attention"]["modules"]) == pytest.approx(1)
     assert sum(module["even"] for module in shown["attention"]["modules"]) == pytest.approx(1)
@@ -147,3 +148,13 @@ def test_long_tables_are_bounded_and_say_how_many_rows_are_left_out():
     assert len(lines.splitlines()) < 400
     html = page.render_page(results, {}, content).decode()
     assert "(1140 more in results.json)" in html
+
+
+def test_concepts_of_blocks_are_ordered_by_their_best_layer_as_the_title_says():
+    results = results_of(2 * MOST_LAYERS, [f"concept {i}" for i in range(50)], blocks=20)
+    only = results | {"analysis": {name: results["analysis"][name] for name in ("layers", "concepts")}}
+    ((_, title, figure),) = figures.finished_figures(
+        only, {"concept_layer_map": figures.findings(only)["concept_layer_map"]}
+    )
+    rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert len(rows) == 25 and f"recognise {rows[0]} best" in title and f"and {rows[-1]} worst" in title
