@@ -244,8 +244,11 @@ def mark_blocks(ax: Axes, blocks: Sequence[str | None], inches: float, named: bo
 
 
 def head_blocks(ax: Axes, blocks: Sequence[str | None], inches: float, lines: bool = True) -> None:
-    """Mark blocks with their whole names above axes of so many inches, if all fit, else with numbers in short."""
-    runs, column = _runs(blocks), inches / len(blocks)
+    """Mark blocks with their whole names above axes, if all fit, else with numbers in short.
+
+    The axes are so many inches wide in a figure of two columns.
+    """
+    runs, column = _runs(blocks), inches * ax.get_figure().get_figwidth() / WIDTH / len(blocks)
     fit = all(not block or width_of(block, SMALL) + 0.06 <= column * (last + 1 - first) for block, first, last in runs)
     if lines:
         mark_blocks(ax, blocks, inches, named=False)

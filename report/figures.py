@@ -374,7 +374,7 @@ def _rank_structure(results: dict, figure: Figure) -> None:
     grid = figure.add_gridspec(2, 2, height_ratios=[1.25, 1])
     field = "effective_rank" if section["answerable"] else "norm"
     measured = [record[field] for record in classes]
-    source = cut(classifier_name(section["complexity"]["recall_by"]), 1.3)
+    source = cut(classifier_name(section["complexity"]["recall_by"]), min(1.3, 0.18 * figure.get_figwidth()))
     plotted = (("spread", 1, "spread of the concept's features"), ("recall", 100, f"recall by {source}, %"))
     scatters, first = [], None
     for column, (key, scale, label) in enumerate(plotted):

@@ -90,7 +90,10 @@ def layer_importance(results: dict, figure: Figure) -> None:
     section = results["analysis"]["layers"]
     records, rank_of = section["records"], {name: rank for rank, name in enumerate(results["top_layers"], 1)}
     top = results.get("top_shown") or [record for record in records if record["layer"] in rank_of]
-    roles, names = list(dict.fromkeys(record["role"] for record in records)), _names_below(results)
+    roles, names = (
+        list(dict.fromkeys(record["role"] for record in records)),
+        _names_below(results, figure.get_figwidth()),
+    )
     room = max((width_of(name, SMALL) for name in names.values()), default=0.0)
     set_height(figure, 1.3 + 1.8 * len(roles) + room)
     axes = figure.subplots(len(roles), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
@@ -148,12 +151,15 @@ def _drawn(results: dict, role: str) -> Iterator[tuple[float, float]]:
             yield record["depth"], 100 * float(bound)
 
 
-def _names_below(results: dict) -> dict[float, str]:
-    """Return names of modules within their blocks by the middle of their layers; none of blocks, or of many modules."""
+def _names_below(results: dict, width: float) -> dict[float, str]:
+    """Return names of modules within their blocks by the middle of their layers; none of blocks, or where many are.
+
+    ``width`` is that of the figure, in inches.
+    """
     depths = defaultdict(list)
     for record in results["analysis"]["layers"]["records"]:
         depths[record["module"]].append(record["depth"])
-    if "num_layers_shown" in results or len(depths) > NAMED_MODULES:
+    if "num_layers_shown" in results or len(depths) > NAMED_MODULES * width / WIDTH:
         return {}
     short = short_names(results["analysis"])
     labels = _cut_alike([short[module] for module in depths], 0.9)
@@ -375,8 +381,9 @@ def _recall_with_all_layers(ax: Axes, results: dict, rows: Rows, looks: dict, he
     both = rows.values(np.stack([whole, whole - drop], axis=1))
     ax.imshow(both, **looks, interpolation="nearest")
     write_numbers(ax, both, looks["vmax"], height, 0.4)
-    ax.set_xticks([0, 1], ["all", f"no top {results['config']['top_k']}"], fontsize=SMALL)
-    ax.set_title(cut(best, 0.85, SMALL), fontsize=SMALL)
+    turned = 90 if ax.get_figure().get_figwidth() < WIDTH / 1.5 else 0  # in one column
+    ax.set_xticks([0, 1], ["all", f"no top {results['config']['top_k']}"], fontsize=SMALL, rotation=turned)
+    ax.set_title(cut(best, 0.85 * ax.get_figure().get_figwidth() / WIDTH, SMALL), fontsize=SMALL)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -418,13 +425,18 @@ def layer_clusters(results: dict, figure: Figure) -> None:
     order = sorted(range(len(records)), key=lambda i: roles.index(records[i]["role"]))
     shown = _similarity(results)[np.ix_(order, order)]
     ordered = [records[i] for i in order]
-    names = _rows_of_layers(results, ordered)
-    room = max((width_of(name, SMALL) for name in names), default=0.0)
-    set_height(figure, SIDE - room + 0.7)
-    ax, beside = figure.subplots(1, 2, width_ratios=[SIDE - room, WIDTH - SIDE - 0.2])
+    narrow = figure.get_figwidth() < WIDTH / 1.5  # one column, which has room for the matrix alone
+    names = [] if narrow else _rows_of_layers(results, ordered)
+    side = figure.get_figwidth() - 0.3 if narrow else SIDE - max((width_of(name, SMALL) for name in names), default=0.0)
+    set_height(figure, side + 0.7)
+    if narrow:
+        ax = figure.subplots()
+    else:
+        ax, beside = figure.subplots(1, 2, width_ratios=[side, WIDTH - SIDE - 0.2])
+        _write_clusters(beside, results)
     image = ax.imshow(shown, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     edges = np.flatnonzero([a["role"] != b["role"] for a, b in pairwise(ordered)]) + 0.5
-    _mark_factors(ax, ordered, edges, SIDE - room)
+    _mark_factors(ax, ordered, edges, side * WIDTH / figure.get_figwidth())
     if names:
         ax.set_yticks(range(len(names)), names, fontsize=SMALL, rotation=0)
     top = set(results["top_layers"])
@@ -434,7 +446,6 @@ def layer_clusters(results: dict, figure: Figure) -> None:
     ax.set_xlabel(
         f"{noun} in the network's order (▲ {'with a layer of the ' if noun == 'blocks' else ''}top {len(top)})"
     )
-    _write_clusters(beside, results)
     steps = [
         Patch(fc=image.cmap(step), ec=INK, lw=0.5, label=f"{step:.1f}") for step in np.linspace(0, 1, SIMILARITIES)
     ]
@@ -494,7 +505,7 @@ def _write_clusters(ax: Axes, results: dict) -> None:
     cluster_of = np.array(clusters["of_layer"])
     sizes = np.bincount(cluster_of)
     largest = [int(cluster) for cluster in np.argsort(-sizes, kind="stable") if sizes[cluster] > 1][:CLUSTERS]
-    lines = [f"a cluster: similarity of at least {1 - clusters['threshold']:g}", ""]
+    lines = [f"a cluster: similarity of at least {1 - clusters['threshold']:g}"]
     records = results.get("records_of_layers") or results["analysis"]["layers"]["records"]
     for cluster in largest:
         members = [records[layer] for layer in np.flatnonzero(cluster_of == cluster)]

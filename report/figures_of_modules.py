@@ -98,7 +98,7 @@ def attention(results: dict, figure: Figure) -> None:
     added = np.array([record["contribution"] or [np.nan] * len(modules) for record in section["classes"]])
     added = rows.values(added)  # (rows, P)
     names = []
-    if len(modules) <= NAMED_MODULES:
+    if len(modules) <= NAMED_MODULES * figure.get_figwidth() / WIDTH:
         short = short_names(analysis)
         names = [cut(short[record["module"]], 0.9, SMALL) for record in modules]
     room = max((width_of(name, SMALL) for name in names), default=0.0)
@@ -122,7 +122,7 @@ def attention(results: dict, figure: Figure) -> None:
     cells.set_xticks(range(len(names)), names, rotation=90, fontsize=SMALL)
     cells.tick_params(axis="x", length=0, pad=5)
     noun = "blocks" if "num_layers_shown" in results else "modules"
-    cells.set_xlabel(f"{noun} by depth (▲ {noun} of the top {len(top)})")
+    cells.set_xlabel(f"{noun} in order (▲ of the top {len(top)})")
     figure.legend(
         handles=[*entries, *_contribution_entries(section, rows, image)],
         loc="outside lower center",
@@ -193,7 +193,7 @@ def _contributions(ax: Axes, section: dict, rows: Rows, added: np.ndarray, heigh
     shown = np.where(added < LEAST_SHOWN * largest, np.nan, added)
     write_numbers(ax, shown, largest, height, column, digits)
     classes = [section["classes"][c] for c in rows.named]
-    labels = cut_labels([record["class"] for record in classes], 1.4, SIZE)
+    labels = cut_labels([record["class"] for record in classes], _room(ax), SIZE)
     labels = [f"{'* ' if record['loras'] < FEW else ''}{label}" for label, record in zip(labels, classes, strict=True)]
     ax.set_yticks(range(len(rows)), rows.labels(labels), fontsize=SIZE)
     ax.hlines(rows.edges, *ax.get_xlim(), color=ON_CELLS[0], lw=0.8)
@@ -204,6 +204,11 @@ def _contributions(ax: Axes, section: dict, rows: Rows, added: np.ndarray, heigh
     means = f"means of {counted(section['runs'], 'run')}; intervals are in results.json"
     ax.set_title(f"Contribution: added to the score (logit) of the own class, less the mean over classes\n({means})")
     return image
+
+
+def _room(ax: Axes) -> float:
+    """Return the inches that names of concepts have beside axes: fewer in a figure of one column."""
+    return max(0.9, 1.4 * ax.get_figure().get_figwidth() / WIDTH)
 
 
 def _attention_entries(section: dict) -> list:
