@@ -50,7 +50,7 @@ def locate(name: str, data_dir: Path | None, progress: Progress) -> tuple[str, P
         seconds, size = digits_zoo.estimate(count)
         print(
             f"There is no {folder}: training the built-in digits, {count} LoRAs, into {built_in}, once "
-            f"(about {seconds / 60:.1f} minutes on two CPU cores, {size / 2**20:.0f} MiB on disk)",
+            f"(about {seconds / 60:.1f} minutes on a CPU core, {size / 2**20:.0f} MiB on disk)",
             flush=True,
         )
     try:
