@@ -49,7 +49,7 @@ def locate(name: str, data_dir: Path | None, progress: Progress, train: bool = T
     built_in, count = BUILT_IN / name, BUILT_IN_SIZES[name]
     if not built_in.is_dir():
         seconds, size = digits_zoo.estimate(count)
-        cost = f"about {seconds / 60:.1f} minutes on two CPU cores, {size / 2**20:.0f} MiB on disk"
+        cost = f"about {seconds / 60:.1f} minutes on a CPU core, {size / 2**20:.0f} MiB on disk"
         if not train:
             trains = f"`python ablation_experiment.py --dataset={name} --quick` trains the built-in digits ({cost})"
             raise UsageError(f"{folder}: no such folder, and no {built_in}. {trains} and runs on them; {mend}.")

@@ -11,7 +11,7 @@ prompt. The files have the layout and the names of the field::
 
 LoRA i is the same whatever the size of the collection, so 100 LoRAs are the first 100 of 1,000. All randomness
 comes from generators seeded by a hash of (seed, purpose, index). The same seed gives the same bytes on one
-machine with one number of threads.
+machine: all is trained by one thread, as small tensors gain little from two, and on a busy machine lose all.
 
 Shape letters: N images, M LoRAs in a stack, S steps, B minibatch, T image tokens, P prompt tokens, D width,
 r rank, H heads.
@@ -22,7 +22,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +46,7 @@ from loras.building import (
 )
 from loras.names import plain
 
-Report = Callable[[str, int, int], None]  # stage, done, total
+Report = Callable[..., None]  # stage, done, total, and the share of the work where it is another; see `Progress`
 Weights = dict[str, Tensor]  # frozen base model, by name
 Factors = dict[str, tuple[Tensor, Tensor]]  # module -> (down float[M, r, in], up float[M, out, r])
 
@@ -60,17 +61,19 @@ RANK = 4
 LORA_STEPS, LORA_BATCH, LORA_LR = 60, 8, 1e-3
 MIN_IMAGES, MAX_IMAGES = 4, 16
 STACK = 100  # LoRAs trained as one tensor program; part of the recipe, as sums may round by stack size
-PROGRESS_EVERY = 50  # base steps
+PROGRESS_EVERY = 10  # steps, between reports
+CHECKPOINT_EVERY = 50  # base steps, after which a stopped training continues
 LORA_MODULES = [
     f"transformer_blocks.{block}.{attention}.{projection}"
     for block in range(BLOCKS)
     for attention in ("attn1", "attn2")
     for projection in ("to_q", "to_k", "to_v", "to_out.0")
 ]
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam, by the names of torch
 RECIPE_NAME = "recipe.json"
 MAX_SHOWN = 1000  # characters of another recipe in a message
 
-# Measured on 2 cores of a server CPU; a guide for the announcement, not a promise.
+# Measured on a core of a server CPU; a guide for the announcement, not a promise.
 SECONDS_BASE, SECONDS_PER_LORA, BYTES_PER_LORA = 30.0, 0.15, 82_000  # bytes in blocks of 4 KiB
 
 
@@ -78,7 +81,7 @@ def estimate(count: int) -> tuple[float, int]:
     """Estimate the cost of building ``count`` LoRAs from nothing.
 
     Returns:
-        Seconds on 2 cores, in steps of whole stacks as only whole stacks are trained, and bytes on disk.
+        Seconds on a core, in steps of whole stacks as only whole stacks are trained, and bytes on disk.
     """
     trained = math.ceil(count / STACK) * STACK
     return SECONDS_BASE + SECONDS_PER_LORA * trained, BYTES_PER_LORA * count
@@ -99,7 +102,8 @@ def build(out: Path, count: int, *, seed: int = 0, progress: Report | None = Non
         count: Number of LoRAs, at least 1. LoRA i has class ``i % 10`` and image group ``(i // 10) % 5``.
         seed: Names the collection; any integer.
         progress: Called as ``progress(stage, done, total)``, with stage "base model" in steps, then "LoRAs" in
-            LoRAs. What it raises ends the build, which can be continued.
+            LoRAs, and on the way to these with the share of the work. What it raises ends the build, which can be
+            continued.
 
     Raises:
         ValueError: ``count`` is below 1.
@@ -123,7 +127,19 @@ def build(out: Path, count: int, *, seed: int = 0, progress: Report | None = Non
             return
         write_atomically(partial / RECIPE_NAME, json.dumps(recipe).encode())
         base_path = out.parent / f"base-model-seed{seed}.safetensors"
-        _build_loras(partial, base_path, count, seed, progress or (lambda stage, done, total: None))
+        with one_thread():
+            _build_loras(partial, base_path, count, seed, progress or (lambda *_: None))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch use one thread in this process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _say_waiting(holder: str) -> None:
@@ -141,7 +157,11 @@ def _build_loras(folder: Path, base_path: Path, count: int, seed: int, report: R
         if missing:
             # The whole stack, even for one missing LoRA: its bytes then depend on neither count nor history.
             plans = [plan_lora(seed, i, groups) for i in range(first, first + STACK)]
-            factors = train_stack(base, images, plans)
+
+            def report_steps(steps: int, first: int = first, end: int = end) -> None:
+                report("LoRAs", first, count, (first + (end - first) * steps / LORA_STEPS) / count)
+
+            factors = train_stack(base, images, plans, report=report_steps)
             for i in missing:
                 _save_lora(_folder(folder, i), plans[i - first], factors, i - first)
         report("LoRAs", end, count)
@@ -261,18 +281,27 @@ def init_base(seed: int, width: int = WIDTH) -> Weights:
     return weights
 
 
-def train_base(images: Tensor, labels: np.ndarray, seed: int, report: Report, width: int = WIDTH) -> Weights:
+def train_base(
+    images: Tensor,
+    labels: np.ndarray,
+    seed: int,
+    report: Report,
+    width: int = WIDTH,
+    checkpoint: Path | None = None,
+) -> Weights:
     """Train the denoiser on all digits with prompts such as "a picture of seven".
 
     Flow matching: ``x_t = (1 - t) x + t noise``, t uniform, mean squared error to ``noise - x``. The word
     "concept" is never seen here: it is the new word that every LoRA is trained with. ``images`` are
     float32[N, T, 4], ``labels`` int64[N]; ``report`` is called every ``PROGRESS_EVERY`` steps; ``width`` is D.
+    A training that was stopped continues at its ``checkpoint``, to the same weights.
     """
     weights = {name: tensor.requires_grad_() for name, tensor in init_base(seed, width).items()}
     optimizer = torch.optim.Adam(weights.values(), lr=BASE_LR)
     generator = _generator(seed, "base batches", 0)
     prompts = torch.tensor([_prompt(NUMERALS[digit]) for digit in labels])
-    for step in range(BASE_STEPS):
+    first = 0 if checkpoint is None else _continue_at(checkpoint, seed, weights, optimizer, generator)
+    for step in range(first, BASE_STEPS):
         chosen = torch.randint(len(images), (BASE_BATCH,), generator=generator)
         t = torch.rand(BASE_BATCH, 1, generator=generator)
         x = images[chosen][:, None]  # every image has its own prompt: M = batch, B = 1
@@ -283,9 +312,45 @@ def train_base(images: Tensor, labels: np.ndarray, seed: int, report: Report, wi
         optimizer.step()
         # Linear decay to zero: the last steps average out the noise of the batches.
         optimizer.param_groups[0]["lr"] = BASE_LR * (1 - (step + 1) / BASE_STEPS)
+        if checkpoint is not None and (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < BASE_STEPS:
+            _save_checkpoint(checkpoint, seed, step + 1, weights, optimizer, generator)
         if (step + 1) % PROGRESS_EVERY == 0 or step + 1 == BASE_STEPS:
             report("base model", step + 1, BASE_STEPS)
     return {name: tensor.detach() for name, tensor in weights.items()}
+
+
+def _save_checkpoint(
+    path: Path, seed: int, step: int, weights: Weights, optimizer: torch.optim.Adam, generator: torch.Generator
+) -> None:
+    """Write all that a training is continued from; the learning rate follows from the step."""
+    tensors = {f"weight {name}": weight.detach() for name, weight in weights.items()}
+    for name, weight in weights.items():
+        tensors |= {f"{moment} {name}": tensor for moment, tensor in optimizer.state[weight].items()}
+    tensors["generator"] = generator.get_state()
+    write_atomically(path, save(tensors, {"recipe": _base_recipe(seed), "step": str(step)}))
+
+
+def _continue_at(
+    path: Path, seed: int, weights: Weights, optimizer: torch.optim.Adam, generator: torch.Generator
+) -> int:
+    """Restore a training from its checkpoint; return the steps that are done, 0 where there is none of its recipe."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata() or {}
+            if facts.get("recipe") != _base_recipe(seed):
+                return 0
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except (FileNotFoundError, SafetensorError):
+        return 0  # absent or cut short
+    step = int(facts["step"])
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(tensors[f"weight {name}"])
+            optimizer.state[weight] = {moment: tensors[f"{moment} {name}"] for moment in MOMENTS}
+    optimizer.param_groups[0]["lr"] = BASE_LR * (1 - step / BASE_STEPS)
+    generator.set_state(tensors["generator"])
+    print(f"the base model is continued at step {step} of {BASE_STEPS}", flush=True)
+    return step
 
 
 def flow_loss(
@@ -309,7 +374,7 @@ def _load_or_train_base(path: Path, images: Tensor, labels: np.ndarray, seed: in
 
     Collections of several sizes share it: one process trains it, the others wait.
     """
-    recipe = json.dumps(_recipe(seed, 0)["base"])
+    recipe, checkpoint = _base_recipe(seed), path.with_name(f"{path.name}.partial")
     with locked(path.with_name(f".{path.name}.lock"), _say_waiting):
         try:
             with safe_open(path, framework="pt") as file:
@@ -317,8 +382,9 @@ def _load_or_train_base(path: Path, images: Tensor, labels: np.ndarray, seed: in
                     return load_file(path)
         except (FileNotFoundError, SafetensorError):
             pass  # absent or cut short: train it again
-        weights = train_base(images, labels, seed, report)
+        weights = train_base(images, labels, seed, report, checkpoint=checkpoint)
         write_atomically(path, save(weights, {"recipe": recipe}))
+        checkpoint.unlink(missing_ok=True)
         return weights
 
 
@@ -360,13 +426,20 @@ def plan_lora(
     return LoraPlan(digit, group, images, picks, t, noise, downs)
 
 
-def train_stack(base: Weights, images: Tensor, plans: list[LoraPlan], modules: list[str] = LORA_MODULES) -> Factors:
+def train_stack(
+    base: Weights,
+    images: Tensor,
+    plans: list[LoraPlan],
+    modules: list[str] = LORA_MODULES,
+    report: Callable[[int], None] = lambda steps: None,
+) -> Factors:
     """Fine-tune all planned LoRAs at once, as one tensor program over frozen, shared base weights.
 
     The loss is summed over the stack, so that each LoRA gets exactly its own gradient, and Adam works element
     by element: every LoRA is trained as if alone. Up factors start at zero, so training starts at the base model.
     ``images`` are float[N, T, 4]; the dtype of ``base`` is that of the training and of the factors returned.
-    ``modules`` are those that the down factors of the plans are of, in their order.
+    ``modules`` are those that the down factors of the plans are of, in their order; ``report`` is called with the
+    steps that are done, every ``PROGRESS_EVERY``.
     """
     dtype = base["position"].dtype
     downs = torch.stack([plan.downs for plan in plans], dim=1).to(dtype)  # modules, M, r, D
@@ -384,6 +457,8 @@ def train_stack(base: Weights, images: Tensor, plans: list[LoraPlan], modules: l
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if (step + 1) % PROGRESS_EVERY == 0 and step + 1 < LORA_STEPS:
+            report(step + 1)
     return {module: (down.detach(), up.detach()) for module, (down, up) in factors.items()}
 
 
@@ -423,6 +498,11 @@ def _recipe(seed: int, count: int) -> dict:
     base = [seed, TOKENS, PATCH, WIDTH, HEADS, BLOCKS, MLP_WIDTH, len(WORDS), BASE_STEPS, BASE_BATCH, BASE_LR]
     lora = [RANK, LORA_STEPS, LORA_BATCH, LORA_LR, MIN_IMAGES, MAX_IMAGES, IMAGE_GROUPS, STACK]
     return {"built_by": "digits_zoo", "seed": seed, "count": count, "base": base, "lora": lora}
+
+
+def _base_recipe(seed: int) -> str:
+    """Return what the base model depends on, as its file says it."""
+    return json.dumps(_recipe(seed, 0)["base"])
 
 
 def _check_whole_collection(out: Path, recipe: dict) -> None:

@@ -37,7 +37,8 @@ def one_thread():
 @pytest.fixture
 def small(monkeypatch):
     """The same program with fewer steps and smaller stacks."""
-    settings = {"BASE_STEPS": 4, "BASE_BATCH": 16, "LORA_STEPS": 3, "LORA_BATCH": 3, "STACK": 4, "PROGRESS_EVERY": 2}
+    settings = {"BASE_STEPS": 4, "BASE_BATCH": 16, "LORA_STEPS": 3, "LORA_BATCH": 3, "STACK": 4, "PROGRESS_EVERY": 3}
+    settings |= {"CHECKPOINT_EVERY": 2}
     for name, value in settings.items():
         monkeypatch.setattr(zoo, name, value)
 
@@ -300,8 +301,8 @@ def kill_at(stage, done):
     return progress
 
 
-@pytest.mark.parametrize("moment", [("base model", 2), ("LoRAs", 4), ("LoRAs", 8)])
-def test_an_interrupted_build_is_continued_with_the_same_bytes(small, tmp_path, moment):
+@pytest.mark.parametrize("moment", [("base model", 3), ("LoRAs", 4), ("LoRAs", 8)])
+def test_an_interrupted_build_is_continued_with_the_same_bytes(small, tmp_path, moment, capsys):
     zoo.build(tmp_path / "whole" / "zoo", 10)
     out = tmp_path / "cut" / "zoo"
     with pytest.raises(Killed):
@@ -311,10 +312,38 @@ def test_an_interrupted_build_is_continued_with_the_same_bytes(small, tmp_path, 
     kept = {path: path.stat().st_mtime_ns for path in partial.glob("*/*/*")}
     assert len(kept) == (0 if moment[0] == "base model" else 2 * moment[1])
     zoo.build(out, 10)
+    assert ("continued at step 2 of 4" in capsys.readouterr().out) == (moment[0] == "base model")
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
     assert not partial.exists()
     for path, written in kept.items():  # what was whole was not written again
         assert (out / path.relative_to(partial)).stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("fault", ["cut short", "another recipe"])
+def test_a_checkpoint_of_no_use_is_no_beginning(small, tmp_path, fault, capsys, monkeypatch):
+    zoo.build(tmp_path / "whole" / "zoo", 4)
+    with pytest.raises(Killed):
+        zoo.build(tmp_path / "cut" / "zoo", 4, progress=kill_at("base model", 3))
+    path = tmp_path / "cut" / "base-model-seed0.safetensors.partial"
+    if fault == "cut short":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        recipe = zoo._base_recipe
+        with monkeypatch.context() as patch:
+            patch.setattr(zoo, "_base_recipe", lambda seed: recipe(seed + 1))
+            with pytest.raises(Killed):
+                zoo.build(tmp_path / "cut" / "zoo", 4, progress=kill_at("base model", 3))
+    zoo.build(tmp_path / "cut" / "zoo", 4)
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+    assert "continued" not in capsys.readouterr().out
+
+
+def test_a_collection_is_trained_by_one_thread_and_the_others_are_given_back(small, tmp_path):
+    torch.set_num_threads(2)
+    threads = []
+    zoo.build(tmp_path / "zoo", 4, progress=lambda *_: threads.append(torch.get_num_threads()))
+    assert set(threads) == {1} and torch.get_num_threads() == 2
+    torch.set_num_threads(1)
 
 
 def test_half_written_files_are_made_again(small, tmp_path):
@@ -425,7 +454,7 @@ def test_estimate_counts_whole_stacks_but_written_files():
 def test_one_process_trains_the_base_model_and_the_others_wait(tmp_path, monkeypatch, capsys):
     trained = []
 
-    def train(*_):
+    def train(*_, **__):
         trained.append(1)
         time.sleep(0.3)
         return {"weight": torch.ones(1)}
