@@ -5,7 +5,7 @@
     python benchmarks/whole_run.py 1000 --again        # and once more with one more layer removed
 
 Other flags go to the experiment, written with ``=``: ``--quick``, ``--device=cpu``, ``--num-runs=3``, and
-``--controls=basic`` for the analysis and the classifiers trained for it, left out by default. It runs in a
+``--controls=basic`` for the classifiers trained to compare with, left out by default. It runs in a
 fresh output folder, so nothing is reused, unless ``--output-dir=`` names another. Peak host memory (Linux) is the
 larger of this process's peak and of the sum over it and its workers, sampled every five seconds, with pages of mapped
 files that the system could drop. Device peaks are those of tensors on the first GPU.

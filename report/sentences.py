@@ -329,14 +329,16 @@ def _no_verdict(results: dict) -> Iterator[str]:
     """Yield the effect of the removal on the best representation and on that of the ranking, and why no verdict."""
     analysis = results["analysis"]
     compared, k = analysis["representations"], results["config"]["top_k"]
-    if compared and (best := compared["conditions"]["baseline"]["best"]):
-        drops = compared["drops"]
-        parts = [f"{name} {change_text(drops[name])}" for name in dict.fromkeys((best, RANKED_BY)) if name in drops]
-        yield f"Without {top_layers(k)} {listed(parts)}."
+    baseline, drops = (compared["conditions"]["baseline"], compared["drops"]) if compared else (None, {})
+    names = [name for name in dict.fromkeys((baseline and baseline["best"], RANKED_BY)) if name in drops]
+    if baseline and not baseline["above_null"]:
+        yield "With all layers no representation is distinguishable from chance, so there is nothing to lose."
+    elif names:
+        yield f"Without {top_layers(k)} {listed([f'{name} {change_text(drops[name])}' for name in names])}."
     if failed := [name for name in analysis["controls_not_run"] if name not in BEYOND_REMOVAL]:
         yield f"No verdict: the controls of {listed(failed)}, on which it would rest, could not be run."
     else:
-        yield "No verdict: no other layers were removed to compare that with; --controls=basic does it."
+        yield "No verdict: no other layers were removed to compare with; --controls=basic removes them."
 
 
 # ----------------------------------------------------------------------------------------------------------------------
