@@ -75,7 +75,7 @@ def _png(figure: Figure, title: str, dpi: float = DPI) -> bytes:
     image = Image.new("RGB", drawn.size, GROUND)
     image.paste(drawn, mask=drawn.getchannel("A"))
     image = image.quantize(256, dither=Image.Dither.NONE)
-    image.save(buffer, "PNG", dpi=(dpi, dpi), pnginfo=texts, optimize=True)
+    image.save(buffer, "PNG", dpi=(dpi, dpi), pnginfo=texts)
     return buffer.getvalue()
 
 
@@ -134,9 +134,10 @@ def _in_light_and_dark(image: re.Match) -> bytes:
     """Return an image of an SVG twice, for light and for dark screens."""
     before, encoded, name, after = image.groups()
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGBA")).copy()
-    colors, positions = np.unique(pixels[..., :3].reshape(-1, 3), axis=0, return_inverse=True)
-    changed = [to_rgb(ALL_ON_DARK.get(color, color)) for color in (to_hex(color / 255) for color in colors)]
-    pixels[..., :3] = np.rint(255 * np.array(changed))[positions].reshape(pixels[..., :3].shape)
+    codes, positions = np.unique(pixels[..., :3] @ np.array([65536, 256, 1]), return_inverse=True)
+    colors = [f"#{code:06x}" for code in codes]
+    changed = np.rint([255 * np.array(to_rgb(ALL_ON_DARK.get(color, color))) for color in colors])
+    pixels[..., :3] = changed[positions.reshape(pixels.shape[:2])]
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
     dark = b"".join([before, base64.b64encode(buffer.getvalue()), name, b'-dark" class="on-dark"', after])

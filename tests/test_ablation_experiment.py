@@ -23,7 +23,7 @@ from experiment import extraction, inputs, plans, settings
 from experiment.engine import Engine
 from experiment.settings import Networks
 from loras import digits_zoo, memory
-from report import text
+from report import figures, text
 from representations import REPRESENTATIONS
 from training.stacks import Stored
 
@@ -331,6 +331,33 @@ def test_figures_and_a_page_lie_beside_the_results(analysed):
     pictures = {Path(name).stem for name in first if name.endswith(".png")}
     assert {"layer_importance", "ablation_curves", "representations", "concept_layer_map"} <= pictures
     assert all(f"figures/{name}.svg" in first for name in pictures) and "report.html" in first
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(99, marks=pytest.mark.slow)])
+def test_another_style_draws_finished_results_anew_and_trains_nothing(
+    analysed, planted, tmp_path, capsys, monkeypatch, count
+):
+    """With the first figures of all."""
+    monkeypatch.setattr(figures, "FIGURES", figures.FIGURES[:count])
+    folder, before = analysed
+    shutil.copytree(folder.parent, tmp_path / "out")
+    here, first = tmp_path / "out" / "ablation_planted", files_in(folder)
+    styles = [("paper", "")] if count == 1 else [("paper", ""), ("report", ""), ("report", "abc")]
+    for style, letters in styles:  # a font for the letters has been installed since
+        path = here / "results.json"
+        path.write_text(path.read_text().replace('"letters_without_font": ""', f'"letters_without_font": "{letters}"'))
+        results = run(tmp_path, planted[0], *ANALYSED, f"--figure-style={style}", networks=NARROW)
+        told = capsys.readouterr().out
+        assert f"Drawn anew: {here / 'figures'}. Else nothing to do" in told and "Phase" not in told
+        assert results == before | {"figures": {"style": style, "letters_without_font": ""}}
+        found = files_in(here)
+        columns = {name for name in found if "_column." in name}
+        assert bool(columns) == (style == "paper") and not (here / "previous").exists()
+        changed = {name for name in first if found.get(name) != first[name]}
+        pictures = {name for name in first if name.startswith("figures/")}
+        assert changed == (pictures | {"report.html", "results.json"} if style == "paper" else set())
+    run(tmp_path, planted[0], *ANALYSED, f"--figure-style={style}", networks=NARROW)
+    assert "Drawn anew" not in capsys.readouterr().out and files_in(here) == found
 
 
 @pytest.mark.slow

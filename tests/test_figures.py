@@ -334,6 +334,18 @@ def test_all_colours_of_svgs_but_those_of_maps_have_one_for_the_dark(drawn, name
     assert drawing.INK in colors and colors - steps <= {*drawing.ON_DARK, *drawing.ON_CELLS}
 
 
+@pytest.mark.slow
+def test_figures_of_a_paper_are_there_in_both_widths_where_they_can_be_read(results):
+    some = only(results_of(layers=60, names=LONG), "layers", "concepts", "representations")
+    files = figures.draw(some | {"figures": {"style": "paper"}})
+    stems = ["concept_layer_map", "layer_importance", "layer_importance_column", "representations"]
+    assert sorted({name.split(".")[0] for name in files}) == [*stems, "representations_column"]
+    for name, content in files.items():
+        if name.endswith(".png"):
+            width = drawing.COLUMN if "_column" in name else drawing.WIDTH
+            assert Image.open(io.BytesIO(content)).width == 300 * width
+
+
 def only(results, *sections):
     """The results with no other sections of the analysis."""
     return results | {"analysis": {section: results["analysis"][section] for section in ("alpha", *sections)}}
