@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from data import Collection
+from experiment import forecast
 from experiment.checks import Choice, group_columns
 from experiment.estimates import START_SECONDS, Speed, duration, sized
 from experiment.settings import Settings
@@ -138,13 +139,17 @@ def costs_of(settings: Settings, choice: Choice, workers: int) -> dict:
     steps = {"reading weights": choice.costs.reading(), "ranking": choice.costs.ranking()}
     steps |= {name: choice.costs.of(name) for name in choice.chosen}
     seconds = {name: estimate.seconds(speed, workers) for name, estimate in steps.items()}
+    plan = [
+        sum(step.seconds(speed, workers).values()) + step.constant
+        for step in forecast.steps_of(choice.costs, choice.chosen)
+    ]
     started = START_SECONDS if workers > 1 or settings.device.type == "cuda" else 0
     return {
         "estimates": [
             {"step": name, "memory": estimate.memory, "seconds": round(seconds[name], 3)}
             for name, estimate in steps.items()
         ],
-        "seconds": round(sum(seconds.values()) + started, 3),
+        "seconds": round(sum(plan) + started, 3),
         "workers": workers,
         "not_run": choice.not_run,
         "left_out": choice.left_out,
@@ -286,7 +291,7 @@ def _layer_lines(contents: dict) -> list[str]:
 def cost_lines(costs: dict) -> list[str]:
     """Return what `costs_of` says."""
     workers = _counted(costs["workers"], "worker")
-    total = f"{duration(max(1, costs['seconds']))} on this machine ({workers}), but for controls and further splits"
+    total = f"{duration(max(1, costs['seconds']))} on this machine ({workers}), controls and further splits among them"
     width = max(len(entry["step"]) for entry in costs["estimates"])
     lines = [f"takes:   {total}", f"{'':9}{'step':<{width}}  {'memory':>10}  time"]
     for entry in costs["estimates"]:
