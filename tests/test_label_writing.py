@@ -10,7 +10,8 @@ from making import FILE_NAME, lora, write_collection, write_lora
 from safetensors.torch import save_file
 
 import data
-from data import CollectionError, index_collection
+from data import CollectionError, index_collection, select_layers
+from experiment.contents import contents_of
 from loras import label_writing
 from loras.label_writing import hint_of
 from loras.weight_files import find_weight_files
@@ -163,7 +164,9 @@ def test_hints_are_in_a_column_that_is_never_read_as_a_label_or_compared(tmp_pat
     assert cells(out)[6]["label_hint"] == ""
     fill(out)
     collection = index_collection(tmp_path, labels=out, skip_bad=True)
-    assert list(collection.columns) == ["label"] and data.inspection(collection)["columns"] == {"label": 2}
+    assert list(collection.columns) == ["label"] and contents_of(collection, select_layers(collection, None))[
+        "columns"
+    ] == {"label": 2}
     collection = index_collection(tmp_path, labels=out, label_column="label_hint", skip_bad=True)
     assert len(collection.classes) == 2  # asked for, it is
 
