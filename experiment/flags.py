@@ -18,6 +18,8 @@ COSTLY = (
 )
 COSTLY += f"fewer than {FEW_LORAS:,} LoRAs of at most {FEW_MODULES} modules"
 
+FIGURE_STYLE = "report: figures under a sentence with their finding; paper: without it, and also as wide as one column "
+FIGURE_STYLE += "where they can be read so. Another style draws finished results anew, and trains nothing (report)"
 SKETCH_FLAT = "flat_vec, pca and the autoencoders read at most 256 numbers of each layer, a fixed sparse random "
 SKETCH_FLAT += "projection of its weights, and are marked as sketched: for LoRAs of millions of weights"
 
@@ -46,13 +48,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("files and machine").add_argument
     add("--output-dir", type=Path, default=Path("ablation-results"), help="folder of results (ablation-results)")
     add("--cache-dir", type=Path, help="folder of finished work, reused by later runs (<output-dir>/.cache)")
-    add(
-        "--figure-style",
-        choices=("report", "paper"),
-        default="report",
-        help="figures under a sentence with their finding; or plain ones for a paper, where they can be read also as "
-        "wide as one column. Another style draws finished results anew, and trains nothing (report)",
-    )
+    add("--figure-style", choices=("report", "paper"), default="report", help=FIGURE_STYLE)
     add(
         "--device",
         default="auto",

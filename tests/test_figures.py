@@ -562,6 +562,10 @@ def test_the_title_on_the_figure_is_the_caption_and_tells_of_a_quick_run():
     results = results_of(quick=True)
     for name, figure in drawn_figures(results).items():
         assert figure.get_suptitle().replace("\n", " ") == f"{figures.findings(results)[name]} [a --quick run]"
+    results = only(results, "layers", "representations") | {"figures": {"style": "paper"}}
+    for config, note in (({"quick": True}, "[a --quick run]"), ({"quick": False}, "")):
+        for figure in drawn_figures(results | {"config": results["config"] | config}).values():
+            assert figure.get_suptitle() == note
 
 
 def test_what_is_drawn_is_what_was_found(results):
