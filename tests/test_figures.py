@@ -23,7 +23,7 @@ from analysis.evidence import Evidence, Predictions
 from analysis.questions import Controls, analyse, plain
 from analysis.removal_plan import Order, plan_controls
 from loras.lora_files import Layer
-from report import drawing, figures, rendering, wording
+from report import drawing, figures, fonts, rendering, wording
 
 pytestmark = pytest.mark.filterwarnings("error")
 NAMES = [
@@ -625,12 +625,12 @@ def test_no_text_lies_on_another_or_leaves_the_figure_which_stays_small(monkeypa
         original(text, renderer)
 
     for name, figure in drawn_figures(results_of(**shape)).items():
-        with monkeypatch.context() as patched, style.context(drawing.STYLE, after_reset=True):
+        with monkeypatch.context() as patched, style.context(drawing.STYLE, after_reset=True), fonts.quietly():
             patched.setattr(Text, "draw", draw)
             assert len(rendering.saved(figure, "png", name)) < 600_000
-        told = [text for text in texts if text.get_visible() and text.get_text().strip()]
+            told = [text for text in texts if text.get_visible() and text.get_text().strip()]
+            boxes = np.array([text.get_window_extent().extents for text in told])
         texts.clear()
-        boxes = np.array([text.get_window_extent().extents for text in told])
         width, height = figure.bbox.size
         outside = (boxes[:, :2] < -1).any(1) | (boxes[:, 2] > width + 1) | (boxes[:, 3] > height + 1)
         assert not outside.any(), (name, [text.get_text() for text, out in zip(told, outside, strict=True) if out])
