@@ -75,11 +75,12 @@ STYLE = {
     "ytick.major.width": 0.6,
 }
 STYLES = {  # --figure-style -> settings beside those above
-    "report": {},
+    "report": {"figure.titlesize": TITLE},
     "paper": {  # on the ground of the paper
         "axes.facecolor": "none",
         "axes.linewidth": 0.5,
         "figure.facecolor": "none",
+        "figure.titlesize": SMALL,
         "lines.linewidth": 1,
         "xtick.major.width": 0.5,
         "ytick.major.width": 0.5,
@@ -122,7 +123,7 @@ def new_figure(
 
     Args:
         name: Seed of the identifiers in the SVG.
-        title: Text above, which is wrapped to the width of the figure; not where the style is that of a paper.
+        title: Text above, which is wrapped to the width of the figure; empty for none.
         letters: Letters that names in it have, in any script: fonts that have them are added.
         style: Name of one of ``STYLES``.
         width: Width in inches.
@@ -132,8 +133,9 @@ def new_figure(
         if width < WIDTH:  # where there is no room: `is_readable` finds it
             warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)
         figure = _Figure(figsize=(width, 4.0), layout="constrained")
-        if style == "report":
-            figure.suptitle(in_lines(title, width - 0.2), x=0.01, ha="left", fontsize=TITLE)
+        if title:
+            size = STYLES[style]["figure.titlesize"]
+            figure.suptitle(in_lines(title, width - 0.2, size), x=0.01, ha="left")
         yield figure
 
 

@@ -162,10 +162,10 @@ def finished_figures(
     for row in FIGURES:
         if row.name not in finding_of:
             continue
-        shown, title = results, finding_of[row.name]
+        shown, notes = results, ["[a --quick run]"] if results["config"]["quick"] else []
         if row.of_layers and (layers := _num_layers(results)) > MOST_LAYERS:
-            shown, title = in_blocks(results), f"{title} [blocks are shown, of {layers:,} layers]"
-        title += " [a --quick run]" if results["config"]["quick"] else ""
+            shown, notes = in_blocks(results), [f"[blocks are shown, of {layers:,} layers]", *notes]
+        title = " ".join([finding_of[row.name], *notes] if style_of(results) == "report" else notes)
         with new_figure(row.name, title, letters, style_of(results), width) as figure:
             row.draw(shown, figure)
             lay_out(figure)

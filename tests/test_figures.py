@@ -26,9 +26,13 @@ from analysis.questions import Controls, analyse, plain
 from analysis.removal_plan import Order, plan_controls
 from loras.blocks import attention_of, blocks_of, projection_of
 from loras.lora_files import Layer
+<<<<<<< HEAD
 from report import drawing, figures, rendering, wording
 from report.by_class import Rows
 from report.names import layer_names
+=======
+from report import drawing, figures, fonts, rendering, wording
+>>>>>>> drawing
 
 pytestmark = pytest.mark.filterwarnings("error")
 NAMES = [
@@ -571,7 +575,7 @@ def test_runs_are_told_where_the_accuracies_are_of_more():
 def test_the_recall_of_the_figure_is_that_of_who_is_named(results):
     results = copy.deepcopy(only(results, "rank_structure"))
     axes = drawn_figures(results)["rank_structure"].axes[1]
-    assert axes.get_xlabel() == "recall by a_very…representation, %"
+    assert axes.get_xlabel() == "recall by a…a_representation, %"
     results["analysis"]["rank_structure"]["complexity"]["recall_by"] = None
     assert drawn_figures(results)["rank_structure"].axes[1].get_xlabel() == "recall by the best single layer, %"
 
@@ -589,6 +593,10 @@ def test_the_title_on_the_figure_is_the_caption_and_tells_of_a_quick_run():
     results = results_of(quick=True)
     for name, figure in drawn_figures(results).items():
         assert figure.get_suptitle().replace("\n", " ") == f"{figures.findings(results)[name]} [a --quick run]"
+    results = only(results, "layers", "representations") | {"figures": {"style": "paper"}}
+    for config, note in (({"quick": True}, "[a --quick run]"), ({"quick": False}, "")):
+        for figure in drawn_figures(results | {"config": results["config"] | config}).values():
+            assert figure.get_suptitle() == note
 
 
 def test_what_is_drawn_is_what_was_found(results):
@@ -834,12 +842,12 @@ def test_no_text_lies_on_another_or_leaves_the_figure_which_stays_small(monkeypa
         original(text, renderer)
 
     for name, figure in drawn_figures(results_of(**shape)).items():
-        with monkeypatch.context() as patched, style.context(drawing.STYLE, after_reset=True):
+        with monkeypatch.context() as patched, style.context(drawing.STYLE, after_reset=True), fonts.quietly():
             patched.setattr(Text, "draw", draw)
             assert len(rendering.saved(figure, "png", name)) < 600_000
-        told = [text for text in texts if text.get_visible() and text.get_text().strip()]
+            told = [text for text in texts if text.get_visible() and text.get_text().strip()]
+            boxes = np.array([text.get_window_extent().extents for text in told])
         texts.clear()
-        boxes = np.array([text.get_window_extent().extents for text in told])
         width, height = figure.bbox.size
         outside = (boxes[:, :2] < -1).any(1) | (boxes[:, 2] > width + 1) | (boxes[:, 3] > height + 1)
         assert not outside.any(), (name, [text.get_text() for text, out in zip(told, outside, strict=True) if out])

@@ -39,7 +39,7 @@ def lightness(color, vision="all colours"):
 @cache
 def drawn(kind, style="report", width=drawing.WIDTH):
     """A file of a figure with text, a hatch, points and a map."""
-    with drawing.new_figure("test", "A title", style=style, width=width) as figure:
+    with drawing.new_figure("test", "A title" if style == "report" else "", style=style, width=width) as figure:
         drawing.set_height(figure, 3)
         left, right = figure.subplots(1, 2)
         left.plot([0, 1], [0, 1], "o-", color=drawing.BLUE, mec=drawing.INK, label="a line of $x_1^2 & <b>")
