@@ -18,15 +18,6 @@ UNLISTED = (  # by the help of ``inspect``
     *("--rank-by", "--controls", "--null-shuffles", "--splits"),
     *("--scheduler", "--insecure-cluster", "--partial-ok"),
 )
-<<<<<<< HEAD
-=======
-COSTLY += f"fewer than {FEW_LORAS:,} LoRAs of at most {FEW_MODULES} modules"
-
-FIGURE_STYLE = "report: figures under a sentence with their finding; paper: without it, and also as wide as one column "
-FIGURE_STYLE += "where they can be read so. Another style draws finished results anew, and trains nothing (report)"
-SKETCH_FLAT = "flat_vec, pca and the autoencoders read at most 256 numbers of each layer, a fixed sparse random "
-SKETCH_FLAT += "projection of its weights, and are marked as sketched: for LoRAs of millions of weights"
->>>>>>> drawing
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -86,7 +77,6 @@ def _add_collection_flags(group: argparse._ArgumentGroup) -> None:
         help="leave copies of a LoRA, and epochs of one training, where the split puts them, also on both sides of it; "
         "without this flag they are kept together",
     )
-<<<<<<< HEAD
 
 
 def _add_experiment_flags(group: argparse._ArgumentGroup) -> None:
@@ -169,13 +159,6 @@ def _add_machine_flags(group: argparse._ArgumentGroup) -> None:
         help="figures under a sentence with their finding; or plain ones for a paper, where they can be read also as "
         "wide as one column. Another style draws finished results anew, and trains nothing (report)",
     )
-=======
-    add_experiment_flags(parser.add_argument_group("experiment").add_argument)
-    add = parser.add_argument_group("files and machine").add_argument
-    add("--output-dir", type=Path, default=Path("ablation-results"), help="folder of results (ablation-results)")
-    add("--cache-dir", type=Path, help="folder of finished work, reused by later runs (<output-dir>/.cache)")
-    add("--figure-style", choices=("report", "paper"), default="report", help=FIGURE_STYLE)
->>>>>>> drawing
     add(
         "--device",
         default="auto",

@@ -99,7 +99,8 @@ def layers_of_tables_and_figures_are_those_of_sentences(text: Said) -> str:
 
 def the_best_is_above_chance_and_the_same_everywhere(text: Said) -> str:
     best = re.findall(
-        r"(?:Best by validation accuracy|The only representation that was run) is ([\w-]+)(?: \(equal there: [^)]*\))?:",
+        r"(?:Best by validation accuracy|The only representation that was run) is ([\w-]+)"
+        r"(?: \(equal there: [^)]*\))?:",
         text.best,
     )
     none = re.search(NONE_KNOWN, text.best)

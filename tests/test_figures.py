@@ -26,13 +26,9 @@ from analysis.questions import Controls, analyse, plain
 from analysis.removal_plan import Order, plan_controls
 from loras.blocks import attention_of, blocks_of, projection_of
 from loras.lora_files import Layer
-<<<<<<< HEAD
-from report import drawing, figures, rendering, wording
+from report import drawing, figures, fonts, rendering, wording
 from report.by_class import Rows
 from report.names import layer_names
-=======
-from report import drawing, figures, fonts, rendering, wording
->>>>>>> drawing
 
 pytestmark = pytest.mark.filterwarnings("error")
 NAMES = [
