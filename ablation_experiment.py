@@ -13,7 +13,11 @@ Shape letters: N LoRAs, L layers.
 
 from __future__ import annotations
 
+import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `end_at_signals`; Python would show where it was interrupted
 
 from experiment.flags import parse_arguments
 from experiment.signals import end_at_signals

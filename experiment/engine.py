@@ -30,7 +30,7 @@ from joblib import Parallel, delayed, parallel_config
 from experiment import store
 from experiment.cluster import finish_on
 from experiment.settings import STREAMS
-from experiment.signals import end_with, killed_for_memory
+from experiment.signals import end_with, killed_for_memory, unheard_by_children
 from experiment.threads import Threads, Work, outcomes_of
 from experiment.units import LOSSES, Outcome, Unit, finish, finish_elsewhere, notes_of, program_digest
 from loras.building import say
@@ -188,7 +188,8 @@ class Engine:
         with parallel_config("loky", inner_max_num_threads=1, **begin):
             how = {"batch_size": 1, "pre_dispatch": at_once, "max_nbytes": None}
             pool = Parallel(self._processes, return_as="generator_unordered", **how)
-        return pool(delayed(task)(unit) for unit in units)
+        with unheard_by_children():
+            return pool(delayed(task)(unit) for unit in units)
 
     def _describe_loss(self, error: Exception) -> str:
         """Return how a worker ended, after "a worker"."""

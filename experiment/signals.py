@@ -11,16 +11,19 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+TO_ALL = (signal.SIGINT, signal.SIGUSR1)  # a terminal, or a cluster, sends them to all processes of a job
 SYSTEM_COUNTS = Path("/proc/vmstat")  # of Linux, among them how many processes it has ended for want of memory
+CONTINUES = "The same command continues where this one stopped."
 POLL_SECONDS = 1.0  # between looks for the process that started this one
 
 
-def end_at_signals() -> None:
-    """End this process at `ENDING` signals, also while its main thread is inside a library.
+def end_at_signals(advice: str = CONTINUES) -> None:
+    """End this process at `ENDING` signals with a line, also while its main thread is inside a library.
 
     Python calls a handler in the main thread, when a library has returned to it. But it writes the number of a signal
     to a pipe as it arrives, and a thread reads that.
@@ -34,7 +37,7 @@ def end_at_signals() -> None:
     def wait() -> None:
         while (number := os.read(read_end, 1)[0]) not in ENDING:
             pass
-        stop(number)
+        stop(number, advice)
 
     threading.Thread(target=wait, daemon=True).start()
     # A helper process of joblib outlives this one by a moment and removes temporary folders, with a warning.
@@ -42,12 +45,32 @@ def end_at_signals() -> None:
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), ignored]))
 
 
-def stop(number: int) -> None:
+def stop(number: int, advice: str = CONTINUES) -> None:
     """End the process at a signal: at once, as it might at any moment; what was finished is on disk and whole."""
     name = signal.Signals(number).name
     with suppress(OSError):  # nobody may be listening any more
-        os.write(2, f"\nStopped by {name}. The same command continues where this one stopped.\n".encode())
+        os.write(2, f"\nStopped by {name}. {advice}".rstrip().encode() + b"\n")
     os._exit(130 if number == signal.SIGINT else 143)
+
+
+@contextmanager
+def unheard_by_children() -> Iterator[None]:
+    """Have processes that the body begins never see the signals that a terminal, or a cluster, sends to all of a job.
+
+    They are blocked in this thread, which its children inherit: while these begin they would show where they were
+    interrupted. Meanwhile the signals go to another thread of this process.
+    """
+    from multiprocessing import resource_tracker
+
+    from joblib.externals.loky.backend import resource_tracker as loky_tracker
+
+    for tracker in (loky_tracker, resource_tracker):  # which begin processes of their own, and then unblock signals
+        tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_ALL)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_with(parent: int) -> None:
@@ -60,7 +83,7 @@ def end_with(parent: int) -> None:
 
     # Inputs that a worker keeps are no leak of memory, for which loky would start it anew (where psutil is installed).
     process_executor._MAX_MEMORY_LEAK_SIZE = sys.maxsize
-    for number in (signal.SIGINT, signal.SIGUSR1):  # a terminal, or a cluster, sends them to all processes of a job
+    for number in TO_ALL:
         signal.signal(number, signal.SIG_IGN)
 
     def watch() -> None:
