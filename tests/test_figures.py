@@ -775,6 +775,7 @@ def of_constants(value, modules):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("value", "count"), [(0.0, 1), (1.0, 8)])
 def test_axes_of_constants_are_those_of_their_size(value, count):
     drawn = drawn_figures(of_constants(value, NETWORKS["SD 1.5, cross"][:count]))

@@ -966,7 +966,7 @@ def test_results_tell_labels_groups_and_what_was_left_out(tmp_path, capsys):
     flags += ["--representations=stats", "--label-column=kind", "--group-column=owner", "--skip-bad"]
     assert main(flags, NETWORKS) == 0
     out = capsys.readouterr().out
-    assert "skipped   1 left out, as --skip-bad asks" in out and "8 groups by owner, each in one part" in out
+    assert "skipped   1 file left out, as --skip-bad asks" in out and "8 groups by owner, each in one part" in out
     folder = tmp_path / "out" / "ablation_zoo"
     dataset = json.loads((folder / "results.json").read_text())["dataset"]
     assert dataset["label_source"] == "kind in metadata.json" and dataset["classes"] == ["A", "a"]

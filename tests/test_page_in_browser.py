@@ -69,6 +69,7 @@ def with_a_table(results: dict) -> bytes:
     return page.render_page(results, {}, replace(content, tables=content.tables | {"test": table}))
 
 
+@pytest.mark.slow
 def test_numbers_sort_as_numbers_and_names_by_their_numbers(tmp_path):
     script = (
         SORTED
@@ -104,6 +105,7 @@ def test_rows_are_filtered_by_what_is_typed_and_short_tables_have_no_filter(tmp_
     assert outcome[4:] == [True, 0] and console == []
 
 
+@pytest.mark.slow
 def test_hostile_names_are_text_before_and_after_sorting(tmp_path):
     results, evil = made(), "</script><img src=x onerror=\"document.title = 'ran'\">\u202e"
     results["layer_ranking"][2]["layer"] = results["analysis"]["layers"]["records"][2]["layer"] = evil
@@ -115,6 +117,7 @@ def test_hostile_names_are_text_before_and_after_sorting(tmp_path):
     assert title == "LoRA layer ablation: zoo" and elements == 0 and evil in cells and console == []
 
 
+@pytest.mark.slow
 def test_without_scripts_the_page_is_as_complete(tmp_path):
     content = page.render_page(made(), ALL)
     without, _ = opened(content.replace(b"sha256-", b"sha256-0"), tmp_path)

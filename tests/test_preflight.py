@@ -195,7 +195,11 @@ def good(tmp_path_factory):
     return write_collection(tmp_path_factory.mktemp("good") / "zoo", per_class=6)
 
 
-@pytest.mark.parametrize("case", REFUSED, ids=lambda case: " ".join([getattr(case[0], "__name__", "good"), *case[1:]]))
+@pytest.mark.parametrize(
+    "case",
+    [c if i % 3 == 0 else pytest.param(c, marks=pytest.mark.slow) for i, c in enumerate(REFUSED)],
+    ids=lambda case: " ".join([getattr(case[0], "__name__", "good"), *case[1:]]),
+)
 def test_whatever_the_experiment_refuses_is_refused_in_the_same_words(good, tmp_path, capsys, case):
     root = Path(shutil.copytree(good, tmp_path / "zoo"))
     spoilt_by, *flags = case
