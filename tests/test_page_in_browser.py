@@ -23,7 +23,7 @@ frame.srcdoc = given.page;</script>"""
 
 
 def in_a_frame(content: bytes, width: int, script: str, folder) -> tuple[list, list[str]]:
-    """What a script on the page's ``document``, in a frame of so many pixels, returns, and the lines of the console."""
+    """Return what a script gives on the page's ``document`` in a frame of so many pixels, and the console's lines."""
     given = json.dumps({"page": content.decode(), "width": width}).replace("<", r"\u003c")
     wrapper = WRAPPER.replace("SCRIPT", script).replace("GIVEN", given)
     dom, console = opened(wrapper.encode(), folder)
