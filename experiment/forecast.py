@@ -194,6 +194,11 @@ def _short(seconds: float) -> str:
     return duration(seconds).removeprefix("about ").replace(" minutes", " min").replace(" hours", " h")
 
 
+def _relative(folder: Path) -> Path:
+    """Return a folder as it is called from here, if it lies below."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
 def memory_words(
     estimates: Estimates, steps: Sequence[Step], workers: int, streams: int, memory: int
 ) -> tuple[str, str]:
@@ -242,7 +247,7 @@ def lines(
         estimates, steps, workers, streams, memory_of(estimates.device) if memory is None else memory
     )
     size = disk_bytes(estimates, names, steps, packed, workers if on_cpu else 1)
-    on_disk = f"{sized(size)} of {sized(shutil.disk_usage(nearest_of(cache)).free)} free in {cache}"
+    on_disk = f"{sized(size)} of {sized(shutil.disk_usage(nearest_of(cache)).free)} free in {_relative(cache)}"
     first = f"{'estimate':<10}{duration(max(1, total))} on this machine"
     if total < SMALL_SECONDS:
         shown = [f"{first}; memory {in_memory}; disk {on_disk}"]

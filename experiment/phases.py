@@ -28,6 +28,7 @@ from experiment.plans import Plan, Planner, TrainingError
 from experiment.samples import Samples
 from experiment.settings import RUNS_IN_STACK, Settings
 from experiment.units import Unit, Units
+from loras.lora_files import Layer
 from loras.weight_checks import oversized
 from representations import RANKING, REPRESENTATIONS, UPDATES
 from training.splits import split_rows
@@ -126,24 +127,14 @@ class Experiment:
         models = [(layer, run) for run in range(runs) for layer in range(len(layers))]
         live = np.ones(len(REPRESENTATIONS[RANKING].feature_names), bool)
         plan = self.planner.plan_classifiers(self.inputs.ranking_source(), live, models, "ranking")
+        self.progress(plan.label, 0, len(plan.todo))  # so that its time is counted from now
         try:
             scores = self.planner.carry_out(plan, self.progress)
         except TrainingError as error:
             raise TrainingError(f"the layers cannot be ranked: {error}") from error
         by_layer = {name: a.reshape(runs, len(layers), *a.shape[1:]).swapaxes(0, 1) for name, a in scores.items()}
         self.predictions.layers = {name: by_layer[name] for name in ("predicted", "log_loss", "epochs")}  # (L, runs, .)
-        records = [
-            {
-                "layer": layer.name,
-                "accuracy": mean(by_layer["test_accuracy"][depth]),
-                "accuracy_std": deviation(by_layer["test_accuracy"][depth]),
-                "val_accuracy": mean(by_layer["val_accuracy"][depth]),
-                "module": layer.module,
-                "role": layer.role,
-                "block": layer.block or None,
-            }
-            for depth, layer in enumerate(layers)
-        ]
+        records = [_record(layer, depth, by_layer) for depth, layer in enumerate(layers)]
         self.ranking = self._order(records, by_layer["validation_loss"].mean(1))
         return [records[depth] for depth in self.ranking.tolist()]
 
@@ -245,6 +236,7 @@ class Experiment:
         arrays = {"predicted": np.full((len(distinct), len(self.planner.held_out)), largest, np.int32)}
         if trainable.any():
             plan = self._plan_under(name, live[trainable], distinct[trainable, layers].tolist())
+            self.progress(plan.label, 0, len(plan.todo))
             scores = self.planner.carry_out(plan, self.progress)
             if "attribution" in scores:
                 arrays["attribution"] = np.zeros((len(distinct), layers), np.float32)
@@ -287,6 +279,19 @@ def on_permuted_labels(experiment: Experiment, count: int, purpose: str) -> Iter
         yield experiment.again(replace(collection, files=files), experiment.rows, 1)
 
 
+def _record(layer: Layer, depth: int, scores: dict[str, np.ndarray]) -> dict:
+    """Return the record of a layer as in top_layers.json, given scores [L, R] of all."""
+    return {
+        "layer": layer.name,
+        "accuracy": mean(scores["test_accuracy"][depth]),
+        "accuracy_std": deviation(scores["test_accuracy"][depth]),
+        "val_accuracy": mean(scores["val_accuracy"][depth]),
+        "module": layer.module,
+        "role": layer.role,
+        "block": layer.block or None,
+    }
+
+
 class Tally:
     """The progress of units, by what each is estimated to cost, of those that are still to be done.
 
@@ -300,6 +305,8 @@ class Tally:
         self.progress, self.stage, self.costs = progress, stage, costs
         left = [path for path in costs if not store.is_whole(path)]
         self.done, self.cost, self.whole = len(costs) - len(left), 0.0, sum(costs[path] for path in left)
+        if left:
+            progress(stage, self.done, len(costs), 0.0)  # so that its time is counted from now
 
     def __call__(self, path: Path) -> None:
         """Count a unit that is done."""

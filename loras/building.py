@@ -319,7 +319,7 @@ class Progress:
         left = self._left(now, share)
         if sys.stderr.isatty():
             self._draw(done, total, left)
-        elif done != total and now - self.last_line > self._due:
+        elif done != total and now - max(self.last_line, self._begun) > self._due:
             self.last_line, self._due = now, LOG_SECONDS
             count = f"{done}" if total is None else f"{done} of {total}"
             print(f"  {stage}: {count}{left and f', {left}'}", file=self.log, flush=True)

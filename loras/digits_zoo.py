@@ -74,7 +74,7 @@ RECIPE_NAME = "recipe.json"
 MAX_SHOWN = 1000  # characters of another recipe in a message
 
 # Measured on a core of a server CPU; a guide for the announcement, not a promise.
-SECONDS_BASE, SECONDS_PER_LORA, BYTES_PER_LORA = 30.0, 0.15, 82_000  # bytes in blocks of 4 KiB
+SECONDS_BASE, SECONDS_PER_LORA, BYTES_PER_LORA = 45.0, 0.23, 82_000  # bytes in blocks of 4 KiB
 
 
 def estimate(count: int) -> tuple[float, int]:

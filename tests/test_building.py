@@ -275,9 +275,9 @@ def lines_of(clock, capsys, calls) -> list[str]:
 def test_progress_in_a_log_is_a_line_after_some_seconds_then_one_a_minute(clock, capsys):
     calls = [(float(second), "ranking", second, 640) for second in range(1, 640)]
     lines = lines_of(clock, capsys, calls)
-    assert lines[0] == "  ranking: 11 of 640, about 10 min left"
-    assert [line.split()[1] for line in lines] == ["11", *(str(11 + 61 * n) for n in range(1, len(lines)))]
-    assert lines[-1].startswith("  ranking: 621 of 640, about 20 s left") and len(lines) == 11
+    assert lines[0] == "  ranking: 12 of 640, about 10 min left"
+    assert [line.split()[1] for line in lines] == [str(12 + 61 * n) for n in range(11)]
+    assert lines[-1] == "  ranking: 622 of 640, about 20 s left"
 
 
 def test_the_time_left_is_counted_from_what_this_run_did(clock, capsys):
@@ -286,7 +286,7 @@ def test_the_time_left_is_counted_from_what_this_run_did(clock, capsys):
 
 
 def test_the_time_left_goes_by_the_share_of_the_work_where_steps_differ(clock, capsys):
-    calls = [(0.0, "phase 2", 1, 100, 0.0), (90.0, "phase 2", 3, 100, 0.5), (180.0, "phase 2", 50, 100, 0.9)]
+    calls = [(0.0, "phase 2", 0, 100, 0.0), (90.0, "phase 2", 3, 100, 0.5), (180.0, "phase 2", 50, 100, 0.9)]
     assert lines_of(clock, capsys, calls) == [
         "  phase 2: 3 of 100, about 2 min left",
         "  phase 2: 50 of 100, about 20 s left",
@@ -298,8 +298,8 @@ def test_progress_of_a_stage_that_nobody_knows_the_end_of_is_a_number(clock, cap
 
 
 def test_a_stage_that_ends_begins_anew_with_the_next_of_its_name(clock, capsys):
-    calls = [(t, "phase 2", done, 2) for t, done in ((0.0, 1), (20.0, 2), (100.0, 1), (102.0, 2))]
-    assert lines_of(clock, capsys, calls) == ["  phase 2: 1 of 2"]
+    calls = [(t, "phase 2", done, 2) for t, done in ((0.0, 1), (20.0, 2), (100.0, 0), (108.0, 1), (119.0, 1))]
+    assert lines_of(clock, capsys, calls) == ["  phase 2: 1 of 2, about 20 s left"]
 
 
 def test_progress_on_a_terminal_is_a_bar_with_the_time_left_and_lines_go_above_it(clock, monkeypatch, capsys):

@@ -24,7 +24,7 @@ from working import alive, children, unit, until
 import ablation_experiment
 from data import index_collection
 from experiment import engine as engines
-from experiment import extraction, signals, store, threads
+from experiment import extraction, phases, signals, store, threads
 from experiment.engine import Engine
 from experiment.phases import Experiment, split_collection
 from experiment.settings import UsageError, count_cores, resolve
@@ -70,6 +70,24 @@ def test_units_are_begun_in_an_order_of_their_own_and_told_in_theirs(tmp_path):
     told = [unit.path.exists() and reason for unit, reason in zip(units, engine.do(units, units[::-1]), strict=True)]
     engine.close()
     assert begun == [3, 2, 1, 0] and told == [""] * 4
+
+
+def test_the_share_that_is_done_goes_by_what_units_cost_and_the_largest_come_first(tmp_path):
+    small, large = ([unit(tmp_path, f"{name}{i}") for i in range(2)] for name in ("small", "large"))
+    costs = {each.path: 1.0 for each in small} | {each.path: 4.0 for each in large}
+    plans = [phases.Plan("small", [], small), phases.Plan("large", [], large), phases.Plan("none", [], [])]
+    begun = phases._to_begin(plans, costs)
+    assert begun == large + small
+    assert phases._to_begin([*plans, phases.Plan("one", [], small[:1])], costs)[0] == small[0]  # of few units first
+    seen: list[tuple] = []
+    for _ in range(2):  # the second time all is done
+        tally, engine = phases.Tally(lambda *call: seen.append(call[1:]), "phase 2", costs), Engine([CPU], 1)
+        assert list(engine.do(small + large, begun, tally)) == [""] * 4
+        engine.close()
+    assert seen == [(0, 4, 0.0), (1, 4, 0.4), (2, 4, 0.8), (3, 4, 0.9), (4, 4, 1.0)]
+    large[0].path.unlink()  # of an earlier run, the others are there
+    phases.Tally(lambda *call: seen.append(call[1:]), "phase 3", costs)(large[0].path)
+    assert seen[5:] == [(3, 4, 0.0), (4, 4, 1.0)]
 
 
 @each_way
