@@ -13,12 +13,14 @@ Shape letters: N LoRAs, L layers, P modules (pairs of a down and an up).
 
 from __future__ import annotations
 
+import signal
 import sys
 
 if __name__ == "__main__":  # only hands over, before imports that take a second and more: see `main`
-    from experiment.command import main
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `end_at_signals`; Python would show where it was interrupted
+    from experiment.command import run_as_program
 
-    sys.exit(main())
+    sys.exit(run_as_program())
 
 import argparse
 import math

@@ -40,7 +40,7 @@ AGAIN = "mend what the errors say, then look again"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Inspect a folder; return 0, 2 where the experiment would refuse it, 130 where it was interrupted."""
+    """Inspect a folder; return 0, or 2 where the experiment would refuse it."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed when Python began
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it is open until the end)
@@ -48,9 +48,6 @@ def run(args: argparse.Namespace) -> int:
         preflight = Preflight(args)
         preflight.inspect()
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # whoever reads has seen enough; nothing is to be flushed to it at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

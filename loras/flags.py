@@ -120,6 +120,6 @@ def parse_arguments(
     publish.add_argument("--subset", help="of a data set of the hub that has several (none)")
     publish.add_argument("--split", help="of a data set of the hub that has several (the only one)")
     label = commands.add_parser("label", help="write a table of the LoRAs in a folder, to fill in their labels")
-    label.add_argument("path", type=Path, help="folder of LoRAs")
+    label.add_argument("path", metavar="FOLDER", type=Path, help="folder of LoRAs")
     label.add_argument("--out", type=Path, metavar="FILE", help="the table, csv or tsv (labels.csv in the folder)")
     return parser.parse_args(arguments)

@@ -52,16 +52,13 @@ class Row(NamedTuple):
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``python data.py label``. Exit codes: 0 done, 2 refused or failed, 130 interrupted."""
+    """Run ``python data.py label``. Exit codes: 0 done, 2 refused or failed."""
     try:
         lines = write_table(args.path, args.out)
     except LabelError as error:
         print("\n".join(f"error: {finding}" for finding in error.findings), file=sys.stderr)
     except OSError as error:
         print(f"error: {plain(building.fault_of(error))}. Mend that, and start again.", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return 130
     else:
         print("\n".join(map(plain, lines)))
         return 0

@@ -537,7 +537,7 @@ def _remove_rows_beyond(folder: Path, rows: int) -> None:
 
 
 def run(args: argparse.Namespace, limits: Limits = Limits()) -> int:
-    """Run ``python data.py import``. Exit codes: 0 done, 2 refused or failed, 130 interrupted."""
+    """Run ``python data.py import``. Exit codes: 0 done, 2 refused or failed."""
     try:
         if args.rank is not None and args.rank < 1:
             raise RefusedError(f"--rank {args.rank}: no rank. Give 1 or more.")
@@ -550,9 +550,6 @@ def run(args: argparse.Namespace, limits: Limits = Limits()) -> int:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
     except OSError as error:
         print(f"error: {building.fault_of(error)}. Mend that; the same command then continues.", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command continues where this one stopped.", file=sys.stderr)
-        return 130
     else:
         print("\n".join(_outcome(args, columns, state, existed)))
         return 0

@@ -87,7 +87,7 @@ def collection(tmp_path_factory):
 def keys_of(collection) -> dict[str, str]:
     """Return the keys by which finished work is found; no weight is read and nothing is trained."""
     settings = resolve(ablation_experiment.parse_arguments(["--quick", "--device=cpu"]))
-    weight_pass = extraction._Pass(collection, ROOT / "nothing is written here", CPU)
+    weight_pass = extraction._Pass(collection, collection.root.parent / "cache", CPU)
     kept, rows = np.ones(len(collection.layers), bool), split_collection(collection, settings.seed)
     extracted = weight_pass.extracted("0123456789abcdef")
     experiment = Experiment(settings, collection, kept, rows, extracted, Engine([CPU]), lambda *_: None)

@@ -14,6 +14,7 @@ from making import write_collection
 from working import until
 
 import ablation_experiment
+import data
 
 
 class Terminal:
@@ -79,3 +80,11 @@ def test_ctrl_c_ends_the_program_and_its_workers_without_a_word_but_one(tmp_path
     said = said[said.index("^C") :].replace("^C", "")
     assert (code, said.strip()) == (130, "Stopped by SIGINT. The same command continues where this one stopped.")
     assert took < 5  # a second, on a machine that is not busy
+
+
+def test_ctrl_c_ends_an_inspection_likewise(tmp_path):
+    root = write_collection(tmp_path / "small", classes=2, per_class=10)
+    terminal = Terminal(sys.executable, data.__file__, "inspect", str(root))
+    until(lambda: terminal.handles(signal.SIGUSR1))
+    code, _, said = terminal.interrupt(1)
+    assert (code, said.replace("^C", "").strip()) == (130, "Stopped by SIGINT.")
