@@ -6,6 +6,7 @@ import re
 import select
 import signal
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -26,6 +27,9 @@ class Terminal:
         if self.process == 0:
             os.environ["OMP_NUM_THREADS"] = "2"  # workers
             os.execv(command[0], command)
+        looks = termios.tcgetattr(self.file)
+        looks[3] |= termios.NOFLSH  # else a second Ctrl-C takes away what is written and not yet read
+        termios.tcsetattr(self.file, termios.TCSANOW, looks)
 
     def read(self, seconds: float) -> bool:
         """Read what there is within some time; return whether more may come."""
