@@ -15,9 +15,10 @@ import numpy as np
 from data import Collection
 from experiment import forecast
 from experiment.checks import Choice, group_columns
-from experiment.estimates import START_SECONDS, Speed, duration, sized
+from experiment.estimates import START_SECONDS, Speed, sized
 from experiment.settings import Settings
 from loras import labels as labelling
+from loras.building import duration
 from loras.layouts import Layer, by_layout
 from loras.names import plain
 from loras.recipe import scale_records

@@ -436,15 +436,3 @@ def in_words(count: int) -> str:
         if count >= size:
             return f"{count / size:,.1f} {word}"
     return str(count)
-
-
-def duration(seconds: float) -> str:
-    """Return about how many seconds, as people say them, to about one digit."""
-    if seconds < 1:
-        return "under 1 s"
-    if seconds < 90:
-        return f"about {round(seconds)} s"
-    if seconds < 90 * 60:
-        return f"about {round(seconds / 60)} minutes"
-    hours = seconds / 3600
-    return f"about {hours:.1f} hours" if hours < 48 else f"about {round(hours / 24)} days"

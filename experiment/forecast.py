@@ -20,11 +20,11 @@ from experiment.estimates import (
     Estimate,
     Estimates,
     Speed,
-    duration,
     in_words,
     sized,
 )
 from experiment.settings import memory_of, nearest_of
+from loras.building import duration
 from representations import FEATURES, RANKING, REPRESENTATIONS
 
 SMALL_SECONDS = 60  # a plan that takes less is said in one line
@@ -191,7 +191,7 @@ def disk_bytes(estimates: Estimates, names: Sequence[str], steps: Sequence[Step]
 
 
 def _short(seconds: float) -> str:
-    return duration(seconds).removeprefix("about ").replace(" minutes", " min").replace(" hours", " h")
+    return duration(seconds).removeprefix("about ")
 
 
 def _relative(folder: Path) -> Path:

@@ -331,7 +331,7 @@ class Progress:
         start, first = self._since
         if share is None or share <= first or share >= 1 or now <= start:
             return ""
-        return time_left((now - start) * (1 - share) / (share - first))
+        return f"{duration((now - start) * (1 - share) / (share - first))} left"
 
     def _draw(self, done: int, total: int | None, left: str) -> None:
         if self.bar is None or self.bar.desc != self.stage:
@@ -357,15 +357,16 @@ class Progress:
         self(stage, len(items), len(items))
 
 
-def time_left(seconds: float) -> str:
-    """Return the time that is left, as people say it."""
-    if seconds < 10:
-        return "some seconds left"
-    if seconds < 90:
-        return f"about {10 * round(seconds / 10)} s left"
+def duration(seconds: float) -> str:
+    """Return about how many seconds, as people say them, to about one digit."""
+    if seconds < 1:
+        return "under 1 s"
+    if seconds < 85:
+        return f"about {round(seconds, -1 if seconds > 15 else 0):.0f} s"
     if seconds < 90 * 60:
-        return f"about {round(seconds / 60)} min left"
-    return f"about {seconds / 3600:.1f} h left"
+        return f"about {round(seconds / 60)} min"
+    hours = seconds / 3600
+    return f"about {hours:.1f} h" if hours < 48 else f"about {round(hours / 24)} days"
 
 
 def say(line: str = "") -> None:
