@@ -181,6 +181,11 @@ def _wrap(text: Text, inches: float) -> bool:
     return text.get_text() != before
 
 
+def in_one_column(figure: Figure) -> bool:
+    """Return whether a figure is so narrow as a column of a paper."""
+    return figure.get_figwidth() < WIDTH / 1.5
+
+
 def _share_of_width(ax: Axes) -> float:
     """Return the width of the figure as a share of that which figures are laid out for."""
     return ax.get_figure().get_figwidth() / WIDTH

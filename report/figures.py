@@ -37,6 +37,7 @@ from report.drawing import (
     cut,
     cut_labels,
     head_blocks,
+    in_one_column,
     lay_out,
     new_figure,
     place,
@@ -215,7 +216,7 @@ def _ablation_curves_finding(results: dict) -> str:
 
 def _ablation_curves(results: dict, figure: Figure) -> None:
     sections, chance = results["analysis"]["robustness"], 100 * results["analysis"]["layers"]["chance"]
-    columns = 2 if len(sections) == 4 else min(3, len(sections))
+    columns = 1 if in_one_column(figure) else 2 if len(sections) == 4 else min(3, len(sections))
     rows = math.ceil(len(sections) / columns)
     set_height(figure, 1.0 + 2.3 * rows)
     grid = figure.add_gridspec(rows, 2 * columns, width_ratios=[3, {1: 0.8, 2: 1.1, 3: 1.6}[columns]] * columns)
@@ -305,7 +306,9 @@ def _representations_finding(results: dict) -> str:
     if total == 1:
         return f"{best}: {reached}, {'a' if losses else 'no'} significant loss"
     names = listed([cut(name, 1.5) for name in similar]) if 0 < len(similar) <= NAMED else f"{len(similar)} others"
-    others = f" ({names} not significantly worse)" if similar else ""
+    beside = [f"{len(compared['tied_on_validation'])} equal there"] if compared["tied_on_validation"] else []
+    beside += [f"{names} not significantly worse"] if similar else []
+    others = f" ({'; '.join(beside)})" if beside else ""
     removed = "it" if k == 1 else "them"
     return (
         f"{best} is best by validation{others}: {reached}; removing {removed} lowers {losses} of {total} "

@@ -36,6 +36,7 @@ from report.drawing import (
     cut_labels,
     head_blocks,
     in_lines,
+    in_one_column,
     map_legend,
     mark_blocks,
     place,
@@ -113,7 +114,7 @@ def layer_importance(results: dict, figure: Figure) -> None:
 
 
 def _name_top(figure: Figure, axes: Sequence[Axes], results: dict, top: Sequence[dict]) -> None:
-    """Write the names of the top layers beside their marks; where one has no room ranks, and names below the axis."""
+    """Write the names of the top layers beside their marks; where one has no room ranks above, and names below."""
     names = results.get("names_shown") or full_names(results["analysis"])
     labels = _cut_alike([names[record["module"]] for record in top], NAME)
     labels = [f"{rank}: {label}" for rank, label in enumerate(labels, 1)]
@@ -127,7 +128,10 @@ def _name_top(figure: Figure, axes: Sequence[Axes], results: dict, top: Sequence
     lines = in_lines("top: " + ", ".join([*whole, *more]), figure.get_figwidth() - 1, SIZE).replace(NO_BREAK, " ")
     axes[-1].set_xlabel(f"{axes[-1].get_xlabel()}\n{lines}")
     figure.set_figheight(figure.get_figheight() + LINE * (1 + lines.count("\n")))
-    _written(figure, axes, results, top, [str(rank) for rank in range(1, len(top) + 1)])
+    roles = list(dict.fromkeys(record["role"] for record in results["analysis"]["layers"]["records"]))
+    for rank, record in enumerate(top, 1):
+        x, y = record["depth"], 100 * record["interval"][1]
+        axes[roles.index(record["role"])].text(x, y, str(rank), ha="center", va="bottom", fontsize=SMALL)
 
 
 def _written(figure: Figure, axes: Sequence[Axes], results: dict, top: Sequence[dict], texts: Sequence[str]) -> int:
@@ -381,7 +385,7 @@ def _recall_with_all_layers(ax: Axes, results: dict, rows: Rows, looks: dict, he
     both = rows.values(np.stack([whole, whole - drop], axis=1))
     ax.imshow(both, **looks, interpolation="nearest")
     write_numbers(ax, both, looks["vmax"], height, 0.4)
-    turned = 90 if ax.get_figure().get_figwidth() < WIDTH / 1.5 else 0  # in one column
+    turned = 90 if in_one_column(ax.get_figure()) else 0
     ax.set_xticks([0, 1], ["all", f"no top {results['config']['top_k']}"], fontsize=SMALL, rotation=turned)
     ax.set_title(cut(best, 0.85 * ax.get_figure().get_figwidth() / WIDTH, SMALL), fontsize=SMALL)
 
@@ -425,7 +429,7 @@ def layer_clusters(results: dict, figure: Figure) -> None:
     order = sorted(range(len(records)), key=lambda i: roles.index(records[i]["role"]))
     shown = _similarity(results)[np.ix_(order, order)]
     ordered = [records[i] for i in order]
-    narrow = figure.get_figwidth() < WIDTH / 1.5  # one column, which has room for the matrix alone
+    narrow = in_one_column(figure)  # which has room for the matrix alone
     names = [] if narrow else _rows_of_layers(results, ordered)
     side = figure.get_figwidth() - 0.3 if narrow else SIDE - max((width_of(name, SMALL) for name in names), default=0.0)
     set_height(figure, side + 0.7)
@@ -520,6 +524,6 @@ def _write_clusters(ax: Axes, results: dict) -> None:
     if left := clusters["count"] - len(largest) - alone:
         lines.append(counted(left, "more cluster"))
     if alone:
-        lines.append(f"{counted(alone, 'layer')} in none")
+        lines.append(f"{counted(alone, 'layer')} in none" if largest else "no two layers are in one")
     ax.text(0, 1, "\n".join(lines), va="top", transform=ax.transAxes, fontsize=SMALL, linespacing=1.25)
     ax.set_axis_off()
