@@ -220,7 +220,7 @@ def _ablation_curves(results: dict, figure: Figure) -> None:
     rows = math.ceil(len(sections) / columns)
     set_height(figure, 1.0 + 2.3 * rows)
     grid = figure.add_gridspec(rows, 2 * columns, width_ratios=[3, {1: 0.8, 2: 1.1, 3: 1.6}[columns]] * columns)
-    first = None
+    first, units = None, [section["unit"] for section in sections.values()]
     for i, (name, section) in enumerate(sections.items()):
         row, column = divmod(i, columns)
         ax = figure.add_subplot(grid[row, 2 * column], sharey=first)
@@ -233,7 +233,7 @@ def _ablation_curves(results: dict, figure: Figure) -> None:
             either.axhline(chance, **CHANCE, zorder=0.5)
         if column == 0:
             ax.set_ylabel("accuracy, %")
-        if lowest:
+        if lowest or units[i + columns] != units[i]:
             ax.set_xlabel(f"{section['unit']}s removed")
     first.set_ylim(0, 104)
     lines = [Line2D([], [], **looks, ms=4, label=label) for label, looks in CURVES.values()]

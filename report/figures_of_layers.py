@@ -128,21 +128,29 @@ def _name_top(figure: Figure, axes: Sequence[Axes], results: dict, top: Sequence
     lines = in_lines("top: " + ", ".join([*whole, *more]), figure.get_figwidth() - 1, SIZE).replace(NO_BREAK, " ")
     axes[-1].set_xlabel(f"{axes[-1].get_xlabel()}\n{lines}")
     figure.set_figheight(figure.get_figheight() + LINE * (1 + lines.count("\n")))
-    roles = list(dict.fromkeys(record["role"] for record in results["analysis"]["layers"]["records"]))
-    for rank, record in enumerate(top, 1):
-        x, y = record["depth"], 100 * record["interval"][1]
-        axes[roles.index(record["role"])].text(x, y, str(rank), ha="center", va="bottom", fontsize=SMALL)
+    ranks = [str(rank) for rank in range(1, len(top) + 1)]
+    _written(figure, axes, results, top, ranks, above="num_layers_shown" not in results)
 
 
-def _written(figure: Figure, axes: Sequence[Axes], results: dict, top: Sequence[dict], texts: Sequence[str]) -> int:
-    """Lay the figure out, write texts beside the marks of the top layers, and return for how many there is room."""
+def _written(
+    figure: Figure,
+    axes: Sequence[Axes],
+    results: dict,
+    top: Sequence[dict],
+    texts: Sequence[str],
+    above: bool = False,
+) -> int:
+    """Lay the figure out, write texts beside the marks of the top layers, and return for how many there is room.
+
+    Or ``above`` their intervals.
+    """
     figure.get_layout_engine().execute(figure)
     roles, count = list(dict.fromkeys(record["role"] for record in results["analysis"]["layers"]["records"])), 0
     for ax, role in zip(axes, roles, strict=True):
         members = [i for i, record in enumerate(top) if record["role"] == role]
-        marks = [(top[i]["depth"], 100 * top[i]["accuracy"]) for i in members]
+        marks = [(top[i]["depth"], 100 * (top[i]["interval"][1] if above else top[i]["accuracy"])) for i in members]
         points = [*marks, *_drawn(results, role)]
-        count += len(place(ax, points, [texts[i] for i in members], SMALL, beside=True, gap=0.1))
+        count += len(place(ax, points, [texts[i] for i in members], SMALL, beside=not above, gap=0.1))
     return count
 
 

@@ -139,6 +139,7 @@ def representations_section(accuracy, dropped):
     return {
         "conditions": {
             condition: {"chosen": best, "best": best, "intervals": of_condition, "not_worse": near}
+            | {"tied_on_validation": []}
             for condition, of_condition in intervals.items()
         },
         "drops": {
@@ -531,6 +532,9 @@ def test_few_representations_that_are_as_good_are_named_and_many_counted(near, s
     results = results_of(told=("a", "b", "c", "d", "e"))
     section = results["analysis"]["representations"]["conditions"]["baseline"]
     section |= {"best": "a", "not_worse": ["b", "c", "d"][:near]}
+    assert f"a is best by validation {shown} significantly worse)" in figures.findings(results)["representations"]
+    section["tied_on_validation"] = ["b", "e"]
+    shown = f"(2 equal there; {shown[1:]}"
     assert f"a is best by validation {shown} significantly worse)" in figures.findings(results)["representations"]
 
 
