@@ -367,6 +367,7 @@ def test_two_runs_with_controls_give_the_same_bytes(analysed, planted, tmp_path)
     assert files_in(tmp_path / "out" / "ablation_planted") == files_in(analysed[0])
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_figures_go_to_previous_with_the_results_that_they_are_of(analysed, planted, tmp_path):
     folder, _ = analysed
@@ -981,7 +982,7 @@ def test_a_log_file_gets_plain_lines_also_where_the_script_is_a_link(tmp_path):
     link.symlink_to(ablation_experiment.__file__)
     command = [sys.executable, link, "--dataset", root, "--output-dir", tmp_path / "out"]
     done = subprocess.run(
-        [*map(str, command), "--top-k=1", "--num-runs=1", *QUICK],
+        [*map(str, command), "--top-k=1", "--num-runs=1", "--quick", "--representations=stats,pca"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -991,7 +992,7 @@ def test_a_log_file_gets_plain_lines_also_where_the_script_is_a_link(tmp_path):
     assert done.stderr == "" and "\r" not in done.stdout
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:6]] == ["settings", "at", "device", "data", "classes", "split"]
-    rows = [line for line in lines if line.startswith(("stats ", "vae "))]
+    rows = [line for line in lines if line.startswith(("stats ", "pca "))]
     points = {tuple(match.start() for match in re.finditer(r"\.", line)) for line in rows}
     assert len(rows) == 4 and len(points) == 1 and "±" not in done.stdout  # of one run
     *_, written, page, step = lines

@@ -337,7 +337,7 @@ def test_inspect_as_text(tmp_path, capsys):
     assert re.search(rf"\n +0  down +2x8  {re.escape(name)}\.lora\.down\.weight +{name.replace('.', '_')}\n", out)
 
 
-@pytest.mark.parametrize("through_a_link", [False, True])
+@pytest.mark.parametrize("through_a_link", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_both_commands_work_from_any_folder_and_through_a_link(tmp_path, through_a_link):
     write_collection(tmp_path / "zoo", modules=1)
     elsewhere = tmp_path / "elsewhere"

@@ -219,6 +219,7 @@ def at_work(out: Path) -> set[int]:
     return {int(path.name.split(".")[-2]) for path in units_of(out, "*/runs/*/*.npz.*")}
 
 
+@pytest.mark.slow  # the default run ends workers in miniature, in test_engine.py
 def test_a_run_goes_on_where_a_worker_is_killed_and_gives_the_same_as_one_core(processes, tmp_path):
     """With inputs so large that torch itself would share them among threads."""
     root = write_collection(tmp_path / "small", classes=2, per_class=20, modules=4, width=128)
@@ -342,7 +343,10 @@ def _unheard(arguments, errors):
 # -- disks and caches ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("file_size", "where"), [(1000, "/passes/"), (1000, "/units/"), (12000, "/ablation_small/")])
+@pytest.mark.parametrize(
+    ("file_size", "where"),
+    [pytest.param(1000, "/passes/", marks=pytest.mark.slow), (1000, "/units/"), (12000, "/ablation_small/")],
+)
 def test_a_full_disk_is_told_in_a_line_and_corrupts_nothing(
     processes, collection, expected, tmp_path, file_size, where
 ):

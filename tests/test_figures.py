@@ -825,7 +825,7 @@ EXTREMES = {
 }  # fmt: skip
 
 
-DEFAULT = ("smallest", "largest")  # the others take as long, and find less
+DEFAULT = ("smallest",)
 
 
 @pytest.mark.parametrize(
