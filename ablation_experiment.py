@@ -532,8 +532,8 @@ def write_results(target: Path, experiment: Experiment | None, results: dict, sh
             say(line)
     content = text.content_of(results)
     if shown and content.answers:
-        parts = (text.bear_in_mind_lines(content.warnings), text.short_lines(results, content.answers))
-        say("\n\n".join("\n".join(lines) for lines in parts if lines))
+        first = text.bear_in_mind_lines(content.warnings)
+        say("\n".join([*([""] if first else []), *first, *text.short_lines(results, content.answers)]))
     drawn = drawn_figures(results, content)
     contents = {f"{FIGURE_FOLDER}/{name}": drawn[name] for name in drawn if "/" not in name}  # others: on the page
     earlier = {path.relative_to(target).as_posix() for path in (target / FIGURE_FOLDER).glob("[!.]*")}

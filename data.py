@@ -1,8 +1,8 @@
 """A folder of LoRA files -> a collection of labelled LoRAs with the same layers.
 
-    python data.py inspect PATH [flags]      says what an experiment on a folder would do, see experiment/preflight.py
+    python data.py inspect FOLDER [flags]    says what an experiment on a folder would do, see experiment/preflight.py
     python data.py import SOURCE OUT         makes a folder of a published collection, see loras/published.py
-    python data.py label PATH [--out FILE]   writes a table of labels to fill in, see loras/label_writing.py
+    python data.py label FOLDER [--out FILE] writes a table of labels to fill in, see loras/label_writing.py
 
 All work from any folder, and through a link to this file. Indexing reads safetensors headers only, and finds every
 fault and notice that a header can show. An experiment reads the weights in one pass (experiment/extraction.py);

@@ -18,7 +18,7 @@ def add_collection_flags(add: Callable) -> None:
         "--labels",
         type=Path,
         metavar="FILE",
-        help="csv, tsv or jsonl with the columns file_name and label; `python data.py label PATH` writes one (none)",
+        help="csv, tsv or jsonl with the columns file_name and label; `python data.py label FOLDER` writes one (none)",
     )
     add(
         "--label-column",

@@ -1,4 +1,4 @@
-"""``python data.py label PATH``: a table of a folder's LoRAs, to fill in.
+"""``python data.py label FOLDER``: a table of a folder's LoRAs, to fill in.
 
 It has a row for each LoRA, whose name is read back as that LoRA, and a label where a run would read one without a
 table. Anything else that is known, as what the header says of the training, is a guess: it stands in a column of its

@@ -184,7 +184,7 @@ def _few(results: dict) -> Iterator[Caution]:
     if section["num_above_null"]:  # else the first answer says it
         line += f" Among {len(section['records'])} layers, the first {needed_text(section['needed'])}."
     widest = max(high - low for low, high in (record["interval"] for record in section["records"]))
-    brief = f"intervals are up to {round(100 * widest)} points wide, so only large differences can be seen"
+    brief = f"a layer's interval is up to {round(100 * widest)} points wide, so only large differences can be seen"
     compared = analysis["representations"]
     families = {"a layer": section, "a representation": compared and compared["conditions"]["baseline"]}
     if out_of_reach := [name for name, family in families.items() if family and family["needed"] > 1 - 1e-9]:

@@ -161,7 +161,7 @@ def next_step(results: dict) -> str:
     if results["not_done"]:
         return f"{again} again does what is missing: {listed(list(results['not_done']))}"
     if is_built_in:
-        return "python data.py inspect PATH looks at LoRAs of your own"
+        return "python data.py inspect FOLDER looks at LoRAs of your own"
     if groups and groups["may_be_groups"]:
         return f"keep the groups together that may be what is predicted. {use_of(groups['column'])}"
     if config["quick"]:

@@ -191,8 +191,8 @@ def of_run(change: str, value: object, **config: object) -> dict:
 @pytest.mark.parametrize(
     ("change", "value", "config", "step"),
     [
-        ("dataset.source", "built-in digits", {"quick": True}, "python data.py inspect PATH"),
-        ("dataset.source", "built-in digits", {}, "python data.py inspect PATH"),
+        ("dataset.source", "built-in digits", {"quick": True}, "python data.py inspect FOLDER"),
+        ("dataset.source", "built-in digits", {}, "python data.py inspect FOLDER"),
         (
             "not_done",
             {"analysis": "out of memory"},
