@@ -50,13 +50,22 @@ from data import Collection, CollectionError
 from experiment import checks, estimates, forecast, store
 from experiment.arrays import FLAT, SKETCHES, WEIGHTS
 from experiment.cluster import connect
-from experiment.datasets import is_built_in, locate, name_of
+from experiment.datasets import is_built_in, locate, results_folder
 from experiment.engine import Engine
 from experiment.extraction import CHECKED, Extracted, extract
 from experiment.flags import parse_arguments
 from experiment.phases import UNITS, Experiment, emptied, without_oversized
 from experiment.plans import TrainingError
-from experiment.settings import Networks, Settings, UsageError, check_places, count_cores, memory_of, resolve
+from experiment.settings import (
+    FIGURE_FOLDER,
+    Networks,
+    Settings,
+    UsageError,
+    check_places,
+    count_cores,
+    memory_of,
+    resolve,
+)
 from experiment.units import FAILURES, FAULTS, OutOfMemory, one_memory_error, reason_of
 from loras import building
 from loras.building import Progress, say
@@ -130,8 +139,8 @@ def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> i
     say(text.settings_lines(settings.config(), environment(settings, engine), args.output_dir, fitted))
     if engine.cluster is not None:
         say(f"cluster   workers at {args.scheduler}: {engine.count_workers()} now; others may come, and leave")
-    target = args.output_dir / f"ablation_{name_of(args.dataset)}"
-    check_places(target, RESULT_FILES, ("previous", FIGURE_FOLDER))
+    target = results_folder(args.output_dir, args.dataset)
+    check_places(target)
     name, folder = locate(args.dataset, args.data_dir, progress)
     watch = Stopwatch()
     with watch.phase("index"):
@@ -150,8 +159,8 @@ def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> i
             drawn = redraw(target, finished, args.figure_style)
             done = f"Drawn anew: {target / FIGURE_FOLDER}. Else nothing to do" if drawn else "Nothing to do"
             done += f": {target} holds the results of these settings on these files."
-            lines = [*text.short_lines(finished, text.answers(finished)), *text.end_lines(finished, target, done)]
-            say("\n".join(lines))
+            content = text.content_of(finished)
+            say("\n".join([*text.console_lines(finished, content), *text.end_lines(finished, target, done)]))
             return 3 if finished["representations_not_run"] or finished["not_done"] else 0
         # What the run will read: damaged, it is computed again now, where that can still be done.
         known = collection, plan.needed, cache, settings.device, engine, progress, args.skip_bad
@@ -224,11 +233,12 @@ def read_weights(
                 raise
             before, collection = len(collection.skipped), data.without(collection, error.files)
             say(text.skipped_lines(collection.skipped_records[before:], "left out, found on reading the weights"))
-            plan = make_plan(settings, collection, engine, cache)
+            plan = make_plan(settings, collection, engine, cache, plan)
         else:
             collection = checks.apply(collection, extracted.checked)
-            changed = bool(collection.together)
-            return collection, make_plan(settings, collection, engine, cache) if changed else plan, extracted
+            if collection.together:
+                plan = make_plan(settings, collection, engine, cache, plan)
+            return collection, plan, extracted
 
 
 @dataclass(frozen=True)
@@ -237,7 +247,7 @@ class CollectionPlan:
 
     ``selected`` bool[L] are the layers that --layers keeps, ``rows`` the parts of the split, ``chosen`` the
     representations that can run, ``not_run`` why others cannot, ``needed`` the arrays to extract; ``header`` is what
-    results.json says before the first number.
+    results.json says before the first number, ``lines`` what was said of all this.
     """
 
     selected: np.ndarray
@@ -246,6 +256,7 @@ class CollectionPlan:
     not_run: dict[str, str]
     needed: list[str]
     header: dict
+    lines: list[str]
 
 
 def without_oversized_train(plan: CollectionPlan, collection: Collection, extracted: Extracted) -> CollectionPlan:
@@ -257,8 +268,12 @@ def without_oversized_train(plan: CollectionPlan, collection: Collection, extrac
     return replace(plan, rows=rows)
 
 
-def make_plan(settings: Settings, collection: Collection, engine: Engine, cache: Path) -> CollectionPlan:
+def make_plan(
+    settings: Settings, collection: Collection, engine: Engine, cache: Path, before: CollectionPlan | None = None
+) -> CollectionPlan:
     """Check what is asked for against the collection, and print it: what is left out, and what the rest takes.
+
+    Where ``before`` was said of more files, only what differs is: not what is known of each file, nor the estimate.
 
     Raises:
         UsageError: More layers are to be removed than there are.
@@ -272,13 +287,16 @@ def make_plan(settings: Settings, collection: Collection, engine: Engine, cache:
     needed |= {SKETCHES for name in chosen if REPRESENTATIONS[name].made in FLAT and settings.sketch_flat}
     header = describe(settings, collection, rows, selected) | {"environment": environment(settings, engine)}
     header["config"]["left_out"] = left_out
-    say(text.collection_lines(header, len(chosen)))
-    for name, reason in (not_run | left_out).items():
-        say(text.not_run_line(name, reason))
+    lines = text.collection_lines(header, len(chosen), with_skipped=before is None)
+    lines += [text.not_run_line(name, reason) for name, reason in (not_run | left_out).items()]
+    if new := [line for line in lines if before is None or line not in before.lines]:
+        say("\n".join(new))
+    if before is not None:
+        return CollectionPlan(selected, rows, chosen, not_run, sorted(needed), header, lines)
     speed = engine.call(partial(estimates.Speed.measure, settings.device))
     packed = estimates.bytes_of_packed(settings, collection, chosen, cache)
     say("\n".join(forecast.lines(costs, chosen, speed, cache, packed, engine.count_workers(), engine.streams)))
-    return CollectionPlan(selected, rows, chosen, not_run, sorted(needed), header)
+    return CollectionPlan(selected, rows, chosen, not_run, sorted(needed), header, lines)
 
 
 @contextmanager
@@ -374,7 +392,7 @@ def run_phases(experiment: Experiment, chosen: list[str], not_run: dict[str, str
             leave_out(not_run, name, reason)
     entries = {}
     for condition, without, title in (
-        ("ablation", removed, f"Phase 2: without the top {settings.top_k} layers"),
+        ("ablation", removed, f"Phase 2: without {top_layers_text(settings.top_k)}"),
         ("baseline", [], "Phase 3: with all layers"),
     ):
         say(f"\n{title}\n{text.RESULT_HEADER}")
@@ -509,7 +527,6 @@ RESULT_FILES: dict[str, Callable[[Experiment, dict, Content, dict[str, bytes]], 
     "results.json": lambda _, results, *__: building.canonical_json(results, indent=2),
 }
 RENDERED = ("results.txt", "report.html", "results.json")  # of results.json and the figures alone
-FIGURE_FOLDER = "figures"
 
 
 def write_results(target: Path, experiment: Experiment | None, results: dict, shown: bool = False) -> None:
@@ -532,8 +549,7 @@ def write_results(target: Path, experiment: Experiment | None, results: dict, sh
             say(line)
     content = text.content_of(results)
     if shown and content.answers:
-        first = text.bear_in_mind_lines(content.warnings)
-        say("\n".join([*([""] if first else []), *first, *text.short_lines(results, content.answers)]))
+        say("\n".join(text.console_lines(results, content)))
     drawn = drawn_figures(results, content)
     contents = {f"{FIGURE_FOLDER}/{name}": drawn[name] for name in drawn if "/" not in name}  # others: on the page
     earlier = {path.relative_to(target).as_posix() for path in (target / FIGURE_FOLDER).glob("[!.]*")}

@@ -8,7 +8,7 @@ import sys
 from experiment.flags import add_preflight_flags
 from experiment.signals import CONTINUES, end_at_signals
 from loras.flags import parse_arguments
-from loras.names import escape_output
+from loras.names import discard_output, escape_output
 
 
 def run_as_program() -> int:
@@ -22,10 +22,15 @@ def main(arguments: list[str] | None = None) -> int:
     escape_output()
     args = parse_arguments(arguments, add_preflight_flags)
     try:
-        return _run(args)
+        code = _run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # what it writes to files is written before
+        discard_output()
+        return 0
     except KeyboardInterrupt:  # where it was called by another program
         print("\nInterrupted.", file=sys.stderr)
         return 130
+    return code
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from data import Collection
 from experiment import forecast
 from experiment.checks import Choice, group_columns
-from experiment.estimates import START_SECONDS, Speed, sized
+from experiment.estimates import Speed, sized
 from experiment.settings import Settings
 from loras import labels as labelling
 from loras.building import duration
@@ -140,17 +140,12 @@ def costs_of(settings: Settings, choice: Choice, workers: int) -> dict:
     steps = {"reading weights": choice.costs.reading(), "ranking": choice.costs.ranking()}
     steps |= {name: choice.costs.of(name) for name in choice.chosen}
     seconds = {name: estimate.seconds(speed, workers) for name, estimate in steps.items()}
-    plan = [
-        sum(step.seconds(speed, workers).values()) + step.constant
-        for step in forecast.steps_of(choice.costs, choice.chosen)
-    ]
-    started = START_SECONDS if workers > 1 or settings.device.type == "cuda" else 0
     return {
         "estimates": [
             {"step": name, "memory": estimate.memory, "seconds": round(seconds[name], 3)}
             for name, estimate in steps.items()
         ],
-        "seconds": round(sum(plan) + started, 3),
+        "seconds": round(forecast.total_seconds(choice.costs, choice.chosen, speed, workers), 3),
         "workers": workers,
         "not_run": choice.not_run,
         "left_out": choice.left_out,

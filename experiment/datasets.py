@@ -6,11 +6,12 @@ import os
 import shlex
 from pathlib import Path
 
-from experiment.flags import BUILT_IN_SIZES, NAMED_DATASETS
+from experiment.flags import BUILT_IN_SIZES
 from experiment.settings import UsageError
 from loras import building, digits_zoo
 from loras.building import Progress
 from loras.command_line import suggestion
+from loras.flags import NAMED_DATASETS
 from loras.names import plain
 
 BUILT_IN = Path("data") / "built-in-digits"  # holds the collections that are trained here
@@ -67,6 +68,11 @@ def locate(name: str, data_dir: Path | None, progress: Progress, train: bool = T
 def name_of(dataset: str) -> str:
     """Return the name of what --dataset says, by which its folder of results is called."""
     return dataset if dataset in NAMED_DATASETS else Path(os.path.abspath(dataset)).name
+
+
+def results_folder(output_dir: Path, dataset: str) -> Path:
+    """Return the folder of the results on what --dataset says."""
+    return output_dir / f"ablation_{name_of(dataset)}"
 
 
 def is_built_in(folder: Path) -> bool:

@@ -12,7 +12,6 @@ from loras.command_line import Parser, whole_number
 from loras.flags import add_collection_flags
 
 BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000}
-NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small")
 LEVELS = ("none", "basic", "all")  # of controls
 UNLISTED = (  # by the help of ``inspect``
     *("--rank-by", "--controls", "--null-shuffles", "--splits"),

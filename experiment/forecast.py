@@ -83,6 +83,13 @@ def steps_of(estimates: Estimates, names: Sequence[str]) -> list[Step]:
     return [step for step in steps if step.costs or step.constant]
 
 
+def total_seconds(estimates: Estimates, names: Sequence[str], speed: Speed, workers: int, streams: int = 1) -> float:
+    """Return about how many seconds the run takes, see `lines` for the arguments."""
+    steps = steps_of(estimates, names)
+    total = sum(sum(step.seconds(speed, workers // streams).values()) + step.constant for step in steps)
+    return total + (START_SECONDS if workers > 1 or estimates.device.type != "cpu" else 0)
+
+
 def _sum(costs: Sequence[Estimate]) -> Estimate:
     total = NOTHING
     for cost in costs:
@@ -96,7 +103,10 @@ def _sum(costs: Sequence[Estimate]) -> Estimate:
 
 
 def control_costs(estimates: Estimates, names: Sequence[str]) -> dict[str, Estimate]:
-    """Return about what is trained to compare with, by representation."""
+    """Return about what is trained to compare with, by representation, but for a split that keeps groups together.
+
+    That trains the best one once more, which is known afterwards.
+    """
     from experiment.controls import EXTENTS  # takes half a second, with what it analyses by
 
     settings, costs = estimates.settings, {}
@@ -241,8 +251,7 @@ def lines(
     on_cpu = estimates.device.type == "cpu"
     steps = steps_of(estimates, names)
     seconds = [step.seconds(speed, workers // streams) for step in steps]
-    total = sum(sum(parts.values()) + step.constant for step, parts in zip(steps, seconds, strict=True))
-    total += START_SECONDS if workers > 1 or not on_cpu else 0
+    total = total_seconds(estimates, names, speed, workers, streams)
     in_memory, mend = memory_words(
         estimates, steps, workers, streams, memory_of(estimates.device) if memory is None else memory
     )

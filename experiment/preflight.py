@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from collections.abc import Iterable
@@ -23,14 +22,17 @@ import torch
 import data
 from data import Collection, CollectionError, check_classes, index_as_asked, without
 from experiment import checks, contents
-from experiment.datasets import locate
-from experiment.flags import NAMED_DATASETS, parse_arguments
+from experiment.datasets import locate, results_folder
+from experiment.flags import parse_arguments
 from experiment.phases import split_collection
-from experiment.settings import Settings, UsageError, count_cores, resolve
+from experiment.settings import Settings, UsageError, check_places, count_cores, resolve
 from loras import inspection as inspecting
 from loras import labels as labelling
 from loras.building import Progress
+from loras.command_line import program_path
+from loras.flags import NAMED_DATASETS
 from loras.lora_files import LoraFileError
+from loras.names import discard_output, plain
 from loras.notices import Finding
 from representations import REPRESENTATIONS
 
@@ -41,16 +43,11 @@ AGAIN = "mend what the errors say, then look again"
 
 def run(args: argparse.Namespace) -> int:
     """Inspect a folder; return 0, or 2 where the experiment would refuse it."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed when Python began
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it is open until the end)
+    preflight = Preflight(args)
     try:
-        preflight = Preflight(args)
         preflight.inspect()
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has seen enough; nothing is to be flushed to it at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:  # whoever reads has seen enough
+        discard_output()
     except (LoraFileError, OSError) as error:  # files have changed while they were looked at
         print(f"error: {args.path}: {error}", file=sys.stderr)
         return 2
@@ -77,12 +74,14 @@ class Preflight:
         """Print what headers show, then what the weights do, and what to do next."""
         args, progress = self.args, Progress(log=sys.stderr)
         try:
+            if not args.path:
+                raise UsageError("FOLDER: empty. Give a folder of LoRAs.")
             settings = resolve(_with(args, dataset=args.path))
+            check_places(results_folder(args.output_dir, args.path))
             name, folder = locate(args.path, args.data_dir, progress, train=False)
         except UsageError as error:
             self._refuse([str(error).removeprefix("--dataset ")])
-            if args.json:
-                self._finish({}, [])
+            self._finish({}, [])
             return
         collection = self._index(name, folder, progress)
         if collection is None or self.refused:
@@ -255,18 +254,16 @@ def command(program: str, args: argparse.Namespace, *words: str) -> str:
     """Return a command line of this project, for a shell, with the flags of the experiment that are not as by default.
 
     Args:
-        program: The file that is run; its whole path where that is not in the working folder.
+        program: The file that is run.
         args: The flags.
         words: Behind the program, quoted.
     """
-    path, usual = Path(data.__file__).with_name(program), vars(parse_arguments([]))
-    path = path.relative_to(Path.cwd()) if path.parent == Path.cwd() else path
-    flags = []
+    flags, usual = [], vars(parse_arguments([]))
     for name, default in usual.items():
         value, flag = getattr(args, name, default), f"--{name.replace('_', '-')}"
         if value != default:
             flags.append(flag if value is True else f"{flag}={shlex.quote(str(value))}")
-    return " ".join(["python", shlex.quote(str(path)), *words, *flags])
+    return plain(" ".join(["python", program_path(program), *words, *flags]))
 
 
 def _print(lines: Iterable[str]) -> None:

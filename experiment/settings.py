@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,6 +26,8 @@ STACK_PARAMETERS = {"cpu": 2_200_000, "cuda": 70_000_000}
 # Of 4 to 12 autoencoders for a CPU: enough stacks to keep its threads busy to the end.
 AUTOENCODER_PARAMETERS = {"cpu": 7_000_000, "cuda": 70_000_000}
 STREAMS = 4  # units at once on a GPU: one alone leaves most of it idle
+FIGURE_FOLDER, PREVIOUS = "figures", "previous"  # in the folder of results, beside these files
+RESULT_NAMES = ("top_layers.json", "results.txt", "report.html", "samples.csv", "predictions.npz", "results.json")
 TRIES = 3  # to write into a folder that others make and remove too
 QUICK = {"max_epochs": 30, "patience": 5}  # of --quick, of networks that read modules
 RUNS_IN_STACK = {"cpu": 1, "cuda": 10}  # of one representation, so that more runs find the first ones finished
@@ -211,7 +212,7 @@ def nearest_of(path: Path) -> Path:
     return next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
 
 
-def check_places(folder: Path, files: Iterable[str], folders: Iterable[str]) -> None:
+def check_places(folder: Path) -> None:
     """Refuse a folder of results whose name cannot be, or that holds something else in the place of one of them.
 
     Through a link files elsewhere would be moved; and to find it at the end would be late.
@@ -222,12 +223,12 @@ def check_places(folder: Path, files: Iterable[str], folders: Iterable[str]) -> 
         pass
     except OSError as error:
         raise UsageError(f"--output-dir: {plain(os.fspath(folder))}: {error.strerror}. Give another.") from error
-    for place in (folder, *(folder / name for name in folders)):
+    for place in (folder, folder / FIGURE_FOLDER, folder / PREVIOUS):
         is_link = place.is_symlink() and place != folder
         if os.path.lexists(place) and (is_link or not place.is_dir()):
             fault = "a link" if is_link else "a file"
             raise UsageError(f"{plain(os.fspath(place))}: {fault} in the place of a folder of results. Remove it.")
-    for place in (folder / name for name in files):
+    for place in (folder / name for name in RESULT_NAMES):
         if place.is_dir():
             raise UsageError(f"{plain(os.fspath(place))}: a folder in the place of a file of results. Remove it.")
     if folder.is_dir():

@@ -329,7 +329,7 @@ class Progress:
     def _left(self, now: float, share: float | None) -> str:
         """Return about how long the rest takes, in words; empty where nothing shows it."""
         start, first = self._since
-        if share is None or share <= first or share >= 1 or now <= start:
+        if share is None or first is None or share <= first or share >= 1 or now <= start:
             return ""
         return f"{duration((now - start) * (1 - share) / (share - first))} left"
 
@@ -372,4 +372,4 @@ def duration(seconds: float) -> str:
 def say(line: str = "") -> None:
     """Print a line at once, also into a log file and above a bar."""
     with tqdm.external_write_mode():
-        print(line, flush=True)
+        print("\n".join(map(plain, line.split("\n"))), flush=True)

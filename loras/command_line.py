@@ -6,8 +6,11 @@ Imports only what takes no time: --help and mistakes are answered before any lib
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 from loras.names import one_line, plain
 
@@ -26,6 +29,12 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     near = [name for letters, name in spelled.items() if alike.strip("-") and letters.startswith(alike)]
     near = near or [spelled[letters] for letters in get_close_matches(alike, spelled, n=1)]
     return f" Did you mean {' or '.join(near[:MOST_NAMED])}?" if near else ""
+
+
+def program_path(name: str) -> str:
+    """Return how a program of this project is called from the working folder, quoted for a shell."""
+    path = Path(__file__).parents[1] / name
+    return shlex.quote(name if path.parent == Path.cwd() else os.fspath(path))
 
 
 def whole_number(text: str) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from loras.command_line import Parser, whole_number
 
+NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small")  # names that are no folders of these names
 # Those that indexing takes by the same names; --layers chooses among the layers that were indexed.
 OF_INDEX = ("labels", "label_column", "group_column", "step", "common_layers", "skip_bad", "strict")
 
@@ -89,10 +90,10 @@ def parse_arguments(
         "inspect",
         help="show what a folder of LoRAs holds, and all for which an experiment would refuse it",
         description="Show what a folder of LoRAs holds, and all for which an experiment would refuse it: exit code 2. "
-        "Nothing is trained or written.",
+        "Nothing is trained, and nothing is left behind.",
         epilog="All other flags of the experiment are taken too, and stand in the command of the last line.",
     )
-    look.add_argument("path", metavar="FOLDER", help="any folder of LoRAs; or 1k, 10k, 50k, 100k or small")
+    look.add_argument("path", metavar="FOLDER", help=f"any folder of LoRAs; or one of {', '.join(NAMED_DATASETS)}")
     look.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     look.add_argument("--all", action="store_true", help="list every layer and every class")
     look.add_argument(

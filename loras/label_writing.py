@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 from loras import building, checkpoints, headers, names, small_files
 from loras.checkpoints import Choice
+from loras.command_line import program_path
+from loras.flags import NAMED_DATASETS
 from loras.keys import LoraFileError
 from loras.label_names import KnownNames, leads_elsewhere
 from loras.label_tables import FILE_NAME, LabelError
@@ -240,7 +242,8 @@ def _fields_line(root: Path, paths: Sequence[str]) -> list[str]:
 
 def _next_lines(root: Path, out: Path, done: bool) -> list[str]:
     folder, flag = shlex.quote(os.fspath(root)), f"--labels={shlex.quote(os.fspath(out))}"
-    data_set = f"./{folder}" if re.fullmatch(r"small|\d+k", folder) else folder  # else a name of the built-in ones
+    folder = f"./{folder}" if folder in NAMED_DATASETS else folder  # else a name of the built-in ones
     fill_in = [] if done else ["fill in the column label of each LoRA (in a spreadsheet: save as CSV UTF-8), then"]
-    commands = [f"python data.py inspect {folder} {flag}", f"python ablation_experiment.py --dataset={data_set} {flag}"]
+    look, experiment = program_path("data.py"), program_path("ablation_experiment.py")
+    commands = [f"python {look} inspect {folder} {flag}", f"python {experiment} --dataset={folder} {flag}"]
     return [("next:    " if i == 0 else "         ") + line for i, line in enumerate(fill_in + commands)]

@@ -20,6 +20,7 @@ from typing import Protocol
 from loras import checkpoints, names, small_files
 from loras.building import METADATA_NAME
 from loras.checkpoints import Choice
+from loras.command_line import program_path
 from loras.label_names import KnownNames, leads_elsewhere, names_of_files
 from loras.label_tables import (
     FILE_NAME,
@@ -200,7 +201,7 @@ def _default_column(table: Table, group_column: str | None) -> str:
     for name in LABEL_COLUMNS:
         if alike := [column for column in table.columns if column_key(column) == column_key(name)]:
             return alike[0]
-    others = [name for name in table.columns if name not in (group_column, STEP)]
+    others = [name for name in table.columns if name not in (group_column, STEP, HINT)]
     if len(others) == 1:
         return others[0]
     raise _no_column(table, " or ".join(LABEL_COLUMNS))
@@ -377,7 +378,7 @@ def instead_of(source: str, root: Path) -> str:
 
 def label_command(root: Path) -> str:
     """Return the command that writes a table of labels to fill in."""
-    return f"python data.py label {shlex.quote(os.fspath(root))}"
+    return f"python {program_path('data.py')} label {shlex.quote(os.fspath(root))}"
 
 
 def _group_by_metadata(result: Labels, root: Path, beside: _Beside, name: str) -> None:

@@ -8,6 +8,7 @@ or paragraph separator, and nothing of no width.
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
 
@@ -43,8 +44,16 @@ def spreadsheet_cell(text: str) -> str:
 
 
 def escape_output() -> None:
-    """Let standard output and error escape what their encoding lacks, in place of an error."""
+    """Let standard output and error escape what their encoding lacks, in place of an error, or go nowhere if closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed when Python began
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it is open until the end)
     for stream in (sys.stdout, sys.stderr):
         # Others stand in for the streams in tests; and one that was a file when Python began may be a pipe by now.
         with suppress(AttributeError, OSError):
             stream.reconfigure(errors="backslashreplace")
+
+
+def discard_output() -> None:
+    """Let standard output go nowhere from now on: nobody reads it any more, and at the end Python would flush it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -182,7 +183,9 @@ def _few(results: dict) -> Iterator[Caution]:
     section, units = analysis["layers"], "test LoRAs" if analysis["permuted"] == "LoRAs" else "groups of test LoRAs"
     line = f"Only {analysis['units']} {units}: intervals are wide, and small effects cannot be seen."
     if section["num_above_null"]:  # else the first answer says it
-        line += f" Among {len(section['records'])} layers, the first {needed_text(section['needed'])}."
+        line += (
+            f" Among {len(section['records'])} layers, the first {needed_text(section['needed'], section['chance'])}."
+        )
     widest = max(high - low for low, high in (record["interval"] for record in section["records"]))
     brief = f"a layer's interval is up to {round(100 * widest)} points wide, so only large differences can be seen"
     compared = analysis["representations"]
@@ -295,7 +298,7 @@ def use_of(column: str) -> str:
     """Return how groups of a column are used; those of a header's field are to be written into a table first."""
     if column.startswith("header: "):
         return "A table (--labels) with that field as a column, and --group-column, use it."
-    return f"--group-column={column} uses it."
+    return f"--group-column={shlex.quote(column)} uses it."
 
 
 def _degenerate_features(results: dict) -> Iterator[str]:
@@ -343,7 +346,7 @@ def checks(results: dict) -> list[str]:
     lines = [
         f"Chance: the predictions of all layers against {analysis['permutations']:,} permutations of the test labels "
         f"({moved} moved). By chance a single layer reaches {bounds(layers['null_band'])} %; the first among "
-        f"{len(layers['records'])} {needed_text(layers['needed'])}.",
+        f"{len(layers['records'])} {needed_text(layers['needed'], layers['chance'])}.",
         *_cheap_accuracies(analysis["cheap"]),
     ]
     if analysis["controls"] == "none":

@@ -162,7 +162,7 @@ def _layers_above(results: dict) -> str:
         by = " by accuracy" if count and not known else ""
     if known == 0:
         alone = f"No single layer is distinguishable from chance{by} ({largest} %)"
-        return f"{alone}; among {total} the first {needed_text(section['needed'])}.{by_f1}"
+        return f"{alone}; among {total} the first {needed_text(section['needed'], section['chance'])}.{by_f1}"
     family = f"p < {analysis['alpha']}, corrected for the choice among all layers"
     if above == known:
         return f"{known} of {total} layers {_are(known)} above chance ({largest} %; {family}).{by_f1}"
@@ -356,7 +356,7 @@ def _best_representation(results: dict) -> Iterator[str]:
     if best is None:
         if len(drops) == 1:
             name = next(iter(drops))
-            needed = needed_text(section["needed"])
+            needed = needed_text(section["needed"], results["chance"]["accuracy"])
             yield f"{name} is indistinguishable from chance ({chance}) with all layers: it {needed}."
         else:
             yield from _none_best(results)
@@ -375,7 +375,7 @@ def _none_best(results: dict) -> Iterator[str]:
     accuracy, chance = _accuracies(results, "baseline"), percent(results["chance"]["accuracy"])
     chosen, others = section["chosen"], section["above_null"]
     reached = f"reaches {percent(accuracy[chosen])} % ({bounds(section['intervals'][chosen])})"
-    needed = f"among {len(accuracy)} representations {needed_text(section['needed'])}"
+    needed = f"among {len(accuracy)} representations {needed_text(section['needed'], results['chance']['accuracy'])}"
     if not others:
         yield (
             f"None of {len(accuracy)} representations is distinguishable from chance ({chance} %) with all layers, so "

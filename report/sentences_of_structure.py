@@ -86,7 +86,7 @@ def rank_matters(results: dict) -> Iterator[str]:
         yield f"{capital(section['why']).rstrip('.')}; the {tested} is tested instead."
     yield (
         f"The {tested} differs significantly between concepts in {section['num_significant'] or 'none'} of "
-        f"{len(section['modules'])} modules (Kruskal-Wallis, false discovery rate "
+        f"{counted(len(section['modules']), 'module')} (Kruskal-Wallis, false discovery rate "
         f"{100 * results['analysis']['alpha']:.0f} %)."
     )
     concepts = len(complexity["by_class"])

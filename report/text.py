@@ -88,16 +88,16 @@ def settings_lines(config: dict, environment: dict, output_dir: object, with_aut
     )
 
 
-def collection_lines(header: dict, representations: int) -> str:
+def collection_lines(header: dict, representations: int, with_skipped: bool = True) -> list[str]:
     """Return the collection, and what will be done with it."""
     dataset, top_k = header["dataset"], header["config"]["top_k"]
     facts = _collection(header)
     facts += [("ignored", f"{pattern} ({count})") for pattern, count in dataset["ignored"].items()]
-    if dataset["skipped"]:
+    if dataset["skipped"] and with_skipped:
         facts += skipped_facts(dataset["skipped"], "left out, as --skip-bad asks; results.json lists them and why")
-    phases = f"{counted(representations, 'representation')} without the top {top_k}, and with all layers"
+    phases = f"{counted(representations, 'representation')} without {top_layers(top_k)}, and with all"
     facts.append(("plan", f"rank {dataset['num_layers_selected']} layers; then {phases}"))
-    return "\n".join(_aligned(facts))
+    return _aligned(facts)
 
 
 def skipped_facts(skipped: Sequence[dict], outcome: str) -> list[tuple[str, str]]:
@@ -150,6 +150,14 @@ def short_lines(results: dict, answered: Sequence[Answer]) -> list[str]:
     if count := len(warnings(results)):
         lines.append(f"{counted(count, 'caution')} and the other sentences stand in results.txt and report.html.")
     return lines
+
+
+def console_lines(results: dict, content: Content) -> list[str]:
+    """Return what decides how the rest is read, and the short answers; nothing without an analysis."""
+    if not content.answers:
+        return []
+    first = bear_in_mind_lines(content.warnings)
+    return [*([""] if first else []), *first, *short_lines(results, content.answers)]
 
 
 def next_step(results: dict) -> str:

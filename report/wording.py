@@ -78,10 +78,16 @@ def accuracy_text(estimate: dict) -> str:
     return f"{percent(estimate['accuracy'])} % ({bounds(estimate['interval'])})"
 
 
-def needed_text(needed: float) -> str:
-    """Return what an accuracy would have to be to differ from chance, as the end of a sentence on it."""
+def needed_text(needed: float, chance: float) -> str:
+    """Return what an accuracy would have to be to differ from chance, as the end of a sentence on it.
+
+    Predictions that spread over the classes reach less on permuted labels than always guessing the largest class does,
+    which is what ``chance`` is: the bound may lie below that.
+    """
     if needed > 1 - 1e-9:
         return "would be indistinguishable from chance by so few test LoRAs even at 100 %"
+    if needed < chance:
+        return f"would have to exceed {percent(needed)} % to be distinguishable from permuted labels"
     return f"would have to exceed {percent(needed)} % to be distinguishable from chance"
 
 

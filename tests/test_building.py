@@ -302,6 +302,16 @@ def test_a_stage_that_ends_begins_anew_with_the_next_of_its_name(clock, capsys):
     assert lines_of(clock, capsys, calls) == ["  phase 2: 1 of 2, about 20 s left"]
 
 
+def test_the_end_of_a_stage_whose_length_nobody_knew(clock, capsys):
+    calls = [(0.0, "import", 1, None), (60.0, "import", 2, None), (61.0, "import", 3, 3), (90.0, "import", 4, None)]
+    assert lines_of(clock, capsys, calls) == ["  import: 2"]
+
+
+def test_what_is_said_has_no_control_character(capsys):
+    building.say("a folder: \x1b[31m\nand \u202e")
+    assert capsys.readouterr().out == "a folder: \\x1b[31m\nand \\u202e\n"
+
+
 def test_progress_on_a_terminal_is_a_bar_with_the_time_left_and_lines_go_above_it(clock, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     progress = building.Progress()

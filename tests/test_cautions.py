@@ -279,3 +279,7 @@ def test_groups_that_were_not_used_are_named_with_what_uses_them(column, mend):
     results["analysis"]["groups"] |= {"unused": [column], "column": column, "representation": "stats"}
     (line,) = warned(results, column)
     assert line.endswith(mend)
+
+
+def test_a_column_in_a_command_is_quoted():
+    assert cautions.use_of("the artist; x") == "--group-column='the artist; x' uses it."

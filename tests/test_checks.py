@@ -140,10 +140,12 @@ def test_skip_bad_leaves_out_all_copies_of_several_labels_and_reruns_read_nothin
     dataset = results_in(folder)["dataset"]
     assert [entry["path"][:12] for entry in dataset["skipped"]] == ["class_0/0001", "class_0/0005", "class_1/0004"]
     assert dataset["num_samples"] == 17 and [finding["count"] for finding in dataset["findings"]] == [2]
-    capsys.readouterr()
+    told = capsys.readouterr().out
+    assert [told.count(f"\n{word} ") for word in ("data", "plan", "estimate", "skipped")] == [2, 1, 1, 1]
     monkeypatch.setattr(extraction._Pass, "run", lambda *_, **__: 1 / 0)
     run(zoo, "--skip-bad")
-    assert "Nothing to do" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "Nothing to do" in told and "\n\nBear in mind\n" in told
 
 
 def test_nothing_is_left_where_skip_bad_leaves_too_few(tmp_path, capsys):

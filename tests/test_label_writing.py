@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import shlex
+import subprocess
+import sys
 
 import pytest
 from making import FILE_NAME, lora, write_collection, write_lora
@@ -13,6 +15,7 @@ import data
 from data import CollectionError, index_collection, select_layers
 from experiment.contents import contents_of
 from loras import label_writing
+from loras.command_line import program_path
 from loras.label_writing import hint_of
 from loras.weight_files import find_weight_files
 
@@ -48,8 +51,8 @@ def test_a_flat_folder_becomes_a_table_that_is_filled_in_and_read(tmp_path, caps
         0,
         f"{out}: 6 LoRAs, no label known\n"
         "next:    fill in the column label of each LoRA (in a spreadsheet: save as CSV UTF-8), then\n"
-        f"         python data.py inspect {folder} {flag}\n"
-        f"         python ablation_experiment.py --dataset={folder} {flag}\n",
+        f"         python {program_path('data.py')} inspect {folder} {flag}\n"
+        f"         python {program_path('ablation_experiment.py')} --dataset={folder} {flag}\n",
         "",
     )
     assert out.read_bytes().startswith(b"\xef\xbb\xbffile_name,label\n0.safetensors,\n")  # as Excel knows UTF-8
@@ -62,6 +65,30 @@ def test_a_flat_folder_becomes_a_table_that_is_filled_in_and_read(tmp_path, caps
     assert code == 2 and out.read_bytes() == before
     words = f"is there already, and is not overwritten. Fill it in for {flag}, or name another with --out."
     assert error == f"error: {out}: {words}\n"
+
+
+def test_a_folder_that_has_the_name_of_a_collection_is_meant_itself(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_lora(tmp_path / "small" / "a.safetensors", lora(1))
+    _, out, _ = label(capsys, "small")
+    assert "data.py inspect ./small --labels=small/labels.csv\n" in out
+    assert "--dataset=./small --labels=small/labels.csv\n" in out
+
+
+def test_whoever_reads_may_stop_at_once(tmp_path):
+    write_lora(tmp_path / "zoo" / "a.safetensors", lora(1))
+    command = f"set -o pipefail; {sys.executable} {data.__file__} label {tmp_path / 'zoo'} | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "zoo" / "labels.csv").exists()
+
+
+def test_a_hint_alone_is_no_label(tmp_path):
+    for name in "abcdef":
+        write_lora(tmp_path / f"{name}.safetensors", lora(1))
+    rows = "".join(f"{name}.safetensors,x\n" for name in "abcdef")
+    (tmp_path / "labels.csv").write_text(f"file_name,label_hint\n{rows}")
+    with pytest.raises(CollectionError, match="no label: no column category_label or label"):
+        index_collection(tmp_path, labels=tmp_path / "labels.csv")
 
 
 def test_labels_are_filled_in_where_a_run_would_read_them(tmp_path, capsys):

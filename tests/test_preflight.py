@@ -34,7 +34,7 @@ def both(root, capsys, *flags: str) -> tuple[list[str], list[str]]:
     flags = [*(flag for flag in FLAGS if flag.split("=")[0] not in " ".join(flags)), *flags, f"--output-dir={out}"]
     refused = errors_of(lambda a: ablation_experiment.main(a, NARROW), capsys, [f"--dataset={root}", *flags])
     seen = errors_of(data.main, capsys, ["inspect", str(root), *flags])
-    assert refused[0] == seen[0] == 2 and refused[1] and not out.exists()
+    assert refused[0] == seen[0] == 2 and refused[1] and not list(out.glob("*/*"))
     return refused[1], seen[1]
 
 
@@ -149,6 +149,11 @@ def missing(root):
     shutil.rmtree(root)
 
 
+def results_that_are_a_file(root):
+    (root.parent / "out").mkdir()
+    (root.parent / "out" / f"ablation_{root.name}").touch()
+
+
 REFUSED = [
     (one_class,),
     (a_class_of_two,),
@@ -187,6 +192,7 @@ REFUSED = [
     (None, "--representations=stats,statistics"),
     (None, "--num-runs=0"),
     (None, "--device=abacus"),
+    (results_that_are_a_file,),
 ]
 
 
@@ -337,6 +343,7 @@ def test_the_last_line_is_the_command_with_the_flags_quoted(tmp_path, capsys, mo
     root = write_collection(tmp_path / "my loras; rm x")
     flags = [*FLAGS, "--layers=*attentions.[01]*", "--strict", "--controls=none"]
     *_, last = shown(capsys, root, *flags)
+    assert "\\x1b" in shown(capsys, f"{root}\x1b[31m", expected=2)[-1]
     words = shlex.split(last.removeprefix("next:    "))
     assert words[:2] == ["python", str(PROGRAM.with_name("ablation_experiment.py"))]
     parsed, asked = (ablation_experiment.parse_arguments(given) for given in (words[2:], [f"--dataset={root}", *flags]))
@@ -393,6 +400,12 @@ def test_whoever_reads_may_stop(tmp_path, reader):
     done = in_shell(f"{sys.executable} {PROGRAM} inspect {tmp_path / 'zoo'} {flags} {reader}")
     assert (done.returncode, done.stderr) == (0, "")
     assert reader in (">&-", "--json | head -n 1") or "LoRAs of 4000 layers" in done.stdout
+
+
+@pytest.mark.slow
+def test_whoever_reads_may_stop_and_still_learns_that_it_is_refused(tmp_path):
+    one_class(write_collection(tmp_path / "zoo", per_class=3))
+    assert in_shell(f"{sys.executable} {PROGRAM} inspect {tmp_path / 'zoo'} 2>&1 | true").returncode == 2
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["inspect", "--help"], ["import", "--help"]])

@@ -74,3 +74,9 @@ def test_no_line_ends_between_a_number_and_its_sign():
 
 def test_a_sentence_ends_once():
     assert wording.sentence("it diverged.") == wording.sentence("it diverged") == "It diverged."
+
+
+def test_what_is_needed_is_never_less_than_the_chance_that_it_is_compared_with():
+    assert wording.needed_text(0.6, 0.4).endswith("exceed 60.0 % to be distinguishable from chance")
+    assert wording.needed_text(0.2, 0.4).endswith("exceed 20.0 % to be distinguishable from permuted labels")
+    assert "even at 100 %" in wording.needed_text(1.0, 0.4)
