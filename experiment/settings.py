@@ -251,7 +251,12 @@ def resolve_devices(name: str) -> tuple[torch.device, ...]:
     if device.type not in STACK_PARAMETERS:
         raise UsageError(f"--device {name}: not supported. Give auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise UsageError(f"--device {name}: there are {gpus} GPUs here. Give cpu, or one that is there.")
+        if torch.version.cuda is None:
+            raise UsageError(
+                f"--device {name}: this torch is a build for CPUs alone. Install one for CUDA, or give cpu."
+            )
+        found = f"there {'is' if gpus == 1 else 'are'} {gpus or 'no'} GPU{'s' * (gpus != 1)} here"
+        raise UsageError(f"--device {name}: {found}. Give cpu, or one that is there.")
     if device.type == "cuda":
         have_repeatable_products()
     if name == "cuda":

@@ -159,7 +159,10 @@ def assert_whole(out, expected):
 # -- kills ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "../ablation_small/results.txt"])
+@pytest.mark.parametrize(
+    "kind",
+    [*KINDS[:2], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[2:]), "../ablation_small/results.txt"],
+)
 def test_a_kill_right_after_each_kind_of_unit_loses_nothing(processes, collection, expected, tmp_path, kind):
     killed = False
     for trial in range(10):  # a pass takes its documents away again, maybe before anyone has seen them
