@@ -251,10 +251,8 @@ def resolve_devices(name: str) -> tuple[torch.device, ...]:
     if device.type not in STACK_PARAMETERS:
         raise UsageError(f"--device {name}: not supported. Give auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= gpus:
-        if torch.version.cuda is None:
-            raise UsageError(
-                f"--device {name}: this torch is a build for CPUs alone. Install one for CUDA, or give cpu."
-            )
+        if not gpus and not torch.backends.cuda.is_built():
+            raise UsageError(f"--device {name}: this torch is built without CUDA. Install one with it, or give cpu.")
         found = f"there {'is' if gpus == 1 else 'are'} {gpus or 'no'} GPU{'s' * (gpus != 1)} here"
         raise UsageError(f"--device {name}: {found}. Give cpu, or one that is there.")
     if device.type == "cuda":

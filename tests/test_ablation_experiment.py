@@ -730,7 +730,7 @@ def test_ties_by_validation_never_look_at_the_test_rows(one_core, tmp_path, monk
         (["--top-k=4"], "--top-k 4: these LoRAs have 4 layers"),
         (["--num-runs=0"], "--num-runs 0"),
         (["--representations=stats,astrology"], "astrology: not known. Choose from flat_vec"),
-        (["--device=cuda:99"], "GPUs here"),
+        (["--device=cuda:99"], "--device cuda:99: th"),
         (["--device=quantum"], "--device quantum: not a device"),
         (["--device=mps"], "--device mps: not supported"),
         (["--dataset="], "--dataset: empty"),
