@@ -42,7 +42,7 @@ from loras.copies import common_names
 from loras.flags import OF_INDEX
 from loras.layer_sets import and_more, layer_differences
 from loras.lora_files import Header, Layer, Layout, LoraFileError, by_layout, file_stat
-from loras.names import plain
+from loras.names import plain, quoted
 from loras.notices import Finding, Notice, grouped, unreadable
 from loras.recipe import header_notices
 from loras.scales import ScaleCount, count_scales
@@ -449,13 +449,14 @@ def check_classes(collection: Collection) -> None:
     else:
         _check_groups(collection)
         return
-    left_out = f" after {len(collection.skipped)} files were left out" if collection.skipped else ""
+    count = len(collection.skipped)
+    left_out = f" after {count} file{' was' if count == 1 else 's were'} left out" if count else ""
     raise CollectionError([f"{collection.root}: labels from {collection.label_source} give{left_out} {fault}"])
 
 
 def _rarest(counts: dict[str, int]) -> str:
     """Return counts in words, the smallest first."""
-    rarest = [f"{label}: {counts[label]}" for label in sorted(counts, key=counts.get)]
+    rarest = [f"{quoted(label)}: {counts[label]}" for label in sorted(counts, key=counts.get)]
     return ", ".join(rarest[:12]) + (", ..." if len(rarest) > 12 else "")
 
 

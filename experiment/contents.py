@@ -20,7 +20,7 @@ from experiment.settings import Settings
 from loras import labels as labelling
 from loras.building import duration
 from loras.layouts import Layer, by_layout
-from loras.names import plain
+from loras.names import plain, quoted
 from loras.recipe import scale_records
 
 MAX_CLASSES = 24  # that are listed, unless all are asked for
@@ -184,6 +184,7 @@ def content_lines(path: str, contents: dict, everything: bool = False) -> list[s
 
 
 def _class_lines(classes: dict[str, int], everything: bool) -> list[str]:
+    classes = {quoted(label): count for label, count in classes.items()}
     if everything or len(classes) <= MAX_CLASSES:
         return _wrapped("classes:", [f"{label} ({count})" for label, count in classes.items()])
     sizes = sorted(set(classes.values()))

@@ -116,8 +116,9 @@ def _add_comparison_flags(group: argparse._ArgumentGroup) -> None:
     add(
         "--controls",
         choices=LEVELS,
-        help="what to train to compare with; what needs no training is always analysed. none: nothing, so there are no "
-        "verdicts; basic: for stats in 3 runs 39 random removals, the bottom k, the top k alone, curves of at least 12 "
+        help="what to train to compare with; what needs no training is always analysed. none: nothing, so whether "
+        "prediction is robust has no verdict; basic: for stats in 3 runs 39 random removals, the bottom k, the top k "
+        "alone, curves of at least 12 "
         "points; each representation without the layers that other test LoRAs choose, in 3 runs; and the best "
         "representation without fitting on a split by groups where a column looks like one; update_kernel and "
         "update_views too, with 200 removals, where their kernels are kept; all: also ensemble and update_sketch, both "

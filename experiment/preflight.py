@@ -228,6 +228,9 @@ class Preflight:
         if not self.refused:
             return command("ablation_experiment.py", args, f"--dataset={shlex.quote(args.path)}")
         look = ["inspect", shlex.quote(args.path)]
+        writes = labelling.label_command(Path(args.path))
+        if any(f"`{writes}` writes it" in line for line in self.refused):
+            return f"{writes} writes a table of labels to fill in"
         if self.other_labels:
             other = _with(args, label_column=self.other_labels[0])
             return f"{AGAIN}; or by other labels: {command('data.py', other, *look)}"

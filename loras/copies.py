@@ -350,9 +350,7 @@ def twin_notices(
         keep_twins: Whether they stay where the split puts them.
         strict: Whether they are faults; then the notices' files are all but the first copy and the last epoch.
     """
-    outcome = (
-        ": they are kept on one side of the split. Keep one of each, or let the experiment leave them (--keep-twins)."
-    )
+    outcome = ": they are kept on one side of the split. Keep one of each; or --keep-twins has the split part them."
     if keep_twins:
         outcome = (
             ": as --keep-twins asks, they may be on both sides of the split, and recognised there. Keep one of each."
@@ -369,10 +367,12 @@ def twin_notices(
     if epochs:
         count, several = sum(map(len, epochs)), sum(len({labels[row] for row in group}) > 1 for group in epochs)
         trainings = "one training" if len(epochs) == 1 else f"{len(epochs)} trainings"
-        verb = "has" if several == 1 else "have"
-        mixed = f"; {several} of these {verb} more than one label" if several else ""
+        sets = "1 set" if several == 1 else f"{several} sets"
+        mixed = f"; {sets} of these with several labels, which one training seldom has" if several else ""
         at_fault = [row for group in epochs for row in group[:-1]] if strict else list(chain(*epochs))
-        message = f"{count} LoRAs are epochs of {trainings} ({_example(paths, epochs, ', ')}){mixed}{outcome}"
+        message = (
+            f"{count} LoRAs are epochs of {trainings}, by their names ({_example(paths, epochs, ', ')}){mixed}{outcome}"
+        )
         notices.append(_notice("epochs", message, paths, at_fault, epochs))
     return notices
 

@@ -38,6 +38,11 @@ def fault(text: str) -> str:
     return f"'{beginning}' has {len(text)} characters" if len(text) > MAX_LENGTH else ""
 
 
+def quoted(label: str) -> str:
+    """Return a label as it stands in a list: in quotes where a blank at an end could not be seen."""
+    return label if label == label.strip() else f"'{label}'"
+
+
 def spreadsheet_cell(text: str) -> str:
     """Return a cell of a table that a spreadsheet shows as it is: an apostrophe stands before a formula's beginning."""
     return f"'{text}" if text.startswith(FORMULA) else text

@@ -180,13 +180,18 @@ def _few(results: dict) -> Iterator[Caution]:
     analysis = results["analysis"]
     if not analysis["few_test_loras"]:
         return
-    section, units = analysis["layers"], "test LoRAs" if analysis["permuted"] == "LoRAs" else "groups of test LoRAs"
+    section, test = analysis["layers"], results["dataset"]["split_sizes"]["test"]
+    single = analysis["permuted"] == "LoRAs" or analysis["units"] == test
+    units = "test LoRAs" if single else "groups of test LoRAs"
     line = f"Only {analysis['units']} {units}: intervals are wide, and small effects cannot be seen."
     if section["num_above_null"]:  # else the first answer says it
         line += (
             f" Among {len(section['records'])} layers, the first {needed_text(section['needed'], section['chance'])}."
         )
-    widest = max(high - low for low, high in (record["interval"] for record in section["records"]))
+    intervals = [record["interval"] for record in section["records"]]
+    if crossed := (analysis["cross_fitted"] or {}).get("first"):
+        intervals.append(crossed["interval"])
+    widest = max(high - low for low, high in intervals)
     brief = f"a layer's interval is up to {round(100 * widest)} points wide, so only large differences can be seen"
     compared = analysis["representations"]
     families = {"a layer": section, "a representation": compared and compared["conditions"]["baseline"]}

@@ -254,7 +254,10 @@ def _curves(ax: Axes, name: str, section: dict) -> None:
     if left and left["interval"]:
         share = f"{whole_percent(left['share'])} % ({bounds(left['interval'], whole_percent)})"
         lines.append(f"{share} left without {section['most']}")
-    lines.append("areas " + ", ".join(f"{section['curves'][curve]['area']:.2f}" for curve in CURVES))
+    lowest = section["survives_half"]
+    if lowest and lowest["interval"] and lowest["removed"] != section["most"]:
+        share = f"{whole_percent(lowest['share'])} % ({bounds(lowest['interval'], whole_percent)})"
+        lines.append(f"{share} left without {lowest['removed']}")
     ax.set_title("\n".join(lines), fontsize=SMALL + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
 
@@ -306,9 +309,9 @@ def _representations_finding(results: dict) -> str:
     if total == 1:
         return f"{best}: {reached}, {'a' if losses else 'no'} significant loss"
     names = listed([cut(name, 1.5) for name in similar]) if 0 < len(similar) <= NAMED else f"{len(similar)} others"
-    beside = [f"{len(compared['tied_on_validation'])} equal there"] if compared["tied_on_validation"] else []
-    beside += [f"{names} not significantly worse"] if similar else []
-    others = f" ({'; '.join(beside)})" if beside else ""
+    equal = len({*compared["tied_on_validation"]} & {*similar})
+    tied = f", {'all' if equal == len(similar) else equal} equal on validation" if equal and len(similar) > 1 else ""
+    others = f" ({names} not significantly worse{tied})" if similar else ""
     removed = "it" if k == 1 else "them"
     return (
         f"{best} is best by validation{others}: {reached}; removing {removed} lowers {losses} of {total} "
@@ -318,8 +321,10 @@ def _representations_finding(results: dict) -> str:
 
 def _representations(results: dict, figure: Figure) -> None:
     section, k = results["analysis"]["representations"], results["config"]["top_k"]
-    best = section["conditions"]["baseline"]["best"]
-    names = sorted(section["drops"], key=lambda name: (_accuracies(results, name), name))  # the best on top
+    compared = section["conditions"]["baseline"]
+    best = compared["best"]
+    order = list(section["drops"])  # of equals the best stands first, then as in the tables
+    names = sorted(order, key=lambda name: (_accuracies(results, name), name == best, -order.index(name)))
     set_height(figure, 1.45 + 0.24 * len(names))
     ax = figure.subplots()
     ax.hlines(range(len(names)), 0, 1, transform=ax.get_yaxis_transform(), color=PALE, lw=0.5, zorder=0)
@@ -332,12 +337,23 @@ def _representations(results: dict, figure: Figure) -> None:
         accuracy = [100 * _accuracies(results, name)[i] for name in names]
         intervals = 100 * np.array([section["conditions"][condition]["intervals"][name] for name in names])
         ax.hlines(heights, *intervals.T, color=color, lw=1.3)
-        ax.plot(accuracy, heights, ls="none", marker=marker, mfc=filling, mec=INK, ms=4.2, mew=0.9, label=label)
+        ax.plot(
+            accuracy,
+            heights,
+            ls="none",
+            marker=marker,
+            mfc=filling,
+            mec=INK,
+            ms=4.2,
+            mew=0.9,
+            label=label,
+            clip_on=False,
+        )
     chance = 100 * results["analysis"]["layers"]["chance"]
     ax.axvline(chance, **CHANCE, zorder=0.5, label=f"chance, {chance:.1f} %")
     ax.set_yticks(range(len(names)), cut_labels(names, 1.6, SIZE), fontsize=SIZE)
     for name, label in zip(names, ax.get_yticklabels(), strict=True):
-        if name in (best, *section["conditions"]["baseline"]["not_worse"]) and len(names) > 1:
+        if name in {best, *compared["not_worse"]} & {*compared["above_null"]} and len(names) > 1:
             label.set_fontweight("bold")
     ax.set_ylim(-0.6, len(names) - 0.4)
     ax.set_xlim(-1, 101)
@@ -427,7 +443,9 @@ def _modules(results: dict, ax: Axes) -> None:
     in_blocks = "num_layers_shown" in results
     label = f"{'a module ' if in_blocks else ''}differs by concept (FDR {100 * alpha:.0f} %): {differs.sum()}"
     ax.plot(positions[differs], explained[differs], "o", color=BLUE, **looks, label=label)
-    ax.plot(positions[~differs], explained[~differs], "o", color=GROUND, **looks, label=f"does not: {(~differs).sum()}")
+    ax.plot(
+        positions[~differs], explained[~differs], "o", color=GROUND, **looks, label=f"not shown to: {(~differs).sum()}"
+    )
     highest = max(1, 1.2 * explained.max())
     ax.set_ylim(-0.04 * highest, highest)
     ax.set_xlim(-0.5 - 0.01 * len(modules), 1.01 * len(modules) - 0.5)
@@ -444,7 +462,8 @@ def _modules(results: dict, ax: Axes) -> None:
         [names.get(modules[i]["module"], modules[i]["module"]) for i in most[:NAMED_MODULES]], 1.2, SMALL
     )
     figure.get_layout_engine().execute(figure)
-    place(ax, [(i, explained[i]) for i in most], texts, SMALL, beside=True, gap=0.09)
+    stems = [(i, height) for i in positions for height in np.linspace(0, explained[i], 8)]
+    place(ax, [*((i, explained[i]) for i in most), *stems], texts, SMALL, beside=True, gap=0.09)
 
 
 # fmt: off

@@ -278,9 +278,7 @@ def _layer_legend(results: dict) -> list:
     known, unknown = f"knows something ({above})", f"not distinguishable from chance ({total - above})"
     if layers:
         known, unknown = "mean of a block that has a layer which knows something", "mean of another block"
-    limit = f"needed among {total}: {percent(section['needed'])} %"
-    if section["needed"] > 1:
-        limit = f"needed among {total}: more than 100 %"
+    limit = f"needed among {total}: more than {percent(min(1, section['needed']))} %"
     marker = {"marker": "^", "ls": "none", "mec": INK, "ms": 5}
     return [
         Line2D([], [], color=BLUE, **marker, label=known),
@@ -320,10 +318,13 @@ def concept_layer_map_finding(results: dict) -> str | None:
     high, low = int(np.nanargmax(best)), int(np.nanargmin(best))
     if best[high] == best[low]:
         return f"The best single layer for each concept recognises {percent(best[high])} % of it{at_chance}"
-    names = cut_labels([section["classes"][c] for c in (high, low)], 1.8, SIZE)
+    ends = []
+    for c in (high, low):
+        (name,), alike = cut_labels([section["classes"][c]], 1.8, SIZE), int((best == best[c]).sum())
+        ends.append(f'"{name}"' if alike == 1 else f"{alike} concepts")
     return (
-        f"Single layers recognise {names[0]} best (up to {percent(best[high])} % of it) "
-        f"and {names[1]} worst (up to {percent(best[low])} %){at_chance}"
+        f"Single layers recognise {ends[0]} best (up to {percent(best[high])} %) "
+        f"and {ends[1]} worst (up to {percent(best[low])} %){at_chance}"
     )
 
 

@@ -37,6 +37,7 @@ POLICY = (
 )
 # Between a dot, slash or underscore and what follows, where a long name may go on in the next line; not inside numbers.
 BREAKS = re.compile(r"(?<=[/\\_])(?=[^\s/\\_])|(?<=[^\W\d]\.)(?=\w)|(?<=\d\.)(?=[^\W\d])")
+FLAG = re.compile(r"(?<![\w-])--[a-z]+(-[a-z]+)*(?![\w-])")
 SECTIONS = {  # anchor -> heading; that of modules is left out where nothing was made of them
     "answers": "Short answers",
     **{question.anchor: question.text for question in QUESTIONS},
@@ -56,8 +57,9 @@ ENVIRONMENT = Environment(
 
 
 def shown(text: str) -> Markup:
-    """Return text as markup: escaped, with breaks allowed inside long names and none before a unit."""
-    return Markup("<wbr>").join(map(escape, BREAKS.split(kept_together(text))))
+    """Return text as markup: escaped, with breaks allowed inside long names, and none before a unit or in a flag."""
+    marked = Markup("<wbr>").join(map(escape, BREAKS.split(kept_together(text))))
+    return Markup(FLAG.sub(r'<span class="flag">\g<0></span>', str(marked)))  # else the joining escapes again
 
 
 ENVIRONMENT.filters["shown"] = shown

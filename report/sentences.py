@@ -145,7 +145,21 @@ def _which_layers(results: dict) -> Iterator[str]:
     top = "the first layer stays first" if k == 1 else f"each of the top {k} stays among the top {k}"
     subject = "Stability on this split" if known else "Stability on this split, of an order that may be chance"
     yield f"{subject}: {_stability(section, k)}; with the test LoRAs resampled, {top} in {redrawn} % of the draws."
+    yield from _tied_at_the_end(results)
     yield from over_splits(results)
+
+
+def _tied_at_the_end(results: dict) -> Iterator[str]:
+    """Yield that the last of the top k and the next are equal, where they are."""
+    ranking, k = results["layer_ranking"], results["config"]["top_k"]
+    by_test = results["config"]["rank_by"] == "test"
+    metric, part = ("accuracy", "test") if by_test else ("val_accuracy", "validation")
+    if k < len(ranking) and ranking[k - 1][metric] == ranking[k][metric]:
+        deciding = "validation accuracy, then validation loss," if by_test else "validation loss"
+        yield (
+            f"The layers of ranks {k} and {k + 1} have the same {part} accuracy: {deciding} decides which of them is "
+            f"among {top_layers(k)}."
+        )
 
 
 def _layers_above(results: dict) -> str:
@@ -494,7 +508,7 @@ def _without_top(results: dict) -> Iterator[str]:
         honest = f"; where other test LoRAs choose the layers, {lost or 'none'}" if crossed else ""
         yield (
             f"Of {len(drops)} representations {losses or 'none'} {'lose' if losses > 1 else 'loses'} significantly by "
-            f"that removal{honest}."
+            f"removing {top_layers(k)}{honest}."
         )
     section = compared["conditions"]["ablation"]
     if not section["above_null"]:

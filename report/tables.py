@@ -28,7 +28,7 @@ from report.wording import (
 MOST_IN_TEXT, MOST_ON_PAGE = 100, 300  # rows of any table that results.txt and report.html show
 TOGETHER = (  # note below a table of differences
     "Intervals and p of a column of differences hold for all of it together (single-step, 95 %); all are over the same "
-    "test LoRAs and runs."
+    "test LoRAs and runs, and few runs that differ make them wide."
 )
 
 SKETCH_NOTE = (

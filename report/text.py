@@ -93,7 +93,7 @@ def collection_lines(header: dict, representations: int, with_skipped: bool = Tr
     dataset, top_k = header["dataset"], header["config"]["top_k"]
     facts = _collection(header)
     facts += [("ignored", f"{pattern} ({count})") for pattern, count in dataset["ignored"].items()]
-    if dataset["skipped"] and with_skipped:
+    if with_skipped:
         facts += skipped_facts(dataset["skipped"], "left out, as --skip-bad asks; results.json lists them and why")
     phases = f"{counted(representations, 'representation')} without {top_layers(top_k)}, and with all"
     facts.append(("plan", f"rank {dataset['num_layers_selected']} layers; then {phases}"))
@@ -101,7 +101,9 @@ def collection_lines(header: dict, representations: int, with_skipped: bool = Tr
 
 
 def skipped_facts(skipped: Sequence[dict], outcome: str) -> list[tuple[str, str]]:
-    """Return how many files are skipped, and the first of them with the reason of each."""
+    """Return how many files are skipped, and the first of them with the reason of each; nothing where none is."""
+    if not skipped:
+        return []
     facts = [("skipped", f"{counted(len(skipped), 'file')} {outcome}")]
     facts += [("", _cut(f"{entry['path']}: {entry['reason']}", SKIPPED_WIDTH)) for entry in skipped[:SKIPPED_NAMED]]
     more = len(skipped) - SKIPPED_NAMED
@@ -241,6 +243,7 @@ def run_facts(results: dict) -> list[tuple[str, str]]:
             f"accuracy {100 * chance['accuracy']:.1f}, macro-F1 {100 * chance['f1']:.1f}: "
             "always guessing the largest class of the test LoRAs",
         ),
+        *(skipped_facts(results["dataset"]["skipped"], "left out, as --skip-bad asks")),
         *_notices(results),
     ]
 
@@ -268,16 +271,14 @@ def _collection(results: dict) -> list[tuple[str, str]]:
         facts.append(("layers", f"{dataset['num_layers_selected']} of them match {pattern}: the others are left out"))
     sizes = sorted(set(dataset["class_counts"].values()))
     per_class = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-    names = ", ".join(dataset["classes"][:12]) + (", ..." if len(dataset["classes"]) > 12 else "")
+    listed = [name if name == name.strip() else f"'{name}'" for name in dataset["classes"]]
+    names = ", ".join(listed[:12]) + (", ..." if len(listed) > 12 else "")
     classes = f"{dataset['num_classes']} from {dataset['label_source']}, {per_class} LoRAs each: {names}"
     split, groups = dataset["split_sizes"], ""
-    if dataset["num_groups"] is not None:
-        by = (
-            f" by {dataset['group_column']}"
-            if dataset["group_column"] is not None
-            else " of copies or epochs, and of single LoRAs"
-        )
-        groups = f"; {dataset['num_groups']} groups{by}, each in one part"
+    if dataset["group_column"] is not None:
+        groups = f"; {dataset['num_groups']} groups by {dataset['group_column']}, each in one part"
+    elif dataset["num_groups"] is not None:
+        groups = "; copies, and epochs of one training, are in one part"
     parts = f"{split['train']} train, {split['validation']} validation, {split['test']} test{groups}"
     if left_out := dataset.get("not_trained_on"):
         named = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
@@ -470,5 +471,5 @@ def _notes(results: dict) -> list[str]:
             f"Early stopping rests on only {split['validation']} validation LoRAs: do not rely on small differences."
         )
     if skipped:
-        lines.append(f"{counted(len(skipped), 'file')} left out; results.json lists them.")
+        lines.append(f"{counted(len(skipped), 'file')} left out, as --skip-bad asks: see the beginning.")
     return lines

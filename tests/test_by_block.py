@@ -157,4 +157,4 @@ def test_concepts_of_blocks_are_ordered_by_their_best_layer_as_the_title_says():
         only, {"concept_layer_map": figures.findings(only)["concept_layer_map"]}
     )
     rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert len(rows) == 25 and f"recognise {rows[0]} best" in title and f"and {rows[-1]} worst" in title
+    assert len(rows) == 25 and f'recognise "{rows[0]}" best' in title and f'and "{rows[-1]}" worst' in title

@@ -304,7 +304,7 @@ def test_epochs_in_the_place_of_loras_are_called_so_by_the_experiment(tmp_path, 
         for i in range(6):
             write_lora(tmp_path / "zoo" / label / f"checkpoint-{i}" / PEFT, lora(1, seed=i + 6 * (label == "cat")))
     assert data.main(["inspect", str(tmp_path / "zoo"), "--top-k=1"]) == 2
-    assert "note: 12 LoRAs are epochs of 2 trainings (cat/checkpoint-0/" in capsys.readouterr().out
+    assert "note: 12 LoRAs are epochs of 2 trainings, by their names (cat/checkpoint-0/" in capsys.readouterr().out
     flags = ["--quick", "--num-runs=1", "--representations=stats", "--device=cpu", "--top-k=1"]
     assert main(["--dataset", str(tmp_path / "zoo"), "--output-dir", str(tmp_path / "out"), *flags], NARROW) == 2
     told = capsys.readouterr().err

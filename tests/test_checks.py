@@ -87,7 +87,7 @@ def test_copies_are_on_one_side_of_the_split_and_reported(zoo, capsys, seed):
     message = f"3 LoRAs are copies of others ({groups[0][0]} = {groups[0][1]}, ...): they are kept on one side"
     assert f"note      {message}" in told and finding["message"].startswith(message)
     assert f"note      {message}" in (folder / "results.txt").read_text()
-    assert "17 groups of copies or epochs, and of single LoRAs, each in one part" in told
+    assert "; copies, and epochs of one training, are in one part" in told
 
 
 def test_a_rerun_does_nothing_and_keep_twins_is_another_experiment(zoo, capsys):

@@ -237,7 +237,7 @@ def test_notices_count_and_name_the_first():
     copied, epochs = twin_notices(paths, labels, [[0, 1, 2], [3, 4]], [[2, 5]])
     assert copied.message.startswith("3 LoRAs are copies of others (a.safetensors = b.safetensors, ...): they are kept")
     assert copied.groups == (tuple(paths[:3]), tuple(paths[3:5])) and copied.files == tuple(paths[:5])
-    assert "2 LoRAs are epochs of one training (c.safetensors, f.safetensors); 1 of these has more" in epochs.message
+    assert "2 LoRAs are epochs of one training, by their names (c.safetensors, f.safetensors); 1 set" in epochs.message
     (kept,) = twin_notices(paths, labels, [[0, 1]], [], keep_twins=True)
     assert kept.message.startswith("1 LoRA is a copy of another (a.safetensors = b.safetensors): as --keep-twins asks")
     strict = twin_notices(paths, labels, [[0, 1, 2]], [[2, 5]], strict=True)

@@ -125,6 +125,7 @@ def robustness_section(layers, chance, top_k, verdict, draws):
         "without_random": random,
         "curves": {"most_first": curve(1), "least_first": curve(0.3), "random_order": curve(0.5)},
         "survives_most": None if unseen else {"share": 0.83, "interval": [0.78, 0.88]},
+        "survives_half": None if unseen else {"share": 0.61, "interval": [0.5, 0.7], "removed": most + 1},
         "verdict": verdict,
     }
 
@@ -139,7 +140,7 @@ def representations_section(accuracy, dropped):
     return {
         "conditions": {
             condition: {"chosen": best, "best": best, "intervals": of_condition, "not_worse": near}
-            | {"tied_on_validation": []}
+            | {"tied_on_validation": [], "above_null": list(accuracy)}
             for condition, of_condition in intervals.items()
         },
         "drops": {
@@ -534,8 +535,9 @@ def test_few_representations_that_are_as_good_are_named_and_many_counted(near, s
     section |= {"best": "a", "not_worse": ["b", "c", "d"][:near]}
     assert f"a is best by validation {shown} significantly worse)" in figures.findings(results)["representations"]
     section["tied_on_validation"] = ["b", "e"]
-    shown = f"(2 equal there; {shown[1:]}"
-    assert f"a is best by validation {shown} significantly worse)" in figures.findings(results)["representations"]
+    equal = ", 1 equal on validation" if near > 1 else ""
+    title = figures.findings(results)["representations"]
+    assert f"a is best by validation {shown} significantly worse{equal})" in title
 
 
 def test_one_unit_and_one_draw_are_told_in_the_singular():
@@ -547,7 +549,7 @@ def test_one_unit_and_one_draw_are_told_in_the_singular():
     assert "without a random other 90.0 %" in title
 
 
-@pytest.mark.parametrize(("needed", "shown"), [(0.4567, "12: 45.7 %"), (1.04, "12: more than 100 %")])
+@pytest.mark.parametrize(("needed", "shown"), [(0.4567, "12: more than 45.7 %"), (1.04, "12: more than 100.0 %")])
 def test_of_few_test_loras_no_accuracy_is_enough(needed, shown):
     results = only(results_of(), "layers")
     results["analysis"]["layers"]["needed"] = needed
