@@ -310,7 +310,7 @@ def _representations_finding(results: dict) -> str:
         return f"{best}: {reached}, {'a' if losses else 'no'} significant loss"
     names = listed([cut(name, 1.5) for name in similar]) if 0 < len(similar) <= NAMED else f"{len(similar)} others"
     equal = len({*compared["tied_on_validation"]} & {*similar})
-    tied = f", {'all' if equal == len(similar) else equal} equal on validation" if equal and len(similar) > 1 else ""
+    tied = f", {equal} of them equal on validation" if equal and len(similar) > 1 else ""
     others = f" ({names} not significantly worse{tied})" if similar else ""
     removed = "it" if k == 1 else "them"
     return (

@@ -535,7 +535,7 @@ def test_few_representations_that_are_as_good_are_named_and_many_counted(near, s
     section |= {"best": "a", "not_worse": ["b", "c", "d"][:near]}
     assert f"a is best by validation {shown} significantly worse)" in figures.findings(results)["representations"]
     section["tied_on_validation"] = ["b", "e"]
-    equal = ", 1 equal on validation" if near > 1 else ""
+    equal = ", 1 of them equal on validation" if near > 1 else ""
     title = figures.findings(results)["representations"]
     assert f"a is best by validation {shown} significantly worse{equal})" in title
 
