@@ -381,6 +381,7 @@ def test_figures_go_to_previous_with_the_results_that_they_are_of(analysed, plan
     assert {name for name in files_in(here) if "previous" not in name} == files_in(folder).keys()
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_a_lost_page_is_made_again_and_nothing_is_trained(analysed, planted, tmp_path, monkeypatch):
     folder, _ = analysed

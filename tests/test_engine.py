@@ -344,6 +344,7 @@ def test_a_unit_that_ends_its_workers_is_given_up_and_no_other_one(processes, tm
 
 
 @linux
+@pytest.mark.slow
 def test_a_file_that_is_cut_short_while_workers_have_it_mapped_is_written_again(processes, tmp_path, capsys):
     """The system ends them by SIGBUS."""
     cut = unit(tmp_path, "cut", partial(working.cut_short, shared=tmp_path / "shared" / "flat.npy"))

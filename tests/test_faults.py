@@ -348,7 +348,11 @@ def _unheard(arguments, errors):
 
 @pytest.mark.parametrize(
     ("file_size", "where"),
-    [pytest.param(1000, "/passes/", marks=pytest.mark.slow), (1000, "/units/"), (12000, "/ablation_small/")],
+    [
+        pytest.param(1000, "/passes/", marks=pytest.mark.slow),
+        pytest.param(1000, "/units/", marks=pytest.mark.slow),
+        (12000, "/ablation_small/"),
+    ],
 )
 def test_a_full_disk_is_told_in_a_line_and_corrupts_nothing(
     processes, collection, expected, tmp_path, file_size, where
@@ -413,6 +417,7 @@ def test_two_processes_never_corrupt_an_output_folder_in_ten_rounds(processes, c
     assert two_writers(processes, collection, expected, tmp_path, 10) > 0
 
 
+@pytest.mark.slow
 def test_two_processes_with_one_cache_do_the_same_in_two_folders(processes, collection, expected, tmp_path):
     cache = f"--cache-dir={tmp_path / 'cache'}"
     runs = [started(processes, collection, tmp_path / out, cache) for out in ("one", "two")]
