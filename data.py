@@ -241,6 +241,7 @@ def index_collection(
     common_layers: bool = False,
     skip_bad: bool = False,
     strict: bool = False,
+    unlabelled: bool = False,
 ) -> Collection:
     """Read all headers and labels of a folder, and nothing of the weights.
 
@@ -255,6 +256,7 @@ def index_collection(
         common_layers: Keep the layers that all files have, instead of refusing files that differ.
         skip_bad: Leave out files that cannot be used, instead of refusing the collection.
         strict: Refuse, or with ``skip_bad`` leave out, what is otherwise only reported.
+        unlabelled: Pass labels over: all LoRAs are of one class, to be looked at and not to be trained on.
 
     Raises:
         CollectionError: No LoRA is there, or files are faulty, unlabelled, or differ in their layers.
@@ -262,6 +264,7 @@ def index_collection(
     _check_root(root)
     paths, bad, ignored = find_weight_files(root)
     labelled = labelling.read_labels(root, paths, labels, label_column, group_column, step)
+    labelled = labelling.without_labels(labelled) if unlabelled else labelled
     files, faulty = _index_files(root, progress(labelled.choice.paths, "index"), labelled)
     bad += labelled.findings + faulty
     files = _less(files, bad) if skip_bad else files  # what is left out has no say in which layers are the commonest
@@ -506,12 +509,15 @@ def select_layers(collection: Collection, pattern: str | None) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def index_as_asked(args: argparse.Namespace, root: Path, name: str | None, progress: Progress) -> Collection:
+def index_as_asked(
+    args: argparse.Namespace, root: Path, name: str | None, progress: Progress, unlabelled: bool = False
+) -> Collection:
     """Index a folder as the flags of `add_collection_flags` describe it; see `index_collection`.
 
     With --skip-bad files are left out too whose alphas cannot be used, which no header shows.
     """
-    collection = index_collection(root, name, progress.track, **{flag: getattr(args, flag) for flag in OF_INDEX})
+    flags = {flag: getattr(args, flag) for flag in OF_INDEX}
+    collection = index_collection(root, name, progress.track, **flags, unlabelled=unlabelled)
     if not args.skip_bad:
         return collection
     faults = inspecting.with_scales(root, collection.files)[1]

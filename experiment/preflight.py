@@ -62,12 +62,14 @@ class Preflight:
         args: The flags.
         refused: Why an experiment would refuse the folder, as its errors say.
         skippable: Whether --skip-bad would leave out files for which it is refused.
+        unlabelled: Whether labels are passed over, to look at the rest, as they cannot be read.
         other_labels: Columns that would make classes, where the labels do not.
     """
 
     args: argparse.Namespace
     refused: list[str] = field(default_factory=list)
     skippable: bool = False
+    unlabelled: bool = False
     other_labels: list[str] = field(default_factory=list)
 
     def inspect(self) -> None:
@@ -85,9 +87,7 @@ class Preflight:
             return
         collection = self._index(name, folder, progress)
         if collection is None or self.refused:
-            if collection is not None and not args.headers_only:
-                self._check_weights(settings, collection, progress)
-            self._finish({}, [])
+            self._finish(self._look_at(settings, collection, progress) if collection else {}, [])
             return
         collection = by_header = self._with_scales(collection, progress)
         shown, lines = self._describe(settings, collection), [NOT_CHECKED]
@@ -104,22 +104,35 @@ class Preflight:
         shown["notices"] = [notice.record() for notice in collection.notices]
         self._finish(shown | {"weights_checked": not args.headers_only}, lines)
 
+    def _look_at(self, settings: Settings, collection: Collection, progress: Progress) -> dict:
+        """Print more that is to be mended in what is refused, and return what it holds if that is all of it."""
+        shown = {}
+        if self.unlabelled:
+            shown = contents.contents_of(collection, np.ones(len(collection.layers), bool))
+            if not self.args.json:
+                _print(contents.content_lines(self.args.path, shown, self.args.all))
+        if not self.args.headers_only:
+            self._check_weights(settings, collection, progress)
+        return shown
+
     # -- headers ------------------------------------------------------------------------------------------------------
 
     def _index(self, name: str, folder: Path, progress: Progress) -> Collection | None:
-        """Return the collection; where it is refused, less the files for which it is, if there are others."""
+        """Return the collection; where it is refused, less the files for which it is, or else without its labels."""
         try:
             return index_as_asked(self.args, folder, name, progress)
         except CollectionError as error:
             self._refuse(error.findings)
         if self.args.skip_bad:
             return None
-        try:
-            rest = index_as_asked(_with(self.args, skip_bad=True), folder, name, progress)
-        except CollectionError:
-            return None
-        self.skippable = True
-        return rest
+        for self.skippable, self.unlabelled in ((True, False), (False, True)):
+            try:
+                args = _with(self.args, skip_bad=True)
+                return index_as_asked(args, folder, name, progress, unlabelled=self.unlabelled)
+            except CollectionError:
+                continue
+        self.unlabelled = False
+        return None
 
     def _with_scales(self, collection: Collection, progress: Progress) -> Collection:
         """Return the collection with the scales of alpha tensors; those that cannot be used the weights will show."""

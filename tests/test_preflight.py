@@ -227,6 +227,17 @@ def test_faults_of_headers_and_of_weights_are_said_in_one_go(good, tmp_path, cap
     assert code == 2 and by_headers == refused
 
 
+def test_a_folder_without_labels_is_shown_all_the_same(good, tmp_path, capsys):
+    root = Path(shutil.copytree(good, tmp_path / "zoo"))
+    flat(root)
+    lines = shown(capsys, root, *FLAGS, expected=2)
+    assert lines[0] == f"{root}: 12 LoRAs of 4 layers; labels from nothing yet" and "classes: (no label) (12)" in lines
+    assert any(line.startswith("block") for line in lines)
+    assert lines[-1].endswith(f"data.py label {root} writes a table of labels to fill in")
+    lines = shown(capsys, good, *FLAGS, "--label-column=artist", expected=2)
+    assert "labels from nothing yet" in lines[0]
+
+
 def test_labels_layers_and_weights_are_refused_in_one_go(good, tmp_path, capsys):
     root = Path(shutil.copytree(good, tmp_path / "zoo"))
     a_class_of_two(root)
@@ -404,7 +415,7 @@ def test_whoever_reads_may_stop(tmp_path, reader):
 
 @pytest.mark.slow
 def test_whoever_reads_may_stop_and_still_learns_that_it_is_refused(tmp_path):
-    one_class(write_collection(tmp_path / "zoo", per_class=3))
+    damaged(write_collection(tmp_path / "zoo", per_class=3))
     assert in_shell(f"{sys.executable} {PROGRAM} inspect {tmp_path / 'zoo'} 2>&1 | true").returncode == 2
 
 
