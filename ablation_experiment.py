@@ -24,8 +24,8 @@ from experiment.signals import end_at_signals
 from loras.names import escape_output, spreadsheet_cell
 
 if __name__ == "__main__":  # before the imports that take seconds: how to end, --help, and what is mistyped
-    end_at_signals()
     escape_output()
+    end_at_signals()
     parse_arguments(sys.argv[1:])
 
 import argparse
@@ -53,7 +53,6 @@ from experiment.cluster import connect
 from experiment.datasets import is_built_in, locate, results_folder
 from experiment.engine import Engine
 from experiment.extraction import CHECKED, Extracted, extract
-from experiment.flags import parse_arguments
 from experiment.phases import UNITS, Experiment, emptied, without_oversized
 from experiment.plans import TrainingError
 from experiment.settings import (
@@ -291,11 +290,10 @@ def make_plan(
     lines += [text.not_run_line(name, reason) for name, reason in (not_run | left_out).items()]
     if new := [line for line in lines if before is None or line not in before.lines]:
         say("\n".join(new))
-    if before is not None:
-        return CollectionPlan(selected, rows, chosen, not_run, sorted(needed), header, lines)
-    speed = engine.call(partial(estimates.Speed.measure, settings.device))
-    packed = estimates.bytes_of_packed(settings, collection, chosen, cache)
-    say("\n".join(forecast.lines(costs, chosen, speed, cache, packed, engine.count_workers(), engine.streams)))
+    if before is None:
+        speed = engine.call(partial(estimates.Speed.measure, settings.device))
+        packed = estimates.bytes_of_packed(settings, collection, chosen, cache)
+        say("\n".join(forecast.lines(costs, chosen, speed, cache, packed, engine.count_workers(), engine.streams)))
     return CollectionPlan(selected, rows, chosen, not_run, sorted(needed), header, lines)
 
 

@@ -13,6 +13,7 @@ from loras.names import discard_output, escape_output
 
 def run_as_program() -> int:
     """Run `main` as a program: a signal ends it within a second, with a line and a code of its own, not a traceback."""
+    escape_output()
     end_at_signals(CONTINUES if sys.argv[1:2] == ["import"] else "")
     return main()
 

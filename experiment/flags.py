@@ -118,12 +118,11 @@ def _add_comparison_flags(group: argparse._ArgumentGroup) -> None:
         choices=LEVELS,
         help="what to train to compare with; what needs no training is always analysed. none: nothing, so whether "
         "prediction is robust has no verdict; basic: for stats in 3 runs 39 random removals, the bottom k, the top k "
-        "alone, curves of at least 12 "
-        "points; each representation without the layers that other test LoRAs choose, in 3 runs; and the best "
-        "representation without fitting on a split by groups where a column looks like one; update_kernel and "
-        "update_views too, with 200 removals, where their kernels are kept; all: also ensemble and update_sketch, both "
-        "kernels in any case, every run, 32 points, what each layer adds to the top k, and attention in 19 trainings "
-        "on permuted labels (basic; none with --quick)",
+        "alone, curves of at least 12 points; each representation without the layers that other test LoRAs choose, in "
+        "3 runs; and the best representation without fitting on a split by groups where a column looks like one; "
+        "update_kernel and update_views too, with 200 removals, where their kernels are kept; all: also ensemble and "
+        "update_sketch, both kernels in any case, every run, 32 points, what each layer adds to the top k, and "
+        "attention in 19 trainings on permuted labels (basic; none with --quick)",
     )
     add(
         "--null-shuffles",

@@ -123,16 +123,19 @@ class Preflight:
             return index_as_asked(self.args, folder, name, progress)
         except CollectionError as error:
             self._refuse(error.findings)
-        if self.args.skip_bad:
+        rest = None if self.args.skip_bad else self._rest(name, folder, progress)
+        self.skippable = rest is not None
+        if rest is None:
+            rest = self._rest(name, folder, progress, unlabelled=True)
+            self.unlabelled = rest is not None
+        return rest
+
+    def _rest(self, name: str, folder: Path, progress: Progress, unlabelled: bool = False) -> Collection | None:
+        """Return the collection less the files for which it is refused; None where that is no collection either."""
+        try:
+            return index_as_asked(_with(self.args, skip_bad=True), folder, name, progress, unlabelled)
+        except CollectionError:
             return None
-        for self.skippable, self.unlabelled in ((True, False), (False, True)):
-            try:
-                args = _with(self.args, skip_bad=True)
-                return index_as_asked(args, folder, name, progress, unlabelled=self.unlabelled)
-            except CollectionError:
-                continue
-        self.unlabelled = False
-        return None
 
     def _with_scales(self, collection: Collection, progress: Progress) -> Collection:
         """Return the collection with the scales of alpha tensors; those that cannot be used the weights will show."""
@@ -242,7 +245,7 @@ class Preflight:
             return command("ablation_experiment.py", args, f"--dataset={shlex.quote(args.path)}")
         look = ["inspect", shlex.quote(args.path)]
         writes = labelling.label_command(Path(args.path))
-        if any(f"`{writes}` writes it" in line for line in self.refused):
+        if self.unlabelled and any(f"`{writes}`" in line for line in self.refused):  # where they advise it
             return f"{writes} writes a table of labels to fill in"
         if self.other_labels:
             other = _with(args, label_column=self.other_labels[0])

@@ -11,6 +11,7 @@ from pathlib import Path
 import joblib
 import torch
 
+from experiment.store import PREVIOUS
 from loras import building, label_tables
 from loras.command_line import suggestion
 from loras.memory import host_memory
@@ -26,7 +27,7 @@ STACK_PARAMETERS = {"cpu": 2_200_000, "cuda": 70_000_000}
 # Of 4 to 12 autoencoders for a CPU: enough stacks to keep its threads busy to the end.
 AUTOENCODER_PARAMETERS = {"cpu": 7_000_000, "cuda": 70_000_000}
 STREAMS = 4  # units at once on a GPU: one alone leaves most of it idle
-FIGURE_FOLDER, PREVIOUS = "figures", "previous"  # in the folder of results, beside these files
+FIGURE_FOLDER = "figures"  # in the folder of results, beside these files
 RESULT_NAMES = ("top_layers.json", "results.txt", "report.html", "samples.csv", "predictions.npz", "results.json")
 TRIES = 3  # to write into a folder that others make and remove too
 QUICK = {"max_epochs": 30, "patience": 5}  # of --quick, of networks that read modules

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent  # of this program
 STALE_SECONDS = 7 * 24 * 3600  # a run's folder of this age is nobody's any more
 FILE_SECONDS = 120  # until every machine sees a new file
 SEAL_BYTES = hashlib.sha256().digest_size  # at the end of a file
+PREVIOUS = "previous"  # where earlier results go, below the folder of results
 SHARDS_NAME = "shards.json"  # beside shards: what they are to be
 
 
@@ -128,7 +129,7 @@ def replace_all(folder: Path, contents: dict[str, bytes], also: Sequence[str] = 
         OSError: A folder in it is a link, through which files elsewhere would be moved; or it cannot be written.
     """
     *others, last = contents
-    for inside in sorted({"previous", *(os.path.dirname(name) for name in (*contents, *also))} - {""}):
+    for inside in sorted({PREVIOUS, *(os.path.dirname(name) for name in (*contents, *also))} - {""}):
         _refuse_link(folder / inside)
     for path in (folder / name for name in contents):
         for temporary in path.parent.glob(f".{path.name}.*"):
@@ -160,9 +161,9 @@ def _previous(folder: Path, present: list[str], last: str) -> Path:
     It was begun and not finished where the last file is still present, and neither that nor any other that is present
     has been moved there.
     """
-    numbers = [int(path.name) for path in (folder / "previous").glob("[0-9]*") if path.name.isdecimal()]
+    numbers = [int(path.name) for path in (folder / PREVIOUS).glob("[0-9]*") if path.name.isdecimal()]
     latest = max(numbers, default=0)
-    target = folder / "previous" / str(latest)
+    target = folder / PREVIOUS / str(latest)
     moved = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
     begun = latest and last in present and last not in moved and moved.isdisjoint(present)
     return target if begun else target.with_name(str(latest + 1))

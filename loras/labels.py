@@ -13,7 +13,7 @@ import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -44,7 +44,7 @@ METADATA_FIELD = "category_label"
 FOLDERS = "the folder names"  # the source of labels without a column
 NO_FIELDS = f"there is no {METADATA_NAME} with fields"
 LIKELY_COLUMNS = ("class", "concept", "category", "target")  # of a label, but only its owner knows
-UNLABELLED = ("(no label)", "nothing yet")  # a class, and its source, of files that are only looked at
+NO_LABEL, NO_SOURCE = "(no label)", "nothing yet"  # of files that are only looked at
 HINT = "label_hint"  # the column that `python data.py label` writes beside the labels: a help to its reader alone
 EMPTY, NO_TEXT = "is empty. Fill it in", "is neither a text nor a number. Write one"  # of cells
 MAX_GROUPS = 6  # of labels that may be one, in a message
@@ -131,8 +131,9 @@ def read_labels(
 
 
 def without_labels(labels: Labels) -> Labels:
-    """Return the same files, all of one class that says that they have no label, and no reason why they have none."""
-    return Labels(labels.choice, UNLABELLED[1], label=dict.fromkeys(labels.choice.paths, UNLABELLED[0]))
+    """Return the same files, all of one class, ``NO_LABEL``, without the reasons why they have none."""
+    label, findings = dict.fromkeys(labels.choice.paths, NO_LABEL), list(labels.choice.findings)
+    return replace(labels, source=NO_SOURCE, column=None, label=label, faults=[], findings=findings)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -49,10 +49,15 @@ def spreadsheet_cell(text: str) -> str:
 
 
 def escape_output() -> None:
-    """Let standard output and error escape what their encoding lacks, in place of an error, or go nowhere if closed."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed when Python began
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it is open until the end)
+    """Let standard output and error escape what their encoding lacks, in place of an error, or go nowhere if closed.
+
+    A program calls it first: any other file would take the number of a stream that was closed when Python began, and
+    libraries would write into that. Worker processes inherit the streams.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of their numbers
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (it is open until the end)
+            os.set_inheritable(getattr(sys, name).fileno(), True)
     for stream in (sys.stdout, sys.stderr):
         # Others stand in for the streams in tests; and one that was a file when Python began may be a pipe by now.
         with suppress(AttributeError, OSError):

@@ -243,7 +243,7 @@ def run_facts(results: dict) -> list[tuple[str, str]]:
             f"accuracy {100 * chance['accuracy']:.1f}, macro-F1 {100 * chance['f1']:.1f}: "
             "always guessing the largest class of the test LoRAs",
         ),
-        *(skipped_facts(results["dataset"]["skipped"], "left out, as --skip-bad asks")),
+        *skipped_facts(results["dataset"]["skipped"], "left out, as --skip-bad asks"),
         *_notices(results),
     ]
 
@@ -271,8 +271,8 @@ def _collection(results: dict) -> list[tuple[str, str]]:
         facts.append(("layers", f"{dataset['num_layers_selected']} of them match {pattern}: the others are left out"))
     sizes = sorted(set(dataset["class_counts"].values()))
     per_class = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-    listed = [name if name == name.strip() else f"'{name}'" for name in dataset["classes"]]
-    names = ", ".join(listed[:12]) + (", ..." if len(listed) > 12 else "")
+    quoted = [name if name == name.strip() else f"'{name}'" for name in dataset["classes"]]
+    names = ", ".join(quoted[:12]) + (", ..." if len(quoted) > 12 else "")
     classes = f"{dataset['num_classes']} from {dataset['label_source']}, {per_class} LoRAs each: {names}"
     split, groups = dataset["split_sizes"], ""
     if dataset["group_column"] is not None:

@@ -195,7 +195,7 @@ def test_layers_without_a_whole_pair_leave_out_what_needs_one(tmp_path):
 
 def test_results_hold_what_the_design_names(everything):
     folder, results = everything
-    assert sorted(path.name for path in folder.iterdir()) == sorted(RESULT_FILES)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(RESULT_FILES) == sorted(settings.RESULT_NAMES)
     assert {"schema_version", "dataset", "config", "layer_ranking", "top_layers", "ablation_results",
             "baseline_results", "environment", "timing", "representations_not_run"} <= results.keys()  # fmt: skip
     assert {"name", "source", "path", "num_samples", "num_classes", "classes", "class_counts", "split_sizes",

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -164,3 +165,14 @@ def test_what_is_suggested_for_a_shell_is_quoted(tmp_path, capsys, monkeypatch):
     assert ablation_experiment.main(["--dataset=50k", "--data-dir=my data; rm x"]) == 2
     told = capsys.readouterr().err
     assert f"`python data.py import SOURCE {shlex.quote('my data; rm x/50k')}`" in told
+
+
+def test_a_stream_that_was_closed_when_python_began_goes_nowhere_in_children_too():
+    child = "import os; os.fstat(2); print('whole')"
+    program = (
+        "from loras import names; names.escape_output(); import subprocess, sys; sys.stderr.write('lost'); "
+        f"subprocess.run([sys.executable, '-c', {child!r}], check=True, close_fds=False)"
+    )
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} 2>&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(PROGRAM).parent)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "whole\n", "")
