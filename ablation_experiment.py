@@ -37,7 +37,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -50,9 +49,10 @@ from data import Collection, CollectionError
 from experiment import checks, estimates, forecast, store
 from experiment.arrays import FLAT, SKETCHES, WEIGHTS
 from experiment.cluster import connect
-from experiment.datasets import is_built_in, locate, results_folder
+from experiment.datasets import locate, results_folder
 from experiment.engine import Engine
 from experiment.extraction import CHECKED, Extracted, extract
+from experiment.header import describe, environment
 from experiment.phases import UNITS, Experiment, emptied, without_oversized
 from experiment.plans import TrainingError
 from experiment.settings import (
@@ -73,14 +73,6 @@ from report.cautions import UNFINISHED, letters_without_font, missing_line
 from report.text import Content
 from report.wording import top_layers as top_layers_text
 from representations import REPRESENTATIONS
-from training.classifier import scored
-
-PROGRAM = (  # of which results are; tests and benchmarks are no part of it
-    *("ablation_experiment", "autoencoders", "data", "representations"),
-    *("analysis", "experiment", "loras", "report", "training"),
-)
-SCHEMA_VERSION = 7
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Lines and time on the way
@@ -318,59 +310,6 @@ def only_process(target: Path) -> Iterator[None]:
                 mend = "srun starts a copy for each task: give it --ntasks=1, and workers by --scheduler."
             raise UsageError(f"{target}: {error} is at work in it. {mend}") from None
         yield
-
-
-def environment(settings: Settings, engine: Engine) -> dict:
-    """Return the machine and the program, as results.json holds them."""
-    on_gpu = settings.device.type == "cuda"
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "platform": platform.platform(),
-        "host": platform.node(),
-        "job": os.environ.get("SLURM_JOB_ID"),
-        "device": torch.cuda.get_device_name(settings.device) if on_gpu else f"CPU, {platform.machine()}",
-        "workers": engine.count_workers(),
-        "code": store.code_digest(*PROGRAM),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def describe(settings: Settings, collection: Collection, rows: dict[str, np.ndarray], selected: np.ndarray) -> dict:
-    """Return what results.json says before the first number: the inputs, the settings and the machine."""
-    samples = [[file.path, file.label, file.group] for file in collection.files]
-    test, classes = collection.y[rows["test"]], len(collection.classes)
-    largest = np.full((1, len(test)), np.bincount(test, minlength=classes).argmax())
-    accuracy, f1 = scored(test, largest, classes)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "dataset": {
-            "name": collection.name,
-            "source": "built-in digits" if is_built_in(collection.root) else "files",
-            "path": collection.root.as_posix(),
-            "num_samples": len(collection.files),
-            "num_classes": classes,
-            "classes": collection.classes,
-            "class_counts": collection.class_counts,
-            "split_sizes": {part: len(indices) for part, indices in rows.items()},
-            "num_layers": len(collection.layers),
-            "num_layers_selected": int(selected.sum()),
-            "step": collection.choice.step,
-            "common_layers": collection.common_layers,
-            "label_source": collection.label_source,
-            "label_column": collection.label_column,
-            "group_column": collection.group_column,
-            "num_groups": None if collection.groups is None else int(collection.groups.max()) + 1,
-            "samples": store.digest(samples),  # the fingerprint is of contents, and knows no groups
-            "metadata": store.digest(collection.columns),
-            "ignored": dict(collection.ignored),
-            "skipped": collection.skipped_records,
-            "not_trained_on": [],
-        },
-        "config": settings.config(),
-        "chance": {"accuracy": float(accuracy[0]), "f1": float(f1[0])},
-    }
 
 
 def run_phases(experiment: Experiment, chosen: list[str], not_run: dict[str, str], watch: Stopwatch) -> dict:

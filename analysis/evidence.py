@@ -75,6 +75,7 @@ class Predictions:
     layers: Arrays = field(default_factory=dict)
     conditions: dict[str, dict[str, Arrays]] = field(default_factory=dict)
     controls: dict[str, Arrays] = field(default_factory=dict)
+    further: Arrays = field(default_factory=dict)
 
     def arrays(self) -> Arrays:
         """Return all arrays under their names in predictions.npz, such as ``baseline/stats/predicted``."""
@@ -83,7 +84,7 @@ class Predictions:
             named |= {f"{condition}/{name}": arrays for name, arrays in representations.items()}
         named |= {f"controls/{name}": arrays for name, arrays in self.controls.items()}
         flat = {f"{prefix}/{kind}": array for prefix, arrays in named.items() for kind, array in arrays.items()}
-        return {"rows": self.rows, "y": self.y, **flat}
+        return {"rows": self.rows, "y": self.y, **flat, **self.further}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import numpy as np
 from data import Collection, CollectionError, check_classes, keep_together, noted, select_layers
 from experiment import estimates, store
 from experiment.arrays import DIGESTS, FLAT
+from experiment.columns import check_columns
 from experiment.estimates import Estimates
 from experiment.extraction import layer_sizes, update_norms
 from experiment.modules import left_by_default
@@ -34,9 +35,10 @@ def check_task(collection: Collection, settings: Settings) -> tuple[dict[str, np
 
     Raises:
         CollectionError: The labels or groups make no classification task, or --layers names no layer.
-        UsageError: More layers are to be removed than there are.
+        UsageError: More layers are to be removed than there are, or a column is not there.
     """
     check_classes(collection)
+    check_columns(collection, settings)
     return split_collection(collection, settings.seed), chosen_layers(collection, settings)
 
 

@@ -20,6 +20,7 @@ from analysis.questions import Controls
 from analysis.removal_plan import Conditions, Order, plan_controls
 from data import Collection, CollectionError, check_classes, keep_together
 from experiment.checks import group_columns
+from experiment.further import answer_further
 from experiment.phases import Experiment, emptied, on_permuted_labels, split_collection
 from experiment.plans import TrainingError
 from experiment.readings import attended, mapped
@@ -80,9 +81,8 @@ def analyse(experiment: Experiment, names: Sequence[str], say: Callable[[str], N
     cheap = {name: attempts(f"cheap explanation by {name}", read) for name, read in cheap.items()}
     controls = replace(trained, cheap=cheap)
     sampled = attempts("features that coincide", lambda: samples(experiment, names)) or {}
-    return questions.analyse(evidence, names, statistics, updates, sampled, controls, attempts) | {
-        "controls_not_run": attempts.failed
-    }
+    analysis = questions.analyse(evidence, names, statistics, updates, sampled, controls, attempts)
+    return analysis | answer_further(experiment, names, attempts) | {"controls_not_run": attempts.failed}
 
 
 class Attempts:

@@ -14,7 +14,7 @@ from loras.flags import add_collection_flags
 BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000}
 LEVELS = ("none", "basic", "all")  # of controls
 UNLISTED = (  # by the help of ``inspect``
-    *("--rank-by", "--controls", "--null-shuffles", "--splits"),
+    *("--rank-by", "--controls", "--null-shuffles", "--splits", "--save-models"),
     *("--scheduler", "--insecure-cluster", "--partial-ok"),
 )
 
@@ -30,6 +30,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     _add_collection_flags(parser.add_argument_group("collection"))
     _add_experiment_flags(parser.add_argument_group("experiment"))
     _add_comparison_flags(parser.add_argument_group("what the results are compared with"))
+    _add_further_flags(parser.add_argument_group("what else is asked of the LoRAs"))
     _add_machine_flags(parser.add_argument_group("files and machine"))
     return parser.parse_args(arguments)
 
@@ -38,7 +39,7 @@ def add_preflight_flags(parser: argparse.ArgumentParser) -> None:
     """Add all flags but --dataset, as a folder is named there; those that decide nothing there are not listed."""
     _add_collection_flags(_Listed(parser.add_argument_group("collection")))
     group = _Listed(parser.add_argument_group("of the experiment that is asked about"))
-    for add_flags in (_add_experiment_flags, _add_comparison_flags, _add_machine_flags):
+    for add_flags in (_add_experiment_flags, _add_comparison_flags, _add_further_flags, _add_machine_flags):
         add_flags(group)
 
 
@@ -138,6 +139,38 @@ def _add_comparison_flags(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="splits into train, validation and test LoRAs. Each ranks the layers and removes its own top ones; the "
         "results are those of the first, beside their variation over all (1)",
+    )
+
+
+def _add_further_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--holdout",
+        metavar="COLUMN",
+        help="test on the LoRAs of each value of a column in turn, such as rank or artist, and train on all others: "
+        "at most 10 values with at least 10 LoRAs each, by stats, update_sketch and update_views. A column is one of "
+        "the table or of the metadata.json files, or a field of the headers (none)",
+    )
+    add(
+        "--also",
+        metavar="COLUMNS",
+        help="a comma list of other columns that the same features are to predict, by linear classifiers; all: every "
+        "column with 2 to 50 values; none (none; all with --controls=all)",
+    )
+    add(
+        "--activations",
+        type=Path,
+        metavar="FILE",
+        help="safetensors with inputs of each module, recorded from the base model: adds the representation "
+        "update_response, of the outputs that an update adds for 8 of them (none)",
+    )
+    add(
+        "--save-models",
+        default="best",
+        metavar="NAMES",
+        help="what is kept in model/ beside the results, for predict.py: best, a comma list of update_spectrum, "
+        "update_sketch, update_kernel, update_views and update_attention, or none. best: of update_spectrum and "
+        "update_sketch the better one by validation, and update_views (best)",
     )
 
 

@@ -31,6 +31,8 @@ FIGURE_FOLDER = "figures"  # in the folder of results, beside these files
 RESULT_NAMES = ("top_layers.json", "results.txt", "report.html", "samples.csv", "predictions.npz", "results.json")
 TRIES = 3  # to write into a folder that others make and remove too
 QUICK = {"max_epochs": 30, "patience": 5}  # of --quick, of networks that read modules
+# Of which a new file's prediction does not depend on how its updates are factorised.
+KEPT = ("update_sketch", "update_kernel", "update_spectrum", "update_views", "update_attention")
 RUNS_IN_STACK = {"cpu": 1, "cuda": 10}  # of one representation, so that more runs find the first ones finished
 
 
@@ -66,6 +68,10 @@ class Settings:
     null_shuffles: int  # rankings to train on shuffled labels
     sketch_flat: bool  # representations of all weights read a sketch of each layer
     keep_twins: bool  # copies and epochs of one training stay where the split puts them
+    holdout: str | None  # the column of whose values each is held out in turn
+    also: tuple[str, ...] | None  # other columns to predict; None: all that can be
+    activations: Path | None  # inputs of modules, recorded from the base model
+    save_models: tuple[str, ...] | None  # representations whose classifiers are kept; None: the best
     classifier: Schedule
     autoencoder: Schedule
     attention: Schedule
@@ -92,6 +98,9 @@ class Settings:
             "null_shuffles": self.null_shuffles,
             "sketch_flat": self.sketch_flat,
             "keep_twins": self.keep_twins,
+            "holdout": self.holdout,
+            "also": None if self.also is None else list(self.also),
+            "save_models": None if self.save_models is None else list(self.save_models),
             "classifier": {"hidden": list(self.classifier.hidden), "dropout": DROPOUT} | _numbers(self.classifier),
             "autoencoder": _numbers(self.autoencoder) | _hidden(self.autoencoder),
             "attention": _numbers(self.attention) | _hidden(self.attention),
@@ -126,6 +135,7 @@ def resolve(args: argparse.Namespace, networks: Networks = Networks()) -> Settin
     if args.cache_dir is not None:
         check_writable("--cache-dir", args.cache_dir)
     quick = args.quick
+    controls = args.controls or ("none" if quick else "basic")
     return Settings(
         top_k=args.top_k,
         num_runs=args.num_runs or (3 if quick else 10),
@@ -137,10 +147,14 @@ def resolve(args: argparse.Namespace, networks: Networks = Networks()) -> Settin
         representations=resolve_representations(args.representations),
         all_representations=args.representations == "all",
         layers=args.layers,
-        controls=args.controls or ("none" if quick else "basic"),
+        controls=controls,
         null_shuffles=args.null_shuffles,
         sketch_flat=args.sketch_flat,
         keep_twins=args.keep_twins,
+        holdout=args.holdout,
+        also=resolve_columns(args.also, controls),
+        activations=args.activations,
+        save_models=resolve_kept(args.save_models),
         classifier=Schedule(
             max_epochs=30 if quick else 1000, patience=5 if quick else 20, lr_patience=10, hidden=networks.classifier
         ),
@@ -166,7 +180,8 @@ def _check_collection_flags(args: argparse.Namespace) -> None:
         raise UsageError("--dataset: empty. Give a folder of LoRAs, or leave it out.")
     if args.labels is not None and (fault := label_tables.table_fault(args.labels)):
         raise UsageError(f"--labels {args.labels}: {fault}")
-    for flag, value in (("--label-column", args.label_column), ("--group-column", args.group_column)):
+    columns = {"--label-column": args.label_column, "--group-column": args.group_column, "--holdout": args.holdout}
+    for flag, value in columns.items():
         if value is not None and not value.strip():
             raise UsageError(f"{flag}: empty. Name a column, or leave it out.")
     if args.layers is not None and not all(map(str.strip, args.layers.split(","))):
@@ -185,6 +200,38 @@ def resolve_representations(names: str) -> tuple[str, ...]:
         shown = plain(",".join(unknown))
         raise UsageError(f"--representations {shown}: not known.{near} Choose from {', '.join(REPRESENTATIONS)}.")
     return tuple(name for name in REPRESENTATIONS if name in asked)
+
+
+def resolve_columns(names: str | None, controls: str) -> tuple[str, ...] | None:
+    """Return the columns of --also, in its order; None stands for all that can be predicted.
+
+    Raises:
+        UsageError: A name is empty.
+    """
+    if names is None:
+        return None if controls == "all" else ()
+    if names in ("all", "none"):
+        return None if names == "all" else ()
+    columns = [name.strip() for name in names.split(",")]
+    if not all(columns):
+        raise UsageError(f"--also {plain(names)}: an empty name. Name columns, or leave it out.")
+    return tuple(dict.fromkeys(columns))
+
+
+def resolve_kept(names: str) -> tuple[str, ...] | None:
+    """Return the representations of --save-models; None stands for the best.
+
+    Raises:
+        UsageError: A name is not among those whose classifiers can be kept.
+    """
+    if names in ("best", "none"):
+        return None if names == "best" else ()
+    asked = [name.strip() for name in names.split(",")]
+    if unknown := [name for name in asked if name not in KEPT]:
+        near = "".join(suggestion(name, (*KEPT, "best", "none")) for name in unknown)
+        shown = plain(",".join(unknown))
+        raise UsageError(f"--save-models {shown}: cannot be kept.{near} Choose from {', '.join(KEPT)}, best or none.")
+    return tuple(name for name in KEPT if name in asked)
 
 
 def check_writable(flag: str, folder: Path) -> None:

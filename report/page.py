@@ -23,6 +23,7 @@ from markupsafe import Markup, escape
 
 from report.cautions import first_lines, missing
 from report.figures import FIGURES, style_of
+from report.further import FURTHER
 from report.modules import module_lines
 from report.rendering import DARK, PAGE
 from report.sentences import QUESTIONS, VERDICTS, concept_lines
@@ -38,14 +39,16 @@ POLICY = (
 # Between a dot, slash or underscore and what follows, where a long name may go on in the next line; not inside numbers.
 BREAKS = re.compile(r"(?<=[/\\_])(?=[^\s/\\_])|(?<=[^\W\d]\.)(?=\w)|(?<=\d\.)(?=[^\W\d])")
 FLAG = re.compile(r"(?<![\w-])--[a-z]+(-[a-z]+)*(?![\w-])")
-SECTIONS = {  # anchor -> heading; that of modules is left out where nothing was made of them
+SECTIONS = {  # anchor -> heading; those in ``OPTIONAL`` are left out where there is nothing to say
     "answers": "Short answers",
     **{question.anchor: question.text for question in QUESTIONS},
     "concepts": "Concepts",
     "modules": MODULES_HEADING,
+    **{section.anchor: section.heading for section in FURTHER},
     "controls": "Controls",
     "settings": "Settings",
 }
+OPTIONAL = {"modules", *(section.anchor for section in FURTHER)}
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=True,
@@ -101,6 +104,7 @@ def _sections(results: dict, content: Content, drawn: dict[str, bytes]) -> list[
     answer_of = {answer.anchor: answer for answer in content.answers}
     lines = {anchor: answer.sentences for anchor, answer in answer_of.items()}
     lines["concepts"], lines["modules"] = concept_lines(results), module_lines(results)
+    lines |= content.further
     if not results.get("analysis"):
         lines = {anchor: missing(results) for anchor in (*(question.anchor for question in QUESTIONS), "concepts")}
     bullets = {"controls": content.checks or missing(results)}
@@ -116,7 +120,7 @@ def _sections(results: dict, content: Content, drawn: dict[str, bytes]) -> list[
             "tables": [table for table in content.tables.values() if table.anchor == anchor],
         }
         for anchor, heading in SECTIONS.items()
-        if anchor != "modules" or lines.get(anchor)
+        if anchor not in OPTIONAL or lines.get(anchor)
     ]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from report.cautions import Caution, checks, first_lines, missing, use_of, warnings
+from report.further import FURTHER, further_lines, further_tables
 from report.modules import module_lines
 from report.sentences import VERDICTS, Answer, answers, over_splits
 from report.tables import SHARES, SKETCH_NOTE, Table, tables
@@ -37,6 +38,7 @@ class Content:
         checks: Outcome of the controls; none without an analysis.
         tables: Tables by name.
         findings: Findings of the figures that can be drawn, by name.
+        further: Sentences on further questions, by section.
     """
 
     answers: list[Answer]
@@ -44,6 +46,7 @@ class Content:
     checks: list[str]
     tables: dict[str, Table]
     findings: dict[str, str]
+    further: dict[str, list[str]]
 
 
 def content_of(results: dict) -> Content:
@@ -53,7 +56,8 @@ def content_of(results: dict) -> Content:
         from report import figures  # and matplotlib, for half a second
 
         findings = figures.findings(results)
-    return Content(answers(results), warnings(results), checks(results), tables(results), findings)
+    made = tables(results) | further_tables(results)
+    return Content(answers(results), warnings(results), checks(results), made, findings, further_lines(results))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -159,7 +163,9 @@ def console_lines(results: dict, content: Content) -> list[str]:
     if not content.answers:
         return []
     first = bear_in_mind_lines(content.warnings)
-    return [*([""] if first else []), *first, *short_lines(results, content.answers)]
+    further = [line for lines in content.further.values() for line in wrapped(lines[0], WIDTH, "   ", "   ")]
+    further = ["Further questions", *further] if further else []
+    return [*([""] if first else []), *first, *short_lines(results, content.answers), *further]
 
 
 def next_step(results: dict) -> str:
@@ -224,6 +230,7 @@ def render_text(results: dict, content: Content | None = None) -> str:
         _layers(results, content.tables["ranking"]),
         _representations(results),
         _modules(results, content.tables),
+        *_further(content),
         _splits(results, content.tables),
         _evidence(results, content),
         _not_run(results),
@@ -390,6 +397,17 @@ def _modules(results: dict, made: dict[str, Table]) -> list[str]:
         if table := made.get(name):
             body += ["", table.title, *_table_lines(table, ("summed by", *SHARES[:3]))]
     return body
+
+
+def _further(content: Content) -> list[list[str]]:
+    """Return the sections of further questions, each with its sentences and tables."""
+    sections = []
+    for section in FURTHER:
+        if lines := content.further.get(section.anchor):
+            made = [table for table in content.tables.values() if table.anchor == section.anchor]
+            body = [section.heading, *_bullets(lines), ""]
+            sections.append([*body, *(line for table in made for line in _titled(table))][:-1])
+    return sections
 
 
 def _titled(table: Table) -> list[str]:

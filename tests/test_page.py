@@ -92,7 +92,8 @@ def test_nesting_is_right_and_every_section_is_there(analysed):
     before = copy.deepcopy(results)
     reader = Reader(page.render_page(results, ALL))
     assert results == before
-    shown = [anchor for anchor in page.SECTIONS if analysed or anchor != "modules"]
+    left_out = page.OPTIONAL - {"modules"} if analysed else page.OPTIONAL
+    shown = [anchor for anchor in page.SECTIONS if anchor not in left_out]
     assert [section["id"] for section in reader.of("section")] == shown
     ids = [attributes["id"] for _, attributes in reader.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -115,7 +116,10 @@ def test_nothing_is_fetched_and_no_other_script_runs():
             if name in ("href", "src", "srcset", "action", "poster", "data"):
                 assert value.startswith(("#", "data:image/")), (tag, value)
     anchors = {attributes["href"][1:] for attributes in reader.of("a")}
-    assert anchors <= {attributes.get("id") for _, attributes in reader.elements} and anchors >= set(page.SECTIONS)
+    assert (
+        anchors <= {attributes.get("id") for _, attributes in reader.elements}
+        and anchors >= {*page.SECTIONS} - page.OPTIONAL
+    )
     style = content.decode().split("<style>")[1].split("</style>")[0]
     assert "url(" not in style and "@import" not in style and "prefers-color-scheme: dark" in style
     policies = [one["content"] for one in reader.of("meta") if one.get("http-equiv") == "Content-Security-Policy"]

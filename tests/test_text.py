@@ -55,6 +55,7 @@ def test_content_that_is_made_already_gives_the_same_files(analysed):
         cautions.checks(results),
         tables.tables(results),
         figures.findings(results),
+        {},
     )
     assert text.render_text(results, content) == text.render_text(results)
     assert bool(text.answer_lines(results, content.answers)) == analysed
