@@ -1,4 +1,4 @@
-"""Columns of a collection: of its table and metadata.json files, of headers and configurations, and the weights' rank."""
+"""Columns of a collection: of its table and metadata.json files, of headers and configurations, and the rank."""
 
 from __future__ import annotations
 
