@@ -19,7 +19,7 @@ from test_house import check_schema, undocumented_arrays
 import ablation_experiment
 import autoencoders
 from ablation_experiment import RESULT_FILES, main
-from experiment import extraction, inputs, plans, settings
+from experiment import extraction, header, inputs, plans, settings
 from experiment.engine import Engine
 from experiment.settings import Networks
 from loras import digits_zoo, memory
