@@ -6,7 +6,7 @@ import os
 import shlex
 from pathlib import Path
 
-from experiment.flags import BUILT_IN_SIZES
+from experiment.flags import BUILT_IN_SIZES, BUILT_IN_STEPS
 from experiment.settings import UsageError
 from loras import building, digits_zoo
 from loras.building import Progress
@@ -47,19 +47,20 @@ def locate(name: str, data_dir: Path | None, progress: Progress, train: bool = T
         raise UsageError(f"{folder}: no such folder. {mend}; or leave out --data-dir for the digits.")
     if name not in BUILT_IN_SIZES or os.path.lexists(folder):  # a link to nowhere is no reason to train digits
         raise UsageError(f"{folder}: no such folder. {mend}; or name its parent with --data-dir.")
-    built_in, count = BUILT_IN / name, BUILT_IN_SIZES[name]
+    built_in, count, steps = BUILT_IN / name, BUILT_IN_SIZES[name], BUILT_IN_STEPS.get(name, ())
     if not built_in.is_dir():
-        seconds, size = digits_zoo.estimate(count)
+        seconds, size = digits_zoo.estimate(count, steps)
         cost = f"about {seconds / 60:.1f} minutes on a CPU core, {size / 2**20:.0f} MiB on disk"
         if not train:
             trains = f"`python ablation_experiment.py --dataset={name} --quick` trains the built-in digits ({cost})"
             raise UsageError(f"{folder}: no such folder, and no {built_in}. {trains} and runs on them; {mend}.")
+        loras = f"{count} LoRAs" + (f" at {len(steps)} steps each" if steps else "")
         print(
-            f"There is no {folder}: training the built-in digits, {count} LoRAs, into {built_in}, once ({cost})",
+            f"There is no {folder}: training the built-in digits, {loras}, into {built_in}, once ({cost})",
             flush=True,
         )
     try:
-        digits_zoo.build(built_in, count, progress=progress)  # returns at once where it is whole
+        digits_zoo.build(built_in, count, progress=progress, steps=steps)  # returns at once where it is whole
     except FileExistsError as error:
         raise UsageError(str(error)) from error
     return name, built_in
