@@ -93,16 +93,17 @@ def _of_table(collection: Collection) -> Trainings:
     Raises:
         UnfollowedError: Two files are the same step of one LoRA.
     """
-    columns = collection.columns
+    columns, paths = collection.columns, [file.path for file in collection.files]
     loras = next((columns[name] for name in LORA_COLUMNS if name in columns), {})
+    steps = {row: _number(columns.get(STEP, {}).get(path)) for row, path in enumerate(paths)}
+    steps = {row: step for row, step in steps.items() if step is not None}
+    if len({*steps.values()}) < 2:
+        return {}
     trainings: Trainings = defaultdict(dict)
-    for row, file in enumerate(collection.files):
-        step = _number(columns.get(STEP, {}).get(file.path))
-        if step is None:
-            continue
-        lora = loras.get(file.path) or os.path.dirname(file.path)
+    for row, step in steps.items():
+        lora = loras.get(paths[row]) or os.path.dirname(paths[row])
         if (other := trainings[lora].setdefault(step, row)) != row:
-            pair = f"{plain(collection.files[other].path)} and {plain(file.path)}"
+            pair = f"{plain(paths[other])} and {plain(paths[row])}"
             raise UnfollowedError(f"{pair} would be step {step_name(step)} of one LoRA. {WHICH}")
     return dict(trainings)
 
