@@ -21,6 +21,7 @@ from analysis.draws import ALPHA, Draws
 from analysis.evidence import PERMUTATIONS, RESAMPLES, Evidence, Predictions
 
 LEAST_DRAWS, NUMBERS = 1000, 4 * 10**7  # draws of a large family at least, and the numbers that they are kept to
+MOST_PROJECTIONS = 8  # that are compared with all others
 LEAST_GAIN = 3  # standard errors that the gain at the last step must have for shares of it
 EACH, LAST = "each", "last"
 
@@ -41,6 +42,7 @@ class Modules:
         names: Their canonical ids.
         blocks: Their blocks; empty where they are in none.
         attentions: The attention that they are of; likewise.
+        projections: Their function there; likewise.
         predicted: Their `Curve`, int[S, P, T] each.
     """
 
@@ -48,6 +50,7 @@ class Modules:
     names: Sequence[str]
     blocks: Sequence[str]
     attentions: Sequence[str]
+    projections: Sequence[str]
     predicted: Curve
 
 
@@ -225,7 +228,7 @@ def _blocks(blocks: Sequence[str], above: np.ndarray) -> list[dict]:
 
 
 def _contrasts(modules: Modules, gains: np.ndarray, places: np.ndarray, draws: Draws) -> list[dict]:
-    """Return which of two groups of modules rises earlier, of attentions and of depths, where there are both.
+    """Return which of two groups of modules rises earlier, of each two that `group_modules` makes.
 
     Args:
         modules: The modules.
@@ -233,37 +236,41 @@ def _contrasts(modules: Modules, gains: np.ndarray, places: np.ndarray, draws: D
         places: Binary logarithms of the steps, float[S].
         draws: Of the test LoRAs.
     """
-    groups = group_modules(modules)
-    contrasts = []
-    for of, named in groups.items():
-        (first, one), (second, other) = named.items()
-        by_lora = np.stack([gains[:, members].mean(1) for members in (one, other)])  # (2, S, T)
-        contrasts.append({"of": of, "first": first, "second": second} | _contrast(by_lora, places, draws, len(groups)))
-        names = {first: first, second: second, None: None}
-        contrasts[-1]["earlier"] = names[(first, second, None)[contrasts[-1].pop("earlier")]]
+    groups, contrasts = group_modules(modules), []
+    for of, named in groups:
+        names = [*named, None]
+        by_lora = np.stack([gains[:, members].mean(1) for members in named.values()])  # (2, S, T)
+        contrast = _contrast(by_lora, places, draws, len(groups))
+        contrast["earlier"] = names[contrast["earlier"]]
+        contrasts.append({"of": of, "first": names[0], "second": names[1], **contrast})
     return contrasts
 
 
-def group_modules(modules: Modules) -> dict[str, dict[str, np.ndarray]]:
-    """Return pairs of groups of modules, by what they differ in and name: positions int64[.].
+def group_modules(modules: Modules) -> list[tuple[str, dict[str, np.ndarray]]]:
+    """Return pairs of groups of modules: what they differ in, and positions int64[.] of both by name.
 
     Attentions are the two that most modules are of. Depths are the first and the last half of the blocks, or of the
-    modules where some are in no block; what is in the middle is in neither.
+    modules where some are in no block; what is in the middle is in neither. Each projection is compared with all
+    others, or of two with the other.
     """
-    groups = {}
+    groups = []
     attentions = [name for name, _ in Counter(filter(None, modules.attentions)).most_common(2)]
     if len(attentions) == 2:
         kinds = np.array(modules.attentions)
-        groups["attention"] = {name: np.flatnonzero(kinds == name) for name in sorted(attentions)}
-    units = list(modules.blocks) if all(modules.blocks) and len({*modules.blocks}) > 1 else list(modules.names)
-    order = list(dict.fromkeys(units))
+        groups.append(("attention", {name: np.flatnonzero(kinds == name) for name in sorted(attentions)}))
+    in_blocks = all(modules.blocks) and len({*modules.blocks}) > 1
+    units = modules.blocks if in_blocks else modules.names
+    order = {unit: place for place, unit in enumerate(dict.fromkeys(units))}
     if half := len(order) // 2:
-        noun = "blocks" if units == list(modules.blocks) else "modules"
-        positions = np.array([order.index(unit) for unit in units])
-        groups["depth"] = {
-            f"first {noun}": np.flatnonzero(positions < half),
-            f"last {noun}": np.flatnonzero(positions >= len(order) - half),
-        }
+        places, noun = np.array([order[unit] for unit in units]), "blocks" if in_blocks else "modules"
+        first, last = np.flatnonzero(places < half), np.flatnonzero(places >= len(order) - half)
+        groups.append(("depth", {f"the first {noun}": first, f"the last {noun}": last}))
+    projections, functions = sorted({*modules.projections} - {""}), np.array(modules.projections)
+    if 2 <= len(projections) <= MOST_PROJECTIONS:
+        for name in projections if len(projections) > 2 else projections[:1]:
+            others = "other projections" if len(projections) > 2 else projections[1]
+            own, rest = functions == name, (functions != name) & (functions != "")
+            groups.append(("projection", {name: np.flatnonzero(own), others: np.flatnonzero(rest)}))
     return groups
 
 

@@ -304,7 +304,7 @@ def _train_at(
 
 
 def _modules(experiment: Experiment, kernel: str, alone: Curve) -> Modules:
-    """Return what is told of modules, from one of their two layers each."""
+    """Return what is told of modules, from one of the two layers of each."""
     layers = [experiment.layers[members[0]] for members in experiment.inputs.members]
-    facts = ([getattr(layer, fact) for layer in layers] for fact in ("module", "block", "attention"))
+    facts = ([getattr(layer, fact) for layer in layers] for fact in ("module", "block", "attention", "projection"))
     return Modules(kernel, *facts, alone)

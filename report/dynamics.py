@@ -13,6 +13,7 @@ from report.wording import accuracy_text, bounds, counted, listed, number, p_cel
 
 NAMED = 4  # modules in a sentence, at most
 NONE = "none"
+SIZELESS = ("update_views", "update_kernel")  # cosines of updates, which know nothing of their sizes
 
 
 def lines(results: dict) -> list[str]:
@@ -73,7 +74,8 @@ def _form(section: dict, name: str) -> list[str]:
         return [f"{start} more than trained at {last} at no earlier step: no change of form is shown."]
     change = ""
     if told[0].startswith("more"):
-        change = ": what tells the concept there differs in form or size from what tells it at the end"
+        form = "form" if name in SIZELESS else "form or size"
+        change = f": what tells the concept there differs in {form} from what tells it at the end"
     return [f"{start} {', and '.join(told)} than trained at {last}{change}."]
 
 
@@ -95,22 +97,26 @@ def _modules(results: dict, section: dict) -> list[str]:
             f"Earliest, from {_at(first['step'])} on: {words}. That others begin later is not shown by this: with more "
             "test LoRAs they may be told earlier."
         )
-    return told + [_contrast(contrast) for contrast in modules["contrasts"]]
+    return told + _contrasts(modules["contrasts"])
 
 
-def _contrast(contrast: dict) -> str:
-    """Return which of two groups of modules rises earlier."""
-    first, second = contrast["first"], contrast["second"]
-    if contrast["why"]:
-        return f"Whether {first} or {second} rise earlier is undecided: {contrast['why']}."
-    if contrast["earlier"] is None:
-        by = f"{number(contrast['difference'])} ({bounds(contrast['interval'], number)}) doublings of the step between"
-        return f"Whether {first} or {second} rise earlier is undecided: {by} them."
-    later = second if contrast["earlier"] == first else first
-    sign = -1 if contrast["earlier"] == first else 1
-    interval = sorted(sign * bound for bound in contrast["interval"])
-    by = f"{number(sign * contrast['difference'])} ({bounds(interval, number)}) doublings of the step"
-    return f"Modules of {contrast['earlier']} rise earlier than those of {later}, by {by}."
+def _contrasts(contrasts: Sequence[dict]) -> list[str]:
+    """Return which groups of modules rise earlier than others, and of which that is undecided."""
+    told, undecided = [], []
+    for contrast in contrasts:
+        names, sign = [contrast["first"], contrast["second"]], 1
+        if contrast["earlier"] is None:
+            around = bounds(contrast["interval"], number) if contrast["interval"] else contrast["why"]
+            undecided.append(f"{names[0]} and {names[1]} ({around})")
+            continue
+        if contrast["earlier"] == names[0]:
+            names, sign = names[::-1], -1
+        interval = sorted(sign * bound for bound in contrast["interval"])
+        by = f"{number(sign * contrast['difference'])} ({bounds(interval, number)}) doublings of the step"
+        told.append(f"Modules of {names[1]} rise earlier than those of {names[0]}, by {by} on average.")
+    if undecided:
+        told.append(f"Which rise earlier is undecided of {'; of '.join(undecided)}.")
+    return told
 
 
 def _design(section: dict) -> list[str]:

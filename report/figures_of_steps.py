@@ -56,10 +56,10 @@ def dynamics(results: dict, figure: Figure) -> None:
         first = first or ax
         _curves(ax, section, name, labelled=i % across == 0)
     entries = [
-        Line2D([], [], **CURVES["each"], ms=4, label="trained and tested at the step"),
+        Line2D([], [], **CURVES["each"], ms=4, label="trained at each step"),
         Line2D([], [], **CURVES["last"], ms=4, label=f"trained at {_name(section['steps'][-1])} alone"),
         Line2D([], [], **CHANCE, label=f"chance, {100 * section['chance']:.1f} %"),
-        Line2D([], [], **FIRST, label="onset: from here on above permuted labels"),
+        Line2D([], [], **FIRST, label="onset"),
     ]
     if modules:
         image = _map(figure.add_subplot(grid[rows, :]), section, names)
