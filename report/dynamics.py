@@ -12,6 +12,7 @@ from report.tables import Table
 from report.wording import accuracy_text, bounds, counted, listed, number, p_cell, percent, ranges, sentence, signed
 
 NAMED = 4  # modules in a sentence, at most
+STEPS_SHOWN = 8  # in the table of modules, at most
 NONE = "none"
 SIZELESS = ("update_views", "update_kernel")  # cosines of updates, which know nothing of their sizes
 
@@ -46,11 +47,14 @@ def _there(section: dict, name: str) -> str:
             f"By {name} the concept is indistinguishable from permuted labels at {last}: {end} of "
             f"{counted(section['loras']['tested'], 'test LoRA')}, with chance at {percent(section['chance'])} %."
         )
+    if onset == steps[-1]:
+        only = f"Only at {last} is the concept distinguishable from permuted labels by {name} trained there"
+        return f"{only}: {end}, with chance at {percent(section['chance'])} %."
     from_step = "From the first step" if onset == steps[0] else f"From {_at(onset)}"
     there = accuracy_text(curve["each"]["points"][steps.index(onset)])
     first = f"{from_step} on the concept is distinguishable from permuted labels by {name} trained there: {there}"
     first += f" at {_at(onset)}, {end} at {last}, with chance at {percent(section['chance'])} %"
-    if alone is None or alone == steps[-1]:
+    if alone in (None, steps[-1]):
         return f"{first}; trained at {last} alone it tells it only there."
     reached = percent(curve["last"]["points"][steps.index(alone)]["accuracy"])
     return f"{first}; trained at {last} alone it tells it from {_at(alone)} on ({reached} %)."
@@ -192,17 +196,19 @@ def _cells(point: dict) -> list[str]:
 
 def _modules_table(section: dict, names: dict[str, str]) -> Table:
     steps, records = section["steps"], section["modules"]["records"]
+    last = len(steps) - 1
+    shown = sorted({round(i * last / (STEPS_SHOWN - 1)) for i in range(STEPS_SHOWN)})
     order = sorted(range(len(records)), key=lambda i: (*_rank(steps, records[i]), i))
     rows = [
         [
             names.get(records[i]["module"], records[i]["module"]),
             records[i]["each"]["onset"] or NONE,
             records[i]["last"]["onset"] or NONE,
-            *map(percent, records[i]["each"]["accuracy"]),
+            *(percent(records[i]["each"]["accuracy"][s]) for s in shown),
         ]
         for i in order
     ]
-    columns = ("module", "onset", f"onset, trained at {steps[-1]}", *(f"% at {step}" for step in steps))
+    columns = ("module", "onset", f"onset, trained at {steps[-1]}", *(f"% at {steps[s]}" for s in shown))
     note = (
         "Each module alone, trained there. An onset is the first step from which on all are distinguishable from "
         "permuted labels, family-wise over modules and steps."

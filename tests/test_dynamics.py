@@ -16,6 +16,7 @@ from analysis import dynamics
 from analysis.dynamics import Curve, Followed, Modules, analyse_steps, onset, rise
 from analysis.questions import plain
 from data import index_as_asked
+from experiment import datasets
 from experiment.dynamics import FINAL, choose_steps, follow_steps, places_of, trainings_of
 from experiment.engine import Engine
 from experiment.extraction import extract
@@ -350,7 +351,7 @@ def test_the_digits_at_the_last_step_are_those_without_steps(short, tmp_path):
         digits_zoo.build(tmp_path / "none", 5, steps=(3, 4))
 
 
-def test_digits_with_steps_are_continued_and_are_samples_without_a_flag(short, tmp_path):
+def test_digits_with_steps_are_continued_and_are_samples_without_a_flag(short, tmp_path, monkeypatch, capsys):
     digits_zoo.build(tmp_path / "whole", 5, steps=(1, 3))
 
     def stop(stage, done, total, share=None):
@@ -368,5 +369,11 @@ def test_digits_with_steps_are_continued_and_are_samples_without_a_flag(short, t
     flags = dict.fromkeys(("labels", "label_column", "group_column", "step", "common_layers", "skip_bad", "strict"))
     collection = index_as_asked(SimpleNamespace(**flags), tmp_path / "whole", None, ablation_experiment.Progress(False))
     assert collection.choice.step == "all" and len(collection.files) == 10 and len(np.unique(collection.groups)) == 5
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(datasets.BUILT_IN_SIZES, "dynamics", 5)
+    monkeypatch.setitem(datasets.BUILT_IN_STEPS, "dynamics", (1, 3))
+    name, folder = datasets.locate("dynamics", None, ablation_experiment.Progress(False))
+    assert "training the built-in digits, 5 LoRAs at 2 steps each, into" in capsys.readouterr().out
+    assert name == "dynamics" and (folder / "metadata.csv").is_file() and datasets.is_built_in(folder)
     assert {file.label for file in collection.files} == {"0", "1", "2", "3", "4"}
     assert {tuple(rows) for rows in trainings_of(collection).values()} == {(1, 3)}
