@@ -114,9 +114,9 @@ def analyse_steps(followed: Followed, seed: int) -> dict:
 def evidence_of(followed: Followed, seed: int) -> Evidence:
     """Return evidence that is all test LoRAs, each of them once."""
     rows, none = np.arange(len(followed.truth)), np.arange(0)
-    parts = {"train": none, "validation": none, "test": rows}
-    predictions = Predictions(rows, followed.truth)
-    return Evidence([], followed.classes, followed.truth, parts, followed.groups, none, 0, predictions, seed, RESAMPLES)
+    parts, predictions = {"train": none, "validation": none, "test": rows}, Predictions(rows, followed.truth)
+    of_loras = followed.classes, followed.truth, parts, followed.groups
+    return Evidence([], *of_loras, none, 0, predictions, seed, RESAMPLES, PERMUTATIONS)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

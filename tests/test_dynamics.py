@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from making import FILE_NAME, NARROW, lora, module_names, write_lora
+from test_checkpoints import PEFT, trainers_folders
 from test_house import check_schema, undocumented_arrays
 
 import ablation_experiment
@@ -15,7 +16,7 @@ from ablation_experiment import main
 from analysis import dynamics
 from analysis.dynamics import Curve, Followed, Modules, analyse_steps, onset, rise
 from analysis.questions import plain
-from data import index_as_asked
+from data import index_as_asked, index_collection
 from experiment import datasets
 from experiment.dynamics import FINAL, choose_steps, follow_steps, places_of, trainings_of
 from experiment.engine import Engine
@@ -169,6 +170,16 @@ def test_places_of_steps_without_a_number_or_logarithm():
     assert places_of([0, 2, 8]).tolist() == [0, 1, 3]
     assert places_of([4, FINAL]).tolist() == [2, 3]
     assert places_of([0, FINAL]).tolist() == [0, 1]
+
+
+def test_folders_of_checkpoints_and_a_final_adapter(tmp_path):
+    root = trainers_folders(tmp_path / "own", "checkpoint-9", "checkpoint-10", each=2)
+    trainings = trainings_of(index_collection(root, step="all"))
+    assert list(trainings) == ["cat/00", "cat/01", "dog/00", "dog/01"]
+    paths = [file.path for file in index_collection(root, step="all").files]
+    named = {step: paths[row].removeprefix("cat/00/") for step, row in trainings["cat/00"].items()}
+    assert named == {9: f"checkpoint-9/{PEFT}", 10: f"checkpoint-10/{PEFT}", FINAL: PEFT}
+    assert trainings_of(index_collection(root)) == {}
 
 
 def flat_table(root, *columns, split=False, steps=(10, 20)):
