@@ -302,7 +302,7 @@ def of_results(section: dict) -> dict:
     return {"analysis": {"dynamics": section}, "config": config, "figures": {"style": "report"}, "top_layers": []}
 
 
-def test_the_program_writes_what_the_documents_say(tmp_path, capsys):
+def test_the_program_writes_what_the_documents_say(tmp_path, capsys, one_core):
     planted_steps(tmp_path / "zoo", told=lambda step, label: label if step >= 2 else None, steps=(1, 2), each=10)
     flags = [
         "--step=all",
