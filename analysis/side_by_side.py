@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1  # of comparison.json
 
 @dataclass(frozen=True)
 class Score:
-    """What a run holds of a representation: shares, and None where it does not say.
+    """Accuracies of a representation in a run, as shares; None where the run does not say.
 
     Attributes:
         accuracy: Test accuracy with all layers, mean over runs of the training.

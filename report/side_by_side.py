@@ -29,7 +29,7 @@ TAU = (
 
 @dataclass(frozen=True)
 class Content:
-    """What comparison.txt and comparison.html share.
+    """Sentences and tables that comparison.txt and comparison.html share.
 
     Attributes:
         runs: Name of each run and what it is, in words.
@@ -283,25 +283,32 @@ def _table(comparison: dict) -> Table:
                     name,
                     name_of(comparison, record["run"]),
                     f"{run['train']:,}",
-                    percent(record["accuracy"]),
-                    bounds(record["interval"]) if record["interval"] else "",
+                    _accuracy(record["accuracy"], record["interval"]),
                     {True: "yes", False: "no", None: ""}[record["above_null"]],
-                    "" if record["without_top"] is None else percent(record["without_top"]),
-                    bounds(record["without_top_interval"]) if record["without_top_interval"] else "",
-                    _change(change) if change else "",
+                    _accuracy(record["without_top"], record["without_top_interval"]),
                     record["verdict"] or "",
+                    _change(change) if change else "",
                 ]
             )
-    columns = ["representation", "run", "train LoRAs", "all layers, %", "95 % interval", "above chance"]
-    columns += ["without the top, %", "95 % interval", "change, points", "verdict"]
-    note = "above chance: of permuted labels, as each run decides. without the top: without its own top k layers."
+    columns = ["representation", "run", "train LoRAs", "all layers, %", "above chance", "without the top, %"]
+    columns += ["verdict", "change, points"]
+    note = (
+        "In brackets 95 % intervals. above chance: of permuted labels, as each run decides. without the top: without "
+        "its own top k layers."
+    )
     if comparison["changes"]:
         note += (
-            " change: from the comparable run of next fewer train LoRAs, in brackets an interval that holds for all "
-            "changes together; *: it excludes 0."
+            " change: from the comparable run of next fewer train LoRAs, with an interval that holds for all changes "
+            "together; *: it excludes 0."
         )
     title = "Test accuracy of each representation in each run"
-    return Table("accuracy", title, columns, rows, (0, 1, 5, 9), MOST_IN_TEXT, note)
+    return Table("accuracy", title, columns, rows, (0, 1, 4, 6), MOST_IN_TEXT, note)
+
+
+def _accuracy(accuracy: float | None, interval: list | None) -> str:
+    if accuracy is None:
+        return ""
+    return f"{percent(accuracy)} ({bounds(interval)})" if interval else percent(accuracy)
 
 
 def _change(record: dict) -> str:

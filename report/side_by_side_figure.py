@@ -68,9 +68,9 @@ def chosen(comparison: dict) -> list[str]:
 def draw(comparison: dict) -> dict[str, bytes]:
     """Return the files of the figure by name, as `report.rendering.files_of` does."""
     found = finding(comparison)
-    quick = [name_of(comparison, i) for i, run in enumerate(comparison["runs"]) if run["quick"]]
-    title = f"{found} [--quick runs]" if quick else found
-    with new_figure(NAME, title, letters_in([run["name"] for run in comparison["runs"]])) as figure:
+    quick = [run["quick"] for run in comparison["runs"]]
+    note = " [--quick runs]" if all(quick) else " [some are --quick runs]" if any(quick) else ""
+    with new_figure(NAME, found + note, letters_in([run["name"] for run in comparison["runs"]])) as figure:
         groups, names = growing(comparison), chosen(comparison)
         if groups:
             _panels(comparison, groups, names, figure)
@@ -170,7 +170,7 @@ def _dots(comparison: dict, names: Sequence[str], figure: Figure) -> None:
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xlim(-1, 101)
     ax.set_xlabel("test accuracy, %, with 95 % intervals")
-    labels = cut_labels([f"{name_of(comparison, i)} ({runs[i]['train']:,} train LoRAs)" for i in drawn], 2.6, SIZE)
+    labels = cut_labels([f"{name_of(comparison, i)}, {runs[i]['train']:,} train LoRAs" for i in drawn], 2.6, SIZE)
     lines = [Line2D([], [], **_looks(k) | {"ls": "none"}, label=label) for k, label in enumerate(labels)]
     lines.append(Line2D([], [], **CHANCE, label=f"chance, {' and '.join(map(percent, chances))} %"))
     legend = figure.legend(handles=lines, loc="outside lower center", ncols=2)
