@@ -113,7 +113,9 @@ class _Value:
     def interval(self, accuracy: float) -> tuple[float, float]:
         """Return the interval of an accuracy."""
         bounds = [item.share() for item in self.items()]
-        if len(bounds) != 2 or not bounds[0] - 1e-6 <= accuracy <= bounds[1] + 1e-6 or bounds[0] == bounds[1]:
+        around = len(bounds) == 2 and bounds[0] - 1e-6 <= accuracy <= bounds[1] + 1e-6
+        # The bound that is farther is that of some number of LoRAs, from which others are computed.
+        if not around or not 0 < max(bounds, key=lambda bound: abs(bound - accuracy)) < 1 or bounds[0] == bounds[1]:
             raise self._refuse(f"an interval around {accuracy:g}")
         return bounds[0], bounds[1]
 
