@@ -229,15 +229,19 @@ def _rankings(comparison: dict) -> Iterator[str]:
 
 
 def _shared(comparison: dict) -> Iterator[str]:
-    """Yield which runs share LoRAs."""
+    """Yield which runs are of the same LoRAs, and which of those that are compared share some."""
     pairs_of: dict[str, list[str]] = {}
+    together = {(record["a"], record["b"]) for record in comparison["changes"]}
     for pair in comparison["pairs"]:
+        if not pair["same_files"] and not {(pair["a"], pair["b"]), (pair["b"], pair["a"])} & together:
+            continue
         if pair["same_files"]:
             told = "Of the same LoRAs, so that their accuracies are not independent"
         elif pair["shared"]:
-            tested = f"{pair['shared_test']} of them test LoRAs of both"
+            tested = f"{pair['shared_test']:,} of them test LoRAs of both"
             so = ", and accuracies not independent" if pair["shared_test"] else ""
-            told = f"By path and label {counted(pair['shared'], 'LoRA')} may be the same, {tested}{so}"
+            loras = f"{pair['shared']:,} LoRAs" if pair["shared"] > 1 else "1 LoRA"
+            told = f"By path and label {loras} may be the same, {tested}{so}"
         elif pair["shared"] is None:
             told = "Whether LoRAs are the same is not known, without samples.csv of both"
         else:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
@@ -29,7 +30,7 @@ from report.figures import CHANCE
 from report.fonts import letters_in
 from report.rendering import files_of
 from report.side_by_side import name_of, ordered
-from report.wording import bounds, counted, percent
+from report.wording import bounds, counted, listed, percent
 
 NAME = "accuracy"
 SHOWS = "Test accuracy of representations with all layers in each run, with intervals of 95 % and chance"
@@ -90,13 +91,18 @@ def _looks(i: int) -> dict:
 def _legend(names: Sequence[str], comparison: dict, figure: Figure) -> None:
     labels = cut_labels(names, 1.6, SIZE)
     lines = [Line2D([], [], **_looks(i), label=label) for i, label in enumerate(labels)]
-    left_out = len(comparison["representations"]) - len(names)
     lines.append(Line2D([], [], **CHANCE, label="chance"))
     legend = figure.legend(handles=lines, loc="outside lower center", ncols=4)
-    if left_out:
-        legend.set_title(
-            f"the best on validation LoRAs, of several runs first; {left_out} more in the table", {"size": SMALL}
-        )
+    runs = len(comparison["runs"]) - sum(map(len, growing(comparison)))
+    _note_left_out(legend, len(comparison["representations"]) - len(names), runs)
+
+
+def _note_left_out(legend: Legend, representations: int, runs: int) -> None:
+    """Say in a legend how many representations and runs only the table has."""
+    counts = [counted(count, noun) for count, noun in ((representations, "representation"), (runs, "run")) if count]
+    if counts:
+        best = "the best on validation LoRAs, those of several runs first; " if representations else ""
+        legend.set_title(f"{best}only in the table: {listed(counts)}", {"size": SMALL})
 
 
 def _panels(comparison: dict, groups: Sequence[Sequence[int]], names: Sequence[str], figure: Figure) -> None:
@@ -126,10 +132,13 @@ def _growth(comparison: dict, group: Sequence[int], names: Sequence[str], ax: Ax
         there = [run for run in group if run in scores]
         shift = 10 ** (APART * (high - low) * (i - (len(names) - 1) / 2))
         x = [shift * runs[run]["train"] for run in there]
-        ax.plot(x, [100 * scores[run]["accuracy"] for run in there], **_looks(i), clip_on=False, zorder=2)
+        y, looks = [100 * scores[run]["accuracy"] for run in there], _looks(i)
+        ax.plot(x, y, **looks | {"ls": "none"}, clip_on=False, zorder=2)
+        for n in np.flatnonzero(np.diff(x)):  # no line from one collection to another of as many LoRAs
+            ax.plot(x[n : n + 2], y[n : n + 2], color=looks["color"], ls=looks["ls"], zorder=1.5)
         for at, run in zip(x, there, strict=True):
             if interval := scores[run]["interval"]:
-                ax.vlines(at, 100 * interval[0], 100 * interval[1], color=_looks(i)["color"], lw=0.9, zorder=1)
+                ax.vlines(at, 100 * interval[0], 100 * interval[1], color=looks["color"], lw=0.9, zorder=1)
     ax.plot(sizes, [100 * runs[i]["chance"] for i in group], **CHANCE, zorder=0.5)
     ax.set_ylim(0, 102)
     distinct = sorted(set(sizes))
@@ -174,8 +183,4 @@ def _dots(comparison: dict, names: Sequence[str], figure: Figure) -> None:
     lines = [Line2D([], [], **_looks(k) | {"ls": "none"}, label=label) for k, label in enumerate(labels)]
     lines.append(Line2D([], [], **CHANCE, label=f"chance, {' and '.join(map(percent, chances))} %"))
     legend = figure.legend(handles=lines, loc="outside lower center", ncols=2)
-    notes = [(len(comparison["representations"]) - len(names), "representations"), (len(order) - len(drawn), "runs")]
-    if left_out := ", ".join(f"{count} more {what}" for count, what in notes if count):
-        legend.set_title(
-            f"the best on validation LoRAs, of several runs first; in the table {left_out}", {"size": SMALL}
-        )
+    _note_left_out(legend, len(comparison["representations"]) - len(names), len(order) - len(drawn))
