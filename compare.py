@@ -54,15 +54,14 @@ def run(args: argparse.Namespace) -> int:
     target = None if args.out == NONE else compared.checked_folder(Path(args.out))
     comparison = compared.compared(args.results)
     content = side_by_side.content_of(comparison)
-    text = side_by_side.render_text(content)
-    say(text)
-    if target is None:
-        return 0
-    from report import side_by_side_figure, side_by_side_page
+    lines = [side_by_side.render_text(content)]
+    if target is not None:
+        from report import side_by_side_figure, side_by_side_page
 
-    drawn = side_by_side_figure.draw(comparison)
-    page = side_by_side_page.render_page(content, side_by_side_figure.finding(comparison), drawn)
-    say(compared.write(target, comparison, text, page, drawn))
+        drawn = side_by_side_figure.draw(comparison)
+        page = side_by_side_page.render_page(content, side_by_side_figure.finding(comparison), drawn)
+        lines.append(compared.write(target, comparison, lines[0], page, drawn))
+    say("\n".join(lines))
     return 0
 
 
@@ -80,9 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (UsageError, CollectionError) as error:
         print(error.shown() if isinstance(error, CollectionError) else f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
+    except BrokenPipeError:  # what it writes to files is written before
         discard_output()
-        return 2
+        return 0
     except OSError as error:
         print(f"error: {fault_of(error)}. Give another --out, or make room.", file=sys.stderr)
         return 2

@@ -141,15 +141,14 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Return the runs whose results lie in these folders, or files; see `compared`."""
     files = [path / RESULTS if path.is_dir() else path for path in paths]
     seen: dict[str, Path] = {}
-    contents = []
+    runs = []
     for path in files:
         content = _read(path)
         for mark in (os.path.realpath(path), hashlib.sha256(content).hexdigest()):
             if mark in seen:
                 raise UsageError(f"{_shown(path)}: the same results as {_shown(seen[mark])}. Give each run once.")
             seen[mark] = path
-        contents.append(content)
-    runs = [_run_of(path, content) for path, content in zip(files, contents, strict=True)]
+        runs.append(_run_of(path, content))
     times = Counter(run.facts["name"] for run in runs)
     for i, run in enumerate(runs, 1):
         if times[run.facts["name"]] > 1:
@@ -366,6 +365,11 @@ def checked_folder(folder: Path) -> Path:
     return folder
 
 
+def _lock_of(folder: Path) -> Path:
+    whole = Path(os.path.abspath(folder))  # "." has no name
+    return whole.with_name(f".{whole.name}.lock")
+
+
 def write(folder: Path, comparison: dict, text: str, page: bytes, drawn: dict[str, bytes]) -> str:
     """Write the files of a comparison, and move another one that is there to previous/; return what was done.
 
@@ -377,7 +381,7 @@ def write(folder: Path, comparison: dict, text: str, page: bytes, drawn: dict[st
     contents |= {"comparison.txt": text.encode(errors="backslashreplace"), "comparison.html": page}
     contents[LAST] = building.canonical_json(comparison, indent=2)
     try:
-        with building.locked(folder.with_name(f".{folder.name}.lock")):
+        with building.locked(_lock_of(folder)):
             if all((folder / name).is_file() and (folder / name).read_bytes() == contents[name] for name in contents):
                 return f"Nothing to do: {_shown(folder)} holds this comparison."
             earlier = {path.relative_to(folder).as_posix() for path in (folder / FIGURE_FOLDER).glob("[!.]*")}

@@ -412,6 +412,18 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, capsys):
     assert [path.name for path in mine.iterdir()] == ["thesis.tex"]
 
 
+def test_the_working_folder_may_be_written_to_and_earlier_results_be_read(tmp_path, monkeypatch, capsys):
+    folders = [write(tmp_path / "a" / "previous" / "1", results_of("a", 30)), write(tmp_path / "b", results_of("b"))]
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(side_by_side_figure, "draw", lambda _: {"accuracy.svg": b"<svg/>"})
+    assert compare.main([*map(str, folders), "--out=."]) == 0
+    assert sorted(path.name for path in here.iterdir()) == [
+        *("comparison.html", "comparison.json", "comparison.txt", "figures")
+    ]
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".lock")] == []
+
+
 @pytest.mark.parametrize("names", [("a", "b"), ("a name that is " + "very " * 20 + "long", "b" * 200)])
 @pytest.mark.parametrize("grows", [True, False])
 def test_the_figure_is_readable(tmp_path, monkeypatch, names, grows):
