@@ -118,12 +118,15 @@ class Draws:
         equal = self.units**2 / np.square(self._weights).sum()  # Kish's
         return float(equal / max(equal - 1, ROUNDING))
 
-    def differences(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], resample_runs: bool = True) -> list[dict]:
+    def differences(
+        self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], resample_runs: bool = True, families: int = 1
+    ) -> list[dict]:
         """Return the family of differences of accuracies a - b, with intervals and p that hold for all of it together.
 
         Args:
             pairs: The LoRAs that the runs of a and of b recognise, bool[R, T] each; R may differ.
             resample_runs: Whether runs are drawn too.
+            families: How many such families, this one among them, hold together.
 
         Returns:
             Of each, ``difference``, ``interval``, ``p`` and ``significant``: see `family`.
@@ -136,9 +139,11 @@ class Draws:
         drawn = self.accuracies(distinct, resample_runs)
         by_lora = np.stack([runs.mean(0) for runs in distinct])  # (., T)
         run_counts = np.array([max(len(a), len(b)) for a, b in pairs])
-        return self.family(by_lora[first] - by_lora[second], _between(drawn, first, second), run_counts)
+        return self.family(by_lora[first] - by_lora[second], _between(drawn, first, second), run_counts, families)
 
-    def family(self, by_lora: np.ndarray, drawn: np.ndarray, run_counts: np.ndarray | None = None) -> list[dict]:
+    def family(
+        self, by_lora: np.ndarray, drawn: np.ndarray, run_counts: np.ndarray | None = None, families: int = 1
+    ) -> list[dict]:
         """Return differences of accuracies with simultaneous intervals, and p by the same rule.
 
         Single-step: c is the 95 % quantile over draws of the largest studentised difference |draw - d| / SE of the
@@ -153,6 +158,7 @@ class Draws:
             by_lora: Of each difference, the mean over runs for each LoRA, float[m, T].
             drawn: The differences in each draw, float[m, B].
             run_counts: R of each difference, int[m], where runs were drawn too.
+            families: How many such families, this one among them, hold together: each has its part of the 5 %.
 
         Source:
             Westfall & Young, "Resampling-based multiple testing", 1993 (single-step maxT).
@@ -164,13 +170,13 @@ class Draws:
         separating = self.separating(by_lora)
         few = (np.minimum(separating, self.units - separating) < FEW_SEPARATING) | (error < ROUNDING)
         freedom = self._freedom(by_group, error**2, run_counts)
-        interval, p = _of_few(by_group, self._weights, error, freedom)
+        interval, p = _of_few(by_group, self._weights, error, freedom, families)
         many = np.flatnonzero(~few)
         if len(many):
-            part = len(many) / count  # of the 5 %, as the others have theirs
+            part = len(many) / count / families  # of the 5 %, as the others have theirs
             tail = stats.t.sf(np.abs(difference[many]) / error[many], freedom[many])
             if ALPHA * part * drawn.shape[1] < LEAST_BEYOND:
-                beyond, p[many] = ALPHA / count / 2, 2 * count * tail
+                beyond, p[many] = ALPHA / count / families / 2, 2 * count * families * tail
             else:
                 largest = np.zeros(drawn.shape[1])
                 for block in parts_of(len(many), len(largest)):
@@ -311,7 +317,7 @@ def means(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _of_few(
-    by_group: np.ndarray, weights: np.ndarray, drawn_error: np.ndarray, freedom: np.ndarray
+    by_group: np.ndarray, weights: np.ndarray, drawn_error: np.ndarray, freedom: np.ndarray, families: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return intervals float[m, 2] and p float[m] of differences, to which one win and one defeat is added.
 
@@ -325,7 +331,7 @@ def _of_few(
         Bonett & Price, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired
         data", Journal of Educational and Behavioral Statistics 2012.
     """
-    count, size = len(by_group), len(weights) + 2
+    count, size = len(by_group) * families, len(weights) + 2
     sizes, squares = np.abs(by_group).sum(1), (np.square(by_group) / weights).sum(1)
     added, centre = (squares + 0.5) / (sizes + 0.5), by_group.sum(1) / size
     variance = np.square(by_group - centre[:, None] * weights).sum(1)
