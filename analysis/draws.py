@@ -38,12 +38,13 @@ class Draws:
         count: B.
         seed: Of the draws.
         block: Numbers worked on at a time. How many draws share a random stream depends on it.
+        families: How many families of differences, of other LoRAs, are to hold together with one of these.
     """
 
-    def __init__(self, groups: np.ndarray, count: int, seed: int, block: int = BLOCK):
+    def __init__(self, groups: np.ndarray, count: int, seed: int, block: int = BLOCK, families: int = 1):
         self.group = np.unique(groups, return_inverse=True)[1]
         self.units = int(self.group.max()) + 1  # G
-        self.count, self.seed, self.block = count, seed, block
+        self.count, self.seed, self.block, self.families = count, seed, block, families
         self._members = sparse.csr_array((np.ones(len(groups)), (np.arange(len(groups)), self.group)))  # (T, G)
 
     def accuracies(self, correct: Sequence[np.ndarray], resample_runs: bool = True) -> np.ndarray:
@@ -118,15 +119,12 @@ class Draws:
         equal = self.units**2 / np.square(self._weights).sum()  # Kish's
         return float(equal / max(equal - 1, ROUNDING))
 
-    def differences(
-        self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], resample_runs: bool = True, families: int = 1
-    ) -> list[dict]:
+    def differences(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], resample_runs: bool = True) -> list[dict]:
         """Return the family of differences of accuracies a - b, with intervals and p that hold for all of it together.
 
         Args:
             pairs: The LoRAs that the runs of a and of b recognise, bool[R, T] each; R may differ.
             resample_runs: Whether runs are drawn too.
-            families: How many such families, this one among them, hold together.
 
         Returns:
             Of each, ``difference``, ``interval``, ``p`` and ``significant``: see `family`.
@@ -139,11 +137,9 @@ class Draws:
         drawn = self.accuracies(distinct, resample_runs)
         by_lora = np.stack([runs.mean(0) for runs in distinct])  # (., T)
         run_counts = np.array([max(len(a), len(b)) for a, b in pairs])
-        return self.family(by_lora[first] - by_lora[second], _between(drawn, first, second), run_counts, families)
+        return self.family(by_lora[first] - by_lora[second], _between(drawn, first, second), run_counts)
 
-    def family(
-        self, by_lora: np.ndarray, drawn: np.ndarray, run_counts: np.ndarray | None = None, families: int = 1
-    ) -> list[dict]:
+    def family(self, by_lora: np.ndarray, drawn: np.ndarray, run_counts: np.ndarray | None = None) -> list[dict]:
         """Return differences of accuracies with simultaneous intervals, and p by the same rule.
 
         Single-step: c is the 95 % quantile over draws of the largest studentised difference |draw - d| / SE of the
@@ -158,7 +154,6 @@ class Draws:
             by_lora: Of each difference, the mean over runs for each LoRA, float[m, T].
             drawn: The differences in each draw, float[m, B].
             run_counts: R of each difference, int[m], where runs were drawn too.
-            families: How many such families, this one among them, hold together: each has its part of the 5 %.
 
         Source:
             Westfall & Young, "Resampling-based multiple testing", 1993 (single-step maxT).
@@ -170,13 +165,14 @@ class Draws:
         separating = self.separating(by_lora)
         few = (np.minimum(separating, self.units - separating) < FEW_SEPARATING) | (error < ROUNDING)
         freedom = self._freedom(by_group, error**2, run_counts)
-        interval, p = _of_few(by_group, self._weights, error, freedom, families)
+        interval, p = _of_few(by_group, self._weights, error, freedom, self.families)
         many = np.flatnonzero(~few)
         if len(many):
-            part = len(many) / count / families  # of the 5 %, as the others have theirs
+            part = len(many) / count / self.families  # of the 5 %, as the others have theirs
             tail = stats.t.sf(np.abs(difference[many]) / error[many], freedom[many])
             if ALPHA * part * drawn.shape[1] < LEAST_BEYOND:
-                beyond, p[many] = ALPHA / count / families / 2, 2 * count * families * tail
+                together = count * self.families
+                beyond, p[many] = ALPHA / together / 2, 2 * together * tail
             else:
                 largest = np.zeros(drawn.shape[1])
                 for block in parts_of(len(many), len(largest)):

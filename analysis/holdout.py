@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from analysis.chance import ChanceTest
-from analysis.draws import ALPHA
+from analysis.draws import ALPHA, Draws
 from analysis.evidence import Evidence
 
 MARGIN = 0.1  # share that may be lost on average where prediction holds
@@ -114,6 +114,11 @@ def _only(evidence: Evidence, rows: np.ndarray) -> Evidence:
     return replace(evidence, rows={"train": none, "validation": none, "test": rows})
 
 
+def _together(evidence: Evidence, values: int) -> Draws:
+    """Return the draws of differences that are to hold for so many values together."""
+    return Draws(evidence.test_groups, evidence.resamples, evidence.seed, families=values)
+
+
 def _of_value(
     fit: Fit,
     compared: tuple[np.ndarray, np.ndarray],
@@ -128,7 +133,7 @@ def _of_value(
     drawn = own.draws.accuracies(correct)
     found = {name: own.draws.estimate(correct[i], drawn[i]) for i, name in enumerate(names)}
     guess = (own.truth == fit.largest)[None]
-    above_guess = own.draws.differences([(runs, guess) for runs in correct], families=num_values)
+    above_guess = _together(own, num_values).differences([(runs, guess) for runs in correct])
     several = len(np.unique(own.truth)) > 1
     p = ChanceTest.of(own, [fit.predicted[name] for name in names]).p_family * num_values
     for i, name in enumerate(names):
@@ -147,7 +152,7 @@ def _of_value(
         for i, name in enumerate(names)
     ]
     drawn = both.draws.accuracies([usual for usual, _ in pairs])
-    losses = both.draws.differences(pairs, families=num_compared)
+    losses = _together(both, num_compared).differences(pairs)
     for i, name in enumerate(names):
         found[name] |= {"ordinary": both.draws.estimate(pairs[i][0], drawn[i]), "loss": losses[i]}
     return found

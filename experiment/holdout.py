@@ -202,7 +202,7 @@ def _fits(experiment: Experiment, rows_of: dict[str, dict], names: Sequence[str]
         fits[value] = Fit(value, rows["test"], len(trained), largest, predicted)
         reached = [f"{name} {100 * (classes == truth).mean():.1f} %" for name, classes in predicted.items()]
         reached += [f"{name} not run: {reason}" for name, reason in failed.items()]
-        say(f"held out {number} of {len(rows_of)}: {found['column']} {value}: {', '.join(reached)}")
+        say(f"held out {number} of {len(rows_of)}: {found['column']}={value}: {', '.join(reached)}")
     for name in names:
         reasons = [failed[name] for _, failed in outcomes.values() if name in failed]
         if len(reasons) == len(outcomes):
