@@ -20,6 +20,7 @@ from experiment.phases import Experiment, emptied
 from experiment.plans import TrainingError
 from experiment.units import FAILURES, FAULTS, one_memory_error, reason_of
 from loras.building import say
+from loras.names import plain
 from representations import REPRESENTATIONS
 from training.splits import split_rows
 
@@ -43,7 +44,7 @@ def hold_out(experiment: Experiment, names: Sequence[str]) -> dict | None:
         return None
     columns = columns_of(collection)
     (column,) = columns_named(settings.holdout, columns)
-    value_of = np.array([columns[column].get(file.path, "").strip() for file in collection.files], object)
+    value_of = np.array([plain(columns[column].get(file.path, "")).strip() for file in collection.files], object)
     rows_of, left_out = choose_values(collection, value_of, settings.seed)
     chosen, not_run = _representations(experiment)
     runs = settings.num_runs if settings.controls == "all" else min(RUNS, settings.num_runs)

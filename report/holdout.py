@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from itertools import groupby
 
+from report.names import shortened
 from report.tables import Table
 from report.wording import bounds, capital, counted, gain_text, listed, p_cell, percent, whole_percent
 
 NAMED = 5  # values of one reason that are named at most
+LETTERS = 40  # of a value that are shown at most
 
 
 def lines(results: dict) -> list[str]:
@@ -68,7 +70,7 @@ def _values(section: dict) -> str:
     text = f"Each value reaches {percent(found['accuracy'])} %. "
     if len({percent(of_value["accuracy"]) for of_value in record["values"]}) > 1:
         text = (
-            f"The worst value is {value['value']}: {name} recognises {percent(found['accuracy'])} % "
+            f"The worst value is {_cut(value['value'])}: {name} recognises {percent(found['accuracy'])} % "
             f"({bounds(found['interval'])}) of its {counted(value['loras'], 'LoRA')}, where always guessing the "
             f"largest class of the others is right on {percent(value['chance'])} %. "
         )
@@ -90,6 +92,11 @@ def _losing(section: dict) -> list[str]:
         f"{_number(record['losing'])} of {counted(compared, 'value')} {'lose' if record['losing'] > 1 else 'loses'} "
         f"significantly; of values that are not here up to {whole_percent(at_most)} % may (upper bound of 95 %)."
     ]
+
+
+def _cut(value: str) -> str:
+    """Return a value, its middle left out where it is long."""
+    return shortened(value, lambda text: len(text) <= LETTERS)
 
 
 def _number(count: int) -> str:
@@ -116,7 +123,7 @@ def _left_out(section: dict) -> list[str]:
     by_reason = sorted(section["left_out"], key=lambda entry: (entry["reason"], -entry["loras"]))
     for reason, entries in groupby(by_reason, key=lambda entry: entry["reason"]):
         members = list(entries)
-        named = [f"{entry['value']} ({entry['loras']})" for entry in members[:NAMED]]
+        named = [f"{_cut(entry['value'])} ({entry['loras']})" for entry in members[:NAMED]]
         named += [f"{len(members) - NAMED} more"] if len(members) > NAMED else []
         sentences.append(f"Left out: {listed(named)}: {reason}.")
     sentences += [f"Not run is {name}: {reason}." for name, reason in section["not_run"].items()]
@@ -135,7 +142,7 @@ def tables(results: dict) -> dict[str, Table]:
             rows.append(
                 [
                     name,
-                    value["value"],
+                    _cut(value["value"]),
                     str(value["loras"]),
                     percent(found["accuracy"]),
                     bounds(found["interval"]),
