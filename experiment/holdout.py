@@ -23,6 +23,7 @@ from loras.building import say
 from loras.names import plain
 from representations import REPRESENTATIONS
 from training.splits import split_rows
+from training.stacks import numpy_stream
 
 LEAST_LORAS, MOST_VALUES = 10, 10
 RUNS = 3  # at most, unless all controls are asked for
@@ -67,7 +68,7 @@ def hold_out(experiment: Experiment, names: Sequence[str]) -> dict | None:
         fits = _fits(experiment, rows_of, chosen, runs, found)
     if len(fits) < LEAST_VALUES or not fits[0].predicted:
         count = len(fits) if fits else len(rows_of)
-        why = f"at least {LEAST_VALUES} values can be held out of a comparison, and {count} can here"
+        why = f"at least {LEAST_VALUES} values that can be held out are needed, and there is {count or 'none'}"
         return found | {"why": "no representation could be run" if len(not_run) == len(HELD_OUT_BY) else why}
     return found | held_out(fits, ordinary, _evidence(experiment))
 
@@ -77,12 +78,13 @@ def choose_values(
 ) -> tuple[dict[str, dict[str, np.ndarray]], list[dict]]:
     """Return the rows of each part of the split that tests each value, and the values that are left out, with reasons.
 
-    Tested are at most ten values of at least ten LoRAs each, the most frequent ones; in the order of numbers, or names.
+    Tested are at most ten values of at least ten LoRAs each, the most frequent ones, in the order of numbers, or names.
+    Which of equally frequent ones is drawn: by name they could all be of the same classes.
 
     Args:
         collection: The LoRAs.
         value_of: The value of each, str[N]; empty where it has none.
-        seed: Of the splits of the others.
+        seed: Of the splits of the others, and of the draw.
     """
     rows_by_value: dict[str, list[int]] = defaultdict(list)
     for row, value in enumerate(value_of.tolist()):
@@ -90,7 +92,9 @@ def choose_values(
             rows_by_value[value].append(row)
     chosen: dict[str, dict[str, np.ndarray]] = {}
     left_out = []
-    for value in sorted(rows_by_value, key=lambda value: (-len(rows_by_value[value]), value)):
+    names = np.array(sorted(rows_by_value), object)
+    drawn = numpy_stream(seed, "values held out").permutation(names).tolist()
+    for value in sorted(drawn, key=lambda value: -len(rows_by_value[value])):
         tested, reason = np.array(rows_by_value[value]), ""
         if len(tested) < LEAST_LORAS:
             reason = f"fewer than {LEAST_LORAS} LoRAs"

@@ -101,10 +101,16 @@ def test_the_most_frequent_values_are_held_out_and_the_others_named():
         assert len(rows["validation"]) == round(0.1 * len(others))
 
 
-def test_ties_are_broken_by_name():
-    value_of = values_of(*[(letter, 10) for letter in "lkjihgfedcba"])
-    rows_of, left_out = choose_values(collection_of(np.arange(120) % 2), value_of, 0)
-    assert list(rows_of) == list("abcdefghij") and [entry["value"] for entry in left_out] == ["k", "l"]
+def test_of_equally_frequent_values_those_are_held_out_that_the_seed_draws():
+    letters = "abcdefghijkl"
+    value_of = values_of(("most", 11), *[(letter, 10) for letter in letters])
+    collection, chosen = collection_of(np.arange(131) % 2), []
+    for seed in (0, 0, 1, 2):
+        rows_of, left_out = choose_values(collection, value_of, seed)
+        assert list(rows_of) == sorted(rows_of) and len(rows_of) == 10 and "most" in rows_of
+        assert sorted([*rows_of, *(entry["value"] for entry in left_out)]) == sorted([*letters, "most"])
+        chosen.append(tuple(rows_of))
+    assert chosen[0] == chosen[1] and len({*chosen}) == 3
 
 
 def test_values_whose_classes_are_not_among_the_others_are_left_out_with_the_reason():
@@ -383,7 +389,7 @@ def test_fewer_than_two_values_are_told_and_nothing_is_trained(experiment, monke
     monkeypatch.setattr("experiment.holdout.LEAST_LORAS", 16)
     monkeypatch.setattr(plans, "train_classifiers", None)
     found = hold_out(experiment, ["stats"])
-    assert found["why"] == "at least 2 values can be held out of a comparison, and 0 can here"
+    assert found["why"] == "at least 2 values that can be held out are needed, and there is none"
     assert not found["values"] and len(found["left_out"]) == 4
     told = report.holdout.lines({"analysis": {"holdout": plain(found)}})
     assert told[0].startswith("Not measured for artist: ") and "artist 0 (15)" in told[1]
