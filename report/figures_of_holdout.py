@@ -12,7 +12,8 @@ from report.wording import bounds, capital, counted, percent
 
 HELD = {"color": INK, "marker": "o", "mfc": INK}
 ORDINARY = {"color": BLUE, "marker": "s", "mfc": GROUND}
-ROW, APART = 0.24, 0.17  # inches of a value; half of what the two accuracies of a value lie apart, in rows
+ROW, STACKED_ROW = 0.24, 0.18  # inches of a value; of one where panels are stacked
+APART = 0.17  # half of what the two accuracies of a value lie apart, in rows
 NAME = 1.1  # inches of a value's name
 
 
@@ -44,7 +45,7 @@ def holdout_figure(results: dict, figure: Figure) -> None:
     section = results["analysis"]["holdout"]
     records, stacked = section["representations"], in_one_column(figure)
     rows, columns = (len(records), 1) if stacked else (1, len(records))
-    height = 0.45 + ROW * len(section["values"])
+    height = 0.45 + (STACKED_ROW if stacked else ROW) * len(section["values"])
     set_height(figure, 0.85 + rows * height)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     labels = cut_labels([value["value"] for value in section["values"]], NAME, SIZE)

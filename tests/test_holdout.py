@@ -10,6 +10,7 @@ import pytest
 import torch
 from making import FILE_NAME, NARROW, lora, write_lora
 from planting import all_tested
+from result_making import made
 from safetensors.torch import save_file
 from test_controls import experiment_on
 from test_house import check_schema, undocumented_arrays
@@ -22,7 +23,7 @@ from experiment import columns, plans
 from experiment.columns import check_columns, columns_named
 from experiment.holdout import choose_values, hold_out, rows_without
 from experiment.settings import UsageError
-from report import figures
+from report import figures, page, text
 from report.figures_of_holdout import holdout_finding
 from report.tables import Table
 
@@ -442,3 +443,19 @@ def test_the_figure_of_ten_long_names_can_be_read_in_one_column_too(style):
     assert {name for name in drawn if "/" not in name} >= {f"holdout{end}.png" for end in suffixes}
     svg = drawn["holdout.svg"].decode()
     assert "update_views: falls" in svg and "ordinary split" in svg
+
+
+def test_the_page_and_the_text_have_the_section_with_its_figure_and_table():
+    results = made()
+    results["analysis"]["holdout"] = results_of(simulated(np.full(6, 0.95), np.full(6, 0.3)))["analysis"]["holdout"]
+    content = text.content_of(results)
+    svg = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 3"></svg>'
+    section = page.render_page(results, {"holdout.svg": svg}, content).decode().split('<section id="holdout"')[1]
+    section = section.split("</section>")[0]
+    assert (
+        "Values that were held out" in section and section.count("<tr") == 13 and content.findings["holdout"] in section
+    )
+    told = text.render_text(results, content)
+    assert "Values that were held out" in told and "artist 5" in told
+    (line,) = [line for line in text.console_lines(results, content) if line.startswith("   Falls: ")]
+    assert content.further["holdout"][0].startswith(line.strip())
