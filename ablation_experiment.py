@@ -273,8 +273,9 @@ def make_plan(
     rows, selected = checks.check_task(collection, settings)
     choice = checks.choose_representations(settings, collection, selected, rows, cache)
     chosen, not_run, left_out, costs = choice.chosen, choice.not_run, choice.left_out, choice.costs
-    needed = {*CHECKED, *(name for name in chosen if REPRESENTATIONS[name].made == "computed")}
-    needed |= {WEIGHTS for name in chosen if estimates.reads_packed(name, settings.sketch_flat)}
+    read = [*chosen, *checks.held_out_beside(settings, collection, chosen, costs, cache)]
+    needed = {*CHECKED, *(name for name in read if REPRESENTATIONS[name].made == "computed")}
+    needed |= {WEIGHTS for name in read if estimates.reads_packed(name, settings.sketch_flat)}
     needed |= {SKETCHES for name in chosen if REPRESENTATIONS[name].made in FLAT and settings.sketch_flat}
     header = describe(settings, collection, rows, selected) | {"environment": environment(settings, engine)}
     header["config"]["left_out"] = left_out
@@ -284,7 +285,7 @@ def make_plan(
         say("\n".join(new))
     if before is None:
         speed = engine.call(partial(estimates.Speed.measure, settings.device))
-        packed = estimates.bytes_of_packed(settings, collection, chosen, cache)
+        packed = estimates.bytes_of_packed(settings, collection, read, cache)
         say("\n".join(forecast.lines(costs, chosen, speed, cache, packed, engine.count_workers(), engine.streams)))
     return CollectionPlan(selected, rows, chosen, not_run, sorted(needed), header, lines)
 

@@ -44,6 +44,7 @@ from report.drawing import (
     place,
     set_height,
 )
+from report.figures_of_holdout import holdout_figure, holdout_finding
 from report.figures_of_layers import (
     concept_layer_map,
     concept_layer_map_finding,
@@ -486,6 +487,8 @@ FIGURES = (
               "Attention to each module, and what it adds to each concept", True),
     FigureRow("collection_map", "modules", ("collection_map",), collection_map_finding, collection_map,
               "The LoRAs in the plane, by all layers and by single modules"),
+    FigureRow("holdout", "holdout", ("holdout",), holdout_finding, holdout_figure,
+              "Accuracy on each value that was held out, beside the ordinary split's"),
     FigureRow("dynamics", "dynamics", ("dynamics",), steps_of_training.finding, dynamics,
               "Accuracy by step of the training, of representations and of each module alone"),
 )
