@@ -8,7 +8,7 @@ from pathlib import Path
 
 from experiment.flags import BUILT_IN_SIZES
 from experiment.settings import UsageError
-from loras import building, digits_zoo
+from loras import building, digits_activations, digits_zoo
 from loras.building import Progress
 from loras.command_line import suggestion
 from loras.flags import NAMED_DATASETS
@@ -62,7 +62,20 @@ def locate(name: str, data_dir: Path | None, progress: Progress, train: bool = T
         digits_zoo.build(built_in, count, progress=progress)  # returns at once where it is whole
     except FileExistsError as error:
         raise UsageError(str(error)) from error
+    _record_activations()
     return name, built_in
+
+
+def _record_activations() -> None:
+    """Write the inputs of the base model's modules beside it, once; a folder that cannot be written to is named."""
+    path = BUILT_IN / digits_activations.NAME
+    try:
+        written = digits_activations.write_beside(BUILT_IN)
+    except OSError as error:
+        print(f"{path}: inputs of modules cannot be written ({error.strerror or error})", flush=True)
+    else:
+        if written:
+            print(f"{path}: inputs of the base model's modules, for --activations", flush=True)
 
 
 def name_of(dataset: str) -> str:
