@@ -14,6 +14,7 @@ from loras.command_line import suggestion
 from loras.flags import NAMED_DATASETS
 from loras.names import plain
 
+RECORDED = "inputs of the base model's modules, for --activations"
 BUILT_IN = Path("data") / "built-in-digits"  # holds the collections that are trained here
 
 
@@ -75,7 +76,7 @@ def _record_activations() -> None:
         print(f"{path}: inputs of modules cannot be written ({error.strerror or error})", flush=True)
     else:
         if written:
-            print(f"{path}: inputs of the base model's modules, for --activations", flush=True)
+            print(f"{path}: {RECORDED}", flush=True)
 
 
 def name_of(dataset: str) -> str:

@@ -42,17 +42,10 @@ GPU_BYTES = 2**31  # that a thread may take on a GPU
 PASS_BYTES = 24  # that a thread holds for each weight of a LoRA, where one makes a shard
 CHECKED = (RANKING, UPDATES, DIGESTS)  # the arrays that a check of the collection looks at
 CODE = (  # that decides what an array holds
-    *(
-        "representations",
-        "loras/headers",
-        "loras/keys",
-        "loras/layouts",
-        "loras/lora_files",
-        "loras/order",
-        "loras/pairs",
-    ),
-    *("loras/patterns", "loras/products", "loras/scales", "experiment/activations", "experiment/arrays"),
-    *("experiment/extraction", "experiment/store", "training/exact", "training/numerics"),
+    *("representations", "loras/headers", "loras/keys", "loras/layouts", "loras/lora_files"),
+    *("loras/order", "loras/pairs", "loras/patterns", "loras/products", "loras/scales"),
+    *("experiment/activations", "experiment/arrays", "experiment/extraction", "experiment/store"),
+    *("training/exact", "training/numerics"),
 )
 
 # A check of a collection, given each of these arrays: what it returns is a JSON object, in which ``findings`` (path,

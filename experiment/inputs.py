@@ -165,7 +165,7 @@ class Description:
     def digest(self) -> str:
         """Digits that equal descriptions share."""
         how = [self.settings.autoencoder, self.settings.attention, self.settings.projection]
-        what = [str(self.extracted.folder), self.settings.sketch_flat]
+        what = [str(self.extracted.folder), self.extracted.activations, self.settings.sketch_flat]
         return store.digest([*what, self.units.common, [asdict(schedule) for schedule in how]])
 
     def open(self, device: torch.device) -> Inputs:
