@@ -282,6 +282,8 @@ def make_plan(
     header = describe(settings, collection, rows, selected) | {"environment": environment(settings, engine)}
     header["config"] |= {"left_out": left_out, "activations": recorded and recorded.digest}
     lines = text.collection_lines(header, len(chosen), with_skipped=before is None)
+    if recorded:
+        lines.append(f"inputs    8 of each of {len(recorded.inputs)} modules, of {settings.activations}")
     lines += [text.not_run_line(name, reason) for name, reason in (not_run | left_out).items()]
     if new := [line for line in lines if before is None or line not in before.lines]:
         say("\n".join(new))

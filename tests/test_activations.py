@@ -330,7 +330,8 @@ def test_the_same_inputs_are_the_same_run_and_without_them_the_others_stay(run, 
     flags = "--activations", str(folder / "copy.safetensors")
     shutil.copy(folder / "seen.safetensors", folder / "copy.safetensors")
     results_of(folder, *flags)
-    assert "Nothing to do" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Nothing to do" in shown and f"inputs    8 of each of 2 modules, of {flags[1]}\n" in shown
     without = results_of(folder, names="stats,update_sketch", out="without")
     assert without["config"]["activations"] is None
     shown = capsys.readouterr().out.replace(str(folder), "")
