@@ -63,20 +63,20 @@ def locate(name: str, data_dir: Path | None, progress: Progress, train: bool = T
         digits_zoo.build(built_in, count, progress=progress)  # returns at once where it is whole
     except FileExistsError as error:
         raise UsageError(str(error)) from error
-    _record_activations()
+    _record_activations(progress)
     return name, built_in
 
 
-def _record_activations() -> None:
+def _record_activations(progress: Progress) -> None:
     """Write the inputs of the base model's modules beside it, once; a folder that cannot be written to is named."""
     path = BUILT_IN / digits_activations.NAME
     try:
         written = digits_activations.write_beside(BUILT_IN)
     except OSError as error:
-        print(f"{path}: inputs of modules cannot be written ({error.strerror or error})", flush=True)
+        print(f"{path}: inputs of modules cannot be written ({error.strerror or error})", file=progress.log, flush=True)
     else:
         if written:
-            print(f"{path}: {RECORDED}", flush=True)
+            print(f"{path}: {RECORDED}", file=progress.log, flush=True)
 
 
 def name_of(dataset: str) -> str:

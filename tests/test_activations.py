@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from experiment import activations, datasets
 from experiment.extraction import extract
 from experiment.settings import UsageError, resolve
 from loras import digits_activations, digits_zoo
+from loras.building import Progress
 from loras.keys import canonical_module
 from report.paired import paired_sentences
 from representations import OF_WEIGHTS, REPRESENTATIONS, pair_features, projection, update_response, update_sketch
@@ -417,15 +419,20 @@ def test_they_are_written_once_to_the_same_bytes_and_again_for_another_base(base
 def test_a_line_says_where_they_are_or_why_not(base, monkeypatch, capsys):
     folder, _ = base
     monkeypatch.setattr(datasets, "BUILT_IN", folder)
-    datasets._record_activations()
-    datasets._record_activations()
+    datasets._record_activations(Progress())
+    datasets._record_activations(Progress())
     assert capsys.readouterr().out == f"{folder}/activations-seed0.safetensors: {datasets.RECORDED}\n"
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
+    datasets._record_activations(Progress(log=sys.stderr))  # as inspect does, whose output may be JSON
+    (folder / digits_activations.NAME).unlink()
+    datasets._record_activations(Progress(log=sys.stderr))
+    shown = capsys.readouterr()
+    assert datasets.RECORDED in shown.err and not shown.out
     monkeypatch.setattr(digits_activations, "write_beside", full)
-    datasets._record_activations()
+    datasets._record_activations(Progress())
     assert "cannot be written (No space left on device)" in capsys.readouterr().out
 
 
