@@ -8,12 +8,13 @@ from pathlib import Path
 
 from experiment.flags import BUILT_IN_SIZES, BUILT_IN_STEPS
 from experiment.settings import UsageError
-from loras import building, digits_zoo
+from loras import building, digits_activations, digits_zoo
 from loras.building import Progress
 from loras.command_line import suggestion
 from loras.flags import NAMED_DATASETS
 from loras.names import plain
 
+RECORDED = "inputs of the base model's modules, for --activations"
 BUILT_IN = Path("data") / "built-in-digits"  # holds the collections that are trained here
 
 
@@ -63,7 +64,20 @@ def locate(name: str, data_dir: Path | None, progress: Progress, train: bool = T
         digits_zoo.build(built_in, count, progress=progress, steps=steps)  # returns at once where it is whole
     except FileExistsError as error:
         raise UsageError(str(error)) from error
+    _record_activations(progress)
     return name, built_in
+
+
+def _record_activations(progress: Progress) -> None:
+    """Write the inputs of the base model's modules beside it, once; a folder that cannot be written to is named."""
+    path = BUILT_IN / digits_activations.NAME
+    try:
+        written = digits_activations.write_beside(BUILT_IN)
+    except OSError as error:
+        print(f"{path}: inputs of modules cannot be written ({error.strerror or error})", file=progress.log, flush=True)
+    else:
+        if written:
+            print(f"{path}: {RECORDED}", file=progress.log, flush=True)
 
 
 def name_of(dataset: str) -> str:
