@@ -10,7 +10,7 @@ from loras.command_line import Parser, whole_number
 
 NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small")  # what --dataset takes beside folders
 # Those that indexing takes by the same names; --layers chooses among the layers that were indexed.
-OF_INDEX = ("labels", "label_column", "group_column", "step", "common_layers", "skip_bad", "strict")
+OF_INDEX = ("labels", "label_column", "group_column", "label_bins", "step", "common_layers", "skip_bad", "strict")
 
 
 def add_collection_flags(add: Callable) -> None:
@@ -26,6 +26,13 @@ def add_collection_flags(add: Callable) -> None:
         metavar="NAME",
         help="column of the table, or field of the metadata.json files, that is the label (category_label; in a table "
         "else label, else its only column)",
+    )
+    add(
+        "--label-bins",
+        type=whole_number,
+        metavar="N",
+        help="the label is a number, of which N quantile bins are the classes (none); with --also other columns of "
+        "more than 50 numbers are binned too",
     )
     add(
         "--group-column",
