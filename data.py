@@ -254,7 +254,7 @@ def index_collection(
         labels: A table of labels, see `labels.read_labels`.
         label_column: Its column, or field of the metadata.json files, that is the label; likewise
         group_column: the group.
-        label_bins: Quantile bins of labels that are numbers, each a class; None: labels are classes as they are.
+        label_bins: Quantile bins of labels that are numbers; None: labels are classes as they are.
         step: What is read of folders with checkpoints, see `labels.read_labels`.
         common_layers: Keep the layers that all files have, instead of refusing files that differ.
         skip_bad: Leave out files that cannot be used, instead of refusing the collection.
@@ -267,11 +267,9 @@ def index_collection(
     _check_root(root)
     paths, bad, ignored = find_weight_files(root)
     labelled = labelling.read_labels(root, paths, labels, label_column, group_column, step)
-    labelled = labelling.without_labels(labelled) if unlabelled else labelled
+    labelled, bins = (labelling.without_labels(labelled), None) if unlabelled else (labelled, label_bins)
     files, faulty = _index_files(root, progress(labelled.choice.paths, "index"), labelled)
-    bad += labelled.findings + faulty
-    bins = None if unlabelled else label_bins
-    bad += binning.not_numbers(files) if bins else []
+    bad += labelled.findings + faulty + (binning.not_numbers(files) if bins else [])
     files = _less(files, bad) if skip_bad else files  # what is left out has no say in which layers are the commonest
     files, left_out_layers, unlike = _alike(root, files, bad, common_layers)
     bad += unlike
@@ -279,11 +277,14 @@ def index_collection(
     if faults or not files:
         raise CollectionError(list(dict.fromkeys(faults)) or [_no_file(root, ignored["linked folders"])])
     collection = _collection(name or root.resolve().name, root, _less(files, bad), labelled, left_out_layers)
-    collection = replace(collection, ignored=collection.ignored + ignored, group_column=group_column)
+    collection = replace(_with_bins(collection, bins), ignored=collection.ignored + ignored, group_column=group_column)
     collection = without(collection, [(path, finding.reason) for finding in bad for path in finding.files])
-    collection = _with_bins(collection, bins) if bins else collection
-    notices = [*labelling.similar_labels(collection.files, labelled.source), *header_notices(collection.files)]
-    return _with_choices(noted(collection, notices, strict, skip_bad))
+    return _with_choices(noted(collection, _notices(collection, labelled.source), strict, skip_bad))
+
+
+def _notices(collection: Collection, source: str) -> list[Notice]:
+    """Return what headers and labels show of files that are used, given where the labels come from."""
+    return [*labelling.similar_labels(collection.files, source), *header_notices(collection.files)]
 
 
 def _collection(
@@ -302,12 +303,14 @@ def _collection(
     )
 
 
-def _with_bins(collection: Collection, count: int) -> Collection:
-    """Return the collection with its labels, which are numbers, in bins.
+def _with_bins(collection: Collection, count: int | None) -> Collection:
+    """Return the collection with its labels, which are numbers, in so many bins; None: with its labels as they are.
 
     Raises:
         CollectionError: There are fewer distinct numbers than bins.
     """
+    if count is None:
+        return collection
     source = collection.label_source
     try:
         labels = binning.bins_of([file.label for file in collection.files], count)
