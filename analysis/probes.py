@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.chance import guessed, null_accuracies
-from analysis.draws import ALPHA, Draws, exceedance
+from analysis.draws import ALPHA, ROUNDING, Draws, exceedance
 from analysis.evidence import PERMUTATIONS, RESAMPLES
 
 BEYOND, THROUGH, CHANCE = "beyond the concept", "perhaps through the concept", "chance"  # outcomes
@@ -82,7 +82,7 @@ def _told(column: Probed, count: int, seed: int, resamples: int, permutations: i
     draws = Draws(column.groups[rows["test"]], resamples, seed)
     drawn = draws.accuracies([*correct, by_concept])
     estimates = [draws.estimate(hits, of_draws) for hits, of_draws in zip((*correct, by_concept), drawn, strict=True)]
-    p, p_family = _against_permuted(column, predicted, seed, permutations)
+    p, p_family, needed = _against_permuted(column, predicted, seed, permutations, ALPHA / count)
     p_family = np.minimum(1, count * p_family)
     told = p_family < ALPHA
     among = np.flatnonzero(told) if told.any() else np.arange(len(names))
@@ -112,6 +112,8 @@ def _told(column: Probed, count: int, seed: int, resamples: int, permutations: i
             for i, name in enumerate(names)
         ],
         "best": names[best],
+        "tied_on_validation": [names[i] for i in among if i != best and validated[i] == validated[best]],
+        "needed": needed[best],
         "from_concept": estimates[-1],
         "beyond_concept": beyond,
         "outcome": (BEYOND if beyond["significant"] else THROUGH) if told[best] else CHANCE,
@@ -119,11 +121,17 @@ def _told(column: Probed, count: int, seed: int, resamples: int, permutations: i
 
 
 def _against_permuted(
-    column: Probed, predicted: np.ndarray, seed: int, permutations: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return p of predictions int[L, 1, T] against permuted values, of each alone and of each among all, float[L]."""
+    column: Probed, predicted: np.ndarray, seed: int, permutations: int, alpha: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return p of predictions int[L, 1, T] against permuted values, and what they would need, float[L] each.
+
+    The p is of each alone, then of each among all; what is needed is the accuracy that a p among all below ``alpha``
+    takes, which may be more than 1.
+    """
     truth, groups = column.y[column.rows["test"]], column.groups[column.rows["test"]]
     null = null_accuracies(predicted, truth, groups, len(column.values), permutations, seed)
     accuracy, own = (predicted == truth).mean((1, 2)), guessed(predicted, truth)
-    margins = (null - own).max(1)[:, None]
-    return exceedance(accuracy, null), exceedance(accuracy - own, margins)
+    margins = (null - own).max(1)
+    as_large = int(np.ceil(alpha * (1 + permutations) - ROUNDING)) - 1  # permutations that give alpha or more
+    needed = own + np.sort(margins)[-as_large] if as_large else np.full(len(own), 2.0)
+    return exceedance(accuracy, null), exceedance(accuracy - own, margins[:, None]), needed

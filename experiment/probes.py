@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 MOST_VALUES = 50  # of a column that is probed
 MOST_TRAIN = 2_000  # LoRAs that a probe is trained on
+LEAST_EACH = 3  # LoRAs of each value on average, as ids have fewer
 LEAST_TEST = 10  # test LoRAs with a value, below which nothing could be seen
 NUMBERS_AT_ONCE = 2**24  # of features worked on at a time: 64 MiB in float32
 LABEL = "it is the label, or divides the LoRAs as that does"
@@ -128,8 +129,8 @@ def _column(experiment: Experiment, name: str, value_of: dict[str, str]) -> Colu
         return "it has one value"
     if len(values) > MOST_VALUES:
         return f"it has {len(values):,} values, more than {MOST_VALUES}"
-    if 2 * len(values) > len(value_of):
-        return f"it has {len(values)} values among {len(value_of)} LoRAs, as an id has"
+    if LEAST_EACH * len(values) > len(value_of):
+        return f"it has {len(values)} values among {len(value_of)} LoRAs, fewer than {LEAST_EACH} LoRAs of each"
     position = {value: i for i, value in enumerate(values)}
     y = np.array([position.get(value_of.get(file.path), -1) for file in files], np.int16)
     train, validation, test = (part[y[part] >= 0] for part in (rows["train"], rows["validation"], rows["test"]))

@@ -30,12 +30,13 @@ def lines(results: dict) -> list[str]:
             f"No better than what the concept alone gives, through which the weights may know them: {compared}. The "
             "concept alone gives, for each test LoRA, the commonest value of the train LoRAs of its concept."
         )
-    if chance := [column["column"] for column in columns if column not in (*told, *through)]:
-        said.append(f"Indistinguishable from chance: {_named(chance)}.")
+    if chance := [column for column in columns if column not in (*told, *through)]:
+        shown = _named([f"{column['column']} ({_short_of(column)})" for column in chance])
+        said.append(f"Indistinguishable from permuted values: {shown}.")
     if columns:
         said.append(_how(section))
     if reasons := _by_reason(section["left_out"], "column"):
-        said.append(f"Not asked for: {reasons}.")
+        said.append(f"Left out: {reasons}.")
     if reasons := _by_reason(section["not_probed"], "representation"):
         said.append(f"Without a probe: {reasons}.")
     return said
@@ -47,8 +48,14 @@ def _first(columns: Sequence[dict], told: Sequence[dict]) -> str:
         return "No other column of these LoRAs can be predicted."
     if not told:
         return f"The weights tell none of {counted(len(columns), 'other column')}."
-    shown = _named([f"{column['column']} by {column['best']}, {_accuracy(column)}" for column in told], "; ")
+    shown = _named([f"{column['column']} by {_chosen(column)}, {_accuracy(column)}" for column in told], "; ")
     return f"The weights tell {len(told)} of {counted(len(columns), 'other column')}: {shown}."
+
+
+def _chosen(column: dict) -> str:
+    """Return the best representation on validation LoRAs, and how many are as good there."""
+    tied = len(column["tied_on_validation"])
+    return column["best"] + (f" ({tied} more equal on validation LoRAs)" if tied else "")
 
 
 def _accuracy(column: dict) -> str:
@@ -67,14 +74,22 @@ def _beside_concept(column: dict) -> str:
     return f"{percent(column['from_concept']['accuracy'])} % from the concept; {apart}"
 
 
+def _short_of(column: dict) -> str:
+    """Return the accuracy of a column that is not told, and what it would have to be."""
+    reached, needed = percent(_best(column)["accuracy"]), column["needed"]
+    if needed > 1 - 1e-9:
+        return f"{reached} %; by {column['split_sizes']['test']} test LoRAs even 100 % would be"
+    return f"{reached} %; more than {percent(needed)} % would not be"
+
+
 def _how(section: dict) -> str:
     columns = section["columns"]
     most = section["most_train"]
     fewer = f", on {most:,} train LoRAs" if any(c["trained_on"] < c["split_sizes"]["train"] for c in columns) else ""
     together = f", and for {len(columns)} columns" if len(columns) > 1 else ""
     return (
-        f"Each is predicted by linear classifiers{fewer} on features of all layers that know nothing of it. The best is "
-        f"chosen by validation; p hold for all representations together{together}."
+        f"Each is predicted by linear classifiers{fewer} on features of all layers that know nothing of it. The best "
+        f"is chosen by validation; p hold for all representations together{together}."
     )
 
 
@@ -123,7 +138,7 @@ def _summary(columns: Sequence[dict]) -> Table:
         for column in columns
     ]
     heads = ["column", "values", "test LoRAs", "best", "accuracy", "95 % interval", "p", "guessing"]
-    heads += ["from concept", "told"]
+    heads += ["from concept", "outcome"]
     note = "Accuracy in percent on the test LoRAs; guessing: always the commonest value of the train LoRAs."
     return Table(
         "also", "Other columns, each by the best representation on validation LoRAs", heads, rows, (0, 3, 9), note=note
