@@ -252,7 +252,10 @@ def linear_kernel(inputs: Inputs, name: str, train: np.ndarray, others: np.ndarr
     if blocks is not None:
         kernel = _products(blocks, rows, len(train), inputs.device)
     size = np.trace(kernel[: len(train)]) / len(train)
-    return kernel / size if size > NOTHING else np.zeros_like(kernel)
+    if size <= NOTHING:
+        return np.zeros_like(kernel)
+    kernel /= size
+    return kernel
 
 
 def _products(blocks: Iterator[torch.Tensor], rows: np.ndarray, count: int, device: torch.device) -> np.ndarray:
