@@ -65,7 +65,10 @@ def probe_columns(experiment: Experiment, names: Sequence[str]) -> dict | None:
                 not_probed[name] = reason
             else:
                 predicted[name] = experiment.inputs.description.units.load(units[name][0], ["predicted"])["predicted"]
-    told = [_probed(experiment, column, i, predicted) for i, column in enumerate(columns)] if predicted else []
+    if not predicted:  # not even one representation
+        left_out |= {column.name: "no representation could be probed" for column in columns}
+        columns = []
+    told = [_probed(experiment, column, i, predicted) for i, column in enumerate(columns)]
     keep_predictions(experiment, told)
     return {
         "columns": telling.tell(told, experiment.settings.seed),

@@ -313,6 +313,12 @@ def test_a_representation_that_fails_loses_no_others(planted, monkeypatch):
     }
 
 
+def test_columns_are_left_out_where_no_representation_is_probed(planted):
+    section = asked(planted, "noise", names=["update_learned"])
+    assert section["columns"] == [] and section["not_probed"][0]["representation"] == "update_learned"
+    assert section["left_out"] == [{"column": "noise", "reason": "no representation could be probed"}]
+
+
 def test_predictions_are_kept_with_their_rows(planted):
     section = asked(planted, "steps", "family")
     further = planted.predictions.further
