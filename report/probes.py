@@ -27,7 +27,7 @@ def lines(results: dict) -> list[str]:
     if through:
         compared = _named([f"{column['column']} ({_beside_concept(column)})" for column in through])
         said.append(
-            f"Not clearly better than what the concept alone gives, through which the weights may know them: {compared}. "
+            f"Not clearly better than the concept alone, through which the weights may know them: {compared}. "
             "The concept alone gives, for each test LoRA, the commonest value of the train LoRAs of its concept."
         )
     if chance := [column for column in columns if column not in (*told, *through)]:
