@@ -47,9 +47,9 @@ def _first(columns: Sequence[dict], told: Sequence[dict]) -> str:
     if not columns:
         return "No other column of these LoRAs can be predicted."
     if not told:
-        return f"The weights tell none of {counted(len(columns), 'other column')}."
+        return f"The weights tell none of the other columns that were tried: {_named([c['column'] for c in columns])}."
     shown = _named([f"{column['column']} by {_chosen(column)}, {_accuracy(column)}" for column in told], "; ")
-    return f"The weights tell {len(told)} of {counted(len(columns), 'other column')}: {shown}."
+    return f"The weights tell {len(told)} of the {counted(len(columns), 'other column')} tried: {shown}."
 
 
 def _chosen(column: dict) -> str:

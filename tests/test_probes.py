@@ -358,7 +358,9 @@ def test_sentences_tell_each_outcome_and_what_is_left_out(planted):
     results = {"analysis": {"also": asked(planted, names=[*NAMES, "update_frozen"])}}
     lines = told.lines(results)
     said = unwrapped(" ".join(lines))
-    assert lines[0].startswith("The weights tell 2 of 3 other columns: steps by ") and "; family by " in lines[0]
+    assert (
+        lines[0].startswith("The weights tell 2 of the 3 other columns tried: steps by ") and "; family by " in lines[0]
+    )
     assert "through which the weights may know them: family (100.0 % from the concept; " in said
     assert "Indistinguishable from permuted values: noise (" in said and " % would not be)." in said
     assert "Left out: " in said and "loss (it has 120 values, more than 50)" in said
@@ -367,6 +369,16 @@ def test_sentences_tell_each_outcome_and_what_is_left_out(planted):
     summary, wide = told.tables(results).values()
     assert [row[0] for row in summary.rows] == wide.columns[1:] and len(wide.rows) == len(NAMES) + 2
     assert all(len(row) == len(table.columns) for table in (summary, wide) for row in table.rows)
+
+
+def test_columns_that_are_not_told_are_named_with_what_they_would_need(planted):
+    lines = told.lines({"analysis": {"also": asked(planted, "noise")}})
+    assert lines[0] == "The weights tell none of the other columns that were tried: noise."
+    few = analysed(probed(np.tile([0, 1], 10), {"a": np.tile([0, 1], 10)}, parts=(0.6, 0.2)))
+    section = {"columns": few, "left_out": [], "not_probed": [], "most_train": 2000}
+    said = " ".join(told.lines({"analysis": {"also": section}}))
+    assert few[0]["outcome"] == CHANCE and few[0]["needed"] >= 1
+    assert "column (100.0 %; by 4 test LoRAs even 100 % would be)" in said
 
 
 def test_nothing_can_be_said_of_columns_that_divide_nothing(planted):
