@@ -135,8 +135,8 @@ class Collection:
 
     @cached_property
     def classes(self) -> list[str]:
-        """The distinct labels, sorted."""
-        return sorted({file.label for file in self.files})
+        """The distinct labels, sorted, bins by their numbers."""
+        return binning.in_order(file.label for file in self.files)
 
     @cached_property
     def y(self) -> np.ndarray:

@@ -27,7 +27,7 @@ from experiment.columns import columns_of
 from experiment.inputs import Inputs, StoredRows
 from experiment.networks import NETWORKS
 from experiment.units import Unit
-from loras.label_bins import bins_of, number_of
+from loras.label_bins import bins_of, in_order, number_of
 from representations import REPRESENTATIONS
 from training.exact import exact_dtype
 from training.kernels import NOTHING, classify
@@ -127,7 +127,7 @@ def _column(experiment: Experiment, name: str, value_of: dict[str, str]) -> Colu
     files, rows, settings = experiment.collection.files, experiment.rows, experiment.settings
     value_of = {file.path: value_of[file.path] for file in files if file.path in value_of}
     value_of, bins = _binned(value_of, settings.label_bins)
-    values = sorted(set(value_of.values()))
+    values = in_order(value_of.values())
     if len(values) < 2:
         return "it has one value"
     if len(values) > MOST_VALUES:

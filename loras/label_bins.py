@@ -83,6 +83,19 @@ def bins_of(texts: Sequence[str], count: int) -> list[str]:
     return [labels[position] for position in bins.tolist()]
 
 
+def in_order(labels: Iterable[str]) -> list[str]:
+    """Return distinct labels sorted: as texts, or where all are bins, by their numbers.
+
+    Example:
+        >>> in_order(["[10, 20]", "[2, 10)"]), in_order(["10", "2"])
+        (['[2, 10)', '[10, 20]'], ['10', '2'])
+    """
+    distinct = sorted(set(labels))
+    edges = {label: [number_of(edge) for edge in label[1:-1].split(", ")] for label in distinct}
+    are_bins = all(label[:1] == "[" and len(edge) == 2 and None not in edge for label, edge in edges.items())
+    return sorted(distinct, key=edges.get) if are_bins else distinct
+
+
 def _first_values(below: np.ndarray, count: int) -> list[int]:
     """Return the position of the first distinct value of each bin, given how many numbers are at most each value."""
     firsts, distinct = [0], len(below)

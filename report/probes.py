@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from report.tables import Table
-from report.wording import accuracy_text, bounds, counted, listed, p_cell, percent, signed
+from report.wording import accuracy_text, bounds, listed, p_cell, percent, signed
 
 MOST_NAMED = 8  # columns in a sentence
 IN_A_TABLE, MOST_TABLES = 6, 5  # columns side by side, and tables of them
@@ -49,7 +49,9 @@ def _first(columns: Sequence[dict], told: Sequence[dict]) -> str:
     if not told:
         return f"The weights tell none of the other columns that were tried: {_named([c['column'] for c in columns])}."
     shown = _named([f"{column['column']} by {_chosen(column)}, {_accuracy(column)}" for column in told], "; ")
-    return f"The weights tell {len(told)} of the {counted(len(columns), 'other column')} tried: {shown}."
+    if len(columns) == 1:
+        return f"The weights tell {shown}."
+    return f"The weights tell {len(told)} of the {len(columns)} other columns tried: {shown}."
 
 
 def _chosen(column: dict) -> str:

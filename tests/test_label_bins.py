@@ -9,7 +9,7 @@ from making import FILE_NAME, lora, write_lora
 import data
 from data import CollectionError, index_collection
 from experiment.settings import UsageError, resolve
-from loras.label_bins import bins_of, number_of
+from loras.label_bins import bins_of, in_order, number_of
 
 
 def labelled(root, labels):
@@ -69,6 +69,13 @@ def test_a_collection_has_its_bins_as_classes(tmp_path):
     assert found.label_source == "steps in metadata.json, in 2 bins" and found.label_column == "steps"
     plain = index_collection(root, label_column="steps")
     assert [file.path for file in plain.files] == [file.path for file in found.files]
+
+
+def test_bins_are_in_the_order_of_their_numbers(tmp_path):
+    root = labelled(tmp_path / "loras", [2, 3, 4, 10, 11, 12])
+    assert index_collection(root, label_column="steps", label_bins=2).classes == ["[2, 10)", "[10, 12]"]
+    assert index_collection(root, label_column="steps").classes == ["10", "11", "12", "2", "3", "4"]
+    assert in_order(["[2, b)", "[10, 20)"]) == ["[10, 20)", "[2, b)"]
 
 
 def test_a_table_is_binned_too(tmp_path):

@@ -374,6 +374,8 @@ def test_sentences_tell_each_outcome_and_what_is_left_out(planted):
 def test_columns_that_are_not_told_are_named_with_what_they_would_need(planted):
     lines = told.lines({"analysis": {"also": asked(planted, "noise")}})
     assert lines[0] == "The weights tell none of the other columns that were tried: noise."
+    (line, *_) = told.lines({"analysis": {"also": asked(planted, "family")}})
+    assert line.startswith("The weights tell family by ") and line.endswith("by always guessing its commonest value.")
     few = analysed(probed(np.tile([0, 1], 10), {"a": np.tile([0, 1], 10)}, parts=(0.6, 0.2)))
     section = {"columns": few, "left_out": [], "not_probed": [], "most_train": 2000}
     said = " ".join(told.lines({"analysis": {"also": section}}))
