@@ -4,6 +4,10 @@ The p of a probe is by values permuted against its predictions, nothing trained 
 of a column together (the largest accuracy above its own average in each permutation: Westfall & Young,
 "Resampling-based multiple testing", 1993), and times the number of columns for all of them (Bonferroni).
 
+Whether more is known than the concept is tested likewise, by values permuted within each concept: what a probe knows
+through the concept alone stays. (The commonest value of a concept's train LoRAs is no measure of that: of values of
+equal numbers it is the one that is rarest among its test LoRAs.)
+
 Shape letters as in evidence.py.
 """
 
@@ -15,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.chance import guessed, null_accuracies
-from analysis.draws import ALPHA, ROUNDING, Draws, exceedance
+from analysis.draws import ALPHA, ROUNDING, Draws, exceedance, stream
 from analysis.evidence import PERMUTATIONS, RESAMPLES
 
 BEYOND, THROUGH, CHANCE = "beyond the concept", "perhaps through the concept", "chance"  # outcomes
@@ -52,6 +56,13 @@ class Probed:
         """The commonest value of the train LoRAs, which is always guessed."""
         return int(np.bincount(self.y[self.rows["train"]]).argmax())
 
+    @property
+    def groups_within_concepts(self) -> bool:
+        """The answer to whether the test LoRAs of each group are of one concept: values can be permuted within it."""
+        test = self.rows["test"]
+        pairs = np.stack([self.groups[test], self.concept[test]])
+        return np.unique(pairs, axis=1).shape[1] == len(np.unique(pairs[0]))
+
     def from_concept(self) -> np.ndarray:
         """Return what the concept alone gives: a mask of the test LoRAs whose value is that of most train LoRAs of it.
 
@@ -82,14 +93,13 @@ def _told(column: Probed, count: int, seed: int, resamples: int, permutations: i
     draws = Draws(column.groups[rows["test"]], resamples, seed)
     drawn = draws.accuracies([*correct, by_concept])
     estimates = [draws.estimate(hits, of_draws) for hits, of_draws in zip((*correct, by_concept), drawn, strict=True)]
-    p, p_family, needed = _against_permuted(column, predicted, seed, permutations, ALPHA / count)
+    own, null = _permuted(np.zeros(len(truth), int), predicted, column, seed, permutations)
+    p, p_family, needed = _against(accuracy := correct.mean((1, 2)), own, null, ALPHA / count)
     p_family = np.minimum(1, count * p_family)
     told = p_family < ALPHA
     among = np.flatnonzero(told) if told.any() else np.arange(len(names))
     best = int(among[validated[among].argmax()])  # the first of equal ones
-    beyond = draws.differences([(correct[best], by_concept)])[0]
-    beyond["p_family"] = min(1.0, count * float(beyond["p"]))
-    beyond["significant"] = beyond["p_family"] < ALPHA and bool(beyond["difference"] > 0)
+    beyond = _beyond(column, predicted, best, count, seed, permutations) if column.groups_within_concepts else None
     return {
         "column": column.name,
         "values": [
@@ -116,22 +126,52 @@ def _told(column: Probed, count: int, seed: int, resamples: int, permutations: i
         "needed": needed[best],
         "from_concept": estimates[-1],
         "beyond_concept": beyond,
-        "outcome": (BEYOND if beyond["significant"] else THROUGH) if told[best] else CHANCE,
+        "outcome": (BEYOND if beyond and beyond["significant"] else THROUGH) if told[best] else CHANCE,
     }
 
 
-def _against_permuted(
-    column: Probed, predicted: np.ndarray, seed: int, permutations: int, alpha: float
+def _beyond(column: Probed, predicted: np.ndarray, best: int, count: int, seed: int, permutations: int) -> dict:
+    """Return whether the best of predictions int[L, 1, T] know more than the concept, of one of ``count`` columns."""
+    test = column.rows["test"]
+    accuracy = (predicted == column.y[test]).mean((1, 2))
+    own, null = _permuted(column.concept[test], predicted, column, seed, permutations)
+    p = float(_against(accuracy, own, null, ALPHA)[1][best])
+    return {
+        "permuted": own[best],
+        "difference": accuracy[best] - own[best],
+        "p": p,
+        "p_family": min(1.0, count * p),
+        "significant": count * p < ALPHA,
+    }
+
+
+def _permuted(
+    strata: np.ndarray, predicted: np.ndarray, column: Probed, seed: int, permutations: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return accuracies of predictions int[L, 1, T] where values are permuted within each stratum, int[T].
+
+    On average, float[L], and in each permutation, float[B, L]. Each stratum has draws of its own.
+    """
+    truth, groups = column.y[column.rows["test"]], column.groups[column.rows["test"]]
+    own, null = np.zeros(len(predicted)), np.zeros((permutations, len(predicted)))
+    for stratum in np.unique(strata).tolist():
+        among = strata == stratum
+        part, values, of_stratum = predicted[..., among], truth[among], stream(seed, "strata", stratum)
+        own += among.mean() * guessed(part, values)
+        drawn = groups[among], len(column.values), permutations, int(of_stratum.integers(2**31))
+        null += among.mean() * null_accuracies(part, values, *drawn)
+    return own, null
+
+
+def _against(
+    accuracy: np.ndarray, own: np.ndarray, null: np.ndarray, alpha: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return p of predictions int[L, 1, T] against permuted values, and what they would need, float[L] each.
+    """Return p of accuracies against those of `_permuted`, and what they would need, float[L] each.
 
     The p is of each alone, then of each among all; what is needed is the accuracy that a p among all below ``alpha``
     takes, which may be more than 1.
     """
-    truth, groups = column.y[column.rows["test"]], column.groups[column.rows["test"]]
-    null = null_accuracies(predicted, truth, groups, len(column.values), permutations, seed)
-    accuracy, own = (predicted == truth).mean((1, 2)), guessed(predicted, truth)
     margins = (null - own).max(1)
-    as_large = int(np.ceil(alpha * (1 + permutations) - ROUNDING)) - 1  # permutations that give alpha or more
+    as_large = int(np.ceil(alpha * (1 + len(null)) - ROUNDING)) - 1  # permutations that give alpha or more
     needed = own + np.sort(margins)[-as_large] if as_large else np.full(len(own), 2.0)
     return exceedance(accuracy, null), exceedance(accuracy - own, margins[:, None]), needed

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from report.tables import Table
-from report.wording import accuracy_text, bounds, listed, p_cell, percent, signed
+from report.wording import accuracy_text, bounds, listed, p_cell, p_text, percent
 
 MOST_NAMED = 8  # columns in a sentence
 IN_A_TABLE, MOST_TABLES = 6, 5  # columns side by side, and tables of them
@@ -25,11 +25,8 @@ def lines(results: dict) -> list[str]:
     told, through = by_outcome[BEYOND], by_outcome[THROUGH]
     said = [_first(columns, [*told, *through])]
     if through:
-        compared = _named([f"{column['column']} ({_beside_concept(column)})" for column in through])
-        said.append(
-            f"Not clearly better than the concept alone, through which the weights may know them: {compared}. "
-            "The concept alone gives, for each test LoRA, the commonest value of the train LoRAs of its concept."
-        )
+        compared = _named([f"{column['column']} ({_within(column)})" for column in through])
+        said.append(f"Perhaps known only through the concept: {compared}.")
     if chance := [column for column in columns if column not in (*told, *through)]:
         shown = _named([f"{column['column']} ({_short_of(column)})" for column in chance])
         said.append(f"Indistinguishable from permuted values: {shown}.")
@@ -70,10 +67,12 @@ def _best(column: dict) -> dict:
     return record
 
 
-def _beside_concept(column: dict) -> str:
-    beyond = column["beyond_concept"]
-    apart = f"{signed(beyond['difference'])} points, {bounds(beyond['interval'], signed)}"
-    return f"{percent(column['from_concept']['accuracy'])} % from the concept; {apart}"
+def _within(column: dict) -> str:
+    """Return the accuracy that is left of a column where values are permuted within each concept."""
+    if not (beyond := column["beyond_concept"]):
+        return "not tested, as groups have LoRAs of several concepts"
+    left = f"{percent(beyond['permuted'])} % with values permuted within each concept"
+    return f"{left}, {p_text(beyond['p_family'])}"
 
 
 def _short_of(column: dict) -> str:
@@ -134,14 +133,17 @@ def _summary(columns: Sequence[dict]) -> Table:
             bounds(_best(column)["interval"]),
             p_cell(_best(column)["p_family"]),
             percent(column["chance"]),
-            percent(column["from_concept"]["accuracy"]),
+            percent(column["beyond_concept"]["permuted"]) if column["beyond_concept"] else "",
             column["outcome"],
         ]
         for column in columns
     ]
     heads = ["column", "values", "test LoRAs", "best", "accuracy", "95 % interval", "p", "guessing"]
-    heads += ["from concept", "outcome"]
-    note = "Accuracy in percent on the test LoRAs; guessing: always the commonest value of the train LoRAs."
+    heads += ["within concepts", "outcome"]
+    note = (
+        "Accuracy in percent on the test LoRAs; guessing: always the commonest value of the train LoRAs; within "
+        "concepts: where values are permuted within each concept, on average."
+    )
     return Table(
         "also", "Other columns, each by the best representation on validation LoRAs", heads, rows, (0, 3, 9), note=note
     )
@@ -154,7 +156,10 @@ def _by_representation(columns: Sequence[dict]) -> Table:
     rows.append(["always guessing", *(percent(column["chance"]) for column in columns)])
     rows.append(["from the concept", *(percent(column["from_concept"]["accuracy"]) for column in columns)])
     heads = ["representation", *(column["column"] for column in columns)]
-    note = "*: above what permuted values give, for all representations and columns together."
+    note = (
+        "*: above what permuted values give, for all representations and columns together. From the concept: the "
+        "commonest value of the train LoRAs of its concept."
+    )
     return Table("also", "Accuracy of each representation for each column, %", heads, rows, shown=len(rows), note=note)
 
 
