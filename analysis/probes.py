@@ -94,7 +94,7 @@ def _told(column: Probed, count: int, seed: int, resamples: int, permutations: i
     drawn = draws.accuracies([*correct, by_concept])
     estimates = [draws.estimate(hits, of_draws) for hits, of_draws in zip((*correct, by_concept), drawn, strict=True)]
     own, null = _permuted(np.zeros(len(truth), int), predicted, column, seed, permutations)
-    p, p_family, needed = _against(accuracy := correct.mean((1, 2)), own, null, ALPHA / count)
+    p, p_family, needed = _against(correct.mean((1, 2)), own, null, ALPHA / count)
     p_family = np.minimum(1, count * p_family)
     told = p_family < ALPHA
     among = np.flatnonzero(told) if told.any() else np.arange(len(names))
