@@ -41,7 +41,7 @@ MOST_TRAIN = 2_000  # LoRAs that a probe is trained on
 LEAST_EACH = 3  # LoRAs of each value on average, as ids have fewer
 LEAST_TEST = 10  # test LoRAs with a value, below which nothing could be seen
 NUMBERS_AT_ONCE = 2**24  # of features worked on at a time: 64 MiB in float32
-LABEL = "it is the label, or divides the LoRAs as that does"
+LABEL = "the label, or divided as that"
 
 
 def probe_columns(experiment: Experiment, names: Sequence[str]) -> dict | None:
@@ -117,7 +117,7 @@ def choose_columns(experiment: Experiment) -> tuple[list[Column], dict[str, str]
         elif (divided := _partition(column.y)) in why_of:
             left_out[name] = why_of[divided]
         else:
-            why_of[divided] = f"it divides the LoRAs as {name} does"
+            why_of[divided] = f"divided as {name}"
             chosen.append(column)
     return chosen, left_out
 
@@ -129,11 +129,11 @@ def _column(experiment: Experiment, name: str, value_of: dict[str, str]) -> Colu
     value_of, bins = _binned(value_of, settings.label_bins)
     values = in_order(value_of.values())
     if len(values) < 2:
-        return "it has one value"
+        return "one value"
     if len(values) > MOST_VALUES:
-        return f"it has {len(values):,} values, more than {MOST_VALUES}"
+        return f"{len(values):,} values, more than {MOST_VALUES}"
     if LEAST_EACH * len(values) > len(value_of):
-        return f"it has {len(values)} values among {len(value_of)} LoRAs, fewer than {LEAST_EACH} LoRAs of each"
+        return f"{len(values)} values among {len(value_of)} LoRAs, fewer than {LEAST_EACH} LoRAs of each"
     position = {value: i for i, value in enumerate(values)}
     y = np.array([position.get(value_of.get(file.path), -1) for file in files], np.int16)
     train, validation, test = (part[y[part] >= 0] for part in (rows["train"], rows["validation"], rows["test"]))
@@ -171,7 +171,7 @@ def why_not(name: str) -> str:
     """Return why a representation is not probed; empty where it is."""
     if REPRESENTATIONS[name].made != "trained" or NETWORKS[name].reads == "tokens":
         return ""
-    return "its features are those of update_sketch" if name == "update_frozen" else "it is learned from the concept"
+    return "reads the features of update_sketch" if name == "update_frozen" else "learned from the concept"
 
 
 def plan_probes(

@@ -231,11 +231,11 @@ def test_planted_columns_are_told_and_others_not(planted):
     assert reasons == {
         "category_label": probes.LABEL,
         "concept": probes.LABEL,
-        "constant": "it has one value",
-        "rank": "it has one value",
-        "index": "it has 120 values, more than 50",
-        "loss": "it has 120 values, more than 50",
-        "steps_again": "it divides the LoRAs as steps does",
+        "constant": "one value",
+        "rank": "one value",
+        "index": "120 values, more than 50",
+        "loss": "120 values, more than 50",
+        "steps_again": "divided as steps",
         "rare": "fewer than two of its values are among train LoRAs and among test LoRAs",
     }
     # Nothing learned was fitted again: the units there were are untouched, and only probes have joined them.
@@ -334,7 +334,7 @@ def test_a_representation_that_fails_loses_no_others(planted, monkeypatch):
     section = asked(planted, "noise", "steps", names=["stats", "update_spectrum", "update_learned"])
     assert [entry["representation"] for entry in section["columns"][0]["representations"]] == ["update_spectrum"]
     assert {entry["representation"]: entry["reason"] for entry in section["not_probed"]} == {
-        "update_learned": "it is learned from the concept",
+        "update_learned": "learned from the concept",
         "stats": "a machine has not converged",
     }
 
@@ -390,8 +390,8 @@ def test_sentences_tell_each_outcome_and_what_is_left_out(planted):
     assert "Perhaps known only through the concept: family (" in said
     assert " % with values permuted within each concept, p = " in said
     assert "Indistinguishable from permuted values: noise (" in said and " % would not be)." in said
-    assert "Left out: " in said and "loss (it has 120 values, more than 50)" in said
-    assert "Without a probe: update_frozen (its features are those of update_sketch)." in said
+    assert "Left out: " in said and "loss (120 values, more than 50)" in said
+    assert "Without a probe: update_frozen (reads the features of update_sketch)." in said
     assert all(line[0].isupper() and line.endswith(".") for line in lines) and faults(said) == []
     summary, wide = told.tables(results).values()
     assert [row[0] for row in summary.rows] == wide.columns[1:] and len(wide.rows) == len(NAMES) + 2
