@@ -35,6 +35,7 @@ import numpy as np
 
 from loras import checkpoints, layer_sets, lora_files, names
 from loras import inspection as inspecting
+from loras import label_bins as binning
 from loras import labels as labelling
 from loras.building import Progress
 from loras.checkpoints import Choice
@@ -134,8 +135,8 @@ class Collection:
 
     @cached_property
     def classes(self) -> list[str]:
-        """The distinct labels, sorted."""
-        return sorted({file.label for file in self.files})
+        """The distinct labels, sorted, bins by their numbers."""
+        return binning.in_order(file.label for file in self.files)
 
     @cached_property
     def y(self) -> np.ndarray:
@@ -237,6 +238,7 @@ def index_collection(
     labels: Path | None = None,
     label_column: str | None = None,
     group_column: str | None = None,
+    label_bins: int | None = None,
     step: str | None = None,
     common_layers: bool = False,
     skip_bad: bool = False,
@@ -252,6 +254,7 @@ def index_collection(
         labels: A table of labels, see `labels.read_labels`.
         label_column: Its column, or field of the metadata.json files, that is the label; likewise
         group_column: the group.
+        label_bins: Quantile bins of labels that are numbers; None: labels are classes as they are.
         step: What is read of folders with checkpoints, see `labels.read_labels`.
         common_layers: Keep the layers that all files have, instead of refusing files that differ.
         skip_bad: Leave out files that cannot be used, instead of refusing the collection.
@@ -264,9 +267,9 @@ def index_collection(
     _check_root(root)
     paths, bad, ignored = find_weight_files(root)
     labelled = labelling.read_labels(root, paths, labels, label_column, group_column, step)
-    labelled = labelling.without_labels(labelled) if unlabelled else labelled
+    labelled, bins = (labelling.without_labels(labelled), None) if unlabelled else (labelled, label_bins)
     files, faulty = _index_files(root, progress(labelled.choice.paths, "index"), labelled)
-    bad += labelled.findings + faulty
+    bad += labelled.findings + faulty + (binning.not_numbers(files) if bins else [])
     files = _less(files, bad) if skip_bad else files  # what is left out has no say in which layers are the commonest
     files, left_out_layers, unlike = _alike(root, files, bad, common_layers)
     bad += unlike
@@ -274,10 +277,14 @@ def index_collection(
     if faults or not files:
         raise CollectionError(list(dict.fromkeys(faults)) or [_no_file(root, ignored["linked folders"])])
     collection = _collection(name or root.resolve().name, root, _less(files, bad), labelled, left_out_layers)
-    collection = replace(collection, ignored=collection.ignored + ignored, group_column=group_column)
+    collection = replace(_with_bins(collection, bins), ignored=collection.ignored + ignored, group_column=group_column)
     collection = without(collection, [(path, finding.reason) for finding in bad for path in finding.files])
-    notices = [*labelling.similar_labels(collection.files, labelled.source), *header_notices(collection.files)]
-    return _with_choices(noted(collection, notices, strict, skip_bad))
+    return _with_choices(noted(collection, _notices(collection, labelled.source), strict, skip_bad))
+
+
+def _notices(collection: Collection, source: str) -> list[Notice]:
+    """Return what headers and labels show of files that are used, given where the labels come from."""
+    return [*labelling.similar_labels(collection.files, source), *header_notices(collection.files)]
 
 
 def _collection(
@@ -294,6 +301,24 @@ def _collection(
         choice=labelled.choice,
         left_out_layers=left_out_layers,
     )
+
+
+def _with_bins(collection: Collection, count: int | None) -> Collection:
+    """Return the collection with its labels, which are numbers, in so many bins; None: with its labels as they are.
+
+    Raises:
+        CollectionError: There are fewer distinct numbers than bins.
+    """
+    if count is None:
+        return collection
+    source = collection.label_source
+    try:
+        labels = binning.bins_of([file.label for file in collection.files], count)
+    except ValueError as error:
+        fault = f"labels from {source} are {error}, too few for --label-bins={count}. Give fewer bins."
+        raise CollectionError([f"{collection.root}: {fault}"]) from error
+    files = [replace(file, label=label) for file, label in zip(collection.files, labels, strict=True)]
+    return replace(collection, files=tuple(files), label_source=f"{source}, in {count} bins")
 
 
 def _check_root(root: Path) -> None:

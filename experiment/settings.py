@@ -71,6 +71,7 @@ class Settings:
     sketch_flat: bool  # representations of all weights read a sketch of each layer
     keep_twins: bool  # copies and epochs of one training stay where the split puts them
     holdout: str | None  # the column of whose values each is held out in turn
+    label_bins: int | None  # quantile bins of labels that are numbers
     also: tuple[str, ...] | None  # other columns to predict; None: all that can be
     activations: Path | None  # inputs of modules, recorded from the base model
     save_models: tuple[str, ...] | None  # representations whose classifiers are kept; None: the best
@@ -101,6 +102,7 @@ class Settings:
             "sketch_flat": self.sketch_flat,
             "keep_twins": self.keep_twins,
             "holdout": self.holdout,
+            "label_bins": self.label_bins,
             "also": None if self.also is None else list(self.also),
             "activations": None,  # a digest of what is read of them, once the modules are known
             "save_models": None if self.save_models is None else list(self.save_models),
@@ -156,6 +158,7 @@ def resolve(args: argparse.Namespace, networks: Networks = Networks()) -> Settin
         sketch_flat=args.sketch_flat,
         keep_twins=args.keep_twins,
         holdout=args.holdout,
+        label_bins=args.label_bins,
         also=resolve_columns(args.also, controls),
         activations=args.activations,
         save_models=resolve_kept(args.save_models),
@@ -175,6 +178,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise UsageError(f"--num-runs {args.num_runs}: at least one run is needed. Give 1 or more.")
     if args.splits < 1:
         raise UsageError(f"--splits {args.splits}: at least one split is needed. Give 1 or more.")
+    if args.label_bins is not None and args.label_bins < 2:
+        raise UsageError(f"--label-bins {args.label_bins}: at least two bins make classes. Give 2 or more.")
     if args.null_shuffles < 0:
         raise UsageError(f"--null-shuffles {args.null_shuffles}: a negative number. Give 0 or more.")
 

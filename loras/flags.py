@@ -10,29 +10,12 @@ from loras.command_line import Parser, whole_number
 
 NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small", "dynamics")  # what --dataset takes beside folders
 # Those that indexing takes by the same names; --layers chooses among the layers that were indexed.
-OF_INDEX = ("labels", "label_column", "group_column", "step", "common_layers", "skip_bad", "strict")
+OF_INDEX = ("labels", "label_column", "group_column", "label_bins", "step", "common_layers", "skip_bad", "strict")
 
 
 def add_collection_flags(add: Callable) -> None:
     """Add the flags; ``add`` is a parser's ``add_argument``."""
-    add(
-        "--labels",
-        type=Path,
-        metavar="FILE",
-        help="csv, tsv or jsonl with the columns file_name and label; `python data.py label FOLDER` writes one (none)",
-    )
-    add(
-        "--label-column",
-        metavar="NAME",
-        help="column of the table, or field of the metadata.json files, that is the label (category_label; in a table "
-        "else label, else its only column)",
-    )
-    add(
-        "--group-column",
-        metavar="NAME",
-        help="column of the table, or field of the metadata.json files: LoRAs that share its value are never on both "
-        "sides of the split (none)",
-    )
+    _add_label_flags(add)
     add(
         "--step",
         type=_step,
@@ -62,6 +45,34 @@ def add_collection_flags(add: Callable) -> None:
         metavar="PATTERN",
         help="only layers whose name or canonical module matches: attn2, '*.to_v.*', or a comma list; '!attn2' leaves "
         "out what matches (all)",
+    )
+
+
+def _add_label_flags(add: Callable) -> None:
+    add(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="csv, tsv or jsonl with the columns file_name and label; `python data.py label FOLDER` writes one (none)",
+    )
+    add(
+        "--label-column",
+        metavar="NAME",
+        help="column of the table, or field of the metadata.json files, that is the label (category_label; in a table "
+        "else label, else its only column)",
+    )
+    add(
+        "--label-bins",
+        type=whole_number,
+        metavar="N",
+        help="the label is a number, of which N quantile bins are the classes (none); with --also other columns of "
+        "more than 50 numbers are binned too",
+    )
+    add(
+        "--group-column",
+        metavar="NAME",
+        help="column of the table, or field of the metadata.json files: LoRAs that share its value are never on both "
+        "sides of the split (none)",
     )
 
 
