@@ -881,7 +881,7 @@ def test_skip_bad_leaves_out_files_in_which_the_pass_finds_nan(tmp_path, capsys,
     def fail(*_):
         raise OSError("Input/output error")
 
-    monkeypatch.setattr(extraction, "_read_file", fail)
+    monkeypatch.setattr(extraction, "read_file", fail)
     run(tmp_path, root, *flags, out="other", expected=2)
     assert "Input/output error" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
