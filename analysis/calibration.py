@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp, softmax
 
-LOG_TEMPERATURES = -7.0, 7.0  # between which the temperature is looked for
+LOG_TEMPERATURES = -12.0, 12.0  # between which the temperature is looked for
 USUAL = 0.95  # share of held-out LoRAs that count as like those of training
 LEAST_SPREAD = 0.01  # of logarithms of norms: 1 % of a norm
 LEAST_NORM = 1e-6  # of the usual norm; what is smaller counts as this
@@ -42,7 +42,7 @@ def log_loss(scores: np.ndarray, y: np.ndarray, temperature: float, smoothing: f
 
 
 def fit_temperature(scores: np.ndarray, y: np.ndarray) -> float:
-    """Return the temperature above 0 of the smallest log-loss (Guo et al., "On calibration", 2017), within e^±7.
+    """Return the temperature above 0 of the smallest log-loss (Guo et al., "On calibration", 2017), within e^±12.
 
     The truth is smoothed by 1 / (n + 2), as n rows that are all right do not show that none is ever wrong (Platt,
     "Probabilistic outputs for support vector machines", 1999): the temperature would be 0.
@@ -84,7 +84,7 @@ class Norms:
 
 @dataclass(frozen=True)
 class Usual:
-    """What is usual of held-out LoRAs: median distance and median surprise, and the score that 95 % do not exceed."""
+    """Medians of the distance and the surprise of held-out LoRAs, and the score that 95 % of them do not exceed."""
 
     distance: float
     surprise: float

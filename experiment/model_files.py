@@ -181,7 +181,7 @@ class ModelFolder:
 
     @property
     def records(self) -> list[dict]:
-        """What was kept, the best by validation first."""
+        """Records of the classifiers, the best by validation first."""
         return self.manifest["kept"]
 
     @property

@@ -43,6 +43,7 @@ from training.stacks import mean_and_scale, rows_at_once, scaled, train
 LIMIT = 2**30  # bytes of the factors that are kept of one representation
 BEST_OF = ("update_spectrum", "update_sketch")  # of which --save-models=best keeps the better one
 ALWAYS = "update_views"  # and this
+ONLY_TO_READ = ("file", "layers", "usual")  # of a record, what no result is
 
 # A record, its tensors, and what the experiment predicts, int[R, V + T].
 Parts = tuple[dict, dict[str, Made], np.ndarray]
@@ -85,7 +86,8 @@ def keep(experiment: Experiment, results: dict, target: Path, limit: int = LIMIT
     except OSError as error:  # a full disk, say: the results can be written all the same
         raise TrainingError(f"it cannot be written ({fault_of(error)})") from error
     experiment.inputs.release()
-    return {"kept": kept, "bytes": sum(record["bytes"] for record in kept), "not_kept": not_kept}
+    told = [{key: record[key] for key in record if key not in ONLY_TO_READ} for record in kept]
+    return {"kept": told, "bytes": sum(record["bytes"] for record in kept), "not_kept": not_kept}
 
 
 def choose(asked: tuple[str, ...] | None, entries: dict[str, dict]) -> tuple[list[str], list[dict]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -267,7 +267,7 @@ def _stacked(factors: Sequence[Factors]) -> tuple[Tensor, Tensor, Tensor]:
 def predict_files(
     model: ModelFolder, record: dict, paths: Iterable[Path], choices: Choices, skip_bad: bool = False
 ) -> tuple[list[dict], list[dict]]:
-    """Predict files and the files in folders.
+    """Predict files, and those in folders.
 
     Args:
         model: The model.
@@ -294,34 +294,35 @@ def predict_files(
     told: list[dict] = []
     with model.tensors(record) as get:
         predictor = Predictor(model, record, get)
-        batch: list[tuple[New, dict, list[Factors]]] = []
-        numbers = 0
-        for new in good:
-            try:
-                factors = predictor.factors(new)
-                described = predictor.described(factors)
-            except LoraFileError as error:
-                findings.append(Finding((new.file.path,), str(error), new.shown))
-                continue
-            except OSError as error:
-                findings.append(Finding((new.file.path,), unreadable(error), new.shown))
-                continue
-            batch.append((new, described, [] if predictor.computed else factors))
-            numbers += sum(map(np.size, described.values())) + (0 if predictor.computed else new.file.layout.width)
-            if len(batch) == FILES_AT_ONCE or numbers > NUMBERS_AT_ONCE:
-                told += _told(predictor, batch)
-                batch, numbers = [], 0
-        told += _told(predictor, batch)
+        for batch in _batches(predictor, good, findings):
+            records = predictor.predict([lora for _, lora in batch])
+            told += [{"file": new.shown, **record} for (new, _), record in zip(batch, records, strict=True)]
     if findings and not (skip_bad and told):
         raise _refused(findings)
     return told, [{"file": finding.place, "reason": finding.reason} for finding in findings]
 
 
-def _told(predictor: Predictor, batch: list[tuple[New, dict, list[Factors]]]) -> list[dict]:
-    if not batch:
-        return []
-    records = predictor.predict([lora for _, *lora in batch])
-    return [{"file": new.shown, **record} for (new, *_), record in zip(batch, records, strict=True)]
+def _batches(
+    predictor: Predictor, files: Iterable[New], findings: list[Finding]
+) -> Iterator[list[tuple[New, tuple[dict[str, np.ndarray], list[Factors]]]]]:
+    """Yield files and what is read of them, as many as are predicted at a time; add those that cannot be read."""
+    batch: list = []
+    numbers = 0
+    for new in files:
+        try:
+            factors = predictor.factors(new)
+        except (LoraFileError, OSError) as error:
+            reason = str(error) if isinstance(error, LoraFileError) else unreadable(error)
+            findings.append(Finding((new.file.path,), reason, new.shown))
+            continue
+        described = predictor.described(factors)
+        batch.append((new, (described, [] if predictor.computed else factors)))
+        numbers += sum(map(np.size, described.values())) + (0 if predictor.computed else new.file.layout.width)
+        if len(batch) == FILES_AT_ONCE or numbers > NUMBERS_AT_ONCE:
+            yield batch
+            batch, numbers = [], 0
+    if batch:
+        yield batch
 
 
 def _refused(findings: Sequence[Finding]) -> CollectionError:
