@@ -73,7 +73,7 @@ def write_tensors(path: Path, tensors: dict[str, Made]) -> tuple[str, int]:
 def _blocks(header: bytes, tensors: dict[str, Made]) -> Iterator[bytes | memoryview]:
     yield len(header).to_bytes(8, "little") + header
     for tensor in tensors.values():
-        array = np.ascontiguousarray(tensor.make(), tensor.dtype)
+        array = np.asarray(tensor.make(), tensor.dtype, order="C")
         if array.shape != tensor.shape:
             raise AssertionError(f"a tensor of shape {array.shape}, not {tensor.shape}")
         yield memoryview(array.reshape(-1)).cast("B") if array.size else b""
