@@ -15,6 +15,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp, softmax
 
 LOG_TEMPERATURES = -12.0, 12.0  # between which the temperature is looked for
+WRONG = 0.1  # of a validation row, which counts as wrong whatever the others are
 USUAL = 0.95  # share of held-out LoRAs that count as like those of training
 LEAST_SPREAD = 0.01  # of logarithms of norms: 1 % of a norm
 LEAST_NORM = 1e-6  # of the usual norm; what is smaller counts as this
@@ -33,23 +34,25 @@ def log_loss(scores: np.ndarray, y: np.ndarray, temperature: float, smoothing: f
         scores: Of each run, float[R, n, C].
         y: Classes, int[n].
         temperature: Divides the scores.
-        smoothing: Share of the truth that lies evenly on all classes.
+        smoothing: Share of the truth that is not the true class but the likeliest other one.
     """
     logs = np.asarray(scores, np.float64) / temperature
     logs = logsumexp(logs - logsumexp(logs, axis=2, keepdims=True), axis=0) - np.log(len(logs))  # (n, C)
-    true = logs[np.arange(len(y)), y]
-    return float(-((1 - smoothing) * true + smoothing * logs.mean(1)).mean())
+    place = np.arange(len(y))
+    true = logs[place, y]
+    logs[place, y] = -np.inf
+    return float(-((1 - smoothing) * true + smoothing * logs.max(1)).mean())
 
 
 def fit_temperature(scores: np.ndarray, y: np.ndarray) -> float:
     """Return the temperature above 0 of the smallest log-loss (Guo et al., "On calibration", 2017), within e^±12.
 
-    The truth is smoothed by 1 / (n + 2), as n rows that are all right do not show that none is ever wrong (Platt,
-    "Probabilistic outputs for support vector machines", 1999): the temperature would be 0.
+    Of n rows and 2 more, a tenth of one counts as wrong: n rows that are all right do not show that none is ever wrong
+    (Platt, "Probabilistic outputs for support vector machines", 1999), and the temperature would be 0.
 
     Shapes: scores float[R, n, C] and classes int[n] of validation rows.
     """
-    smoothing = 1 / (len(y) + 2)
+    smoothing = WRONG / (len(y) + 2)
     found = minimize_scalar(
         lambda log: log_loss(scores, y, float(np.exp(log)), smoothing), bounds=LOG_TEMPERATURES, method="bounded"
     )

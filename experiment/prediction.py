@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -34,6 +35,7 @@ from loras.lora_files import LoraFileError
 from loras.notices import Finding, unreadable
 from loras.weight_files import find_weight_files
 from representations import REPRESENTATIONS, UPDATES, pair_features
+from training.stacks import start_thread
 
 NUMBERS_AT_ONCE = 2**26  # of factors and features of new files: 256 MiB in float32
 FILES_AT_ONCE = 256
@@ -292,7 +294,8 @@ def predict_files(
     if findings and not (skip_bad and good):
         raise _refused(findings)
     told: list[dict] = []
-    with model.tensors(record) as get:
+    start_thread(torch.device("cpu"))  # one core, as where the classifiers were trained: beside others it takes a third
+    with model.tensors(record) as get, threadpool_limits(1, "blas"):
         predictor = Predictor(model, record, get)
         for batch in _batches(predictor, good, findings):
             records = predictor.predict([lora for _, lora in batch])

@@ -26,7 +26,7 @@ def test_few_rows_that_are_all_right_do_not_make_it_sure():
     scores = np.array([[[9.0, 0.0], [0.0, 9.0], [9.0, 0.0]]])
     y = np.array([0, 1, 0])
     probability = mean_probabilities(scores, fit_temperature(scores, y))[0, 0]
-    assert probability == pytest.approx(1 - 1 / (3 + 2) / 2, abs=0.01)  # the smoothed truth
+    assert probability == pytest.approx(1 - 0.1 / (3 + 2), abs=1e-4)  # the smoothed truth
 
 
 def test_a_norm_is_surprising_by_its_deviation_in_logarithms():
