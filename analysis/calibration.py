@@ -8,7 +8,7 @@ Shape letters: R runs, n LoRAs, C classes, P modules.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -16,6 +16,7 @@ from scipy.special import logsumexp, softmax
 
 LOG_TEMPERATURES = -12.0, 12.0  # between which the temperature is looked for
 WRONG = 0.1  # of a validation row, which counts as wrong whatever the others are
+WIDE = 0.9  # the quantile that the spread reaches to
 USUAL = 0.95  # share of held-out LoRAs that count as like those of training
 LEAST_SPREAD = 0.01  # of logarithms of norms: 1 % of a norm
 LEAST_NORM = 1e-6  # of the usual norm; what is smaller counts as this
@@ -87,31 +88,38 @@ class Norms:
 
 @dataclass(frozen=True)
 class Usual:
-    """Medians of the distance and the surprise of held-out LoRAs, and the score that 95 % of them do not exceed."""
+    """Distance and surprise of held-out LoRAs: median and spread of each, and the score that 95 % do not exceed.
+
+    The spread lies between the median and the 90 % quantile. Of many features distances differ little, and surprise
+    much: over their medians alone, what is far from all train LoRAs would not be told from what is a little large.
+    """
 
     distance: float
+    distance_spread: float
     surprise: float
+    surprise_spread: float
     bound: float
 
     @classmethod
     def of(cls, distance: np.ndarray, surprise: np.ndarray) -> Usual:
         """Return that of the distances and surprises of held-out rows, float[n] each."""
-        medians = cls(_above_zero(np.median(distance)), _above_zero(np.median(surprise)), 0.0)
-        scores = medians.scores(distance, surprise)
-        return cls(medians.distance, medians.surprise, float(np.quantile(scores, USUAL, method="higher")))
+        usual = cls(*_median_and_spread(distance), *_median_and_spread(surprise), 0.0)
+        return replace(usual, bound=float(np.quantile(usual.scores(distance, surprise), USUAL, method="higher")))
 
     def scores(self, distance: np.ndarray, surprise: np.ndarray) -> np.ndarray:
-        """Return how unlike LoRAs are: the larger of distance and surprise, each over its median, float64[n]."""
-        return np.maximum(np.asarray(distance) / self.distance, np.asarray(surprise) / self.surprise)
+        """Return how unlike LoRAs are: the larger of both, each less its median, in spreads; float64[n]."""
+        far = (np.asarray(distance, np.float64) - self.distance) / self.distance_spread
+        return np.maximum(far, (np.asarray(surprise, np.float64) - self.surprise) / self.surprise_spread)
 
     def is_unlike(self, scores: np.ndarray) -> np.ndarray:
         """Return which scores float[n] are above the bound, bool[n]."""
-        return scores > self.bound * (1 + 1e-6)  # rounding of the same LoRA's score is no difference
+        return scores > self.bound + 1e-4 * (1 + abs(self.bound))  # rounding of the same LoRA's score is no difference
 
 
-def _above_zero(value: float) -> float:
-    """Return a median to divide by; 1 where it is 0, as of copies of train LoRAs."""
-    return float(value) if value > 0 else 1.0
+def _median_and_spread(values: np.ndarray) -> tuple[float, float]:
+    """Return the median, and how far from it the 90 % quantile lies: at least 0.1 % of it, and above 0."""
+    median, high = np.quantile(np.asarray(values, np.float64), [0.5, WIDE])
+    return float(median), float(max(high - median, 1e-3 * abs(median)) or 1.0)
 
 
 def evenly(y: np.ndarray, most: int) -> np.ndarray:

@@ -39,8 +39,8 @@ def table(files: Sequence[dict], skipped: Sequence[dict]) -> str:
     rows = [("file", "label", "probability", "agreement", "unlike")]
     for record in files:
         unlike = record["unlike"]
-        times = unlike["score"] / unlike["bound"] if unlike["bound"] else 0.0
-        said = f"unlike anything in training ({times:.1f} x)" if unlike["flagged"] else ""
+        said = f"unlike anything in training ({unlike['score']:.1f}, usual up to {unlike['bound']:.1f})"
+        said = said if unlike["flagged"] else ""
         shares = f"{100 * record['probability']:.1f} %", f"{100 * record['agreement']:.0f} %"
         rows.append((record["file"][-WIDEST:], record["label"], *shares, said))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
