@@ -16,7 +16,7 @@ from scipy.special import logsumexp, softmax
 
 LOG_TEMPERATURES = -12.0, 12.0  # between which the temperature is looked for
 WRONG = 0.1  # of a validation row, which counts as wrong whatever the others are
-WIDE = 0.9  # the quantile that the spread reaches to
+WIDE, LEAST_SHARE = 0.9, 1e-3  # the quantile that the spread reaches to; the least of it, of the median
 USUAL = 0.95  # share of held-out LoRAs that count as like those of training
 LEAST_SPREAD = 0.01  # of logarithms of norms: 1 % of a norm
 LEAST_NORM = 1e-6  # of the usual norm; what is smaller counts as this
@@ -88,38 +88,31 @@ class Norms:
 
 @dataclass(frozen=True)
 class Usual:
-    """Distance and surprise of held-out LoRAs: median and spread of each, and the score that 95 % do not exceed.
+    """Measures of how far held-out LoRAs are from train LoRAs, K of them: medians, spreads, and a bound on the score.
 
-    The spread lies between the median and the 90 % quantile. Of many features distances differ little, and surprise
-    much: over their medians alone, what is far from all train LoRAs would not be told from what is a little large.
+    The spread lies between the median and the 90 % quantile: some measures differ little between LoRAs, others much,
+    and over their medians alone what is far from all train LoRAs would not be told from what is a little large.
     """
 
-    distance: float
-    distance_spread: float
-    surprise: float
-    surprise_spread: float
+    medians: tuple[float, ...]
+    spreads: tuple[float, ...]
     bound: float
 
     @classmethod
-    def of(cls, distance: np.ndarray, surprise: np.ndarray) -> Usual:
-        """Return that of the distances and surprises of held-out rows, float[n] each."""
-        usual = cls(*_median_and_spread(distance), *_median_and_spread(surprise), 0.0)
-        return replace(usual, bound=float(np.quantile(usual.scores(distance, surprise), USUAL, method="higher")))
+    def of(cls, measures: np.ndarray) -> Usual:
+        """Return that of the measures of held-out rows, float[n, K]; 95 % of them do not exceed the bound."""
+        median, high = np.quantile(np.asarray(measures, np.float64), [0.5, WIDE], axis=0)
+        spread = np.maximum(high - median, LEAST_SHARE * np.abs(median))
+        usual = cls(tuple(median.tolist()), tuple(np.where(spread > 0, spread, 1).tolist()), 0.0)
+        return replace(usual, bound=float(np.quantile(usual.scores(measures), USUAL, method="higher")))
 
-    def scores(self, distance: np.ndarray, surprise: np.ndarray) -> np.ndarray:
-        """Return how unlike LoRAs are: the larger of both, each less its median, in spreads; float64[n]."""
-        far = (np.asarray(distance, np.float64) - self.distance) / self.distance_spread
-        return np.maximum(far, (np.asarray(surprise, np.float64) - self.surprise) / self.surprise_spread)
+    def scores(self, measures: np.ndarray) -> np.ndarray:
+        """Return how unlike LoRAs are: the largest of the measures float[n, K] less their medians, in spreads, [n]."""
+        return ((np.asarray(measures, np.float64) - self.medians) / self.spreads).max(1)
 
     def is_unlike(self, scores: np.ndarray) -> np.ndarray:
         """Return which scores float[n] are above the bound, bool[n]."""
         return scores > self.bound + 1e-4 * (1 + abs(self.bound))  # rounding of the same LoRA's score is no difference
-
-
-def _median_and_spread(values: np.ndarray) -> tuple[float, float]:
-    """Return the median, and how far from it the 90 % quantile lies: at least 0.1 % of it, and above 0."""
-    median, high = np.quantile(np.asarray(values, np.float64), [0.5, WIDE])
-    return float(median), float(max(high - median, 1e-3 * abs(median)) or 1.0)
 
 
 def evenly(y: np.ndarray, most: int) -> np.ndarray:

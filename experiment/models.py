@@ -146,7 +146,8 @@ def _calibrated(
         raise ValueError("its scores are not finite")
     norms = _norms(experiment)
     usual_norms, boundary = Norms.of(norms[rows["train"]]), len(rows["validation"])
-    usual = Usual.of(predicted.distance, usual_norms.surprise(norms[experiment.planner.held_out]))
+    surprise = usual_norms.surprise(norms[experiment.planner.held_out])
+    usual = Usual.of(np.column_stack([predicted.distance, surprise]))
     validation, test = predicted.scores[:, :boundary], predicted.scores[:, boundary:]
     y = experiment.collection.y
     temperature = calibration.fit_temperature(validation, y[rows["validation"]])

@@ -234,7 +234,7 @@ class Predictor:
         probabilities = calibration.mean_probabilities(predicted.scores, self.record["temperature"])
         is_machine = self.record["kind"] in ("pairs", "rest")
         label = predicted.classes[0] if is_machine else probabilities.argmax(1)
-        scores = self.usual.scores(predicted.distance, self.norms.surprise(norms))
+        scores = self.usual.scores(np.column_stack([predicted.distance, self.norms.surprise(norms)]))
         unlike = self.usual.is_unlike(scores)
         return [
             {

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from training import attention
 from training.classifier import predict_logits
@@ -48,7 +49,7 @@ class Rows:
 
 
 class Predicted(NamedTuple):
-    """Scores float64[R, n, C] and classes int64[R, n] of each run, distance to the nearest train LoRA float64[n].
+    """Scores float64[R, n, C], classes int64[R, n] of each run, distances to the nearest train LoRA float64[n, 1 or 2].
 
     ``contribution`` float32[n, P] is what each module adds to the score of the class that most runs see, less what it
     adds to the mean of all classes, on average over the runs; None where modules do not add up.
@@ -88,13 +89,18 @@ def _by_layers(record: dict, get: Get, rows: Rows) -> Predicted:
 
 
 def nearest(x: Tensor, others: Tensor) -> np.ndarray:
-    """Return the Euclidean distance of each row to the nearest of others, float[n, K] and float[m, K] -> float64[n].
+    """Return the distance of each row to the nearest of others, and 1 less the largest cosine with one of them.
 
-    By differences, not by products, which would leave rounding of a row's own distance to itself.
+    Among many features noise is no farther than a LoRA, but has no direction of theirs; among few it is.
+
+    Shapes: x float[n, K] and others float[m, K] -> float64[n, 2].
     """
     others = others.to(x.dtype)
-    mode = "donot_use_mm_for_euclid_dist"
-    return torch.cat([torch.cdist(part, others, compute_mode=mode).amin(1) for part in x.split(256)]).double().numpy()
+    # By differences: products would leave rounding of a row's own distance to itself.
+    how = {"compute_mode": "donot_use_mm_for_euclid_dist"}
+    distance = torch.cat([torch.cdist(part, others, **how).amin(1) for part in x.split(256)])
+    cosine = (normalize(x, dim=1) @ normalize(others, dim=1).mT).amax(1)
+    return torch.stack([distance, 1 - cosine], dim=1).double().numpy()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -166,7 +172,7 @@ def _by_kernel(record: dict, get: Get, rows: Rows) -> Predicted:
         scores = decisions if decisions.shape[1] > 1 else np.concatenate([-decisions, decisions], axis=1)
         classes = scores.argmax(1)
     square = own[:, None] + get("own").numpy() - 2 * kernel
-    return Predicted(scores[None], classes[None], np.sqrt(np.maximum(square.min(1), 0)))
+    return Predicted(scores[None], classes[None], np.sqrt(np.maximum(square.min(1, keepdims=True), 0)))
 
 
 def by_pairs(

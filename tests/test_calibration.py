@@ -42,21 +42,20 @@ def test_no_update_is_surprising_but_where_train_loras_have_none():
     assert surprise[0] > 100 and surprise[1] < 1
 
 
-def test_a_score_is_the_larger_of_both_in_spreads_and_one_in_twenty_is_above_the_bound():
-    distance, surprise = np.arange(101.0), np.full(101, 2.0)
-    usual = Usual.of(distance, surprise)
-    assert (usual.distance, usual.distance_spread, usual.surprise) == (50, 40, 2)
-    assert usual.surprise_spread == pytest.approx(0.002)  # the least
-    assert usual.scores(np.array([130.0, 50.0]), np.array([2.0, 2.006])) == pytest.approx([2, 3])
+def test_a_score_is_the_largest_measure_in_spreads_and_one_in_twenty_is_above_the_bound():
+    measures = np.stack([np.arange(101.0), np.full(101, 2.0)], axis=1)
+    usual = Usual.of(measures)
+    assert usual.medians == (50, 2) and usual.spreads == pytest.approx((40, 0.002))  # the least
+    assert usual.scores(np.array([[130.0, 2.0], [50.0, 2.006]])) == pytest.approx([2, 3])
     assert usual.bound == pytest.approx(45 / 40)
-    assert usual.is_unlike(usual.scores(distance, surprise)).sum() == 5
-    assert not Usual.of(np.zeros(5), np.ones(5)).is_unlike(np.zeros(5)).any()
+    assert usual.is_unlike(usual.scores(measures)).sum() == 5
+    assert not Usual.of(np.zeros((5, 1))).is_unlike(np.zeros(5)).any()
 
 
 def test_what_is_a_little_farther_than_all_is_flagged_where_distances_hardly_differ():
     generator = np.random.default_rng(0)
-    usual = Usual.of(100 + generator.normal(size=200), 5 * generator.random(200))
-    assert usual.is_unlike(usual.scores(np.array([105.0, 100.0]), np.array([2.0, 4.0]))).tolist() == [True, False]
+    usual = Usual.of(np.stack([100 + generator.normal(size=200), 5 * generator.random(200)], axis=1))
+    assert usual.is_unlike(usual.scores(np.array([[105.0, 2.0], [100.0, 4.0]]))).tolist() == [True, False]
 
 
 def test_kept_rows_are_even_over_the_classes():
