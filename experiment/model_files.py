@@ -28,6 +28,7 @@ from loras.building import canonical_json, fault_of, read_object, write_atomical
 
 FOLDER, MANIFEST, RESULTS = MODEL_FOLDER, "manifest.json", "results.json"
 FORMAT = 1  # of the manifest and the tensors; another is refused
+PARTS = {"format", "results", "dataset", "classes", "modules", "passed_over", "kept", "files", "versions", "digest"}
 TEMPORARY = ".model-"  # before what is being written
 _PLAIN = re.compile(r"[a-z_]+\.safetensors")  # no path out of the folder
 _DTYPES = {"float16": "F16", "float32": "F32", "float64": "F64", "int64": "I64", "bool": "BOOL"}
@@ -149,7 +150,7 @@ class ModelFolder:
             raise _refused(f"{self.folder.parent}: {fault}. {mend}")
         path = self.folder / MANIFEST
         manifest = read_object(path)
-        if manifest is None:
+        if manifest is None or not manifest.keys() >= PARTS:
             raise _refused(f"{path}: missing, or no manifest of a model. {AGAIN}")
         if manifest.get("format") != FORMAT:
             raise _refused(f"{path}: its format is not {FORMAT}, which this program reads. {AGAIN}")
