@@ -18,11 +18,15 @@ WIDEST = 60  # letters of a file's name in the table, its end
 def model_lines(results: dict, folder: Path) -> list[str]:
     """Return what was kept of a run in ``model/`` of its folder, and how it is used; nothing where nothing was."""
     model = results.get("model")
-    if not model or not model["kept"]:
+    if not model:
         return []
+    others = [entry for entry in model["not_kept"] if entry["representation"]]
+    lines = [f"  model/ is without {entry['representation']}: {entry['reason']}" for entry in others]
+    if not model["kept"]:
+        return lines
     names = listed([record["representation"] for record in model["kept"]])
     command = f"python predict.py {shlex.quote(str(folder))} FILE_OR_FOLDER"
-    return [f"  model/ keeps {names} ({model['bytes'] / 2**20:.1f} MiB): {command}"]
+    return [f"  model/ keeps {names} ({model['bytes'] / 2**20:.1f} MiB): {command}", *lines]
 
 
 def heading(record: dict, classes: Sequence[str], name: str) -> str:

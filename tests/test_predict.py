@@ -424,6 +424,21 @@ def test_few_landmarks_where_factors_are_too_large(ran, capsys, monkeypatch):
     assert not (results / "model" / "update_views.safetensors").exists()
 
 
+def test_the_console_says_what_is_kept_and_what_is_not():
+    kept = [{"representation": "update_views"}]
+    model = {
+        "kept": kept,
+        "bytes": 2**20,
+        "not_kept": [{"representation": "update_kernel", "reason": "it was not run"}],
+    }
+    lines = predict.predicted.model_lines({"model": model}, Path("some results"))
+    assert lines == [
+        "  model/ keeps update_views (1.0 MiB): python predict.py 'some results' FILE_OR_FOLDER",
+        "  model/ is without update_kernel: it was not run",
+    ]
+    assert predict.predicted.model_lines({"model": None}, Path()) == []
+
+
 def test_a_link_in_the_place_of_a_file_is_refused(ran, tmp_path, capsys):
     copy = shutil.copytree(results_of(ran), tmp_path / "results")
     path = copy / "model" / "update_views.safetensors"
