@@ -425,12 +425,8 @@ def test_few_landmarks_where_factors_are_too_large(ran, capsys, monkeypatch):
 
 
 def test_the_console_says_what_is_kept_and_what_is_not():
-    kept = [{"representation": "update_views"}]
-    model = {
-        "kept": kept,
-        "bytes": 2**20,
-        "not_kept": [{"representation": "update_kernel", "reason": "it was not run"}],
-    }
+    missing = [{"representation": "update_kernel", "reason": "it was not run"}]
+    model = {"kept": [{"representation": "update_views"}], "bytes": 2**20, "not_kept": missing}
     lines = predict.predicted.model_lines({"model": model}, Path("some results"))
     assert lines == [
         "  model/ keeps update_views (1.0 MiB): python predict.py 'some results' FILE_OR_FOLDER",
