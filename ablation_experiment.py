@@ -46,7 +46,7 @@ from threadpoolctl import threadpool_limits
 
 import data
 from data import Collection, CollectionError
-from experiment import checks, estimates, forecast, model_files, store
+from experiment import activations, checks, estimates, forecast, model_files, store
 from experiment.arrays import FLAT, SKETCHES, WEIGHTS
 from experiment.cluster import connect
 from experiment.datasets import locate, results_folder
@@ -72,7 +72,7 @@ from report import text
 from report.cautions import UNFINISHED, letters_without_font, missing_line
 from report.text import Content
 from report.wording import top_layers as top_layers_text
-from representations import REPRESENTATIONS
+from representations import COMPUTED, REPRESENTATIONS
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Lines and time on the way
@@ -155,7 +155,8 @@ def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> i
             return 3 if finished["representations_not_run"] or finished["not_done"] else 0
         # What the run will read: damaged, it is computed again now, where that can still be done.
         known = collection, plan.needed, cache, settings.device, engine, progress, args.skip_bad
-        extracted = replace(extract(*known, thorough=True), checked=extracted.checked)
+        found = extract(*known, thorough=True, activations=plan.activations)
+        extracted = replace(found, checked=extracted.checked)
         building.remove_temporaries(extracted.folder)
         if finished_units := len(list((extracted.folder / UNITS).glob("*.npz"))):
             say(f"cache     {finished_units} finished units of work in {extracted.folder / UNITS}")
@@ -219,7 +220,7 @@ def read_weights(
         try:
             how = settings.device, engine, progress, args.skip_bad, check
             memory = int(estimates.PASS_SHARE * memory_of(torch.device("cpu")))
-            extracted = extract(collection, plan.needed, cache, *how, memory)
+            extracted = extract(collection, plan.needed, cache, *how, memory, activations=plan.activations)
         except CollectionError as error:
             if not (args.skip_bad and error.files):
                 raise
@@ -239,7 +240,7 @@ class CollectionPlan:
 
     ``selected`` bool[L] are the layers that --layers keeps, ``rows`` the parts of the split, ``chosen`` the
     representations that can run, ``not_run`` why others cannot, ``needed`` the arrays to extract; ``header`` is what
-    results.json says before the first number, ``lines`` what was said of all this.
+    results.json says before the first number, ``lines`` what was said of all this, ``activations`` the recorded inputs.
     """
 
     selected: np.ndarray
@@ -249,6 +250,7 @@ class CollectionPlan:
     needed: list[str]
     header: dict
     lines: list[str]
+    activations: activations.Activations | None
 
 
 def without_oversized_train(plan: CollectionPlan, collection: Collection, extracted: Extracted) -> CollectionPlan:
@@ -269,25 +271,29 @@ def make_plan(
 
     Raises:
         UsageError: More layers are to be removed than there are.
-        CollectionError: The labels or groups make no classification task.
+        CollectionError: The labels or groups make no classification task, or the activations are of other modules.
     """
+    recorded = settings.activations and activations.read(settings.activations, collection)
     rows, selected = checks.check_task(collection, settings)
     choice = checks.choose_representations(settings, collection, selected, rows, cache)
     chosen, not_run, left_out, costs = choice.chosen, choice.not_run, choice.left_out, choice.costs
-    needed = {*CHECKED, *(name for name in chosen if REPRESENTATIONS[name].made == "computed")}
-    needed |= {WEIGHTS for name in chosen if estimates.reads_packed(name, settings.sketch_flat)}
+    read = [*chosen, *checks.held_out_beside(settings, collection, chosen, costs, cache)]
+    needed = {*CHECKED, *(name for name in read if REPRESENTATIONS[name].made in COMPUTED)}
+    needed |= {WEIGHTS for name in read if estimates.reads_packed(name, settings.sketch_flat)}
     needed |= {SKETCHES for name in chosen if REPRESENTATIONS[name].made in FLAT and settings.sketch_flat}
     header = describe(settings, collection, rows, selected) | {"environment": environment(settings, engine)}
-    header["config"]["left_out"] = left_out
+    header["config"] |= {"left_out": left_out, "activations": recorded and recorded.digest}
     lines = text.collection_lines(header, len(chosen), with_skipped=before is None)
+    if recorded:
+        lines.append(f"inputs    8 of each of {len(recorded.inputs)} modules, of {settings.activations}")
     lines += [text.not_run_line(name, reason) for name, reason in (not_run | left_out).items()]
     if new := [line for line in lines if before is None or line not in before.lines]:
         say("\n".join(new))
     if before is None:
         speed = engine.call(partial(estimates.Speed.measure, settings.device))
-        packed = estimates.bytes_of_packed(settings, collection, chosen, cache)
+        packed = estimates.bytes_of_packed(settings, collection, read, cache)
         say("\n".join(forecast.lines(costs, chosen, speed, cache, packed, engine.count_workers(), engine.streams)))
-    return CollectionPlan(selected, rows, chosen, not_run, sorted(needed), header, lines)
+    return CollectionPlan(selected, rows, chosen, not_run, sorted(needed), header, lines, recorded)
 
 
 @contextmanager

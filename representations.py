@@ -17,7 +17,7 @@ shape or dtype, empty input, and NaN, Inf or values beyond float32's range.
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -26,13 +26,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from training.exact import svdvals, triangle
+from training.exact import triangle
+from training.numerics import (
+    ROUNDING,
+    condition_number,
+    cosine,
+    entropy_of,
+    gini,
+    pearson,
+    ratio,
+    singular_values,
+    sorted_rows,
+    without_rounding,
+)
 
 TOP = 10  # leading singular values and Fourier magnitudes that become features
 BINS = 50  # histogram bins of the entropy
 SKETCH = 8  # rows and columns of an update's sketch
 QUANTILES = (0.05, 0.10, 0.25, 0.50, 0.75, 0.90, 0.95)
-ROUNDING = 1e-12  # a value below this share of its scale is float64 rounding, hence zero
 BLOCK = 2**18  # values worked on at a time: 2 MiB in float64 stay in a CPU's cache
 
 
@@ -62,7 +73,7 @@ class Shared:
     @cached_property
     def sorted(self) -> Tensor:
         """Values of each matrix, ascending, float64[N, n]; sorted before they are widened, which is cheaper."""
-        return _sorted_rows(self.weights.flatten(1)).double()
+        return sorted_rows(self.weights.flatten(1)).double()
 
     @cached_property
     def mean(self) -> Tensor:
@@ -82,7 +93,7 @@ class Shared:
         variance = square.mean(1, keepdim=True)
         third = (square * self.centred).mean(1, keepdim=True)
         fourth = square.square().mean(1, keepdim=True)
-        return variance.sqrt(), _ratio(third, variance**1.5), _ratio(fourth, variance.square())
+        return variance.sqrt(), ratio(third, variance**1.5), ratio(fourth, variance.square())
 
     @cached_property
     def quantiles(self) -> Tensor:
@@ -118,20 +129,6 @@ def shared(w: Tensor | Shared) -> Shared:
     return w if isinstance(w, Shared) else Shared(w)
 
 
-def singular_values(a: Tensor) -> Tensor:
-    """Compute singular values, by way of the small triangle of a QR factorisation, which has the same ones.
-
-    Values of at most 1e-12 of the largest become 0: they are noise, which standardising would blow up.
-
-    Shapes: a float[N, rows, cols]; the k = min(rows, cols) singular values, descending, float64[N, k].
-    """
-    rows, cols = a.shape[1:]
-    if min(rows, cols) == 1:  # a vector's only singular value is its norm; rank-one LoRAs are all vectors
-        return torch.linalg.vector_norm(a.double(), dim=(1, 2))[:, None]
-    small = a.double() if rows == cols else _triangle(a.double())
-    return _without_rounding(svdvals(small))
-
-
 def effective_rank(s: Tensor) -> Tensor:
     """Return the exponentiated entropy of the normalised spectrum (Roy & Vetterli, 2007).
 
@@ -149,7 +146,7 @@ def effective_rank(s: Tensor) -> Tensor:
         tensor([1., 2., 0.])
     """
     total = s.sum(1, keepdim=True)
-    return torch.where(total[:, 0] > 0, _entropy(_ratio(s, total)).exp(), 0)
+    return torch.where(total[:, 0] > 0, entropy_of(ratio(s, total)).exp(), 0)
 
 
 def stats(w: Tensor | Shared) -> Tensor:
@@ -179,8 +176,8 @@ def spectral(w: Tensor | Shared) -> Tensor:
     s = batch.singular_values
     leading, nuclear = _leading(s), s.sum(1, keepdim=True)
     gaps = leading[:, :-1] - leading[:, 1:]
-    rank, condition = effective_rank(s)[:, None], _condition(s, max(batch.weights.shape[1:]))
-    return _leave(leading, _ratio(leading, nuclear), rank, condition, gaps, nuclear)
+    rank, condition = effective_rank(s)[:, None], condition_number(s, max(batch.weights.shape[1:]))
+    return _leave(leading, ratio(leading, nuclear), rank, condition, gaps, nuclear)
 
 
 def matrix_norms(w: Tensor | Shared) -> Tensor:
@@ -197,7 +194,7 @@ def matrix_norms(w: Tensor | Shared) -> Tensor:
     nuclear, largest = batch.singular_values.sum(1, keepdim=True), batch.singular_values[:, :1]
     magnitudes = batch.matrix.abs()
     columns, rows = (magnitudes.sum(dim).amax(1, keepdim=True) for dim in (1, 2))
-    ratios = _ratio(nuclear, frobenius), _ratio(largest, frobenius)
+    ratios = ratio(nuclear, frobenius), ratio(largest, frobenius)
     return _leave(frobenius, nuclear, largest, columns, rows, *ratios)
 
 
@@ -216,7 +213,7 @@ def distribution(w: Tensor | Shared) -> Tensor:
     deviation = batch.centred.abs().mean(1, keepdim=True)
     # A mean of 0 comes out as about 1e-17 of the values: std over that would be noise.
     mean = torch.where(batch.mean.abs() > ROUNDING * std, batch.mean.abs(), 0)
-    return _leave(batch.quantiles, interquartile, deviation, _ratio(std, mean), skewness, kurtosis)
+    return _leave(batch.quantiles, interquartile, deviation, ratio(std, mean), skewness, kurtosis)
 
 
 def frequency(w: Tensor | Shared) -> Tensor:
@@ -236,10 +233,10 @@ def frequency(w: Tensor | Shared) -> Tensor:
 
     pairs = twice.topk(min(TOP // 2, twice.shape[1]), dim=1).values
     candidates = torch.cat([once, pairs, pairs], dim=1)
-    largest = _without_rounding(candidates.topk(min(TOP, n), dim=1).values)  # (N, at most 10), descending
+    largest = without_rounding(candidates.topk(min(TOP, n), dim=1).values)  # (N, at most 10), descending
     mean = average(once, twice)
     std = average((once - mean).square(), (twice - mean).square()).sqrt()
-    share = _ratio(largest.square().sum(1, keepdim=True), n * average(once.square(), twice.square()))
+    share = ratio(largest.square().sum(1, keepdim=True), n * average(once.square(), twice.square()))
     return _leave(_leading(largest), mean, std, largest[:, :1], share)
 
 
@@ -257,7 +254,7 @@ def info_theoretic(w: Tensor | Shared) -> Tensor:
     edges = torch.arange(BINS, dtype=torch.float64, device=values.device) * ((high - low) / BINS) + low  # (N, 50)
     below = torch.searchsorted(values, edges)  # number of values below each bin, (N, 50)
     counts = below.diff(dim=1, append=torch.full_like(below[:, :1], values.shape[1]))
-    entropy = _entropy(counts.double() / values.shape[1])[:, None]  # a constant fills the last bin: 0
+    entropy = entropy_of(counts.double() / values.shape[1])[:, None]  # a constant fills the last bin: 0
     return _leave(entropy, entropy / math.log(BINS))
 
 
@@ -293,7 +290,7 @@ def coupling(down: Tensor, up: Tensor, scale: Tensor | None = None) -> Tensor:
     norm = scale.abs() * torch.linalg.vector_norm(up_r @ down_r.mT, dim=(1, 2))
     # A factor narrower than r has fewer than r singular values; the missing ones are 0.
     s, t = (pad(singular_values(x), (0, rank - min(x.shape[1:]))) for x in (down_r, up_r))
-    return _leave(_pearson(a, b), _cosine(a, b), norm[:, None], _pearson(s, t))
+    return _leave(pearson(a, b), cosine(a, b), norm[:, None], pearson(s, t))
 
 
 def update_sketch(down: Tensor, up: Tensor, module_id: str | Sequence[str], scale: Tensor | None = None) -> Tensor:
@@ -306,6 +303,48 @@ def update_sketch(down: Tensor, up: Tensor, module_id: str | Sequence[str], scal
     Shapes: arguments as of `coupling`, and the canonical name of the module that all N updates are of, or N names; the
     8 x 8 sketch, row by row, float32[N, 64].
     """
+    return _sketched(down, up, module_id, scale, lambda module: projection(module, "Q", down.shape[2]))
+
+
+def update_response(
+    down: Tensor, up: Tensor, module_id: str | Sequence[str], scale: Tensor | None, inputs: Mapping[str, Tensor]
+) -> Tensor:
+    """Project what the update adds to the output for 8 inputs of its module (probes: ProbeX, Horwitz et al., 2025).
+
+    ``PᵀΔWaᵀ = s·(Pᵀup)(down·aᵀ)``, a [8, in] inputs as recorded from the base model, P [out, 8] that of
+    `update_sketch`, of variance 1/8: a number is in the unit of the module's output. What the update does to other
+    inputs is not seen. Linear in ΔW; a zero update gives zeros. Unchanged when (up, down) becomes (up·G⁻¹, G·down).
+
+    Args:
+        down: First factors, float[N, r, in].
+        up: Second factors, float[N, out, r].
+        module_id: Canonical name of the module that all N updates are of, or N names.
+        scale: s = alpha / rank of each update, float[N]; None: 1.
+        inputs: Of each module, float[8, in]; others are left alone. A module without is a ValueError.
+
+    Returns:
+        The 8 x 8 responses, those of a row of P side by side, float32[N, 64].
+    """
+
+    def read(module: str) -> Tensor:
+        a = inputs.get(module)
+        if a is None or a.shape != (SKETCH, down.shape[2]):
+            shape = "none" if a is None else list(a.shape)
+            raise ValueError(f"inputs of {module} must be float[8, {down.shape[2]}], got {shape}; record them again")
+        _check(f"inputs of {module}", a, "[8, in]")
+        return a.double().mT
+
+    return _sketched(down, up, module_id, scale, read)
+
+
+def _sketched(
+    down: Tensor,
+    up: Tensor,
+    module_id: str | Sequence[str],
+    scale: Tensor | None,
+    right: Callable[[str], Tensor],
+) -> Tensor:
+    """Return ``s·(Pᵀup)(down·R)`` row by row, float32[N, 64]; ``right`` gives R float64[in, 8] of a module."""
     down, up, scale = (x.double() for x in _pair(down, up, scale))
     rows = defaultdict(list)
     for row, module in enumerate([module_id] * len(down) if isinstance(module_id, str) else module_id):
@@ -314,7 +353,7 @@ def update_sketch(down: Tensor, up: Tensor, module_id: str | Sequence[str], scal
     for module, module_rows in rows.items():  # one product for all updates of a module: no projection is copied
         index = torch.tensor(module_rows, device=down.device)
         p = projection(module, "P", up.shape[1]).to(up.device)  # (out, 8)
-        q = projection(module, "Q", down.shape[2]).to(down.device)  # (in, 8)
+        q = right(module).to(down.device)  # (in, 8)
         sketch[index] = (up[index].mT @ p).mT @ (down[index] @ q)
     return _leave((scale[:, None, None] * sketch).flatten(1))
 
@@ -334,16 +373,16 @@ def update_spectrum(down: Tensor, up: Tensor, scale: Tensor | None = None) -> Te
     down, up, scale = (x.double() for x in _pair(down, up, scale))
     s, cutoff, (down_r, up_r) = _update_values(down, up, scale)
     leading, nuclear, norm = _leading(s), s.sum(1, keepdim=True), torch.linalg.vector_norm(s, dim=1)[:, None]
-    squares = _ratio(s, s[:, :1]).square()  # of shares of the largest, as no fourth power of these overflows
+    squares = ratio(s, s[:, :1]).square()  # of shares of the largest, as no fourth power of these overflows
     stable = squares.sum(1, keepdim=True)
-    ranks = effective_rank(s)[:, None], stable, _ratio(stable.square(), squares.square().sum(1, keepdim=True))
+    ranks = effective_rank(s)[:, None], stable, ratio(stable.square(), squares.square().sum(1, keepdim=True))
     spread = []
     # The other factor's orthonormal part leaves norms of rows, or of columns, as they are.
     for side in (torch.linalg.vector_norm(up @ down_r.mT, dim=2), torch.linalg.vector_norm(up_r @ down, dim=1)):
         side = torch.where((side > cutoff) & (nuclear > 0), side, 0)
-        spread += [_ratio(side.amax(1, keepdim=True), side.mean(1, keepdim=True)), _gini(side)]
-    condition = _condition(s, max(up.shape[1], down.shape[2]))
-    return _leave(leading, _ratio(leading, nuclear), *ranks, condition, nuclear, norm, *spread)
+        spread += [ratio(side.amax(1, keepdim=True), side.mean(1, keepdim=True)), gini(side)]
+    condition = condition_number(s, max(up.shape[1], down.shape[2]))
+    return _leave(leading, ratio(leading, nuclear), *ranks, condition, nuclear, norm, *spread)
 
 
 def update_measures(down: Tensor, up: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -387,6 +426,7 @@ def pair_features(
     scale: Tensor | None,
     names: Iterable[str],
     block: int = BLOCK,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Compute several pair-wise representations of updates of equal shape, whatever their modules.
 
@@ -397,11 +437,13 @@ def pair_features(
         scale: s = alpha / rank of each update, float[N]; None: 1.
         names: Names of computed rows whose unit is "pair", of either table; another is a ValueError.
         block: Values to work on at a time on a CPU.
+        inputs: Of each module, float[8, in], which "response" rows read.
 
     Returns:
         Features by name, in the order asked for, each float32[N, F].
     """
     functions = {name: FEATURES[name].function for name in _checked_names(names, "pair")}
+    more = {name: (inputs or {},) if FEATURES[name].made == "response" else () for name in functions}
     pair = _pair(down, up, scale)
     length = samples_at_once(down, up, block=block)
     modules = [module_id] * len(down) if isinstance(module_id, str) else module_id
@@ -410,7 +452,7 @@ def pair_features(
         rows = slice(start, start + length)
         down_block, up_block, scale_block = (x[rows] for x in pair)
         for name, function in functions.items():
-            parts[name].append(function(down_block, up_block, modules[rows], scale_block))
+            parts[name].append(function(down_block, up_block, modules[rows], scale_block, *more[name]))
     return {name: torch.cat(blocks) for name, blocks in parts.items()}
 
 
@@ -430,7 +472,7 @@ def _check(name: str, x: Tensor, shape: str) -> None:
 
 def _checked_names(names: Iterable[str], unit: str) -> list[str]:
     """Return the names, if the tables have all of them as computed by this unit."""
-    names, known = list(names), [name for name, row in FEATURES.items() if (row.unit, row.made) == (unit, "computed")]
+    names, known = list(names), [name for name, row in FEATURES.items() if row.unit == unit and row.made in COMPUTED]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{unknown} not computed by {unit}; choose from {', '.join(known)}")
     return names
@@ -464,29 +506,6 @@ def samples_at_once(*tensors: Tensor, block: int = BLOCK) -> int:
     return max(1, values // sum(tensor[0].numel() for tensor in tensors))
 
 
-def _sorted_rows(x: Tensor) -> Tensor:
-    """Sort rows of x [N, F], ascending, in x's dtype or float32; on a CPU by numpy, 20 times as fast as torch."""
-    if x.device.type != "cpu":
-        return x.sort(dim=1).values
-    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()  # numpy has no bfloat16
-    return torch.from_numpy(np.sort(wide.numpy(), axis=1))
-
-
-def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """Return the quotient a / b, and 0 where b is 0."""
-    return torch.where(b == 0, 0, a / torch.where(b == 0, 1, b))
-
-
-def _entropy(p: Tensor) -> Tensor:
-    """Return the Shannon entropy, in nats, of the rows of p [N, F]: [N]."""
-    return -torch.xlogy(p, p).sum(1)
-
-
-def _triangle(a: Tensor) -> Tensor:
-    """Return R of the QR factorisation of a [N, rows, cols], or of its transpose if that is taller: [N, k, k]."""
-    return triangle(a if a.shape[1] >= a.shape[2] else a.mT)
-
-
 def _triangles(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Return R of ``downᵀ = Q·R`` and of ``up = Q'·R'``, down [N, r, in], up [N, out, r]: [N, at most r, r] each.
 
@@ -506,43 +525,9 @@ def _update_values(down: Tensor, up: Tensor, scale: Tensor) -> tuple[Tensor, Ten
     return torch.where(s > cutoff, s, 0) * scale.abs()[:, None], cutoff, (down_r, up_r)
 
 
-def _condition(s: Tensor, longer_side: int) -> Tensor:
-    """Return the largest singular value over the smallest that float32 tells from zero, [N, 1]; 0 if all are 0."""
-    cutoff = s[:, :1] * longer_side * torch.finfo(torch.float32).eps
-    return s[:, :1] / torch.where(s > cutoff, s, math.inf).amin(1, keepdim=True)
-
-
-def _gini(x: Tensor) -> Tensor:
-    """Return the Gini coefficient of rows of x [N, F], nonnegative: [N, 1]; 0 where all are equal, or 0."""
-    n = x.shape[1]
-    rank = 2 * torch.arange(n, dtype=x.dtype, device=x.device) + 1 - n  # of ascending values: 1 - n to n - 1
-    share = _ratio(_sorted_rows(x) @ rank, n * x.sum(1))[:, None]
-    return torch.where(share > ROUNDING, share, 0)
-
-
-def _without_rounding(descending: Tensor) -> Tensor:
-    """Set entries of rows [N, F] that are rounding, as a share of the first, to 0."""
-    return torch.where(descending > ROUNDING * descending[:, :1], descending, 0)  # not >=, or rows of zeros fail
-
-
 def _leading(descending: Tensor) -> Tensor:
     """Return the first ten columns, zero columns for missing ones."""
     return pad(descending[:, :TOP], (0, max(0, TOP - descending.shape[1])))
-
-
-def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Return the cosine between the rows of a and b [N, F]: [N, 1]; 0 where one is zero."""
-    norms = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
-    return _ratio((a * b).sum(1), norms)[:, None]
-
-
-def _pearson(a: Tensor, b: Tensor) -> Tensor:
-    """Return Pearson's correlation of the rows of a and b [N, F]: [N, 1]; 0 where one is constant up to rounding."""
-    constant = torch.zeros(len(a), 1, dtype=torch.bool, device=a.device)
-    for x in (a, b):
-        low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)  # three times as fast as aminmax along rows
-        constant |= high - low <= ROUNDING * torch.maximum(low.abs(), high.abs())
-    return torch.where(constant, 0, _cosine(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)))
 
 
 @lru_cache(maxsize=4096)
@@ -562,12 +547,13 @@ class Representation:
         unit: "layer" or "pair": what goes when a layer is removed, that layer or the whole module.
         made: "computed" (by a function of a matrix or of an update's two factors), "flat" (the weights themselves),
             "pca" (components of them), "autoencoder" (learned from them, see autoencoders.py), "kernel" (of updates,
-            see training/kernels.py) or "trained" (by a network of its own, see experiment/networks.py).
+            see training/kernels.py), "trained" (by a network of its own, see experiment/networks.py) or "response"
+            (computed of the factors and of inputs of the module, which are recorded from the base model).
         feature_names: Names of the columns of a unit; their number is the width. Empty where the data decides it.
         source: The paper that the idea is from.
         joins: Other representations whose features these are; empty for all but a few.
-        function: Computes it where it is "computed": of a matrix, float[N, rows, cols] or `Shared`; of a pair, as
-            ``function(down, up, module_id, scale)``.
+        function: Computes it where ``made`` is in ``COMPUTED``: of a matrix, float[N, rows, cols] or `Shared`; of a
+            pair, as ``function(down, up, module_id, scale)``, where it is "response" also of inputs by module.
     """
 
     name: str
@@ -595,6 +581,7 @@ _SPECTRUM += ("frobenius_norm", *(f"{x}_norms_{y}" for x in ("row", "column") fo
 _FREQUENCY = (*_numbered("magnitude", 10), "mean", "std", "max", "energy_share_of_10")
 _INFO = ("entropy", "normalised_entropy")
 _SKETCH = _numbered("sketch", SKETCH * SKETCH)
+_RESPONSE = tuple(f"response_{i}_to_{j}" for i in range(1, SKETCH + 1) for j in range(1, SKETCH + 1))
 _TOKEN = (*_numbered("component", 32), "log_norm")
 
 ENSEMBLE = {"spectral": _SPECTRAL, "matrix_norms": _NORMS, "distribution": _DISTRIBUTION}
@@ -607,6 +594,7 @@ def _by_factors(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda down, up, module_id, scale: function(down, up, scale)
 
 
+COMPUTED = ("computed", "response")  # in the one pass over the weights
 MAPPED = "update_views"  # the kernel by which LoRAs are drawn in the plane
 RANKING = "stats"  # the representation by which single layers are ranked
 REPRESENTATIONS: dict[str, Representation] = {
@@ -634,8 +622,10 @@ REPRESENTATIONS: dict[str, Representation] = {
         Representation("update_attention", "pair", "trained", _TOKEN, "gated attention: Ilse et al., 2018"),
         Representation("update_frozen", "pair", "trained", _SKETCH, "Putterman et al., 2024"),
         Representation("update_learned", "pair", "trained", _SKETCH, "Putterman et al., 2024"),
+        Representation("update_response", "pair", "response", _RESPONSE, "Horwitz et al., 2025", update_response),
     )
 }
+OF_WEIGHTS = tuple(name for name, row in REPRESENTATIONS.items() if row.made != "response")  # and of nothing else
 UPDATES = "updates"  # effective rank, norm and scale of each update: for the analysis, no classifier reads them
 MEASURES: dict[str, Representation] = {
     UPDATES: Representation(UPDATES, "pair", "computed", _UPDATES, "Roy & Vetterli, 2007", _by_factors(update_measures))

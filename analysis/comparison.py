@@ -23,8 +23,9 @@ from analysis.evidence import Evidence, share_of_largest
 CONDITIONS = ("baseline", "ablation")
 LEARNED, FIXED = "update_learned", ("update_frozen", "update_sketch")  # projections of updates
 CHALLENGED, CHALLENGERS = "stats", ("ensemble", "spectral")  # the third hypothesis is about these by name
-# Asked for by name, whatever is best: the third hypothesis, and the worth of learning projections.
-ASKED = [(name, CHALLENGED) for name in CHALLENGERS] + [(LEARNED, name) for name in FIXED]
+RESPONSE = ("update_response", "update_sketch")  # of recorded inputs, and of random directions
+# Asked for by name, whatever is best: the third hypothesis, and the worth of learning projections and of inputs.
+ASKED = [(name, CHALLENGED) for name in CHALLENGERS] + [(LEARNED, name) for name in FIXED] + [RESPONSE]
 ITERATIONS, TREES = 2000, 300  # of a logistic regression, and of a random forest
 CHEAP_ROWS = 10_000  # train rows that a cheap explanation is fitted on at most
 LEAST_SHUFFLES = 19  # of which the best of 20 has p = 0.05; fewer decide nothing

@@ -38,12 +38,13 @@ class Draws:
         count: B.
         seed: Of the draws.
         block: Numbers worked on at a time. How many draws share a random stream depends on it.
+        families: How many families of differences, of other LoRAs, are to hold together with one of these.
     """
 
-    def __init__(self, groups: np.ndarray, count: int, seed: int, block: int = BLOCK):
+    def __init__(self, groups: np.ndarray, count: int, seed: int, block: int = BLOCK, families: int = 1):
         self.group = np.unique(groups, return_inverse=True)[1]
         self.units = int(self.group.max()) + 1  # G
-        self.count, self.seed, self.block = count, seed, block
+        self.count, self.seed, self.block, self.families = count, seed, block, families
         self._members = sparse.csr_array((np.ones(len(groups)), (np.arange(len(groups)), self.group)))  # (T, G)
 
     def accuracies(self, correct: Sequence[np.ndarray], resample_runs: bool = True) -> np.ndarray:
@@ -164,13 +165,14 @@ class Draws:
         separating = self.separating(by_lora)
         few = (np.minimum(separating, self.units - separating) < FEW_SEPARATING) | (error < ROUNDING)
         freedom = self._freedom(by_group, error**2, run_counts)
-        interval, p = _of_few(by_group, self._weights, error, freedom)
+        interval, p = _of_few(by_group, self._weights, error, freedom, self.families)
         many = np.flatnonzero(~few)
         if len(many):
-            part = len(many) / count  # of the 5 %, as the others have theirs
+            part = len(many) / count / self.families  # of the 5 %, as the others have theirs
             tail = stats.t.sf(np.abs(difference[many]) / error[many], freedom[many])
             if ALPHA * part * drawn.shape[1] < LEAST_BEYOND:
-                beyond, p[many] = ALPHA / count / 2, 2 * count * tail
+                together = count * self.families
+                beyond, p[many] = ALPHA / together / 2, 2 * together * tail
             else:
                 largest = np.zeros(drawn.shape[1])
                 for block in parts_of(len(many), len(largest)):
@@ -311,7 +313,7 @@ def means(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _of_few(
-    by_group: np.ndarray, weights: np.ndarray, drawn_error: np.ndarray, freedom: np.ndarray
+    by_group: np.ndarray, weights: np.ndarray, drawn_error: np.ndarray, freedom: np.ndarray, families: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return intervals float[m, 2] and p float[m] of differences, to which one win and one defeat is added.
 
@@ -325,7 +327,7 @@ def _of_few(
         Bonett & Price, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired
         data", Journal of Educational and Behavioral Statistics 2012.
     """
-    count, size = len(by_group), len(weights) + 2
+    count, size = len(by_group) * families, len(weights) + 2
     sizes, squares = np.abs(by_group).sum(1), (np.square(by_group) / weights).sum(1)
     added, centre = (squares + 0.5) / (sizes + 0.5), by_group.sum(1) / size
     variance = np.square(by_group - centre[:, None] * weights).sum(1)

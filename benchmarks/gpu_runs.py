@@ -19,7 +19,7 @@ from gpu_networks import Bench
 from sd15_zoo import write_zoo
 
 from experiment.settings import count_cores
-from representations import REPRESENTATIONS
+from representations import OF_WEIGHTS
 
 ROOT = Path(__file__).parents[1]
 # The representations that there were when the bar of a minute was set; the others are measured beside them.
@@ -164,7 +164,7 @@ def whole_of(bench: Bench, count: int) -> str:
 def others(bench: Bench) -> str:
     """Run the other representations beside the fifteen, on the same 1,000 LoRAs and in the same folders."""
     count = 60 if bench.small else 1000
-    names = tuple(name for name in REPRESENTATIONS if name not in FIFTEEN)
+    names = tuple(name for name in OF_WEIGHTS if name not in FIFTEEN)
     figure, results = whole(bench, count, names, f"others{count}", bench.scratch / f"whole{count}")
     print(accuracies(results, None)[0], flush=True)
     return f"{count:,} LoRAs, {', '.join(names)}: {figure}"

@@ -62,7 +62,7 @@ from regimes import LORAS, evaluated, opened, write_cell
 
 from experiment.phases import Experiment
 from experiment.settings import Networks
-from representations import RANKING, REPRESENTATIONS
+from representations import OF_WEIGHTS, RANKING, REPRESENTATIONS
 
 PROBES, PROJECTION, ENCODING = 32, 16, 64
 CHANNELS, HIDDEN = 32, 128  # of GL-net
@@ -303,7 +303,7 @@ def published_scores(experiment: Experiment, runs: int, epochs: int = EPOCHS) ->
 
 def our_names() -> list[str]:
     """Return the representations that are compared: those of whole updates, and that of the ranking."""
-    return [name for name, row in REPRESENTATIONS.items() if row.unit == "pair" or name == RANKING]
+    return [name for name in OF_WEIGHTS if REPRESENTATIONS[name].unit == "pair" or name == RANKING]
 
 
 def our_scores(experiment: Experiment, names: Sequence[str]) -> list[Score]:

@@ -45,7 +45,7 @@ from experiment.phases import Experiment
 from experiment.settings import Networks, count_cores, resolve
 from loras import digits_zoo
 from loras.building import Progress, write_lora
-from representations import REPRESENTATIONS
+from representations import OF_WEIGHTS, REPRESENTATIONS
 
 DIGITS, DIGITS_WIDTH = "digits-256-1", 256
 DIGITS_MODULES = [name for name in digits_zoo.LORA_MODULES if name.endswith(("to_q", "to_v"))]
@@ -211,7 +211,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for cell in args.cells:
         if cell != DIGITS:
             Planted.named(cell)
-    args.names = list(REPRESENTATIONS) if args.representations == "all" else args.representations.split(",")
+    args.names = list(OF_WEIGHTS) if args.representations == "all" else args.representations.split(",")
     return args
 
 

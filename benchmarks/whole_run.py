@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from sd15_zoo import write_zoo
 
 import ablation_experiment
-from experiment.flags import BUILT_IN_SIZES
+from experiment.flags import BUILT_IN_SIZES, BUILT_IN_STEPS
 from experiment.settings import count_cores
 from experiment.units import Outcome, Unit
 from loras import digits_zoo
@@ -201,7 +201,8 @@ def main() -> None:
             write_zoo(Path(dataset), args.count, workers=count_cores())
             print(f"{args.count} LoRAs written in {time.perf_counter() - start:.0f} s")
         elif dataset in BUILT_IN_SIZES and not Path("data", dataset).is_dir():
-            digits_zoo.build(Path("data/built-in-digits", dataset), BUILT_IN_SIZES[dataset])
+            steps = BUILT_IN_STEPS.get(dataset, ())
+            digits_zoo.build(Path("data/built-in-digits", dataset), BUILT_IN_SIZES[dataset], steps=steps)
         fixed = [f"--dataset={dataset}", f"--output-dir={folder}/results", "--controls=none", *rest]
         first = measured([*fixed, f"--top-k={args.top_k}"])
         if args.again:

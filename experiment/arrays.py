@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -53,8 +54,9 @@ def fill(
     weights: list[np.ndarray],
     scales: list[dict],
     device: torch.device,
+    inputs: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Compute or copy the rows of files, into arrays of just these."""
+    """Compute or copy the rows of files, into arrays of just these; ``inputs`` are float32[8, in] by module."""
     # Matrices [n, rows, cols] of each layer, with the n rows of the arrays that they are of.
     matrices: list[list[tuple[list[int], torch.Tensor]]] = [[] for _ in collection.layers]
     for members in by_layout(file.layout for file in files):
@@ -66,7 +68,8 @@ def fill(
         for depth, (layer, columns) in enumerate(zip(layout.layers, layout.columns, strict=True)):
             matrices[depth].append((members, on_device[:, columns].unflatten(1, layer.shape)))
     _fill_matrix_features(arrays, matrices)
-    _fill_pair_features(arrays, collection, matrices, scales)
+    on_device = {module: torch.from_numpy(given).to(device) for module, given in (inputs or {}).items()}
+    _fill_pair_features(arrays, collection, matrices, scales, on_device)
 
 
 def _packed(flat: np.ndarray, layout: Layout, packed: Layout) -> np.ndarray:
@@ -131,7 +134,9 @@ def _fill_matrix_features(arrays: dict, matrices: list) -> None:
             arrays[name][row, depths] = features[name].cpu().numpy()
 
 
-def _fill_pair_features(arrays: dict, collection: Collection, matrices: list, scales: list[dict]) -> None:
+def _fill_pair_features(
+    arrays: dict, collection: Collection, matrices: list, scales: list[dict], inputs: dict[str, torch.Tensor]
+) -> None:
     """Compute features by pair of files; all pairs of one shape, whatever file and module, at once."""
     names = [name for name in arrays if name in FEATURES and FEATURES[name].unit == "pair"]
     groups = defaultdict(list)
@@ -144,6 +149,6 @@ def _fill_pair_features(arrays: dict, collection: Collection, matrices: list, sc
         position, module = zip(*((p, module) for members, p, module, *_ in group for _ in members), strict=True)
         downs, ups = (torch.cat([entry[k] for entry in group]) for k in (3, 4))
         scale = torch.tensor([scales[i][m] for i, m in zip(row, module, strict=True)], device=downs.device)
-        features = pair_features(downs, ups, module, scale, names)
+        features = pair_features(downs, ups, module, scale, names, inputs=inputs)
         for name in names:
             arrays[name][row, position] = features[name].cpu().numpy()

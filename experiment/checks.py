@@ -17,7 +17,7 @@ import numpy as np
 from data import Collection, CollectionError, check_classes, keep_together, noted, select_layers
 from experiment import estimates, store
 from experiment.arrays import DIGESTS, FLAT
-from experiment.columns import check_columns
+from experiment.columns import HELD_OUT_BY, check_columns
 from experiment.estimates import Estimates
 from experiment.extraction import layer_sizes, update_norms
 from experiment.modules import left_by_default
@@ -89,6 +89,17 @@ def choose_representations(
     not_run |= estimates.unfit(costs, chosen)
     not_run |= estimates.without_room(settings, collection, [name for name in chosen if name not in not_run], cache)
     return Choice([name for name in chosen if name not in not_run], not_run, left_out, costs)
+
+
+def held_out_beside(
+    settings: Settings, collection: Collection, chosen: list[str], costs: Estimates, cache: Path
+) -> list[str]:
+    """Return the representations that --holdout trains beside those chosen, as far as memory and cache have room."""
+    names = [name for name in HELD_OUT_BY if settings.holdout and name not in chosen]
+    unfit = estimates.unfit(costs, names)
+    names = [name for name in names if name not in unfit]
+    without_room = estimates.without_room(settings, collection, names, cache) if names else {}
+    return [name for name in names if name not in without_room]
 
 
 def check_collection(collection: Collection, shards_of: Callable[[str], store.Shards], **flags: object) -> dict:

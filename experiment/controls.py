@@ -26,7 +26,7 @@ from experiment.plans import TrainingError
 from experiment.readings import attended, mapped
 from experiment.units import FAILURES, FAULTS, one_memory_error, reason_of
 from loras.recipe import recipe_columns
-from representations import FEATURES, MAPPED, RANKING, REPRESENTATIONS, UPDATES
+from representations import COMPUTED, FEATURES, MAPPED, RANKING, REPRESENTATIONS, UPDATES
 
 RECIPE_WIDTH = 300  # values of recipe fields that a cheap explanation reads at most
 MAX_NUMBER = 1e30  # of a column that is read as numbers: squares of larger ones are none in float32
@@ -447,7 +447,7 @@ def grouped(experiment: Experiment, evidence: Evidence, names: Sequence[str], co
         TrainingError: A training diverged.
     """
     settings, collection = experiment.settings, experiment.collection
-    fixed = [name for name in names if REPRESENTATIONS[name].made == "computed"]
+    fixed = [name for name in names if REPRESENTATIONS[name].made in COMPUTED]
     for column, values_by_file in columns.items() if fixed else ():
         by_group = grouped_by(collection, column, values_by_file)
         try:

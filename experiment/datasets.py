@@ -6,14 +6,15 @@ import os
 import shlex
 from pathlib import Path
 
-from experiment.flags import BUILT_IN_SIZES
+from experiment.flags import BUILT_IN_SIZES, BUILT_IN_STEPS
 from experiment.settings import UsageError
-from loras import building, digits_zoo
+from loras import building, digits_activations, digits_zoo
 from loras.building import Progress
 from loras.command_line import suggestion
 from loras.flags import NAMED_DATASETS
 from loras.names import plain
 
+RECORDED = "inputs of the base model's modules, for --activations"
 BUILT_IN = Path("data") / "built-in-digits"  # holds the collections that are trained here
 
 
@@ -47,22 +48,36 @@ def locate(name: str, data_dir: Path | None, progress: Progress, train: bool = T
         raise UsageError(f"{folder}: no such folder. {mend}; or leave out --data-dir for the digits.")
     if name not in BUILT_IN_SIZES or os.path.lexists(folder):  # a link to nowhere is no reason to train digits
         raise UsageError(f"{folder}: no such folder. {mend}; or name its parent with --data-dir.")
-    built_in, count = BUILT_IN / name, BUILT_IN_SIZES[name]
+    built_in, count, steps = BUILT_IN / name, BUILT_IN_SIZES[name], BUILT_IN_STEPS.get(name, ())
     if not built_in.is_dir():
-        seconds, size = digits_zoo.estimate(count)
+        seconds, size = digits_zoo.estimate(count, steps)
         cost = f"about {seconds / 60:.1f} minutes on a CPU core, {size / 2**20:.0f} MiB on disk"
         if not train:
             trains = f"`python ablation_experiment.py --dataset={name} --quick` trains the built-in digits ({cost})"
             raise UsageError(f"{folder}: no such folder, and no {built_in}. {trains} and runs on them; {mend}.")
+        loras = f"{count} LoRAs" + (f" at {len(steps)} steps each" if steps else "")
         print(
-            f"There is no {folder}: training the built-in digits, {count} LoRAs, into {built_in}, once ({cost})",
+            f"There is no {folder}: training the built-in digits, {loras}, into {built_in}, once ({cost})",
             flush=True,
         )
     try:
-        digits_zoo.build(built_in, count, progress=progress)  # returns at once where it is whole
+        digits_zoo.build(built_in, count, progress=progress, steps=steps)  # returns at once where it is whole
     except FileExistsError as error:
         raise UsageError(str(error)) from error
+    _record_activations(progress)
     return name, built_in
+
+
+def _record_activations(progress: Progress) -> None:
+    """Write the inputs of the base model's modules beside it, once; a folder that cannot be written to is named."""
+    path = BUILT_IN / digits_activations.NAME
+    try:
+        written = digits_activations.write_beside(BUILT_IN)
+    except OSError as error:
+        print(f"{path}: inputs of modules cannot be written ({error.strerror or error})", file=progress.log, flush=True)
+    else:
+        if written:
+            print(f"{path}: {RECORDED}", file=progress.log, flush=True)
 
 
 def name_of(dataset: str) -> str:

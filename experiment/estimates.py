@@ -29,7 +29,7 @@ from experiment.inputs import PCA_COMPONENTS
 from experiment.modules import module_shapes, whole_pairs
 from experiment.networks import NETWORKS
 from experiment.settings import AUTOENCODER_PARAMETERS, RUNS_IN_STACK, STACK_PARAMETERS, Settings, memory_of, nearest_of
-from representations import RANKING, REPRESENTATIONS
+from representations import COMPUTED, RANKING, REPRESENTATIONS
 from training.kernels import KERNELS, Limits
 from training.pca import GRAM_SIDE, NUMBERS_AT_ONCE, num_components
 from training.stacks import Schedule, wait_for_stream
@@ -417,7 +417,7 @@ def bytes_of_packed(settings: Settings, collection: Collection, names: list[str]
 def reads_packed(name: str, sketch_flat: bool) -> bool:
     """Return whether a representation reads the packed weights of all layers, as those that are not computed do."""
     made = REPRESENTATIONS[name].made
-    return made != "computed" and not (made in FLAT and sketch_flat)
+    return made not in COMPUTED and not (made in FLAT and sketch_flat)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

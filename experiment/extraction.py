@@ -22,6 +22,7 @@ import torch
 
 from data import Collection, CollectionError, LoraFile, check_classes, without
 from experiment import store
+from experiment.activations import Activations
 from experiment.arrays import DIGESTS, SKETCHES, WEIGHTS, allocate, fill, row_of, sketched, sketching
 from experiment.engine import Engine
 from loras import building, lora_files
@@ -40,6 +41,12 @@ PASS_THREADS = 8  # threads at most, each with a shard in memory
 GPU_BYTES = 2**31  # that a thread may take on a GPU
 PASS_BYTES = 24  # that a thread holds for each weight of a LoRA, where one makes a shard
 CHECKED = (RANKING, UPDATES, DIGESTS)  # the arrays that a check of the collection looks at
+CODE = (  # that decides what an array holds
+    *("representations", "loras/headers", "loras/keys", "loras/layouts", "loras/lora_files"),
+    *("loras/order", "loras/pairs", "loras/patterns", "loras/products", "loras/scales"),
+    *("experiment/activations", "experiment/arrays", "experiment/extraction", "experiment/store"),
+    *("training/exact", "training/numerics"),
+)
 
 # A check of a collection, given each of these arrays: what it returns is a JSON object, in which ``findings`` (path,
 # reason, True) and ``faults`` (lines) are why the collection is refused.
@@ -50,13 +57,15 @@ Check = Callable[[Collection, Callable[[str], store.Shards]], dict]
 class Extracted:
     """Features and packed weights of a collection, in a cache folder named by the fingerprint of its contents.
 
-    ``checked`` is what a check of the collection has returned; None without one.
+    ``checked`` is what a check of the collection has returned; None without one. ``activations`` is the digest of the
+    inputs that were given.
     """
 
     fingerprint: str
     folder: Path
     suffix: str
     checked: dict | None = None
+    activations: str | None = None
 
     def load(self, name: str, rows: np.ndarray | None = None) -> np.ndarray:
         """Return features of all LoRAs, or of these rows, float32[N or n, L or P, F]."""
@@ -80,7 +89,7 @@ class Extracted:
 
     def place(self, name: str) -> str:
         """Return what the array of a name is, wherever the cache lies: of which contents, and computed by what."""
-        return f"{self.fingerprint}/{name}-{self.suffix}"
+        return f"{self.fingerprint}/{labelled(name, self.activations)}-{self.suffix}"
 
     def factor_reader(
         self, collection: Collection, read_packed: Callable[..., np.ndarray | torch.Tensor] | None = None
@@ -109,7 +118,12 @@ class Extracted:
 
     def path(self, name: str) -> Path:
         """Return the folder in which the shards of this name lie."""
-        return self.folder / "features" / f"{name}-{self.suffix}"
+        return self.folder / "features" / f"{labelled(name, self.activations)}-{self.suffix}"
+
+
+def labelled(name: str, activations: str | None) -> str:
+    """Return the name of an array in the cache: of what reads inputs of modules with the digest of these."""
+    return f"{name}-{activations}" if name in FEATURES and FEATURES[name].made == "response" else name
 
 
 def extract(
@@ -123,11 +137,11 @@ def extract(
     check: Check | None = None,
     memory: int = 2**33,
     thorough: bool = False,
+    activations: Activations | None = None,
 ) -> Extracted:
     """Compute, or find in the cache, the named arrays of a collection; what is damaged there is computed again.
 
-    The pass goes by shards of consecutive files, shared among threads; a shard that is finished is not read again by a
-    pass that continues a killed one.
+    Threads share its shards; one that is finished is not read again by a pass that continues a killed one.
 
     Args:
         collection: What to read.
@@ -136,20 +150,19 @@ def extract(
         device: Where features are computed.
         engine: Has the threads that compute; None: one.
         progress: Called with the stage, how many shards are finished, and of how many.
-        skip_bad: Whether the caller goes on without files whose weights are not finite: then they are remembered, and
-            the arrays of the others kept, so that these are not read again. Else nothing is left of a collection
-            that is refused.
-        check: Done when the weights have been read, before anything is left of the pass; names
-            are then to have all that are ``CHECKED``.
+        skip_bad: Whether the caller goes on without files whose weights are not finite: they are remembered, and the
+            arrays of the others kept. Else nothing is left of a collection that is refused.
+        check: Done before anything is left of the pass; names are then to have all that are ``CHECKED``.
         memory: Bytes that the threads may take together, where LoRAs are so large that fewer of them are at work then.
         thorough: Whether every array is compared with its digest, which takes as long as reading it; else those that
             the check looks at.
+        activations: Inputs of modules, where a representation reads them.
 
     Raises:
         CollectionError: Weights are NaN or infinite, files have changed since they were indexed, or the check refuses.
     """
     engine, names = engine or Engine([device]), list(names)
-    weight_pass = _Pass(collection, cache, device, skip_bad, check)
+    weight_pass = _Pass(collection, cache, device, skip_bad, check, activations)
     weight_pass.doubted = set(names) if thorough else set(CHECKED) if check else set()
     if bad := weight_pass.read_known().get("findings", []):
         raise _bad_weights(collection, bad)
@@ -160,7 +173,8 @@ def extract(
         raise CollectionError(outcome["faults"])
     # The contents may be others than when the rest was computed, though no file's state said so.
     if outcome["missing"] or (check and outcome["checked"] is None):
-        return extract(collection, names, cache, device, engine, progress, skip_bad, check, memory, thorough)
+        how = engine, progress, skip_bad, check, memory, thorough, activations
+        return extract(collection, names, cache, device, *how)
     return replace(weight_pass.extracted(outcome["fingerprint"]), checked=outcome["checked"])
 
 
@@ -247,30 +261,16 @@ class _Pass:
         device: torch.device,
         skip_bad: bool = False,
         check: Check | None = None,
+        activations: Activations | None = None,
     ):
         self.collection, self.cache, self.device = collection, cache, device
-        self.skip_bad, self.check = skip_bad, check
+        self.skip_bad, self.check, self.activations = skip_bad, check, activations
         self.doubted: set[str] = set()
         self.projections: list[csr_matrix | None] = []  # of each layer, where it is to be sketched
         self.identity = identity(collection)
         self.folder = cache / "passes" / store.digest(str(collection.root.resolve()))
         self._owner = self.folder / "owner.json"
-        code = store.code_digest(
-            "representations",
-            "loras/headers",
-            "loras/keys",
-            "loras/layouts",
-            "loras/lora_files",
-            "loras/order",
-            "loras/pairs",
-            "loras/patterns",
-            "loras/products",
-            "loras/scales",
-            "experiment/arrays",
-            "experiment/extraction",
-            "experiment/store",
-            "training/exact",
-        )
+        code = store.code_digest(*CODE)
         self.suffix = f"{store.digest([code, torch.__version__])[:8]}-{device.type}"
         count = len(collection.files)
         per_shard = min(count, max(1, SHARD_NUMBERS // _numbers_of_a_lora(collection)))
@@ -278,7 +278,8 @@ class _Pass:
 
     def extracted(self, fingerprint: str) -> Extracted:
         """Return where arrays of these contents lie, finished or not."""
-        return Extracted(fingerprint, self.cache / fingerprint, self.suffix)
+        activations = self.activations and self.activations.digest
+        return Extracted(fingerprint, self.cache / fingerprint, self.suffix, activations=activations)
 
     @property
     def known(self) -> Path:
@@ -376,7 +377,7 @@ class _Pass:
 
     def arrays(self, name: str) -> Path:
         """Return the folder in which the shards of this name lie until all are finished."""
-        return self.folder / name
+        return self.folder / labelled(name, self.activations and self.activations.digest)
 
     def _document(self, rows: range) -> Path:
         return self.folder / f"{rows.start:08}.json"
@@ -420,7 +421,8 @@ class _Pass:
                     arrays[DIGESTS][len(contents) - 1] = np.frombuffer(bytes.fromhex(digest), np.uint8)
             if files and (self.skip_bad or not findings):  # else go on reading, to report every fault at once
                 part = {name: array[first : len(contents)] for name, array in arrays.items()}
-                fill(part, self.collection, files, weights, scales, device)
+                inputs = self.activations and self.activations.inputs
+                fill(part, self.collection, files, weights, scales, device, inputs)
                 if SKETCHES in part:  # of files of one layout: where ranks differ nothing reads sketches
                     part[SKETCHES][:] = sketched(np.stack(weights), files[0].layout, self.projections)
         if contents and (self.skip_bad or not findings):
@@ -508,7 +510,7 @@ def _without(weight_pass: _Pass, findings: list) -> _Pass:
     """
     rest = without(weight_pass.collection, [finding[:2] for finding in findings])
     check_classes(rest)
-    return _Pass(rest, weight_pass.cache, weight_pass.device)
+    return _Pass(rest, weight_pass.cache, weight_pass.device, activations=weight_pass.activations)
 
 
 def bytes_to_pack(collection: Collection, cache: Path, device: torch.device) -> int:
@@ -521,9 +523,12 @@ def bytes_to_pack(collection: Collection, cache: Path, device: torch.device) -> 
 
 
 def _numbers_of_a_lora(collection: Collection) -> int:
-    """Return how many weights and features a shard holds of one LoRA at most, whatever is asked for."""
+    """Return how many weights and features a shard holds of one LoRA at most, whatever is asked for.
+
+    What reads inputs of modules does not count, few as it is: shards are the same with --activations and without.
+    """
     units = {"layer": len(collection.layers), "pair": len(collection.modules)}
-    features = sum(len(row.feature_names) * units[row.unit] for row in FEATURES.values())
+    features = sum(len(row.feature_names) * units[row.unit] for row in FEATURES.values() if row.made != "response")
     return features + collection.packed_layout.width
 
 

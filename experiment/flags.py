@@ -11,7 +11,8 @@ from pathlib import Path
 from loras.command_line import Parser, whole_number
 from loras.flags import add_collection_flags
 
-BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000}
+BUILT_IN_SIZES = {"small": 100, "1k": 1_000, "10k": 10_000, "dynamics": 200}
+BUILT_IN_STEPS = {"dynamics": (1, 2, 4, 8, 15, 30, 45, 60)}  # at which each LoRA is a sample; of others only the last
 LEVELS = ("none", "basic", "all")  # of controls
 UNLISTED = (  # by the help of ``inspect``
     *("--rank-by", "--controls", "--null-shuffles", "--splits", "--save-models"),
@@ -61,14 +62,14 @@ def _add_collection_flags(group: argparse._ArgumentGroup) -> None:
         "--dataset",
         default="1k",
         metavar="FOLDER",
-        help="any folder of LoRAs; or 1k, 10k, 50k, 100k or small, which lie in --data-dir (1k)",
+        help="any folder of LoRAs; or 1k, 10k, 50k, 100k, small or dynamics, which lie in --data-dir (1k)",
     )
     add(
         "--data-dir",
         type=Path,
         metavar="FOLDER",
-        help="where the named collections lie (data). Only without this flag a missing small, 1k or 10k is trained "
-        "instead: the built-in digits",
+        help="where the named collections lie (data). Only without this flag a missing small, 1k, 10k or dynamics "
+        "is trained instead: the built-in digits, of dynamics 200 at 8 steps of their training",
     )
     add_collection_flags(add)
     add(

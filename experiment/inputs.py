@@ -29,7 +29,7 @@ from experiment.resident import Latest, Once, Raw
 from experiment.samples import Samples
 from experiment.settings import AUTOENCODER_PARAMETERS, STREAMS, Settings, memory_of
 from experiment.units import Unit, Units
-from representations import FEATURES, RANKING, REPRESENTATIONS
+from representations import COMPUTED, FEATURES, RANKING, REPRESENTATIONS
 from training.columns import Held, without_constant
 from training.pca import PCA, num_components
 from training.stacks import Split, Stored, filled, standardise, wait_for_stream
@@ -165,7 +165,7 @@ class Description:
     def digest(self) -> str:
         """Digits that equal descriptions share."""
         how = [self.settings.autoencoder, self.settings.attention, self.settings.projection]
-        what = [str(self.extracted.folder), self.settings.sketch_flat]
+        what = [str(self.extracted.folder), self.extracted.activations, self.settings.sketch_flat]
         return store.digest([*what, self.units.common, [asdict(schedule) for schedule in how]])
 
     def open(self, device: torch.device) -> Inputs:
@@ -252,7 +252,7 @@ class Inputs:
         made = REPRESENTATIONS[name].made
         if made in ("kernel", "trained"):
             return 1
-        if made == "computed":
+        if made in COMPUTED:
             return len(REPRESENTATIONS[name].feature_names)
         if made == "flat":
             return self.widths.tolist()
@@ -265,6 +265,8 @@ class Inputs:
     def depends_on(self, name: str) -> dict:
         """Return what classifiers of a representation depend on beside their own key."""
         key = {"sketched": True} if self.sketches(name) else {}
+        if REPRESENTATIONS[name].made == "response":
+            key["activations"] = self.extracted.activations
         return key | (self.learned.key() if REPRESENTATIONS[name].made == "autoencoder" else {})
 
     def count_features(self, name: str, kept: np.ndarray) -> int:

@@ -21,7 +21,7 @@ import torch
 
 import data
 from data import Collection, CollectionError, check_classes, index_as_asked, without
-from experiment import checks, contents
+from experiment import activations, checks, contents
 from experiment.datasets import locate, results_folder
 from experiment.flags import parse_arguments
 from experiment.phases import split_collection
@@ -162,6 +162,7 @@ class Preflight:
             lines += error.findings
         except UsageError as error:
             lines.append(str(error))
+        lines += activations.faults(settings.activations, collection)
         self._refuse(lines)
         return not lines
 

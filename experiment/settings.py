@@ -12,11 +12,13 @@ import joblib
 import torch
 
 from experiment.store import PREVIOUS
-from loras import building, label_tables
+from loras import building, digits_activations, label_tables
 from loras.command_line import suggestion
+from loras.headers import read_header
+from loras.keys import LoraFileError
 from loras.memory import host_memory
 from loras.names import plain
-from representations import REPRESENTATIONS
+from representations import OF_WEIGHTS, REPRESENTATIONS
 from training import attention, projections
 from training.classifier import DROPOUT, HIDDEN
 from training.stacks import Schedule
@@ -101,6 +103,7 @@ class Settings:
             "keep_twins": self.keep_twins,
             "holdout": self.holdout,
             "also": None if self.also is None else list(self.also),
+            "activations": None,  # a digest of what is read of them, once the modules are known
             "save_models": None if self.save_models is None else list(self.save_models),
             "classifier": {"hidden": list(self.classifier.hidden), "dropout": DROPOUT} | _numbers(self.classifier),
             "autoencoder": _numbers(self.autoencoder) | _hidden(self.autoencoder),
@@ -132,6 +135,7 @@ def resolve(args: argparse.Namespace, networks: Networks = Networks()) -> Settin
     """
     _check_numbers(args)
     _check_collection_flags(args)
+    check_activations(args.activations)
     check_writable("--output-dir", args.output_dir)
     if args.cache_dir is not None:
         check_writable("--cache-dir", args.cache_dir)
@@ -145,7 +149,7 @@ def resolve(args: argparse.Namespace, networks: Networks = Networks()) -> Settin
         splits=args.splits,
         quick=quick,
         devices=resolve_devices(args.device),
-        representations=resolve_representations(args.representations),
+        representations=resolve_representations(args.representations, args.activations),
         all_representations=args.representations == "all",
         layers=args.layers,
         controls=controls,
@@ -189,18 +193,41 @@ def _check_collection_flags(args: argparse.Namespace) -> None:
         raise UsageError(f"--layers {args.layers}: an empty pattern. Give a part of a layer's name, or leave it out.")
 
 
-def resolve_representations(names: str) -> tuple[str, ...]:
+def resolve_representations(names: str, activations: Path | None = None) -> tuple[str, ...]:
     """Return the representations of a comma list, or all, in the order of the table.
 
     Raises:
-        UsageError: A name is not in the table.
+        UsageError: A name is not in the table, or reads ``activations`` that are not there, or none reads them.
     """
-    asked = list(REPRESENTATIONS) if names == "all" else [name.strip() for name in names.split(",")]
+    choice = OF_WEIGHTS if activations is None else tuple(REPRESENTATIONS)
+    asked = list(choice) if names == "all" else [name.strip() for name in names.split(",")]
     if unknown := [name for name in asked if name not in REPRESENTATIONS]:
-        near = "".join(suggestion(name, (*REPRESENTATIONS, "all")) for name in unknown)
+        near = "".join(suggestion(name, (*choice, "all")) for name in unknown)
         shown = plain(",".join(unknown))
-        raise UsageError(f"--representations {shown}: not known.{near} Choose from {', '.join(REPRESENTATIONS)}.")
+        raise UsageError(f"--representations {shown}: not known.{near} Choose from {', '.join(choice)}.")
+    if without := [name for name in asked if name not in choice]:
+        mend = "Give --activations a file of them; docs/activations.md says how to record it."
+        raise UsageError(f"--representations {','.join(without)}: it reads inputs of modules. {mend}")
+    if activations is not None and set(asked) <= set(OF_WEIGHTS):
+        mend = "Add update_response to --representations, or leave it out."
+        raise UsageError(f"--activations {plain(os.fspath(activations))}: no representation reads it. {mend}")
     return tuple(name for name in REPRESENTATIONS if name in asked)
+
+
+def check_activations(path: Path | None) -> None:
+    """Refuse a file of --activations that is no safetensors file; what it holds is looked at beside the LoRAs.
+
+    That of the built-in digits may be written with them.
+    """
+    if path is None or (path.name == digits_activations.NAME and not os.path.lexists(path)):
+        return
+    shown = f"--activations {plain(os.fspath(path))}"
+    try:
+        read_header(path)
+    except LoraFileError as error:
+        raise UsageError(f"{shown}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{shown}: {getattr(error, 'strerror', None) or error}. Give another file.") from error
 
 
 def resolve_columns(names: str | None, controls: str) -> tuple[str, ...] | None:

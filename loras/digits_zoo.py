@@ -9,7 +9,13 @@ prompt. The files have the layout and the names of the field::
     <out>/3/00013/pytorch_lora_weights.safetensors    transformer.transformer_blocks.0.attn1.to_q.lora.down.weight
     <out>/3/00013/metadata.json                       category_label, image_group, num_images, rank, ...
 
-LoRA i is the same whatever the size of the collection, so 100 LoRAs are the first 100 of 1,000. All randomness
+LoRA i is the same whatever the size of the collection, so 100 LoRAs are the first 100 of 1,000. A collection may also
+hold each LoRA at several steps of its training, and a table whose column ``step`` makes each of them a sample::
+
+    <out>/metadata.csv                                            file_name, category_label, step, image_group
+    <out>/3/00013/checkpoint-8/pytorch_lora_weights.safetensors   a metadata.json beside it, as above
+
+All randomness
 comes from generators seeded by a hash of (seed, purpose, index). The same seed gives the same bytes on one
 machine: all is trained by one thread, as small tensors gain little from two, and on a busy machine lose all.
 
@@ -19,10 +25,12 @@ r rank, H heads.
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,24 +78,24 @@ LORA_MODULES = [
     for projection in ("to_q", "to_k", "to_v", "to_out.0")
 ]
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam, by the names of torch
-RECIPE_NAME = "recipe.json"
+RECIPE_NAME, TABLE_NAME = "recipe.json", "metadata.csv"
 MAX_SHOWN = 1000  # characters of another recipe in a message
 
 # Measured on a core of a server CPU; a guide for the announcement, not a promise.
 SECONDS_BASE, SECONDS_PER_LORA, BYTES_PER_LORA = 45.0, 0.23, 82_000  # bytes in blocks of 4 KiB
 
 
-def estimate(count: int) -> tuple[float, int]:
-    """Estimate the cost of building ``count`` LoRAs from nothing.
+def estimate(count: int, steps: Sequence[int] = ()) -> tuple[float, int]:
+    """Estimate the cost of building ``count`` LoRAs from nothing, each as it is at these steps.
 
     Returns:
         Seconds on a core, in steps of whole stacks as only whole stacks are trained, and bytes on disk.
     """
     trained = math.ceil(count / STACK) * STACK
-    return SECONDS_BASE + SECONDS_PER_LORA * trained, BYTES_PER_LORA * count
+    return SECONDS_BASE + SECONDS_PER_LORA * trained, BYTES_PER_LORA * count * max(1, len(steps))
 
 
-def build(out: Path, count: int, *, seed: int = 0, progress: Report | None = None) -> None:
+def build(out: Path, count: int, *, seed: int = 0, progress: Report | None = None, steps: Sequence[int] = ()) -> None:
     """Train a collection of ``count`` LoRAs and put it at ``out``; do nothing if it exists already.
 
     Another process that is training it is waited for.
@@ -104,16 +112,19 @@ def build(out: Path, count: int, *, seed: int = 0, progress: Report | None = Non
         progress: Called as ``progress(stage, done, total)``, with stage "base model" in steps, then "LoRAs" in
             LoRAs, and on the way to these with the share of the work. What it raises ends the build, which can be
             continued.
+        steps: Of ``LORA_STEPS`` those at which each LoRA is kept, ascending; none: only as it is at the end.
 
     Raises:
-        ValueError: ``count`` is below 1.
+        ValueError: ``count`` is below 1, or the steps are none of the training's.
         FileExistsError: ``out`` or ``<out>.partial`` is something else than this collection.
         OSError: The record of what is at ``out`` or ``<out>.partial`` cannot be read.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, not {count}")
+    if list(steps) != sorted({*steps} & {*range(1, LORA_STEPS + 1)}):
+        raise ValueError(f"steps must ascend from 1 to {LORA_STEPS} at most, not {list(steps)}")
     out = Path(out)
-    recipe = _recipe(seed, count)
+    recipe = _recipe(seed, count, steps)
     if out.exists():
         _check_whole_collection(out, recipe)
         return
@@ -128,7 +139,7 @@ def build(out: Path, count: int, *, seed: int = 0, progress: Report | None = Non
         write_atomically(partial / RECIPE_NAME, json.dumps(recipe).encode())
         base_path = out.parent / f"base-model-seed{seed}.safetensors"
         with one_thread():
-            _build_loras(partial, base_path, count, seed, progress or (lambda *_: None))
+            _build_loras(partial, base_path, (count, seed, steps), progress or (lambda *_: None))
 
 
 @contextmanager
@@ -146,24 +157,33 @@ def _say_waiting(holder: str) -> None:
     print(f"waiting for {holder}, which trains the same collection", flush=True)
 
 
-def _build_loras(folder: Path, base_path: Path, count: int, seed: int, report: Report) -> None:
-    """Train and write the LoRAs that are not in a folder yet, and the base model before them."""
+def _build_loras(folder: Path, base_path: Path, what: tuple[int, int, Sequence[int]], report: Report) -> None:
+    """Train and write the LoRAs that are not in a folder yet, and the base model before them.
+
+    ``what`` are count, seed and steps, as of `build`.
+    """
+    count, seed, steps = what
     images, labels = load_images()
     groups = image_groups(labels, seed)
     base = _load_or_train_base(base_path, images, labels, seed, report)
+    if steps:
+        write_atomically(folder / TABLE_NAME, _table(count, steps))
     for first in range(0, count, STACK):
         end = min(first + STACK, count)
-        missing = [i for i in range(first, end) if not _is_whole(_folder(folder, i))]
+        missing = [i for i in range(first, end) if not all(map(_is_whole, _folders(folder, i, steps)))]
         if missing:
             # The whole stack, even for one missing LoRA: its bytes then depend on neither count nor history.
             plans = [plan_lora(seed, i, groups) for i in range(first, first + STACK)]
 
-            def report_steps(steps: int, first: int = first, end: int = end) -> None:
-                report("LoRAs", first, count, (first + (end - first) * steps / LORA_STEPS) / count)
+            def report_steps(done: int, first: int = first, end: int = end) -> None:
+                report("LoRAs", first, count, (first + (end - first) * done / LORA_STEPS) / count)
 
-            factors = train_stack(base, images, plans, report=report_steps)
-            for i in missing:
-                _save_lora(_folder(folder, i), plans[i - first], factors, i - first)
+            def save_step(step: int, factors: Factors, missing: list = missing, plans: list = plans) -> None:
+                for i in missing:
+                    place = _folders(folder, i, steps)[steps.index(step)] if steps else _folder(folder, i)
+                    _save_lora(place, plans[i % STACK], factors, i % STACK)
+
+            train_stack(base, images, plans, report=report_steps, keep=(steps or (LORA_STEPS,), save_step))
         report("LoRAs", end, count)
 
 
@@ -432,6 +452,7 @@ def train_stack(
     plans: list[LoraPlan],
     modules: list[str] = LORA_MODULES,
     report: Callable[[int], None] = lambda steps: None,
+    keep: tuple[Sequence[int], Callable[[int, Factors], None]] = ((), lambda step, factors: None),
 ) -> Factors:
     """Fine-tune all planned LoRAs at once, as one tensor program over frozen, shared base weights.
 
@@ -439,7 +460,7 @@ def train_stack(
     by element: every LoRA is trained as if alone. Up factors start at zero, so training starts at the base model.
     ``images`` are float[N, T, 4]; the dtype of ``base`` is that of the training and of the factors returned.
     ``modules`` are those that the down factors of the plans are of, in their order; ``report`` is called with the
-    steps that are done, every ``PROGRESS_EVERY``.
+    steps that are done, every ``PROGRESS_EVERY``; the function in ``keep`` with each of its steps and the factors then.
     """
     dtype = base["position"].dtype
     downs = torch.stack([plan.downs for plan in plans], dim=1).to(dtype)  # modules, M, r, D
@@ -459,11 +480,34 @@ def train_stack(
         optimizer.step()
         if (step + 1) % PROGRESS_EVERY == 0 and step + 1 < LORA_STEPS:
             report(step + 1)
+        if step + 1 in keep[0]:
+            keep[1](step + 1, _detached(factors))
+    return _detached(factors)
+
+
+def _detached(factors: Factors) -> Factors:
     return {module: (down.detach(), up.detach()) for module, (down, up) in factors.items()}
 
 
 def _folder(root: Path, index: int) -> Path:
     return root / str(index % CLASSES) / f"{index:05d}"
+
+
+def _folders(root: Path, index: int, steps: Sequence[int]) -> list[Path]:
+    """Return the folders of a LoRA's weights: its own, or one for each step."""
+    return [_folder(root, index) / f"checkpoint-{step}" for step in steps] or [_folder(root, index)]
+
+
+def _table(count: int, steps: Sequence[int]) -> bytes:
+    """Return a table of all LoRAs at all steps, by whose column ``step`` each of them is a sample."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["file_name", "category_label", "step", "image_group"])
+    for i in range(count):
+        digit, group = i % CLASSES, i // CLASSES % IMAGE_GROUPS
+        for step, folder in zip(steps, _folders(Path(), i, steps), strict=True):
+            writer.writerow([(folder / WEIGHTS_NAME).as_posix(), digit, step, f"{digit}-{group}"])
+    return table.getvalue().encode()
 
 
 def _save_lora(folder: Path, plan: LoraPlan, factors: Factors, row: int) -> None:
@@ -493,11 +537,12 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _recipe(seed: int, count: int) -> dict:
+def _recipe(seed: int, count: int, steps: Sequence[int] = ()) -> dict:
     """Return all that the bytes depend on; "base" is the part that the base model depends on."""
     base = [seed, TOKENS, PATCH, WIDTH, HEADS, BLOCKS, MLP_WIDTH, len(WORDS), BASE_STEPS, BASE_BATCH, BASE_LR]
     lora = [RANK, LORA_STEPS, LORA_BATCH, LORA_LR, MIN_IMAGES, MAX_IMAGES, IMAGE_GROUPS, STACK]
-    return {"built_by": "digits_zoo", "seed": seed, "count": count, "base": base, "lora": lora}
+    recipe = {"built_by": "digits_zoo", "seed": seed, "count": count, "base": base, "lora": lora}
+    return recipe | ({"steps": list(steps)} if steps else {})
 
 
 def _base_recipe(seed: int) -> str:
@@ -508,9 +553,10 @@ def _base_recipe(seed: int) -> str:
 def _check_whole_collection(out: Path, recipe: dict) -> None:
     """Refuse a finished folder whose recipe is another one, or that lacks LoRAs."""
     _check_same_collection(out, recipe, "Choose another folder")
-    num_loras = sum(1 for _ in out.glob(f"*/*/{WEIGHTS_NAME}"))
-    if num_loras != recipe["count"]:
-        raise FileExistsError(f"{out}: has {num_loras} of {recipe['count']} LoRAs. Remove it to build it again.")
+    found = sum(1 for _ in out.glob(f"*/*/{'*/' if 'steps' in recipe else ''}{WEIGHTS_NAME}"))
+    wanted = recipe["count"] * len(recipe.get("steps", [0]))
+    if found != wanted:
+        raise FileExistsError(f"{out}: has {found} of {wanted} LoRAs. Remove it to build it again.")
 
 
 def _check_same_collection(folder: Path, recipe: dict, mend: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loras.command_line import Parser, whole_number
 
-NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small")  # what --dataset takes beside folders
+NAMED_DATASETS = ("1k", "10k", "50k", "100k", "small", "dynamics")  # what --dataset takes beside folders
 # Those that indexing takes by the same names; --layers chooses among the layers that were indexed.
 OF_INDEX = ("labels", "label_column", "group_column", "step", "common_layers", "skip_bad", "strict")
 

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from report import dynamics as steps_of_training
 from report import fonts
 from report.by_block import MOST_LAYERS, in_blocks
 from report.drawing import (
@@ -43,6 +44,7 @@ from report.drawing import (
     place,
     set_height,
 )
+from report.figures_of_holdout import holdout_figure, holdout_finding
 from report.figures_of_layers import (
     concept_layer_map,
     concept_layer_map_finding,
@@ -57,6 +59,7 @@ from report.figures_of_modules import (
     collection_map,
     collection_map_finding,
 )
+from report.figures_of_steps import dynamics
 from report.names import full_names
 from report.rendering import files_of, is_readable
 from report.wording import (
@@ -484,5 +487,9 @@ FIGURES = (
               "Attention to each module, and what it adds to each concept", True),
     FigureRow("collection_map", "modules", ("collection_map",), collection_map_finding, collection_map,
               "The LoRAs in the plane, by all layers and by single modules"),
+    FigureRow("holdout", "holdout", ("holdout",), holdout_finding, holdout_figure,
+              "Accuracy on each value that was held out, beside the ordinary split's"),
+    FigureRow("dynamics", "dynamics", ("dynamics",), steps_of_training.finding, dynamics,
+              "Accuracy by step of the training, of representations and of each module alone"),
 )
 # fmt: on

@@ -130,7 +130,7 @@ def _figures(finding_of: dict[str, str], drawn: dict[str, bytes], titled: bool) 
     Below figures of a paper, which have no titles, the finding is there for everybody.
     """
     for row in FIGURES:
-        source, dark = _inlined(row.name, drawn)
+        source, dark = inlined(row.name, drawn)
         if source:
             alt = shows = f"{row.shows}."
             if row.name in finding_of:
@@ -144,7 +144,7 @@ def _figures(finding_of: dict[str, str], drawn: dict[str, bytes], titled: bool) 
             }
 
 
-def _inlined(name: str, drawn: dict[str, bytes]) -> tuple[str, str]:
+def inlined(name: str, drawn: dict[str, bytes]) -> tuple[str, str]:
     """Return a figure as data: URL, and one for dark screens, empty where the first is for these too.
 
     It is an SVG, which is sharp at any size, unless that is too large: then there are PNGs of the size of a screen.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from report.cautions import BEYOND_REMOVAL
+from report.paired import paired_sentences
 from report.sentences_of_structure import different_information, rank_matters
 from report.wording import (
     accuracy_text,
@@ -26,7 +27,6 @@ from report.wording import (
     percent,
     runs_text,
     sentence,
-    signed,
     spread_text,
     top_layers,
 )
@@ -41,11 +41,6 @@ VERDICTS = {
     "unseen": "this representation shows less with all layers than other representations or the top layers alone "
     "do, so its removals cannot be judged",
     "undecided": "none of the other verdicts is shown",
-}
-LEARNED_PROJECTIONS = "update_learned"
-FIXED_PROJECTIONS = {
-    "update_frozen": "the same network with fixed ones (update_frozen)",
-    "update_sketch": "update_sketch",
 }
 RANKED_BY = "stats"  # the representation by which layers are ranked
 MANY = 6  # names in a sentence, from which on they are counted
@@ -378,7 +373,7 @@ def _best_representation(results: dict) -> Iterator[str]:
     yield _best_reached(results)
     if len(drops) > 1:
         yield from _compared_with_best(results)
-    yield from _worth_of_learning(results)
+    yield from paired_sentences(results)
     yield from _without_top(results)
     yield from _best_over_splits(results)
 
@@ -474,20 +469,6 @@ def _compared_with_best(results: dict) -> Iterator[str]:
             f"By test accuracy {best} is {ahead} {second} by {percent(abs(record['difference']))} points "
             f"({bounds(interval)}, {p_text(record['p'])}; intervals and p hold for all these comparisons together)."
         )
-
-
-def _worth_of_learning(results: dict) -> Iterator[str]:
-    """Yield by how much learned projections of updates are ahead of fixed ones."""
-    parts = []
-    for name, fixed in FIXED_PROJECTIONS.items():
-        for record in results["analysis"]["representations"]["conditions"]["baseline"]["comparisons"]:
-            if {record["a"], record["b"]} == {LEARNED_PROJECTIONS, name}:
-                sign = 1 if record["a"] == LEARNED_PROJECTIONS else -1
-                interval = sorted(sign * bound for bound in record["interval"])
-                points = f"by {signed(sign * record['difference'])} points"
-                parts.append(f"{points} ({bounds(interval)}, {p_text(record['p'])}) against {fixed}")
-    if parts:
-        yield f"With learned projections ({LEARNED_PROJECTIONS}) accuracy changes {listed(parts)}."
 
 
 def _all_of(names: list[str]) -> str:

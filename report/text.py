@@ -346,7 +346,7 @@ def _layers(results: dict, ranking_table: Table) -> list[str]:
     chosen_by = {"test": "test accuracy, as the experiment is defined", "val": "validation accuracy"}[config["rank_by"]]
     middle, last = ranking[len(ranking) // 2], ranking[-1]
     if results.get("analysis"):
-        shown = _table_lines(ranking_table, ("rank", "test accuracy", "95 % interval", "p", "validation", "block"))
+        shown = table_lines(ranking_table, ("rank", "test accuracy", "95 % interval", "p", "validation", "block"))
     else:
         rows, more = ranking[: ranking_table.shown], config["top_k"] - ranking_table.shown
         shown = [LAYER_HEADER, *(layer_row(rank, record, config["num_runs"]) for rank, record in enumerate(rows, 1))]
@@ -396,7 +396,7 @@ def _modules(results: dict, made: dict[str, Table]) -> list[str]:
     body = [MODULES_HEADING, *_bullets(lines)]
     for name in ("attention", "attention sums"):
         if table := made.get(name):
-            body += ["", table.title, *_table_lines(table, ("summed by", *SHARES[:3]))]
+            body += ["", table.title, *table_lines(table, ("summed by", *SHARES[:3]))]
     return body
 
 
@@ -412,7 +412,7 @@ def _further(content: Content) -> list[list[str]]:
 
 
 def _titled(table: Table) -> list[str]:
-    return [table.title, *_table_lines(table), ""]
+    return [table.title, *table_lines(table), ""]
 
 
 def _evidence(results: dict, content: Content) -> list[str]:
@@ -435,7 +435,7 @@ def _verdict_lines(results: dict) -> list[str]:
     )
 
 
-def _table_lines(table: Table, columns: Sequence[str] = ()) -> list[str]:
+def table_lines(table: Table, columns: Sequence[str] = (), source: str = "results.json") -> list[str]:
     """Return a table in aligned columns, all or those named and the last; a long name is cut unless it stands last."""
     last = len(table.columns) - 1
     kept = [i for i, column in enumerate(table.columns) if not columns or column in columns or i == last]
@@ -451,7 +451,7 @@ def _table_lines(table: Table, columns: Sequence[str] = ()) -> list[str]:
         ]
         lines.append("  ".join(cells).rstrip())
     if (more := len(table.rows) - table.shown) > 0:
-        lines.append(f"({more} more in results.json)")
+        lines.append(f"({more} more in {source})")
     return lines + wrapped(table.note, WIDTH)
 
 

@@ -24,7 +24,7 @@ from experiment.engine import Engine
 from experiment.settings import Networks
 from loras import digits_zoo, memory
 from report import figures, text
-from representations import REPRESENTATIONS
+from representations import OF_WEIGHTS, REPRESENTATIONS
 from training.stacks import Stored
 
 ROOT = Path(ablation_experiment.__file__).parent
@@ -89,7 +89,7 @@ OF_EACH_KIND = [
 ]
 
 
-@pytest.mark.parametrize("names", [OF_EACH_KIND, pytest.param([*REPRESENTATIONS], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("names", [OF_EACH_KIND, pytest.param([*OF_WEIGHTS], marks=pytest.mark.slow)])
 def test_changing_the_test_files_leaves_every_train_and_validation_figure_unchanged(planted, tmp_path, names):
     root, flags = tmp_path / "planted", ("--top-k=3", "--quick", "--rank-by=val", "--num-runs=1")
     flags += (f"--representations={','.join(names)}",)
@@ -137,7 +137,7 @@ def test_a_layer_is_removed_with_its_columns_and_a_pair_with_either_of_its_layer
     _, results = everything
     baseline, ablation = results["baseline_results"], results["ablation_results"]
     # Depths 1, 4 and 6 of 8 belong to modules 0, 2 and 3 of 4: one pair is left.
-    for name, representation in REPRESENTATIONS.items():
+    for name, representation in ((name, REPRESENTATIONS[name]) for name in OF_WEIGHTS):
         if representation.unit == "pair":  # a kernel is counted once a pair
             assert baseline[name]["num_features"] == 4 * max(1, len(representation.feature_names))
             assert ablation[name]["num_features"] == max(1, len(representation.feature_names))
@@ -236,7 +236,7 @@ def test_results_txt_tells_what_was_run_and_chance(everything):
     for expected in ("--quick", "180 LoRAs of 8 layers", "126 train, 18 validation, 36 test", "accuracy 33.3",
                      "3 of 4 pairs", "18 validation LoRAs", "--rank-by=val"):  # fmt: skip
         assert expected in text
-    assert all(f"\n{name} " in text for name in REPRESENTATIONS)
+    assert all(f"\n{name} " in text for name in OF_WEIGHTS)
     assert max(len(line) for line in text.splitlines() if "_blocks" not in line) <= 120  # their names are never cut
     assert max(map(len, text.splitlines())) <= 150
 
@@ -675,7 +675,7 @@ def test_mixed_ranks_leave_out_what_needs_equal_shapes_and_exit_with_3(tmp_path,
     assert left_out == [name for name, row in REPRESENTATIONS.items() if row.made in ("flat", "pca", "autoencoder")]
     assert {"flat_vec", "pca", "vae", "contrastive", "denoising"} <= set(left_out)
     assert all("ranks differ" in entry["reason"] for entry in results["representations_not_run"])
-    assert list(results["baseline_results"]) == [name for name in REPRESENTATIONS if name not in left_out]
+    assert list(results["baseline_results"]) == [name for name in OF_WEIGHTS if name not in left_out]
     text = (tmp_path / "out" / "ablation_mixed" / "results.txt").read_text()
     assert "Not run" in text and "ranks differ" in text
     run(tmp_path, root, "--top-k=1", "--quick", expected=3)
@@ -844,7 +844,7 @@ def test_a_refused_collection_leaves_the_output_folder_as_it_was(tmp_path, capsy
 
 def test_results_are_of_all_modules_of_the_program():
     modules = {path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.py")}
-    folders = ("tests/", "benchmarks/", ".", "predict")  # no result depends on predict.py
+    folders = ("tests/", "benchmarks/", ".", "predict", "compare")  # programs that read results
     covered = {name for name in modules for part in header.PROGRAM if f"{name}/".startswith(f"{part}/")}
     others = {name for name in modules - covered if not name.startswith(folders)}
     assert not others

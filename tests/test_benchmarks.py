@@ -465,7 +465,7 @@ def test_a_section_takes_nothing_from_the_next(tmp_path, run, limit, said):
 
 
 def test_the_fifteen_and_the_others_are_all_representations():
-    assert len(gpu_runs.FIFTEEN) == 15 and set(gpu_runs.FIFTEEN) < set(gpu_runs.REPRESENTATIONS)
+    assert len(gpu_runs.FIFTEEN) == 15 and set(gpu_runs.FIFTEEN) < set(gpu_runs.OF_WEIGHTS)
     assert len(gpu_networks.program_cases()) == 14
 
 

@@ -268,3 +268,16 @@ def test_one_large_group_is_one_that_separates_however_many_loras_it_has():
     np.testing.assert_allclose(
         draws.separating(np.stack([np.arange(60) < 40, np.arange(60) >= 57]).astype(float)), [1, 3]
     )
+
+
+@pytest.mark.parametrize("size", [12, 200])  # one that few LoRAs separate, and one that many do
+def test_families_that_hold_together_are_each_as_wide_as_its_part_of_the_5_percent(size):
+    generator = np.random.default_rng(0)
+    first, second = generator.random((2, size)) < 0.8, generator.random((2, size)) < 0.5
+    alone, together = (
+        Draws(np.arange(size), 4000, 0, families=families).differences([(first, second)])[0] for families in (1, 4)
+    )
+    assert together["difference"] == alone["difference"]
+    assert together["p"] == pytest.approx(min(1, 4 * alone["p"]))
+    assert np.diff(together["interval"]) > np.diff(alone["interval"])
+    assert together["significant"] == (together["p"] < 0.05)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("ablation_experiment", "autoencoders", "data", "predict", "representations")
+MODULES = ("ablation_experiment", "autoencoders", "compare", "data", "predict", "representations")
 FOLDERS = ("analysis", "experiment", "loras", "report", "training")
 OURS = {*MODULES, *FOLDERS, "benchmarks", "tests"}
 MAY_IMPORT = {
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "autoencoders": {"training"},
     "experiment": {"data", "representations", "autoencoders", "loras", "training", "analysis"},
     "ablation_experiment": {"data", "representations", "loras", "training", "experiment", "report"},
+    "compare": {"data", "representations", "loras", "training", "experiment", "report"},
     "predict": {"data", "loras", "experiment", "report"},
 }
 # The one exception: data.py as a program hands over to the command line, which knows the experiment. Only its function
@@ -288,13 +289,13 @@ class Key:
     below: dict[str, Key] = field(default_factory=dict)
 
 
-def documented(heading: str) -> Key:
-    """Return the tree of keys that the tables under a heading of docs/results.md describe.
+def documented(heading: str, document: str = "results.md") -> Key:
+    """Return the tree of keys that the tables under a heading of a document of docs/ describe.
 
     A row reads ``| `path.of.keys[]` | type | unit | meaning |``; the type is one of ``JSON_TYPES``, perhaps followed by
     ``or null``, or by ``, optional``.
     """
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
     section = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.M | re.DOTALL)[1]
     root = Key()
     for path, kind in re.findall(r"^\| `([^`]+)` \| ([^|]+?) \|", section, re.M):
@@ -309,7 +310,7 @@ def documented(heading: str) -> Key:
     return root
 
 
-def check_schema(results: object, heading: str = "results.json") -> list[str]:
+def check_schema(results: object, heading: str = "results.json", document: str = "results.md") -> list[str]:
     """Return the differences between the content of a result file and what docs/results.md says of it.
 
     Keys that are not documented, documented ones that are missing without being optional, and values of another type.
@@ -317,9 +318,10 @@ def check_schema(results: object, heading: str = "results.json") -> list[str]:
 
     Args:
         results: The content of the file.
-        heading: The heading of docs/results.md that describes it.
+        heading: The heading that describes it.
+        document: The document of docs/ that has it.
     """
-    return sorted(set(_differences(results, documented(heading), "")))
+    return sorted(set(_differences(results, documented(heading, document), "")))
 
 
 def _differences(value: object, key: Key, path: str) -> Iterator[str]:
@@ -394,7 +396,7 @@ def test_a_difference_from_the_schema_is_seen(monkeypatch):
     tree = Key(
         below={"a": number, "b": Key(below={"[]": Key(below={"name": text, "*": number})}), "c": Key(("object",), True)}
     )
-    monkeypatch.setattr(sys.modules[__name__], "documented", lambda heading: tree)
+    monkeypatch.setattr(sys.modules[__name__], "documented", lambda *_: tree)
     assert check_schema({"a": 1, "b": [{"name": None, "x": 2.5}]}) == []
     assert check_schema({"a": True, "b": [{"name": "n"}, {}]}) == ["a: bool, not number", "b[].name: missing"]
     assert check_schema({"a": None, "b": {}, "d": 1}) == [

@@ -14,13 +14,16 @@ from PIL import Image
 from result_making import CLASS_NAMES, made, without_pairs
 
 from report import cautions, drawing, figures, page, rendering, sentences, tables, text
+from report.further import FURTHER
 
 VOID = {"meta", "img", "link", "br", "hr", "input", "source", "wbr"}
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 3"><rect width="4" height="3" fill="#08c"/></svg>'
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYPhfDwACggF/qvb0gQAAAABJRU5ErkJggg=="
 )
-NAMES = [row.name for row in figures.FIGURES]
+ASKED = {section.anchor for section in FURTHER}  # whose figures are there only where it is asked for
+ROWS = [row for row in figures.FIGURES if row.section not in ASKED]
+NAMES = [row.name for row in ROWS]
 ALL = {f"{name}.{ending}": content for name in NAMES for ending, content in (("svg", SVG), ("png", PNG))}
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -195,17 +198,17 @@ def test_figures_stand_in_their_section_with_their_finding():
     results = made()
     content, finding_of = page.render_page(results, ALL).decode(), figures.findings(results)
     assert finding_of.keys() == set(NAMES)
-    for row in figures.FIGURES:
+    for row in ROWS:
         section = content.split(f'<section id="{row.section}"')[1].split("</section>")[0]
         alts = [image["alt"] for image in Reader(section.encode()[section.index(">") + 1 :]).of("img")]
-        rows = [other for other in figures.FIGURES if other.section == row.section]
+        rows = [other for other in ROWS if other.section == row.section]
         assert alts == [f"{other.shows}. {finding_of[other.name]}." for other in rows]
 
 
 def test_every_question_the_concepts_and_the_modules_have_a_figure():
     assert len(set(NAMES)) == len(NAMES)
     anchors = {question.anchor for question in sentences.QUESTIONS}
-    assert {row.section for row in figures.FIGURES} == {*anchors, "concepts", "modules"}
+    assert {row.section for row in ROWS} == {*anchors, "concepts", "modules"}
 
 
 def test_without_whole_pairs_the_section_says_why_and_no_more():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import representations
 from representations import (
+    COMPUTED,
     ENSEMBLE,
     MEASURES,
     REPRESENTATIONS,
@@ -19,7 +20,6 @@ from representations import (
     coupling,
     effective_rank,
     matrix_features,
-    pair_features,
     shared,
     singular_values,
     update_measures,
@@ -29,7 +29,7 @@ from representations import (
 
 MATRIX = [name for name, row in REPRESENTATIONS.items() if (row.unit, row.made) == ("layer", "computed")]
 TABLE = REPRESENTATIONS | MEASURES
-PAIR = [name for name, row in TABLE.items() if (row.unit, row.made) == ("pair", "computed")]
+PAIR = [name for name, row in TABLE.items() if row.unit == "pair" and row.made in COMPUTED]
 SHAPES = {
     "tall": (40, 6),
     "wide": (6, 40),
@@ -50,6 +50,7 @@ WIDTHS = {
     "ensemble": 67,
     "update_sketch": 64,
     "update_spectrum": 30,
+    "update_response": 64,
 }
 REFERENCED = [name for name in MATRIX if name in WIDTHS]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -59,6 +60,12 @@ quick = settings(deadline=None, max_examples=40)
 
 def gaussian(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def pair_features(down, *more, **how):
+    """Features of pairs, of which the module "m" has inputs."""
+    inputs = {"m": gaussian(8, down.shape[-1], seed=9)}
+    return representations.pair_features(down, *more, inputs=inputs, **how)
 
 
 def low_rank(n, rows, cols, rank, seed=0):
@@ -556,7 +563,7 @@ def compute(name, n=6, dtype=torch.float32, rows=slice(None)):
     return pair_features(down, up, "m", scale, [name])[name]
 
 
-MADE = {"computed", "flat", "pca", "autoencoder", "kernel", "trained"}
+MADE = {*COMPUTED, "flat", "pca", "autoencoder", "kernel", "trained"}
 
 
 def test_the_table():
@@ -566,8 +573,8 @@ def test_the_table():
     for name, row in REPRESENTATIONS.items():
         assert row.name == name and row.source
         assert row.unit in {"layer", "pair"} and row.made in MADE
-        assert (row.function is not None) == (row.made == "computed")
-        assert bool(row.feature_names) == (row.made in {"computed", "trained"})
+        assert (row.function is not None) == (row.made in COMPUTED)
+        assert bool(row.feature_names) == (row.made in {*COMPUTED, "trained"})
         assert len(row.feature_names) == len(set(row.feature_names))
         assert len(row.feature_names) == WIDTHS.get(name, 0) or name not in first + last
         assert row.unit == "pair" or row.function is None or row.function.__name__ == name
@@ -691,11 +698,11 @@ def test_one_sort_one_svd_one_fft_for_all(monkeypatch):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, **k: calls.append(name) or original(*a, **k))
 
-    counted(representations, "_sorted_rows")
+    counted(representations, "sorted_rows")
     counted(torch.linalg, "svdvals")
     counted(torch.fft, "rfft2")
     matrix_features(gaussian(3, 4, 9), MATRIX)
-    assert sorted(calls) == ["_sorted_rows", "rfft2", "svdvals"]
+    assert sorted(calls) == ["rfft2", "sorted_rows", "svdvals"]
 
 
 def test_a_wrapped_batch_stands_for_the_batch():

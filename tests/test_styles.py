@@ -14,7 +14,7 @@ from data import index_collection
 from experiment.arrays import WEIGHTS
 from experiment.extraction import extract
 from experiment.settings import Networks
-from representations import REPRESENTATIONS
+from representations import OF_WEIGHTS, REPRESENTATIONS
 
 NETWORKS = Networks(classifier=(128, 128, 128))
 
@@ -161,7 +161,7 @@ def test_flattened_weights_are_left_out_with_the_reason_and_the_rest_goes_on(mix
     for name in FLATTENED:
         assert name in text and name in shown.out and told in text and told in shown.out
     for condition in ("baseline_results", "ablation_results"):
-        assert list(results[condition]) == [name for name in REPRESENTATIONS if name not in FLATTENED]
+        assert list(results[condition]) == [name for name in OF_WEIGHTS if name not in FLATTENED]
     assert sorted(results["top_layers"]) == sorted(first.layers[depth].name for depth in (1, 4, 6))  # the planted ones
     for name in ("stats", "coupling"):
         assert results["baseline_results"][name]["test_accuracy"]["mean"] > 0.7
