@@ -46,7 +46,7 @@ from threadpoolctl import threadpool_limits
 
 import data
 from data import Collection, CollectionError
-from experiment import activations, checks, estimates, forecast, store
+from experiment import activations, checks, estimates, forecast, model_files, store
 from experiment.arrays import FLAT, SKETCHES, WEIGHTS
 from experiment.cluster import connect
 from experiment.datasets import locate, results_folder
@@ -82,7 +82,7 @@ from representations import COMPUTED, REPRESENTATIONS
 class Stopwatch:
     """Seconds by phase."""
 
-    PHASES = ("index", "features", "ranking", "autoencoders", "ablation", "baseline", "analysis", "splits")
+    PHASES = ("index", "features", "ranking", "autoencoders", "ablation", "baseline", "analysis", "splits", "models")
 
     def __init__(self):
         self.seconds = dict.fromkeys(self.PHASES, 0.0)
@@ -178,7 +178,8 @@ def conclude(target: Path, experiment: Experiment, results: dict, watch: Stopwat
     So a run that ends in its analysis leaves the results of its phases; the same command then goes on.
     """
     parts = {"analysis": analyse} | ({"splits": more_splits} if experiment.settings.splits > 1 else {})
-    results |= {"analysis": None, "splits": None, "not_done": dict.fromkeys(parts, UNFINISHED)}
+    parts |= {} if experiment.settings.save_models == () else {"model": partial(keep_models, target)}
+    results |= {"analysis": None, "splits": None, "model": None, "not_done": dict.fromkeys(parts, UNFINISHED)}
     results["config"]["stack"]["smaller"] = experiment.planner.smaller_stacks
     if written_before(target, results) is None:
         write_results(target, experiment, results | {"timing": watch.timing()})
@@ -395,6 +396,14 @@ def more_splits(experiment: Experiment, results: dict, watch: Stopwatch) -> dict
         return repeat(experiment, run_both_ways(results), say)
 
 
+def keep_models(target: Path, experiment: Experiment, results: dict, watch: Stopwatch) -> dict:
+    """Keep classifiers beside the results, for predict.py."""
+    from experiment import models
+
+    with watch.phase("models"):
+        return models.keep(experiment, results, target)
+
+
 def run_both_ways(results: dict) -> list[str]:
     """Return the representations that were run with and without the top layers."""
     return [name for name in results["baseline_results"] if name in results["ablation_results"]]
@@ -404,6 +413,10 @@ def finished_results(target: Path, header: dict) -> dict | None:
     """Return the results in a folder; None if they are not whole, or of other inputs or program."""
     results = written_before(target, header)
     whole = results and not results["not_done"] and all((target / name).exists() for name in RESULT_FILES)
+    if whole and not model_files.is_whole(target, results):  # then the rest is left where it is, and replaced
+        results["not_done"] = {"model": "model/ is missing or damaged"}
+        building.write_atomically(target / "results.json", building.canonical_json(results, indent=2))
+        whole = False
     return results if whole else None
 
 
@@ -499,6 +512,8 @@ def write_results(target: Path, experiment: Experiment | None, results: dict, sh
     earlier |= {name for name in RESULT_FILES if experiment and (target / name).exists()}
     for name in RESULT_FILES if experiment else RENDERED:
         contents[name] = RESULT_FILES[name](experiment, results, content, drawn)
+    if before is None and (target / model_files.FOLDER).exists():
+        earlier.add(model_files.FOLDER)
     keep = bool(experiment) and not (before and before["not_done"])
     store.replace_all(target, contents, sorted(earlier - contents.keys()), keep)
 

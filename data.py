@@ -268,7 +268,7 @@ def index_collection(
     paths, bad, ignored = find_weight_files(root)
     labelled = labelling.read_labels(root, paths, labels, label_column, group_column, step)
     labelled, bins = (labelling.without_labels(labelled), None) if unlabelled else (labelled, label_bins)
-    files, faulty = _index_files(root, progress(labelled.choice.paths, "index"), labelled)
+    files, faulty = index_files(root, progress(labelled.choice.paths, "index"), labelled)
     bad += labelled.findings + faulty + (binning.not_numbers(files) if bins else [])
     files = _less(files, bad) if skip_bad else files  # what is left out has no say in which layers are the commonest
     files, left_out_layers, unlike = _alike(root, files, bad, common_layers)
@@ -357,12 +357,12 @@ def _no_file(root: Path, linked: int) -> str:
     return f"{root}: no *.safetensors file in it{links}. Lay them out as <class>/<lora>.safetensors."
 
 
-def _index_files(root: Path, paths: Iterable[str], labelled: labelling.Labels) -> tuple[list[LoraFile], list[Finding]]:
+def index_files(root: Path, paths: Iterable[str], labelled: labelling.Labels) -> tuple[list[LoraFile], list[Finding]]:
     """Return the files that can be used, and what is wrong with the others."""
     files, findings = [], []
     for path in paths:
         try:
-            files.append(_index_file(root, path, labelled))
+            files.append(index_file(root, path, labelled))
         except LoraFileError as error:
             findings.append(Finding((path,), str(error)))
         except OSError as error:
@@ -370,7 +370,7 @@ def _index_files(root: Path, paths: Iterable[str], labelled: labelling.Labels) -
     return files, findings
 
 
-def _index_file(root: Path, path: str, labelled: labelling.Labels) -> LoraFile:
+def index_file(root: Path, path: str, labelled: labelling.Labels) -> LoraFile:
     """Index one file: its header, and the configuration beside it.
 
     Raises:

@@ -408,7 +408,7 @@ class _Pass:
             first = len(contents)
             for file in self.collection.files[start : min(start + per_chunk, rows.stop)]:
                 try:
-                    flat, scale, digest = _read_file(self.collection.root, file)
+                    flat, scale, digest = read_file(self.collection.root, file)
                 except (LoraFileError, OSError) as error:
                     findings.append((file.path, str(error), isinstance(error, NotFiniteError)))
                     continue
@@ -549,7 +549,7 @@ def _read_document(path: Path, about: str) -> dict | None:
         return None
 
 
-def _read_file(root: Path, file: LoraFile) -> tuple[np.ndarray, dict[str, float], str]:
+def read_file(root: Path, file: LoraFile) -> tuple[np.ndarray, dict[str, float], str]:
     """Return weights float32[W], the scale of each module's update, and a digest of the contents.
 
     Raises:

@@ -74,15 +74,16 @@ class Modules:
         """
         with self._lock:
             if name not in self._kernels:
-                self._kernels[name] = self._kernels_of(name, self.samples.y[self.rows["train"]], Limits())
+                self._kernels[name] = self.kernels_of(name, self.samples.y[self.rows["train"]], Limits())
             return self._kernels[name]
 
     @cached_property
     def unlabelled(self) -> UpdateKernels:
         """Kernels that know no labels, for tokens and pictures; none is kept in memory."""
-        return self._kernels_of(UNLABELLED, None, Limits(kept=0, exact=EXACT, landmarks=LANDMARKS))
+        return self.kernels_of(UNLABELLED, None, Limits(kept=0, exact=EXACT, landmarks=LANDMARKS))
 
-    def _kernels_of(self, name: str, labels: np.ndarray | None, limits: Limits) -> UpdateKernels:
+    def kernels_of(self, name: str, labels: np.ndarray | None, limits: Limits) -> UpdateKernels:
+        """Return kernels of a representation within limits, their views weighted by labels of train rows, if any."""
         pairs = self.pairs
         read = self.extracted.factor_reader(self.samples, self.read_packed)  # no reference to this object
         return UpdateKernels(

@@ -30,6 +30,7 @@ STACK_PARAMETERS = {"cpu": 2_200_000, "cuda": 70_000_000}
 AUTOENCODER_PARAMETERS = {"cpu": 7_000_000, "cuda": 70_000_000}
 STREAMS = 4  # units at once on a GPU: one alone leaves most of it idle
 FIGURE_FOLDER = "figures"  # in the folder of results, beside these files
+MODEL_FOLDER = "model"  # likewise
 RESULT_NAMES = ("top_layers.json", "results.txt", "report.html", "samples.csv", "predictions.npz", "results.json")
 TRIES = 3  # to write into a folder that others make and remove too
 QUICK = {"max_epochs": 30, "patience": 5}  # of --quick, of networks that read modules
@@ -303,7 +304,7 @@ def check_places(folder: Path) -> None:
         pass
     except OSError as error:
         raise UsageError(f"--output-dir: {plain(os.fspath(folder))}: {error.strerror}. Give another.") from error
-    for place in (folder, folder / FIGURE_FOLDER, folder / PREVIOUS):
+    for place in (folder, folder / FIGURE_FOLDER, folder / MODEL_FOLDER, folder / PREVIOUS):
         is_link = place.is_symlink() and place != folder
         if os.path.lexists(place) and (is_link or not place.is_dir()):
             fault = "a link" if is_link else "a file"

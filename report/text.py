@@ -10,6 +10,7 @@ from pathlib import Path
 from report.cautions import Caution, checks, first_lines, missing, use_of, warnings
 from report.further import FURTHER, further_lines, further_tables
 from report.modules import module_lines
+from report.predicted import model_lines
 from report.sentences import VERDICTS, Answer, answers, over_splits
 from report.tables import SHARES, SKETCH_NOTE, Table, tables
 from report.wording import capital, counted, listed, mean_text, metric, signed, top_layers, wrapped
@@ -205,7 +206,7 @@ def _is_open(analysis: dict) -> bool:
 
 def end_lines(results: dict, folder: Path, first: str) -> list[str]:
     """Return the last lines of a run: ``first``, the path of the page, and the next step."""
-    return ["", first, f"  {folder / 'report.html'}", f"next: {next_step(results)}"]
+    return ["", first, f"  {folder / 'report.html'}", *model_lines(results, folder), f"next: {next_step(results)}"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -344,8 +344,8 @@ def test_rows_that_are_bad_are_dropped_and_the_others_not_read_again(tmp_path, s
     assert len(error.value.files) == len(bad) and len(passes) == 4
     good = without(collection, error.value.files)
     opened = []
-    original = extraction._read_file
-    monkeypatch.setattr(extraction, "_read_file", lambda *args: opened.append(1) or original(*args))
+    original = extraction.read_file
+    monkeypatch.setattr(extraction, "read_file", lambda *args: opened.append(1) or original(*args))
     kept = extract(good, names, cache, CPU, skip_bad=True)
     assert len(passes) == 4 and not opened and not list(cache.glob("passes/*"))
     with pytest.raises(CollectionError):  # what is bad is remembered, not read again

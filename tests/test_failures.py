@@ -20,6 +20,7 @@ from report import figures
 from report.cautions import UNFINISHED
 
 FLAGS = ("--device=cpu", "--quick", "--num-runs=1", "--top-k=1", "--representations=stats", "--controls=basic")
+FLAGS += ("--save-models=none",)
 
 
 @pytest.fixture(scope="module")

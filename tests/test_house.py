@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("ablation_experiment", "autoencoders", "compare", "data", "representations")
+MODULES = ("ablation_experiment", "autoencoders", "compare", "data", "predict", "representations")
 FOLDERS = ("analysis", "experiment", "loras", "report", "training")
 OURS = {*MODULES, *FOLDERS, "benchmarks", "tests"}
 MAY_IMPORT = {
@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "experiment": {"data", "representations", "autoencoders", "loras", "training", "analysis"},
     "ablation_experiment": {"data", "representations", "loras", "training", "experiment", "report"},
     "compare": {"data", "representations", "loras", "training", "experiment", "report"},
+    "predict": {"data", "loras", "experiment", "report"},
 }
 # The one exception: data.py as a program hands over to the command line, which knows the experiment. Only its function
 # ``main`` does, and what runs where the file is the program: nothing that is imported as ``data`` depends on it.
@@ -384,7 +385,7 @@ def test_the_schema_can_be_read():
     sections = {
         *("schema_version", "dataset", "config", "environment", "chance", "layer_ranking", "top_layers"),
         *("ablation_results", "baseline_results", "representations_not_run", "not_done", "analysis", "splits"),
-        *("figures", "timing"),
+        *("figures", "model", "timing"),
     }
     assert set(documented("results.json").below) == sections
     assert "[]" in documented("top_layers.json").below

@@ -34,7 +34,7 @@ def read(root: Path, path: Path, made: Made) -> str:
         (file,) = index_collection(root).files
         if made.later is not None:
             path.write_bytes(made.later)
-        weights, scales, _ = extraction._read_file(root, file)
+        weights, scales, _ = extraction.read_file(root, file)
     except (CollectionError, LoraFileError) as error:
         assert str(error).isprintable() and len(str(error)) < 3000
         assert not made.sound, error

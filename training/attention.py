@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -48,6 +49,9 @@ from training.stacks import (
     stream,
     train,
 )
+
+if TYPE_CHECKING:  # imported where it is called
+    from sklearn.preprocessing import KernelCenterer
 
 COORDINATES = 32
 TOKEN = COORDINATES + 1  # and the norm
@@ -108,10 +112,21 @@ def _kernel_pca(
 
     As scikit-learn's `KernelPCA`, which would refuse a kernel whose eigenvalues are below 0 by rounding of float32.
     """
+    own = kernel[np.ix_(columns[fitted], fitted)].astype(np.float64)
+    centerer, vectors = components(own)
+    coordinates = np.zeros((len(rows), COORDINATES))
+    length = rows_at_once(len(own), numbers_at_once)
+    for start in range(0, len(rows), length):
+        block = kernel[np.ix_(rows[start : start + length], fitted)].astype(np.float64)
+        coordinates[start : start + length, : vectors.shape[1]] = centerer.transform(block, copy=False) @ vectors
+    return coordinates
+
+
+def components(own: np.ndarray) -> tuple[KernelCenterer, np.ndarray]:
+    """Return what centres rows of a kernel float64[n, n], and their map to coordinates, float64[n, at most 32]."""
     from scipy.linalg import eigh  # these take a second, which workers that only train networks do not need
     from sklearn.preprocessing import KernelCenterer
 
-    own = kernel[np.ix_(columns[fitted], fitted)].astype(np.float64)
     centerer = KernelCenterer().fit(own)
     largest = [max(0, len(own) - COORDINATES), len(own) - 1]
     values, vectors = eigh(centerer.transform(own), subset_by_index=largest)
@@ -119,12 +134,7 @@ def _kernel_pca(
     sound = np.flatnonzero(values > ROUNDING * math.sqrt(len(own)) * np.diag(own).mean())[::-1]
     vectors = vectors[:, sound] / np.sqrt(values[sound])
     vectors *= np.sign(vectors[np.abs(vectors).argmax(0), np.arange(len(sound))])  # eigenvectors have no sign
-    coordinates = np.zeros((len(rows), COORDINATES))
-    length = rows_at_once(len(own), numbers_at_once)
-    for start in range(0, len(rows), length):
-        block = kernel[np.ix_(rows[start : start + length], fitted)].astype(np.float64)
-        coordinates[start : start + length, : len(sound)] = centerer.transform(block, copy=False) @ vectors
-    return coordinates
+    return centerer, vectors
 
 
 # ----------------------------------------------------------------------------------------------------------------------

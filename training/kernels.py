@@ -25,7 +25,6 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -294,6 +293,8 @@ class UpdateKernels:
         columns: The LoRAs that are the columns of the kernels, int64[n].
         keeps: Whether the kernels of modules are kept.
         at_once: Conditions that a unit of work best holds.
+        weights: Of the views of each module whose kernel has been computed, float64[P, W].
+        sizes: What norms were divided by there, float64[P]; 0 where no train LoRA has an update.
     """
 
     def __init__(
@@ -325,6 +326,7 @@ class UpdateKernels:
         numbers = num_samples * len(self.columns)
         self.keeps = num_samples <= limits.kept and num_modules * numbers <= limits.kept_numbers
         self.at_once = 32 if self.keeps else max(1, limits.summed // numbers)
+        self.weights, self.sizes = np.zeros((num_modules, self.kind.views)), np.zeros(num_modules)
         self._kept: list[np.ndarray | None] = [None] * num_modules
         self._locks = [threading.Lock() for _ in range(num_modules)]
         self._full: np.ndarray | None = None
@@ -353,7 +355,11 @@ class UpdateKernels:
             The kernel float64[N, n], or features float64[N, at most n] if not ``precomputed``.
         """
         for kernel in self.sums(np.asarray(kept)):
-            yield self._centred_kernel(kernel) if self.precomputed else self._features(kernel)
+            yield self.normalised(kernel)
+
+    def normalised(self, kernel: np.ndarray) -> np.ndarray:
+        """Return the inputs of an SVM, see `inputs`, of a sum of kernels float64[N, n], which may be overwritten."""
+        return self._centred_kernel(kernel) if self.precomputed else self._features(kernel)
 
     def sums(self, kept: np.ndarray) -> Iterator[np.ndarray]:
         """Yield the sum of the kernels of modules kept, float64[N, n] for each of the conditions bool[K, P].
@@ -420,6 +426,7 @@ class UpdateKernels:
         if not self.kind.sized:
             norm = (norm > 0).astype(np.float64)
         size = math.sqrt(np.square(norm[self.train]).mean())
+        self.weights[module], self.sizes[module] = weights, size
         if size == 0:
             return np.zeros_like(kernel)
         norm = np.minimum(norm / size, LARGEST)
@@ -437,13 +444,18 @@ class UpdateKernels:
 
     def _features(self, kernel: np.ndarray) -> np.ndarray:
         """Return features ``kernel·UΛ^-½`` of landmarks' own kernel ``UΛUᵀ``: their inner products approximate all."""
-        values, vectors = np.linalg.eigh(kernel[self.columns])
-        sound = values > max(NOTHING, ROUNDING * values[-1])
-        features = kernel @ (vectors[:, sound] / np.sqrt(values[sound]))
+        features = kernel @ landmark_map(kernel[self.columns])
         before = np.square(features[self.train]).sum(1).mean()
         features -= features[self.train].mean(0)
         size = np.square(features[self.train]).sum(1).mean()
         return _divided(features, math.sqrt(size), size, before)
+
+
+def landmark_map(own: np.ndarray) -> np.ndarray:
+    """Return ``UΛ^-½`` of the landmarks' own kernel ``UΛUᵀ`` without rounding, float64[n, n] -> [n, at most n]."""
+    values, vectors = np.linalg.eigh(own)
+    sound = values > max(NOTHING, ROUNDING * values[-1])
+    return vectors[:, sound] / np.sqrt(values[sound])
 
 
 def _divided(x: np.ndarray, divisor: float, size: float, size_before: float) -> np.ndarray:
@@ -491,8 +503,7 @@ def classify(
     train = rows["train"]
     held_out = np.concatenate([rows["validation"], rows["test"]])
     if x[train].any():
-        make = partial(_make_svm, precomputed, iterations, threads)
-        model, chosen = _best_svm(make, x, y, rows)
+        model, chosen = fit_svm(x, y, rows, precomputed, iterations, threads)
         fitted, predicted = model.predict(x[train]), model.predict(x[held_out])
     else:
         largest = np.bincount(y[train]).argmax()
@@ -516,15 +527,24 @@ def _make_svm(precomputed: bool, iterations: int, threads: int, c: float) -> SVC
     return OneVsRestClassifier(LinearSVC(dual=False, C=c, max_iter=iterations), n_jobs=threads)
 
 
-def _best_svm(
-    make: Callable[[float], SVC | OneVsRestClassifier], x: np.ndarray, y: np.ndarray, rows: Mapping[str, np.ndarray]
+def fit_svm(
+    x: np.ndarray,
+    y: np.ndarray,
+    rows: Mapping[str, np.ndarray],
+    precomputed: bool = True,
+    iterations: int = ITERATIONS,
+    threads: int = 1,
 ) -> tuple[SVC | OneVsRestClassifier, float]:
-    """Return the SVM of the smallest C with the best validation accuracy, and C."""
+    """Return the SVM of the smallest C with the best validation accuracy, and C; arguments as of `classify`.
+
+    Raises:
+        FloatingPointError: An SVM has not converged.
+    """
     inputs, truth = x[rows["train"]], y[rows["train"]]
     validation = x[rows["validation"]]
     best, chosen, best_accuracy = None, GRID[0], -1.0
     for c in GRID:
-        model = make(c)
+        model = _make_svm(precomputed, iterations, threads, c)
         _fit(model, inputs, truth, c)
         accuracy = float((model.predict(validation) == y[rows["validation"]]).mean())
         if accuracy > best_accuracy:
