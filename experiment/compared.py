@@ -258,7 +258,7 @@ def _settings(results: _Value) -> tuple[dict[str, str], dict[str, str]]:
         of[f"config.{key}"] = _short(value)
     for key in OF_DATASET:
         decides[f"dataset.{key}"] = _short(results["dataset"][key].value)
-    decides["environment.code"] = _short(results["environment"]["code"].value)
+    decides["environment.training_code"] = _short(results["environment"]["training_code"].value)
     for key in MACHINE:
         beside[f"environment.{key}"] = _short(results["environment"][key].value)
     return decides, beside

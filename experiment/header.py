@@ -14,6 +14,7 @@ from experiment import store
 from experiment.datasets import is_built_in
 from experiment.engine import Engine
 from experiment.settings import Settings
+from experiment.units import PROGRAM as TRAINING_PROGRAM
 from training.classifier import scored
 
 PROGRAM = (  # of which results are; tests and benchmarks are no part of it
@@ -36,6 +37,7 @@ def environment(settings: Settings, engine: Engine) -> dict:
         "device": torch.cuda.get_device_name(settings.device) if on_gpu else f"CPU, {platform.machine()}",
         "workers": engine.count_workers(),
         "code": store.code_digest(*PROGRAM),
+        "training_code": store.code_digest(*TRAINING_PROGRAM),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -36,7 +36,7 @@ def results_of(name: str = "zoo", train: int = 60, **config: object) -> dict:
     results["dataset"] |= {"name": name, "step": "final", "label_column": None, "fingerprint": f"{name} {train}"}
     results["dataset"]["split_sizes"]["train"] = train
     results["config"] |= {"controls": "all", **config}
-    results["environment"] |= {"code": "abc", "numpy": "2", "python": "3"}
+    results["environment"] |= {"training_code": "abc", "numpy": "2", "python": "3"}
     return results | {"schema_version": SCHEMA_VERSION, "not_done": {}}
 
 
