@@ -24,6 +24,7 @@ from experiment.extraction import extract
 from experiment.phases import Experiment
 from experiment.settings import resolve
 from loras import digits_zoo
+from loras.flags import OF_INDEX
 from report import figures
 from report.dynamics import finding, lines, tables
 
@@ -377,7 +378,7 @@ def test_digits_with_steps_are_continued_and_are_samples_without_a_flag(short, t
         {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()} for root in tmp_path.glob("[aw]*")
     ]
     assert files[0] == files[1]
-    flags = dict.fromkeys(("labels", "label_column", "group_column", "step", "common_layers", "skip_bad", "strict"))
+    flags = dict.fromkeys(OF_INDEX)
     collection = index_as_asked(SimpleNamespace(**flags), tmp_path / "whole", None, ablation_experiment.Progress(False))
     assert collection.choice.step == "all" and len(collection.files) == 10 and len(np.unique(collection.groups)) == 5
     monkeypatch.chdir(tmp_path)
