@@ -46,7 +46,7 @@ def table(files: Sequence[dict], skipped: Sequence[dict]) -> str:
         said = f"unlike anything in training ({unlike['score']:.1f}, usual up to {unlike['bound']:.1f})"
         said = said if unlike["flagged"] else ""
         shares = f"{100 * record['probability']:.1f} %", f"{100 * record['agreement']:.0f} %"
-        rows.append((record["file"][-WIDEST:], record["label"], *shares, said))
+        rows.append((_end_of(record["file"]), record["label"], *shares, said))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = []
     for number, (file, label, probability, agreement, said) in enumerate(rows):
@@ -59,6 +59,11 @@ def table(files: Sequence[dict], skipped: Sequence[dict]) -> str:
             lines.append(f"  most for it: {', '.join(entry['module'] for entry in modules[:SPOKEN])}")
     lines += [f"left out: {record['file']}: {record['reason']}" for record in skipped]
     return "\n".join(lines)
+
+
+def _end_of(name: str) -> str:
+    """Return a file's name, or its end behind three dots."""
+    return name if len(name) <= WIDEST else f"...{name[3 - WIDEST :]}"
 
 
 def as_csv(files: Sequence[dict], cell: Callable[[str], str]) -> str:
