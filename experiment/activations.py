@@ -119,6 +119,10 @@ def _rows(key: str, tensors: dict[str, PySafeSlice]) -> tuple[np.ndarray, list[s
     places = [i * last // (SKETCH - 1) for i in range(SKETCH)]
     rows = np.concatenate([tensors[key][place : place + 1].float().numpy() for place in places])
     bad = [place for place, row in zip(places, rows, strict=True) if not np.isfinite(row).all()]
-    if not bad:
+    if bad:
+        fault = f"NaN, infinity or values beyond float32 in input {bad[0]}, which is read"
+    elif not rows.any():
+        fault = f"the {SKETCH} inputs that are read are 0, which no update changes"
+    else:
         return rows, []
-    return rows, [f"{key}: NaN, infinity or values beyond float32 in input {bad[0]}, which is read. Record them again."]
+    return rows, [f"{key}: {fault}. Record them again."]

@@ -24,6 +24,7 @@ SEED = 0  # of the collections that the program builds
 NAME = f"activations-seed{SEED}.safetensors"
 BASE_NAME = f"base-model-seed{SEED}.safetensors"
 INPUTS = 64
+VERSION = 1  # of which of an image's inputs is taken
 PROMPT = ("a", "picture", "of", "concept")
 
 
@@ -38,7 +39,7 @@ def write_beside(folder: Path) -> Path | None:
     base, path = folder / BASE_NAME, folder / NAME
     if not (recipe := _recipe_of(base)):
         return None
-    recipe = json.dumps({"base": recipe, "inputs": INPUTS})
+    recipe = json.dumps({"base": recipe, "inputs": INPUTS, "prompt": PROMPT, "seed": SEED, "version": VERSION})
     if _recipe_of(path) == recipe:
         return None
     with one_thread():

@@ -211,6 +211,7 @@ def changed(name, tensor):
         (changed(IDS[0], torch.ones(7, 8)), [f"{IDS[0]} has 7 inputs, and 8 are needed. Record more"]),
         (changed(IDS[0], torch.ones(9, 8).int()), [f"{IDS[0]} is of I32. Give one of F64, F32"]),
         (changed(IDS[0], torch.full((9, 8), torch.inf)), [f"{IDS[0]}: NaN, infinity .+ in input 0"]),
+        (changed(IDS[0], torch.zeros(9, 8)), [f"{IDS[0]}: the 8 inputs that are read are 0"]),
         (changed(IDS[0], torch.full((9, 8), 1e300, dtype=torch.float64)), ["beyond float32"]),
         (lambda tensors: tensors.clear() or tensors.update(x=torch.ones(8, 8)), ["of no module .+ first keys are x"]),
         (
