@@ -13,10 +13,10 @@ from itertools import combinations, pairwise
 import numpy as np
 from scipy import stats
 
-from analysis.draws import ALPHA, LEVEL
+from analysis.draws import ALPHA, LEVEL, ROUNDING
 from analysis.layers import LEAST_RANKED
 
-SCHEMA_VERSION = 1  # of comparison.json
+SCHEMA_VERSION = 2  # of comparison.json
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Score:
     Attributes:
         accuracy: Test accuracy with all layers, mean over runs of the training.
         validation: Validation accuracy likewise.
-        interval: Interval of ``accuracy``, of level 95 %, from `analysis.draws.Draws.intervals`.
+        interval: Interval of ``accuracy``, of level 95 %, from `analysis.draws.Draws.intervals`; see `has_size`.
         above_null: Whether the run says that it is above permuted labels.
         without_top: Test accuracy without the top k layers.
         without_top_interval: Its interval.
@@ -162,13 +162,26 @@ def _score(run: int, score: Score) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def has_size(accuracy: float, interval: tuple[float, float]) -> bool:
+    """Return whether an interval says of how many independent LoRAs it is, see `effective_size`.
+
+    It does not where its farther bound is, up to rounding, 0, 1 or the accuracy: as where all test LoRAs are one group.
+    """
+    bound = _farther(accuracy, interval)
+    return min(bound, 1 - bound, abs(bound - accuracy)) > 1.5 * ROUNDING  # results.json holds nine decimals
+
+
+def _farther(accuracy: float, interval: tuple[float, float]) -> float:
+    return max(interval, key=lambda bound: abs(bound - accuracy))
+
+
 def effective_size(accuracy: float, interval: tuple[float, float], units: int) -> float:
     """Return the number of independent LoRAs n of which an interval of `Draws.intervals` is.
 
     Each bound p of Wilson's interval of a share a solves ``(a - p)² = z² p (1 - p) / n``; z is the quantile of
-    Student's t with ``units - 1`` degrees of freedom. The bound that is farther from a is taken.
+    Student's t with ``units - 1`` degrees of freedom. The bound that is farther from a is taken: see `has_size`.
     """
-    bound = max(interval, key=lambda bound: abs(bound - accuracy))
+    bound = _farther(accuracy, interval)
     return float(_quantile(ALPHA, units) ** 2 * bound * (1 - bound) / (accuracy - bound) ** 2)
 
 

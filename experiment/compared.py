@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from analysis.questions import plain as as_json
-from analysis.side_by_side import Run, Score, compare
+from analysis.side_by_side import Run, Score, compare, has_size
 from data import CollectionError
 from experiment import store
 from experiment.header import SCHEMA_VERSION
@@ -114,8 +114,7 @@ class _Value:
         """Return the interval of an accuracy."""
         bounds = [item.share() for item in self.items()]
         around = len(bounds) == 2 and bounds[0] - 1e-6 <= accuracy <= bounds[1] + 1e-6
-        # The bound that is farther is that of some number of LoRAs, from which others are computed.
-        if not around or not 0 < max(bounds, key=lambda bound: abs(bound - accuracy)) < 1 or bounds[0] == bounds[1]:
+        if not around:
             raise self._refuse(f"an interval around {accuracy:g}")
         return bounds[0], bounds[1]
 
@@ -205,14 +204,15 @@ def _run(path: Path, results: _Value) -> Run:
         raise _FaultError("dataset.classes and dataset.class_counts are not of the same two classes or more")
     decides, beside = _settings(results)
     fingerprint = dataset["fingerprint"].name() if "fingerprint" in dataset.fields() else ""
+    scores, unsized = _scores(results)
     return Run(
-        facts=_facts(path, results),
+        facts=_facts(path, results) | {"unsized": unsized},
         units=1 if analysis.value is None else analysis["units"].count(1),
         decides=decides,
         beside=beside,
         classes=counts,
         layers=_layers(results["layer_ranking"]),
-        scores=_scores(results),
+        scores=scores,
         fingerprint=fingerprint,
         samples=_samples(path.parent / SAMPLES),
     )
@@ -296,9 +296,12 @@ def _layers(ranking: _Value) -> dict[tuple[str, str], float]:
     return layers
 
 
-def _scores(results: _Value) -> dict[str, Score]:
-    """Return what is known of each representation; of one without an ablation that is less."""
-    without, found = results["ablation_results"].named(), {}
+def _scores(results: _Value) -> tuple[dict[str, Score], list[str]]:
+    """Return what is known of each representation, and those of which an interval is left out.
+
+    Of one without an ablation less is known. An interval is left out where it is of no number of LoRAs.
+    """
+    without, found, unsized = results["ablation_results"].named(), {}, []
     conditions, verdicts = {}, {}
     if results["analysis"].value is not None:
         conditions = results["analysis"]["representations"]["conditions"].fields()
@@ -307,17 +310,22 @@ def _scores(results: _Value) -> dict[str, Score]:
     for name, entry in results["baseline_results"].named().items():
         accuracy = entry["test_accuracy"]["mean"].share()
         left = without[name]["test_accuracy"]["mean"].share() if name in without else None
-        interval = _interval(conditions, "baseline", name, accuracy)
+        shown = _interval(conditions, "baseline", name, accuracy)
+        shown_left = None if left is None else _interval(conditions, "ablation", name, left)
+        interval = shown if shown and has_size(accuracy, shown) else None
+        interval_left = shown_left if shown_left and has_size(left, shown_left) else None
+        if (interval, interval_left) != (shown, shown_left):
+            unsized.append(name)
         found[name] = Score(
             accuracy=accuracy,
             validation=entry["val_accuracy"]["mean"].share(),
             interval=interval,
-            above_null=None if interval is None else name in above,
+            above_null=None if shown is None else name in above,
             without_top=left,
-            without_top_interval=None if left is None else _interval(conditions, "ablation", name, left),
+            without_top_interval=interval_left,
             verdict=verdicts[name]["verdict"].name() if name in verdicts else None,
         )
-    return found
+    return found, unsized
 
 
 def _interval(conditions: dict, condition: str, name: str, accuracy: float) -> tuple[float, float] | None:

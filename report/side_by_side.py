@@ -88,6 +88,11 @@ def _named(comparison: dict, runs: Sequence[int]) -> str:
     return listed([name_of(comparison, i) for i in runs])
 
 
+def _few(names: Sequence[str], noun: str) -> str:
+    """Return names in a row, or how many there are."""
+    return listed(names) if len(names) <= NAMED else f"{len(names)} {noun}"
+
+
 def _facts(run: dict) -> str:
     parts = [
         f"{run['loras']:,} LoRAs of {run['classes']} classes and {counted(run['layers'], 'layer')}",
@@ -172,8 +177,7 @@ def _step(comparison: dict, a: int, b: int, changes: Sequence[dict]) -> str:
         among = "the one representation" if len(open_ones) == 1 else f"any of {len(open_ones)} representations"
         parts.append(f"neither gain nor loss is shown for {among} of both")
     elif open_ones:
-        names = listed(open_ones) if len(open_ones) <= NAMED else f"{len(open_ones)} others"
-        parts.append(f"neither is shown for {names}")
+        parts.append(f"neither is shown for {_few(open_ones, 'others')}")
     return sentence(f"{place}, with all layers {'; '.join(parts)}")
 
 
@@ -187,10 +191,11 @@ def _best(comparison: dict) -> Iterator[str]:
     parts = []
     for i, run in enumerate(comparison["runs"]):
         scores = {record["run"]: record for record in comparison["representations"].get(run["best"], [])}
-        if i in scores and scores[i]["interval"]:
-            reached = f"{percent(scores[i]['accuracy'])} % ({bounds(scores[i]['interval'])})"
+        if i in scores:
+            interval = f" ({bounds(scores[i]['interval'])})" if scores[i]["interval"] else ""
+            reached = f"{percent(scores[i]['accuracy'])} %{interval}"
             parts.append(f"{run['best']} in {name_of(comparison, i)}, {reached}")
-        elif run["analysed"]:
+        elif run["best"] is None and run["analysed"]:
             parts.append(f"none in {name_of(comparison, i)}")
     if parts:
         yield f"Best with all layers, chosen on validation LoRAs: {'; '.join(parts)}."
@@ -257,6 +262,9 @@ def _missing(comparison: dict) -> Iterator[str]:
         name = name_of(comparison, i)
         if not run["analysed"]:
             yield f"No analysis is in {name}: its accuracies stand without intervals."
+        if run["unsized"]:
+            why = "as they are of no number of independent test LoRAs, as where all are one group"
+            yield f"Intervals in {name} are left out, {why}: {_few(run['unsized'], 'representations')}."
         for what, reason in (*run["not_run"].items(), *run["not_done"].items()):
             yield sentence(f"Missing in {name}: {what} ({reason.rstrip('.')})")
 

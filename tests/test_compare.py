@@ -17,7 +17,7 @@ from test_page import Reader
 import ablation_experiment
 import compare
 from analysis.draws import Draws
-from analysis.side_by_side import Run, Score, difference, effective_size, wilson
+from analysis.side_by_side import Run, Score, difference, effective_size, has_size, wilson
 from analysis.side_by_side import compare as compared_runs
 from experiment.header import SCHEMA_VERSION
 from report import side_by_side, side_by_side_figure, side_by_side_page
@@ -247,6 +247,45 @@ def test_a_planted_gain_is_told(tmp_path):
     assert gain["representation"] == "stats" and gain["difference"] == pytest.approx(0.65)
     assert "From small (60 train LoRAs) to large (600), with all layers stats gains 65.0 points (" in text
     assert side_by_side_figure.finding(comparison).startswith("The largest gain by more LoRAs: stats, 65.0 points (")
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "interval", "has"),
+    [
+        *((0.75, [0.0, 1.0], False), (0.75, [1e-09, 1.0], False), (0.25, [0.0, 0.999999999], False)),
+        *((0.0, [0.0, 5e-324], False), (0.5, [0.5, 0.5], False), (0.9, [0.9, 0.900000001], False)),
+        *((0.0, [0.0, 1e-6], True), (0.75, [0.002, 1.0], True), (1.0, [0.98, 1.0], True)),
+    ],
+)
+def test_an_interval_of_no_number_of_loras_is_left_out_and_told(tmp_path, accuracy, interval, has):
+    few, more = results_of("few"), results_of("more", 600)
+    few["baseline_results"]["stats"]["test_accuracy"] = {"mean": accuracy}
+    intervals_of(few)["stats"] = interval
+    comparison, text = side_by_side_of(tmp_path, few, more)
+    assert has_size(accuracy, interval) == has
+    assert comparison["representations"]["stats"][0]["interval"] == (interval if has else None)
+    assert comparison["representations"]["stats"][0]["above_null"] is not None
+    assert [run["unsized"] for run in comparison["runs"]] == [[] if has else ["stats"], []]
+    assert ("stats" in {of["representation"] for of in comparison["changes"]}) == has
+    left_out = "Intervals in few are left out, as they are of no number of independent test LoRAs, as where all are one"
+    assert (f"{left_out} group: stats." in text) != has
+    assert all(-1 <= bound <= 1 for of in comparison["changes"] for bound in of["interval"])
+    best = f"stats in few, {100 * accuracy:.1f} %"
+    assert (f"{best};" in text, f"{best} (" in text) == (not has, has)
+
+
+def test_intervals_of_one_group_are_read(tmp_path):
+    """As `Draws.intervals` makes them where all test LoRAs are one group, and runs of the training differ."""
+    correct = np.random.default_rng(0).random((3, 20)) < 0.7
+    draws = Draws(np.zeros(20, int), 500, 0)
+    accuracy = float(correct.mean())
+    interval = np.round(draws.intervals(accuracy, draws.accuracies([correct])[0]), 9).tolist()
+    few, more = results_of("few"), results_of("more", 600)
+    few["baseline_results"]["stats"]["test_accuracy"] = {"mean": accuracy}
+    intervals_of(few)["stats"] = interval
+    few["analysis"]["units"] = 1
+    comparison, _ = side_by_side_of(tmp_path, few, more)
+    assert not any(of["significant"] for of in comparison["changes"] if of["representation"] == "stats")
 
 
 def test_a_run_without_analysis_is_used_for_what_it_has(tmp_path):
