@@ -88,7 +88,6 @@ def compare(runs: Sequence[Run]) -> dict:
             {
                 "runs": group,
                 "grows": len({runs[i].train for i in group}) > 1,
-                "class_shares": _class_shares(runs, group),
             }
             for group in groups
         ],
@@ -133,13 +132,6 @@ def _steps(runs: Sequence[Run], group: Sequence[int], name: str) -> list[tuple[i
 
 def _same_files(a: Run, b: Run) -> bool:
     return bool(a.fingerprint) and a.fingerprint == b.fingerprint
-
-
-def _class_shares(runs: Sequence[Run], group: Sequence[int]) -> float:
-    """Return the largest total variation distance between shares of classes of two runs: 0 where all are alike."""
-    shares = np.array([[runs[i].classes[name] for name in sorted(runs[i].classes)] for i in group], float)
-    shares /= shares.sum(1, keepdims=True)
-    return max((float(np.abs(a - b).sum() / 2) for a, b in combinations(shares, 2)), default=0.0)
 
 
 def _differences(runs: Sequence[Run]) -> list[dict]:
@@ -253,6 +245,7 @@ def _pair(runs: Sequence[Run], a: int, b: int) -> dict:
         "a": a,
         "b": b,
         "classes": len({*first.classes} & {*second.classes}),
+        "class_shares": _class_shares(first, second),
         "layers": len(common),
         "kendall_tau": _tau([first.layers[layer] for layer in common], [second.layers[layer] for layer in common]),
         "top_k": top_k,
@@ -261,6 +254,13 @@ def _pair(runs: Sequence[Run], a: int, b: int) -> dict:
         "same_files": _same_files(first, second),
         **_shared(first.samples, second.samples),
     }
+
+
+def _class_shares(first: Run, second: Run) -> float:
+    """Return the total variation distance between the shares of classes: 0 of equal, 1 of none in common."""
+    names = sorted({*first.classes, *second.classes})
+    a, b = (np.array([run.classes.get(name, 0) for name in names], float) for run in (first, second))
+    return float(np.abs(a / a.sum() - b / b.sum()).sum() / 2)
 
 
 def _tau(a: Sequence[float], b: Sequence[float]) -> float | None:

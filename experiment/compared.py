@@ -30,7 +30,7 @@ LONGEST = 200  # characters of a setting that is shown
 BESIDE = {"device", "stack", "representations", "left_out", "save_models"} | {
     *("controls", "null_shuffles", "splits", "also", "holdout")
 }
-MACHINE = ("device", "torch", "numpy", "python")  # of the environment
+MACHINE = ("code", "device", "torch", "numpy", "python")  # of the environment, beside the source of what trains
 OF_DATASET = ("source", "step", "label_column", "group_column")  # settings that the collection stands under
 LAST = "comparison.json"  # written last: where it is, the others are there too
 WRITTEN = {LAST, "comparison.txt", "comparison.html", FIGURE_FOLDER, store.PREVIOUS}

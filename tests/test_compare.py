@@ -36,7 +36,7 @@ def results_of(name: str = "zoo", train: int = 60, **config: object) -> dict:
     results["dataset"] |= {"name": name, "step": "final", "label_column": None, "fingerprint": f"{name} {train}"}
     results["dataset"]["split_sizes"]["train"] = train
     results["config"] |= {"controls": "all", **config}
-    results["environment"] |= {"training_code": "abc", "numpy": "2", "python": "3"}
+    results["environment"] |= {"code": "abcd", "training_code": "abc", "numpy": "2", "python": "3"}
     return results | {"schema_version": SCHEMA_VERSION, "not_done": {}}
 
 
@@ -132,7 +132,7 @@ def test_a_gain_is_found_where_it_is_and_not_where_it_is_not():
     middle = plain_run({"gains": of(0.7, 200), "stays": of(0.71, 200)}, 700, 200)
     large = plain_run({"gains": of(0.9, 1000), "stays": of(0.7, 1000)}, 3500, 1000)
     comparison = compared_runs([large, small, middle])
-    assert comparison["groups"] == [{"runs": [1, 2, 0], "grows": True, "class_shares": 0.0}]
+    assert comparison["groups"] == [{"runs": [1, 2, 0], "grows": True}]
     found = {(of["representation"], *of["train"]): of["significant"] for of in comparison["changes"]}
     assert found == {
         ("gains", 350, 700): True,
@@ -167,11 +167,27 @@ def test_runs_on_the_same_loras_are_not_independent_and_classes_of_other_shares_
     other = plain_run(score, 700, 100, fingerprint="g", classes={"a": 8, "b": 2})
     comparison = compared_runs([one, again, other])
     assert [(of["a"], of["b"]) for of in comparison["changes"]] == [(0, 2)]
-    assert comparison["groups"][0]["class_shares"] == pytest.approx(0.3)
+    assert [pair["class_shares"] for pair in comparison["pairs"]] == pytest.approx([0, 0.3, 0.3])
     assert [pair["same_files"] for pair in comparison["pairs"]] == [True, False, False]
     assert comparison["differences"] == [
         {"key": "config.device", "values": ["cpu", "cuda", None], "decides": False}
     ]  # fmt: skip
+
+
+def test_other_shares_of_classes_are_told_of_the_pairs_that_have_them(tmp_path):
+    """And a change between runs of as many LoRAs is not said to be one from fewer."""
+    results = [results_of("a"), results_of("b", 120), results_of("c", 120)]
+    counts = results[2]["dataset"]["class_counts"]
+    counts["cat"] += sum(counts.values())  # of a share of a fifth, three fifths
+    comparison, text = side_by_side_of(tmp_path, *results)
+    assert [pair["class_shares"] for pair in comparison["pairs"]] == pytest.approx([0, 0.4, 0.4])
+    assert re.findall(r"Shares of classes differ between (\w) and (\w), by 40.0 points", text) == [
+        ("b", "c"),
+        ("a", "c"),
+    ]
+    assert "change: from the comparable run before it, of fewer or as many train LoRAs," in text
+    other = plain_run({}, 70, 100, classes={"b": 5, "c": 5})
+    assert compared_runs([plain_run({}, 70, 100), other])["pairs"][0]["class_shares"] == 0.5
 
 
 def test_rankings_agree_as_far_as_they_do():
@@ -205,6 +221,30 @@ def test_settings_that_differ_are_listed_and_nothing_is_averaged(tmp_path):
     assert "Decides what an accuracy means: config.quick, false in a; true in b." in text
     accuracy = results_of()["baseline_results"]["stats"]["test_accuracy"]["mean"]
     assert [of["accuracy"] for of in comparison["representations"]["stats"]] == pytest.approx([accuracy, accuracy])
+
+
+@pytest.mark.parametrize(("key", "told"), [("code", True), ("torch", False)])
+def test_another_program_or_machine_is_told_and_compared(tmp_path, key, told):
+    few, more = results_of("few"), results_of("more", 600)
+    more["environment"][key] = "other"
+    comparison, text = side_by_side_of(tmp_path, few, more)
+    assert [group["runs"] for group in comparison["groups"]] == [[0, 1]] and comparison["changes"]
+    assert [(of["key"], of["decides"]) for of in comparison["differences"]] == [(f"environment.{key}", False)]
+    assert f"Does not make runs incomparable: environment.{key}, " in text and "Decides no accuracy" not in text
+    methods = "Programs differ (environment.code), so that intervals and verdicts of these runs may be of different"
+    assert (methods in text) == told
+
+
+def test_runs_on_the_same_files_are_not_said_to_differ_in_their_loras(tmp_path):
+    results = [results_of("a"), results_of("b", controls="none"), results_of("c", 600)]
+    results[1]["dataset"]["fingerprint"] = results[0]["dataset"]["fingerprint"]
+    two = side_by_side_of(tmp_path / "two", *results[:2])[1]
+    assert "Comparable, and of the same LoRAs: a and b." in two and "their LoRAs differ" not in two
+    three = side_by_side_of(tmp_path / "three", *results)[1]
+    assert "Comparable, as of what decides an accuracy at most their LoRAs differ: a, b and c." in three
+    assert "Of the same LoRAs, so that their accuracies are not independent: a and b." in three
+    others = side_by_side_of(tmp_path / "others", *results[1:])[1]
+    assert "Comparable, as of what decides an accuracy only their LoRAs differ: b and c." in others
 
 
 def test_other_classes_and_layers_are_told(tmp_path):
