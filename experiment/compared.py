@@ -32,8 +32,8 @@ BESIDE = {"device", "stack", "representations", "left_out", "save_models"} | {
 }
 MACHINE = ("code", "device", "torch", "numpy", "python")  # of the environment, beside the source of what trains
 OF_DATASET = ("source", "step", "label_column", "group_column")  # settings that the collection stands under
-LAST = "comparison.json"  # written last: where it is, the others are there too
-WRITTEN = {LAST, "comparison.txt", "comparison.html", FIGURE_FOLDER, store.PREVIOUS}
+FIRST, LAST = "comparison.html", "comparison.json"  # in the order of writing: where the last is, all are there
+WRITTEN = {FIRST, "comparison.txt", LAST, FIGURE_FOLDER, store.PREVIOUS}
 MEND = "Give the folder of results of a run, as ablation_experiment.py writes it."
 
 
@@ -368,9 +368,21 @@ def checked_folder(folder: Path) -> Path:
     if folder.is_dir():
         others = sorted(path.name for path in folder.iterdir() if path.name not in WRITTEN)
         others = [name for name in others if not building.TEMPORARY.search(name)]
+        if not others and not _holds_comparison(folder):  # figures/ and previous/ may be anyone's
+            others = sorted(path.name for path in folder.iterdir())
         if others:
             raise UsageError(f"{shown}: holds something else ({names.plain(others[0])}). Give another folder.")
     return folder
+
+
+def _holds_comparison(folder: Path) -> bool:
+    """Return whether a folder holds a comparison, or what is left of one where a process was killed at any time."""
+    begun = (path.name for path in folder.glob(f".{FIRST}.*"))
+    return (
+        any((folder / name).is_file() for name in (FIRST, LAST))
+        or any(map(building.TEMPORARY.search, begun))
+        or any((folder / store.PREVIOUS).glob(f"[0-9]*/{LAST}"))
+    )
 
 
 def _lock_of(folder: Path) -> Path:
@@ -381,20 +393,20 @@ def _lock_of(folder: Path) -> Path:
 def write(folder: Path, comparison: dict, text: str, page: bytes, drawn: dict[str, bytes]) -> str:
     """Write the files of a comparison, and move another one that is there to previous/; return what was done.
 
+    Files of any other name, as a user's in figures/, stay where they are.
+
     Raises:
         UsageError: Another process is at work in the folder.
         OSError: It cannot be written.
     """
-    contents = {f"{FIGURE_FOLDER}/{name}": content for name, content in drawn.items() if "/" not in name}
-    contents |= {"comparison.txt": text.encode(errors="backslashreplace"), "comparison.html": page}
+    contents = {FIRST: page, "comparison.txt": text.encode(errors="backslashreplace")}
+    contents |= {f"{FIGURE_FOLDER}/{name}": content for name, content in drawn.items() if "/" not in name}
     contents[LAST] = building.canonical_json(comparison, indent=2)
     try:
         with building.locked(_lock_of(folder)):
             if all((folder / name).is_file() and (folder / name).read_bytes() == contents[name] for name in contents):
                 return f"Nothing to do: {_shown(folder)} holds this comparison."
-            earlier = {path.relative_to(folder).as_posix() for path in (folder / FIGURE_FOLDER).glob("[!.]*")}
-            earlier |= {name for name in contents if (folder / name).exists()}
-            store.replace_all(folder, contents, sorted(earlier - contents.keys()))
+            store.replace_all(folder, contents)
     except building.LockedError as error:
         raise UsageError(f"--out {_shown(folder)}: {error} is at work in it. Wait, or give another.") from None
     return f"Written to {_shown(folder)}\n  {_shown(folder / 'comparison.html')}"

@@ -19,6 +19,7 @@ import compare
 from analysis.draws import Draws
 from analysis.side_by_side import Run, Score, difference, effective_size, has_size, wilson
 from analysis.side_by_side import compare as compared_runs
+from experiment import store
 from experiment.header import SCHEMA_VERSION
 from report import side_by_side, side_by_side_figure, side_by_side_page
 from report.rendering import is_readable
@@ -489,6 +490,71 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, capsys):
         assert compare.main([*map(str, folders), f"--out={out}"]) == 2
         assert words in capsys.readouterr().err
     assert [path.name for path in mine.iterdir()] == ["thesis.tex"]
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "mine", ["figures/photo.png", "figures/accuracy.png", "previous/1/thesis.tex", "previous/mine"]
+)
+def test_a_folder_of_ones_own_figures_or_earlier_work_is_no_comparison(tmp_path, capsys, mine):
+    folders = [write(tmp_path / name, results_of(name)) for name in ("a", "b")]
+    (path := tmp_path / "paper" / mine).parent.mkdir(parents=True)
+    path.write_text("x")
+    assert compare.main([*map(str, folders), f"--out={tmp_path / 'paper'}"]) == 2
+    assert f"holds something else ({mine.split('/')[0]}). Give another folder." in capsys.readouterr().err
+    assert files_in(tmp_path / "paper") == {mine: b"x"}
+
+
+def test_a_file_of_ones_own_beside_figures_stays(tmp_path, monkeypatch):
+    folders = [
+        str(write(tmp_path / name, results_of(name, train))) for name, train in (("a", 6), ("b", 60), ("c", 600))
+    ]
+    monkeypatch.setattr(side_by_side_figure, "draw", lambda _: {"accuracy.svg": b"<svg/>"})
+    out = tmp_path / "comparison"
+    assert compare.main([*folders[:2], f"--out={out}"]) == 0
+    (out / "figures" / "photo.png").write_text("mine")
+    before = files_in(out)
+    assert compare.main([*folders, f"--out={out}"]) == 0
+    after = files_in(out)
+    assert after["figures/photo.png"] == b"mine" and "previous/1/figures/photo.png" not in after
+    assert all(after[f"previous/1/{name}"] == content for name, content in before.items() if "photo" not in name)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_what_a_killed_process_left_is_finished(tmp_path, monkeypatch, earlier):
+    """Killed before each file is moved or written, also with a file half written."""
+    folders = [
+        str(write(tmp_path / name, results_of(name, train))) for name, train in (("a", 6), ("b", 60), ("c", 600))
+    ]
+    monkeypatch.setattr(side_by_side_figure, "draw", lambda _: {"accuracy.svg": b"<svg/>"})
+    for arguments in ([*folders[:2]] * earlier, folders):
+        assert not arguments or compare.main([*arguments, f"--out={tmp_path / 'wanted'}"]) == 0
+
+    class Killed(BaseException):
+        pass
+
+    for steps in range(4 + 4 * earlier):
+        out, left = tmp_path / f"killed {steps}", iter(range(steps))
+        assert not earlier or compare.main([*folders[:2], f"--out={out}"]) == 0
+
+        def killed(path: Path, *arguments: object, then, left=left) -> None:
+            if next(left, None) is None:
+                if path.suffix != ".json":  # of a file that is written
+                    path.parent.mkdir(exist_ok=True)
+                    path.with_name(f".{path.name}.0123abcd").write_bytes(b"half")
+                raise Killed
+            then(path, *arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            rename, writes = Path.rename, store.write_atomically
+            patch.setattr(Path, "rename", lambda path, to, then=rename: killed(path, to, then=then))
+            patch.setattr(store, "write_atomically", lambda path, data, then=writes: killed(path, data, then=then))
+            compare.main([*folders, f"--out={out}"])
+        assert compare.main([*folders, f"--out={out}"]) == 0
+        assert files_in(out) == files_in(tmp_path / "wanted"), steps
 
 
 def test_the_working_folder_may_be_written_to_and_earlier_results_be_read(tmp_path, monkeypatch, capsys):
