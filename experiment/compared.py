@@ -24,6 +24,7 @@ from loras import building, names, small_files
 
 RESULTS, SAMPLES = "results.json", "samples.csv"
 MOST_RUNS = 20
+UNNAMED = "unnamed"  # a collection in the root folder of a disk has no name
 LONGEST = 200  # characters of a setting that is shown
 # Settings beside those that decide what an accuracy means: who computes, which representations and questions are asked
 # for. Any other setting, also one that does not exist yet, makes runs incomparable where it differs.
@@ -71,6 +72,8 @@ class _Value:
         for key in fields:
             if fault := names.fault(key):
                 raise _FaultError(f"{self.place}: {fault}")
+            if not key:
+                raise _FaultError(f"{self.place}: a name in it is empty")
         return fields
 
     def items(self) -> Iterator[_Value]:
@@ -86,6 +89,12 @@ class _Value:
             raise self._refuse("text")
         return self.value
 
+    def reason(self) -> str:
+        """Return a text that says something, in one line."""
+        if not self.text().strip():
+            raise _FaultError(f"{self.place} is empty")
+        return names.one_line(self.value)
+
     def name(self) -> str:
         """Return a name that can be shown."""
         if fault := names.fault(self.text()):
@@ -98,10 +107,10 @@ class _Value:
             raise self._refuse("true or false")
         return self.value
 
-    def count(self, least: int = 0) -> int:
+    def count(self, least: int = 0, most: int = 2**64) -> int:
         """Return a number of things."""
-        if not isinstance(self.value, int) or isinstance(self.value, bool) or not least <= self.value < 2**64:
-            raise self._refuse(f"a whole number from {least}")
+        if not isinstance(self.value, int) or isinstance(self.value, bool) or not least <= self.value <= most:
+            raise self._refuse(f"a whole number from {least}{f' to {most}' if most < 2**64 else ''}")
         return self.value
 
     def share(self) -> float:
@@ -205,21 +214,22 @@ def _run(path: Path, results: _Value) -> Run:
     decides, beside = _settings(results)
     fingerprint = dataset["fingerprint"].name() if "fingerprint" in dataset.fields() else ""
     scores, unsized = _scores(results)
+    layers = _layers(results["layer_ranking"])
     return Run(
-        facts=_facts(path, results) | {"unsized": unsized},
+        facts=_facts(path, results, len(layers)) | {"unsized": unsized},
         units=1 if analysis.value is None else analysis["units"].count(1),
         decides=decides,
         beside=beside,
         classes=counts,
-        layers=_layers(results["layer_ranking"]),
+        layers=layers,
         scores=scores,
         fingerprint=fingerprint,
         samples=_samples(path.parent / SAMPLES),
     )
 
 
-def _facts(path: Path, results: _Value) -> dict:
-    """Return what comparison.json says of a run."""
+def _facts(path: Path, results: _Value, layers: int) -> dict:
+    """Return what comparison.json says of a run of so many layers."""
     dataset, config, parts = results["dataset"], results["config"], results["dataset"]["split_sizes"]
     best = None
     if results["analysis"].value is not None:
@@ -227,16 +237,16 @@ def _facts(path: Path, results: _Value) -> dict:
     not_run = {item["representation"].name(): item["reason"] for item in results["representations_not_run"].items()}
     not_done = results["not_done"].named()
     return {
-        "name": names.plain(dataset["name"].text())[: names.MAX_LENGTH],
+        "name": names.plain(dataset["name"].text()).strip()[: names.MAX_LENGTH] or UNNAMED,
         "path": _shown(path.parent),
         "loras": dataset["num_samples"].count(1),
         "train": parts["train"].count(1),
         "validation": parts["validation"].count(1),
         "test": parts["test"].count(1),
         "classes": len(list(dataset["classes"].items())),
-        "layers": len(list(results["layer_ranking"].items())),
+        "layers": layers,
         "chance": results["chance"]["accuracy"].share(),
-        "top_k": config["top_k"].count(1),
+        "top_k": config["top_k"].count(1, layers),
         "num_runs": config["num_runs"].count(1),
         "seed": config["seed"].count(-(2**64)),
         "splits": config["splits"].count(1),
@@ -244,8 +254,8 @@ def _facts(path: Path, results: _Value) -> dict:
         "controls": config["controls"].name(),
         "analysed": results["analysis"].value is not None,
         "best": None if best is None or best.value is None else best.name(),
-        "not_run": {name: names.one_line(reason.text()) for name, reason in not_run.items()},
-        "not_done": {name: names.one_line(reason.text()) for name, reason in not_done.items()},
+        "not_run": {name: reason.reason() for name, reason in not_run.items()},
+        "not_done": {name: reason.reason() for name, reason in not_done.items()},
     }
 
 
@@ -345,7 +355,12 @@ def _samples(path: Path) -> dict[str, tuple[str, str]] | None:
     content = _read(path)
     try:
         rows = csv.DictReader(small_files.open_text(content), strict=True)
-        return {row["file"]: (row["label"], row["split"]) for row in rows}
+        samples = {}
+        for row in rows:
+            if None in row or None in row.values():  # as csv tells of rows of other lengths
+                raise ValueError(f"line {rows.line_num} has more or fewer cells than the first")
+            samples[row["file"]] = row["label"], row["split"]
+        return samples
     except (ValueError, LookupError, csv.Error) as error:
         fault = names.one_line(str(error))
         raise CollectionError([f"{_shown(path)}: not a table of samples: {fault}. Remove it, or run again."]) from None

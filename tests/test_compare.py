@@ -346,6 +346,11 @@ def test_loras_that_runs_share_are_counted(tmp_path):
     assert any(line.startswith(wanted) for line in sentences)
 
 
+def test_a_collection_without_a_name_is_called_so(tmp_path):
+    comparison, _ = side_by_side_of(tmp_path, results_of(""), results_of("b", 600))
+    assert [run["name"] for run in comparison["runs"]] == ["unnamed", "b"]
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path):
     comparison, _ = side_by_side_of(tmp_path, results_of(), results_of(train=600))
     assert [run["name"] for run in comparison["runs"]] == ["zoo (run 1)", "zoo (run 2)"]
@@ -383,6 +388,9 @@ HOSTILE = {  # what the message says -> the change
     "is there twice": lambda r: r["layer_ranking"].append(r["layer_ranking"][0]),
     "nested too deeply": lambda r: r["config"].update(deep=deep(500)),
     "is not an interval around": lambda r: intervals_of(r).update(stats=[0.0, 0.01]),
+    "not_done: a name in it is empty": lambda r: r.update(not_done={"": "no room"}),
+    "not_done.figure is empty": lambda r: r.update(not_done={"figure": ""}),
+    "config.top_k is not a whole number from 1 to 12": lambda r: r["config"].update(top_k=2**63),
     "analysis.units is not a whole number from 1": lambda r: r["analysis"].update(units=0),
 }
 
@@ -439,6 +447,9 @@ def test_too_few_and_no_files_are_refused(tmp_path, capsys):
     other = write(tmp_path / "d", results_of("d"))
     (other / "samples.csv").write_text("name\n1\n")
     assert "not a table of samples" in refused(capsys, folder, other)
+    for row in ("1,cat", "1,cat,test,more"):
+        (other / "samples.csv").write_text(f"file,label,split\n0,cat,test\n{row}\n")
+        assert "not a table of samples: line 3 has more or fewer cells" in refused(capsys, folder, other)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
