@@ -13,10 +13,10 @@ from itertools import combinations, pairwise
 import numpy as np
 from scipy import stats
 
-from analysis.draws import ALPHA, LEVEL
+from analysis.draws import ALPHA, LEVEL, ROUNDING
 from analysis.layers import LEAST_RANKED
 
-SCHEMA_VERSION = 1  # of comparison.json
+SCHEMA_VERSION = 2  # of comparison.json
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Score:
     Attributes:
         accuracy: Test accuracy with all layers, mean over runs of the training.
         validation: Validation accuracy likewise.
-        interval: Interval of ``accuracy``, of level 95 %, from `analysis.draws.Draws.intervals`.
+        interval: Interval of ``accuracy``, of level 95 %, from `analysis.draws.Draws.intervals`; see `has_size`.
         above_null: Whether the run says that it is above permuted labels.
         without_top: Test accuracy without the top k layers.
         without_top_interval: Its interval.
@@ -88,7 +88,6 @@ def compare(runs: Sequence[Run]) -> dict:
             {
                 "runs": group,
                 "grows": len({runs[i].train for i in group}) > 1,
-                "class_shares": _class_shares(runs, group),
             }
             for group in groups
         ],
@@ -135,13 +134,6 @@ def _same_files(a: Run, b: Run) -> bool:
     return bool(a.fingerprint) and a.fingerprint == b.fingerprint
 
 
-def _class_shares(runs: Sequence[Run], group: Sequence[int]) -> float:
-    """Return the largest total variation distance between shares of classes of two runs: 0 where all are alike."""
-    shares = np.array([[runs[i].classes[name] for name in sorted(runs[i].classes)] for i in group], float)
-    shares /= shares.sum(1, keepdims=True)
-    return max((float(np.abs(a - b).sum() / 2) for a, b in combinations(shares, 2)), default=0.0)
-
-
 def _differences(runs: Sequence[Run]) -> list[dict]:
     """Return the settings in which runs differ: key, text of each run, whether it makes runs incomparable."""
     found = []
@@ -162,13 +154,26 @@ def _score(run: int, score: Score) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def has_size(accuracy: float, interval: tuple[float, float]) -> bool:
+    """Return whether an interval says of how many independent LoRAs it is, see `effective_size`.
+
+    It does not where its farther bound is, up to rounding, 0, 1 or the accuracy: as where all test LoRAs are one group.
+    """
+    bound = _farther(accuracy, interval)
+    return min(bound, 1 - bound, abs(bound - accuracy)) > 1.5 * ROUNDING  # results.json holds nine decimals
+
+
+def _farther(accuracy: float, interval: tuple[float, float]) -> float:
+    return max(interval, key=lambda bound: abs(bound - accuracy))
+
+
 def effective_size(accuracy: float, interval: tuple[float, float], units: int) -> float:
     """Return the number of independent LoRAs n of which an interval of `Draws.intervals` is.
 
     Each bound p of Wilson's interval of a share a solves ``(a - p)² = z² p (1 - p) / n``; z is the quantile of
-    Student's t with ``units - 1`` degrees of freedom. The bound that is farther from a is taken.
+    Student's t with ``units - 1`` degrees of freedom. The bound that is farther from a is taken: see `has_size`.
     """
-    bound = max(interval, key=lambda bound: abs(bound - accuracy))
+    bound = _farther(accuracy, interval)
     return float(_quantile(ALPHA, units) ** 2 * bound * (1 - bound) / (accuracy - bound) ** 2)
 
 
@@ -240,6 +245,7 @@ def _pair(runs: Sequence[Run], a: int, b: int) -> dict:
         "a": a,
         "b": b,
         "classes": len({*first.classes} & {*second.classes}),
+        "class_shares": _class_shares(first, second),
         "layers": len(common),
         "kendall_tau": _tau([first.layers[layer] for layer in common], [second.layers[layer] for layer in common]),
         "top_k": top_k,
@@ -248,6 +254,13 @@ def _pair(runs: Sequence[Run], a: int, b: int) -> dict:
         "same_files": _same_files(first, second),
         **_shared(first.samples, second.samples),
     }
+
+
+def _class_shares(first: Run, second: Run) -> float:
+    """Return the total variation distance between the shares of classes: 0 of equal, 1 of none in common."""
+    names = sorted({*first.classes, *second.classes})
+    a, b = (np.array([run.classes.get(name, 0) for name in names], float) for run in (first, second))
+    return float(np.abs(a / a.sum() - b / b.sum()).sum() / 2)
 
 
 def _tau(a: Sequence[float], b: Sequence[float]) -> float | None:

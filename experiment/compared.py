@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from analysis.questions import plain as as_json
-from analysis.side_by_side import Run, Score, compare
+from analysis.side_by_side import Run, Score, compare, has_size
 from data import CollectionError
 from experiment import store
 from experiment.header import SCHEMA_VERSION
@@ -24,16 +24,17 @@ from loras import building, names, small_files
 
 RESULTS, SAMPLES = "results.json", "samples.csv"
 MOST_RUNS = 20
+UNNAMED = "unnamed"  # a collection in the root folder of a disk has no name
 LONGEST = 200  # characters of a setting that is shown
 # Settings beside those that decide what an accuracy means: who computes, which representations and questions are asked
 # for. Any other setting, also one that does not exist yet, makes runs incomparable where it differs.
 BESIDE = {"device", "stack", "representations", "left_out", "save_models"} | {
     *("controls", "null_shuffles", "splits", "also", "holdout")
 }
-MACHINE = ("device", "torch", "numpy", "python")  # of the environment
+MACHINE = ("code", "device", "torch", "numpy", "python")  # of the environment, beside the source of what trains
 OF_DATASET = ("source", "step", "label_column", "group_column")  # settings that the collection stands under
-LAST = "comparison.json"  # written last: where it is, the others are there too
-WRITTEN = {LAST, "comparison.txt", "comparison.html", FIGURE_FOLDER, store.PREVIOUS}
+FIRST, LAST = "comparison.html", "comparison.json"  # in the order of writing: where the last is, all are there
+WRITTEN = {FIRST, "comparison.txt", LAST, FIGURE_FOLDER, store.PREVIOUS}
 MEND = "Give the folder of results of a run, as ablation_experiment.py writes it."
 
 
@@ -71,6 +72,8 @@ class _Value:
         for key in fields:
             if fault := names.fault(key):
                 raise _FaultError(f"{self.place}: {fault}")
+            if not key:
+                raise _FaultError(f"{self.place}: a name in it is empty")
         return fields
 
     def items(self) -> Iterator[_Value]:
@@ -86,6 +89,12 @@ class _Value:
             raise self._refuse("text")
         return self.value
 
+    def reason(self) -> str:
+        """Return a text that says something, in one line."""
+        if not self.text().strip():
+            raise _FaultError(f"{self.place} is empty")
+        return names.one_line(self.value)
+
     def name(self) -> str:
         """Return a name that can be shown."""
         if fault := names.fault(self.text()):
@@ -98,10 +107,10 @@ class _Value:
             raise self._refuse("true or false")
         return self.value
 
-    def count(self, least: int = 0) -> int:
+    def count(self, least: int = 0, most: int = 2**64) -> int:
         """Return a number of things."""
-        if not isinstance(self.value, int) or isinstance(self.value, bool) or not least <= self.value < 2**64:
-            raise self._refuse(f"a whole number from {least}")
+        if not isinstance(self.value, int) or isinstance(self.value, bool) or not least <= self.value <= most:
+            raise self._refuse(f"a whole number from {least}{f' to {most}' if most < 2**64 else ''}")
         return self.value
 
     def share(self) -> float:
@@ -114,8 +123,7 @@ class _Value:
         """Return the interval of an accuracy."""
         bounds = [item.share() for item in self.items()]
         around = len(bounds) == 2 and bounds[0] - 1e-6 <= accuracy <= bounds[1] + 1e-6
-        # The bound that is farther is that of some number of LoRAs, from which others are computed.
-        if not around or not 0 < max(bounds, key=lambda bound: abs(bound - accuracy)) < 1 or bounds[0] == bounds[1]:
+        if not around:
             raise self._refuse(f"an interval around {accuracy:g}")
         return bounds[0], bounds[1]
 
@@ -205,21 +213,23 @@ def _run(path: Path, results: _Value) -> Run:
         raise _FaultError("dataset.classes and dataset.class_counts are not of the same two classes or more")
     decides, beside = _settings(results)
     fingerprint = dataset["fingerprint"].name() if "fingerprint" in dataset.fields() else ""
+    scores, unsized = _scores(results)
+    layers = _layers(results["layer_ranking"])
     return Run(
-        facts=_facts(path, results),
+        facts=_facts(path, results, len(layers)) | {"unsized": unsized},
         units=1 if analysis.value is None else analysis["units"].count(1),
         decides=decides,
         beside=beside,
         classes=counts,
-        layers=_layers(results["layer_ranking"]),
-        scores=_scores(results),
+        layers=layers,
+        scores=scores,
         fingerprint=fingerprint,
         samples=_samples(path.parent / SAMPLES),
     )
 
 
-def _facts(path: Path, results: _Value) -> dict:
-    """Return what comparison.json says of a run."""
+def _facts(path: Path, results: _Value, layers: int) -> dict:
+    """Return what comparison.json says of a run of so many layers."""
     dataset, config, parts = results["dataset"], results["config"], results["dataset"]["split_sizes"]
     best = None
     if results["analysis"].value is not None:
@@ -227,16 +237,16 @@ def _facts(path: Path, results: _Value) -> dict:
     not_run = {item["representation"].name(): item["reason"] for item in results["representations_not_run"].items()}
     not_done = results["not_done"].named()
     return {
-        "name": names.plain(dataset["name"].text())[: names.MAX_LENGTH],
+        "name": names.plain(dataset["name"].text()).strip()[: names.MAX_LENGTH] or UNNAMED,
         "path": _shown(path.parent),
         "loras": dataset["num_samples"].count(1),
         "train": parts["train"].count(1),
         "validation": parts["validation"].count(1),
         "test": parts["test"].count(1),
         "classes": len(list(dataset["classes"].items())),
-        "layers": len(list(results["layer_ranking"].items())),
+        "layers": layers,
         "chance": results["chance"]["accuracy"].share(),
-        "top_k": config["top_k"].count(1),
+        "top_k": config["top_k"].count(1, layers),
         "num_runs": config["num_runs"].count(1),
         "seed": config["seed"].count(-(2**64)),
         "splits": config["splits"].count(1),
@@ -244,8 +254,8 @@ def _facts(path: Path, results: _Value) -> dict:
         "controls": config["controls"].name(),
         "analysed": results["analysis"].value is not None,
         "best": None if best is None or best.value is None else best.name(),
-        "not_run": {name: names.one_line(reason.text()) for name, reason in not_run.items()},
-        "not_done": {name: names.one_line(reason.text()) for name, reason in not_done.items()},
+        "not_run": {name: reason.reason() for name, reason in not_run.items()},
+        "not_done": {name: reason.reason() for name, reason in not_done.items()},
     }
 
 
@@ -296,9 +306,12 @@ def _layers(ranking: _Value) -> dict[tuple[str, str], float]:
     return layers
 
 
-def _scores(results: _Value) -> dict[str, Score]:
-    """Return what is known of each representation; of one without an ablation that is less."""
-    without, found = results["ablation_results"].named(), {}
+def _scores(results: _Value) -> tuple[dict[str, Score], list[str]]:
+    """Return what is known of each representation, and those of which an interval is left out.
+
+    Of one without an ablation less is known. An interval is left out where it is of no number of LoRAs.
+    """
+    without, found, unsized = results["ablation_results"].named(), {}, []
     conditions, verdicts = {}, {}
     if results["analysis"].value is not None:
         conditions = results["analysis"]["representations"]["conditions"].fields()
@@ -307,17 +320,22 @@ def _scores(results: _Value) -> dict[str, Score]:
     for name, entry in results["baseline_results"].named().items():
         accuracy = entry["test_accuracy"]["mean"].share()
         left = without[name]["test_accuracy"]["mean"].share() if name in without else None
-        interval = _interval(conditions, "baseline", name, accuracy)
+        shown = _interval(conditions, "baseline", name, accuracy)
+        shown_left = None if left is None else _interval(conditions, "ablation", name, left)
+        interval = shown if shown and has_size(accuracy, shown) else None
+        interval_left = shown_left if shown_left and has_size(left, shown_left) else None
+        if (interval, interval_left) != (shown, shown_left):
+            unsized.append(name)
         found[name] = Score(
             accuracy=accuracy,
             validation=entry["val_accuracy"]["mean"].share(),
             interval=interval,
-            above_null=None if interval is None else name in above,
+            above_null=None if shown is None else name in above,
             without_top=left,
-            without_top_interval=None if left is None else _interval(conditions, "ablation", name, left),
+            without_top_interval=interval_left,
             verdict=verdicts[name]["verdict"].name() if name in verdicts else None,
         )
-    return found
+    return found, unsized
 
 
 def _interval(conditions: dict, condition: str, name: str, accuracy: float) -> tuple[float, float] | None:
@@ -337,7 +355,12 @@ def _samples(path: Path) -> dict[str, tuple[str, str]] | None:
     content = _read(path)
     try:
         rows = csv.DictReader(small_files.open_text(content), strict=True)
-        return {row["file"]: (row["label"], row["split"]) for row in rows}
+        samples = {}
+        for row in rows:
+            if None in row or None in row.values():  # as csv tells of rows of other lengths
+                raise ValueError(f"line {rows.line_num} has more or fewer cells than the first")
+            samples[row["file"]] = row["label"], row["split"]
+        return samples
     except (ValueError, LookupError, csv.Error) as error:
         fault = names.one_line(str(error))
         raise CollectionError([f"{_shown(path)}: not a table of samples: {fault}. Remove it, or run again."]) from None
@@ -360,9 +383,21 @@ def checked_folder(folder: Path) -> Path:
     if folder.is_dir():
         others = sorted(path.name for path in folder.iterdir() if path.name not in WRITTEN)
         others = [name for name in others if not building.TEMPORARY.search(name)]
+        if not others and not _holds_comparison(folder):  # figures/ and previous/ may be anyone's
+            others = sorted(path.name for path in folder.iterdir())
         if others:
             raise UsageError(f"{shown}: holds something else ({names.plain(others[0])}). Give another folder.")
     return folder
+
+
+def _holds_comparison(folder: Path) -> bool:
+    """Return whether a folder holds a comparison, or what is left of one where a process was killed at any time."""
+    begun = (path.name for path in folder.glob(f".{FIRST}.*"))
+    return (
+        any((folder / name).is_file() for name in (FIRST, LAST))
+        or any(map(building.TEMPORARY.search, begun))
+        or any((folder / store.PREVIOUS).glob(f"[0-9]*/{LAST}"))
+    )
 
 
 def _lock_of(folder: Path) -> Path:
@@ -373,20 +408,20 @@ def _lock_of(folder: Path) -> Path:
 def write(folder: Path, comparison: dict, text: str, page: bytes, drawn: dict[str, bytes]) -> str:
     """Write the files of a comparison, and move another one that is there to previous/; return what was done.
 
+    Files of any other name, as a user's in figures/, stay where they are.
+
     Raises:
         UsageError: Another process is at work in the folder.
         OSError: It cannot be written.
     """
-    contents = {f"{FIGURE_FOLDER}/{name}": content for name, content in drawn.items() if "/" not in name}
-    contents |= {"comparison.txt": text.encode(errors="backslashreplace"), "comparison.html": page}
+    contents = {FIRST: page, "comparison.txt": text.encode(errors="backslashreplace")}
+    contents |= {f"{FIGURE_FOLDER}/{name}": content for name, content in drawn.items() if "/" not in name}
     contents[LAST] = building.canonical_json(comparison, indent=2)
     try:
         with building.locked(_lock_of(folder)):
             if all((folder / name).is_file() and (folder / name).read_bytes() == contents[name] for name in contents):
                 return f"Nothing to do: {_shown(folder)} holds this comparison."
-            earlier = {path.relative_to(folder).as_posix() for path in (folder / FIGURE_FOLDER).glob("[!.]*")}
-            earlier |= {name for name in contents if (folder / name).exists()}
-            store.replace_all(folder, contents, sorted(earlier - contents.keys()))
+            store.replace_all(folder, contents)
     except building.LockedError as error:
         raise UsageError(f"--out {_shown(folder)}: {error} is at work in it. Wait, or give another.") from None
     return f"Written to {_shown(folder)}\n  {_shown(folder / 'comparison.html')}"

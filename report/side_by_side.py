@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from report.names import shortened
 from report.tables import MOST_IN_TEXT, Table
@@ -15,6 +16,7 @@ SOURCE = "comparison.json"
 NAMED = 5  # representations in a sentence at most
 MOST_DIFFERENCES = 30  # that are shown
 LONGEST = 40  # characters of a name in a sentence
+CODE = "environment.code"  # digest of the whole program
 UNLIKE = 0.05  # distance of shares of classes from which it is told
 HEADINGS = {"runs": "Runs", "differs": "What differs", "accuracy": "Accuracy", "shows": "What this shows"}
 ONE_SPLIT = (
@@ -88,6 +90,11 @@ def _named(comparison: dict, runs: Sequence[int]) -> str:
     return listed([name_of(comparison, i) for i in runs])
 
 
+def _few(names: Sequence[str], noun: str) -> str:
+    """Return names in a row, or how many there are."""
+    return listed(names) if len(names) <= NAMED else f"{len(names)} {noun}"
+
+
 def _facts(run: dict) -> str:
     parts = [
         f"{run['loras']:,} LoRAs of {run['classes']} classes and {counted(run['layers'], 'layer')}",
@@ -103,9 +110,14 @@ def _facts(run: dict) -> str:
 def _differs(comparison: dict) -> Iterator[str]:
     """Yield which runs are comparable, and what differs, key by key."""
     groups = [group["runs"] for group in comparison["groups"]]
-    for group in groups:
-        if len(group) > 1:
-            yield f"Comparable, as of what decides an accuracy only their LoRAs differ: {_named(comparison, group)}."
+    same = {(pair["a"], pair["b"]) for pair in comparison["pairs"] if pair["same_files"]}
+    for group in (group for group in groups if len(group) > 1):
+        why = "as of what decides an accuracy only their LoRAs differ"
+        if all((min(pair), max(pair)) in same for pair in combinations(group, 2)):
+            why = "and of the same LoRAs"
+        elif any((min(pair), max(pair)) in same for pair in combinations(group, 2)):
+            why = "as of what decides an accuracy at most their LoRAs differ"
+        yield f"Comparable, {why}: {_named(comparison, group)}."
     if alone := [group[0] for group in groups if len(group) == 1]:
         yield f"Comparable with no other run, so that accuracies only stand beside others: {_named(comparison, alone)}."
     differences = comparison["differences"]
@@ -114,8 +126,10 @@ def _differs(comparison: dict) -> Iterator[str]:
         for i, value in enumerate(record["values"]):
             runs_of.setdefault("missing" if value is None else value, []).append(i)
         told = "; ".join(f"{value} in {_named(comparison, runs)}" for value, runs in runs_of.items())
-        kind = "Decides what an accuracy means" if record["decides"] else "Decides no accuracy"
+        kind = "Decides what an accuracy means" if record["decides"] else "Does not make runs incomparable"
         yield f"{kind}: {record['key']}, {told}."
+    if any(record["key"] == CODE for record in differences):
+        yield f"Programs differ ({CODE}), so that intervals and verdicts of these runs may be of different methods."
     if len(differences) > MOST_DIFFERENCES:
         yield f"{len(differences) - MOST_DIFFERENCES} more settings differ, see {SOURCE}."
     for pair in comparison["pairs"]:
@@ -141,12 +155,13 @@ def _changes(comparison: dict) -> Iterator[str]:
         else:
             yield "Comparable runs have no representation with intervals in common, on other LoRAs: none is compared."
         return
+    shares_of = {frozenset((pair["a"], pair["b"])): pair["class_shares"] for pair in comparison["pairs"]}
     for a, b in dict.fromkeys((record["a"], record["b"]) for record in changes):
         yield _step(comparison, a, b, [record for record in changes if (record["a"], record["b"]) == (a, b)])
-        group = next(group for group in groups if a in group["runs"])
-        if group["class_shares"] > UNLIKE:
-            points = percent(group["class_shares"])
-            yield f"Their shares of classes differ, by {points} points in all, which may be the reason of a difference."
+        if (shares := shares_of[frozenset((a, b))]) > UNLIKE:
+            names = _named(comparison, (a, b))
+            points = f"{percent(shares)} points in all"
+            yield f"Shares of classes differ between {names}, by {points}, which may be the reason of a difference."
     one = len(changes) == 1
     together = "The interval of the difference has" if one else f"Intervals of all {len(changes)} differences have"
     level = f"{100 * comparison['level']:.0f} %{'' if one else ' together'}"
@@ -172,8 +187,7 @@ def _step(comparison: dict, a: int, b: int, changes: Sequence[dict]) -> str:
         among = "the one representation" if len(open_ones) == 1 else f"any of {len(open_ones)} representations"
         parts.append(f"neither gain nor loss is shown for {among} of both")
     elif open_ones:
-        names = listed(open_ones) if len(open_ones) <= NAMED else f"{len(open_ones)} others"
-        parts.append(f"neither is shown for {names}")
+        parts.append(f"neither is shown for {_few(open_ones, 'others')}")
     return sentence(f"{place}, with all layers {'; '.join(parts)}")
 
 
@@ -187,10 +201,11 @@ def _best(comparison: dict) -> Iterator[str]:
     parts = []
     for i, run in enumerate(comparison["runs"]):
         scores = {record["run"]: record for record in comparison["representations"].get(run["best"], [])}
-        if i in scores and scores[i]["interval"]:
-            reached = f"{percent(scores[i]['accuracy'])} % ({bounds(scores[i]['interval'])})"
+        if i in scores:
+            interval = f" ({bounds(scores[i]['interval'])})" if scores[i]["interval"] else ""
+            reached = f"{percent(scores[i]['accuracy'])} %{interval}"
             parts.append(f"{run['best']} in {name_of(comparison, i)}, {reached}")
-        elif run["analysed"]:
+        elif run["best"] is None and run["analysed"]:
             parts.append(f"none in {name_of(comparison, i)}")
     if parts:
         yield f"Best with all layers, chosen on validation LoRAs: {'; '.join(parts)}."
@@ -257,6 +272,9 @@ def _missing(comparison: dict) -> Iterator[str]:
         name = name_of(comparison, i)
         if not run["analysed"]:
             yield f"No analysis is in {name}: its accuracies stand without intervals."
+        if run["unsized"]:
+            why = "as they are of no number of independent test LoRAs, as where all are one group"
+            yield f"Intervals in {name} are left out, {why}: {_few(run['unsized'], 'representations')}."
         for what, reason in (*run["not_run"].items(), *run["not_done"].items()):
             yield sentence(f"Missing in {name}: {what} ({reason.rstrip('.')})")
 
@@ -302,8 +320,8 @@ def _table(comparison: dict) -> Table:
     )
     if comparison["changes"]:
         note += (
-            " change: from the comparable run of next fewer train LoRAs, with an interval that holds for all changes "
-            "together; *: it excludes 0."
+            " change: from the comparable run before it, of fewer or as many train LoRAs, with an interval that holds "
+            "for all changes together; *: it excludes 0."
         )
     title = "Test accuracy of each representation in each run"
     return Table("accuracy", title, columns, rows, (0, 1, 4, 6), MOST_IN_TEXT, note)

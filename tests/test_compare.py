@@ -17,8 +17,9 @@ from test_page import Reader
 import ablation_experiment
 import compare
 from analysis.draws import Draws
-from analysis.side_by_side import Run, Score, difference, effective_size, wilson
+from analysis.side_by_side import Run, Score, difference, effective_size, has_size, wilson
 from analysis.side_by_side import compare as compared_runs
+from experiment import store
 from experiment.header import SCHEMA_VERSION
 from report import side_by_side, side_by_side_figure, side_by_side_page
 from report.rendering import is_readable
@@ -36,7 +37,7 @@ def results_of(name: str = "zoo", train: int = 60, **config: object) -> dict:
     results["dataset"] |= {"name": name, "step": "final", "label_column": None, "fingerprint": f"{name} {train}"}
     results["dataset"]["split_sizes"]["train"] = train
     results["config"] |= {"controls": "all", **config}
-    results["environment"] |= {"training_code": "abc", "numpy": "2", "python": "3"}
+    results["environment"] |= {"code": "abcd", "training_code": "abc", "numpy": "2", "python": "3"}
     return results | {"schema_version": SCHEMA_VERSION, "not_done": {}}
 
 
@@ -132,7 +133,7 @@ def test_a_gain_is_found_where_it_is_and_not_where_it_is_not():
     middle = plain_run({"gains": of(0.7, 200), "stays": of(0.71, 200)}, 700, 200)
     large = plain_run({"gains": of(0.9, 1000), "stays": of(0.7, 1000)}, 3500, 1000)
     comparison = compared_runs([large, small, middle])
-    assert comparison["groups"] == [{"runs": [1, 2, 0], "grows": True, "class_shares": 0.0}]
+    assert comparison["groups"] == [{"runs": [1, 2, 0], "grows": True}]
     found = {(of["representation"], *of["train"]): of["significant"] for of in comparison["changes"]}
     assert found == {
         ("gains", 350, 700): True,
@@ -167,11 +168,27 @@ def test_runs_on_the_same_loras_are_not_independent_and_classes_of_other_shares_
     other = plain_run(score, 700, 100, fingerprint="g", classes={"a": 8, "b": 2})
     comparison = compared_runs([one, again, other])
     assert [(of["a"], of["b"]) for of in comparison["changes"]] == [(0, 2)]
-    assert comparison["groups"][0]["class_shares"] == pytest.approx(0.3)
+    assert [pair["class_shares"] for pair in comparison["pairs"]] == pytest.approx([0, 0.3, 0.3])
     assert [pair["same_files"] for pair in comparison["pairs"]] == [True, False, False]
     assert comparison["differences"] == [
         {"key": "config.device", "values": ["cpu", "cuda", None], "decides": False}
     ]  # fmt: skip
+
+
+def test_other_shares_of_classes_are_told_of_the_pairs_that_have_them(tmp_path):
+    """And a change between runs of as many LoRAs is not said to be one from fewer."""
+    results = [results_of("a"), results_of("b", 120), results_of("c", 120)]
+    counts = results[2]["dataset"]["class_counts"]
+    counts["cat"] += sum(counts.values())  # of a share of a fifth, three fifths
+    comparison, text = side_by_side_of(tmp_path, *results)
+    assert [pair["class_shares"] for pair in comparison["pairs"]] == pytest.approx([0, 0.4, 0.4])
+    assert re.findall(r"Shares of classes differ between (\w) and (\w), by 40.0 points", text) == [
+        ("b", "c"),
+        ("a", "c"),
+    ]
+    assert "change: from the comparable run before it, of fewer or as many train LoRAs," in text
+    other = plain_run({}, 70, 100, classes={"b": 5, "c": 5})
+    assert compared_runs([plain_run({}, 70, 100), other])["pairs"][0]["class_shares"] == 0.5
 
 
 def test_rankings_agree_as_far_as_they_do():
@@ -205,6 +222,30 @@ def test_settings_that_differ_are_listed_and_nothing_is_averaged(tmp_path):
     assert "Decides what an accuracy means: config.quick, false in a; true in b." in text
     accuracy = results_of()["baseline_results"]["stats"]["test_accuracy"]["mean"]
     assert [of["accuracy"] for of in comparison["representations"]["stats"]] == pytest.approx([accuracy, accuracy])
+
+
+@pytest.mark.parametrize(("key", "told"), [("code", True), ("torch", False)])
+def test_another_program_or_machine_is_told_and_compared(tmp_path, key, told):
+    few, more = results_of("few"), results_of("more", 600)
+    more["environment"][key] = "other"
+    comparison, text = side_by_side_of(tmp_path, few, more)
+    assert [group["runs"] for group in comparison["groups"]] == [[0, 1]] and comparison["changes"]
+    assert [(of["key"], of["decides"]) for of in comparison["differences"]] == [(f"environment.{key}", False)]
+    assert f"Does not make runs incomparable: environment.{key}, " in text and "Decides no accuracy" not in text
+    methods = "Programs differ (environment.code), so that intervals and verdicts of these runs may be of different"
+    assert (methods in text) == told
+
+
+def test_runs_on_the_same_files_are_not_said_to_differ_in_their_loras(tmp_path):
+    results = [results_of("a"), results_of("b", controls="none"), results_of("c", 600)]
+    results[1]["dataset"]["fingerprint"] = results[0]["dataset"]["fingerprint"]
+    two = side_by_side_of(tmp_path / "two", *results[:2])[1]
+    assert "Comparable, and of the same LoRAs: a and b." in two and "their LoRAs differ" not in two
+    three = side_by_side_of(tmp_path / "three", *results)[1]
+    assert "Comparable, as of what decides an accuracy at most their LoRAs differ: a, b and c." in three
+    assert "Of the same LoRAs, so that their accuracies are not independent: a and b." in three
+    others = side_by_side_of(tmp_path / "others", *results[1:])[1]
+    assert "Comparable, as of what decides an accuracy only their LoRAs differ: b and c." in others
 
 
 def test_other_classes_and_layers_are_told(tmp_path):
@@ -249,6 +290,45 @@ def test_a_planted_gain_is_told(tmp_path):
     assert side_by_side_figure.finding(comparison).startswith("The largest gain by more LoRAs: stats, 65.0 points (")
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "interval", "has"),
+    [
+        *((0.75, [0.0, 1.0], False), (0.75, [1e-09, 1.0], False), (0.25, [0.0, 0.999999999], False)),
+        *((0.0, [0.0, 5e-324], False), (0.5, [0.5, 0.5], False), (0.9, [0.9, 0.900000001], False)),
+        *((0.0, [0.0, 1e-6], True), (0.75, [0.002, 1.0], True), (1.0, [0.98, 1.0], True)),
+    ],
+)
+def test_an_interval_of_no_number_of_loras_is_left_out_and_told(tmp_path, accuracy, interval, has):
+    few, more = results_of("few"), results_of("more", 600)
+    few["baseline_results"]["stats"]["test_accuracy"] = {"mean": accuracy}
+    intervals_of(few)["stats"] = interval
+    comparison, text = side_by_side_of(tmp_path, few, more)
+    assert has_size(accuracy, interval) == has
+    assert comparison["representations"]["stats"][0]["interval"] == (interval if has else None)
+    assert comparison["representations"]["stats"][0]["above_null"] is not None
+    assert [run["unsized"] for run in comparison["runs"]] == [[] if has else ["stats"], []]
+    assert ("stats" in {of["representation"] for of in comparison["changes"]}) == has
+    left_out = "Intervals in few are left out, as they are of no number of independent test LoRAs, as where all are one"
+    assert (f"{left_out} group: stats." in text) != has
+    assert all(-1 <= bound <= 1 for of in comparison["changes"] for bound in of["interval"])
+    best = f"stats in few, {100 * accuracy:.1f} %"
+    assert (f"{best};" in text, f"{best} (" in text) == (not has, has)
+
+
+def test_intervals_of_one_group_are_read(tmp_path):
+    """As `Draws.intervals` makes them where all test LoRAs are one group, and runs of the training differ."""
+    correct = np.random.default_rng(0).random((3, 20)) < 0.7
+    draws = Draws(np.zeros(20, int), 500, 0)
+    accuracy = float(correct.mean())
+    interval = np.round(draws.intervals(accuracy, draws.accuracies([correct])[0]), 9).tolist()
+    few, more = results_of("few"), results_of("more", 600)
+    few["baseline_results"]["stats"]["test_accuracy"] = {"mean": accuracy}
+    intervals_of(few)["stats"] = interval
+    few["analysis"]["units"] = 1
+    comparison, _ = side_by_side_of(tmp_path, few, more)
+    assert not any(of["significant"] for of in comparison["changes"] if of["representation"] == "stats")
+
+
 def test_a_run_without_analysis_is_used_for_what_it_has(tmp_path):
     unfinished = results_of("b", 600) | {"analysis": None, "not_done": {"analysis": "out of memory"}}
     comparison, text = side_by_side_of(tmp_path, results_of("a"), unfinished)
@@ -264,6 +344,11 @@ def test_loras_that_runs_share_are_counted(tmp_path):
     sentences = side_by_side.content_of(comparison).shows
     wanted = "By path and label 2 LoRAs may be the same, 1 of them test LoRAs of both, and accuracies not independent"
     assert any(line.startswith(wanted) for line in sentences)
+
+
+def test_a_collection_without_a_name_is_called_so(tmp_path):
+    comparison, _ = side_by_side_of(tmp_path, results_of(""), results_of("b", 600))
+    assert [run["name"] for run in comparison["runs"]] == ["unnamed", "b"]
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
@@ -303,6 +388,9 @@ HOSTILE = {  # what the message says -> the change
     "is there twice": lambda r: r["layer_ranking"].append(r["layer_ranking"][0]),
     "nested too deeply": lambda r: r["config"].update(deep=deep(500)),
     "is not an interval around": lambda r: intervals_of(r).update(stats=[0.0, 0.01]),
+    "not_done: a name in it is empty": lambda r: r.update(not_done={"": "no room"}),
+    "not_done.figure is empty": lambda r: r.update(not_done={"figure": ""}),
+    "config.top_k is not a whole number from 1 to 12": lambda r: r["config"].update(top_k=2**63),
     "analysis.units is not a whole number from 1": lambda r: r["analysis"].update(units=0),
 }
 
@@ -359,6 +447,9 @@ def test_too_few_and_no_files_are_refused(tmp_path, capsys):
     other = write(tmp_path / "d", results_of("d"))
     (other / "samples.csv").write_text("name\n1\n")
     assert "not a table of samples" in refused(capsys, folder, other)
+    for row in ("1,cat", "1,cat,test,more"):
+        (other / "samples.csv").write_text(f"file,label,split\n0,cat,test\n{row}\n")
+        assert "not a table of samples: line 3 has more or fewer cells" in refused(capsys, folder, other)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -410,6 +501,71 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, capsys):
         assert compare.main([*map(str, folders), f"--out={out}"]) == 2
         assert words in capsys.readouterr().err
     assert [path.name for path in mine.iterdir()] == ["thesis.tex"]
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "mine", ["figures/photo.png", "figures/accuracy.png", "previous/1/thesis.tex", "previous/mine"]
+)
+def test_a_folder_of_ones_own_figures_or_earlier_work_is_no_comparison(tmp_path, capsys, mine):
+    folders = [write(tmp_path / name, results_of(name)) for name in ("a", "b")]
+    (path := tmp_path / "paper" / mine).parent.mkdir(parents=True)
+    path.write_text("x")
+    assert compare.main([*map(str, folders), f"--out={tmp_path / 'paper'}"]) == 2
+    assert f"holds something else ({mine.split('/')[0]}). Give another folder." in capsys.readouterr().err
+    assert files_in(tmp_path / "paper") == {mine: b"x"}
+
+
+def test_a_file_of_ones_own_beside_figures_stays(tmp_path, monkeypatch):
+    folders = [
+        str(write(tmp_path / name, results_of(name, train))) for name, train in (("a", 6), ("b", 60), ("c", 600))
+    ]
+    monkeypatch.setattr(side_by_side_figure, "draw", lambda _: {"accuracy.svg": b"<svg/>"})
+    out = tmp_path / "comparison"
+    assert compare.main([*folders[:2], f"--out={out}"]) == 0
+    (out / "figures" / "photo.png").write_text("mine")
+    before = files_in(out)
+    assert compare.main([*folders, f"--out={out}"]) == 0
+    after = files_in(out)
+    assert after["figures/photo.png"] == b"mine" and "previous/1/figures/photo.png" not in after
+    assert all(after[f"previous/1/{name}"] == content for name, content in before.items() if "photo" not in name)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_what_a_killed_process_left_is_finished(tmp_path, monkeypatch, earlier):
+    """Killed before each file is moved or written, also with a file half written."""
+    folders = [
+        str(write(tmp_path / name, results_of(name, train))) for name, train in (("a", 6), ("b", 60), ("c", 600))
+    ]
+    monkeypatch.setattr(side_by_side_figure, "draw", lambda _: {"accuracy.svg": b"<svg/>"})
+    for arguments in ([*folders[:2]] * earlier, folders):
+        assert not arguments or compare.main([*arguments, f"--out={tmp_path / 'wanted'}"]) == 0
+
+    class Killed(BaseException):
+        pass
+
+    for steps in range(4 + 4 * earlier):
+        out, left = tmp_path / f"killed {steps}", iter(range(steps))
+        assert not earlier or compare.main([*folders[:2], f"--out={out}"]) == 0
+
+        def killed(path: Path, *arguments: object, then, left=left) -> None:
+            if next(left, None) is None:
+                if path.suffix != ".json":  # of a file that is written
+                    path.parent.mkdir(exist_ok=True)
+                    path.with_name(f".{path.name}.0123abcd").write_bytes(b"half")
+                raise Killed
+            then(path, *arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            rename, writes = Path.rename, store.write_atomically
+            patch.setattr(Path, "rename", lambda path, to, then=rename: killed(path, to, then=then))
+            patch.setattr(store, "write_atomically", lambda path, data, then=writes: killed(path, data, then=then))
+            compare.main([*folders, f"--out={out}"])
+        assert compare.main([*folders, f"--out={out}"]) == 0
+        assert files_in(out) == files_in(tmp_path / "wanted"), steps
 
 
 def test_the_working_folder_may_be_written_to_and_earlier_results_be_read(tmp_path, monkeypatch, capsys):
