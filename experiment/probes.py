@@ -63,11 +63,12 @@ def probe_columns(experiment: Experiment, names: Sequence[str]) -> dict | None:
         progress, outcomes = experiment.progress, experiment.engine.do([unit for _, unit in units.values()])
         for done, (name, reason) in enumerate(zip(units, outcomes, strict=True), 1):
             progress("probes", done, len(units))
-            arrays = (
-                {} if reason else experiment.inputs.description.units.load(units[name][0], ["predicted", "failure"])
-            )
-            if reason or all(arrays["failure"].tolist()):  # each column's own
-                not_probed[name] = reason or str(arrays["failure"][0])
+            if reason:
+                not_probed[name] = reason
+                continue
+            arrays = experiment.inputs.description.units.load(units[name][0], ["predicted", "failure"])
+            if all(arrays["failure"].tolist()):  # of every column
+                not_probed[name] = str(arrays["failure"][0])
             else:
                 found[name] = arrays
     told = [_probed(experiment, column, i, found) for i, column in enumerate(columns)]
@@ -143,7 +144,7 @@ def choose_columns(experiment: Experiment) -> tuple[list[Column], dict[str, str]
     if asked is None and len(chosen) > MOST_COLUMNS:
         first = sorted(chosen, key=lambda column: (column.name not in collection.columns, len(column.values)))
         beyond = {*first[MOST_COLUMNS:]}
-        words = f"{len(chosen)} columns could be probed, and without being named {MOST_COLUMNS} are"
+        words = f"only {MOST_COLUMNS} of {len(chosen):,} columns are probed unless they are named"
         left_out |= {column.name: words for column in chosen if column in beyond}
         chosen = [column for column in chosen if column not in beyond]
     return chosen, left_out

@@ -394,7 +394,7 @@ def test_columns_beyond_the_hundred_are_left_out_unless_they_are_named(planted, 
     section = asked(planted, names=["stats"])
     assert [column["column"] for column in section["columns"]] == ["family", "steps"]  # of two values; noise has three
     reasons = {entry["column"]: entry["reason"] for entry in section["left_out"]}
-    assert reasons["noise"] == "3 columns could be probed, and without being named 2 are"
+    assert reasons["noise"] == "only 2 of 3 columns are probed unless they are named"
     assert len(asked(planted, "noise", "steps", "family", names=["stats"])["columns"]) == 3
     columns = probes.columns_of(planted.collection)
     own = {"noise": columns["noise"]}  # of a table, and the others of the recipe
