@@ -22,6 +22,8 @@ from analysis.evidence import PERMUTATIONS, RESAMPLES, Evidence, Predictions
 
 LEAST_DRAWS, NUMBERS = 1000, 4 * 10**7  # draws of a large family at least, and the numbers that they are kept to
 MOST_PROJECTIONS = 8  # that are compared with all others
+LEAST_UNITS = 10  # test LoRAs (groups) for an interval of rises, below which draws know little of others
+LEAST_SPREAD = 1e-6  # doublings; draws that differ by less do not differ
 LEAST_GAIN = 3  # standard errors that the gain at the last step must have for shares of it
 EACH, LAST = "each", "last"
 
@@ -277,7 +279,8 @@ def group_modules(modules: Modules) -> list[tuple[str, dict[str, np.ndarray]]]:
 def _contrast(by_lora: np.ndarray, places: np.ndarray, draws: Draws, count: int) -> dict:
     """Return the difference of the rises of two groups, with an interval over test LoRAs (groups).
 
-    It is ``d ± t SE``, the error that of draws, and Student's t at ``1 - 0.05 / count`` (Bonferroni).
+    It is ``d ± t SE``, the error that of draws, and Student's t at ``1 - 0.05 / count`` (Bonferroni). There is none of
+    fewer than ten test LoRAs (groups), nor where draws do not differ: they would claim to know what they cannot.
 
     Args:
         by_lora: Gain of each LoRA, mean over the modules of each group, float[2, S, T].
@@ -296,12 +299,16 @@ def _contrast(by_lora: np.ndarray, places: np.ndarray, draws: Draws, count: int)
     rises = rise(mean, places)
     of_draws = rise(np.moveaxis(drawn, 1, -1), places)  # (2, B)
     difference = float(rises[0] - rises[1])
-    half = draws.quantile(1 - ALPHA / count / 2) * (of_draws[0] - of_draws[1]).std() * inflation
+    found = {"rise_first": rises[0], "rise_second": rises[1], "difference": difference}
+    spread = (of_draws[0] - of_draws[1]).std()
+    if draws.units < LEAST_UNITS or not spread > LEAST_SPREAD:
+        few = f"only {draws.units} test LoRAs or groups of them, and an interval takes {LEAST_UNITS}"
+        alike = "all test LoRAs are alike in this, which gives no interval"
+        return {**empty, **found, "earlier": 2, "why": few if draws.units < LEAST_UNITS else alike}
+    half = draws.quantile(1 - ALPHA / count / 2) * spread * inflation
     significant = bool(abs(difference) > half)
     return {
-        "rise_first": rises[0],
-        "rise_second": rises[1],
-        "difference": difference,
+        **found,
         "interval": [difference - half, difference + half],
         "significant": significant,
         "earlier": 2 if not significant else 0 if difference < 0 else 1,

@@ -2,7 +2,8 @@
 
 The p of a probe is by values permuted against its predictions, nothing trained again. It holds for all representations
 of a column together (the largest accuracy above its own average in each permutation: Westfall & Young,
-"Resampling-based multiple testing", 1993), and times the number of columns for all of them (Bonferroni).
+"Resampling-based multiple testing", 1993), and times the number of columns for all of them (Bonferroni). The least p
+is that of none among the permutations: of many columns there are more of these, so that it can be below 5 %.
 
 Whether more is known than the concept is tested likewise, by values permuted within each concept: what a probe knows
 through the concept alone stays. (The commonest value of a concept's train LoRAs is no measure of that: of values of
@@ -13,8 +14,8 @@ Shape letters as in evidence.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from analysis.chance import guessed, null_accuracies
 from analysis.draws import ALPHA, ROUNDING, Draws, exceedance, stream
 from analysis.evidence import PERMUTATIONS, RESAMPLES
 
+PERMUTATIONS_EACH, MOST_PERMUTATIONS = 40, 200_000  # at least so many for each of many columns, up to a limit
 BEYOND, THROUGH, CHANCE = "beyond the concept", "perhaps through the concept", "chance"  # outcomes
 
 
@@ -39,6 +41,7 @@ class Probed:
         trained_on: Train LoRAs that probes were trained on.
         bins: Number of bins that its numbers were put in; None: they were not.
         predicted: Predicted values of validation LoRAs, then test LoRAs, int[V + T], by representation.
+        failed: Why there are none of another representation that is probed for other columns, by representation.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Probed:
     trained_on: int
     bins: int | None
     predicted: dict[str, np.ndarray]
+    failed: dict[str, str] = field(default_factory=dict)
 
     @property
     def commonest(self) -> int:
@@ -76,10 +80,27 @@ class Probed:
 
 
 def tell(
-    columns: Sequence[Probed], seed: int, resamples: int = RESAMPLES, permutations: int = PERMUTATIONS
+    columns: Sequence[Probed],
+    seed: int,
+    resamples: int = RESAMPLES,
+    permutations: int = PERMUTATIONS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict]:
-    """Return the records of all columns, as ``analysis.also.columns`` holds them."""
-    return [_told(column, len(columns), seed, resamples, permutations) for column in columns]
+    """Return the records of all columns, as ``analysis.also.columns`` holds them.
+
+    Args:
+        columns: What was predicted of each.
+        seed: Of all draws.
+        resamples: Bootstrap draws.
+        permutations: At least; of more than 250 columns there are 40 for each, up to 200,000.
+        progress: Is told how many columns are done, of how many.
+    """
+    count, records = len(columns), []
+    permutations = max(permutations, min(PERMUTATIONS_EACH * count, MOST_PERMUTATIONS))
+    for column in columns:
+        records.append(_told(column, count, seed, resamples, permutations))
+        progress(len(records), count)
+    return records
 
 
 def _told(column: Probed, count: int, seed: int, resamples: int, permutations: int) -> dict:
@@ -124,8 +145,11 @@ def _told(column: Probed, count: int, seed: int, resamples: int, permutations: i
         "best": names[best],
         "tied_on_validation": [names[i] for i in among if i != best and validated[i] == validated[best]],
         "needed": needed[best],
+        "permutations": permutations,
+        "too_few_permutations": not count / (1 + permutations) < ALPHA,
         "from_concept": estimates[-1],
         "beyond_concept": beyond,
+        "failed": [{"representation": name, "reason": reason} for name, reason in column.failed.items()],
         "outcome": (BEYOND if beyond and beyond["significant"] else THROUGH) if told[best] else CHANCE,
     }
 

@@ -63,7 +63,7 @@ def trainings_of(collection: Collection) -> Trainings:
     """Return the rows of a collection's LoRAs by step; none where there are no steps to be told apart.
 
     Raises:
-        UnfollowedError: Two files are the same step of one LoRA.
+        UnfollowedError: Two files are the same step of one LoRA, or nothing says of which LoRA files are.
     """
     if any(len(paths) > 1 for paths in collection.choice.groups.values()):
         return _of_folders(collection)
@@ -91,7 +91,7 @@ def _of_table(collection: Collection) -> Trainings:
     """Return what a table with a column ``step`` names: LoRAs by a column of theirs, else by the folder of the files.
 
     Raises:
-        UnfollowedError: Two files are the same step of one LoRA.
+        UnfollowedError: Two files are the same step of one LoRA, or nothing says of which LoRA files are.
     """
     columns, paths = collection.columns, [file.path for file in collection.files]
     loras = next((columns[name] for name in LORA_COLUMNS if name in columns), {})
@@ -99,6 +99,7 @@ def _of_table(collection: Collection) -> Trainings:
     steps = {row: step for row, step in steps.items() if step is not None}
     if len({*steps.values()}) < 2:
         return {}
+    _refuse_class_folders(collection, [row for row in steps if not loras.get(paths[row])])
     trainings: Trainings = defaultdict(dict)
     for row, step in steps.items():
         lora = loras.get(paths[row]) or os.path.dirname(paths[row])
@@ -106,6 +107,25 @@ def _of_table(collection: Collection) -> Trainings:
             pair = f"{plain(paths[other])} and {plain(paths[row])}"
             raise UnfollowedError(f"{pair} would be step {step_name(step)} of one LoRA. {WHICH}")
     return dict(trainings)
+
+
+def _refuse_class_folders(collection: Collection, rows: Sequence[int]) -> None:
+    """Refuse rows whose folder would stand for their LoRA, and holds several labels or all files of a class.
+
+    Raises:
+        UnfollowedError: A folder does.
+    """
+    y, of_class = collection.y, np.bincount(collection.y)
+    by_folder = defaultdict(list)
+    for row in rows:
+        by_folder[os.path.dirname(collection.files[row].path)].append(row)
+    for folder, members in by_folder.items():
+        labels, counts = np.unique(y[members], return_counts=True)
+        whole = [collection.classes[label] for label in labels[counts == of_class[labels]].tolist()]
+        if len(labels) > 1 or whole:
+            words = "files of several labels" if len(labels) > 1 else f"all files of the class {plain(whole[0])}"
+            place = plain(folder) or "the collection's own folder"
+            raise UnfollowedError(f"{place} holds {words}, which need not be steps of one LoRA. {WHICH}")
 
 
 def _number(text: str | None) -> float | None:

@@ -10,7 +10,7 @@ Shape letters: N LoRAs, F features, K columns, n train LoRAs of a probe, V and T
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from experiment import store
 from experiment.columns import columns_of
 from experiment.inputs import Inputs, StoredRows
 from experiment.networks import NETWORKS
-from experiment.units import Unit
+from experiment.units import Unit, reason_of
 from loras.label_bins import bins_of, in_order, number_of
 from representations import REPRESENTATIONS
 from training.exact import exact_dtype
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from experiment.phases import Experiment
 
 MOST_VALUES = 50  # of a column that is probed
+MOST_COLUMNS = 100  # that are probed without being named: p are times their number
+MOST_LISTED = 20  # columns that are left out for one reason
 MOST_TRAIN = 2_000  # LoRAs that a probe is trained on
 LEAST_EACH = 3  # LoRAs of each value on average, as ids have fewer
 LEAST_TEST = 10  # test LoRAs with a value, below which nothing could be seen
@@ -55,7 +57,7 @@ def probe_columns(experiment: Experiment, names: Sequence[str]) -> dict | None:
         return None
     columns, left_out = choose_columns(experiment)
     not_probed = {name: reason for name in names if (reason := why_not(name))}
-    predicted: dict[str, np.ndarray] = {}
+    found: dict[str, dict[str, np.ndarray]] = {}
     if columns:
         units = plan_probes(experiment, [name for name in names if name not in not_probed], columns)
         progress, outcomes = experiment.progress, experiment.engine.do([unit for _, unit in units.values()])
@@ -63,18 +65,37 @@ def probe_columns(experiment: Experiment, names: Sequence[str]) -> dict | None:
             progress("probes", done, len(units))
             if reason:
                 not_probed[name] = reason
+                continue
+            arrays = experiment.inputs.description.units.load(units[name][0], ["predicted", "failure"])
+            if all(arrays["failure"].tolist()):  # of every column
+                not_probed[name] = str(arrays["failure"][0])
             else:
-                predicted[name] = experiment.inputs.description.units.load(units[name][0], ["predicted"])["predicted"]
-    if not predicted:  # not even one representation
-        left_out |= {column.name: "no representation could be probed" for column in columns}
-        columns = []
-    told = [_probed(experiment, column, i, predicted) for i, column in enumerate(columns)]
+                found[name] = arrays
+    told = [_probed(experiment, column, i, found) for i, column in enumerate(columns)]
+    left_out |= {column.name: "no representation could be probed" for column in told if not column.predicted}
+    told = [column for column in told if column.predicted]
     keep_predictions(experiment, told)
+    seed, progress = experiment.settings.seed, partial(experiment.progress, "tests of other columns")
     return {
-        "columns": telling.tell(told, experiment.settings.seed),
-        "left_out": [{"column": name, "reason": reason} for name, reason in left_out.items()],
+        "columns": telling.tell(told, seed, progress=progress),
+        **listed(left_out),
         "not_probed": [{"representation": name, "reason": reason} for name, reason in not_probed.items()],
         "most_train": MOST_TRAIN,
+    }
+
+
+def listed(left_out: dict[str, str]) -> dict[str, list[dict]]:
+    """Return ``left_out``, the first twenty columns of each reason, and ``left_out_more``, the number of its others."""
+    counts, first = Counter(left_out.values()), []
+    seen: Counter[str] = Counter()
+    for name, reason in left_out.items():
+        if seen[reason] < MOST_LISTED:
+            first.append({"column": name, "reason": reason})
+        seen[reason] += 1
+    more = {reason: count - MOST_LISTED for reason, count in counts.items() if count > MOST_LISTED}
+    return {
+        "left_out": first,
+        "left_out_more": [{"reason": reason, "columns": count} for reason, count in more.items()],
     }
 
 
@@ -105,7 +126,8 @@ class Column:
 def choose_columns(experiment: Experiment) -> tuple[list[Column], dict[str, str]]:
     """Return the columns that are probed, and why others are not, by name.
 
-    Of columns that divide the LoRAs alike the first is probed.
+    Of columns that divide the LoRAs alike the first is probed. Of more than a hundred that are not named those of the
+    table and the metadata.json files go first, then those of the fewest values, then the first.
     """
     collection, asked = experiment.collection, experiment.settings.also
     columns, chosen, left_out = columns_of(collection), [], {}
@@ -119,6 +141,12 @@ def choose_columns(experiment: Experiment) -> tuple[list[Column], dict[str, str]
         else:
             why_of[divided] = f"divided as {name}"
             chosen.append(column)
+    if asked is None and len(chosen) > MOST_COLUMNS:
+        first = sorted(chosen, key=lambda column: (column.name not in collection.columns, len(column.values)))
+        beyond = {*first[MOST_COLUMNS:]}
+        words = f"only {MOST_COLUMNS} of {len(chosen):,} columns are probed unless they are named"
+        left_out |= {column.name: words for column in chosen if column in beyond}
+        chosen = [column for column in chosen if column not in beyond]
     return chosen, left_out
 
 
@@ -206,10 +234,12 @@ def probe(
         targets: Of each column, the value of each LoRA int16[N], -1 for none, and the LoRAs to train on int32[n].
 
     Returns:
-        ``predicted`` int16[K, V + T], -1 for LoRAs without a value, and the chosen ``c``, float64[K].
+        ``predicted`` int16[K, V + T], -1 for LoRAs without a value; the chosen ``c``, float64[K]; and ``failure``,
+        str[K], the reason why the probe of a column failed, empty where it did not.
     """
     held_out = np.concatenate([inputs.rows["validation"], inputs.rows["test"]])
     predicted, c = np.full((len(stack), len(held_out)), -1, np.int16), np.zeros(len(stack))
+    failures = [""] * len(stack)
     by_rows: dict[bytes, list[int]] = defaultdict(list)
     for i, position in enumerate(stack):
         by_rows[targets[position][1].tobytes()].append(i)
@@ -218,8 +248,11 @@ def probe(
         kernel = linear_kernel(inputs, name, train, held_out)
         for i in members:
             y = targets[stack[i]][0]
-            predicted[i], c[i] = _classified(kernel, y[train], y[held_out], len(inputs.rows["validation"]))
-    return {"predicted": predicted, "c": c}
+            try:
+                predicted[i], c[i] = _classified(kernel, y[train], y[held_out], len(inputs.rows["validation"]))
+            except (FloatingPointError, ValueError) as error:  # of this column: the others are predicted all the same
+                failures[i] = reason_of(error)
+    return {"predicted": predicted, "c": c, "failure": np.array(failures)}
 
 
 def _classified(
@@ -290,10 +323,13 @@ def features(inputs: Inputs, name: str) -> Iterator[torch.Tensor]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _probed(experiment: Experiment, column: Column, position: int, predicted: dict[str, np.ndarray]) -> telling.Probed:
-    """Return what is known of the column at a position, less the LoRAs without a value."""
+def _probed(
+    experiment: Experiment, column: Column, position: int, found: dict[str, dict[str, np.ndarray]]
+) -> telling.Probed:
+    """Return what is known of the column at a position, less the LoRAs without a value, given what `probe` found."""
     collection, y = experiment.collection, column.y.astype(np.int64)
     rows = {part: of_part[y[of_part] >= 0] for part, of_part in experiment.rows.items()}
+    failures = {name: str(arrays["failure"][position]) for name, arrays in found.items()}
     known = y[experiment.planner.held_out] >= 0
     return telling.Probed(
         name=column.name,
@@ -304,7 +340,8 @@ def _probed(experiment: Experiment, column: Column, position: int, predicted: di
         groups=np.arange(len(y)) if collection.groups is None else collection.groups,
         trained_on=len(column.train),
         bins=column.bins,
-        predicted={name: of_columns[position, known] for name, of_columns in predicted.items()},
+        predicted={name: found[name]["predicted"][position, known] for name in found if not failures[name]},
+        failed={name: reason for name, reason in failures.items() if reason},
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from report.tables import Table
 from report.wording import accuracy_text, bounds, listed, p_cell, p_text, percent
 
 MOST_NAMED = 8  # columns in a sentence
+MOST_REASONS = 12  # of columns that are left out, likewise
 IN_A_TABLE, MOST_TABLES = 6, 5  # columns side by side, and tables of them
 BEYOND, THROUGH = "beyond the concept", "perhaps through the concept"  # outcomes of a column that is told
 
@@ -28,13 +29,24 @@ def lines(results: dict) -> list[str]:
         compared = _named([f"{column['column']} ({_within(column)})" for column in through])
         said.append(f"Perhaps known only through the concept: {compared}.")
     if chance := [column for column in columns if column not in (*told, *through)]:
-        shown = _named([f"{column['column']} ({_short_of(column)})" for column in chance])
+        shown = _named([f"{column['column']} ({_short_of(column, len(columns))})" for column in chance])
         said.append(f"Indistinguishable from permuted values: {shown}.")
     if columns:
         said.append(_how(section))
-    if reasons := _by_reason(section["left_out"], "column"):
+    if any(column["too_few_permutations"] for column in columns):
+        said.append(
+            f"For {len(columns):,} columns together no accuracy can be significant by {columns[0]['permutations']:,} "
+            "permutations: name fewer columns."
+        )
+    more = {record["reason"]: record["columns"] for record in section["left_out_more"]}
+    if reasons := _by_reason(section["left_out"], "column", more):
         said.append(f"Left out: {reasons}.")
-    if reasons := _by_reason(section["not_probed"], "representation"):
+    failed = [
+        {"representation": f"{record['representation']} of {column['column']}", "reason": record["reason"]}
+        for column in columns
+        for record in column["failed"]
+    ]
+    if reasons := _by_reason([*section["not_probed"], *failed], "representation"):
         said.append(f"Without a probe: {reasons}.")
     return said
 
@@ -42,7 +54,7 @@ def lines(results: dict) -> list[str]:
 def _first(columns: Sequence[dict], told: Sequence[dict]) -> str:
     """Return the sentence on the columns that are told."""
     if not columns:
-        return "No other column of these LoRAs can be predicted."
+        return "No other column of these LoRAs was tried."
     if not told:
         return f"The weights tell none of the other columns that were tried: {_named([c['column'] for c in columns])}."
     shown = _named([f"{column['column']} by {_chosen(column)}, {_accuracy(column)}" for column in told], "; ")
@@ -75,11 +87,14 @@ def _within(column: dict) -> str:
     return f"{left}, {p_text(beyond['p_family'])}"
 
 
-def _short_of(column: dict) -> str:
-    """Return the accuracy of a column that is not told, and what it would have to be."""
+def _short_of(column: dict, count: int) -> str:
+    """Return the accuracy of one of ``count`` columns, which is not told, and what it would have to be."""
     reached, needed = percent(_best(column)["accuracy"]), column["needed"]
+    if column["too_few_permutations"]:
+        return f"{reached} %"
     if needed > 1 - 1e-9:
-        return f"{reached} %; by {column['split_sizes']['test']} test LoRAs even 100 % would be"
+        together = f" for {count:,} columns together" if count > 1 else ""
+        return f"{reached} %; by {column['split_sizes']['test']} test LoRAs{together} even 100 % would be"
     return f"{reached} %; more than {percent(needed)} % would not be"
 
 
@@ -94,19 +109,22 @@ def _how(section: dict) -> str:
     )
 
 
-def _named(names: Sequence[str], between: str = "") -> str:
-    """Return the first names in a row, and how many more there are."""
-    more = [f"{len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else []
-    shown = [*names[:MOST_NAMED], *more]
+def _named(names: Sequence[str], between: str = "", more: int = 0) -> str:
+    """Return the first names in a row, and how many more there are, with ``more`` that have no names here."""
+    more += max(0, len(names) - MOST_NAMED)
+    shown = [*names[:MOST_NAMED], *([f"{more:,} more"] if more else [])]
     return between.join(shown) if between else listed(shown)
 
 
-def _by_reason(records: Sequence[dict], key: str) -> str:
-    """Return names with the reason of each, those of one reason together."""
-    names = defaultdict(list)
+def _by_reason(records: Sequence[dict], key: str, more: Mapping[str, int] | None = None) -> str:
+    """Return names with the reason of each, those of one reason together, and of ``more`` the number by reason."""
+    names, more = defaultdict(list), more or {}
     for record in records:
         names[record["reason"]].append(record[key])
-    return "; ".join(f"{_named(of_reason)} ({reason})" for reason, of_reason in names.items())
+    shown = sorted(names, key=lambda reason: -len(names[reason]))[:MOST_REASONS]  # those of the most names
+    parts = [f"{_named(names[reason], more=more.get(reason, 0))} ({reason})" for reason in names if reason in shown]
+    rest = sum(len(of_reason) for reason, of_reason in names.items() if reason not in shown)
+    return "; ".join([*parts, *([f"{rest:,} more for other reasons"] if rest else [])])
 
 
 def tables(results: dict) -> dict[str, Table]:
@@ -151,8 +169,9 @@ def _summary(columns: Sequence[dict]) -> Table:
 
 def _by_representation(columns: Sequence[dict]) -> Table:
     """Return the table of the accuracy of each representation, columns of the collection side by side."""
-    names = [record["representation"] for record in columns[0]["representations"]]
-    rows = [[name, *(_cell(column["representations"][i]) for column in columns)] for i, name in enumerate(names)]
+    records = [{record["representation"]: record for record in column["representations"]} for column in columns]
+    names = dict.fromkeys(name for of_column in records for name in of_column)
+    rows = [[name, *(_cell(of_column.get(name)) for of_column in records)] for name in names]
     rows.append(["always guessing", *(percent(column["chance"]) for column in columns)])
     rows.append(["from the concept", *(percent(column["from_concept"]["accuracy"]) for column in columns)])
     heads = ["representation", *(column["column"] for column in columns)]
@@ -163,5 +182,7 @@ def _by_representation(columns: Sequence[dict]) -> Table:
     return Table("also", "Accuracy of each representation for each column, %", heads, rows, shown=len(rows), note=note)
 
 
-def _cell(record: dict) -> str:
+def _cell(record: dict | None) -> str:
+    if record is None:  # its probe failed
+        return ""
     return percent(record["accuracy"]) + (" *" if record["significant"] else "")

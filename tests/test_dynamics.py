@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,7 @@ from analysis.dynamics import Curve, Followed, Modules, analyse_steps, onset, ri
 from analysis.questions import plain
 from data import index_as_asked, index_collection
 from experiment import datasets
-from experiment.dynamics import FINAL, choose_steps, follow_steps, places_of, trainings_of
+from experiment.dynamics import FINAL, UnfollowedError, choose_steps, follow_steps, places_of, trainings_of
 from experiment.engine import Engine
 from experiment.extraction import extract
 from experiment.phases import Experiment
@@ -150,6 +151,22 @@ def test_the_same_seed_gives_the_same_and_a_kernel_that_was_not_run_is_not_train
     assert section["modules_why"] == "neither update_views nor update_kernel was run"
 
 
+def test_validation_loras_without_a_class_and_no_kernel_are_told_in_words(tmp_path):
+    root = planted_steps(tmp_path / "zoo", told=lambda step, label: label if step > 1 else None, steps=(1, 2), each=10)
+    experiment = experiment_on(root, tmp_path / "cache", "--step=all")
+    y, validation = experiment.collection.y, experiment.rows["validation"]
+    experiment.rows["validation"] = validation[y[validation] > 0]
+    section = plain(follow_steps(experiment, ["stats", "update_views"]))
+    assert section["answerable"] and section["representations"]["update_views"]["each"]["onset"] == "2"
+    section = plain(follow_steps(experiment, ["stats"]))
+    assert "Single modules were not trained: neither update_views nor update_kernel was run." in lines(
+        of_results(section)
+    )
+    assert list(tables(of_results(section))) == ["dynamics"] and finding(of_results(section)).startswith("stats tells ")
+    shown = figures.finished_figures(of_results(section), {"dynamics": finding(of_results(section))})
+    assert [name for name, *_ in shown] == ["dynamics"]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Which files are which steps
 # ----------------------------------------------------------------------------------------------------------------------
@@ -224,8 +241,38 @@ def test_steps_that_cannot_be_compared_are_said_to_be_so(tmp_path):
     unknown = flat_table(tmp_path / "unknown", split=True)
     section = plain(follow_steps(experiment_on(unknown, tmp_path / "cache", "--representations=stats"), ["stats"]))
     assert not section["answerable"] and " of one LoRA. Name each file's LoRA in a column lora" in section["why"]
+    assert section["why"].startswith("a holds all files of the class a, ")
     same = flat_table(tmp_path / "same", split=True, steps=(20,))  # of how many steps each LoRA is, and no more
     assert follow_steps(experiment_on(same, tmp_path / "cache", "--representations=stats"), ["stats"]) is None
+
+
+def listed_files(**steps_of):
+    """A collection as `trainings_of` reads it: files by path with their label, and columns of its table."""
+    files = [SimpleNamespace(path=path, label=label) for path, (label, _) in steps_of["files"].items()]
+    classes = sorted({file.label for file in files})
+    steps = {path: step for path, (_, step) in steps_of["files"].items()}
+    return SimpleNamespace(
+        choice=SimpleNamespace(groups={}),
+        table=SimpleNamespace(columns=["step"]),
+        columns={"step": steps} | steps_of.get("columns", {}),
+        files=files,
+        classes=classes,
+        y=np.array([classes.index(file.label) for file in files]),
+    )
+
+
+def test_a_folder_of_a_class_is_not_one_lora():
+    """Steps that never occur twice in a folder do not make its files steps of one training."""
+    flat = {f"{label}/{i}.safetensors": (label, str(100 * i)) for label in "ab" for i in range(1, 5)}
+    with pytest.raises(UnfollowedError, match=r"^a holds all files of the class a, .* in a column lora of the table"):
+        trainings_of(listed_files(files=flat))
+    together = {f"{label}{i}.safetensors": (label, str(i + 10 * (label == "b"))) for label in "ab" for i in (1, 2)}
+    with pytest.raises(UnfollowedError, match=r"^the collection's own folder holds files of several labels, "):
+        trainings_of(listed_files(files=together))
+    named = {"lora": {path: path[:3] if path[2] in "12" else f"{path[0]}/x" for path in flat}}
+    assert list(trainings_of(listed_files(files=flat, columns=named))) == ["a/1", "a/2", "a/x", "b/1", "b/2", "b/x"]
+    own = {f"{label}/{i}/{s}.safetensors": (label, str(s)) for label in "ab" for i in (1, 2) for s in (5, 10)}
+    assert {tuple(steps) for steps in trainings_of(listed_files(files=own)).values()} == {(5, 10)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -278,6 +325,23 @@ def test_a_group_of_modules_that_rises_earlier_is_found_and_none_where_they_rise
     assert low < -0.5 / 0.8 < high  # of the difference of shares half counts at the first step, all of half at the next
     alike = analyse_steps(planted_modules(0.3, 0.3), 0)["modules"]["contrasts"]
     assert [contrast["earlier"] for contrast in alike] == [None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("tested", "late", "why"),
+    [(9, 2, "only 9 test LoRAs or groups of them"), (20, 1, "all test LoRAs are alike"), (20, 0, "all test LoRAs are")],
+)
+def test_no_interval_of_rises_where_draws_know_none(tested, late, why):
+    """The first modules know every LoRA from the first step on, the second ones from the step ``late`` on."""
+    known = np.arange(3)[:, None, None] >= np.repeat([0, late], 2)[:, None]
+    followed = planted_modules(0.6, 0.1, tested=tested)
+    predicted = np.where(np.broadcast_to(known, (3, 4, tested)), followed.truth, (followed.truth + 1) % 4)
+    modules = Modules("update_views", list("klmn"), 4 * [""], 4 * [""], 4 * [""], Curve(predicted, predicted))
+    section = plain(analyse_steps(replace(followed, modules=modules), 0))
+    (contrast,) = section["modules"]["contrasts"]
+    assert contrast["interval"] is None and contrast["earlier"] is None and not contrast["significant"]
+    assert contrast["why"].startswith(why) and contrast["difference"] is not None
+    assert f"the first modules and the last modules ({why}" in " ".join(lines(of_results(section)))
 
 
 def test_intervals_of_rises_hold(fewer_draws, monkeypatch):

@@ -15,6 +15,7 @@ from test_controls import experiment_on
 from test_house import Key, _differences, check_schema, documented, undocumented_arrays
 
 import ablation_experiment
+import analysis.probes
 from analysis.probes import BEYOND, CHANCE, THROUGH, Probed, tell
 from analysis.questions import plain
 from experiment import probes
@@ -94,6 +95,55 @@ def test_p_are_times_the_number_of_columns():
     assert together["needed"] >= alone["needed"]
 
 
+def section_of(records: list[dict], left_out: dict[str, str] | None = None) -> dict:
+    return {"columns": records, **probes.listed(left_out or {}), "not_probed": [], "most_train": 2000}
+
+
+def test_many_columns_have_permutations_enough(monkeypatch):
+    """Of 501 columns and 10,000 permutations the least p would be 0.0501."""
+    told_column, y = analysis.probes._told, np.tile([0, 1], 60)
+    columns, done = [probed(y, {"a": y})] * 501, []
+    monkeypatch.setattr(analysis.probes, "_told", lambda *given: given)
+    given = tell(columns, 0, 100, progress=lambda *at: done.append(at))
+    assert {of_column[1:] for of_column in given} == {(501, 0, 100, 20_040)}
+    assert done[0] == (1, 501) and done[-1] == (501, 501) and len(done) == 501
+    assert {of_column[-1] for of_column in tell(columns[:250], 0, 100)} == {10_000}
+    record = plain(told_column(*given[0]))
+    assert record["outcome"] == BEYOND and record["needed"] < 1 and not record["too_few_permutations"]
+
+
+def test_too_many_columns_are_told_as_the_cause(monkeypatch):
+    monkeypatch.setattr(analysis.probes, "MOST_PERMUTATIONS", 100)
+    y = np.tile([0, 1], 60)
+    records = analysed(*[probed(y, {"a": y})] * 7, draws=99)
+    assert records[0]["too_few_permutations"] and records[0]["permutations"] == 100
+    assert records[0]["outcome"] == CHANCE
+    lines = told.lines({"analysis": {"also": section_of(records)}})
+    assert (
+        "For 7 columns together no accuracy can be significant by 100 permutations: name fewer columns." in lines
+        and "test LoRAs" not in " ".join(lines)
+        and faults(" ".join(lines)) == []
+    )
+
+
+def test_few_test_loras_and_many_columns_are_both_told_as_the_cause():
+    y = np.tile([0, 1], 20)  # of eight test LoRAs all are right in one of 70 permutations
+    few = probed(y, {"a": y}, parts=(0.6, 0.2))
+    (alone,), together = tell([few], 0, 300, 2000), tell([few] * 5, 0, 300, 2000)
+    assert alone["outcome"] != CHANCE and together[0]["outcome"] == CHANCE
+    said = " ".join(told.lines({"analysis": {"also": section_of(together)}}))
+    assert "(100.0 %; by 8 test LoRAs for 5 columns together even 100 % would be)" in said
+
+
+def test_of_one_reason_twenty_columns_are_listed_and_the_others_counted():
+    left_out = {f"c{i}": "one value" for i in range(30)} | {f"d{i}": f"{i + 51} values" for i in range(40)}
+    section = section_of([], left_out)
+    assert len(section["left_out"]) == 60 and section["left_out_more"] == [{"reason": "one value", "columns": 10}]
+    said = told.lines({"analysis": {"also": section}})[-1]
+    assert said.startswith("Left out: c0, c1, ") and " and 22 more (one value); d0 (51 values); " in said
+    assert said.endswith("; 29 more for other reasons.")
+
+
 def test_a_column_that_the_concept_tells_is_not_beyond_it():
     concept = np.tile([0, 1, 2, 3], 50)
     y, other = concept // 2, np.tile([0, 0, 0, 0, 1, 1, 1, 1], 25)
@@ -122,7 +172,7 @@ def test_nothing_beyond_the_concept_is_claimed_of_groups_that_several_concepts_s
     column = probed(y, {"a": y}, np.tile([0, 1], 100), groups=np.arange(200) // 2)
     (record,) = analysed(column)
     assert record["outcome"] == THROUGH and record["beyond_concept"] is None
-    section = {"columns": [record], "left_out": [], "not_probed": [], "most_train": 2000}
+    section = {"columns": [record], "left_out": [], "left_out_more": [], "not_probed": [], "most_train": 2000}
     said = " ".join(told.lines({"analysis": {"also": section}}))
     assert "column (not tested, as groups have LoRAs of several concepts)" in said
 
@@ -339,6 +389,56 @@ def test_a_representation_that_fails_loses_no_others(planted, monkeypatch):
     }
 
 
+def test_columns_beyond_the_hundred_are_left_out_unless_they_are_named(planted, monkeypatch):
+    monkeypatch.setattr(probes, "MOST_COLUMNS", 2)
+    section = asked(planted, names=["stats"])
+    assert [column["column"] for column in section["columns"]] == ["family", "steps"]  # of two values; noise has three
+    reasons = {entry["column"]: entry["reason"] for entry in section["left_out"]}
+    assert reasons["noise"] == "only 2 of 3 columns are probed unless they are named"
+    assert len(asked(planted, "noise", "steps", "family", names=["stats"])["columns"]) == 3
+    columns = probes.columns_of(planted.collection)
+    own = {"noise": columns["noise"]}  # of a table, and the others of the recipe
+    monkeypatch.setattr(probes, "columns_of", lambda collection: columns)
+    monkeypatch.setitem(planted.collection.__dict__, "columns", own)
+    assert [column["column"] for column in asked(planted, names=["stats"])["columns"]] == ["family", "noise"]
+
+
+def test_a_probe_that_fails_loses_no_other_columns(planted, monkeypatch):
+    classify = probes.classify
+
+    def failing(kernel, y, rows, num_classes):
+        if num_classes == 3:  # noise
+            raise FloatingPointError("a support vector machine has not converged in 5 iterations")
+        return classify(kernel, y, rows, num_classes)
+
+    def failing_by_stats(inputs, name, train, others):
+        monkeypatch.setattr(probes, "classify", failing if name == "stats" or everywhere else classify)
+        return kernel_of(inputs, name, train, others)
+
+    kernel_of, everywhere = probes.linear_kernel, False
+    monkeypatch.setattr(probes, "linear_kernel", failing_by_stats)
+    monkeypatch.setattr(planted.inputs.description.units, "common", {"failing": 1})
+    section = asked(planted, "noise", "steps", names=["stats", "update_spectrum"])
+    noise, steps = section["columns"]
+    reason = "a support vector machine has not converged in 5 iterations"
+    assert noise["failed"] == [{"representation": "stats", "reason": reason}] and steps["failed"] == []
+    assert [entry["representation"] for entry in noise["representations"]] == ["update_spectrum"]
+    assert [entry["representation"] for entry in steps["representations"]] == ["stats", "update_spectrum"]
+    results = {"analysis": {"also": section}}
+    assert f"Without a probe: stats of noise ({reason})." in told.lines(results)
+    assert told.tables(results)["other columns by representation 1"].rows[-3][1] == ""  # stats, met second
+    everywhere = True
+    monkeypatch.setattr(planted.inputs.description.units, "common", {"failing": 2})
+    section = asked(planted, "noise", "steps", names=["stats", "update_spectrum"])
+    assert [column["column"] for column in section["columns"]] == ["steps"]
+    assert section["left_out"] == [{"column": "noise", "reason": "no representation could be probed"}]
+    section = asked(planted, "noise", names=["stats", "update_spectrum"])
+    assert {entry["representation"]: entry["reason"] for entry in section["not_probed"]} == {
+        "stats": reason,
+        "update_spectrum": reason,
+    }
+
+
 def test_columns_are_left_out_where_no_representation_is_probed(planted):
     section = asked(planted, "noise", names=["update_learned"])
     assert section["columns"] == [] and section["not_probed"][0]["representation"] == "update_learned"
@@ -404,7 +504,7 @@ def test_columns_that_are_not_told_are_named_with_what_they_would_need(planted):
     (line, *_) = told.lines({"analysis": {"also": asked(planted, "family")}})
     assert line.startswith("The weights tell family by ") and line.endswith("by always guessing its commonest value.")
     few = analysed(probed(np.tile([0, 1], 10), {"a": np.tile([0, 1], 10)}, parts=(0.6, 0.2)))
-    section = {"columns": few, "left_out": [], "not_probed": [], "most_train": 2000}
+    section = {"columns": few, "left_out": [], "left_out_more": [], "not_probed": [], "most_train": 2000}
     said = " ".join(told.lines({"analysis": {"also": section}}))
     assert few[0]["outcome"] == CHANCE and few[0]["needed"] >= 1
     assert "column (100.0 %; by 4 test LoRAs even 100 % would be)" in said
@@ -414,7 +514,7 @@ def test_nothing_can_be_said_of_columns_that_divide_nothing(planted):
     section = asked(planted, "constant", "index")
     assert section["columns"] == [] and told.tables({"analysis": {"also": section}}) == {}
     lines = told.lines({"analysis": {"also": section}})
-    assert lines[0] == "No other column of these LoRAs can be predicted." and len(lines) == 2
+    assert lines[0] == "No other column of these LoRAs was tried." and len(lines) == 2
 
 
 def test_a_whole_run_probes_and_its_rerun_does_nothing(tmp_path, capsys, monkeypatch):
