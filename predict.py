@@ -20,6 +20,17 @@ from loras.command_line import Parser
 from loras.names import discard_output, escape_output, plain, spreadsheet_cell
 
 
+def given(text: str) -> Path:
+    """Return a path of the command line; an empty one would be the current folder.
+
+    Raises:
+        argparse.ArgumentTypeError: It is empty.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path. Give a file or a folder.")
+    return Path(text)
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the flags of the command line."""
     parser = Parser(
@@ -27,8 +38,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description="Predict the concept of new LoRAs, by the classifiers that an experiment has kept in model/.",
     )
     add = parser.add_argument
-    add("results", type=Path, metavar="RESULTS", help="folder of the results of an experiment, or its model/ alone")
-    add("paths", type=Path, nargs="+", metavar="FILE_OR_FOLDER", help="LoRAs, of a training's checkpoints the last")
+    add("results", type=given, metavar="RESULTS", help="folder of the results of an experiment, or its model/ alone")
+    add("paths", type=given, nargs="+", metavar="FILE_OR_FOLDER", help="LoRAs, of a training's checkpoints the last")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print JSON, with the probabilities of all classes")
     how.add_argument("--csv", action="store_true", help="print csv")
@@ -71,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
         print(predicted.as_json(record, classes, files, skipped))
         return
     if args.csv:
-        print(predicted.as_csv(files, spreadsheet_cell))
+        print(predicted.as_csv(files, lambda text: spreadsheet_cell(plain(text))))
         for left_out in skipped:
             print(plain(f"left out: {left_out['file']}: {left_out['reason']}"), file=sys.stderr)
         return
