@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 from experiment.signals import end_at_signals
 from loras.command_line import Parser
-from loras.names import discard_output, escape_output, plain, spreadsheet_cell
+from loras.names import discard_output, escape_output, one_line, plain, spreadsheet_cell
 
 
 def given(text: str) -> Path:
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     model = ModelFolder(args.results)
     record = chosen_record(model, args.representation)
     for note in model.notes:
-        print(f"note: {plain(note)}", file=sys.stderr)
+        print(f"note: {one_line(note)}", file=sys.stderr)
     choices = Choices(args.missing or "refuse", args.extra or "refuse")
     files, skipped = predict_files(model, record, args.paths, choices, args.skip_bad)
     classes = model.manifest["classes"]
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
         for left_out in skipped:
             print(plain(f"left out: {left_out['file']}: {left_out['reason']}"), file=sys.stderr)
         return
-    print(plain(predicted.heading(record, classes, model.manifest["dataset"]["name"])))
+    print(one_line(predicted.heading(record, classes, model.manifest["dataset"]["name"])))
     print("\n".join(map(plain, predicted.table(files, skipped).split("\n"))))
 
 

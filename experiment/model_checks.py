@@ -26,6 +26,7 @@ from training.kernels import KERNELS
 LARGEST_SIDE, LARGEST_SIDES = 2**24, 2**30  # inputs or outputs of a module; of all modules together
 MOST_LAYERS, MOST_RUNS = 16, 10**6
 LARGEST = 1e300  # of a number
+LONGEST = 4 * names.MAX_LENGTH  # letters of a module's name, which is made of names
 TEMPERATURES = 1e-12, 1e12  # scores are divided by it
 KINDS = {"computed": ("layers",), "kernel": ("pairs", "rest"), "trained": ("attention",)}  # by how features are made
 FLOATS = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
@@ -79,7 +80,9 @@ def _number(value: object) -> bool:
 
 
 def _texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) and text.isprintable() for text in value)
+    return isinstance(value, list) and all(
+        isinstance(text, str) and text.isprintable() and len(text) <= LONGEST for text in value
+    )
 
 
 def _are_classes(value: object) -> bool:
