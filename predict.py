@@ -17,7 +17,18 @@ if __name__ == "__main__":
 
 from experiment.signals import end_at_signals
 from loras.command_line import Parser
-from loras.names import discard_output, escape_output, plain, spreadsheet_cell
+from loras.names import discard_output, escape_output, one_line, plain, spreadsheet_cell
+
+
+def given(text: str) -> Path:
+    """Return a path of the command line; an empty one would be the current folder.
+
+    Raises:
+        argparse.ArgumentTypeError: It is empty.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path. Give a file or a folder.")
+    return Path(text)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -27,8 +38,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description="Predict the concept of new LoRAs, by the classifiers that an experiment has kept in model/.",
     )
     add = parser.add_argument
-    add("results", type=Path, metavar="RESULTS", help="folder of the results of an experiment, or its model/ alone")
-    add("paths", type=Path, nargs="+", metavar="FILE_OR_FOLDER", help="LoRAs, of a training's checkpoints the last")
+    add("results", type=given, metavar="RESULTS", help="folder of the results of an experiment, or its model/ alone")
+    add("paths", type=given, nargs="+", metavar="FILE_OR_FOLDER", help="LoRAs, of a training's checkpoints the last")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print JSON, with the probabilities of all classes")
     how.add_argument("--csv", action="store_true", help="print csv")
@@ -63,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     model = ModelFolder(args.results)
     record = chosen_record(model, args.representation)
     for note in model.notes:
-        print(f"note: {plain(note)}", file=sys.stderr)
+        print(f"note: {one_line(note)}", file=sys.stderr)
     choices = Choices(args.missing or "refuse", args.extra or "refuse")
     files, skipped = predict_files(model, record, args.paths, choices, args.skip_bad)
     classes = model.manifest["classes"]
@@ -71,11 +82,11 @@ def run(args: argparse.Namespace) -> None:
         print(predicted.as_json(record, classes, files, skipped))
         return
     if args.csv:
-        print(predicted.as_csv(files, spreadsheet_cell))
+        print(predicted.as_csv(files, lambda text: spreadsheet_cell(plain(text))))
         for left_out in skipped:
             print(plain(f"left out: {left_out['file']}: {left_out['reason']}"), file=sys.stderr)
         return
-    print(plain(predicted.heading(record, classes, model.manifest["dataset"]["name"])))
+    print(one_line(predicted.heading(record, classes, model.manifest["dataset"]["name"])))
     print("\n".join(map(plain, predicted.table(files, skipped).split("\n"))))
 
 

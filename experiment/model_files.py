@@ -6,31 +6,34 @@ The manifest is JSON with a digest of itself, and has the SHA-256 of every other
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data import CollectionError
 from experiment import store
 from experiment.header import PROGRAM
+from experiment.model_checks import StoredTensors, check_tensors, manifest_fault
 from experiment.settings import MODEL_FOLDER
 from loras.building import canonical_json, fault_of, read_object, write_atomically, written_atomically
+from loras.headers import METADATA, open_file, read_header
+from loras.keys import LoraFileError
 
 FOLDER, MANIFEST, RESULTS = MODEL_FOLDER, "manifest.json", "results.json"
 FORMAT = 1  # of the manifest and the tensors; another is refused
 PARTS = {"format", "results", "dataset", "classes", "modules", "passed_over", "kept", "files", "versions", "digest"}
 TEMPORARY = ".model-"  # before what is being written
-_PLAIN = re.compile(r"[a-z_]+\.safetensors")  # no path out of the folder
 _DTYPES = {"float16": "F16", "float32": "F32", "float64": "F64", "int64": "I64", "bool": "BOOL"}
 AGAIN = "Run the experiment again with the same flags, which makes it anew."
 
@@ -127,7 +130,7 @@ class ModelFolder:
     """A folder ``model/`` that is what was written there.
 
     Args:
-        path: The folder of results, or ``model/`` itself.
+        path: The folder of results or its results.json, or ``model/`` itself.
 
     Attributes:
         manifest: What it says.
@@ -137,15 +140,17 @@ class ModelFolder:
     """
 
     def __init__(self, path: Path):
-        self.folder = path if os.path.lexists(path / MANIFEST) else path / FOLDER
         try:
+            path = path.parent if path.name == RESULTS and path.is_file() else path
+            self.folder = path if os.path.lexists(path / MANIFEST) else path / FOLDER
             self.manifest = self._checked()
         except OSError as error:
             raise _refused(f"{fault_of(error)}. Mend that, or give another folder.") from error
 
     def _checked(self) -> dict:
         if not self.folder.is_dir():
-            fault = "no model/ in it" if self.folder.parent.is_dir() else "no such folder"
+            given = self.folder.parent
+            fault = "no model/ in it" if given.is_dir() else "a file" if os.path.lexists(given) else "no such folder"
             mend = "Give the folder of results of an experiment, or its model/."
             raise _refused(f"{self.folder.parent}: {fault}. {mend}")
         path = self.folder / MANIFEST
@@ -156,17 +161,21 @@ class ModelFolder:
             raise _refused(f"{path}: its format is not {FORMAT}, which this program reads. {AGAIN}")
         try:
             expected = _digest({key: value for key, value in manifest.items() if key != "digest"})
-        except ValueError:  # numbers that strict JSON has not
+        except (ValueError, RecursionError):  # numbers that strict JSON has not
             expected = None
         if manifest.get("digest") != expected:
             raise _refused(f"{path}: damaged or edited (its digest is another). {AGAIN}")
+        if fault := manifest_fault(manifest):
+            raise _refused(f"{path}: not what this program has written: {fault}. {AGAIN}")
         for name, sha in manifest["files"].items():
-            if not _PLAIN.fullmatch(name):
-                raise _refused(f"{path}: a file of a name that is none of a model's. {AGAIN}")
-            if (self.folder / name).is_symlink() or not store.has_digest(self.folder / name, sha):
+            if not self._is_plain(name) or not store.has_digest(self.folder / name, sha):
                 raise _refused(f"{self.folder / name}: missing or damaged (its SHA-256 is another). {AGAIN}")
         self._check_results(manifest)
         return manifest
+
+    def _is_plain(self, name: str) -> bool:
+        """Return whether a file is there, and no link, and no pipe, which would be waited for."""
+        return stat.S_ISREG(os.lstat(self.folder / name).st_mode) if os.path.lexists(self.folder / name) else False
 
     def _check_results(self, manifest: dict) -> None:
         """Refuse a model that is not of the results beside it, where there are any."""
@@ -192,19 +201,40 @@ class ModelFolder:
         other = [f"{name} {made.get(name)} (here {here[name]})" for name in here if made.get(name) != here[name]]
         return [f"made with {', '.join(other)}: numbers may differ by rounding, or more"] if other else []
 
+    def refused(self, record: dict, fault: str) -> CollectionError:
+        """Return the error that refuses what a record says, or its tensors."""
+        return _refused(f"{self.folder / record['file']}: not what this program has written ({fault}). {AGAIN}")
+
     @contextmanager
     def tensors(self, record: dict) -> Iterator[Callable[[str], Tensor]]:
-        """Yield a reader of the tensors of a record, by name.
+        """Yield a reader of the tensors of a record, by name; their dtypes and shapes are those of its kind.
+
+        Nothing is mapped: what others may cut short at any moment would end the process by a signal.
 
         Raises:
-            CollectionError: A tensor is missing.
+            CollectionError: A tensor is missing, or another than such a record has, or not finite.
         """
         path = self.folder / record["file"]
+        with open_file(path) as file:
+            with self._in_words(record):
+                header = read_header(path)
+                if file.read(8 + len(header))[8:] != header:
+                    raise LoraFileError("changed while it was read")
+                entries = {name: entry for name, entry in json.loads(header).items() if name != METADATA}
+                tensors = StoredTensors(file, 8 + len(header), entries)
+                check_tensors(tensors, record, len(self.manifest["classes"]), self.manifest["modules"])
+            yield partial(self._tensor, tensors, record)
+
+    def _tensor(self, tensors: StoredTensors, record: dict, name: str) -> Tensor:
+        with self._in_words(record):
+            return tensors.get(name)
+
+    @contextmanager
+    def _in_words(self, record: dict) -> Iterator[None]:
         try:
-            with safe_open(path, framework="pt") as file:
-                yield file.get_tensor
-        except SafetensorError as error:
-            raise _refused(f"{path}: not what this program has written ({error}). {AGAIN}") from error
+            yield
+        except LoraFileError as error:
+            raise self.refused(record, str(error).rstrip(".")) from error
 
 
 def _refused(finding: str) -> CollectionError:

@@ -27,6 +27,7 @@ from experiment.extraction import read_file
 from experiment.model_files import ModelFolder
 from experiment.predictors import Get, Predicted, Rows, predict
 from experiment.settings import UsageError
+from experiment.units import FAULTS, one_memory_error, reason_of
 from loras import labels
 from loras.checkpoints import FINAL, Choice
 from loras.command_line import suggestion
@@ -42,6 +43,9 @@ FILES_AT_ONCE = 256
 FEW = 3  # modules in a message, and in the list of those that spoke for a class
 
 Factors = tuple[Tensor, Tensor, float]  # down float32[r, in], up float32[out, r], scale
+Described = tuple[dict[str, np.ndarray], list[Factors]]  # features by name, and factors where they are needed
+FAULTY = (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError)  # by numbers that no LoRA has
+BEYOND = "its weights are beyond what can be computed with: numbers that are not finite. Leave it out."
 
 
 @dataclass(frozen=True)
@@ -89,22 +93,36 @@ def find(paths: Iterable[Path]) -> tuple[list[New], list[Finding]]:
     findings = []
     for path in paths:
         root, names, faults = _names(path)
-        chosen = labels.without_labels(labels.read_labels(root, names) if path.is_dir() else _alone(names))
+        chosen = labels.without_labels(labels.read_labels(root, names) if os.path.isdir(path) else _alone(names))
         good, bad = index_files(root, chosen.choice.paths, chosen)
         for finding in [*faults, *chosen.findings, *bad]:
             findings += [replace(finding, files=(name,), place=os.path.join(root, name)) for name in finding.files]
         for file in good:
             shown = os.path.normpath(os.path.join(root, file.path))
-            found.setdefault(shown, New(shown, root, file))
-    return list(found.values()), findings
+            found.setdefault(_real(shown), New(shown, root, file))
+    once = {(_real(finding.place), finding.reason): finding for finding in reversed(findings)}
+    return list(found.values()), list(reversed(once.values()))
+
+
+def _real(path: str) -> str:
+    """Return the one path of a file in its folder, however that is written; a link to a file is another file."""
+    folder, name = os.path.split(os.path.normpath(path))
+    return os.path.join(os.path.realpath(folder), name)
 
 
 def _names(path: Path) -> tuple[Path, list[str], list[Finding]]:
     """Return the folder that a path means, the files in it that are meant, and what is wrong with others."""
-    if path.is_dir():
+    if os.path.isdir(path):
         names, faults, _ = find_weight_files(path)
         empty = [Finding(("",), "no *.safetensors file in it. Give a LoRA, or a folder of LoRAs.")]
         return path, names, faults or ([] if names else empty)
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return path.parent, [], [Finding((path.name,), "no such file or folder. Mend the path.")]
+    except (OSError, ValueError) as error:  # a name that is too long, say
+        reason = f"cannot be read ({getattr(error, 'strerror', None) or error}). Mend the path."
+        return path.parent, [], [Finding((path.name,), reason)]
     if not path.name.lower().endswith(".safetensors"):
         reason = "no folder, and no *.safetensors. Convert it: nothing else is read."
         return path.parent, [], [Finding((path.name,), reason)]
@@ -179,9 +197,12 @@ class Predictor:
     """
 
     def __init__(self, model: ModelFolder, record: dict, get: Get):
-        self.record, self.get, self.classes = record, get, model.manifest["classes"]
+        self.model, self.record, self.get, self.classes = model, record, get, model.manifest["classes"]
         self.modules = [(entry["module"], entry["inputs"], entry["outputs"]) for entry in model.manifest["modules"]]
-        self.usual = Usual(**record["usual"])
+        try:
+            self.usual = Usual(**record["usual"])
+        except FAULTY as error:
+            raise model.refused(record, reason_of(error)) from error
         self.norms = Norms(get("norm_mean").numpy(), get("norm_spread").numpy())
         self.computed = [name for name in (record["representation"],) if REPRESENTATIONS[name].made == "computed"]
 
@@ -219,7 +240,40 @@ class Predictor:
                 whole[positions] = values.numpy()
         return found
 
-    def predict(self, loras: Sequence[tuple[dict[str, np.ndarray], list[Factors]]]) -> list[dict]:
+    def answers(self, loras: Sequence[Described]) -> list[dict | str]:
+        """Predict LoRAs; return a record of each, or why it cannot be predicted, and what to do.
+
+        Raises:
+            CollectionError: The model can predict none, not even a LoRA without any update.
+        """
+        try:
+            with one_memory_error():
+                records = self.predict(loras)
+        except FAULTS:
+            raise
+        except FAULTY:
+            if len(loras) > 1:  # one of them may be at fault, or the model
+                return [answer for lora in loras for answer in self.answers([lora])]
+            records = [None]
+        if None in records:
+            self._check_model()
+        return [BEYOND if record is None else record for record in records]
+
+    def _check_model(self) -> None:
+        """Refuse a model that cannot predict a LoRA without any update."""
+        factors = [(torch.zeros(1, inputs), torch.zeros(outputs, 1), 1.0) for _, inputs, outputs in self.modules]
+        try:
+            with one_memory_error():
+                if None not in self.predict([(self.described(factors), factors)]):
+                    return
+            fault = "its numbers are not finite"
+        except FAULTS:
+            raise
+        except FAULTY as error:
+            fault = reason_of(error)
+        raise self.model.refused(self.record, f"it predicts nothing, not even of no update: {fault}")
+
+    def predict(self, loras: Sequence[Described]) -> list[dict | None]:
         """Predict LoRAs of which features, and factors where they are needed, are given; return a record of each."""
         norms = np.stack([features[UPDATES][:, 1] for features, _ in loras])
         flat = np.stack([loras[i][0][name].ravel() for i in range(len(loras)) for name in self.computed] or [[]])
@@ -227,15 +281,21 @@ class Predictor:
         rows = Rows(norms, flat if self.computed else None, lambda module, _: _stacked([f[module] for f in factors]))
         return self.told(predict(self.record, self.get, rows), norms)
 
-    def told(self, predicted: Predicted, norms: np.ndarray) -> list[dict]:
-        """Return a record of each LoRA: class, probability, what the runs say, and whether it is like those known."""
-        if not np.isfinite(predicted.scores).all():
-            raise UsageError("the scores of a LoRA are not finite: its weights are beyond what can be computed with.")
+    def told(self, predicted: Predicted, norms: np.ndarray) -> list[dict | None]:
+        """Return a record of each LoRA: class, probability, what the runs say, and whether it is like those known.
+
+        None where a number is not finite.
+        """
         probabilities = calibration.mean_probabilities(predicted.scores, self.record["temperature"])
         is_machine = self.record["kind"] in ("pairs", "rest")
         label = predicted.classes[0] if is_machine else probabilities.argmax(1)
-        scores = self.usual.scores(np.column_stack([predicted.distance, self.norms.surprise(norms)]))
+        measures = np.column_stack([predicted.distance, self.norms.surprise(norms)])
+        if measures.shape[1] != len(self.usual.medians):
+            raise ValueError(f"medians of {len(self.usual.medians)} measures, where there are {measures.shape[1]}")
+        scores = self.usual.scores(measures)
         unlike = self.usual.is_unlike(scores)
+        added = np.zeros((len(norms), 0)) if predicted.contribution is None else predicted.contribution
+        finite = np.isfinite(np.column_stack([*predicted.scores, probabilities, scores, added])).all(1)
         return [
             {
                 "label": self.classes[label[i]],
@@ -246,6 +306,8 @@ class Predictor:
                 "runs": [self.classes[c] for c in predicted.classes[:, i]],
                 "modules": self._modules(predicted, i),
             }
+            if finite[i]
+            else None
             for i in range(len(norms))
         ]
 
@@ -295,11 +357,15 @@ def predict_files(
         raise _refused(findings)
     told: list[dict] = []
     start_thread(torch.device("cpu"))  # one core, as where the classifiers were trained: beside others it takes a third
-    with model.tensors(record) as get, threadpool_limits(1, "blas"):
+    with model.tensors(record) as get, threadpool_limits(1, "blas"), np.errstate(all="ignore"):
         predictor = Predictor(model, record, get)
         for batch in _batches(predictor, good, findings):
-            records = predictor.predict([lora for _, lora in batch])
-            told += [{"file": new.shown, **record} for (new, _), record in zip(batch, records, strict=True)]
+            answers = predictor.answers([lora for _, lora in batch])
+            for (new, _), answer in zip(batch, answers, strict=True):
+                if isinstance(answer, str):
+                    findings.append(Finding((new.file.path,), answer, new.shown))
+                else:
+                    told.append({"file": new.shown, **answer})
     if findings and not (skip_bad and told):
         raise _refused(findings)
     return told, [{"file": finding.place, "reason": finding.reason} for finding in findings]
@@ -307,7 +373,7 @@ def predict_files(
 
 def _batches(
     predictor: Predictor, files: Iterable[New], findings: list[Finding]
-) -> Iterator[list[tuple[New, tuple[dict[str, np.ndarray], list[Factors]]]]]:
+) -> Iterator[list[tuple[New, Described]]]:
     """Yield files and what is read of them, as many as are predicted at a time; add those that cannot be read."""
     batch: list = []
     numbers = 0
@@ -318,7 +384,12 @@ def _batches(
             reason = str(error) if isinstance(error, LoraFileError) else unreadable(error)
             findings.append(Finding((new.file.path,), reason, new.shown))
             continue
-        described = predictor.described(factors)
+        try:
+            with one_memory_error():
+                described = predictor.described(factors)
+        except FAULTY:
+            findings.append(Finding((new.file.path,), BEYOND, new.shown))
+            continue
         batch.append((new, (described, [] if predictor.computed else factors)))
         numbers += sum(map(np.size, described.values())) + (0 if predictor.computed else new.file.layout.width)
         if len(batch) == FILES_AT_ONCE or numbers > NUMBERS_AT_ONCE:

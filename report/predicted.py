@@ -80,7 +80,11 @@ def as_csv(files: Sequence[dict], cell: Callable[[str], str]) -> str:
 
 
 def as_json(record: dict, classes: Sequence[str], files: Sequence[dict], skipped: Sequence[dict]) -> str:
-    """Return strict JSON: what predicts, a record of each file, and the files that were left out."""
+    """Return strict JSON: what predicts, a record of each file, and the files that were left out.
+
+    What is not printable is escaped, as in the table; it reads as the same text.
+    """
     by = {key: record[key] for key in ("representation", "runs", "temperature", "validation_accuracy", "landmarks")}
     content = {"model": by, "classes": list(classes), "files": list(files), "skipped": list(skipped)}
-    return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
+    return "".join(c if c == "\n" or c.isprintable() else json.dumps(c)[1:-1] for c in text)

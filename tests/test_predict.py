@@ -353,7 +353,7 @@ def edited(folder: Path, change) -> None:
     path = folder / "model" / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
-    del manifest["digest"]
+    manifest.pop("digest", None)
     path.write_bytes(model_files.canonical_json({**manifest, "digest": model_files._digest(manifest)}))
 
 
