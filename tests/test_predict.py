@@ -249,7 +249,7 @@ def test_all_that_is_faulty_is_listed_and_can_be_left_out(ran, tmp_path, capsys)
     }
     assert "another base model" in said
     said = refused(capsys, results_of(ran), tmp_path / "nan.safetensors", tmp_path / "not there.safetensors")
-    assert "not there.safetensors: cannot be read" in said
+    assert "not there.safetensors: no such file or folder" in said
     assert "NaN" in refused(capsys, results_of(ran), tmp_path / "nan.safetensors")
     answer = predicted(capsys, results_of(ran), tmp_path, "--skip-bad")
     assert [record["label"] for record in answer["files"]] == ["class_2"]
