@@ -173,9 +173,10 @@ def carry_out(args: argparse.Namespace, settings: Settings, engine: Engine) -> i
 
 
 def conclude(target: Path, experiment: Experiment, results: dict, watch: Stopwatch) -> dict:
-    """Analyse the results of the phases, and write them: at once, and again with what the analysis adds.
+    """Analyse the results of the phases, and write them: at once, with what the analysis adds, and with what is kept.
 
-    So a run that ends in its analysis leaves the results of its phases; the same command then goes on.
+    So a run that ends in its analysis leaves the results of its phases, and one that ends while classifiers are kept
+    leaves the analysis; the same command then goes on.
     """
     parts = {"analysis": analyse} | ({"splits": more_splits} if experiment.settings.splits > 1 else {})
     parts |= {} if experiment.settings.save_models == () else {"model": partial(keep_models, target)}
@@ -183,8 +184,12 @@ def conclude(target: Path, experiment: Experiment, results: dict, watch: Stopwat
     results["config"]["stack"]["smaller"] = experiment.planner.smaller_stacks
     if written_before(target, results) is None:
         write_results(target, experiment, results | {"timing": watch.timing()})
-    results["not_done"] = {}
+    results["not_done"], drawn = {}, None
     for part, do in parts.items():
+        if part == "model":
+            results["not_done"][part] = UNFINISHED
+            drawn = write_results(target, experiment, results | {"timing": watch.timing()})
+            del results["not_done"][part]
         try:
             with one_memory_error():
                 results[part] = do(experiment, results, watch)
@@ -194,7 +199,7 @@ def conclude(target: Path, experiment: Experiment, results: dict, watch: Stopwat
             results["not_done"][part] = reason_of(error)
             say(missing_line(part, results["not_done"][part]))
     results["timing"] = watch.timing()
-    write_results(target, experiment, results, shown=True)
+    write_results(target, experiment, results, shown=True, drawn=drawn)
     return results
 
 
@@ -485,7 +490,13 @@ RESULT_FILES: dict[str, Callable[[Experiment, dict, Content, dict[str, bytes]], 
 RENDERED = ("results.txt", "report.html", "results.json")  # of results.json and the figures alone
 
 
-def write_results(target: Path, experiment: Experiment | None, results: dict, shown: bool = False) -> None:
+def write_results(
+    target: Path,
+    experiment: Experiment | None,
+    results: dict,
+    shown: bool = False,
+    drawn: dict[str, bytes] | None = None,
+) -> dict[str, bytes]:
     """Write all result files, results.json last; move what is there of other settings to previous/<n>/ first.
 
     What there is of these settings, with something ``not_done``, they replace.
@@ -495,9 +506,10 @@ def write_results(target: Path, experiment: Experiment | None, results: dict, sh
         experiment: The experiment; None writes the figures and ``RENDERED`` anew, in place of those that are there.
         results: Its results; figures that cannot be drawn are added to ``not_done``.
         shown: Whether the answers are printed too.
+        drawn: The figures, where they have been drawn; they are returned.
     """
     before = written_before(target, results)
-    if results["analysis"]:
+    if results["analysis"] and drawn is None:
         from report import figures
 
         results["figures"]["letters_without_font"] = figures.without_font(results)
@@ -506,7 +518,7 @@ def write_results(target: Path, experiment: Experiment | None, results: dict, sh
     content = text.content_of(results)
     if shown and content.answers:
         say("\n".join(text.console_lines(results, content)))
-    drawn = drawn_figures(results, content)
+    drawn = drawn_figures(results, content) if drawn is None else drawn
     contents = {f"{FIGURE_FOLDER}/{name}": drawn[name] for name in drawn if "/" not in name}  # others: on the page
     earlier = {path.relative_to(target).as_posix() for path in (target / FIGURE_FOLDER).glob("[!.]*")}
     earlier |= {name for name in RESULT_FILES if experiment and (target / name).exists()}
@@ -516,6 +528,7 @@ def write_results(target: Path, experiment: Experiment | None, results: dict, sh
         earlier.add(model_files.FOLDER)
     keep = bool(experiment) and not (before and before["not_done"])
     store.replace_all(target, contents, sorted(earlier - contents.keys()), keep)
+    return drawn
 
 
 def redraw(target: Path, results: dict, style: str) -> bool:

@@ -1,9 +1,9 @@
 """Probabilities of classes for LoRAs of unknown class, and what is unlike anything in training.
 
 Everything is fitted on rows that the classifiers have not been trained on: the temperature on validation rows, the
-measure of what is unlike on all that are held out.
+measure of what is unlike on these too where they are enough, else on all that are held out.
 
-Shape letters: R runs, n LoRAs, C classes, P modules.
+Shape letters: R runs, n LoRAs, C classes, P modules, K measures.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp, softmax
 
 LOG_TEMPERATURES = -12.0, 12.0  # between which the temperature is looked for
+GRID = 49  # temperatures tried first
 WRONG = 0.1  # of a validation row, which counts as wrong whatever the others are
 WIDE, LEAST_SHARE = 0.9, 1e-3  # the quantile that the spread reaches to; the least of it, of the median
-USUAL = 0.95  # share of held-out LoRAs that count as like those of training
+UNUSUAL = 20  # one in so many LoRAs like those held out is flagged, at most
+LEAST_ROWS, MOST_ROWS = UNUSUAL - 1, 2_000  # that a bound is measured on
 LEAST_SPREAD = 0.01  # of logarithms of norms: 1 % of a norm
 LEAST_NORM = 1e-6  # of the usual norm; what is smaller counts as this
 TRAIN_ROWS, TRAIN_NUMBERS = 2_000, 2**26  # that distances are taken to, at most
@@ -53,11 +55,15 @@ def fit_temperature(scores: np.ndarray, y: np.ndarray) -> float:
 
     Shapes: scores float[R, n, C] and classes int[n] of validation rows.
     """
-    smoothing = WRONG / (len(y) + 2)
-    found = minimize_scalar(
-        lambda log: log_loss(scores, y, float(np.exp(log)), smoothing), bounds=LOG_TEMPERATURES, method="bounded"
-    )
-    return float(np.exp(found.x))
+
+    def loss(log: float) -> float:
+        return log_loss(scores, y, float(np.exp(log)), WRONG / (len(y) + 2))
+
+    grid = np.linspace(*LOG_TEMPERATURES, GRID)  # of a mean of softmaxes the loss may have several minima
+    losses = [loss(log) for log in grid]
+    best = int(np.argmin(losses))
+    found = minimize_scalar(loss, bounds=(grid[max(best - 1, 0)], grid[min(best + 1, GRID - 1)]), method="bounded")
+    return float(np.exp(found.x if found.fun <= losses[best] else grid[best]))
 
 
 @dataclass(frozen=True)
@@ -92,27 +98,65 @@ class Usual:
 
     The spread lies between the median and the 90 % quantile: some measures differ little between LoRAs, others much,
     and over their medians alone what is far from all train LoRAs would not be told from what is a little large.
+
+    Attributes:
+        medians: Of each measure.
+        spreads: Of each measure, above 0.
+        bound: A LoRA of a larger score is unlike those known; None where the rows are too few to tell.
+        measured_on: "validation", or "held-out" for validation and test rows together.
+        rows: The number of these rows that all this was measured on.
     """
 
     medians: tuple[float, ...]
     spreads: tuple[float, ...]
-    bound: float
+    bound: float | None
+    measured_on: str
+    rows: int
 
     @classmethod
-    def of(cls, measures: np.ndarray) -> Usual:
-        """Return that of the measures of held-out rows, float[n, K]; 95 % of them do not exceed the bound."""
-        median, high = np.quantile(np.asarray(measures, np.float64), [0.5, WIDE], axis=0)
-        spread = np.maximum(high - median, LEAST_SHARE * np.abs(median))
-        usual = cls(tuple(median.tolist()), tuple(np.where(spread > 0, spread, 1).tolist()), 0.0)
-        return replace(usual, bound=float(np.quantile(usual.scores(measures), USUAL, method="higher")))
+    def of(cls, measures: np.ndarray, measured_on: str = "validation") -> Usual:
+        """Return that of the measures of held-out rows, float[n, K].
+
+        Of LoRAs that are drawn as these rows are, at most one in 20 is above the bound, on average over such rows: it
+        is the ceil(0.95 (n + 1))-th smallest score of the n (Vovk et al., "Algorithmic learning in a random world",
+        2005), which 18 rows do not have. Each row is scored by medians and spreads of the others, as a new LoRA is.
+        """
+        measures = np.asarray(measures, np.float64)
+        n = len(measures)
+        rank = -(-(UNUSUAL - 1) * (n + 1) // UNUSUAL)
+        usual = cls(*_scale(measures), None, measured_on, n)
+        if rank > n:
+            return usual
+        others = (cls(*_scale(np.delete(measures, i, axis=0)), None, measured_on, n - 1) for i in range(n))
+        scores = [usual_of_others.scores(measures[[i]])[0] for i, usual_of_others in enumerate(others)]
+        return replace(usual, bound=float(np.sort(scores)[rank - 1]))
 
     def scores(self, measures: np.ndarray) -> np.ndarray:
         """Return how unlike LoRAs are: the largest of the measures float[n, K] less their medians, in spreads, [n]."""
         return ((np.asarray(measures, np.float64) - self.medians) / self.spreads).max(1)
 
     def is_unlike(self, scores: np.ndarray) -> np.ndarray:
-        """Return which scores float[n] are above the bound, bool[n]."""
+        """Return which scores float[n] are above the bound, bool[n]; without a bound none is."""
+        if self.bound is None:
+            return np.zeros(len(scores), bool)
         return scores > self.bound + 1e-4 * (1 + abs(self.bound))  # rounding of the same LoRA's score is no difference
+
+
+def _scale(measures: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return medians and spreads of measures float64[n, K], n at least 1."""
+    median, high = np.quantile(measures, [0.5, WIDE], axis=0)
+    spread = np.maximum(high - median, LEAST_SHARE * np.abs(median))
+    return tuple(median.tolist()), tuple(np.where(spread > 0, spread, 1).tolist())
+
+
+def rows_of_bound(validation: int, test: int) -> tuple[np.ndarray, str]:
+    """Return the positions among held-out rows that `Usual` is measured on, and which rows these are.
+
+    They are the validation rows, which come first, where these are enough for a bound: so the share of test rows that
+    are flagged is measured on others. Else they are all. Of more than 2,000 every so many is taken.
+    """
+    count, name = (validation, "validation") if validation >= LEAST_ROWS else (validation + test, "held-out")
+    return np.linspace(0, count - 1, min(count, MOST_ROWS)).astype(int), name
 
 
 def evenly(y: np.ndarray, most: int) -> np.ndarray:

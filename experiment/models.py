@@ -29,7 +29,7 @@ from experiment.inputs import Inputs
 from experiment.model_files import FOLDER, Made, identity_of, write_manifest, write_tensors, written_whole
 from experiment.phases import Experiment
 from experiment.plans import Training, TrainingError
-from experiment.predictors import PARAMETERS, Predicted, Rows, decisions_of_pairs, packed_factors, predict
+from experiment.predictors import PARAMETERS, Predicted, Rows, decisions_of_pairs, joined, packed_factors, predict
 from experiment.settings import KEPT, count_cores
 from experiment.units import FAILURES, FAULTS, Unit, one_memory_error, reason_of
 from loras.building import fault_of
@@ -44,6 +44,8 @@ LIMIT = 2**30  # bytes of the factors that are kept of one representation
 BEST_OF = ("update_spectrum", "update_sketch")  # of which --save-models=best keeps the better one
 ALWAYS = "update_views"  # and this
 ONLY_TO_READ = ("file", "layers", "usual")  # of a record, what no result is
+NUMBERS_AT_ONCE = 2**26  # of features, kernels or tokens of held-out LoRAs that are predicted: 256 to 512 MiB
+FACTORS_AT_ONCE = 2**24  # numbers of their factors of a module, which are worked on in several copies
 
 # A record, its tensors, and what the experiment predicts, int[R, V + T].
 Parts = tuple[dict, dict[str, Made], np.ndarray]
@@ -60,6 +62,7 @@ def keep(experiment: Experiment, results: dict, target: Path, limit: int = LIMIT
 
     Raises:
         TrainingError: It cannot be written.
+        DamagedError: What it reads is damaged.
     """
     entries = results["baseline_results"]
     names, not_kept = choose(experiment.settings.save_models, entries)
@@ -75,9 +78,10 @@ def keep(experiment: Experiment, results: dict, target: Path, limit: int = LIMIT
                 except (TrainingError, *FAILURES) as error:  # the others can be kept all the same
                     not_kept.append({"representation": name, "reason": reason_of(error)})
                     continue
-                record |= {"validation_accuracy": entries[name]["val_accuracy"]["mean"], "file": f"{name}.safetensors"}
+                record["file"] = f"{name}.safetensors"
                 files[record["file"]], record["bytes"] = write_tensors(folder / record["file"], tensors)
                 kept.append(record)
+            kept.sort(key=lambda record: -record["validation_accuracy"])  # of equals the order is that of `choose`
             write_manifest(folder, _manifest(experiment, results, kept, files))
         if not kept:
             shutil.rmtree(target / FOLDER)
@@ -91,7 +95,7 @@ def keep(experiment: Experiment, results: dict, target: Path, limit: int = LIMIT
 
 
 def choose(asked: tuple[str, ...] | None, entries: dict[str, dict]) -> tuple[list[str], list[dict]]:
-    """Return the representations to keep, the best by validation first, and why others that were asked for are not.
+    """Return the representations to keep, the best of the experiment first, and why others that were asked for are not.
 
     Args:
         asked: Their names; None: the better one of `BEST_OF`, and `ALWAYS`, as far as they were run.
@@ -139,24 +143,34 @@ def _calibrated(
     """Return record and tensors with what turns scores into probabilities, and says what is unlike those of training.
 
     Raises:
-        ValueError: A score is not finite.
+        ValueError: A score is not finite, or a machine on landmarks is no better than one that always guesses.
     """
     rows, predicted = experiment.rows, _tried(experiment, record, tensors)
-    if not np.isfinite(predicted.scores).all():
+    if not (np.isfinite(predicted.scores).all() and np.isfinite(predicted.distance).all()):
         raise ValueError("its scores are not finite")
     norms = _norms(experiment)
     usual_norms, boundary = Norms.of(norms[rows["train"]]), len(rows["validation"])
     surprise = usual_norms.surprise(norms[experiment.planner.held_out])
-    usual = Usual.of(np.column_stack([predicted.distance, surprise]))
+    measures = np.column_stack([predicted.distance, surprise])
+    measured, measured_on = calibration.rows_of_bound(boundary, len(measures) - boundary)
+    usual = Usual.of(measures[measured], measured_on)
+    unlike = usual.is_unlike(usual.scores(measures[boundary:]))
     validation, test = predicted.scores[:, :boundary], predicted.scores[:, boundary:]
     y = experiment.collection.y
+    accuracy = float((predicted.classes[:, :boundary] == y[rows["validation"]]).mean())
+    guessed = np.bincount(y[rows["validation"]]).max() / boundary  # by who always names one class
+    if record["landmarks"] is not None and accuracy <= guessed:
+        said = f"fitted to {record['landmarks']} LoRAs, whose factors fit, it is right on {100 * accuracy:.1f} %"
+        raise ValueError(f"{said} of the validation LoRAs, and always naming one class on {100 * guessed:.1f} %")
     temperature = calibration.fit_temperature(validation, y[rows["validation"]])
     record |= {
+        "validation_accuracy": accuracy,
         "runs": len(predicted.classes),
         "same": float((predicted.classes == expected)[:, boundary:].mean()),
         "temperature": temperature,
         "log_loss": calibration.log_loss(test, y[rows["test"]], temperature),
         "log_loss_before": calibration.log_loss(test, y[rows["test"]], 1.0),
+        "flagged": float(unlike.mean()) if usual.bound is not None and measured_on == "validation" else None,
         "usual": asdict(usual),
     }
     tensors |= {"norm_mean": Made.of(usual_norms.mean), "norm_spread": Made.of(usual_norms.spread)}
@@ -169,24 +183,43 @@ def _norms(experiment: Experiment) -> np.ndarray:
 
 
 def _tried(experiment: Experiment, record: dict, tensors: dict[str, Made]) -> Predicted:
-    """Predict the held-out LoRAs, validation rows first, from what is to be written."""
-    held_out, name = experiment.planner.held_out, record["representation"]
-    computed = REPRESENTATIONS[name].made == "computed"
-    features = experiment.extracted.load(name, held_out)[:, experiment.inputs.pairs] if computed else None
-    read = _reader(experiment, held_out)
-    rows = Rows(
-        _norms(experiment)[held_out],
-        None if features is None else features.reshape(len(held_out), -1),
-        lambda module, _: read(module),
-    )
-    return experiment.engine.call(lambda: predict(record, lambda name: torch.as_tensor(tensors[name].make()), rows))
+    """Predict the held-out LoRAs, validation rows first, from what is to be written, in blocks that memory holds."""
+    held_out, name, norms = experiment.planner.held_out, record["representation"], _norms(experiment)
+    computed, pairs = REPRESENTATIONS[name].made == "computed", experiment.inputs.pairs
+    largest = max(math.prod(layer.shape) for layer in experiment.inputs.samples.packed_layout.layers)
+    width = len(tensors["columns"].make()) if computed else max(*tensors["own"].shape, len(pairs) * attention.TOKEN)
+    stage, parts, done = f"to be kept: {name} predicts", [], 0
+    for block in np.array_split(held_out, min(len(held_out), -(-len(held_out) * width // NUMBERS_AT_ONCE))):
+        factors = _reader(experiment, block)
+
+        def read(module: int, part: np.ndarray | None, factors=factors, block=block, done=done) -> tuple[Tensor, ...]:
+            experiment.progress(stage, done + len(block) * module // len(pairs), len(held_out))
+            return factors(module, part)
+
+        features = experiment.extracted.load(name, block)[:, pairs].reshape(len(block), -1) if computed else None
+        rows = Rows(norms[block], features, read, max(1, FACTORS_AT_ONCE // largest))
+        parts.append(experiment.engine.call(partial(predict, record, partial(_made, tensors), rows)))
+        done += len(block)
+        experiment.progress(stage, done, len(held_out))
+    return joined(parts)
 
 
-def _reader(experiment: Experiment, rows: np.ndarray) -> Callable[[int], tuple[Tensor, Tensor, Tensor]]:
-    """Return a reader of the factors of these LoRAs, by the position of a module among those of the experiment."""
+def _made(tensors: dict[str, Made], name: str) -> Tensor:
+    return torch.as_tensor(tensors[name].make())
+
+
+def _reader(experiment: Experiment, rows: np.ndarray) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Return a reader of the factors of these LoRAs, or of those at given positions among them.
+
+    It is asked for the position of a module among those of the experiment.
+    """
     modules = experiment.inputs.modules
     read = experiment.extracted.factor_reader(modules.samples, modules.read_packed)
-    return lambda module: tuple(factor.cpu() for factor in read(modules.pairs[module], rows))
+
+    def factors(module: int, part: np.ndarray | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(x.cpu() for x in read(modules.pairs[module], rows if part is None else rows[part]))
+
+    return factors
 
 
 def _kept_rows(experiment: Experiment, numbers: int) -> np.ndarray:
@@ -213,8 +246,7 @@ def _classifiers(experiment: Experiment, name: str, _: int) -> Parts:
     parts = _done(experiment, keys, units)
     arrays = {kind: np.concatenate([part[kind] for part in parts]) for kind in parts[0]}
     expected = experiment.planner.load_scores(plan)["predicted"]
-    if not np.array_equal(arrays["predicted"], expected):
-        raise AssertionError(f"{name}: classifiers that are trained once more predict something else")
+    _check_same(arrays["predicted"], expected)
     parameters = {kind: Made.of(array) for kind, array in arrays.items() if kind.startswith(PARAMETERS)}
     record = {"representation": name, "kind": "layers", "layers": len(parameters) // 2, "landmarks": None}
     tensors = experiment.engine.call(lambda: _preprocessing(experiment, name))
@@ -258,6 +290,18 @@ def _preprocessing(experiment: Experiment, name: str) -> dict[str, Made]:
     return {kind: Made.of(tensor.cpu()) for kind, tensor in tensors.items()}
 
 
+def _check_same(predicted: np.ndarray, expected: np.ndarray) -> None:
+    """Refuse what was trained once more, and predicts otherwise than before; int[R, n] or int[n] each.
+
+    Raises:
+        TrainingError: It does. Units of a run may be of several kinds of machines, which round otherwise.
+    """
+    if others := int((predicted != expected).sum()):
+        said = f"trained again it predicts {others} of {expected.size} held-out LoRAs otherwise"
+        over = f", over {len(expected)} runs" if expected.ndim == 2 else ""
+        raise TrainingError(f"{said}{over}: another kind of machine trained it before")
+
+
 def _done(experiment: Experiment, keys: list[dict], units: list[Unit]) -> list[dict[str, np.ndarray]]:
     """Do units; return their arrays.
 
@@ -281,8 +325,7 @@ def _kernel(experiment: Experiment, name: str, limit: int) -> Parts:
     plan = experiment.plan(name, [], "baseline")
     expected = experiment.planner.load_scores(plan)["predicted"]
     arrays = _fitted(experiment, name, None)
-    if not np.array_equal(arrays["predicted"], expected[0]):
-        raise AssertionError(f"{name}: a support vector machine that is fitted once more predicts something else")
+    _check_same(arrays["predicted"], expected[0])
     for dtype in ("float16", "float32"):
         record, tensors = _machine(experiment, name, arrays, dtype)
         if _bytes_of(tensors) > limit:

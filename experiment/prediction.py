@@ -312,7 +312,7 @@ class Predictor:
         ]
 
     def _modules(self, predicted: Predicted, row: int) -> list[dict] | None:
-        """Return what each module adds for the class that most runs see, the most first; None where it is not known."""
+        """Return what each module adds for the label, the most first; None where it is not known."""
         if predicted.contribution is None:
             return None
         added = predicted.contribution[row]

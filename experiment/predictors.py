@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
+from analysis.calibration import mean_probabilities
 from training import attention
 from training.classifier import predict_logits
 from training.kernels import KERNELS, LARGEST, Updates, cosines
@@ -27,6 +27,8 @@ from training.stacks import scaled
 PARAMETERS = "parameters."  # before the names of parameters among tensors
 TOP_EXPONENT = 14  # of the largest number of a factor in float16, which ends at 2^16
 UNLABELLED = "update_views"  # the kernel whose components tokens are
+SMALLEST = 1e-12  # product of norms that a cosine is divided by
+CANDIDATES = 8  # nearest rows by products, whose distances are then taken exactly
 
 Get = Callable[[str], Tensor]  # from the name of a tensor to it
 # From the position of a module and rows int64[n] (None: all) to down float[n, r, in], up float[n, out, r], scale [n].
@@ -41,18 +43,26 @@ class Rows:
         norms: Of the update of each module, float[n, P].
         features: Of a representation that is computed, float32[n, F]; None for the others.
         read: Reads the factors of a module; None where nothing needs them.
+        at_once: LoRAs whose factors of a module are read at a time; None: all, for which ``read`` is then asked.
     """
 
     norms: np.ndarray
     features: np.ndarray | None = None
     read: ReadModule | None = None
+    at_once: int | None = None
+
+    def parts(self) -> list[np.ndarray | None]:
+        """Return the rows int64[n] whose factors of a module are read at a time; None stands for all."""
+        if self.at_once is None or len(self.norms) <= self.at_once:
+            return [None]
+        return np.split(np.arange(len(self.norms)), range(self.at_once, len(self.norms), self.at_once))
 
 
 class Predicted(NamedTuple):
     """Scores float64[R, n, C], classes int64[R, n] of each run, distances to the nearest train LoRA float64[n, 1 or 2].
 
-    ``contribution`` float32[n, P] is what each module adds to the score of the class that most runs see, less what it
-    adds to the mean of all classes, on average over the runs; None where modules do not add up.
+    ``contribution`` float32[n, P] is what each module adds to the score of the label, less what it adds to the mean of
+    all classes, on average over the runs; None where modules do not add up.
     """
 
     scores: np.ndarray
@@ -68,9 +78,11 @@ def predict(record: dict, get: Get, rows: Rows) -> Predicted:
     )
 
 
-def vote(classes: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return the class that most runs see, the first of equals: int[R, n] -> int64[n]."""
-    return np.stack([(classes == c).sum(0) for c in range(num_classes)]).argmax(0)
+def joined(parts: list[Predicted]) -> Predicted:
+    """Return predictions of LoRAs one after another."""
+    scores, classes, distance, contribution = zip(*parts, strict=True)
+    whole = None if contribution[0] is None else np.concatenate(contribution)
+    return Predicted(np.concatenate(scores, axis=1), np.concatenate(classes, axis=1), np.concatenate(distance), whole)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -91,16 +103,21 @@ def _by_layers(record: dict, get: Get, rows: Rows) -> Predicted:
 def nearest(x: Tensor, others: Tensor) -> np.ndarray:
     """Return the distance of each row to the nearest of others, and 1 less the largest cosine with one of them.
 
-    Among many features noise is no farther than a LoRA, but has no direction of theirs; among few it is.
+    Among many features noise is no farther than a LoRA, but has no direction of theirs; among few it is. The nearest
+    are found by products, and their distances taken by differences: products would leave rounding of a row's own
+    distance to itself.
 
     Shapes: x float[n, K] and others float[m, K] -> float64[n, 2].
     """
     others = others.to(x.dtype)
-    # By differences: products would leave rounding of a row's own distance to itself.
-    how = {"compute_mode": "donot_use_mm_for_euclid_dist"}
-    distance = torch.cat([torch.cdist(part, others, **how).amin(1) for part in x.split(256)])
-    cosine = (normalize(x, dim=1) @ normalize(others, dim=1).mT).amax(1)
-    return torch.stack([distance, 1 - cosine], dim=1).double().numpy()
+    norms, found = others.norm(dim=1), []
+    for part in x.split(256):
+        product = part @ others.mT  # (n, m)
+        near = (norms.square() - 2 * product).topk(min(CANDIDATES, len(others)), dim=1, largest=False).indices
+        distance = torch.stack([(part - others[column]).norm(dim=1) for column in near.T]).amin(0)
+        cosine = (product / (part.norm(dim=1, keepdim=True) * norms).clamp(min=SMALLEST)).amax(1)
+        found.append(torch.stack([distance, 1 - cosine], dim=1))
+    return torch.cat(found).double().numpy()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -135,35 +152,38 @@ class Similar(NamedTuple):
     own: np.ndarray
 
 
-def similarities(name: str, get: Get, read: ReadModule, count: int) -> Similar:
+def similarities(name: str, get: Get, rows: Rows) -> Similar:
     """Return the sum of the kernels of modules, see `training.kernels`, of LoRAs with the columns that were kept."""
     weights, sizes = get("weights").numpy(), get("sizes").numpy()
-    columns = len(get("own"))
+    count, columns = len(rows.norms), len(get("own"))
     kernel, own = np.zeros((count, columns)), np.zeros(count)
     for module in np.flatnonzero(weights.any(1) & (sizes > 0)).tolist():
-        product, norm = _module_kernel(name, get, read, module, weights[module], float(sizes[module]))
+        product, norm = _module_kernel(name, get, rows, module, weights[module], float(sizes[module]))
         kernel += product
         own += weights[module].sum() * np.square(norm)
     return Similar(kernel, own)
 
 
 def _module_kernel(
-    name: str, get: Get, read: ReadModule, module: int, weights: np.ndarray, size: float
+    name: str, get: Get, rows: Rows, module: int, weights: np.ndarray, size: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the kernel of a module float64[n, m], and the norms float64[n] of the LoRAs' updates as it counts them."""
     kind = KERNELS[name]
     several = kind.views > 1
     down, up, scale = (get(f"{part}.{module}") for part in ("down", "up", "size"))
     columns = Updates.from_factors(down.float(), up.float(), scale, orthogonal=several)
-    updates = Updates.from_factors(*(factor.cpu() for factor in read(module, None)), orthogonal=several)
-    product = np.tensordot(weights, cosines(updates, columns, views=kind.views).numpy(), 1)
-    norms = [updates.norm.numpy(), columns.norm.numpy()]
+    products, found = [], []
+    for part in rows.parts():
+        updates = Updates.from_factors(*(factor.cpu() for factor in rows.read(module, part)), orthogonal=several)
+        products.append(np.tensordot(weights, cosines(updates, columns, views=kind.views).numpy(), 1))
+        found.append(updates.norm.numpy())
+    norms = [np.concatenate(found), columns.norm.numpy()]
     norms = [np.minimum(norm / size, LARGEST) if kind.sized else (norm > 0) / size for norm in norms]
-    return product * norms[0][:, None] * norms[1], norms[0]
+    return np.concatenate(products) * norms[0][:, None] * norms[1], norms[0]
 
 
 def _by_kernel(record: dict, get: Get, rows: Rows) -> Predicted:
-    kernel, own = similarities(record["representation"], get, rows.read, len(rows.norms))
+    kernel, own = similarities(record["representation"], get, rows)
     coefficients, intercept = get("coefficients").numpy(), get("intercept").numpy()
     if record["kind"] == "pairs":
         scores, classes = by_pairs(kernel, coefficients, get("counts").numpy(), intercept)
@@ -223,7 +243,8 @@ def _by_attention(record: dict, get: Get, rows: Rows) -> Predicted:
     runs, index = len(parameters["class_bias"]), torch.arange(len(rows.norms))
     scores = attention.predict_logits(parameters, x[None], torch.zeros(runs, dtype=torch.int64), index)
     classes = scores.argmax(2).numpy()
-    label = torch.from_numpy(vote(classes, scores.shape[2]))
+    # Before the temperature is fitted nobody asks for contributions.
+    label = torch.from_numpy(mean_probabilities(scores.double().numpy(), record.get("temperature", 1.0)).argmax(1))
     read = attention.read_out({name: value.numpy() for name, value in parameters.items()}, x[None], index, label)
     distance = nearest(x, get("train"))
     return Predicted(scores.double().numpy(), classes, distance, read["contribution"].mean(0))
@@ -234,7 +255,7 @@ def tokens(get: Get, rows: Rows) -> Tensor:
     weights, sizes = get("weights").numpy(), get("sizes").numpy()
     found = np.zeros((*rows.norms.shape, attention.TOKEN))
     for module in np.flatnonzero(sizes > 0).tolist():
-        kernel, _ = _module_kernel(UNLABELLED, get, rows.read, module, weights[module], float(sizes[module]))
+        kernel, _ = _module_kernel(UNLABELLED, get, rows, module, weights[module], float(sizes[module]))
         norm = rows.norms[:, module].astype(np.float64)
         token = found[:, module]  # a view
         token[:, : attention.COORDINATES] = kernel @ get(f"map.{module}").numpy() + get(f"shift.{module}").numpy()

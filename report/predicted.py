@@ -43,8 +43,9 @@ def table(files: Sequence[dict], skipped: Sequence[dict]) -> str:
     rows = [("file", "label", "probability", "agreement", "unlike")]
     for record in files:
         unlike = record["unlike"]
-        said = f"unlike anything in training ({unlike['score']:.1f}, usual up to {unlike['bound']:.1f})"
-        said = said if unlike["flagged"] else ""
+        said = "not measurable: too few held-out LoRAs" if unlike["bound"] is None else ""
+        if unlike["flagged"]:
+            said = f"unlike anything in training ({unlike['score']:.1f}, usual up to {unlike['bound']:.1f})"
         shares = f"{100 * record['probability']:.1f} %", f"{100 * record['agreement']:.0f} %"
         rows.append((_end_of(record["file"]), record["label"], *shares, said))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -54,9 +55,9 @@ def table(files: Sequence[dict], skipped: Sequence[dict]) -> str:
             f"{file:<{widths[0]}}  {label:<{widths[1]}}  {probability:>{widths[2]}}  {agreement:>{widths[3]}}  {said}"
         )
         lines.append(line.rstrip())
-        modules = files[number - 1]["modules"] if number else None
-        if modules:
-            lines.append(f"  most for it: {', '.join(entry['module'] for entry in modules[:SPOKEN])}")
+        modules = (files[number - 1]["modules"] if number else None) or []
+        if speaking := [entry["module"] for entry in modules[:SPOKEN] if entry["contribution"] > 0]:
+            lines.append(f"  most for it: {', '.join(speaking)}")
     lines += [f"left out: {record['file']}: {record['reason']}" for record in skipped]
     return "\n".join(lines)
 
@@ -74,7 +75,7 @@ def as_csv(files: Sequence[dict], cell: Callable[[str], str]) -> str:
     for record in files:
         unlike = record["unlike"]
         shown = f"{record['probability']:.6f}", f"{record['agreement']:.6f}", str(unlike["flagged"]).lower()
-        scores = f"{unlike['score']:.6g}", f"{unlike['bound']:.6g}"
+        scores = f"{unlike['score']:.6g}", "" if unlike["bound"] is None else f"{unlike['bound']:.6g}"
         writer.writerow([cell(record["file"]), cell(record["label"]), *shown, *scores])
     return text.getvalue().rstrip("\n")
 

@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 import torch
 from making import FILE_NAME, NARROW, STYLES, module_names, quick_runs, write_lora
+from safetensors.torch import load_file
 from test_house import check_schema
 
 import ablation_experiment
 import predict
-from experiment import model_files, models
+from experiment import model_files, models, prediction
+from report.cautions import UNFINISHED
 
 RUN = ("update_sketch", "update_spectrum", "update_kernel", "update_views", "update_attention")
-CLASSES, EACH, MODULES, RANK, WIDTH = 3, 20, 4, 2, 8
+CLASSES, EACH, MODULES, RANK, WIDTH = 3, 25, 4, 2, 8  # of 22 held out: 18 tell nothing of what is unlike
 
 
 def drawn(*shape: int, seed: int) -> torch.Tensor:
@@ -310,11 +312,19 @@ def test_csv_and_table(ran, tmp_path, capsys):
     assert "not kept" in capsys.readouterr().err
 
 
-def test_contributions_of_modules_add_up_to_the_score(ran, capsys):
-    answer = predicted(capsys, results_of(ran), ran / "loras" / "class_1", "--representation", "update_attention")
-    for record in answer["files"]:
+def test_contributions_of_modules_add_up_to_the_score(ran, capsys, monkeypatch):
+    batches = []
+    real = prediction.predict
+    monkeypatch.setattr(prediction, "predict", lambda *arguments: batches.append(real(*arguments)) or batches[-1])
+    answer = predicted(capsys, results_of(ran), ran / "loras", "--representation", "update_attention")
+    tensors = load_file(results_of(ran) / "model" / "update_attention.safetensors")
+    bias = tensors["parameters.class_bias"].flatten(1).mean(0).numpy()  # over the runs, of each class
+    scores = np.concatenate([batch.scores for batch in batches], axis=1).mean(0)
+    for record, score in zip(answer["files"], scores, strict=True):
         added = [entry["contribution"] for entry in record["modules"]]
         assert added == sorted(added, reverse=True) and len(added) == MODULES
+        label = answer["classes"].index(record["label"])
+        assert sum(added) + bias[label] - bias.mean() == pytest.approx(score[label] - score.mean(), abs=1e-5)
     assert predicted(capsys, results_of(ran), ran / "loras" / "class_1")["files"][0]["modules"] is None
 
 
@@ -407,6 +417,88 @@ def test_results_are_written_though_the_folder_cannot_be(ran, capsys, monkeypatc
     told = json.loads((results / "results.json").read_text())
     assert told["model"] is None and "No space left" in told["not_done"]["model"] and told["analysis"]
     assert not (results / "model").exists()
+
+
+def test_a_fault_while_keeping_costs_no_analysis(ran, capsys, monkeypatch):
+    def faulty(*_):
+        raise LookupError("a mistake of the program")
+
+    with monkeypatch.context() as patch, pytest.raises(LookupError):
+        patch.setattr(models, "keep", faulty)
+        experiment(ran, "update_sketch,update_views", "faulty")
+    results = ran / "faulty" / "ablation_loras"
+    told = json.loads((results / "results.json").read_text())
+    assert told["analysis"] and told["model"] is None and told["not_done"] == {"model": UNFINISHED}
+    assert UNFINISHED in (results / "results.txt").read_text()
+
+    real = models._done
+
+    def flipped(*arguments):
+        parts = real(*arguments)
+        if (predicted := parts[0]["predicted"]).ndim == 2:
+            changed = predicted.copy()
+            changed[0, :2] = (changed[0, :2] + 1) % CLASSES
+            parts[0] = {**parts[0], "predicted": changed}
+        return parts
+
+    monkeypatch.setattr(models, "_done", flipped)
+    experiment(ran, "update_sketch,update_views", "faulty")
+    after = json.loads((results / "results.json").read_text())
+    assert after["analysis"] == told["analysis"] and after["not_done"] == {}
+    assert UNFINISHED not in (results / "results.txt").read_text()
+    assert [record["representation"] for record in after["model"]["kept"]] == ["update_views"]
+    (left_out,) = after["model"]["not_kept"]
+    held_out = 3 * sum(after["dataset"]["split_sizes"][part] for part in ("validation", "test"))
+    assert f"predicts 2 of {held_out} held-out LoRAs otherwise, over 3 runs: another kind" in left_out["reason"]
+    assert "model/ is without update_sketch: trained again it predicts" in capsys.readouterr().out
+
+
+def test_held_out_loras_are_predicted_in_blocks(ran, monkeypatch):
+    read, seen = models._reader, []
+
+    def watched(experiment, rows):
+        factors = read(experiment, rows)
+
+        def of_module(module, part=None):
+            seen.append((len(rows), part if part is None else len(part)))
+            return factors(module, part)
+
+        return of_module
+
+    kept = "update_sketch,update_views,update_attention"
+    monkeypatch.setattr(models, "NUMBERS_AT_ONCE", 1000)
+    monkeypatch.setattr(models, "FACTORS_AT_ONCE", 3 * RANK * WIDTH)
+    whole = json.loads((results_of(ran) / "model" / "manifest.json").read_text())["kept"]
+    monkeypatch.setattr(models, "_reader", watched)
+    results = experiment(ran, kept, "blocks")
+    blocks = [size for size in seen if size[1]]  # factors of the columns are read without it
+    assert blocks and max(part for _, part in blocks) == 3 and len({rows for rows, _ in blocks}) > 1
+    expected = {record["representation"]: record for record in whole}
+    for record in json.loads((results / "model" / "manifest.json").read_text())["kept"]:
+        one = expected[record["representation"]]
+        assert record["same"] == 1 and record["log_loss"] == pytest.approx(one["log_loss"], abs=1e-5)
+        assert record["usual"]["bound"] == pytest.approx(one["usual"]["bound"], rel=1e-3)
+
+
+def test_a_machine_on_landmarks_is_told_by_its_own_accuracy(tmp_path, capsys, monkeypatch):
+    for i in range(90):
+        write_lora(tmp_path / "loras" / f"class_{i % 3}" / f"{i:03}" / FILE_NAME, planted(i % 3, i, noise=1.3))
+    monkeypatch.setattr(models, "keep", partial(models.keep, limit=4 * 2 * MODULES * 2 * RANK * WIDTH))
+    results = experiment(tmp_path, "update_views,update_sketch")
+    told = json.loads((results / "results.json").read_text())
+    capsys.readouterr()
+    with open(results / "samples.csv", encoding="utf-8") as file:
+        validation = {row["file"]: row["label"] for row in csv.DictReader(file) if row["split"] == "val"}
+    accuracies = []
+    for record in told["model"]["kept"]:
+        answer = predicted(capsys, results, tmp_path / "loras", "--representation", record["representation"])
+        runs = {os.path.relpath(file["file"], tmp_path / "loras"): file["runs"] for file in answer["files"]}
+        right = np.mean([[run == label for run in runs[file]] for file, label in validation.items()])
+        assert record["validation_accuracy"] == pytest.approx(right)
+        accuracies.append(record["validation_accuracy"])
+    assert accuracies == sorted(accuracies, reverse=True)
+    told_of_all = told["baseline_results"]["update_views"]["val_accuracy"]["mean"]
+    assert told_of_all not in [r["validation_accuracy"] for r in told["model"]["kept"] if r["kind"] == "rest"]
 
 
 def test_few_landmarks_where_factors_are_too_large(ran, capsys, monkeypatch):
