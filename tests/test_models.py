@@ -112,7 +112,7 @@ def test_modules_speak_for_the_label_though_most_runs_see_another_class(monkeypa
     monkeypatch.setattr(predictors.attention, "read_out", read_out)
     for temperature in (1.0, 100.0):
         record = {"kind": "attention", "temperature": temperature}
-        predictors.predict(record, lambda _: torch.zeros(3, 1), Rows(np.zeros((1, 2))))
+        predictors.predict(record, lambda _: torch.ones(3, 2), Rows(np.zeros((1, 2))))
     assert asked == [[0], [0]]
 
 
