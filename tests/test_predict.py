@@ -451,8 +451,8 @@ def test_a_fault_while_keeping_costs_no_analysis(ran, capsys, monkeypatch):
 
     def flipped(*arguments):
         parts = real(*arguments)
-        if len(predicted := parts[0]["predicted"]) == 3:  # runs: not the support vector machine
-            changed = predicted.copy()
+        if "coefficients" not in parts[0]:  # not the support vector machine
+            changed = parts[0]["predicted"].copy()
             changed[0, :2] = (changed[0, :2] + 1) % CLASSES
             parts[0] = {**parts[0], "predicted": changed}
         return parts
