@@ -83,15 +83,21 @@ def _values(section: dict) -> str:
 
 
 def _losing(section: dict) -> list[str]:
-    """Return how many values lose significantly, and how many others may."""
+    """Return how many values lose significantly, of those that could, and how many others may."""
     record = section["representations"][section["best"]]
-    if record["losing_at_most"] is None:
+    compared, detectable = sum(found["loss"] is not None for found in record["values"]), record["detectable"]
+    if not compared:
         return []
-    compared, at_most = sum(found["loss"] is not None for found in record["values"]), record["losing_at_most"]
-    return [
-        f"{_number(record['losing'])} of {counted(compared, 'value')} {'lose' if record['losing'] > 1 else 'loses'} "
-        f"significantly; of values that are not here up to {whole_percent(at_most)} % may (upper bound of 95 %)."
-    ]
+    few = "the ordinary classifier recognises too few of the compared LoRAs"
+    if not detectable:
+        return [f"Whether a value loses cannot be told: of none would a total loss be significant, as {few}."]
+    losing = f"{'lose' if record['losing'] > 1 else 'loses'} significantly"
+    may = f"that are not here up to {whole_percent(record['losing_at_most'])} % may (upper bound of 95 %)"
+    if detectable == compared:
+        return [f"{_number(record['losing'])} of {counted(compared, 'value')} {losing}; of values {may}."]
+    others = f"Of the other {compared - detectable}" if compared - detectable > 1 else "Of the other one"
+    those = f"{counted(detectable, 'value')} of which a total loss would be significant"
+    return [f"{_number(record['losing'])} of {those} {losing}; of such values {may}. {others} it would not be: {few}."]
 
 
 def _cut(value: str) -> str:

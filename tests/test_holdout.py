@@ -201,6 +201,58 @@ def test_what_cannot_be_told_is_undecided_with_the_reason():
     assert nothing["above_chance"] == 0 and not nothing["loss"]["known"] and nothing["loss"]["margin"] < 0.03
 
 
+def losses_of(tested: int, usual: int, held: int, values: int = 10) -> dict:
+    """The record of values of ten LoRAs of two classes, of which so many are compared.
+
+    Of these the ordinary classifier recognises the first ``usual``, and the one without the value the first ``held``.
+    """
+    y, value = np.arange(10 * values) % 2, np.repeat(np.arange(values), 10)
+    place = np.arange(10 * values) % 10
+    test = np.flatnonzero(place < tested)
+    evidence = replace(all_tested(y), rows={"train": np.arange(0), "validation": np.arange(0), "test": test})
+    before, after = (np.where(place < count, y, 1 - y)[None] for count in (usual, held))
+    fits = [Fit(str(v), np.flatnonzero(value == v), 90, 0, {"stats": after[:, value == v]}) for v in range(values)]
+    ordinary = Ordinary(np.ones(len(test), bool), {"stats": before[:, test]}, {"stats": 1.0})
+    return plain(held_out(fits, ordinary, evidence))
+
+
+def test_values_that_gain_significantly_do_not_lose():
+    found = losses_of(tested=10, usual=1, held=10, values=4)
+    record = found["representations"]["stats"]
+    assert all(value["loss"]["significant"] and value["loss"]["difference"] < 0 for value in record["values"])
+    assert record["losing"] == 0
+    lost = losses_of(tested=10, usual=10, held=0, values=4)["representations"]["stats"]
+    assert lost["losing"] == lost["detectable"] == 4 and lost["losing_at_most"] == 1
+
+
+@pytest.mark.parametrize(("tested", "usual"), [(1, 1), (4, 4), (10, 3)])
+def test_values_of_which_no_loss_could_be_significant_bound_no_share(tested, usual):
+    section = losses_of(tested, usual, held=0)
+    record = section["representations"]["stats"]
+    assert all(value["loss"]["difference"] > 0 and not value["loss"]["detectable"] for value in record["values"])
+    assert record["losing"] == record["detectable"] == 0 and record["losing_at_most"] is None
+    (told,) = (line for line in report.holdout.lines(results_of(section)) if "total loss" in line)
+    assert told.startswith("Whether a value loses cannot be told: of none would a total loss be significant")
+
+
+def test_the_bound_is_of_the_values_of_which_a_loss_could_be_significant():
+    y, value = np.arange(80) % 2, np.repeat(np.arange(4), 20)
+    test = np.flatnonzero((value < 2) | (np.arange(80) % 20 < 2))  # of two values two LoRAs are compared
+    evidence = replace(all_tested(y), rows={"train": np.arange(0), "validation": np.arange(0), "test": test})
+    fits = [Fit(str(v), np.flatnonzero(value == v), 60, 0, {"stats": y[None, value == v]}) for v in range(4)]
+    ordinary = Ordinary(np.ones(len(test), bool), {"stats": y[None, test]}, {"stats": 1.0})
+    section = plain(held_out(fits, ordinary, evidence))
+    record = section["representations"]["stats"]
+    assert [of_value["loss"]["detectable"] for of_value in record["values"]] == [True, True, False, False]
+    assert (record["losing"], record["detectable"]) == (0, 2)
+    assert record["losing_at_most"] == pytest.approx(1 - 0.05 ** (1 / 2))
+    assert (
+        "None of 2 values of which a total loss would be significant loses significantly; of such values that are not "
+        "here up to 78 % may (upper bound of 95 %). Of the other 2 it would not be: the ordinary classifier recognises "
+        "too few of the compared LoRAs."
+    ) in report.holdout.lines(results_of(section))
+
+
 def test_accuracies_and_losses_are_those_of_hand():
     y = np.array([0, 0, 1, 1, 0, 1, 0, 1])
     evidence = replace(all_tested(y), rows={"train": np.arange(0), "validation": np.arange(0), "test": np.arange(1, 8)})
