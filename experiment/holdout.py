@@ -172,7 +172,7 @@ def _ordinary(
     """Return what classifiers of the ordinary split predict; add to ``not_run`` why others cannot be trained there."""
     predicted = {name: experiment.predictions.conditions["baseline"][name]["predicted"] for name in names}
     if others := [name for name in chosen if name not in predicted]:
-        again = experiment.again(experiment.collection, experiment.rows, runs)
+        again = experiment.again(experiment.collection, None, runs)
         again.inputs = again.planner.inputs = experiment.inputs  # weights in memory are the same
         trained, failed = _trained(again, others)
         not_run |= failed

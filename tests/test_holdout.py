@@ -19,7 +19,7 @@ import report.holdout
 from ablation_experiment import main
 from analysis.holdout import Fit, Ordinary, held_out, over_values
 from analysis.questions import plain
-from experiment import columns, plans
+from experiment import columns, phases, plans
 from experiment.columns import check_columns, columns_named
 from experiment.holdout import choose_values, hold_out, rows_without
 from experiment.settings import UsageError
@@ -404,6 +404,15 @@ def test_directions_that_artists_share_are_recognised(experiment):
     record = found["representations"]["update_views"]
     assert record["held_out"]["accuracy"] > 0.9 and record["verdict"] != "falls" and record["above_chance"] == 4
     assert found["trained"] == 42 and all(40 <= value["trained"] <= 42 for value in found["values"])
+
+
+def test_the_ordinary_split_trains_on_the_rows_that_it_has(experiment, monkeypatch):
+    def other(_, rows, __):
+        assert not np.array_equal(rows["train"], experiment.rows["train"])  # less what is too large already
+        return rows, []
+
+    monkeypatch.setattr(phases, "without_oversized", other)
+    assert not hold_out(experiment, ["stats"])["not_run"]
 
 
 def test_a_value_that_fails_is_named_and_the_others_are_measured(experiment, monkeypatch):
