@@ -80,6 +80,7 @@ def held_out(fits: Sequence[Fit], ordinary: Ordinary, evidence: Evidence) -> dic
         {
             "value": fit.value,
             "loras": len(fit.rows),
+            "groups": len(fit.rows) if evidence.groups is None else len(np.unique(evidence.groups[fit.rows])),
             "classes": len(np.unique(evidence.y[fit.rows])),
             "trained": fit.trained,
             "chance": (evidence.y[fit.rows] == fit.largest).mean(),
