@@ -80,6 +80,7 @@ def held_out(fits: Sequence[Fit], ordinary: Ordinary, evidence: Evidence) -> dic
         {
             "value": fit.value,
             "loras": len(fit.rows),
+            "groups": len(fit.rows) if evidence.groups is None else len(np.unique(evidence.groups[fit.rows])),
             "classes": len(np.unique(evidence.y[fit.rows])),
             "trained": fit.trained,
             "chance": (evidence.y[fit.rows] == fit.largest).mean(),
@@ -152,9 +153,13 @@ def _of_value(
         for i, name in enumerate(names)
     ]
     drawn = both.draws.accuracies([usual for usual, _ in pairs])
-    losses = _together(both, num_compared).differences(pairs)
+    together = _together(both, num_compared)
+    losses = together.differences(pairs)
+    largest = together.differences([(usual, np.zeros_like(usual)) for usual, _ in pairs])
     for i, name in enumerate(names):
-        found[name] |= {"ordinary": both.draws.estimate(pairs[i][0], drawn[i]), "loss": losses[i]}
+        losing = losses[i]["significant"] and losses[i]["difference"] > 0
+        detectable = {"detectable": bool(losing or largest[i]["significant"])}
+        found[name] |= {"ordinary": both.draws.estimate(pairs[i][0], drawn[i]), "loss": losses[i] | detectable}
     return found
 
 
@@ -272,12 +277,14 @@ def _verdict(loss: dict | None) -> tuple[str, str | None]:
 def _summary(of_values: Sequence[dict], fits: Sequence[Fit]) -> dict:
     """Return the worst value of a representation, how many are above chance, and how many lose.
 
-    ``losing_at_most`` is the upper bound of the share of all values that would lose significantly, given those that
-    do: Clopper and Pearson's, one-sided, of 95 %.
+    ``detectable`` counts the values of which a loss could have been significant: it would be if none of the compared
+    LoRAs was recognised any more. ``losing_at_most`` is the upper bound of the share of such values that would lose
+    significantly, given those that do: Clopper and Pearson's, one-sided, of 95 %. Values of which no loss could be
+    significant say nothing of it.
     """
     tested = [record["above_chance"] for record in of_values if record["above_chance"] is not None]
-    losses = [record["loss"] for record in of_values if record["loss"]]
-    losing = sum(loss["significant"] for loss in losses)
+    losses = [record["loss"] for record in of_values if record["loss"] and record["loss"]["detectable"]]
+    losing = sum(loss["significant"] and loss["difference"] > 0 for loss in losses)
     at_most = stats.binomtest(losing, len(losses), alternative="less").proportion_ci(1 - ALPHA).high if losses else None
     accuracies = [round(float(record["accuracy"]), 12) for record in of_values]
     return {
@@ -285,5 +292,6 @@ def _summary(of_values: Sequence[dict], fits: Sequence[Fit]) -> dict:
         "above_chance": sum(tested),
         "tested": len(tested),
         "losing": losing,
+        "detectable": len(losses),
         "losing_at_most": at_most,
     }

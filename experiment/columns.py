@@ -21,13 +21,17 @@ def columns_of(collection: Collection) -> dict[str, dict[str, str]]:
     """Return the value of each file that has one, by column and path.
 
     Columns of the table and fields of the metadata.json files go before a field of the recipe (see `loras.recipe`) of
-    the same name, and these before the rank of the weights, the largest of a file.
+    the same name, and these before the rank of the weights, the largest of a file. Blanks around a value are no part of
+    it, and a value of nothing else is none.
     """
     paths = [file.path for file in collection.files]
     columns = {RANK: {file.path: str(max(layer.rank for layer in file.layout.layers)) for file in collection.files}}
     for name, values in recipe_columns(collection.files).items():
-        columns[plain(name)] = {path: plain(value) for path, value in zip(paths, values, strict=True) if value}
-    return columns | collection.columns
+        columns[plain(name)] = {path: value for path, value in zip(paths, values, strict=True) if value}
+    return {
+        name: {path: plain(text) for path, value in of_file.items() if (text := value.strip())}
+        for name, of_file in (columns | collection.columns).items()
+    }
 
 
 def columns_named(asked: str, names: Iterable[str]) -> list[str]:

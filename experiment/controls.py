@@ -308,7 +308,7 @@ def cross_fitted(
     if choice is None or level == "none":
         return TrainedSets(all_layers=all_layers)
     runs = min(EXTENTS[level].runs or experiment.settings.num_runs, experiment.settings.num_runs)
-    again = experiment.again(experiment.collection, experiment.rows, runs)
+    again = experiment.again(experiment.collection, None, runs)
     again.inputs = again.planner.inputs = experiment.inputs  # weights in memory are the same
     layers = range(len(experiment.layers))
     removed, not_run = _without_each(again, names, choice.sets, "cross-fitted")

@@ -72,6 +72,14 @@ def trainings_of(collection: Collection) -> Trainings:
     return {}
 
 
+def has_steps(collection: Collection) -> bool:
+    """Return whether some LoRA has several steps that can be compared."""
+    try:
+        return any(len(rows) > 1 for rows in trainings_of(collection).values())
+    except UnfollowedError:
+        return False
+
+
 def _of_folders(collection: Collection) -> Trainings:
     """Return what folders with checkpoints hold; of several files of one moment, the first."""
     choice, row_of = collection.choice, {file.path: row for row, file in enumerate(collection.files)}

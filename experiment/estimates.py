@@ -154,7 +154,7 @@ class Estimates:
     """
 
     def __init__(self, settings: Settings, collection: Collection, selected: np.ndarray, rows: dict[str, np.ndarray]):
-        self.settings, self.device = settings, settings.device
+        self.settings, self.collection, self.device = settings, collection, settings.device
         self.count, self.train = len(collection.files), len(rows["train"])
         self.held_out = len(rows["validation"])
         self.num_classes = len(collection.classes)

@@ -226,6 +226,20 @@ def memory_words(
     return words, f"{at_once} workers at once may take {sized(most)}, more than there is; {mend}"
 
 
+def not_in_it(estimates: Estimates) -> list[str]:
+    """Return what the run does beyond the steps of the plan: further questions, and the folder model/.
+
+    The folder is named where classifiers are asked for by name, or beside a question: by default it takes seconds.
+    """
+    from experiment.dynamics import has_steps  # takes half a second, with what it analyses by
+
+    settings = estimates.settings
+    more = ["--holdout"] if settings.holdout is not None else []
+    more += ["--also"] if settings.also != () else []
+    more += ["steps of the training"] if has_steps(estimates.collection) else []
+    return [*more, "model/"] if settings.save_models or (more and settings.save_models is None) else more
+
+
 def lines(
     estimates: Estimates,
     names: Sequence[str],
@@ -236,7 +250,7 @@ def lines(
     streams: int = 1,
     memory: int | None = None,
 ) -> list[str]:
-    """Return the plan in lines: one, or from a minute on also one for each step.
+    """Return the plan in lines: one, or from a minute on also one for each step; and one of what is not in it.
 
     Args:
         estimates: Of the experiment.
@@ -263,4 +277,5 @@ def lines(
     else:
         shown = [f"{first}:", *(step.line(parts) for step, parts in zip(steps, seconds, strict=True))]
         shown += [f"{'memory':<10}{in_memory}", f"{'disk':<10}{on_disk}"]
-    return [*shown, f"{'memory':<10}{mend}"] if mend else shown
+    shown += [f"{'memory':<10}{mend}"] if mend else []
+    return [*shown, f"{'not in it':<10}{', '.join(more)}"] if (more := not_in_it(estimates)) else shown

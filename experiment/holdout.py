@@ -5,7 +5,7 @@ Shape letters: N LoRAs, R runs, V and T validation and test LoRAs.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,16 +16,19 @@ from data import Collection
 from experiment import estimates
 from experiment.arrays import WEIGHTS
 from experiment.columns import HELD_OUT_BY, columns_named, columns_of
+from experiment.dynamics import UnfollowedError, trainings_of
 from experiment.phases import Experiment, emptied
 from experiment.plans import TrainingError
 from experiment.units import FAILURES, FAULTS, one_memory_error, reason_of
 from loras.building import say
-from loras.names import plain
+from loras.label_bins import number_of
 from representations import REPRESENTATIONS
 from training.splits import split_rows
 from training.stacks import numpy_stream
 
 LEAST_LORAS, MOST_VALUES = 10, 10
+MOST_NAMED = 20  # values of a reason for which they are left out, and such reasons
+OTHER_REASONS = "other reasons"
 RUNS = 3  # at most, unless all controls are asked for
 LEAST_OF_CLASS = 3  # LoRAs among the others, of which train and validation need one each
 
@@ -45,8 +48,8 @@ def hold_out(experiment: Experiment, names: Sequence[str]) -> dict | None:
         return None
     columns = columns_of(collection)
     (column,) = columns_named(settings.holdout, columns)
-    value_of = np.array([plain(columns[column].get(file.path, "")).strip() for file in collection.files], object)
-    rows_of, left_out = choose_values(collection, value_of, settings.seed)
+    value_of = np.array([columns[column].get(file.path, "") for file in collection.files], object)
+    rows_of, left_out = choose_values(collection, value_of, settings.seed, units_of(collection, column))
     chosen, not_run = _representations(experiment)
     runs = settings.num_runs if settings.controls == "all" else min(RUNS, settings.num_runs)
     found = {
@@ -66,6 +69,7 @@ def hold_out(experiment: Experiment, names: Sequence[str]) -> dict | None:
         ordinary = _ordinary(experiment, names, chosen, runs, value_of, not_run)
         chosen = [name for name in chosen if name not in not_run]
         fits = _fits(experiment, rows_of, chosen, runs, found)
+    found["left_out"] = by_reason(found["left_out"])
     if len(fits) < LEAST_VALUES or not fits[0].predicted:
         count = len(fits) if fits else len(rows_of)
         why = f"at least {LEAST_VALUES} values that can be held out are needed, and there is {count or 'none'}"
@@ -73,8 +77,25 @@ def hold_out(experiment: Experiment, names: Sequence[str]) -> dict | None:
     return found | held_out(fits, ordinary, _evidence(experiment))
 
 
+def units_of(collection: Collection, column: str) -> np.ndarray | None:
+    """Return what counts as one LoRA where the LoRAs of a value are counted, int[N]; None where each does.
+
+    That is a group, such as the checkpoints of a LoRA, or its copies. Of the group column itself each value is a group,
+    and of its LoRAs only the checkpoints are one.
+    """
+    if collection.group_column != column:
+        return collection.groups
+    units = np.arange(len(collection.y))
+    try:
+        for rows in trainings_of(collection).values():
+            units[list(rows.values())] = min(rows.values())
+    except UnfollowedError:  # two files of one step: they cannot be told apart
+        return collection.groups
+    return units
+
+
 def choose_values(
-    collection: Collection, value_of: np.ndarray, seed: int
+    collection: Collection, value_of: np.ndarray, seed: int, units: np.ndarray | None = None
 ) -> tuple[dict[str, dict[str, np.ndarray]], list[dict]]:
     """Return the rows of each part of the split that tests each value, and the values that are left out, with reasons.
 
@@ -85,19 +106,24 @@ def choose_values(
         collection: The LoRAs.
         value_of: The value of each, str[N]; empty where it has none.
         seed: Of the splits of the others, and of the draw.
+        units: What counts as one LoRA, int[N]; None: a group, or where there are none each.
     """
     rows_by_value: dict[str, list[int]] = defaultdict(list)
     for row, value in enumerate(value_of.tolist()):
         if value:
             rows_by_value[value].append(row)
+    units = collection.groups if units is None else units
+    sizes = {value: _size(units, rows) for value, rows in rows_by_value.items()}
+    once = units is not None and units is collection.groups
+    few = f"fewer than {LEAST_LORAS} LoRAs{', those of a group counted once' if once else ''}"
     chosen: dict[str, dict[str, np.ndarray]] = {}
     left_out = []
     names = np.array(sorted(rows_by_value), object)
     drawn = numpy_stream(seed, "values held out").permutation(names).tolist()
-    for value in sorted(drawn, key=lambda value: -len(rows_by_value[value])):
+    for value in sorted(drawn, key=lambda value: -sizes[value]):
         tested, reason = np.array(rows_by_value[value]), ""
-        if len(tested) < LEAST_LORAS:
-            reason = f"fewer than {LEAST_LORAS} LoRAs"
+        if sizes[value] < LEAST_LORAS:
+            reason = few
         elif len(chosen) == MOST_VALUES:
             reason = f"beyond the {MOST_VALUES} most frequent that can be held out"
         else:
@@ -106,16 +132,38 @@ def choose_values(
             except ValueError as error:
                 reason = str(error)
         if reason:
-            left_out.append({"value": value, "loras": len(tested), "reason": reason})
+            left_out.append(_left_out(collection, value, tested, reason))
     return {value: chosen[value] for value in sorted(chosen, key=_order)}, left_out
+
+
+def _size(groups: np.ndarray | None, rows: Sequence[int]) -> int:
+    """Return how many groups rows are of; without groups, how many rows there are."""
+    return len(rows) if groups is None else len(np.unique(groups[rows]))
+
+
+def _left_out(collection: Collection, value: str, rows: np.ndarray, reason: str) -> dict:
+    return {"value": value, "loras": len(rows), "groups": _size(collection.groups, rows), "reason": reason}
+
+
+def by_reason(left_out: Sequence[dict]) -> list[dict]:
+    """Return values that are left out by reason, the commonest first, with the number and the largest twenty of each.
+
+    Of a column of ids that is nearly every LoRA. Beyond twenty reasons, as of single classes, all others are one.
+    """
+    commonest = Counter(entry["reason"] for entry in left_out).most_common(MOST_NAMED)
+    members: dict[str, list[dict]] = {reason: [] for reason, _ in commonest}
+    for entry in sorted(left_out, key=lambda entry: -entry["loras"]):
+        named = {key: entry[key] for key in ("value", "loras", "groups")}
+        members.setdefault(entry["reason"] if entry["reason"] in members else OTHER_REASONS, []).append(named)
+    return [
+        {"reason": reason, "count": len(values), "named": values[:MOST_NAMED]} for reason, values in members.items()
+    ]
 
 
 def _order(value: str) -> tuple[bool, float, str]:
     """Return a key that sorts numbers by size, and before words."""
-    try:
-        return False, float(value), value
-    except ValueError:
-        return True, 0.0, value
+    number = number_of(value)
+    return number is None, number or 0.0, value
 
 
 def rows_without(collection: Collection, tested: np.ndarray, seed: int) -> dict[str, np.ndarray]:
@@ -132,8 +180,13 @@ def rows_without(collection: Collection, tested: np.ndarray, seed: int) -> dict[
     if groups is not None:
         others &= ~np.isin(groups, groups[tested])
     counts = np.bincount(y[others], minlength=len(collection.classes))
-    if missing := [collection.classes[label] for label in np.unique(y[tested]) if not counts[label]]:
-        raise ValueError(f"no LoRA of {_some(missing)} has another value")
+    missing = np.flatnonzero((np.bincount(y[tested], minlength=len(counts)) > 0) & (counts == 0))
+    apart = missing[np.bincount(y, minlength=len(counts))[missing] == np.bincount(y[tested])[missing]]
+    if len(apart):
+        raise ValueError(f"no LoRA of {_some([collection.classes[label] for label in apart])} has another value")
+    if len(missing):
+        named = _some([collection.classes[label] for label in missing])
+        raise ValueError(f"all LoRAs of {named} with another value share a group with these")
     if few := [collection.classes[label] for label in np.flatnonzero((counts > 0) & (counts < LEAST_OF_CLASS))]:
         raise ValueError(f"fewer than {LEAST_OF_CLASS} LoRAs of {_some(few)} are left to train and validate on")
     if (counts > 0).sum() < 2:
@@ -172,7 +225,7 @@ def _ordinary(
     """Return what classifiers of the ordinary split predict; add to ``not_run`` why others cannot be trained there."""
     predicted = {name: experiment.predictions.conditions["baseline"][name]["predicted"] for name in names}
     if others := [name for name in chosen if name not in predicted]:
-        again = experiment.again(experiment.collection, experiment.rows, runs)
+        again = experiment.again(experiment.collection, None, runs)
         again.inputs = again.planner.inputs = experiment.inputs  # weights in memory are the same
         trained, failed = _trained(again, others)
         not_run |= failed
@@ -216,7 +269,7 @@ def _fits(experiment: Experiment, rows_of: dict[str, dict], names: Sequence[str]
     whole = []
     for value, fit in fits.items():
         if reasons := [f"{name}: {outcomes[value][1][name]}" for name in left if name in outcomes[value][1]]:
-            found["left_out"].append({"value": value, "loras": len(fit.rows), "reason": reasons[0]})
+            found["left_out"].append(_left_out(experiment.collection, value, fit.rows, reasons[0]))
         else:
             whole.append(fit)
     _keep(experiment, whole, left)

@@ -252,9 +252,16 @@ class Experiment:
         source, models = self.inputs.source(name, self.inputs.weights.without([])), [(0, run) for run in runs]
         return self.planner.plan_classifiers(source, live, models, label, 1 if on_cpu else None)
 
-    def again(self, collection: Collection, rows: dict[str, np.ndarray], num_runs: int) -> Experiment:
-        """Return the same experiment on the same files with other labels, groups or split; see `without_oversized`."""
-        rows, _ = without_oversized(collection, rows, self.extracted)
+    def again(self, collection: Collection, rows: dict[str, np.ndarray] | None, num_runs: int) -> Experiment:
+        """Return the same experiment on the same files with other labels, groups or split.
+
+        Args:
+            collection: The files with their labels and groups.
+            rows: Of another split, from which `without_oversized` is still to take; None: the same rows. Those are
+                less them already, and of what is left others may seem far too large.
+            num_runs: R.
+        """
+        rows = self.rows if rows is None else without_oversized(collection, rows, self.extracted)[0]
         settings = replace(self.settings, num_runs=num_runs)
         again = Experiment(settings, collection, self.selected, rows, self.extracted, self.engine, self.progress)
         again.planner.smaller_stacks = self.planner.smaller_stacks  # one report of all that is trained
@@ -276,7 +283,7 @@ def on_permuted_labels(experiment: Experiment, count: int, purpose: str) -> Iter
     for y in permuted(collection.y, groups, count, stream(experiment.settings.seed, purpose)):
         pairs = zip(collection.files, y.tolist(), strict=True)
         files = tuple(replace(file, label=collection.classes[c]) for file, c in pairs)
-        yield experiment.again(replace(collection, files=files), experiment.rows, 1)
+        yield experiment.again(replace(collection, files=files), None, 1)
 
 
 def _record(layer: Layer, depth: int, scores: dict[str, np.ndarray]) -> dict:

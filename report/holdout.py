@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
-
 from report.names import shortened
 from report.tables import Table
 from report.wording import bounds, capital, counted, gain_text, listed, p_cell, percent, whole_percent
@@ -71,8 +69,8 @@ def _values(section: dict) -> str:
     if len({percent(of_value["accuracy"]) for of_value in record["values"]}) > 1:
         text = (
             f"The worst value is {_cut(value['value'])}: {name} recognises {percent(found['accuracy'])} % "
-            f"({bounds(found['interval'])}) of its {counted(value['loras'], 'LoRA')}, where always guessing the "
-            f"largest class of the others is right on {percent(value['chance'])} %. "
+            f"({bounds(found['interval'])}) of its {counted(value['loras'], 'LoRA')}{_in_groups(value)}, where always "
+            f"guessing the largest class of the others is right on {percent(value['chance'])} %. "
         )
     if not record["tested"]:
         return f"{text}The LoRAs of each value are of one class, so that no chance can be tested."
@@ -83,20 +81,31 @@ def _values(section: dict) -> str:
 
 
 def _losing(section: dict) -> list[str]:
-    """Return how many values lose significantly, and how many others may."""
+    """Return how many values lose significantly, of those that could, and how many others may."""
     record = section["representations"][section["best"]]
-    if record["losing_at_most"] is None:
+    compared, detectable = sum(found["loss"] is not None for found in record["values"]), record["detectable"]
+    if not compared:
         return []
-    compared, at_most = sum(found["loss"] is not None for found in record["values"]), record["losing_at_most"]
-    return [
-        f"{_number(record['losing'])} of {counted(compared, 'value')} {'lose' if record['losing'] > 1 else 'loses'} "
-        f"significantly; of values that are not here up to {whole_percent(at_most)} % may (upper bound of 95 %)."
-    ]
+    few = "the ordinary classifier recognises too few of the compared LoRAs"
+    if not detectable:
+        return [f"Whether a value loses cannot be told: of none would a total loss be significant, as {few}."]
+    losing = f"{'lose' if record['losing'] > 1 else 'loses'} significantly"
+    may = f"that are not here up to {whole_percent(record['losing_at_most'])} % may (upper bound of 95 %)"
+    if detectable == compared:
+        return [f"{_number(record['losing'])} of {counted(compared, 'value')} {losing}; of values {may}."]
+    others = f"Of the other {compared - detectable}" if compared - detectable > 1 else "Of the other one"
+    those = f"{counted(detectable, 'value')} of which a total loss would be significant"
+    return [f"{_number(record['losing'])} of {those} {losing}; of such values {may}. {others} it would not be: {few}."]
 
 
 def _cut(value: str) -> str:
     """Return a value, its middle left out where it is long."""
     return shortened(value, lambda text: len(text) <= LETTERS)
+
+
+def _in_groups(value: dict) -> str:
+    """Return in how many groups the LoRAs of a value are, where these are fewer; else nothing."""
+    return f" in {counted(value['groups'], 'group')}" if value["groups"] < value["loras"] else ""
 
 
 def _number(count: int) -> str:
@@ -120,12 +129,10 @@ def _left_out(section: dict) -> list[str]:
         sentences.append(
             "{} {} no value, and {} never tested.".format(counted(section["without_value"], "LoRA"), *verbs)
         )
-    by_reason = sorted(section["left_out"], key=lambda entry: (entry["reason"], -entry["loras"]))
-    for reason, entries in groupby(by_reason, key=lambda entry: entry["reason"]):
-        members = list(entries)
-        named = [f"{_cut(entry['value'])} ({entry['loras']})" for entry in members[:NAMED]]
-        named += [f"{len(members) - NAMED} more"] if len(members) > NAMED else []
-        sentences.append(f"Left out: {listed(named)}: {reason}.")
+    for entry in section["left_out"]:
+        named = [f"{_cut(value['value'])} ({value['loras']}{_in_groups(value)})" for value in entry["named"][:NAMED]]
+        named += [f"{entry['count'] - len(named):,} more"] if entry["count"] > len(named) else []
+        sentences.append(f"Left out: {listed(named)}: {entry['reason']}.")
     sentences += [f"Not run is {name}: {reason}." for name, reason in section["not_run"].items()]
     return sentences
 
@@ -143,7 +150,7 @@ def tables(results: dict) -> dict[str, Table]:
                 [
                     name,
                     _cut(value["value"]),
-                    str(value["loras"]),
+                    f"{value['loras']}{_in_groups(value)}",
                     percent(found["accuracy"]),
                     bounds(found["interval"]),
                     "" if found["p"] is None else p_cell(found["p"]),

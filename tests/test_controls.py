@@ -17,7 +17,7 @@ from analysis.comparison import grouped_split
 from analysis.cross_fitting import cross_fitted
 from analysis.removal_plan import Order
 from data import index_as_asked, index_collection
-from experiment import controls, plans
+from experiment import controls, phases, plans
 from experiment.engine import Engine
 from experiment.extraction import extract
 from experiment.phases import Experiment
@@ -258,6 +258,16 @@ def test_what_each_fold_chose_is_removed_and_the_ranking_not_trained_again(plant
     assert found["top_alone"]["p"] < 0.01 and found["beats_all"].keys() == {"first", "top_alone"}
     kept = planted.predictions.conditions.pop("cross_fitted")
     assert kept.keys() == {*NAMES, "top layers alone"} and kept["stats"]["predicted"].shape == (1, 3, 9 + 18)
+
+
+def test_the_same_rows_are_trained_on_again_and_no_more_loras_taken_out_as_too_large(planted, monkeypatch):
+    def second(*_):
+        raise AssertionError("rows that are less what is too large already")
+
+    monkeypatch.setattr(phases, "without_oversized", second)
+    evidence = controls.evidence_of(planted)
+    assert set(controls.cross_fitted(planted, evidence, NAMES, "basic").removed) == {*NAMES}
+    assert next(phases.on_permuted_labels(planted, 1, "test")).rows is planted.rows
 
 
 def test_nothing_is_cross_fitted_where_validation_ranks_and_trained_where_no_controls_are(planted, monkeypatch):

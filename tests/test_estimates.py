@@ -11,7 +11,7 @@ from test_ablation_experiment import NETWORKS, run
 
 import autoencoders
 from data import index_collection
-from experiment import arrays, estimates, forecast
+from experiment import arrays, dynamics, estimates, forecast
 from experiment.arrays import SKETCH_WIDTH, SKETCHES, WEIGHTS, sketched, sketching
 from experiment.estimates import Estimates, Speed, unfit, without_room
 from experiment.extraction import extract
@@ -94,6 +94,20 @@ def test_a_plan_of_less_than_a_minute_is_a_line(wide):
     assert re.fullmatch(rf"estimate  about \d+ s on this machine; {memory}; {disk}", small)
     many = plan(of(wide, "--controls=none"), ["flat_vec"], Speed(1e10, 1e10), workers=2, memory=2**24)
     assert "2 workers at once may take" in many[-1] and "OMP_NUM_THREADS" in many[-1]
+
+
+def test_what_is_not_in_the_plan_is_named_where_it_is_asked_for(wide, monkeypatch):
+    def last(*flags):
+        lines = plan(of(wide, *flags), ["stats"], Speed(1e10, 1e10))
+        assert len(lines) <= 2
+        return lines[-1] if len(lines) > 1 else None
+
+    assert last("--controls=basic") is None and last("--controls=none", "--save-models=none") is None
+    assert last("--holdout=artist", "--also=rank") == "not in it --holdout, --also, model/"
+    assert last("--also=all", "--save-models=none") == "not in it --also"
+    assert last("--save-models=update_views") == "not in it model/"
+    monkeypatch.setattr(dynamics, "trainings_of", lambda _: {"a": {1: 0, 2: 1}})
+    assert last("--controls=none") == "not in it steps of the training, model/"
 
 
 def test_the_largest_parts_of_a_step_come_first_and_small_ones_together(wide):

@@ -19,9 +19,9 @@ import report.holdout
 from ablation_experiment import main
 from analysis.holdout import Fit, Ordinary, held_out, over_values
 from analysis.questions import plain
-from experiment import columns, plans
+from experiment import columns, phases, plans
 from experiment.columns import check_columns, columns_named
-from experiment.holdout import choose_values, hold_out, rows_without
+from experiment.holdout import by_reason, choose_values, hold_out, rows_without, units_of
 from experiment.settings import UsageError
 from report import figures, page, text
 from report.figures_of_holdout import holdout_finding
@@ -74,7 +74,7 @@ def test_a_column_that_is_not_one_is_refused(monkeypatch, asked, words):
 def collection_of(y, groups=None) -> SimpleNamespace:
     """What the choice of values asks of a collection."""
     y = np.asarray(y)
-    return SimpleNamespace(y=y, groups=groups, classes=[f"class {c}" for c in range(y.max() + 1)])
+    return SimpleNamespace(y=y, groups=groups, group_column=None, classes=[f"class {c}" for c in range(y.max() + 1)])
 
 
 def values_of(*counts: tuple[str, int]) -> np.ndarray:
@@ -143,6 +143,71 @@ def test_groups_that_span_values_do_not_leak():
     assert (value_of[rows["test"]] == "a").all()
 
 
+def test_where_groups_leave_no_lora_of_a_class_that_is_the_reason():
+    y, value_of = np.arange(60) % 2, values_of(("a", 30), ("b", 30))
+    groups = np.arange(60)
+    groups[31::2] = 1  # class 1 of b: copies of a LoRA of a
+    _, left_out = choose_values(collection_of(y, groups), value_of, 0)
+    assert reasons(left_out)["a"] == "all LoRAs of class 1 with another value share a group with these"
+    groups[30::2] = 0
+    _, left_out = choose_values(collection_of(y, groups), value_of, 0)
+    assert reasons(left_out)["a"] == "all LoRAs of class 0 and class 1 with another value share a group with these"
+    y[30::2] = 1  # class 0 is of a alone
+    _, left_out = choose_values(collection_of(y, groups), value_of, 0)
+    assert reasons(left_out)["a"] == "no LoRA of class 0 has another value"
+
+
+def test_checkpoints_of_a_lora_count_as_one():
+    lora = np.repeat(np.arange(40), 8)
+    value_of = np.array(["rare" if i < 2 else f"common {i % 3}" for i in lora], object)
+    rows_of, left_out = choose_values(collection_of(lora % 2, lora), value_of, 0)
+    assert list(rows_of) == ["common 0", "common 1", "common 2"]
+    reason = "fewer than 10 LoRAs, those of a group counted once"
+    assert left_out == [{"value": "rare", "loras": 16, "groups": 2, "reason": reason}]
+
+
+def test_of_the_group_column_itself_the_checkpoints_of_a_lora_count_as_one(monkeypatch):
+    artist = np.repeat(np.arange(4), 12)  # of "a0" one LoRA with twelve checkpoints, of others twelve LoRAs
+    collection = collection_of(np.arange(48) % 2, artist)
+    collection.group_column = "artist"
+    monkeypatch.setattr("experiment.holdout.trainings_of", lambda _: {"first": {step: step for step in range(12)}})
+    units = units_of(collection, "artist")
+    assert len(np.unique(units[:12])) == 1 and len(np.unique(units)) == 1 + 36
+    assert units_of(collection, "trainer") is artist
+    rows_of, left_out = choose_values(collection, np.array([f"a{i}" for i in artist], object), 0, units)
+    assert list(rows_of) == ["a1", "a2", "a3"] and reasons(left_out) == {"a0": "fewer than 10 LoRAs"}
+
+
+def test_what_only_python_reads_as_a_number_is_none_in_the_order_of_values():
+    counts = [(value, 12) for value in ("1_000", "nan", "inf", "10", "2", "-1", "1e2")]
+    value_of = values_of(*counts)
+    rows_of, _ = choose_values(collection_of(np.arange(len(value_of)) % 2), value_of, 0)
+    assert list(rows_of) == ["-1", "2", "10", "1e2", "1_000", "inf", "nan"]
+
+
+def test_of_ids_the_number_is_kept_and_few_names():
+    value_of = np.array([f"id {i}" for i in range(3000)] + ["pair", "pair"], object)
+    _, left_out = choose_values(collection_of(np.arange(3002) % 2), value_of, 0)
+    (few,) = by_reason(left_out)
+    assert few["reason"] == "fewer than 10 LoRAs" and few["count"] == 3001 and len(few["named"]) == 20
+    assert few["named"][0] == {"value": "pair", "loras": 2, "groups": 2}
+    many = [{"value": str(i), "loras": 1, "groups": 1, "reason": f"reason {min(i, 29)}"} for i in range(60)]
+    kept = by_reason(many)
+    assert len(kept) == 21 and kept[0]["reason"] == "reason 29" and kept[-1]["reason"] == "other reasons"
+    assert sum(entry["count"] for entry in kept) == 60 and kept[-1]["count"] == 10
+
+
+def test_blanks_around_a_value_are_no_part_of_it(monkeypatch):
+    files = [SimpleNamespace(path=p, layout=SimpleNamespace(layers=[SimpleNamespace(rank=4)])) for p in "abcd"]
+    collection = SimpleNamespace(files=files, columns={"artist": {"a": " x", "b": "x\t", "c": "  ", "d": "y z"}})
+    monkeypatch.setattr(columns, "recipe_columns", lambda files: {"steps": ["1 ", " ", "", "1"]})
+    assert columns.columns_of(collection) == {
+        "rank": dict.fromkeys("abcd", "4"),
+        "steps": {"a": "1", "d": "1"},
+        "artist": {"a": "x", "b": "x", "d": "y z"},
+    }
+
+
 def test_too_few_groups_for_a_split_are_a_reason():
     y, groups = np.arange(40) % 2, np.repeat(np.arange(4), 10)
     with pytest.raises(ValueError, match="no split of the 2 groups"):
@@ -199,6 +264,58 @@ def test_what_cannot_be_told_is_undecided_with_the_reason():
     nothing = simulated(np.full(8, 0.2), np.full(8, 0.2), each=40)["representations"]["stats"]
     assert nothing["verdict"] == "undecided" and "indistinguishable from chance" in nothing["why"]
     assert nothing["above_chance"] == 0 and not nothing["loss"]["known"] and nothing["loss"]["margin"] < 0.03
+
+
+def losses_of(tested: int, usual: int, held: int, values: int = 10) -> dict:
+    """The record of values of ten LoRAs of two classes, of which so many are compared.
+
+    Of these the ordinary classifier recognises the first ``usual``, and the one without the value the first ``held``.
+    """
+    y, value = np.arange(10 * values) % 2, np.repeat(np.arange(values), 10)
+    place = np.arange(10 * values) % 10
+    test = np.flatnonzero(place < tested)
+    evidence = replace(all_tested(y), rows={"train": np.arange(0), "validation": np.arange(0), "test": test})
+    before, after = (np.where(place < count, y, 1 - y)[None] for count in (usual, held))
+    fits = [Fit(str(v), np.flatnonzero(value == v), 90, 0, {"stats": after[:, value == v]}) for v in range(values)]
+    ordinary = Ordinary(np.ones(len(test), bool), {"stats": before[:, test]}, {"stats": 1.0})
+    return plain(held_out(fits, ordinary, evidence))
+
+
+def test_values_that_gain_significantly_do_not_lose():
+    found = losses_of(tested=10, usual=1, held=10, values=4)
+    record = found["representations"]["stats"]
+    assert all(value["loss"]["significant"] and value["loss"]["difference"] < 0 for value in record["values"])
+    assert record["losing"] == 0
+    lost = losses_of(tested=10, usual=10, held=0, values=4)["representations"]["stats"]
+    assert lost["losing"] == lost["detectable"] == 4 and lost["losing_at_most"] == 1
+
+
+@pytest.mark.parametrize(("tested", "usual"), [(1, 1), (4, 4), (10, 3)])
+def test_values_of_which_no_loss_could_be_significant_bound_no_share(tested, usual):
+    section = losses_of(tested, usual, held=0)
+    record = section["representations"]["stats"]
+    assert all(value["loss"]["difference"] > 0 and not value["loss"]["detectable"] for value in record["values"])
+    assert record["losing"] == record["detectable"] == 0 and record["losing_at_most"] is None
+    (told,) = (line for line in report.holdout.lines(results_of(section)) if "total loss" in line)
+    assert told.startswith("Whether a value loses cannot be told: of none would a total loss be significant")
+
+
+def test_the_bound_is_of_the_values_of_which_a_loss_could_be_significant():
+    y, value = np.arange(80) % 2, np.repeat(np.arange(4), 20)
+    test = np.flatnonzero((value < 2) | (np.arange(80) % 20 < 2))  # of two values two LoRAs are compared
+    evidence = replace(all_tested(y), rows={"train": np.arange(0), "validation": np.arange(0), "test": test})
+    fits = [Fit(str(v), np.flatnonzero(value == v), 60, 0, {"stats": y[None, value == v]}) for v in range(4)]
+    ordinary = Ordinary(np.ones(len(test), bool), {"stats": y[None, test]}, {"stats": 1.0})
+    section = plain(held_out(fits, ordinary, evidence))
+    record = section["representations"]["stats"]
+    assert [of_value["loss"]["detectable"] for of_value in record["values"]] == [True, True, False, False]
+    assert (record["losing"], record["detectable"]) == (0, 2)
+    assert record["losing_at_most"] == pytest.approx(1 - 0.05 ** (1 / 2))
+    assert (
+        "None of 2 values of which a total loss would be significant loses significantly; of such values that are not "
+        "here up to 78 % may (upper bound of 95 %). Of the other 2 it would not be: the ordinary classifier recognises "
+        "too few of the compared LoRAs."
+    ) in report.holdout.lines(results_of(section))
 
 
 def test_accuracies_and_losses_are_those_of_hand():
@@ -354,6 +471,15 @@ def test_directions_that_artists_share_are_recognised(experiment):
     assert found["trained"] == 42 and all(40 <= value["trained"] <= 42 for value in found["values"])
 
 
+def test_the_ordinary_split_trains_on_the_rows_that_it_has(experiment, monkeypatch):
+    def other(_, rows, __):
+        assert not np.array_equal(rows["train"], experiment.rows["train"])  # less what is too large already
+        return rows, []
+
+    monkeypatch.setattr(phases, "without_oversized", other)
+    assert not hold_out(experiment, ["stats"])["not_run"]
+
+
 def test_a_value_that_fails_is_named_and_the_others_are_measured(experiment, monkeypatch):
     train = plans.train_classifiers
 
@@ -368,7 +494,8 @@ def test_a_value_that_fails_is_named_and_the_others_are_measured(experiment, mon
     assert 0 not in experiment.rows["test"]  # else the ordinary split would fail too
     found = hold_out(experiment, ["stats"])
     assert [value["value"] for value in found["values"]] == ["artist 1", "artist 2", "artist 3"]
-    assert found["left_out"] == [{"value": "artist 0", "loras": 15, "reason": "stats: training diverged"}]
+    named = [{"value": "artist 0", "loras": 15, "groups": 15}]
+    assert found["left_out"] == [{"reason": "stats: training diverged", "count": 1, "named": named}]
     predicted = experiment.predictions.further["holdout/stats/predicted"]
     assert (predicted == -1).sum() == 2 * 15
 
@@ -391,7 +518,7 @@ def test_fewer_than_two_values_are_told_and_nothing_is_trained(experiment, monke
     monkeypatch.setattr(plans, "train_classifiers", None)
     found = hold_out(experiment, ["stats"])
     assert found["why"] == "at least 2 values that can be held out are needed, and there is none"
-    assert not found["values"] and len(found["left_out"]) == 4
+    assert not found["values"] and [entry["count"] for entry in found["left_out"]] == [4]
     told = report.holdout.lines({"analysis": {"holdout": plain(found)}})
     assert told[0].startswith("Not measured for artist: ") and "artist 0 (15)" in told[1]
     assert report.holdout.tables({"analysis": {"holdout": plain(found)}}) == {}
@@ -410,7 +537,8 @@ def results_of(section: dict, **more) -> dict:
 
 def test_sentences_and_table_have_the_numbers():
     section = simulated(np.full(6, 0.95), np.linspace(0.2, 0.6, 6))
-    left_out = [{"value": f"value {i}", "loras": i, "reason": "fewer than 10 LoRAs"} for i in range(8)]
+    named = [{"value": f"value {i}", "loras": i, "groups": min(i, 6)} for i in range(7, 1, -1)]
+    left_out = [{"reason": "fewer than 10 LoRAs", "count": 1008, "named": named}]
     results = results_of(section, left_out=left_out, without_value=1, not_run={"update_sketch": "no pair"})
     told, record = report.holdout.lines(results), section["representations"]["update_views"]
     assert told[0].startswith(f"Falls: update_views recognises {100 * record['held_out']['accuracy']:.1f} % (")
@@ -418,7 +546,8 @@ def test_sentences_and_table_have_the_numbers():
     assert any(line.startswith(f"The worst value is {record['worst']}: ") for line in told)
     assert told[-3:] == [
         "1 LoRA has no value, and is never tested.",
-        "Left out: value 7 (7), value 6 (6), value 5 (5), value 4 (4), value 3 (3) and 3 more: fewer than 10 LoRAs.",
+        "Left out: value 7 (7 in 6 groups), value 6 (6), value 5 (5), value 4 (4), value 3 (3) and 1,003 more: "
+        "fewer than 10 LoRAs.",
         "Not run is update_sketch: no pair.",
     ]
     assert all(line.endswith(".") and line[0] == line[0].upper() for line in told)
