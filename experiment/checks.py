@@ -147,9 +147,8 @@ def check_by_weights(
     if findings := copies.contradictions(paths, labels, twins):
         return {"findings": [(*finding.files, finding.reason, True) for finding in findings]}
     epochs = copies.find_epochs(paths, [copies.session_id(file.header.fields) for file in collection.files], twins)
-    if keep_twins:  # the checkpoints of a LoRA stay together all the same
-        lora_of = collection.choice.lora_of
-        epochs = [rows for rows in epochs if len({lora_of.get(paths[row], row) for row in rows}) > 1]
+    lora_of = collection.choice.lora_of  # checkpoints of a LoRA that were asked for stay together in any case
+    epochs = [rows for rows in epochs if len({lora_of.get(paths[row], row) for row in rows}) > 1]
     notices = weight_notices(paths, labels, collection.modules, norms, select_layers(collection, layers))
     notices += copies.twin_notices(paths, labels, twins, epochs, keep_twins, strict)
     groups = [] if keep_twins else copies.joined(len(paths), [*twins, *epochs])

@@ -28,9 +28,10 @@ UNNAMED = "unnamed"  # a collection in the root folder of a disk has no name
 LONGEST = 200  # characters of a setting that is shown
 # Settings beside those that decide what an accuracy means: who computes, which representations and questions are asked
 # for. Any other setting, also one that does not exist yet, makes runs incomparable where it differs.
-BESIDE = {"device", "stack", "representations", "left_out", "save_models"} | {
+BESIDE = {"device", "stack", "representations", "left_out", "save_models", "activations"} | {
     *("controls", "null_shuffles", "splits", "also", "holdout")
 }
+OF_INPUTS = "update_response"  # the representation that reads inputs recorded from the base model
 MACHINE = ("code", "device", "torch", "numpy", "python")  # of the environment, beside the source of what trains
 OF_DATASET = ("source", "step", "label_column", "group_column")  # settings that the collection stands under
 FIRST, LAST = "comparison.html", "comparison.json"  # in the order of writing: where the last is, all are there
@@ -326,7 +327,7 @@ def _scores(results: _Value) -> tuple[dict[str, Score], list[str]]:
         interval_left = shown_left if shown_left and has_size(left, shown_left) else None
         if (interval, interval_left) != (shown, shown_left):
             unsized.append(name)
-        found[name] = Score(
+        found[_of_inputs(name, results)] = Score(
             accuracy=accuracy,
             validation=entry["val_accuracy"]["mean"].share(),
             interval=interval,
@@ -336,6 +337,13 @@ def _scores(results: _Value) -> tuple[dict[str, Score], list[str]]:
             verdict=verdicts[name]["verdict"].name() if name in verdicts else None,
         )
     return found, unsized
+
+
+def _of_inputs(name: str, results: _Value) -> str:
+    """Return a representation's name; of one that reads recorded inputs with their digest, as others are another."""
+    if name != OF_INPUTS:
+        return name
+    return f"{name} ({names.plain(str(results['config']['activations'].value))[:8]})"
 
 
 def _interval(conditions: dict, condition: str, name: str, accuracy: float) -> tuple[float, float] | None:

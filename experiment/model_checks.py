@@ -147,6 +147,7 @@ _FIELDS: dict[str, Callable[[object], bool]] = {
     "file": lambda value: isinstance(value, str),
     "runs": lambda value: _whole(value, MOST_RUNS),
     "temperature": lambda value: _number(value) and TEMPERATURES[0] <= value <= TEMPERATURES[1],
+    "validation": lambda value: isinstance(value, dict) and all(_number(value.get(key)) for key in ("loras", "chance")),
     "validation_accuracy": lambda value: _number(value) and 0 <= value <= 1,
     "landmarks": lambda value: value is None or _whole(value, 2**40),
     "usual": _is_usual,

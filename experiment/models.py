@@ -165,6 +165,7 @@ def _calibrated(
     temperature = calibration.fit_temperature(validation, y[rows["validation"]])
     record |= {
         "validation_accuracy": accuracy,
+        "validation": {"loras": boundary, "chance": float(guessed)},
         "runs": len(predicted.classes),
         "same": float((predicted.classes == expected)[:, boundary:].mean()),
         "temperature": temperature,

@@ -29,7 +29,7 @@ from experiment.predictors import Get, Predicted, Rows, predict
 from experiment.settings import UsageError
 from experiment.units import FAULTS, one_memory_error, reason_of
 from loras import labels
-from loras.checkpoints import FINAL, Choice
+from loras.checkpoints import FINAL, Choice, choose
 from loras.command_line import suggestion
 from loras.layouts import Layer, Layout
 from loras.lora_files import LoraFileError
@@ -93,9 +93,9 @@ def find(paths: Iterable[Path]) -> tuple[list[New], list[Finding]]:
     findings = []
     for path in paths:
         root, names, faults = _names(path)
-        chosen = labels.without_labels(labels.read_labels(root, names) if os.path.isdir(path) else _alone(names))
-        good, bad = index_files(root, chosen.choice.paths, chosen)
-        for finding in [*faults, *chosen.findings, *bad]:
+        choice = _last(root, names) if os.path.isdir(path) else Choice(FINAL, tuple(names))
+        good, bad = index_files(root, choice.paths, labels.Labels(choice))
+        for finding in [*faults, *choice.findings, *bad]:
             findings += [replace(finding, files=(name,), place=os.path.join(root, name)) for name in finding.files]
         for file in good:
             shown = os.path.normpath(os.path.join(root, file.path))
@@ -129,8 +129,19 @@ def _names(path: Path) -> tuple[Path, list[str], list[Finding]]:
     return path.parent, [path.name], []
 
 
-def _alone(names: Sequence[str]) -> labels.Labels:
-    return labels.Labels(Choice(FINAL, tuple(names)))
+def _last(folder: Path, names: Sequence[str]) -> Choice:
+    """Return the files of a folder that are read: of each training with checkpoints the last, also if it is the folder.
+
+    A table beside them, which would make samples of checkpoints, is not read.
+    """
+    whole = Path(os.path.abspath(folder))
+    choice = choose(whole.parent, [os.path.join(whole.name, name) for name in names], by_folder=False, step=FINAL)
+
+    def inside(paths: Iterable[str]) -> tuple[str, ...]:
+        return tuple(os.path.relpath(path, whole.name) for path in paths)
+
+    findings = tuple(replace(finding, files=inside(finding.files)) for finding in choice.findings)
+    return Choice(FINAL, inside(choice.paths), findings=findings)
 
 
 class Network:

@@ -157,6 +157,7 @@ class Preflight:
             fitting = labelling.would_make_classes(values, len(collection.files))
             self.other_labels = [name for name in fitting if name != collection.label_column]
         try:
+            checks.check_columns(collection, settings)
             checks.chosen_layers(collection, settings)
         except CollectionError as error:
             lines += error.findings

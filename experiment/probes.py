@@ -40,6 +40,7 @@ MOST_VALUES = 50  # of a column that is probed
 MOST_COLUMNS = 100  # that are probed without being named: p are times their number
 MOST_LISTED = 20  # columns that are left out for one reason
 MOST_TRAIN = 2_000  # LoRAs that a probe is trained on
+NAMED_BINS = 4  # of a named column of more numbers, unless --label-bins says how many
 LEAST_EACH = 3  # LoRAs of each value on average, as ids have fewer
 LEAST_TEST = 10  # test LoRAs with a value, below which nothing could be seen
 NUMBERS_AT_ONCE = 2**24  # of features worked on at a time: 64 MiB in float32
@@ -154,7 +155,7 @@ def _column(experiment: Experiment, name: str, value_of: dict[str, str]) -> Colu
     """Return a column as it is probed, or why it is not, given the value of each file that has one, by path."""
     files, rows, settings = experiment.collection.files, experiment.rows, experiment.settings
     value_of = {file.path: value_of[file.path] for file in files if file.path in value_of}
-    value_of, bins = _binned(value_of, settings.label_bins)
+    value_of, bins = _binned(value_of, settings.label_bins or (NAMED_BINS if name in (settings.also or ()) else None))
     values = in_order(value_of.values())
     if len(values) < 2:
         return "one value"

@@ -148,7 +148,7 @@ def finding(results: dict) -> str | None:
     for name in reversed(section["representations"]):
         onsets = [section["representations"][name][how]["onset"] for how in ("each", "last")]
         there, alone = (f"from {_at(onset)} on" if onset else "at no step" for onset in onsets)
-        parts.append(f"{name} tells the concept {there} (trained at {_at(steps[-1])} alone {alone})")
+        parts.append(f"{name} is above chance {there} (trained at {_at(steps[-1])} alone {alone})")
     if modules:
         counts = modules["each"]["above"]
         parts.append(

@@ -161,11 +161,11 @@ def tables(results: dict) -> dict[str, Table]:
                 ]
             )
     columns = ["representation", "value", "LoRAs", "held out, %", "95 % interval", "p", "chance, %", "compared"]
-    columns += ["ordinary, %", "change"]
+    columns += ["ordinary, those, %", "change, those"]
     note = (
-        "Chance: the largest class of the train LoRAs. Compared: LoRAs that the ordinary split tests too, of which are "
-        "the accuracy there and the change, in points. p, and intervals of changes, hold for all values together, "
-        "and few runs that differ make them wide; "
+        "Chance: the largest class of the train LoRAs. Compared: LoRAs that the ordinary split tests too, of which "
+        "alone are the accuracy there and the change, in points. p, and intervals of changes, hold for all values "
+        "together, and few runs that differ make them wide; "
         f"* p < {results['analysis']['alpha']}."
     )
     title = f"Values of {section['column']} that were held out"

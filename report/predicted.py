@@ -32,9 +32,11 @@ def model_lines(results: dict, folder: Path) -> list[str]:
 def heading(record: dict, classes: Sequence[str], name: str) -> str:
     """Return what predicts, in a line, given its record in the manifest, the classes and the name of the dataset."""
     runs = counted(record["runs"], "run") if record["kind"] in ("layers", "attention") else "support vector machine"
+    right, validation = f"{100 * record['validation_accuracy']:.1f} %", record["validation"]
+    chance = f"{100 * validation['chance']:.1f} %"
     return (
-        f"{record['representation']} ({runs}) of {name}, {len(classes)} classes; "
-        f"{100 * record['validation_accuracy']:.1f} % of its validation LoRAs are right"
+        f"{record['representation']} ({runs}) of {name}, {len(classes)} classes; right on {right} of "
+        f"{counted(validation['loras'], 'validation LoRA')}, where the largest class has {chance}"
     )
 
 
@@ -46,7 +48,8 @@ def table(files: Sequence[dict], skipped: Sequence[dict]) -> str:
         said = "not measurable: too few held-out LoRAs" if unlike["bound"] is None else ""
         if unlike["flagged"]:
             said = f"unlike anything in training ({unlike['score']:.1f}, usual up to {unlike['bound']:.1f})"
-        shares = f"{100 * record['probability']:.1f} %", f"{100 * record['agreement']:.0f} %"
+        agreement = f"{100 * record['agreement']:.0f} %" if len(record["runs"]) > 1 else "-"
+        shares = f"{100 * record['probability']:.1f} %", agreement
         rows.append((_end_of(record["file"]), record["label"], *shares, said))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = []

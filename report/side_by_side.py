@@ -187,7 +187,7 @@ def _step(comparison: dict, a: int, b: int, changes: Sequence[dict]) -> str:
         among = "the one representation" if len(open_ones) == 1 else f"any of {len(open_ones)} representations"
         parts.append(f"neither gain nor loss is shown for {among} of both")
     elif open_ones:
-        parts.append(f"neither is shown for {_few(open_ones, 'others')}")
+        parts.append(f"no change is shown for {_few(open_ones, 'others')}")
     return sentence(f"{place}, with all layers {'; '.join(parts)}")
 
 

@@ -80,6 +80,18 @@ def plain_run(scores: dict[str, Score], train: int, test: int, **changed: object
                   "layers": layers, "scores": scores} | changed)  # fmt: skip
 
 
+def test_recorded_inputs_part_only_what_reads_them(tmp_path):
+    """Runs with other recorded inputs are comparable, but for the representation of these."""
+    results = [results_of("zoo", 60, activations="a" * 16), results_of("zoo", 120, activations="b" * 16)]
+    for of in results:
+        for section in ("baseline_results", "ablation_results"):
+            of[section]["update_response"] = of[section]["spectral"]
+    comparison, text = side_by_side_of(tmp_path, *results)
+    assert {record["representation"] for record in comparison["changes"]} == {"stats", "spectral"}
+    assert {"update_response (aaaaaaaa)", "update_response (bbbbbbbb)"} < set(comparison["representations"])
+    assert "differences of accuracies" not in text
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Numbers
 # ----------------------------------------------------------------------------------------------------------------------

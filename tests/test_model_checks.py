@@ -72,9 +72,11 @@ def tensors_of(name: str, kind: str) -> dict[str, np.ndarray]:
 
 def record_of(name: str, kind: str) -> dict:
     usual = {"medians": [1.0] * USUAL[kind], "spreads": [1.0] * USUAL[kind], "bound": 2.0}
+    usual |= {"measured_on": "validation LoRAs", "rows": 20}
     runs = R if kind in ("layers", "attention") else 1
     record = {"representation": name, "kind": kind, "landmarks": None, "dtype": "float32", "runs": runs, "same": 1.0}
     record |= {"temperature": 0.5, "usual": usual, "validation_accuracy": 0.9, "file": f"{name}.safetensors"}
+    record |= {"validation": {"loras": 9, "chance": 0.4}}
     return record | ({"layers": 2} if kind == "layers" else {})
 
 

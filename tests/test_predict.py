@@ -313,6 +313,18 @@ def test_csv_and_table(ran, tmp_path, capsys):
     assert "not kept" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("place", ["cat/one", "cat", "."])
+def test_the_last_checkpoint_of_a_training_is_read(tmp_path, monkeypatch, place):
+    for step in (10, 20, 60):
+        write_lora(tmp_path / "cat" / "one" / f"checkpoint-{step}" / FILE_NAME, planted(1, step))
+    monkeypatch.chdir(tmp_path)
+    found, findings = prediction.find([Path(place)])
+    assert [new.shown for new in found] == [f"cat/one/checkpoint-60/{FILE_NAME}"] and not findings
+    monkeypatch.chdir(tmp_path / "cat" / "one")
+    found, _ = prediction.find([Path(".")])
+    assert [new.shown for new in found] == [f"checkpoint-60/{FILE_NAME}"]
+
+
 def test_contributions_of_modules_add_up_to_the_score(ran, capsys, monkeypatch):
     batches = []
     real = prediction.predict

@@ -192,6 +192,13 @@ REFUSED = [
     (None, "--representations=stats,statistics"),
     (None, "--num-runs=0"),
     (None, "--device=abacus"),
+    (None, "--holdout=artst"),
+    (None, "--also=artst"),
+    (None, "--holdout="),
+    (None, "--label-bins=1"),
+    (None, "--label-bins=3"),
+    (None, "--save-models=stats"),
+    (None, "--activations=nowhere.safetensors"),
     (results_that_are_a_file,),
 ]
 
