@@ -159,10 +159,8 @@ class Preflight:
         try:
             checks.check_columns(collection, settings)
             checks.chosen_layers(collection, settings)
-        except CollectionError as error:
-            lines += error.findings
-        except UsageError as error:
-            lines.append(str(error))
+        except (CollectionError, UsageError) as error:
+            lines += getattr(error, "findings", [str(error)])
         lines += activations.faults(settings.activations, collection)
         self._refuse(lines)
         return not lines

@@ -341,10 +341,11 @@ def test_contributions_of_modules_add_up_to_the_score(ran, capsys, monkeypatch):
     assert predicted(capsys, results_of(ran), ran / "loras" / "class_1")["files"][0]["modules"] is None
 
 
-def record_of(bound: float | None, *contributions: float) -> dict:
+def record_of(bound: float | None, *contributions: float, runs: int = 3) -> dict:
     unlike = {"score": 3.25, "bound": bound, "flagged": bound is not None and bound < 3.25}
     modules = [{"module": f"m{i}", "contribution": added} for i, added in enumerate(contributions)]
-    return {"file": "a", "label": "b", "probability": 0.5, "agreement": 1.0, "unlike": unlike, "modules": modules}
+    shares = {"probability": 0.5, "agreement": 1.0, "runs": runs * ["b"]}
+    return {"file": "a", "label": "b", "unlike": unlike, "modules": modules} | shares
 
 
 def test_the_table_names_what_speaks_for_the_label_and_says_what_cannot_be_measured():
@@ -353,6 +354,7 @@ def test_the_table_names_what_speaks_for_the_label_and_says_what_cannot_be_measu
     assert first.endswith("unlike anything in training (3.2, usual up to 2.0)") and second == "  most for it: m0, m1"
     assert third.split() == ["a", "b", "50.0", "%", "100", "%"]
     assert fourth.endswith("not measurable: too few held-out LoRAs")
+    assert predict.predicted.table([record_of(4.0, runs=1)], []).split()[-1] == "-"  # of one nothing can differ
     assert predict.predicted.as_csv([record_of(None)], str).splitlines()[1] == "a,b,0.500000,1.000000,false,3.25,"
 
 
