@@ -171,7 +171,7 @@ def _add_further_flags(group: argparse._ArgumentGroup) -> None:
         metavar="NAMES",
         help="what is kept in model/ beside the results, for predict.py: best, a comma list of update_spectrum, "
         "update_sketch, update_kernel, update_views and update_attention, or none. best: of update_spectrum and "
-        "update_sketch the better one by validation, and update_views (best)",
+        "update_sketch the better one by validation, and update_views, or else update_kernel (best)",
     )
 
 

@@ -42,7 +42,7 @@ from training.stacks import mean_and_scale, rows_at_once, scaled, train
 
 LIMIT = 2**30  # bytes of the factors that are kept of one representation
 BEST_OF = ("update_spectrum", "update_sketch")  # of which --save-models=best keeps the better one
-ALWAYS = "update_views"  # and this
+KERNELS = ("update_views", "update_kernel")  # and the first of these that was run
 ONLY_TO_READ = ("file", "layers", "usual")  # of a record, what no result is
 NUMBERS_AT_ONCE = 2**26  # of features, kernels or tokens of held-out LoRAs that are predicted: 256 to 512 MiB
 FACTORS_AT_ONCE = 2**24  # numbers of their factors of a module, which are worked on in several copies
@@ -98,7 +98,7 @@ def choose(asked: tuple[str, ...] | None, entries: dict[str, dict]) -> tuple[lis
     """Return the representations to keep, the best of the experiment first, and why others that were asked for are not.
 
     Args:
-        asked: Their names; None: the better one of `BEST_OF`, and `ALWAYS`, as far as they were run.
+        asked: Their names; None: the better one of `BEST_OF`, and the first of `KERNELS`, as far as they were run.
         entries: `baseline_results` of results.json.
     """
 
@@ -107,8 +107,9 @@ def choose(asked: tuple[str, ...] | None, entries: dict[str, dict]) -> tuple[lis
 
     if asked is None:
         best = max((name for name in BEST_OF if name in entries), key=worst_first, default=None)
-        asked = tuple(name for name in (best, ALWAYS) if name in entries)
-        reason = "none of update_spectrum, update_sketch and update_views was run with all layers"
+        kernel = next((name for name in KERNELS if name in entries), None)
+        asked = tuple(name for name in (best, kernel) if name in entries)
+        reason = f"none of {', '.join((*BEST_OF, *KERNELS))} was run with all layers"
         missing = [] if asked else [{"representation": None, "reason": reason}]
     else:
         reason = "it was not run with all layers"
