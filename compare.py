@@ -10,8 +10,12 @@ those of the same classes, layers, settings and program. Nothing is averaged ove
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `end_at_signals`; Python would show where it was interrupted
 
 from experiment.signals import end_at_signals
 from loras.command_line import Parser

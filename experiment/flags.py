@@ -156,7 +156,8 @@ def _add_further_flags(group: argparse._ArgumentGroup) -> None:
         "--also",
         metavar="COLUMNS",
         help="a comma list of other columns that the same features are to predict, by linear classifiers; all: every "
-        "column with 2 to 50 values; none (none; all with --controls=all)",
+        "column with 2 to 50 values, at most 100; none. A column of more numbers is put in quantile bins where it is "
+        "named (none; all with --controls=all)",
     )
     add(
         "--activations",

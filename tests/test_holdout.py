@@ -72,7 +72,7 @@ def test_a_column_that_is_not_one_is_refused(monkeypatch, asked, words):
 
 
 def collection_of(y, groups=None) -> SimpleNamespace:
-    """What the choice of values asks of a collection."""
+    """Return the parts of a collection that the choice of values reads."""
     y = np.asarray(y)
     return SimpleNamespace(y=y, groups=groups, group_column=None, classes=[f"class {c}" for c in range(y.max() + 1)])
 

@@ -280,7 +280,7 @@ def test_a_file_that_is_given_twice_is_listed_once(miniature, monkeypatch):
 @pytest.mark.parametrize("raises", [False, True])
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_lora_of_numbers_that_are_not_finite_is_named(copied, monkeypatch, name, raises):
-    """What the numbers of LoRAs are bounded by keeps them finite: so they are made infinite here, of a large one."""
+    """Bounds on LoRAs keep their numbers finite: those of a large one are made infinite here."""
     write_lora(copied / "large.safetensors", {key: 1e4 * part for key, part in planted(0, 0, MODULES).items()})
     kept = prediction.predict
 
